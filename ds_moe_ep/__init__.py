@@ -1,0 +1,77 @@
+"""Expert-parallel MoE layers for DeepSpeed that hide their traffic behind the experts' compute.
+
+Names are resolved at first use: importing the package loads neither torch nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ds_moe_ep.comm.groups import open_transport
+    from ds_moe_ep.config import MODELS, SMALL, SPECIFICATION, ModelConfig, MoEConfig
+    from ds_moe_ep.engine.layer import MoE
+    from ds_moe_ep.engine.start import initialize
+    from ds_moe_ep.errors import ConfigError, EngineError, MoEError, TopologyError
+    from ds_moe_ep.model.initialize import init_weights
+    from ds_moe_ep.model.transformer import ModelOutput, Transformer
+    from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
+    from ds_moe_ep.moe.layer import ExpertParallel
+    from ds_moe_ep.section import Section, load_ds_config, read_section
+    from ds_moe_ep.topology import RankGrid
+
+__all__ = [
+    "MODELS",
+    "SMALL",
+    "SPECIFICATION",
+    "ConfigError",
+    "EngineError",
+    "ExpertParallel",
+    "GeluMLP",
+    "MoE",
+    "MoEConfig",
+    "MoEError",
+    "ModelConfig",
+    "ModelOutput",
+    "RankGrid",
+    "Section",
+    "SwiGLU",
+    "TopologyError",
+    "Transformer",
+    "__version__",
+    "init_weights",
+    "initialize",
+    "load_ds_config",
+    "open_transport",
+    "read_section",
+]
+
+_HOMES = {
+    "comm.groups": ("open_transport",),
+    "config": ("MODELS", "SMALL", "SPECIFICATION", "ModelConfig", "MoEConfig"),
+    "engine.layer": ("MoE",),
+    "engine.start": ("initialize",),
+    "errors": ("ConfigError", "EngineError", "MoEError", "TopologyError"),
+    "model.initialize": ("init_weights",),
+    "model.transformer": ("ModelOutput", "Transformer"),
+    "moe.experts": ("GeluMLP", "SwiGLU"),
+    "moe.layer": ("ExpertParallel",),
+    "section": ("Section", "load_ds_config", "read_section"),
+    "topology": ("RankGrid",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

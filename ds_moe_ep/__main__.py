@@ -1,0 +1,8 @@
+"""`python -m ds_moe_ep`: the command line."""
+
+import sys
+
+from ds_moe_ep.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Races one layer, forward and backward: ours serial and overlapped, DeepSpeed's own, the matmuls alone.
+
+    python -m ds_moe_ep.bench.layer [--ranks 4] [--rounds 20] [--out layer.jsonl]
+
+Starts its own ranks on this machine. Ctrl-C ends the run; what was measured until then is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import queue
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ds_moe_ep.bench.cases import CASES
+from ds_moe_ep.bench.findings import Findings
+from ds_moe_ep.bench.provenance import command, commit, hardware
+from ds_moe_ep.bench.ranks import SIDES, Finding, Plan, run_rank
+from ds_moe_ep.bench.table import markdown_table, terminal_table
+from ds_moe_ep.errors import ConfigError, EngineError, nearest
+from ds_moe_ep.record import write_records
+
+LINE_WIDTH = 110
+POLL_S = 0.5
+END_S = 10.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(width=None if sys.stdout.isatty() else LINE_WIDTH)
+    try:
+        parsed = _parser().parse_args(words)
+        plan = _plan(parsed)
+        machine = hardware(plan.device, plan.num_ranks)
+        found = Findings(plan, command("ds_moe_ep.bench.layer", words), commit(), machine)
+        status = _race(plan, found, console, parsed.out)
+        if status == 0 and not parsed.no_memory:
+            status = _race(replace(plan, measure="memory", port=_free_port()), found, console, parsed.out)
+    except (ConfigError, EngineError) as error:
+        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
+        return 1
+    records = found.records()
+    console.print(terminal_table(records))
+    console.print(markdown_table(records), markup=False, highlight=False, soft_wrap=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ds_moe_ep.bench.layer",
+        description="Races one layer, forward and backward, against DeepSpeed's own.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    cases = [case.name for case in CASES]
+    parser.add_argument("--ranks", type=int, default=4, help="processes, and the expert-parallel size")
+    parser.add_argument("--rounds", type=int, default=20, help="measured rounds a case")
+    parser.add_argument("--warm-ups", type=int, default=3, help="rounds before them")
+    parser.add_argument("--cases", nargs="+", default=cases, help="cases by name")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), help="sides by name")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="one device a rank")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--out", type=Path, default=None, help="file for the records, one JSON line each")
+    return parser
+
+
+def _plan(parsed: argparse.Namespace) -> Plan:
+    cases = {case.name: case for case in CASES}
+    for kind, names, known in (("cases", parsed.cases, cases), ("sides", parsed.sides, SIDES)):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"bench.{kind}={name!r} is not known; {nearest(name, known)}")
+    if parsed.ranks < 2 or any(cases[name].num_experts % parsed.ranks for name in parsed.cases):
+        raise ConfigError(f"bench.ranks={parsed.ranks} must divide the layer's 16 experts: use 2, 4, 8 or 16")
+    return Plan(
+        cases=tuple(cases[name] for name in parsed.cases),
+        sides=tuple(name for name in SIDES if name in parsed.sides),
+        num_ranks=parsed.ranks,
+        rounds=parsed.rounds,
+        warm_ups=parsed.warm_ups,
+        measure="time",
+        device=parsed.device,
+        port=_free_port(),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _race(plan: Plan, found: Findings, console: Console, out: Path | None) -> int:
+    """Follows the ranks to their end, keeping `out` up to date after every case; 130 after Ctrl-C."""
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console) as progress, _ranks(plan) as (processes, inbox):
+            timed = plan.measure == "time"
+            total = len(plan.cases) * (plan.rounds if timed else len(plan.sides))
+            task = progress.add_task(f"{plan.measure}: starting the ranks", total=total)
+            for finding in _arriving(processes, inbox):
+                if finding.what == "phase":
+                    progress.update(task, description=f"{plan.measure}: {finding.case}, {finding.text}")
+                    _write(found, out)
+                found.add(finding)
+                if finding.what == "peak" or (finding.what == "time" and finding.side == plan.sides[-1]):
+                    progress.advance(task)
+            progress.update(task, completed=total)
+    except KeyboardInterrupt:
+        console.print("interrupted: the records hold what was measured until now")
+        return 130
+    finally:
+        _write(found, out)
+    return 0
+
+
+def _write(found: Findings, out: Path | None) -> None:
+    if out is not None:
+        part = out.with_name(out.name + ".part")
+        write_records(part, found.records())
+        part.replace(out)
+
+
+@contextmanager
+def _ranks(plan: Plan) -> Iterator[tuple[list[BaseProcess], multiprocessing.Queue[Finding]]]:
+    """The started ranks; they are gone when the block ends, however it ends."""
+    context = multiprocessing.get_context("spawn")
+    inbox: multiprocessing.Queue[Finding] = context.Queue()
+    processes: list[BaseProcess] = [
+        context.Process(target=run_rank, args=(rank, plan, inbox), daemon=True)
+        for rank in range(plan.num_ranks)
+    ]
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C must not reach starting ranks
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    try:
+        yield processes, inbox
+        for process in processes:
+            process.join(END_S)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+                process.join(END_S)
+
+
+def _arriving(processes: Sequence[BaseProcess], inbox: multiprocessing.Queue[Finding]) -> Iterator[Finding]:
+    """Findings until the ranks are done. Raises EngineError with the error of the rank that failed first."""
+    while True:
+        try:
+            finding = inbox.get(timeout=POLL_S)
+        except queue.Empty:
+            failed = [f"rank {r} ended with {p.exitcode}" for r, p in enumerate(processes) if p.exitcode]
+            if failed:
+                message = f"bench.ranks={len(processes)}: {', '.join(failed)} without a word; run it again"
+                raise EngineError(message) from None
+            continue
+        if finding.what == "error":
+            raise EngineError(f"bench.ranks={len(processes)}: {finding.side} failed:\n{finding.text}")
+        if finding.what == "done":
+            return
+        yield finding
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""DeepSpeed's own MoE layer as its user would build it: the side that ours is compared with.
+
+The one file of this room that imports deepspeed: it cannot measure DeepSpeed without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+
+import deepspeed
+import deepspeed.comm
+from deepspeed.moe.layer import MoE as NativeMoE
+from torch import nn
+
+from ds_moe_ep.bench.cases import LayerCase
+
+
+def start_ranks(backend: str, timeout_s: float) -> None:
+    """Joins this process to the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    DeepSpeed's shared-memory operation is kept off, so that the backend carries the traffic of every side.
+    """
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def native_layer(case: LayerCase, ep_size: int) -> nn.Module:
+    """The native layer with its groups made, dropping no tokens.
+
+    Top-2's random second choice and random token selection are off: the first would route differently, and
+    the second only costs time where nothing is dropped.
+    """
+    expert = nn.Sequential(
+        nn.Linear(case.hidden_size, case.width), nn.GELU(), nn.Linear(case.width, case.hidden_size)
+    )
+    layer = NativeMoE(
+        case.hidden_size,
+        expert,
+        num_experts=case.num_experts,
+        ep_size=ep_size,
+        k=case.top_k,
+        drop_tokens=False,
+        use_rts=False,
+        top2_2nd_expert_sampling=False,
+    )
+    layer.set_deepspeed_parallelism()
+    return layer  # type: ignore[no-any-return]

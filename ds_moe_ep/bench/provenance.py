@@ -1,0 +1,61 @@
+"""Where a number comes from: the revision, the machine, the command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+CPU_INFO = Path("/proc/cpuinfo")
+GIB = 1024**3
+
+
+def commit() -> str:
+    """The short revision of the sources that run, -dirty where they were changed; "unknown" without git."""
+    here = Path(__file__).parent
+    try:
+        revision = _git(here, "rev-parse", "--short", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--", str(here.parent))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{revision}-dirty" if changed else revision
+
+
+def _git(folder: Path, *words: str) -> str:
+    call = ["git", "-C", str(folder), *words]
+    return subprocess.run(call, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def command(module: str, arguments: Sequence[str]) -> str:
+    """What to type to run `module` again."""
+    return shlex.join(["python", "-m", module, *arguments])
+
+
+def hardware(device: str, num_ranks: int) -> str:
+    """One line: processor, cores, memory, ranks and the versions that matter."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "deepspeed"))
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    ranks = "gloo ranks of one thread" if device == "cpu" else f"{device} ranks"
+    machine = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    return f"{machine}; {num_ranks} {ranks}; {versions}, python {python}"
+
+
+def _processor() -> str:
+    if CPU_INFO.exists():
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

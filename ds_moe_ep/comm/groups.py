@@ -1,0 +1,28 @@
+"""Opens the transport that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ds_moe_ep.comm.collective import Collective
+from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
+from ds_moe_ep.comm.pairwise import Pairwise
+from ds_moe_ep.comm.transport import Loopback, Transport
+from ds_moe_ep.config import MoEConfig
+
+
+def open_transport(groups: Sequence[Sequence[int]], config: MoEConfig) -> Transport:
+    """The transport of this rank's expert-parallel group, on new communicators.
+
+    Collective over the world: every rank passes the same groups of global ranks, which partition the world. Groups of
+    one rank get a loopback and open nothing.
+    """
+    if all(len(group) == 1 for group in groups):
+        return Loopback()
+    return transport_over(open_lanes(groups, config.timeout_s), config)
+
+
+def transport_over(lanes: LaneGroups, config: MoEConfig) -> Transport:
+    """The transport that `config` names over communicators that exist. Local."""
+    kind = Collective if config.transport == "collective" else Pairwise
+    return kind(lanes, config.timeout_s)

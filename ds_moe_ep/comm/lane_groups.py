@@ -1,0 +1,67 @@
+"""Communicators of expert-parallel groups, made once and handed to layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_moe_ep.comm.transport import LANES
+from ds_moe_ep.errors import EngineError, TopologyError
+
+
+@dataclass(frozen=True)
+class LaneGroups:
+    """One process group a lane, over the same ranks in the same order."""
+
+    rank: int
+    ranks: tuple[int, ...]
+    lanes: Mapping[str, dist.ProcessGroup]
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
+        """The transpose of the counts over ranks: row p goes to rank p. Collective, blocks no host on CUDA."""
+        received = torch.empty_like(counts_PC)
+        dist.all_to_all_single(received, counts_PC.contiguous(), group=self.lanes["dispatch"])
+        return received
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the group. Collective."""
+        total = values.clone()
+        dist.all_reduce(total, group=self.lanes["dispatch"])
+        return total
+
+
+def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float) -> LaneGroups:
+    """New communicators for every group of global ranks; returns those of this rank's own group.
+
+    Collective over the world: every rank passes the same groups, which partition the world. Raises EngineError
+    before torch.distributed is up, TopologyError when this rank stands in no group or in several.
+    """
+    if not dist.is_initialized():
+        raise EngineError(
+            "torch.distributed is not initialized: expert parallelism over several ranks needs process groups; "
+            "call deepspeed.init_distributed() or deepspeed.initialize() first"
+        )
+    rank = dist.get_rank()
+    mine = [tuple(group) for group in groups if rank in group]
+    if len(mine) != 1:
+        raise TopologyError(
+            f"rank {rank} stands in {len(mine)} of the expert-parallel groups {[list(g) for g in groups]}: the "
+            "groups must partition the world; see RankGrid.ep_groups"
+        )
+    timeout = timedelta(seconds=timeout_s)
+    lanes: dict[str, dist.ProcessGroup] = {}
+    for lane in LANES:
+        for group in groups:
+            made = dist.new_group(list(group), timeout=timeout)
+            if rank in group:
+                lanes[lane] = made
+    return LaneGroups(mine[0].index(rank), mine[0], lanes)

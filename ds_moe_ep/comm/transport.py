@@ -1,0 +1,74 @@
+"""What the interpreter of schedules asks of whatever moves rows.
+
+A transport belongs to one expert-parallel group. It has two lanes, "dispatch" and "combine", each a communicator of
+its own, so that results go back while rows still come. A transfer is started with all its messages and waited for
+exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+LANES = ("dispatch", "combine")
+
+
+@dataclass(frozen=True)
+class Message:
+    """Rows [n, D] for, or from, the rank `peer` of the group. Contiguous; n may be 0."""
+
+    peer: int
+    rows: Tensor
+
+
+class Transfer(Protocol):
+    """A transfer that was started."""
+
+    def wait(self) -> None:
+        """Returns when received rows may be read and sent ones overwritten; on CUDA it orders the current stream.
+
+        Raises EngineError when a peer does not answer within the transport's time limit.
+        """
+
+
+class Transport(Protocol):
+    """Moves rows between the ranks of one expert-parallel group."""
+
+    rank: int
+    size: int
+
+    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
+        """Row p of every rank's counts [P, C] goes to rank p; returns [P, C], row p from rank p. Collective."""
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+        """Starts one transfer on `lane`. Every rank starts the same transfers in the same order."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the group, on every rank. Collective, without gradient."""
+
+
+class Done:
+    """A transfer with nothing to wait for."""
+
+    def wait(self) -> None:
+        return None
+
+
+class Loopback:
+    """The transport of a group of one rank: nothing ever crosses a wire."""
+
+    rank = 0
+    size = 1
+
+    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
+        return counts_PC
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+        assert not sends and not receives, "a group of one rank has no peers"
+        return Done()
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values

@@ -1,0 +1,225 @@
+"""Every knob of the package, with its rule; read once at the door and passed on as values.
+
+`MoEConfig` is the section `"moe_ep"` of a ds_config and the settings of one layer. `ModelConfig` is the
+4-layer model. Both are frozen, refuse unknown keys, and answer questions before anything is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from ds_moe_ep.errors import ConfigError, nearest
+
+C = TypeVar("C", "MoEConfig", "ModelConfig")
+
+
+def knob(default: Any, help: str, minimum: float | None = None) -> Any:
+    """A dataclass field that carries its help text and its smallest legal value."""
+    return field(default=default, metadata={"help": help, "minimum": minimum})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """One expert-parallel layer: who computes, how tokens are routed, how traffic is hidden."""
+
+    # who computes
+    num_experts: int = knob(16, "experts of a layer, over all ranks", 1)
+    ep_size: int = knob(1, "ranks that share a layer's experts; it divides num_experts and the world", 1)
+    node_size: int = knob(0, "ranks of one node; 0 asks the launcher (LOCAL_WORLD_SIZE)", 0)
+
+    # routing
+    top_k: int = knob(1, "experts a token visits", 1)
+    score: Literal["softmax", "sigmoid"] = knob("softmax", "what turns gate logits into scores, in fp32")
+    renormalize: bool | None = knob(
+        None, "divide the k weights by their sum; null does what DeepSpeed does: not for top-1, else yes"
+    )
+    noise: Literal["none", "jitter", "rsample"] = knob(
+        "none", "training noise: on the gate's input (jitter) or Gumbel noise on the choice (rsample)"
+    )
+    sample_second: bool = knob(False, "top-2: draw the second expert by Gumbel noise (DeepSpeed's default)")
+
+    # capacity
+    capacity_factor: float | None = knob(
+        None, "rows an expert takes from a rank, times tokens * top_k / num_experts; null drops nothing", 0
+    )
+    eval_capacity_factor: float | None = knob(None, "the same outside training", 0)
+    min_capacity: int = knob(4, "smallest capacity of an expert, in rows", 0)
+    drop_policy: Literal["position", "score", "random"] = knob(
+        "position", "who keeps a place when an expert is full: first come, best score, or drawn (top-1)"
+    )
+
+    # balance
+    balance: Literal["aux_loss", "bias", "none"] = knob(
+        "aux_loss", "load balancing: auxiliary loss, expert bias without a loss (arXiv 2408.15664), or none"
+    )
+    balance_scope: Literal["rank", "group"] = knob(
+        "rank", "tokens whose load the auxiliary loss sees: this rank's (DeepSpeed), or the expert group's"
+    )
+    aux_loss_weight: float = knob(1.0, "weight of the auxiliary loss in l_aux", 0)
+    z_loss_weight: float = knob(0.0, "weight of the router z-loss (arXiv 2202.08906) in l_aux", 0)
+    bias_step: float = knob(0.001, "step of the expert bias after each optimizer step", 0)
+
+    # traffic
+    schedule: Literal["serial", "chunks", "peers"] = knob(
+        "peers", "pieces of the exchange: all at once, equal token chunks, or groups of peers"
+    )
+    chunks: int = knob(4, "pieces of the schedule 'chunks'", 1)
+    peer_group_size: int = knob(0, "far ranks in one piece of the schedule 'peers'; 0 takes one node's", 0)
+    row_cuts: int = knob(1, "row cuts of each group of peers", 1)
+    depth: int = knob(2, "dispatches in flight at once; 0 blocks on every transfer (nothing is hidden)", 0)
+    transport: Literal["pairwise", "collective"] = knob(
+        "pairwise", "what moves rows: grouped isend/irecv, or all-to-all"
+    )
+    timeout_s: float = knob(600.0, "time limit of one transfer in seconds", 0.001)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "moe_ep")
+        if self.num_experts % self.ep_size:
+            multiple = -(-self.num_experts // self.ep_size) * self.ep_size
+            raise ConfigError(
+                f"moe_ep.num_experts={self.num_experts} cannot be shared by ep_size={self.ep_size}: use a "
+                f"multiple of {self.ep_size} ({multiple}) or an ep_size that divides {self.num_experts}"
+            )
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                f"moe_ep.top_k={self.top_k}: a token cannot visit more experts than num_experts="
+                f"{self.num_experts}; lower top_k"
+            )
+        if self.drop_policy == "random" and self.top_k != 1:
+            raise ConfigError(
+                f"moe_ep.drop_policy='random' with top_k={self.top_k}: random token selection is defined for "
+                "top-1 alone; use 'position' or 'score'"
+            )
+        if self.sample_second and self.top_k != 2:
+            raise ConfigError(
+                f"moe_ep.sample_second=true with top_k={self.top_k}: only top-2 draws its second expert; "
+                "set it to false"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], path: str = "moe_ep") -> MoEConfig:
+        """The configuration that `values` describes. Raises ConfigError for an unknown key or a bad value."""
+        return from_dict(cls, values, path)
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.num_experts // self.ep_size
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether the k weights are divided by their sum; DeepSpeed does so for every k but 1."""
+        return self.top_k > 1 if self.renormalize is None else self.renormalize
+
+    def capacity(self, num_tokens: int, training: bool) -> int | None:
+        """Rows that one expert takes from one rank, or None for no limit (GShard, arXiv 2006.16668, 2.2)."""
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        if factor is None:
+            return None
+        exact = num_tokens / self.num_experts * factor * self.top_k
+        return max(int(-(-exact // 1)), self.min_capacity)
+
+    def fingerprint(self) -> str:
+        """A hash of every knob; ranks compare it once at start."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A causal language model of attention and MoE layers (the specification, section 1.1)."""
+
+    num_layers: int = knob(4, "transformer layers", 1)
+    hidden_size: int = knob(8192, "width D of a token", 1)
+    num_heads: int = knob(16, "attention heads; they divide hidden_size", 1)
+    expert_width: int = knob(32768, "inner width F of an expert", 1)
+    expert: Literal["gelu", "swiglu"] = knob("gelu", "the experts' kind")
+    expert_bias: bool = knob(False, "experts have biases")
+    shared_expert_width: int = knob(0, "inner width of an expert that every token visits; 0 for none", 0)
+    vocab_size: int = knob(256, "tokens of the vocabulary (256: bytes)", 2)
+    sequence_length: int = knob(10000, "longest sequence in tokens", 2)
+    recompute: bool = knob(True, "recompute each layer in the backward pass instead of storing it")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "moe_ep.model")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"moe_ep.model.hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}: "
+                "every head needs the same width; change one of them"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | str, path: str = "moe_ep.model") -> ModelConfig:
+        """The model that `values` describes: a name of MODELS, or a mapping of knobs."""
+        if isinstance(values, str):
+            if values not in MODELS:
+                raise ConfigError(f"{path}={values!r} is no known model; {nearest(values, MODELS)}")
+            return MODELS[values]
+        return from_dict(cls, values, path)
+
+    @property
+    def expert_matrices(self) -> int:
+        """Weight matrices of one expert: 2 for GELU, 3 for SwiGLU."""
+        return 3 if self.expert == "swiglu" else 2
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters of one expert of one layer."""
+        biases = self.expert_width * (self.expert_matrices - 1) + self.hidden_size if self.expert_bias else 0
+        return self.expert_matrices * self.hidden_size * self.expert_width + biases
+
+
+def from_dict(cls: type[C], values: Mapping[str, Any], path: str) -> C:
+    """An instance of `cls` from a mapping, with unknown keys refused by their nearest known one."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}={values!r}: expected an object of knobs; write {{...}}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{path}.{name}={values[name]!r}: unknown key; {nearest(name, known)}")
+    return cls(**values)
+
+
+def check_fields(config: Any, path: str) -> None:
+    """Raises ConfigError for a field whose value has the wrong type, is no choice, or is too small."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        choices, kinds = _choices_and_kinds(hints[f.name])
+        if choices:
+            if value not in choices:
+                known = ", ".join(repr(c) for c in choices)
+                raise ConfigError(f"{path}.{f.name}={value!r}: {f.metadata['help']}; choose one of {known}")
+            continue
+        if not _has_kind(value, kinds):
+            names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise ConfigError(f"{path}.{f.name}={value!r}: {f.metadata['help']}; it needs {names}")
+        minimum = f.metadata["minimum"]
+        if minimum is not None and value is not None and not value >= minimum:
+            raise ConfigError(f"{path}.{f.name}={value!r}: {f.metadata['help']}; it needs at least {minimum}")
+
+
+def _choices_and_kinds(hint: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint), ()
+    if isinstance(hint, types.UnionType):
+        return (), typing.get_args(hint)
+    return (), (hint,)
+
+
+def _has_kind(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int) and float in kinds:
+        return True
+    return isinstance(value, kinds)
+
+
+SPECIFICATION = ModelConfig()
+SMALL = ModelConfig(hidden_size=128, num_heads=4, expert_width=512, sequence_length=128, recompute=False)
+MODELS: dict[str, ModelConfig] = {"specification": SPECIFICATION, "small": SMALL}

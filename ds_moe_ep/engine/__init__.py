@@ -1,0 +1,1 @@
+"""The only door to DeepSpeed: the layer that its engine recognises, and the way in."""

@@ -1,0 +1,59 @@
+"""What happens after each optimizer step: the balancing bias moves, the monitor hears of the load."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.layer import MoE
+
+
+def after_each_step(engine: Any, layers: Mapping[str, MoE]) -> None:
+    """Wraps `engine.step` so that it ends with the layers' own step, where parameters were updated."""
+    engine_step = engine.step
+
+    @functools.wraps(engine_step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = engine_step(*args, **kwargs)
+        if engine.was_step_applied():
+            step_balance(layers)
+            report_load(engine, layers)
+        return result
+
+    engine.step = step
+
+
+def step_balance(layers: Mapping[str, MoE]) -> None:
+    """Moves the expert bias of every layer that has one. Collective over the data-parallel ranks."""
+    for layer in layers.values():
+        balance = layer.deepspeed_moe.gate.balance
+        if balance is not None:
+            balance.step(seams.sum_over_data_parallel)
+
+
+def report_load(engine: Any, layers: Mapping[str, MoE]) -> None:
+    """Writes each layer's load (fullest expert over the mean) to the engine's monitor, every steps_per_print.
+
+    Collective where it reports; free where no monitor is on.
+    """
+    if not engine.monitor.enabled or engine.global_steps % engine.steps_per_print():
+        return
+    load_LE = torch.stack([layer.deepspeed_moe.last_counts_E for layer in layers.values()])
+    loads = load_imbalance(seams.sum_over_data_parallel(load_LE)).tolist()
+    engine.monitor.write_events(
+        [
+            (f"Train/moe_ep/{name}/load_max_over_mean", load, engine.global_samples)
+            for name, load in zip(layers, loads, strict=True)
+        ]
+    )
+
+
+def load_imbalance(load_LE: Tensor) -> Tensor:
+    """The fullest expert's rows over the mean of its layer [L]: 1 is balanced, E is all to one."""
+    load_LE = load_LE.double()
+    return load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-12)

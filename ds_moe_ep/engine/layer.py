@@ -1,0 +1,152 @@
+"""`MoE`: DeepSpeed's MoE layer with this package's insides.
+
+DeepSpeed's engine recognises the layer by its class, its attributes and its state-dict keys. The class is inherited,
+nothing of its constructor or forward pass is. Expert parameters carry DeepSpeed's marks (`allreduce`, `group_name`);
+its engine then averages their gradients over the expert-data-parallel group and divides by the whole data-parallel
+world, which is the gradient of the global batch's mean for every ep_size: the layer itself scales nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import torch.nn.functional as F
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from torch import Tensor, nn
+
+from ds_moe_ep.comm.groups import transport_over
+from ds_moe_ep.comm.transport import Loopback
+from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
+from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.moe.layer import ExpertParallel
+from ds_moe_ep.topology import RankGrid, torus_of
+
+SHAPING = ("num_experts", "ep_size")  # knobs that shape parameters and cannot change once a layer is made
+
+
+class MoE(DeepSpeedMoE):  # type: ignore[misc]
+    """An expert-parallel layer in place of `deepspeed.moe.layer.MoE`.
+
+    The arguments up to `top2_2nd_expert_sampling` are DeepSpeed's, with its defaults and its meaning; any k is
+    allowed. `config` says all of them (but use_residual), and more, at once. `shared` is an expert that every token
+    visits; `use_residual` mixes the output with that of a dense copy of `expert` (arXiv 2201.05596).
+
+    forward(hidden_states [..., D], used_token [...] or None) returns (output [..., D], l_aux [], exp_counts [E]).
+    Collective over the expert-parallel group. The groups are made by deepspeed.initialize (or
+    `set_deepspeed_parallelism`). Raises ConfigError for arguments that cannot work or have no meaning here.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert: nn.Module,
+        num_experts: int = 1,
+        ep_size: int = 1,
+        k: int = 1,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float = 1.0,
+        min_capacity: int = 4,
+        use_residual: bool = False,
+        noisy_gate_policy: str | None = None,
+        drop_tokens: bool = True,
+        use_rts: bool = True,
+        use_tutel: bool = False,
+        enable_expert_tensor_parallelism: bool = False,
+        top2_2nd_expert_sampling: bool = True,
+        *,
+        config: MoEConfig | None = None,
+        shared: nn.Module | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        nn.Module.__init__(self)
+        seams.keep_shm_build_away()
+        if config is None:
+            config = config_of_arguments(given)
+        else:
+            refuse_beside_config(given)
+        self.use_residual = use_residual
+        self.enable_expert_tensor_parallelism = False
+        self.ep_size = config.ep_size
+        self.num_experts = config.num_experts
+        self.num_local_experts = config.num_local_experts
+        self.expert_group_name = f"ep_size_{config.ep_size}"
+        self.deepspeed_moe = ExpertParallel(hidden_size, expert, config, shared)
+        for parameter in self.deepspeed_moe.experts.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+        if use_residual:
+            self.mlp = expert
+            self.coefficient = nn.Linear(hidden_size, 2)
+
+    @property
+    def config(self) -> MoEConfig:
+        """The layer's knobs as they are in force."""
+        return self.deepspeed_moe.config
+
+    def configure(self, config: MoEConfig, path: str = "moe_ep") -> None:
+        """Gives the layer other knobs. Local; before the groups are made.
+
+        Raises ConfigError where a knob that shapes parameters differs from the one that the layer was made with.
+        """
+        for name in SHAPING:
+            ours, theirs = getattr(self.config, name), getattr(config, name)
+            if ours != theirs:
+                raise ConfigError(
+                    f"{path}.{name}={theirs}: the layer was made with {name}={ours}, which shapes its parameters; "
+                    f"make the layer with {name}={theirs} or change the section"
+                )
+        self.deepspeed_moe.configure(config)
+
+    def fingerprint(self) -> str:
+        """A hash of the knobs and the parameters' names, shapes and types."""
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in self.named_parameters()]
+        text = f"{self.config.fingerprint()} {self.use_residual} {shapes}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Makes the expert-parallel groups, or finds them, and connects the layer. DeepSpeed's engine calls it.
+
+        Collective over the world. Raises EngineError on every rank where ranks differ in configuration or model, and
+        TopologyError where ep_size does not fit the world.
+        """
+        if not seams.dist.is_initialized():
+            raise EngineError(
+                f"moe_ep.ep_size={self.ep_size}: torch.distributed is not initialized, so no expert-parallel group "
+                "can be made; call deepspeed.init_distributed() first"
+            )
+        hosts = seams.compare_ranks("moe_ep and the MoE layer", self.fingerprint())
+        grid = RankGrid(
+            world_size=len(hosts), ep_size=self.ep_size, data_before_expert=use_data_before_expert_parallel_
+        )
+        group, ranks = seams.expert_group(self.ep_size, use_data_before_expert_parallel_)
+        if self.ep_size == 1:
+            self.deepspeed_moe.connect(Loopback())
+            return
+        lanes = seams.lanes_beside(group, grid.ep_groups(), self.config.timeout_s)
+        node_size = self.config.node_size or ranks_per_host(hosts)
+        self.deepspeed_moe.connect(transport_over(lanes, self.config), torus_of(ranks, node_size))
+
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(output, l_aux, exp_counts), as DeepSpeed's layer returns them; collective over the expert group."""
+        output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token)
+        if self.use_residual:
+            dense = self.mlp(hidden_states)
+            dense = dense[0] if isinstance(dense, tuple) else dense  # as DeepSpeed: a second output is left out
+            share = F.softmax(self.coefficient(hidden_states), dim=-1)
+            output = output * share[..., 0:1] + dense * share[..., 1:]
+        return output, l_aux, exp_counts
+
+
+def ranks_per_host(hosts: list[str]) -> int:
+    """How many consecutive ranks share a host; 1 where hosts hold unequal shares."""
+    share = hosts.count(hosts[0])
+    regular = all(len(set(hosts[i : i + share])) == 1 for i in range(0, len(hosts), share))
+    return share if regular and len(hosts) % share == 0 else 1
+
+
+def with_given_knobs(config: MoEConfig, section: MoEConfig, given: frozenset[str]) -> MoEConfig:
+    """`config` with the knobs that a ds_config's section names."""
+    return dataclasses.replace(config, **{name: getattr(section, name) for name in given})

@@ -1,0 +1,125 @@
+"""Every name of DeepSpeed that the package relies on without DeepSpeed promising it.
+
+Tested with the releases in TESTED. Another release is told about once in the log; a name that is gone raises an
+EngineError that says which. A test reads this file's names from the installed release.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+import weakref
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups, log_dist, logger
+
+from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
+from ds_moe_ep.errors import EngineError
+
+TESTED = ("0.19.8",)
+
+GROUP_NAMES = (
+    "_create_expert_and_data_parallel",
+    "_get_expert_parallel_group",
+    "_get_expert_parallel_group_dict",
+    "_get_expert_parallel_group_ranks",
+    "_get_data_parallel_group",
+)
+
+# Lanes live and die with the DeepSpeed group that they run beside; layers of one model share them.
+_LANES: weakref.WeakKeyDictionary[dist.ProcessGroup, LaneGroups] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def check_release() -> None:
+    """Raises EngineError where the installed DeepSpeed lacks a name; logs once where it is not a tested release."""
+    missing = [name for name in GROUP_NAMES if not hasattr(groups, name)]
+    if missing:
+        raise EngineError(
+            f"deepspeed={deepspeed.__version__}: deepspeed.utils.groups has no {', '.join(missing)}; install a "
+            f"tested release ({', '.join(TESTED)})"
+        )
+    if deepspeed.__version__ not in TESTED:
+        logger.warning(
+            f"ds_moe_ep was tested with DeepSpeed {', '.join(TESTED)}; installed is {deepspeed.__version__}"
+        )
+
+
+@functools.cache
+def keep_shm_build_away() -> None:
+    """On a CPU, keeps DeepSpeed from compiling its shared-memory extension when process groups start.
+
+    The build takes a minute, and a killed one leaves a lock on which every later start hangs. Without it gloo does
+    all collectives, as between nodes. Call before init_distributed; says so once in the log.
+    """
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
+    if get_accelerator().device_name() == "cpu" and compatible.get("deepspeed_shm_comm"):
+        compatible["deepspeed_shm_comm"] = False
+        logger.info("ds_moe_ep: DeepSpeed's shared-memory extension is left out on CPU; gloo does all collectives")
+
+
+def init_distributed(**kwargs: Any) -> None:
+    """deepspeed.init_distributed without the compilation on CPU; does nothing where it was called already.
+
+    Finds its ranks from the deepspeed launcher, torchrun, or MPI (through mpi4py).
+    """
+    keep_shm_build_away()
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(**kwargs)
+
+
+def expert_group(ep_size: int, data_before_expert: bool) -> tuple[dist.ProcessGroup, list[int]]:
+    """DeepSpeed's expert-parallel group of this rank and its global ranks, made where it does not exist yet.
+
+    Collective over the world on the first call for an ep_size.
+    """
+    check_release()
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
+    return groups._get_expert_parallel_group(name), list(groups._get_expert_parallel_group_ranks(name))
+
+
+def lanes_beside(group: dist.ProcessGroup, all_groups: list[list[int]], timeout_s: float) -> LaneGroups:
+    """The lanes beside DeepSpeed's `group`; the first call opens them, collective over the world."""
+    if group not in _LANES:
+        _LANES[group] = open_lanes(all_groups, timeout_s)
+    return _LANES[group]
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """The ranks over which DeepSpeed averages the dense parameters."""
+    return groups._get_data_parallel_group()
+
+
+def compare_ranks(what: str, fingerprint: str) -> list[str]:
+    """The host names of all ranks, once all ranks gave the same fingerprint. Collective over the world.
+
+    Raises EngineError on every rank where they differ.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (fingerprint, socket.gethostname()))
+    fingerprints = [theirs for theirs, _ in gathered]
+    odd = [rank for rank, theirs in enumerate(fingerprints) if theirs != fingerprints[0]]
+    if odd:
+        raise EngineError(
+            f"{what} on ranks {odd} differs from that on rank 0: every rank must start with the same configuration "
+            f"and model; compare their ds_config and arguments ({fingerprints[odd[0]]} against {fingerprints[0]})"
+        )
+    return [host for _, host in gathered]
+
+
+def say(message: str) -> None:
+    """One log line on rank 0."""
+    log_dist(f"ds_moe_ep: {message}", ranks=[0])
+
+
+def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the data-parallel ranks. Collective, without gradient."""
+    total = values.clone()
+    dist.all_reduce(total, group=data_parallel_group())
+    return total

@@ -1,0 +1,76 @@
+"""`initialize`: a thin door in front of `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+from torch import nn
+
+from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.after_step import after_each_step
+from ds_moe_ep.engine.layer import MoE, with_given_knobs
+from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.section import SECTION, load_ds_config, read_section
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """(engine, optimizer, dataloader, lr scheduler), as deepspeed.initialize returns them.
+
+    1. Reads the section "moe_ep" of the ds_config (`config`, or `args.deepspeed_config`) and refuses what cannot work.
+    2. Gives its knobs to the MoE layers of `model`; knobs that it does not name stay as the layers were made.
+    3. Calls deepspeed.initialize, which makes the groups and connects the layers.
+    4. After each optimizer step, moves the balancing bias and reports the experts' load to the engine's monitor.
+
+    Collective over the world. The other arguments are deepspeed.initialize's. Raises ConfigError, TopologyError or
+    EngineError on every rank.
+    """
+    source = config if config is not None else getattr(args, "deepspeed_config", None)
+    if source is None:
+        raise ConfigError("config=None: pass config=<path or dict of a ds_config>, or args with deepspeed_config")
+    if model is None:
+        raise ConfigError("model=None: pass the torch module to train")
+    ds_config = load_ds_config(source)
+    section = read_section(ds_config)
+    layers = moe_layers(model)
+    if not layers:
+        raise EngineError(
+            f"model={type(model).__name__} has no ds_moe_ep.MoE layer: build it with one, or call "
+            "deepspeed.initialize for a dense model"
+        )
+    refuse_zero_3(ds_config)
+    for name, layer in layers.items():
+        layer.configure(with_given_knobs(layer.config, section.moe, section.given), f"{SECTION} ({name})")
+    seams.init_distributed()
+    if args is not None and getattr(args, "deepspeed_config", None) is not None:
+        args.deepspeed_config = None  # DeepSpeed takes one of the two; it was read into `config` above
+    engine, *others = deepspeed.initialize(args=args, model=model, config=ds_config, **kwargs)
+    after_each_step(engine, layers)
+    first = next(iter(layers.values()))
+    seams.say(
+        f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "
+        f"{first.config.schedule!r} with depth {first.config.depth}, transport {first.config.transport!r}"
+    )
+    return (engine, *others)
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The package's MoE layers in a model, by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+def refuse_zero_3(ds_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for ZeRO stage 3, which DeepSpeed refuses for its MoE layers by class."""
+    stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
+    if stage == 3:
+        raise ConfigError(
+            "zero_optimization.stage=3: DeepSpeed does not partition the parameters of its MoE layers (experts are "
+            "spread over ranks already); use stage 1 or 2"
+        )

@@ -1,0 +1,37 @@
+"""The exceptions that users of the package meet.
+
+    MoEError
+    ├── ConfigError      a knob has a value that cannot work        (also a ValueError)
+    ├── TopologyError    ranks, groups and experts do not fit       (also a ValueError)
+    └── EngineError      DeepSpeed, a group or a rank is not as the layer needs it  (also a RuntimeError)
+
+Every message has the form `path=value: the rule; the way out`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoEError(Exception):
+    """Root of the package's exceptions."""
+
+
+class ConfigError(MoEError, ValueError):
+    """A knob has a value that cannot work."""
+
+
+class TopologyError(MoEError, ValueError):
+    """Ranks, groups and experts do not fit each other."""
+
+
+class EngineError(MoEError, RuntimeError):
+    """DeepSpeed, a process group or another rank is not as the layer needs it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest known name, or the list of all when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(names)}"

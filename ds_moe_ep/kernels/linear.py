@@ -1,0 +1,40 @@
+"""Matrix products whose rows do not depend on how many rows are computed together.
+
+A schedule computes the same rows in pieces of any size; overlapped then equals serial bit for bit as long as each row
+of a product comes out the same. In fp32 and bf16 the CPU library keeps that promise from MIN_ROWS rows on (below,
+it sums along the inner dimension in another order), so fewer rows are padded. A GPU library may choose another kernel
+for another number of rows; there, equality holds up to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_ROWS = 4
+
+
+def linear_rows(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_RO: Tensor) -> None:
+    """Writes x @ weight.T + bias into `out`; no gradient."""
+    _rows(x_RI, weight_OI.t(), bias_O, out_RO)
+
+
+def linear_grad_rows(dy_RO: Tensor, weight_OI: Tensor, out_RI: Tensor) -> None:
+    """Writes dy @ weight, the gradient of a linear layer's input, into `out`."""
+    _rows(dy_RO, weight_OI, None, out_RI)
+
+
+def _rows(x_RI: Tensor, matrix_IO: Tensor, bias_O: Tensor | None, out_RO: Tensor) -> None:
+    num_rows = len(x_RI)
+    if num_rows == 0:
+        return
+    if num_rows < MIN_ROWS:
+        padded = x_RI.new_zeros(MIN_ROWS, x_RI.shape[1])
+        padded[:num_rows] = x_RI
+        wide = out_RO.new_empty(MIN_ROWS, out_RO.shape[1])
+        _rows(padded, matrix_IO, bias_O, wide)
+        out_RO.copy_(wide[:num_rows])
+    elif bias_O is None:
+        torch.mm(x_RI, matrix_IO, out=out_RO)
+    else:
+        torch.addmm(bias_O, x_RI, matrix_IO, out=out_RO)

@@ -1,0 +1,66 @@
+"""What NVIDIA's apex offers here. It is never required: every user of this file has a torch path beside it.
+
+Other projects are called apex too, so it is known by what it offers and not by its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The fused operations of an installed apex; None where one is not offered."""
+
+    layer_norm: Callable[..., nn.Module] | None = None
+    dense_gelu_dense: Callable[..., torch.Tensor] | None = (
+        None  # (x_TD, weight1, bias1, weight2, bias2) -> y_TD
+    )
+
+
+@functools.cache
+def offered() -> Fused:
+    """The fused operations that can run in this process; the search and its log line happen once.
+
+    Without a CUDA device nothing is offered: apex's kernels exist for CUDA alone.
+    """
+    if not torch.cuda.is_available():
+        return Fused()
+    return Fused(layer_norm=find_layer_norm(), dense_gelu_dense=find_dense_gelu_dense())
+
+
+def find_layer_norm() -> Callable[..., nn.Module] | None:
+    """apex.normalization.FusedLayerNorm where its compiled part loads, else None."""
+    try:
+        cls = importlib.import_module("apex.normalization").FusedLayerNorm
+        cls(8)  # the compiled part is first loaded here
+    except Exception as error:
+        return say("layer norm", None, f"torch's layer norm ({type(error).__name__}: {error})")
+    return say("layer norm", cls, "apex's fused layer norm")
+
+
+def find_dense_gelu_dense() -> Callable[..., torch.Tensor] | None:
+    """The function behind apex.fused_dense.FusedDenseGeluDense, else None."""
+    try:
+        module = importlib.import_module("apex.fused_dense")
+        module.FusedDenseGeluDense(8, 8, 8)
+        function = module.fused_dense_gelu_dense_function
+    except Exception as error:
+        return say("dense-GELU-dense", None, f"torch's two matmuls ({type(error).__name__}: {error})")
+    return say("dense-GELU-dense", function, "apex's fused kernel")
+
+
+def say(operation: str, chosen: Any, words: str) -> Any:
+    """`chosen`, after one log line that tells which path `operation` takes."""
+    logger.info("ds_moe_ep: %s runs as %s", operation, words)
+    return chosen

@@ -1,0 +1,77 @@
+"""Local experts, and how one pass goes through them.
+
+Parameters live where DeepSpeed keeps them: one module an expert in a list, so that checkpoints, optimizer states and
+parameter groups are interchangeable with DeepSpeed's own layer. Rows are stacked instead: all rows of an expert lie
+side by side, and each product is one matrix product an expert and piece.
+
+A form (`forms.py`) knows the mathematics of a kind of expert and splits its gradient in two: input gradients, which
+other ranks wait for, and weight gradients, which nothing waits for. Experts of unknown shape go through autograd.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ds_moe_ep.moe.forms import ExpertPass, GeluPass, ModulePass, SwiGLUPass
+from ds_moe_ep.moe.recognise import recognise
+
+
+class GeluMLP(nn.Module):
+    """An expert: Linear(D, F), GELU, Linear(F, D). `approximate` is "none" (erf) or "tanh"."""
+
+    def __init__(self, hidden_size: int, width: int, bias: bool = False, approximate: str = "none") -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, width, bias=bias)
+        self.act = nn.GELU(approximate)
+        self.fc2 = nn.Linear(width, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.act(self.fc1(x)))
+        return y
+
+
+class SwiGLU(nn.Module):
+    """An expert: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, width: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, width, bias=bias)
+        self.up = nn.Linear(hidden_size, width, bias=bias)
+        self.down = nn.Linear(width, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+class Experts(nn.Module):
+    """`num_local_experts` copies of a template module that maps rows [n, D] to rows [n, D]."""
+
+    def __init__(self, template: nn.Module, num_local_experts: int) -> None:
+        super().__init__()
+        self.deepspeed_experts = nn.ModuleList(copy.deepcopy(template) for _ in range(num_local_experts))
+        self.form = recognise(template)
+
+    def __len__(self) -> int:
+        return len(self.deepspeed_experts)
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """All parameters, expert by expert: the order in which a pass returns their gradients."""
+        return list(self.deepspeed_experts.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The parameters' type; None for experts without parameters."""
+        return next((p.dtype for p in self.parameters()), None)
+
+    def start(self, num_rows: int, keep_graph: bool) -> ExpertPass:
+        """A pass over `num_rows` rows; `keep_graph` says whether a backward pass may follow."""
+        if self.form is None:
+            return ModulePass(list(self.deepspeed_experts), keep_graph)
+        weights = [self.form.weights_of(expert) for expert in self.deepspeed_experts]
+        if self.form.kind == "gelu":
+            return GeluPass(weights, num_rows, self.form.approximate)
+        return SwiGLUPass(weights, num_rows)

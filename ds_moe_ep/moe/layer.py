@@ -1,0 +1,124 @@
+"""The expert-parallel layer.
+
+1. Route: scores, top-k, weights, balance losses and counters (`router.py`, `balance.py`).
+2. Plan: sort the N = T*K row copies by (destination rank, local expert), exchange counts in one small all-to-all, one
+   device-to-host sync for the sizes; none with a capacity (`plan.py`).
+3. Permute the rows into send order (`kernels/permute.py`).
+4. Run the schedule: send and receive rows, compute experts, send results back, overlapped (`overlap.py`).
+5. Unpermute and weight the results; add the shared expert if there is one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ds_moe_ep.comm.lanes import Lanes, make_lanes
+from ds_moe_ep.comm.transport import Loopback, Transport
+from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.kernels.permute import permute, unpermute
+from ds_moe_ep.moe.balance import router_loss
+from ds_moe_ep.moe.experts import Experts
+from ds_moe_ep.moe.layout import lay_out
+from ds_moe_ep.moe.overlap import Route, run_experts
+from ds_moe_ep.moe.plan import announce_bad_input, make_plan
+from ds_moe_ep.moe.router import Router, Routing
+from ds_moe_ep.schedule import backward_schedule, forward_schedule
+from ds_moe_ep.topology import Torus
+
+
+class ExpertParallel(nn.Module):
+    """A mixture of experts whose experts are shared by the ranks of one group.
+
+    `expert` is a template that is copied for each local expert and maps rows [n, D] to rows [n, D]; `shared` is an
+    expert that every token visits, on its own rank. Before its first forward pass a layer with ep_size > 1 needs
+    `connect`.
+    """
+
+    def __init__(
+        self, hidden_size: int, expert: nn.Module, config: MoEConfig, shared: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.config = config
+        self.gate = Router(hidden_size, config)
+        self.experts = Experts(expert, config.num_local_experts)
+        self.shared = shared
+        self._transport: Transport | None = Loopback() if config.ep_size == 1 else None
+        self._torus = Torus(1, 1)
+        self._lanes: Lanes | None = None
+        self.last_counts_E = torch.zeros(config.num_experts, dtype=torch.int64)
+
+    def configure(self, config: MoEConfig) -> None:
+        """Gives the layer other knobs than it was made with. Local; the number of experts and ep_size stay."""
+        own = self.config
+        assert (config.num_experts, config.ep_size) == (own.num_experts, own.ep_size), "these shape parameters"
+        self.config = config
+        self.gate.configure(config)
+
+    def connect(self, transport: Transport, torus: Torus | None = None) -> None:
+        """Gives the layer its links. Local. `torus` places the group's ranks on nodes; by default all share one.
+
+        Raises ConfigError when the group's size is not ep_size.
+        """
+        if transport.size != self.config.ep_size:
+            raise ConfigError(
+                f"moe_ep.ep_size={self.config.ep_size}, but the layer is connected to a group of {transport.size} "
+                "ranks: pass the group of ep_size ranks that share its experts"
+            )
+        self._transport = transport
+        self._torus = torus or Torus(1, transport.size)
+
+    def forward(self, x: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [..., D], the weighted balance loss [], and this rank's choices an expert [E] for input [..., D].
+
+        Collective over the expert group, forward and backward: every rank of the group calls it equally often, with
+        any number of tokens (with a capacity: the same number). `used_token` [...] is zero for tokens to leave out;
+        their output is zero.
+        """
+        transport = self._links(x)
+        x_TD = x.reshape(-1, self.hidden_size)
+        routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
+        y_TD = self._dispatch(x_TD, routing, transport)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        loss = router_loss(routing, self.config, transport.sum, transport.size)
+        self.last_counts_E = routing.chosen_TE().sum(0).to(torch.int64)
+        return y_TD.view(x.shape), loss, self.last_counts_E
+
+    def _dispatch(self, x_TD: Tensor, routing: Routing, transport: Transport) -> Tensor:
+        plan = make_plan(routing, self.config.num_experts, transport, (self.hidden_size, x_TD.dtype))
+        forward = forward_schedule(self.config, self._torus)
+        backward = backward_schedule(self.config, self._torus)
+        if self._lanes is None:
+            self._lanes = make_lanes(x_TD.device)
+        layout = lay_out(plan, forward.pieces, self._torus, transport.rank)
+        route = Route(layout, forward, backward, transport, self._lanes)
+        rows_ND = permute(x_TD, plan.maps)
+        results_ND = run_experts(rows_ND, self.experts, route)
+        return unpermute(results_ND, routing.weights_TK, plan.maps)
+
+    def _links(self, x: Tensor) -> Transport:
+        """The layer's transport, once the input is known to be fit for it.
+
+        A rank with a bad input first tells its peers, in the exchange of counts that they wait in, and then raises.
+        """
+        if self._transport is None:
+            raise EngineError(
+                f"moe_ep.ep_size={self.config.ep_size}: the layer has no expert-parallel group yet; pass the model "
+                "to deepspeed.initialize or ds_moe_ep.initialize, or call the layer's connect(transport)"
+            )
+        dtype = self.experts.dtype or x.dtype
+        problem = ""
+        if x.shape[-1] != self.hidden_size:
+            problem = f"input.shape[-1]={x.shape[-1]}: the layer was made for hidden_size={self.hidden_size}"
+        elif x.dtype != dtype:
+            problem = (
+                f"input.dtype={x.dtype}: the experts' parameters are {dtype}; cast the input or the model "
+                "(inside torch.autocast, call the layer outside of the region)"
+            )
+        if problem:
+            announce_bad_input(self._transport, self.config.num_local_experts, x.device)
+            raise ConfigError(problem)
+        return self._transport

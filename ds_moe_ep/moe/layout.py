@@ -1,0 +1,123 @@
+"""Where each piece's rows lie: in send order, on the wire, and stacked by expert.
+
+Three orders of rows meet in a pass. Sent rows lie by (peer, expert of the peer). Received rows come by (peer, local
+expert), one message a peer. The experts want them by (local expert, peer), so that all rows of an expert lie side by
+side in an order that no schedule changes. With one local expert the last two are the same, and rows are received where
+they are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ds_moe_ep.moe.plan import DispatchPlan
+from ds_moe_ep.schedule import Piece
+from ds_moe_ep.topology import Torus
+
+Span = tuple[int, int]  # start, stop
+
+
+@dataclass(frozen=True)
+class PieceRows:
+    """The rows of one piece on this rank.
+
+    `sent` and `received`: per peer, a span of the sent rows and of the received ones; both may be empty.
+    `own`: the spans, sent and received, of the rows that stay on this rank.
+    `moves`: (wire start, stacked start, rows) between received and stacked order; none where they are the same.
+    `runs`: (local expert, stacked span) to compute.
+    """
+
+    sent: tuple[tuple[int, Span], ...]
+    received: tuple[tuple[int, Span], ...]
+    own: tuple[tuple[Span, Span], ...]
+    moves: tuple[tuple[int, int, int], ...]
+    runs: tuple[tuple[int, Span], ...]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The rows of a whole pass: one PieceRows a piece, and the span of each local expert's stacked rows."""
+
+    pieces: tuple[PieceRows, ...]
+    expert_spans: tuple[Span, ...]
+    num_sent: int
+    num_received: int
+
+    @property
+    def is_stacked_on_arrival(self) -> bool:
+        """Whether received rows already lie by expert: one local expert, or no peers."""
+        return not any(rows.moves for rows in self.pieces)
+
+
+def lay_out(plan: DispatchPlan, pieces: Sequence[Piece], torus: Torus, rank: int) -> RowLayout:
+    """The layout of a plan's rows in the pieces of a schedule. Local, no device work."""
+    recv_PL = plan.recv_rows_PL
+    num_local = len(recv_PL[0])
+    sent_start_P = _starts([sum(rows) for rows in plan.send_rows_PL])
+    recv_start_P = _starts([sum(rows) for rows in recv_PL])
+    stacked_start = _starts([recv_PL[p][e] for e in range(num_local) for p in range(torus.size)])
+    start_LP = [stacked_start[e * torus.size : (e + 1) * torus.size] for e in range(num_local)]
+    expert_starts = [row[0] for row in start_LP] + [plan.num_received]
+    stacked_on_arrival = num_local == 1 or torus.size == 1
+
+    def rows_of(piece: Piece) -> PieceRows:
+        sent, received, own, moves, runs = [], [], [], [], []
+        for offset in piece.offsets:
+            target, source = torus.target(rank, offset), torus.source(rank, offset)
+            out = _cut(sent_start_P[target], sum(plan.send_rows_PL[target]), piece)
+            into = _cut(recv_start_P[source], sum(recv_PL[source]), piece)
+            if source == rank:
+                own.append((out, into))
+            else:
+                sent.append((target, out))
+                received.append((source, into))
+            for expert, (start, stop) in _by_expert(into, recv_start_P[source], recv_PL[source]):
+                place = start_LP[expert][source] + start - _starts(recv_PL[source])[expert] - recv_start_P[source]
+                runs.append((expert, (place, place + stop - start)))
+                moves.append((start, place, stop - start))
+        return PieceRows(
+            tuple(sent), tuple(received), tuple(own), () if stacked_on_arrival else tuple(moves), _merge(runs)
+        )
+
+    return RowLayout(
+        tuple(rows_of(piece) for piece in pieces),
+        tuple(zip(expert_starts, expert_starts[1:], strict=False)),
+        plan.num_sent,
+        plan.num_received,
+    )
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    return [0, *accumulate(counts)][:-1]
+
+
+def _cut(start: int, num_rows: int, piece: Piece) -> Span:
+    """The piece's cut of `num_rows` rows from `start` on; both ends of a message cut alike."""
+    return (
+        start + piece.cut * num_rows // piece.num_cuts,
+        start + (piece.cut + 1) * num_rows // piece.num_cuts,
+    )
+
+
+def _by_expert(span: Span, start: int, rows_L: Sequence[int]) -> list[tuple[int, Span]]:
+    """The parts of a span of one peer's received rows that belong to each local expert; empty ones left out."""
+    parts = []
+    for expert, num_rows in enumerate(rows_L):
+        first, last = max(span[0], start), min(span[1], start + num_rows)
+        if first < last:
+            parts.append((expert, (first, last)))
+        start += num_rows
+    return parts
+
+
+def _merge(runs: Sequence[tuple[int, Span]]) -> tuple[tuple[int, Span], ...]:
+    """Runs in stacked order, adjacent ones of one expert joined: fewer and larger matrix products."""
+    merged: list[tuple[int, Span]] = []
+    for expert, (start, stop) in sorted(runs, key=lambda run: run[1]):
+        if merged and merged[-1][0] == expert and merged[-1][1][1] == start:
+            merged[-1] = (expert, (merged[-1][1][0], stop))
+        else:
+            merged.append((expert, (start, stop)))
+    return tuple(merged)

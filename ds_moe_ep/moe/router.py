@@ -1,0 +1,162 @@
+"""Which experts a token visits, and with what weight.
+
+1. Logits and scores in fp32 (GShard, arXiv 2006.16668, section 2.2; sigmoid scores: DeepSeek-V3, arXiv 2412.19437).
+2. The choice: top-k of the scores, with training noise and the balancing bias where configured.
+3. The places: with a capacity, who keeps a row of its expert (by position, by score, or drawn).
+4. The weights: the chosen scores without noise or bias, renormalised over the kept choices where configured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.moe.balance import BiasBalance
+
+JITTER = 1e-2  # relative width of the input noise, as DeepSpeed and Switch (arXiv 2101.03961) have it
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The router's answer for T tokens, K choices each, over E experts.
+
+    `place_TK` is the row of a choice among those of its expert, from 0; it and `capacity` are None without a limit.
+    `is_used_TK` is None where every choice takes part; `is_kept_TK` also leaves out what a capacity drops.
+    """
+
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+    scores_TE: Tensor
+    logits_TE: Tensor
+    is_used_TK: Tensor | None = None
+    is_kept_TK: Tensor | None = None
+    place_TK: Tensor | None = None
+    capacity: int | None = None
+
+    def chosen_TE(self, choices: slice = slice(None)) -> Tensor:
+        """1 where a token chose an expert (before any drop), as the scores' type; no gradient."""
+        ids_TK = self.expert_ids_TK[:, choices]
+        ones_TK = torch.ones_like(ids_TK, dtype=self.scores_TE.dtype)
+        if self.is_used_TK is not None:
+            ones_TK = ones_TK * self.is_used_TK[:, choices]
+        return torch.zeros_like(self.scores_TE, requires_grad=False).scatter_(1, ids_TK, ones_TK)
+
+
+class Router(nn.Module):
+    """The gate: one matrix [E, D], replicated on every rank.
+
+    The attribute `wg` and the class's place in the layer (`gate`) are the names of DeepSpeed's checkpoints.
+    """
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.wg = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.balance: BiasBalance | None = None
+        self.configure(config)
+
+    def configure(self, config: MoEConfig) -> None:
+        """Gives the router its knobs; a balancing bias starts at zero where it is new."""
+        self.config = config
+        if config.balance != "bias":
+            self.balance = None
+        elif self.balance is None:
+            self.balance = BiasBalance(config).to(self.wg.weight.device)
+
+    def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> Routing:
+        """The routing of tokens [T, D]; `used_token_T` is nonzero for tokens that take part. Local."""
+        config = self.config
+        logits_TE, choice_logits_TE = self._logits(x_TD)
+        scores_TE = logits_TE.softmax(1) if config.score == "softmax" else logits_TE.sigmoid()
+        with torch.no_grad():
+            expert_ids_TK = self._choose(choice_logits_TE)
+            is_used_TK = None
+            if used_token_T is not None:
+                is_used_TK = (used_token_T.reshape(-1, 1) != 0).expand_as(expert_ids_TK)
+            capacity = config.capacity(len(x_TD), self.training)
+            place_TK, is_kept_TK = None, is_used_TK
+            if capacity is not None:
+                place_TK = places(expert_ids_TK, is_used_TK, self._priority(scores_TE, expert_ids_TK), config.num_experts)
+                is_kept_TK = place_TK < capacity
+        weights_TK = self._weights(scores_TE.gather(1, expert_ids_TK), is_kept_TK)
+        routing = Routing(
+            expert_ids_TK, weights_TK, scores_TE, logits_TE, is_used_TK, is_kept_TK, place_TK, capacity
+        )
+        if self.balance is not None and self.training:
+            self.balance.observe(routing.chosen_TE())
+        return routing
+
+    def _logits(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the logits with noise that the choice is made from."""
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        x_TD, noise = x_TD.to(wide), self.config.noise if self.training else "none"
+        if noise == "jitter":
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - JITTER, 1 + JITTER)
+        logits_TE = F.linear(x_TD, self.wg.weight.to(wide))
+        return logits_TE, logits_TE + gumbel_like(logits_TE) if noise == "rsample" else logits_TE
+
+    def _choose(self, logits_TE: Tensor) -> Tensor:
+        """Expert ids [T, K], best first. The balancing bias moves the choice and nothing else."""
+        config = self.config
+        if self.balance is not None:
+            scores_TE = logits_TE.softmax(1) if config.score == "softmax" else logits_TE.sigmoid()
+            logits_TE = scores_TE + self.balance.bias_E.to(scores_TE.dtype)
+        if config.top_k > 2:
+            return logits_TE.topk(config.top_k, dim=1).indices
+        first_T1 = logits_TE.argmax(1, keepdim=True)
+        if config.top_k == 1:
+            return first_T1
+        if config.sample_second:
+            logits_TE = logits_TE + gumbel_like(logits_TE)
+        second_T1 = logits_TE.scatter(1, first_T1, float("-inf")).argmax(1, keepdim=True)
+        return torch.cat([first_T1, second_T1], 1)
+
+    def _priority(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
+        """What decides who keeps a place, best highest; None for first come, first served."""
+        if self.config.drop_policy == "score":
+            return scores_TE.gather(1, expert_ids_TK)
+        if self.config.drop_policy == "random":
+            return torch.rand_like(scores_TE[:, :1])
+        return None
+
+    def _weights(self, weights_TK: Tensor, is_kept_TK: Tensor | None) -> Tensor:
+        if is_kept_TK is not None:
+            weights_TK = weights_TK * is_kept_TK
+        if self.config.renormalizes:
+            smallest = torch.finfo(weights_TK.dtype).eps
+            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=smallest)
+        return weights_TK
+
+
+def places(
+    expert_ids_TK: Tensor, is_used_TK: Tensor | None, priority_TK: Tensor | None, num_experts: int
+) -> Tensor:
+    """The place [T, K] of each choice in its expert's queue; choices that take no part stand far behind.
+
+    Without priorities the queue is GShard's: all first choices in token order, then all second ones. Local, no
+    device sync.
+    """
+    num_tokens, num_choices = expert_ids_TK.shape
+    ids_M = expert_ids_TK.t().flatten()  # M = K*T, choice-major
+    if is_used_TK is not None:
+        ids_M = torch.where(is_used_TK.t().flatten(), ids_M, num_experts)
+    if priority_TK is None:
+        order_M = ids_M.argsort(stable=True)
+    else:
+        by_priority_M = priority_TK.t().flatten().argsort(descending=True, stable=True)
+        order_M = by_priority_M[ids_M[by_priority_M].argsort(stable=True)]
+    count_E = ids_M.new_zeros(num_experts + 1).scatter_add_(0, ids_M, torch.ones_like(ids_M))
+    first_E = count_E.cumsum(0) - count_E
+    place_M = torch.empty_like(ids_M)
+    place_M[order_M] = torch.arange(len(ids_M), device=ids_M.device) - first_E[ids_M[order_M]]
+    far_behind = torch.iinfo(place_M.dtype).max
+    place_M = torch.where(ids_M == num_experts, far_behind, place_M)
+    return place_M.view(num_choices, num_tokens).t()
+
+
+def gumbel_like(logits_TE: Tensor) -> Tensor:
+    """Standard Gumbel noise: the argmax of logits plus it is a draw from their softmax."""
+    return -torch.empty_like(logits_TE).exponential_().log()

@@ -1,0 +1,227 @@
+"""How a ds_config trains: precision, ZeRO stage, optimizer and batch, by DeepSpeed's rules.
+
+Refuses what DeepSpeed or the layer would refuse later, on every rank and after minutes of starting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ds_moe_ep import deepspeed_keys
+from ds_moe_ep.errors import ConfigError, nearest
+from ds_moe_ep.topology import RankGrid
+
+Precision = Literal["fp16", "bf16", "fp32"]
+
+BYTES: dict[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+DTYPE_NAMES: dict[str, Precision] = {
+    **dict.fromkeys(("fp16", "float16", "half", "torch.float16"), "fp16"),
+    **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), "bf16"),
+    **dict.fromkeys(("fp32", "float32", "float", "torch.float32"), "fp32"),
+}
+# fp32 numbers that an optimizer keeps for a parameter, beside the master weight
+STATES = {"adam": 2, "adamw": 2, "lamb": 2, "muadam": 2, "muadamw": 2, "adagrad": 1, "lion": 1, "muon": 1}
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training job: what DeepSpeed makes of a ds_config on a world of ranks."""
+
+    world_size: int
+    ep_size: int
+    micro_batch: int  # sequences of one rank in one forward pass
+    accumulation: int  # micro-batches of one optimizer step
+    precision: Precision
+    gradient_precision: Precision  # in which micro-batches are summed
+    zero_stage: int
+    optimizer: str
+    optimizer_states: int  # fp32 numbers beside the master weight of a parameter
+    offload: bool  # optimizer states lie in the host's memory
+    bucket_elements: int  # numbers in DeepSpeed's buffers of gradients on their way; 0 without ZeRO
+
+    @property
+    def batch(self) -> int:
+        """Sequences of one optimizer step, over all ranks."""
+        return self.micro_batch * self.accumulation * self.world_size
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that hold the same experts: they share the experts' optimizer states under ZeRO."""
+        return self.world_size // self.ep_size
+
+
+def read_training(ds_config: Mapping[str, Any], ep_size: int, world_size: int | None = None) -> Training:
+    """The job of `ds_config`, by default on the ranks that its batch sizes imply, else on `ep_size` ranks.
+
+    Raises ConfigError or TopologyError for what cannot work.
+    """
+    _check_keys(ds_config)
+    if world_size is None:
+        world_size = _implied_world_size(ds_config) or ep_size
+    RankGrid(world_size=world_size, ep_size=ep_size)
+    micro_batch, accumulation = _read_batch(ds_config, world_size)
+    precision = _read_precision(ds_config)
+    zero = _section(ds_config, "zero_optimization")
+    stage = _read_stage(zero)
+    name, states = _read_optimizer(ds_config)
+    offload = stage > 0 and _section(zero, "offload_optimizer").get("device", "none") != "none"
+    return Training(
+        world_size=world_size,
+        ep_size=ep_size,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        precision=precision,
+        gradient_precision=_read_gradient_precision(ds_config, precision, stage),
+        zero_stage=stage,
+        optimizer=name,
+        optimizer_states=states,
+        offload=offload,
+        bucket_elements=_read_bucket(zero) if stage else 0,
+    )
+
+
+def _check_keys(ds_config: Mapping[str, Any]) -> None:
+    """Refuses keys that DeepSpeed has removed and those that are close to one it knows.
+
+    Others pass: DeepSpeed ignores them, and another library may read them.
+    """
+    known = deepspeed_keys.TOP_LEVEL | {"moe_ep"}
+    for key, value in ds_config.items():
+        if key in deepspeed_keys.REMOVED:
+            raise ConfigError(f"{key}={value!r}: DeepSpeed 0.19 has removed this section; delete it")
+        hint = nearest(key, known)
+        if key not in known and hint.startswith("did you mean"):
+            raise ConfigError(f"{key}={value!r}: DeepSpeed would ignore this unknown key; {hint}")
+    for key, value in _section(ds_config, "zero_optimization").items():
+        if key not in deepspeed_keys.ZERO and not key.startswith("stage3_"):
+            hint = nearest(key, deepspeed_keys.ZERO)
+            raise ConfigError(f"zero_optimization.{key}={value!r}: unknown key; {hint}")
+    if _section(ds_config, "autotuning").get("enabled"):
+        raise ConfigError(
+            "autotuning.enabled=true: the autotuner restarts the job with other batch sizes and ZeRO stages, "
+            "among them stage 3, which refuses MoE layers; set it to false"
+        )
+
+
+def _implied_world_size(ds_config: Mapping[str, Any]) -> int | None:
+    batch, micro_batch, accumulation = (ds_config.get(key) for key in BATCH_KEYS)
+    whole = [value for value in (batch, micro_batch, accumulation) if isinstance(value, int) and value > 0]
+    if len(whole) < 3 or whole[0] % (whole[1] * whole[2]):
+        return None
+    return whole[0] // (whole[1] * whole[2])
+
+
+def _read_batch(ds_config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
+    """Micro-batch size and accumulation steps, with the missing ones derived as DeepSpeed does."""
+    batch, micro_batch, accumulation = (_positive(ds_config, key) for key in BATCH_KEYS)
+    if batch is None and micro_batch is None:
+        raise ConfigError(
+            "train_batch_size=null: DeepSpeed needs it or train_micro_batch_size_per_gpu; give one of them"
+        )
+    if batch is not None:
+        if micro_batch is None:
+            micro_batch = batch // world_size // (accumulation or 1)
+        accumulation = accumulation or (batch // max(micro_batch, 1) // world_size)
+    assert micro_batch is not None
+    accumulation = accumulation or 1
+    product = micro_batch * accumulation * world_size
+    if batch is not None and (batch != product or not product):
+        raise ConfigError(
+            f"train_batch_size={batch}: must be train_micro_batch_size_per_gpu * gradient_accumulation_steps "
+            f"* ranks = {micro_batch} * {accumulation} * {world_size} = {product}; "
+            f"{_batch_way_out(batch, micro_batch, world_size)}"
+        )
+    return micro_batch, accumulation
+
+
+def _batch_way_out(batch: int, micro_batch: int, world_size: int) -> str:
+    whole, rest = divmod(batch, max(micro_batch, 1) * world_size)
+    if whole and not rest:
+        return f"set gradient_accumulation_steps to {whole}"
+    return f"use a multiple of {max(micro_batch, 1) * world_size}, or start another number of ranks"
+
+
+def _read_precision(ds_config: Mapping[str, Any]) -> Precision:
+    bf16 = "bf16" if "bf16" in ds_config else "bfloat16"
+    fp16_on, bf16_on = (_flag(ds_config, name) for name in ("fp16", bf16))
+    if fp16_on and bf16_on:
+        raise ConfigError(
+            f"fp16.enabled=true with {bf16}.enabled=true: DeepSpeed trains in one; set one to false"
+        )
+    return "fp16" if fp16_on else "bf16" if bf16_on else "fp32"
+
+
+def _read_stage(zero: Mapping[str, Any]) -> int:
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= 3:
+        raise ConfigError(f"zero_optimization.stage={stage!r}: a ZeRO stage is 0, 1 or 2; choose one")
+    if stage == 3:
+        raise ConfigError(
+            "zero_optimization.stage=3: DeepSpeed refuses its MoE class, and with it this layer, under stage "
+            "3, which cuts every parameter over all ranks, experts too; use stage 1 or 2"
+        )
+    return stage
+
+
+def _read_gradient_precision(ds_config: Mapping[str, Any], precision: Precision, stage: int) -> Precision:
+    given = _section(ds_config, "data_types").get("grad_accum_dtype")
+    if given is None:
+        return precision
+    if not isinstance(given, str) or given not in DTYPE_NAMES:
+        raise ConfigError(f"data_types.grad_accum_dtype={given!r}: unknown; choose fp16, bf16 or fp32")
+    if DTYPE_NAMES[given] != precision and stage == 0:
+        raise ConfigError(
+            f"data_types.grad_accum_dtype={given!r} with {precision} weights: DeepSpeed sums in another "
+            "precision only under ZeRO; set zero_optimization.stage to 1 or 2, or remove it"
+        )
+    return DTYPE_NAMES[given]
+
+
+def _read_optimizer(ds_config: Mapping[str, Any]) -> tuple[str, int]:
+    """The optimizer's name and its states a parameter; one that is made in code is taken for Adam's like."""
+    optimizer = _section(ds_config, "optimizer")
+    name = optimizer.get("type")
+    if name is None:
+        return "given in code (taken as Adam)", 2
+    if not isinstance(name, str):
+        raise ConfigError(f"optimizer.type={name!r}: names an optimizer; write a string such as 'AdamW'")
+    if name.lower() == "sgd":
+        return name, int(bool(_section(optimizer, "params").get("momentum")))
+    return name, STATES.get(name.lower(), 2)
+
+
+def _read_bucket(zero: Mapping[str, Any]) -> int:
+    size = zero.get("reduce_bucket_size", 5e8)
+    if isinstance(size, bool) or not isinstance(size, int | float) or size <= 0:
+        raise ConfigError(
+            f"zero_optimization.reduce_bucket_size={size!r}: needs a number above 0, in elements"
+        )
+    if not zero.get("contiguous_gradients", True):
+        return 0
+    return int(size) * (2 if zero.get("overlap_comm") else 1)
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{name}={section!r}: expected an object; write {{...}}")
+    return section
+
+
+def _flag(ds_config: Mapping[str, Any], name: str) -> bool:
+    value = _section(ds_config, name).get("enabled", False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}.enabled={value!r}: needs true or false; write one")
+    return value
+
+
+def _positive(ds_config: Mapping[str, Any], key: str) -> int | None:
+    value = ds_config.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f"{key}={value!r}: needs a whole number of at least 1; write one or remove the key")
+    return value

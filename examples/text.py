@@ -1,0 +1,125 @@
+"""Text as bytes: a corpus that lies on every machine, batches that can be drawn again, and a baseline.
+
+The default corpus is the sources of the Python standard library. Files go to training or validation as a
+whole, and a batch depends on (seed, step, rank) alone: a resumed run continues the same stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+VALIDATION_EVERY = 10  # one file of ten
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "lib-dynload"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Bytes to learn from and bytes to judge by, and the bytes' entropy as a baseline."""
+
+    train: torch.Tensor
+    validation: torch.Tensor
+
+    def unigram_entropy(self) -> float:
+        """Nats a validation byte costs a model that knows the training bytes' frequencies and nothing else.
+
+        Every byte is counted once more than it was seen, so that an unseen one has a price.
+        """
+        seen = torch.bincount(self.train.int(), minlength=256).double() + 1
+        to_judge = torch.bincount(self.validation.int(), minlength=256).double()
+        price = math.log(float(seen.sum())) - seen.log()
+        return float((to_judge * price).sum() / to_judge.sum())
+
+
+def load_corpus(paths: Sequence[str] = (), max_bytes: int = 8_000_000) -> Corpus:
+    """The corpus in `paths` (files, or folders with all their files), or the standard library's sources.
+
+    Files come in an order that depends on their names alone, until `max_bytes` are read. A corpus of fewer
+    than ten files is cut by its last tenth of bytes. Raises SystemExit where there is nothing to read.
+    """
+    named = sorted(files_of(paths) if paths else standard_library(), key=lambda item: fingerprint(item[0]))
+    texts: list[bytes] = []
+    for _, path in named:
+        texts.append(path.read_bytes())
+        if sum(map(len, texts)) >= max_bytes:
+            break
+    if len(texts) < VALIDATION_EVERY:
+        whole = b"".join(texts)[:max_bytes]
+        train, validation = whole[: len(whole) * 9 // 10], whole[len(whole) * 9 // 10 :]
+    else:
+        validation = b"".join(texts[VALIDATION_EVERY - 1 :: VALIDATION_EVERY])
+        train = b"".join(text for i, text in enumerate(texts) if i % VALIDATION_EVERY != VALIDATION_EVERY - 1)
+    if not validation:
+        raise SystemExit(f"--data {' '.join(paths)}: no text found; name files or folders that hold some")
+    return Corpus(as_bytes(train), as_bytes(validation))
+
+
+def standard_library() -> Iterator[tuple[str, Path]]:
+    """The names and paths of the standard library's sources, without its tests."""
+    root = Path(os.__file__).parent
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if not SKIPPED_FOLDERS.intersection(relative.parts):
+            yield relative.as_posix(), path
+
+
+def files_of(paths: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """The names and paths of all files that `paths` name."""
+    for given in map(Path, paths):
+        if given.is_dir():
+            yield from ((p.relative_to(given).as_posix(), p) for p in given.rglob("*") if p.is_file())
+        elif given.is_file():
+            yield given.name, given
+        else:
+            raise SystemExit(f"--data {given}: no such file or folder")
+
+
+def fingerprint(*values: object) -> int:
+    """A number of 63 bits that is the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big") >> 1
+
+
+def as_bytes(text: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def training_batch(
+    text: torch.Tensor, *, seed: int, step: int, rank: int, num_sequences: int, sequence_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and target ids [B, S] of random places of `text`, drawn from (seed, step, rank) alone."""
+    generator = torch.Generator().manual_seed(fingerprint(seed, step, rank))
+    starts = torch.randint(last_start(text, sequence_length) + 1, (num_sequences,), generator=generator)
+    return windows(text, starts, sequence_length)
+
+
+def validation_batch(
+    text: torch.Tensor, *, index: int, num_batches: int, num_sequences: int, sequence_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch `index` of `num_batches` whose windows are spread evenly over `text`: the same for every run."""
+    places = torch.arange(index * num_sequences, (index + 1) * num_sequences, dtype=torch.float64)
+    starts = (places / (num_batches * num_sequences) * last_start(text, sequence_length)).long()
+    return windows(text, starts, sequence_length)
+
+
+def last_start(text: torch.Tensor, sequence_length: int) -> int:
+    """The last place where a window and the byte after it fit. Raises SystemExit where none does."""
+    if len(text) <= sequence_length:
+        raise SystemExit(
+            f"--data: {len(text)} bytes hold no sequence of {sequence_length} and the byte after it; "
+            "give more text"
+        )
+    return len(text) - sequence_length - 1
+
+
+def windows(
+    text: torch.Tensor, starts: torch.Tensor, sequence_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids at `starts`, and the ids one byte later as their targets."""
+    ids = text[starts[:, None] + torch.arange(sequence_length + 1)].long()
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

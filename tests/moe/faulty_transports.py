@@ -1,0 +1,104 @@
+"""Transports that delay or damage what another one moves."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ds_moe_ep.comm.transport import Message, Transfer, Transport
+
+
+class Wrapper:
+    """Passes everything on."""
+
+    def __init__(self, inner: Transport) -> None:
+        self.inner = inner
+        self.rank = inner.rank
+        self.size = inner.size
+
+    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
+        return self.inner.exchange_counts(counts_PC)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return self.inner.sum(values)
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+        return self.inner.start(lane, sends, receives)
+
+
+class Delayed(Wrapper):
+    """Sleeps a random moment, another on every rank, before each start and each wait."""
+
+    def __init__(self, inner: Transport, seed: int, longest_s: float) -> None:
+        super().__init__(inner)
+        self._random = random.Random(1000 * seed + inner.rank)
+        self._longest_s = longest_s
+
+    def pause(self) -> None:
+        time.sleep(self._random.choice((0.0, self._random.uniform(0, self._longest_s))))
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+        self.pause()
+        return _DelayedTransfer(super().start(lane, sends, receives), self)
+
+
+class _DelayedTransfer:
+    def __init__(self, inner: Transfer, transport: Delayed) -> None:
+        self._inner = inner
+        self._transport = transport
+
+    def wait(self) -> None:
+        self._transport.pause()
+        self._inner.wait()
+
+
+class Lossy(Wrapper):
+    """Overwrites the first row that the first dispatch brings with zeros: a row is lost on the wire."""
+
+    def __init__(self, inner: Transport) -> None:
+        super().__init__(inner)
+        self._is_done = False
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+        transfer = super().start(lane, sends, receives)
+        rows = [message.rows for message in receives if len(message.rows)]
+        if lane == "dispatch" and rows and not self._is_done:
+            self._is_done = True
+            return _LossyTransfer(transfer, rows[0])
+        return transfer
+
+
+class _LossyTransfer:
+    def __init__(self, inner: Transfer, rows: Tensor) -> None:
+        self._inner = inner
+        self._rows = rows
+
+    def wait(self) -> None:
+        self._inner.wait()
+        self._rows[0].zero_()
+
+
+class Counting(Wrapper):
+    """Counts what was started and what was waited for."""
+
+    def __init__(self, inner: Transport) -> None:
+        super().__init__(inner)
+        self.started: list[tuple[str, int]] = []
+        self.num_waits = 0
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+        self.started.append((lane, sum(len(message.rows) for message in sends)))
+        return _CountedTransfer(super().start(lane, sends, receives), self)
+
+
+class _CountedTransfer:
+    def __init__(self, inner: Transfer, transport: Counting) -> None:
+        self._inner = inner
+        self._transport = transport
+
+    def wait(self) -> None:
+        self._transport.num_waits += 1
+        self._inner.wait()

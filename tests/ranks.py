@@ -1,0 +1,254 @@
+"""Real gloo ranks for tests: `run_ranks(4, function, *args)` gives the four results, or says which rank failed.
+
+1. A fork server that has imported torch, deepspeed and this package once forks a process a rank.
+2. The ranks meet at a store that the parent serves on 127.0.0.1, and form torch's default process group.
+3. Each rank sends its pickled result, or its exception with the traceback, and waits for the parent's release, so
+   that nobody leaves while another still reads from it. A rank that failed waits a moment only: its exit wakes
+   the ranks that wait for it.
+4. Whoever has not answered at the time limit is asked for its stack and killed. No rank outlives the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import forkserver
+from typing import Any
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+PRELOAD = [
+    "torch", "torch.distributed", "deepspeed", "deepspeed.moe.layer", "deepspeed.moe.utils", "pytest", "tests.ranks",
+    "ds_moe_ep", "ds_moe_ep.moe.layer", "ds_moe_ep.engine.layer", "ds_moe_ep.engine.start", "ds_moe_ep.model.transformer",
+]  # fmt: skip
+SERVER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+LINGER_S = (
+    1.0  # how long a failed rank stays connected, so that the others can finish failing for their own reason
+)
+GRACE_S = 8.0  # how long the others may take to answer after the first failure
+SECONDARY = ("Connection reset", "Connection closed", "Broken pipe", "Connection refused", "Read timeout")
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """Why one rank gave no result."""
+
+    type_name: str
+    message: str
+    traceback: str
+
+    @property
+    def is_secondary(self) -> bool:
+        """Whether it only tells that another rank has gone."""
+        return any(text in self.message for text in SECONDARY) or self.type_name == "Unanswered"
+
+
+class RankError(Exception):
+    """Some ranks failed; `failures` maps each to its reason, the cause before its consequences."""
+
+    def __init__(self, failures: Mapping[int, RankFailure], world_size: int) -> None:
+        self.failures = dict(sorted(failures.items(), key=lambda item: item[1].is_secondary))
+        lines = [f"{len(failures)} of {world_size} ranks failed"]
+        lines += [f"rank {rank}: {f.type_name}: {f.message}" for rank, f in self.failures.items()]
+        lines += [next(iter(self.failures.values())).traceback]
+        super().__init__("\n".join(lines))
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What one rank is told."""
+
+    rank: int
+    world_size: int
+    port: int
+    payload: bytes
+    timeout_s: float
+    env: dict[str, str]
+    process_group: bool
+    stack_path: str
+
+
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    process_group: bool = True,
+) -> list[Any]:
+    """The results of `function(*args)` on `world_size` gloo ranks, in rank order.
+
+    `function` is a module-level function; it asks torch.distributed for its rank. Results travel by pickle.
+    `process_group=False` leaves torch.distributed unstarted, with the launcher's environment variables set.
+    Raises RankError when a rank raises, dies, or has not answered after `timeout_s`.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    payload = pickle.dumps((function, args))
+    context = _fork_server()
+    processes, pipes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank in range(world_size):
+                here, there = context.Pipe()
+                orders = Orders(
+                    rank,
+                    world_size,
+                    store.port,
+                    payload,
+                    timeout_s,
+                    dict(env or {}),
+                    process_group,
+                    f"{folder}/{rank}",
+                )
+                process = context.Process(target=_rank_main, args=(orders, there), daemon=True)
+                process.start()
+                there.close()
+                processes.append(process)
+                pipes.append(here)
+            answers = _collect(pipes, processes, time.monotonic() + timeout_s)
+            failures = {rank: a for rank, a in answers.items() if isinstance(a, RankFailure)}
+            for rank in range(world_size):
+                if rank not in answers:
+                    failures[rank] = _unanswered(processes[rank], f"{folder}/{rank}", timeout_s)
+            if failures:
+                raise RankError(failures, world_size)
+            return [pickle.loads(answers[rank]) for rank in range(world_size)]
+        finally:
+            _release(pipes, processes)
+
+
+def _collect(pipes: list[Any], processes: list[Any], deadline: float) -> dict[int, bytes | RankFailure]:
+    """Each rank's answer; after a failure the others get a moment, not the whole limit."""
+    answers: dict[int, bytes | RankFailure] = {}
+    while len(answers) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
+        ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            rank = waiting[pipe]
+            try:
+                answers[rank] = pickle.loads(pipe.recv_bytes())
+            except (EOFError, ConnectionResetError):
+                processes[rank].join(5)
+                answers[rank] = RankFailure("Died", f"exit code {processes[rank].exitcode}, no answer", "")
+            if isinstance(answers[rank], RankFailure):
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    return answers
+
+
+def _unanswered(process: Any, stack_path: str, timeout_s: float) -> RankFailure:
+    """The failure of a rank that hangs, with the stack that it is asked for."""
+    try:
+        os.kill(process.pid, signal.SIGUSR1)
+    except ProcessLookupError:
+        return RankFailure("Unanswered", "gone without an answer", "")
+    time.sleep(0.1)
+    path = pathlib.Path(stack_path)
+    stack = path.read_text() if path.exists() else "(no stack: it had not started)"
+    return RankFailure(
+        "Unanswered", f"no answer within the limit ({timeout_s:g} s, or the moment after a failure)", stack
+    )
+
+
+def _release(pipes: list[Any], processes: list[Any]) -> None:
+    """Lets every rank go, and kills those that do not."""
+    for pipe in pipes:
+        pipe.close()  # a rank that answered waits for this
+    deadline = time.monotonic() + 1.0
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+    for process in processes:
+        process.join(10)
+
+
+def _fork_server() -> Any:
+    """The multiprocessing context whose fork server has the heavy modules loaded, with one thread a rank."""
+    context = multiprocessing.get_context("forkserver")
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    changed = SERVER_ENV | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)  # the server reads its environment once, when it starts
+    try:
+        context.set_forkserver_preload(PRELOAD)
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return context
+
+
+def _rank_main(orders: Orders, pipe: Any) -> None:
+    """A rank's life: join, run, answer, wait for the release."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(
+        1, signal.SIGKILL
+    )  # PR_SET_PDEATHSIG: die with the fork server, which dies with the test
+    if os.getppid() != parent:
+        os._exit(1)
+    stack_file = open(orders.stack_path, "w")  # noqa: SIM115 (faulthandler keeps it open)
+    faulthandler.register(signal.SIGUSR1, file=stack_file)
+    try:
+        answer: Any = _run(orders)
+        code, linger_s = 0, orders.timeout_s
+    except BaseException as error:
+        text = "".join(traceback.format_exception(error))
+        answer = RankFailure(type(error).__name__, str(error), f"--- rank {orders.rank}\n{text}")
+        code, linger_s = 1, LINGER_S
+    pipe.send_bytes(pickle.dumps(answer))
+    pipe.poll(linger_s)  # the parent never writes: this ends when it closes its side
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(orders: Orders) -> bytes:
+    """The pickled result of the function, run in the default process group."""
+    import torch
+    import torch.distributed as dist
+
+    rank, size = str(orders.rank), str(orders.world_size)
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(orders.port), **orders.env}
+    torch.set_num_threads(1)
+    _keep_shm_op_out()
+    function, args = pickle.loads(orders.payload)
+    if orders.process_group:
+        store = dist.TCPStore("127.0.0.1", orders.port, orders.world_size, is_master=False)
+        limit = timedelta(seconds=orders.timeout_s)
+        dist.init_process_group(
+            "gloo", store=store, rank=orders.rank, world_size=orders.world_size, timeout=limit
+        )
+    return pickle.dumps(function(*args))
+
+
+def _keep_shm_op_out() -> None:
+    """DeepSpeed would compile its shared-memory op for a minute at the first start on a CPU."""
+    ops = sys.modules.get("deepspeed.ops")
+    if ops is not None:
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The project's one test command: environment, lint, types, tests.
+#
+#   bash tests/run.sh                        everything but the tests marked slow or gpu
+#   bash tests/run.sh tests/test_config.py   arguments go to pytest
+#   bash tests/run.sh -m slow                a marker of your own replaces "not slow and not gpu"
+#
+# VENV and PYTHON choose the environment (see tests/environment.sh). No test collected is a failure.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+ensure_environment test
+cd "$ROOT"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$PYTHON" -m pytest -m "not slow and not gpu" "$@"

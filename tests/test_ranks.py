@@ -1,0 +1,106 @@
+"""The harness itself: ranks that fail are named, ranks that hang are killed, no rank is left behind."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import RankError, run_ranks
+
+
+def sum_of_ranks(scale: float) -> tuple[int, torch.Tensor]:
+    total = torch.full((3,), scale * dist.get_rank())
+    dist.all_reduce(total)
+    return os.getpid(), total
+
+
+def fail_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise ValueError(f"bad luck on {rank}")
+    dist.barrier()
+
+
+def hang_on(rank: int) -> int:
+    if dist.get_rank() == rank:
+        time.sleep(600)
+    return dist.get_rank()
+
+
+def die_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        os._exit(7)
+    dist.barrier()
+
+
+def report_pid(folder: str) -> None:
+    with open(f"{folder}/{dist.get_rank()}", "w") as file:
+        file.write(str(os.getpid()))
+    hang_on(dist.get_rank())
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ) | {"started": str(dist.is_initialized()), "threads": str(torch.get_num_threads())}
+
+
+def is_gone(pid: int) -> bool:
+    for _ in range(50):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_results_come_back_in_rank_order_and_no_process_remains() -> None:
+    results = run_ranks(4, sum_of_ranks, 2.0)
+    assert all(torch.equal(total, torch.full((3,), 12.0)) for _, total in results)
+    assert len({pid for pid, _ in results}) == 4
+    assert all(is_gone(pid) for pid, _ in results)
+
+
+def test_sixteen_ranks_start_in_seconds() -> None:
+    run_ranks(1, environment)  # the fork server's own start is paid once a session
+    start = time.monotonic()
+    run_ranks(16, sum_of_ranks, 1.0)
+    assert time.monotonic() - start < 20, "2 to 3 s on an idle machine with 2 cores"
+
+
+def test_an_error_on_one_rank_is_reported_first_with_its_rank_text_and_traceback() -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(4, fail_on, 2)
+    rank, failure = next(iter(caught.value.failures.items()))
+    assert (rank, failure.type_name, failure.message) == (2, "ValueError", "bad luck on 2")
+    assert "in fail_on" in failure.traceback
+    assert "rank 2: ValueError: bad luck on 2" in str(caught.value)
+
+
+def test_a_hanging_rank_is_killed_at_the_limit_and_its_stack_is_shown() -> None:
+    start = time.monotonic()
+    with pytest.raises(RankError, match="rank 1: Unanswered: no answer within the limit") as caught:
+        run_ranks(2, hang_on, 1, timeout_s=5)
+    assert time.monotonic() - start < 15
+    assert list(caught.value.failures) == [1]
+    assert "hang_on" in caught.value.failures[1].traceback
+
+
+def test_a_rank_that_dies_is_reported_with_its_exit_code() -> None:
+    with pytest.raises(RankError, match="rank 0: Died: exit code 7"):
+        run_ranks(2, die_on, 0, timeout_s=20)
+
+
+def test_no_rank_survives_a_time_limit(tmp_path) -> None:
+    with pytest.raises(RankError):
+        run_ranks(3, report_pid, str(tmp_path), timeout_s=6)
+    pids = [int(path.read_text()) for path in tmp_path.iterdir()]
+    assert len(pids) == 3
+    assert all(is_gone(pid) for pid in pids)
+
+
+def test_ranks_see_the_launchers_variables_and_can_start_without_a_process_group() -> None:
+    for rank, seen in enumerate(run_ranks(2, environment, env={"EXTRA": "yes"}, process_group=False)):
+        assert seen["started"] == "False"
+        assert (seen["RANK"], seen["WORLD_SIZE"], seen["DS_ACCELERATOR"]) == (str(rank), "2", "cpu")
+        assert (seen["EXTRA"], seen["threads"]) == ("yes", "1")
