@@ -142,9 +142,7 @@ def _check_model(model: ModelConfig, moe: MoEConfig, training: Training, budget:
     )
 
 
-def _does_not_fit(
-    model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget, memory: Memory
-) -> str:
+def _does_not_fit(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget, memory: Memory) -> str:
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -161,13 +159,8 @@ def _does_not_fit(
 def _memory_way_out(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> str:
     sequences = training.micro_batch * training.accumulation
     for micro_batch in range(training.micro_batch - 1, 0, -1):
-        smaller = dataclasses.replace(
-            training, micro_batch=micro_batch, accumulation=sequences // micro_batch
-        )
-        if (
-            sequences % micro_batch == 0
-            and count_memory(model, moe, smaller, budget.load).peak <= budget.free_bytes
-        ):
+        smaller = dataclasses.replace(training, micro_batch=micro_batch, accumulation=sequences // micro_batch)
+        if sequences % micro_batch == 0 and count_memory(model, moe, smaller, budget.load).peak <= budget.free_bytes:
             return (
                 f"train_micro_batch_size_per_gpu={micro_batch} with gradient_accumulation_steps="
                 f"{smaller.accumulation} fits"

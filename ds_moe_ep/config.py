@@ -32,7 +32,7 @@ class MoEConfig:
     # who computes
     num_experts: int = knob(16, "experts of a layer, over all ranks", 1)
     ep_size: int = knob(1, "ranks that share a layer's experts; it divides num_experts and the world", 1)
-    node_size: int = knob(0, "ranks of one node; 0 asks the launcher (LOCAL_WORLD_SIZE)", 0)
+    node_size: int = knob(0, "ranks of one node; 0 counts the ranks that share a host name", 0)
 
     # routing
     top_k: int = knob(1, "experts a token visits", 1)
@@ -77,6 +77,7 @@ class MoEConfig:
     transport: Literal["pairwise", "collective"] = knob(
         "pairwise", "what moves rows: grouped isend/irecv, or all-to-all"
     )
+    meter_every: int = knob(0, "steps between two measurements of hidden communication; 0 measures none", 0)
     timeout_s: float = knob(600.0, "time limit of one transfer in seconds", 0.001)
 
     def __post_init__(self) -> None:

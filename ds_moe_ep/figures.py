@@ -170,7 +170,5 @@ def _traffic_figures() -> tuple[Figure, ...]:
             f"{tp8 / 1e9:.0f} GB and {ep16 / 1e9:.1f} GB",
             f"why experts win: {tp8 / ep16:.0f} times fewer bytes",
         ),
-        Figure(
-            "pipeline bubble, 2 stages, 4 micro-batches", "-", f"{100 / (4 + 2 - 1):.0f} %", "the baseline's"
-        ),
+        Figure("pipeline bubble, 2 stages, 4 micro-batches", "-", f"{100 / (4 + 2 - 1):.0f} %", "the baseline's"),
     )

@@ -48,7 +48,6 @@ class Piece:
     num_cuts: int = 1
 
 
-
 @dataclass(frozen=True)
 class Op:
     """One step: `kind` on `piece` (-1: all pieces), once the ops at the indices `after` are done."""

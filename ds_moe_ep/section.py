@@ -44,9 +44,7 @@ def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
             f"config={str(path)!r}: cannot be read ({error.strerror}); give the path of a ds_config"
         ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"config={str(path)!r}: is not UTF-8 text ({error.reason}); save it as such"
-        ) from None
+        raise ConfigError(f"config={str(path)!r}: is not UTF-8 text ({error.reason}); save it as such") from None
     try:
         values = json.loads(text, object_pairs_hook=_refuse_twice)
     except json.JSONDecodeError as error:
@@ -55,9 +53,7 @@ def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
             "remove comments and trailing commas"
         ) from None
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"config={str(path)!r}: holds a {type(values).__name__}; a ds_config is an object {{...}}"
-        )
+        raise ConfigError(f"config={str(path)!r}: holds a {type(values).__name__}; a ds_config is an object {{...}}")
     return values
 
 
@@ -89,9 +85,7 @@ def _read_model(values: Any) -> ModelConfig:
         return ModelConfig.from_dict(values, path)
     base = values["name"]
     if not isinstance(base, str):
-        raise ConfigError(
-            f"{path}.name={base!r}: names the model that the other knobs change; write a string"
-        )
+        raise ConfigError(f"{path}.name={base!r}: names the model that the other knobs change; write a string")
     knobs = vars(ModelConfig.from_dict(base, f"{path}.name"))
     changes = {name: value for name, value in values.items() if name != "name"}
     return ModelConfig.from_dict({**knobs, **changes}, path)

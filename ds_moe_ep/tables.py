@@ -73,9 +73,7 @@ def _kinds(hint: object) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in get_args(hint))
     kinds = get_args(hint) or (hint,)
-    return " or ".join(
-        "null" if kind is type(None) else str(getattr(kind, "__name__", kind)) for kind in kinds
-    )
+    return " or ".join("null" if kind is type(None) else str(getattr(kind, "__name__", kind)) for kind in kinds)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -100,11 +98,7 @@ def _job(check: Check) -> Table:
     table.add_row("experts of a layer", f"{moe.num_experts}, {moe.num_local_experts} on a rank")
     table.add_row("routing", f"top-{moe.top_k}, {moe.score}, {capacity}, balance {moe.balance}")
     table.add_row("schedule", f"{moe.schedule}, depth {moe.depth}, {moe.transport}")
-    summed = (
-        ""
-        if training.gradient_precision == training.precision
-        else f", summed in {training.gradient_precision}"
-    )
+    summed = "" if training.gradient_precision == training.precision else f", summed in {training.gradient_precision}"
     table.add_row("precision", training.precision + summed)
     table.add_row("optimizer", f"{training.optimizer}, ZeRO stage {training.zero_stage}")
     cut = f"{training.micro_batch} x {training.accumulation} micro-batches x {training.world_size} ranks"

@@ -148,9 +148,7 @@ def _read_precision(ds_config: Mapping[str, Any]) -> Precision:
     bf16 = "bf16" if "bf16" in ds_config else "bfloat16"
     fp16_on, bf16_on = (_flag(ds_config, name) for name in ("fp16", bf16))
     if fp16_on and bf16_on:
-        raise ConfigError(
-            f"fp16.enabled=true with {bf16}.enabled=true: DeepSpeed trains in one; set one to false"
-        )
+        raise ConfigError(f"fp16.enabled=true with {bf16}.enabled=true: DeepSpeed trains in one; set one to false")
     return "fp16" if fp16_on else "bf16" if bf16_on else "fp32"
 
 
@@ -196,9 +194,7 @@ def _read_optimizer(ds_config: Mapping[str, Any]) -> tuple[str, int]:
 def _read_bucket(zero: Mapping[str, Any]) -> int:
     size = zero.get("reduce_bucket_size", 5e8)
     if isinstance(size, bool) or not isinstance(size, int | float) or size <= 0:
-        raise ConfigError(
-            f"zero_optimization.reduce_bucket_size={size!r}: needs a number above 0, in elements"
-        )
+        raise ConfigError(f"zero_optimization.reduce_bucket_size={size!r}: needs a number above 0, in elements")
     if not zero.get("contiguous_gradients", True):
         return 0
     return int(size) * (2 if zero.get("overlap_comm") else 1)

@@ -40,9 +40,7 @@ SERVER_ENV = {
     "GLOO_SOCKET_IFNAME": "lo",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-LINGER_S = (
-    1.0  # how long a failed rank stays connected, so that the others can finish failing for their own reason
-)
+LINGER_S = 1.0  # how long a failed rank stays connected, so that the others can finish failing for their own reason
 GRACE_S = 8.0  # how long the others may take to answer after the first failure
 SECONDARY = ("Connection reset", "Connection closed", "Broken pipe", "Connection refused", "Read timeout")
 
@@ -206,9 +204,7 @@ def _fork_server() -> Any:
 def _rank_main(orders: Orders, pipe: Any) -> None:
     """A rank's life: join, run, answer, wait for the release."""
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL
-    )  # PR_SET_PDEATHSIG: die with the fork server, which dies with the test
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the fork server, which dies with the test
     if os.getppid() != parent:
         os._exit(1)
     stack_file = open(orders.stack_path, "w")  # noqa: SIM115 (faulthandler keeps it open)
@@ -241,9 +237,7 @@ def _run(orders: Orders) -> bytes:
     if orders.process_group:
         store = dist.TCPStore("127.0.0.1", orders.port, orders.world_size, is_master=False)
         limit = timedelta(seconds=orders.timeout_s)
-        dist.init_process_group(
-            "gloo", store=store, rank=orders.rank, world_size=orders.world_size, timeout=limit
-        )
+        dist.init_process_group("gloo", store=store, rank=orders.rank, world_size=orders.world_size, timeout=limit)
     return pickle.dumps(function(*args))
 
 

@@ -78,21 +78,15 @@ def moe_reference(
     """One output a shard. The gate computes in the gate's dtype, the experts in that of the shards."""
     used = [torch.ones(len(x_TD)) for x_TD in shards] if used_tokens is None else used_tokens
     logits = [x_TD.to(gate_ED.dtype) @ gate_ED.T for x_TD in shards]
-    scores = [
-        torch.softmax(l_TE, dim=1) if config.score == "softmax" else torch.sigmoid(l_TE) for l_TE in logits
-    ]
+    scores = [torch.softmax(l_TE, dim=1) if config.score == "softmax" else torch.sigmoid(l_TE) for l_TE in logits]
     choices = [choose(s_TE, config.top_k, u_T, bias_E) for s_TE, u_T in zip(scores, used, strict=True)]
     losses = auxiliary_losses(scores, choices, config)
     outputs = []
     for x_TD, logits_TE, scores_TE, chosen, aux in zip(shards, logits, scores, choices, losses, strict=True):
         kept = keep(chosen, scores_TE, config, _capacity(config, len(x_TD), training))
         z = (torch.logsumexp(logits_TE, dim=1) ** 2).mean() if len(x_TD) else logits_TE.sum()
-        counts = [
-            sum(e in experts_of_token for experts_of_token in chosen) for e in range(config.num_experts)
-        ]
-        weighted = (
-            config.aux_loss_weight * aux if config.balance == "aux_loss" else 0.0
-        ) + config.z_loss_weight * z
+        counts = [sum(e in experts_of_token for experts_of_token in chosen) for e in range(config.num_experts)]
+        weighted = (config.aux_loss_weight * aux if config.balance == "aux_loss" else 0.0) + config.z_loss_weight * z
         outputs.append(
             ShardOutput(
                 output_TD=combine(x_TD, kept, scores_TE, experts, config),
@@ -116,15 +110,11 @@ def choose(scores_TE: Tensor, top_k: int, used: Tensor, bias_E: Tensor | None) -
     return choices
 
 
-def keep(
-    choices: list[list[int]], scores_TE: Tensor, config: MoEConfig, capacity: int | None
-) -> list[list[int]]:
+def keep(choices: list[list[int]], scores_TE: Tensor, config: MoEConfig, capacity: int | None) -> list[list[int]]:
     """The choices that find a place in their expert's capacity."""
     if capacity is None:
         return choices
-    queue: list[list[int]] = [
-        [] for _ in range(config.num_experts)
-    ]  # tokens in the order in which they are served
+    queue: list[list[int]] = [[] for _ in range(config.num_experts)]  # tokens in the order in which they are served
     for place in range(config.top_k):
         for token, chosen in enumerate(choices):
             if chosen:
@@ -149,17 +139,10 @@ def auxiliary_losses(scores: list[Tensor], choices: list[list[list[int]]], confi
         group = range(first, first + size)
         num_tokens = sum(len(scores[shard]) for shard in group)
         for shard in group:
-            probs_TE = scores[shard] / (
-                scores[shard].sum(1, keepdim=True) if config.score == "sigmoid" else 1
-            )
+            probs_TE = scores[shard] / (scores[shard].sum(1, keepdim=True) if config.score == "sigmoid" else 1)
             loss = probs_TE.sum() * 0
             for expert in range(config.num_experts if num_tokens else 0):
-                chosen = [
-                    e
-                    for s in group
-                    for token in choices[s]
-                    for e in (token[:1] if config.top_k == 2 else token)
-                ]
+                chosen = [e for s in group for token in choices[s] for e in (token[:1] if config.top_k == 2 else token)]
                 share = chosen.count(expert) / num_tokens / (config.top_k if config.top_k > 2 else 1)
                 loss = loss + config.num_experts * size * probs_TE[:, expert].sum() / num_tokens * share
             losses.append(loss)
@@ -170,9 +153,7 @@ def combine(
     x_TD: Tensor, kept: list[list[int]], scores_TE: Tensor, experts: Sequence[Expert], config: MoEConfig
 ) -> Tensor:
     """Each token's weighted sum of its experts' outputs, accumulated in the gate's dtype."""
-    is_kept_TE = torch.tensor([[e in chosen for e in range(len(experts))] for chosen in kept]).reshape(
-        scores_TE.shape
-    )
+    is_kept_TE = torch.tensor([[e in chosen for e in range(len(experts))] for chosen in kept]).reshape(scores_TE.shape)
     weights_TE = torch.where(is_kept_TE, scores_TE, 0)
     if config.renormalizes:
         sums_T1 = weights_TE.sum(1, keepdim=True)

@@ -7,9 +7,7 @@ import torch
 from ds_moe_ep.config import MoEConfig
 from tests.reference import auxiliary_losses, choose, gelu_expert, keep, moe_reference, swiglu_expert
 
-SCORES = torch.tensor(
-    [[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.7, 0.2, 0.1], [0.2, 0.7, 0.1]], dtype=torch.float64
-)
+SCORES = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.7, 0.2, 0.1], [0.2, 0.7, 0.1]], dtype=torch.float64)
 ALL = torch.ones(4)
 
 
@@ -62,9 +60,7 @@ def test_experts_equal_torchs_own_functions() -> None:
     expected = torch.nn.functional.gelu(inner) @ w["fc2.weight"].T
     torch.testing.assert_close(gelu_expert(w)(x), expected)
     v = {"gate.weight": torch.randn(5, 4), "up.weight": torch.randn(5, 4), "down.weight": torch.randn(4, 5)}
-    expected = (torch.nn.functional.silu(x @ v["gate.weight"].T) * (x @ v["up.weight"].T)) @ v[
-        "down.weight"
-    ].T
+    expected = (torch.nn.functional.silu(x @ v["gate.weight"].T) * (x @ v["up.weight"].T)) @ v["down.weight"].T
     torch.testing.assert_close(swiglu_expert(v)(x), expected)
 
 

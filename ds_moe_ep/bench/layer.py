@@ -137,8 +137,7 @@ def _ranks(plan: Plan) -> Iterator[tuple[list[BaseProcess], multiprocessing.Queu
     context = multiprocessing.get_context("spawn")
     inbox: multiprocessing.Queue[Finding] = context.Queue()
     processes: list[BaseProcess] = [
-        context.Process(target=run_rank, args=(rank, plan, inbox), daemon=True)
-        for rank in range(plan.num_ranks)
+        context.Process(target=run_rank, args=(rank, plan, inbox), daemon=True) for rank in range(plan.num_ranks)
     ]
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C must not reach starting ranks
     try:

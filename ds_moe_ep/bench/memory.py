@@ -5,10 +5,10 @@ its profiler counts leaves out every thread but the caller's, the backend's buff
 takes. So the kernel counts: the process's resident peak (VmHWM, reset through /proc/self/clear_refs) above
 the resident size before the layer was built. Three things make that repeatable to about 0.2 MB:
 
-1. `return_freed_memory`, called when the process starts, tells malloc to map every block of 64 KiB and more by
-   itself and to give it back when freed, so that the peak is what is alive and not what the heap keeps. It makes
-   allocation slow for the rest of the process, and cannot return what the heap took before: memory is measured
-   in processes of its own, time in others.
+1. `return_freed_memory`, called when the process starts, tells malloc to map every block of 64 KiB and more
+   by itself and to give it back when freed, so that the peak is what is alive and not what the heap keeps. It
+   makes allocation slow for the rest of the process, and cannot return what the heap took before: memory is
+   measured in processes of its own, time in others.
 2. Huge pages are off: one touch of theirs would count 2 MiB.
 3. A layer of the same kind has run before in the process, so code and library buffers are there already.
 
@@ -71,7 +71,7 @@ class _CudaMeter:
 
 
 def return_freed_memory() -> None:
-    """From now on every large block goes back to the system when it is freed. Linux; for this process, for good."""
+    """From now on large blocks go back to the system when freed. Linux; for this process, for good."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)

@@ -34,9 +34,7 @@ def native_layer(case: LayerCase, ep_size: int) -> nn.Module:
     Top-2's random second choice and random token selection are off: the first would route differently, and
     the second only costs time where nothing is dropped.
     """
-    expert = nn.Sequential(
-        nn.Linear(case.hidden_size, case.width), nn.GELU(), nn.Linear(case.width, case.hidden_size)
-    )
+    expert = nn.Sequential(nn.Linear(case.hidden_size, case.width), nn.GELU(), nn.Linear(case.width, case.hidden_size))
     layer = NativeMoE(
         case.hidden_size,
         expert,

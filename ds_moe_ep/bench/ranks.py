@@ -7,8 +7,10 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from io import StringIO
 from multiprocessing.queues import Queue
 from typing import Literal
 
@@ -169,7 +171,8 @@ class _RankBench:
 
     def build(self, name: str, case: LayerCase) -> LayerSide:
         """The layer `name` with the case's weights and this rank's tokens. Collective."""
-        layer = _layer(name, case, self.plan.num_ranks)
+        with redirect_stdout(StringIO()):  # DeepSpeed prints each group that it makes
+            layer = _layer(name, case, self.plan.num_ranks)
         return layer_side(layer, case, self.rank, self.plan.num_ranks, self.device)
 
     def slowest(self, values: Sequence[float]) -> list[float]:
@@ -192,4 +195,4 @@ def _layer(name: str, case: LayerCase, ep_size: int) -> nn.Module:
         config = replace(config, schedule="serial", depth=0)
     layer = MoE(case.hidden_size, GeluMLP(case.hidden_size, case.width, bias=True), config=config)
     layer.set_deepspeed_parallelism()
-    return layer  # type: ignore[no-any-return]
+    return layer

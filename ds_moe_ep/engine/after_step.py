@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.layer import MoE
+from ds_moe_ep.engine.meter import OverlapMeter
 
 
 def after_each_step(engine: Any, layers: Mapping[str, MoE]) -> None:
     """Wraps `engine.step` so that it ends with the layers' own step, where parameters were updated."""
     engine_step = engine.step
+    meter: OverlapMeter | None = getattr(engine, "moe_ep_meter", None)
 
     @functools.wraps(engine_step)
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -23,6 +25,8 @@ def after_each_step(engine: Any, layers: Mapping[str, MoE]) -> None:
         if engine.was_step_applied():
             step_balance(layers)
             report_load(engine, layers)
+            if meter is not None:
+                meter.step()
         return result
 
     engine.step = step

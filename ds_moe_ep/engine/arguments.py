@@ -32,10 +32,8 @@ def config_of_arguments(given: dict[str, Any]) -> MoEConfig:
     """
     refuse_unsupported(given)
     drops, k = given["drop_tokens"], given["k"]
-    if k <= 2:
-        policy = "random" if drops and given["use_rts"] and k == 1 else "position"
-    else:
-        policy = "score"
+    drawn = drops and given["use_rts"] and k == 1
+    policy = "random" if drawn else "position" if k <= 2 else "score"
     values = {
         "num_experts": given["num_experts"],
         "ep_size": given["ep_size"],

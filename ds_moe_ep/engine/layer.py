@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
+import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from ds_moe_ep.topology import RankGrid, torus_of
 SHAPING = ("num_experts", "ep_size")  # knobs that shape parameters and cannot change once a layer is made
 
 
-class MoE(DeepSpeedMoE):  # type: ignore[misc]
+class MoE(DeepSpeedMoE):
     """An expert-parallel layer in place of `deepspeed.moe.layer.MoE`.
 
     The arguments up to `top2_2nd_expert_sampling` are DeepSpeed's, with its defaults and its meaning; any k is
@@ -112,7 +113,7 @@ class MoE(DeepSpeedMoE):  # type: ignore[misc]
         Collective over the world. Raises EngineError on every rank where ranks differ in configuration or model, and
         TopologyError where ep_size does not fit the world.
         """
-        if not seams.dist.is_initialized():
+        if not dist.is_initialized():
             raise EngineError(
                 f"moe_ep.ep_size={self.ep_size}: torch.distributed is not initialized, so no expert-parallel group "
                 "can be made; call deepspeed.init_distributed() first"

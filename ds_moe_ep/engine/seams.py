@@ -44,9 +44,7 @@ def check_release() -> None:
             f"tested release ({', '.join(TESTED)})"
         )
     if deepspeed.__version__ not in TESTED:
-        logger.warning(
-            f"ds_moe_ep was tested with DeepSpeed {', '.join(TESTED)}; installed is {deepspeed.__version__}"
-        )
+        logger.warning(f"ds_moe_ep was tested with DeepSpeed {', '.join(TESTED)}; installed is {deepspeed.__version__}")
 
 
 @functools.cache
@@ -93,7 +91,8 @@ def lanes_beside(group: dist.ProcessGroup, all_groups: list[list[int]], timeout_
 
 def data_parallel_group() -> dist.ProcessGroup:
     """The ranks over which DeepSpeed averages the dense parameters."""
-    return groups._get_data_parallel_group()
+    group: dist.ProcessGroup = groups._get_data_parallel_group()
+    return group
 
 
 def compare_ranks(what: str, fingerprint: str) -> list[str]:

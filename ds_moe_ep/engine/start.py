@@ -11,7 +11,9 @@ from torch import nn
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.after_step import after_each_step
+from ds_moe_ep.engine.checkpoint import guard_loading
 from ds_moe_ep.engine.layer import MoE, with_given_knobs
+from ds_moe_ep.engine.meter import OverlapMeter
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.section import SECTION, load_ds_config, read_section
 
@@ -28,6 +30,7 @@ def initialize(
     2. Gives its knobs to the MoE layers of `model`; knobs that it does not name stay as the layers were made.
     3. Calls deepspeed.initialize, which makes the groups and connects the layers.
     4. After each optimizer step, moves the balancing bias and reports the experts' load to the engine's monitor.
+       With "meter_every" the engine also gets `moe_ep_meter`, an OverlapMeter.
 
     Collective over the world. The other arguments are deepspeed.initialize's. Raises ConfigError, TopologyError or
     EngineError on every rank.
@@ -52,8 +55,11 @@ def initialize(
     if args is not None and getattr(args, "deepspeed_config", None) is not None:
         args.deepspeed_config = None  # DeepSpeed takes one of the two; it was read into `config` above
     engine, *others = deepspeed.initialize(args=args, model=model, config=ds_config, **kwargs)
-    after_each_step(engine, layers)
     first = next(iter(layers.values()))
+    if first.config.meter_every:
+        engine.moe_ep_meter = OverlapMeter(layers, engine.device, first.config.meter_every)
+    after_each_step(engine, layers)
+    guard_loading(engine, max(layer.ep_size for layer in layers.values()))
     seams.say(
         f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "
         f"{first.config.schedule!r} with depth {first.config.depth}, transport {first.config.transport!r}"

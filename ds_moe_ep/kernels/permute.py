@@ -34,7 +34,7 @@ class RowMaps:
 
 def permute(x_TD: Tensor, maps: RowMaps) -> Tensor:
     """Rows [N, D] in send order: row n is the token of choice n. Differentiable, local."""
-    rows_ND: Tensor = _Permute.apply(x_TD, maps)
+    rows_ND: Tensor = _Permute.apply(x_TD, maps)  # type: ignore[no-untyped-call]
     return rows_ND
 
 
@@ -43,7 +43,7 @@ def unpermute(rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps) -> Tensor:
 
     Products and sums are made in the weights' type (fp32) and rounded once. Differentiable, local.
     """
-    y_TD: Tensor = _Unpermute.apply(rows_ND, weights_TK, maps)
+    y_TD: Tensor = _Unpermute.apply(rows_ND, weights_TK, maps)  # type: ignore[no-untyped-call]
     return y_TD
 
 
@@ -70,7 +70,7 @@ class _Permute(torch.autograd.Function):
         return gather_tokens(x_TD, maps)
 
     @staticmethod
-    def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor, None]:
         num_tokens, num_choices = ctx.maps.row_of_choice_TK.shape
         if len(d_rows_ND) == 0:
             return d_rows_ND.new_zeros(num_tokens, d_rows_ND.shape[1]), None
@@ -98,7 +98,7 @@ class _Unpermute(torch.autograd.Function):
         return y_TD.to(rows_ND.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_ND, weights_TK = ctx.saved_tensors
         maps: RowMaps = ctx.maps
         if len(rows_ND) == 0:

@@ -34,13 +34,9 @@ class CausalAttention(nn.Module):
         torch picks the kernel. On CUDA its flash kernel ends at heads of 256; the specification's heads of
         512 take the memory-efficient one, which does not store the S x S scores either.
         """
-        per_head = (
-            self.qkv(x_BSD).unflatten(-1, (-1, 3, self.head_size)).transpose(1, 3)
-        )  # [B, 3, heads, S, H]
+        per_head = self.qkv(x_BSD).unflatten(-1, (-1, 3, self.head_size)).transpose(1, 3)  # [B, 3, heads, S, H]
         query, key, value = per_head.unbind(1)
-        gathered = F.scaled_dot_product_attention(
-            rotate(query, rotation), rotate(key, rotation), value, is_causal=True
-        )
+        gathered = F.scaled_dot_product_attention(rotate(query, rotation), rotate(key, rotation), value, is_causal=True)
         mixed: torch.Tensor = self.out(gathered.transpose(1, 2).flatten(2))
         return mixed
 

@@ -28,9 +28,7 @@ def make_shared_expert(model: ModelConfig) -> nn.Module | None:
         return None
     kernel = fused.offered().dense_gelu_dense
     if model.expert == "gelu" and kernel is not None:
-        return FusedGeluMLP(
-            model.hidden_size, model.shared_expert_width, bias=model.expert_bias, kernel=kernel
-        )
+        return FusedGeluMLP(model.hidden_size, model.shared_expert_width, bias=model.expert_bias, kernel=kernel)
     make = SwiGLU if model.expert == "swiglu" else GeluMLP
     return make(model.hidden_size, model.shared_expert_width, bias=model.expert_bias)
 
@@ -54,14 +52,9 @@ class FusedGeluMLP(GeluMLP):
 
     def fused(self, x: torch.Tensor) -> torch.Tensor:
         """The output by the kernel, which knows rows and needs biases: without them it adds zeros."""
-        zero_or = [
-            layer.bias if layer.bias is not None else x.new_zeros(layer.out_features) for layer in self.dense
-        ]
-        y_TD = self.kernel(
-            x.reshape(-1, x.shape[-1]), self.fc1.weight, zero_or[0], self.fc2.weight, zero_or[1]
-        )
+        first, second = self.fc1, self.fc2
+        biases = dict(self.named_parameters())
+        bias1 = biases.get("fc1.bias", x.new_zeros(first.out_features))
+        bias2 = biases.get("fc2.bias", x.new_zeros(second.out_features))
+        y_TD = self.kernel(x.reshape(-1, x.shape[-1]), first.weight, bias1, second.weight, bias2)
         return y_TD.view(x.shape)
-
-    @property
-    def dense(self) -> tuple[nn.Linear, nn.Linear]:
-        return self.fc1, self.fc2

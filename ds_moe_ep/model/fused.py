@@ -10,7 +10,6 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +22,7 @@ class Fused:
     """The fused operations of an installed apex; None where one is not offered."""
 
     layer_norm: Callable[..., nn.Module] | None = None
-    dense_gelu_dense: Callable[..., torch.Tensor] | None = (
-        None  # (x_TD, weight1, bias1, weight2, bias2) -> y_TD
-    )
+    dense_gelu_dense: Callable[..., torch.Tensor] | None = None  # (x_TD, weight1, bias1, weight2, bias2) -> y_TD
 
 
 @functools.cache
@@ -42,25 +39,23 @@ def offered() -> Fused:
 def find_layer_norm() -> Callable[..., nn.Module] | None:
     """apex.normalization.FusedLayerNorm where its compiled part loads, else None."""
     try:
-        cls = importlib.import_module("apex.normalization").FusedLayerNorm
-        cls(8)  # the compiled part is first loaded here
+        layer_norm: Callable[..., nn.Module] = importlib.import_module("apex.normalization").FusedLayerNorm
+        layer_norm(8)  # the compiled part is loaded here
     except Exception as error:
-        return say("layer norm", None, f"torch's layer norm ({type(error).__name__}: {error})")
-    return say("layer norm", cls, "apex's fused layer norm")
+        logger.info("layer norm runs as torch's: %s: %s", type(error).__name__, error)
+        return None
+    logger.info("layer norm runs as apex's fused one")
+    return layer_norm
 
 
 def find_dense_gelu_dense() -> Callable[..., torch.Tensor] | None:
     """The function behind apex.fused_dense.FusedDenseGeluDense, else None."""
     try:
-        module = importlib.import_module("apex.fused_dense")
-        module.FusedDenseGeluDense(8, 8, 8)
-        function = module.fused_dense_gelu_dense_function
+        apex = importlib.import_module("apex.fused_dense")
+        apex.FusedDenseGeluDense(8, 8, 8)
+        kernel: Callable[..., torch.Tensor] = apex.fused_dense_gelu_dense_function
     except Exception as error:
-        return say("dense-GELU-dense", None, f"torch's two matmuls ({type(error).__name__}: {error})")
-    return say("dense-GELU-dense", function, "apex's fused kernel")
-
-
-def say(operation: str, chosen: Any, words: str) -> Any:
-    """`chosen`, after one log line that tells which path `operation` takes."""
-    logger.info("ds_moe_ep: %s runs as %s", operation, words)
-    return chosen
+        logger.info("dense-GELU-dense runs as torch's two products: %s: %s", type(error).__name__, error)
+        return None
+    logger.info("dense-GELU-dense runs as apex's fused one")
+    return kernel

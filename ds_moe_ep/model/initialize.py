@@ -61,9 +61,7 @@ def global_name(name: str, expert_index: Callable[[int], int] = local_is_global)
 def first_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> torch.Tensor:
     """The fp32 value on the host that the parameter of this global name starts from."""
     if len(shape) < 2:
-        return (
-            torch.ones(shape, device="cpu") if name.endswith("weight") else torch.zeros(shape, device="cpu")
-        )
+        return torch.ones(shape, device="cpu") if name.endswith("weight") else torch.zeros(shape, device="cpu")
     std = math.sqrt(2 / (5 * shape[-1]))
     if name.endswith(RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * num_layers)

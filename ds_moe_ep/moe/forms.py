@@ -140,7 +140,8 @@ class ModulePass:
 
     def _call(self, expert: int, rows_ND: Tensor) -> Tensor:
         out = self._experts[expert](rows_ND)
-        return out[0] if isinstance(out, tuple) else out  # as DeepSpeed: a second output (a bias) is left out
+        result_ND: Tensor = out[0] if isinstance(out, tuple) else out
+        return result_ND  # as DeepSpeed: a second output (a bias) is left out
 
     def input_grads(self, expert: int, rows: slice, dy_RD: Tensor, dx_RD: Tensor) -> None:
         leaf_ND, out_ND = self._graphs.pop((expert, rows.start, rows.stop))
@@ -158,8 +159,7 @@ class ModulePass:
         grads = dict(zip(map(id, trained), self._grads.get(expert, [None] * len(trained)), strict=True))
         found = [grads.get(id(p)) for p in parameters]
         return [
-            torch.zeros_like(p) if g is None and p.requires_grad else g
-            for p, g in zip(parameters, found, strict=True)
+            torch.zeros_like(p) if g is None and p.requires_grad else g for p, g in zip(parameters, found, strict=True)
         ]
 
 

@@ -24,6 +24,7 @@ from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.overlap import Route, run_experts
 from ds_moe_ep.moe.plan import announce_bad_input, make_plan
 from ds_moe_ep.moe.router import Router, Routing
+from ds_moe_ep.recorder import Off, Recorder
 from ds_moe_ep.schedule import backward_schedule, forward_schedule
 from ds_moe_ep.topology import Torus
 
@@ -36,9 +37,7 @@ class ExpertParallel(nn.Module):
     `connect`.
     """
 
-    def __init__(
-        self, hidden_size: int, expert: nn.Module, config: MoEConfig, shared: nn.Module | None = None
-    ) -> None:
+    def __init__(self, hidden_size: int, expert: nn.Module, config: MoEConfig, shared: nn.Module | None = None) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.config = config
@@ -48,6 +47,7 @@ class ExpertParallel(nn.Module):
         self._transport: Transport | None = Loopback() if config.ep_size == 1 else None
         self._torus = Torus(1, 1)
         self._lanes: Lanes | None = None
+        self.recorder: Recorder = Off()
         self.last_counts_E = torch.zeros(config.num_experts, dtype=torch.int64)
 
     def configure(self, config: MoEConfig) -> None:
@@ -94,7 +94,7 @@ class ExpertParallel(nn.Module):
         if self._lanes is None:
             self._lanes = make_lanes(x_TD.device)
         layout = lay_out(plan, forward.pieces, self._torus, transport.rank)
-        route = Route(layout, forward, backward, transport, self._lanes)
+        route = Route(layout, forward, backward, transport, self._lanes, self.recorder)
         rows_ND = permute(x_TD, plan.maps)
         results_ND = run_experts(rows_ND, self.experts, route)
         return unpermute(results_ND, routing.weights_TK, plan.maps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ds_moe_ep.moe.plan import DispatchPlan
 from ds_moe_ep.schedule import Piece
@@ -83,7 +83,7 @@ def lay_out(plan: DispatchPlan, pieces: Sequence[Piece], torus: Torus, rank: int
 
     return RowLayout(
         tuple(rows_of(piece) for piece in pieces),
-        tuple(zip(expert_starts, expert_starts[1:], strict=False)),
+        tuple(pairwise(expert_starts)),
         plan.num_sent,
         plan.num_received,
     )

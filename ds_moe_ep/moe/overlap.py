@@ -21,6 +21,7 @@ from ds_moe_ep.comm.lanes import Lanes, Mark
 from ds_moe_ep.comm.transport import Message, Transport
 from ds_moe_ep.moe.experts import Experts
 from ds_moe_ep.moe.layout import PieceRows, RowLayout
+from ds_moe_ep.recorder import Recorder
 from ds_moe_ep.schedule import Kind, Schedule
 
 
@@ -33,6 +34,7 @@ class Route:
     backward: Schedule
     transport: Transport
     lanes: Lanes
+    recorder: Recorder
 
 
 def run_experts(rows_ND: Tensor, experts: Experts, route: Route) -> Tensor:
@@ -41,9 +43,7 @@ def run_experts(rows_ND: Tensor, experts: Experts, route: Route) -> Tensor:
     No host sync. Collective again in the backward pass, in the order in which autograd visits the layers.
     """
     may_differentiate = torch.is_grad_enabled()
-    results_ND: Tensor = _RunExperts.apply(
-        rows_ND, experts, route, may_differentiate, *experts.expert_parameters()
-    )
+    results_ND: Tensor = _RunExperts.apply(rows_ND, experts, route, may_differentiate, *experts.expert_parameters())  # type: ignore[no-untyped-call]
     return results_ND
 
 
@@ -67,7 +67,7 @@ class _RunExperts(torch.autograd.Function):
         return buffers.results_ND
 
     @staticmethod
-    def backward(ctx: Any, d_results_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_results_ND: Tensor) -> tuple[Tensor | None, ...]:
         inputs_RD, *saved = ctx.saved_tensors
         route, expert_pass = ctx.route, ctx.expert_pass
         expert_pass.saved = saved[: ctx.num_saved]
@@ -133,7 +133,8 @@ def run(
     for op in schedule.ops:
         rows = route.layout.pieces[op.piece] if op.piece >= 0 else None
         after = [marks[index] for index in op.after] or [entry]
-        with lanes.on(op.kind.lane, after, touched):
+        name = f"{op.kind.value} {op.piece}" if op.piece >= 0 else op.kind.value
+        with lanes.on(op.kind.lane, after, touched), route.recorder.scope(op.kind.lane, name) as record:
             work: Mark | None = None
             if op.kind is Kind.WEIGHTS:
                 assert weights is not None, "this pass has no weight gradients"
@@ -141,9 +142,9 @@ def run(
             elif rows is None:
                 raise AssertionError(f"{op} names no piece")
             elif op.kind is Kind.DISPATCH:
-                work = _dispatch(rows, route.transport, buffers)
+                work = record.follow(_dispatch(rows, route.transport, buffers))
             elif op.kind is Kind.COMBINE:
-                work = _combine(rows, route.transport, buffers)
+                work = record.follow(_combine(rows, route.transport, buffers))
             else:
                 _move(rows.moves, buffers.wire_in_RD, buffers.inputs_RD)
                 compute(rows)
@@ -173,9 +174,7 @@ def _messages(rows_RD: Tensor, spans: Sequence[tuple[int, tuple[int, int]]]) -> 
     return [Message(peer, rows_RD[start:stop]) for peer, (start, stop) in spans]
 
 
-def _copy_own(
-    spans: Sequence[tuple[tuple[int, int], tuple[int, int]]], from_RD: Tensor, to_RD: Tensor
-) -> None:
+def _copy_own(spans: Sequence[tuple[tuple[int, int], tuple[int, int]]], from_RD: Tensor, to_RD: Tensor) -> None:
     for (start, stop), (to_start, to_stop) in spans:
         to_RD[to_start:to_stop] = from_RD[start:stop]
 

@@ -44,7 +44,9 @@ class DispatchPlan:
         return sum(map(sum, self.recv_rows_PL))
 
 
-def make_plan(routing: Routing, num_experts: int, transport: Transport, row_type: tuple[int, torch.dtype]) -> DispatchPlan:
+def make_plan(
+    routing: Routing, num_experts: int, transport: Transport, row_type: tuple[int, torch.dtype]
+) -> DispatchPlan:
     """The plan of this rank's tokens. Collective over the expert group; one device sync, none with a capacity.
 
     `row_type` is the width and dtype of a row. Raises EngineError on every rank when ranks disagree on it or on the

@@ -78,7 +78,8 @@ def _swiglu_form(template: nn.Module, output: Any) -> Form | None:
     return None
 
 
-def _linear(template: nn.Module, node: Any) -> torch.fx.Node | None:
+def _linear(template: nn.Module, node: Any) -> Any:
+    """The node if it calls a plain Linear, else None."""
     is_linear = (
         isinstance(node, torch.fx.Node)
         and node.op == "call_module"

@@ -79,12 +79,12 @@ class Router(nn.Module):
             capacity = config.capacity(len(x_TD), self.training)
             place_TK, is_kept_TK = None, is_used_TK
             if capacity is not None:
-                place_TK = places(expert_ids_TK, is_used_TK, self._priority(scores_TE, expert_ids_TK), config.num_experts)
+                place_TK = places(
+                    expert_ids_TK, is_used_TK, self._priority(scores_TE, expert_ids_TK), config.num_experts
+                )
                 is_kept_TK = place_TK < capacity
         weights_TK = self._weights(scores_TE.gather(1, expert_ids_TK), is_kept_TK)
-        routing = Routing(
-            expert_ids_TK, weights_TK, scores_TE, logits_TE, is_used_TK, is_kept_TK, place_TK, capacity
-        )
+        routing = Routing(expert_ids_TK, weights_TK, scores_TE, logits_TE, is_used_TK, is_kept_TK, place_TK, capacity)
         if self.balance is not None and self.training:
             self.balance.observe(routing.chosen_TE())
         return routing
@@ -131,9 +131,7 @@ class Router(nn.Module):
         return weights_TK
 
 
-def places(
-    expert_ids_TK: Tensor, is_used_TK: Tensor | None, priority_TK: Tensor | None, num_experts: int
-) -> Tensor:
+def places(expert_ids_TK: Tensor, is_used_TK: Tensor | None, priority_TK: Tensor | None, num_experts: int) -> Tensor:
     """The place [T, K] of each choice in its expert's queue; choices that take no part stand far behind.
 
     Without priorities the queue is GShard's: all first choices in token order, then all second ones. Local, no

@@ -45,9 +45,7 @@ def native_arguments(case: LayerCase) -> dict[str, object]:
     """DeepSpeed's constructor arguments for the case's routing, without anything random."""
     config = case.config
     drops = config.capacity_factor is not None
-    assert config.drop_policy == ("score" if config.top_k > 2 else "position") or not drops, (
-        "native has no choice"
-    )
+    assert config.drop_policy == ("score" if config.top_k > 2 else "position") or not drops, "native has no choice"
     return {
         "num_experts": config.num_experts,
         "ep_size": config.ep_size,

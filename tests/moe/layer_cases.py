@@ -154,28 +154,19 @@ def reference_results(case: LayerCase, dtype: torch.dtype = torch.float64) -> li
     weights: dict[int | str, Weights] = dict(enumerate(_leaves(w, dtype) for w in data.experts))
     functions = [expert_function(case.expert, w) for w in weights.values()]
     inputs = [x.to(dtype).requires_grad_() for x in data.inputs]
-    shards = moe_reference(
-        case.config, gate, functions, inputs, used_tokens=data.used_tokens, training=case.training
-    )
+    shards = moe_reference(case.config, gate, functions, inputs, used_tokens=data.used_tokens, training=case.training)
     outputs = [shard.output_TD for shard in shards]
     if case.shared:
         weights["shared"] = _leaves(data.shared, dtype)
-        outputs = [
-            y + expert_function(case.expert, weights["shared"])(x)
-            for y, x in zip(outputs, inputs, strict=True)
-        ]
+        outputs = [y + expert_function(case.expert, weights["shared"])(x) for y, x in zip(outputs, inputs, strict=True)]
     for output, shard, grad in zip(outputs, shards, data.output_grads, strict=True):
         ((output * grad.to(dtype)).sum().double() + shard.l_aux).backward(retain_graph=True)
     results = [
-        LayerResult(
-            output.detach(), shard.l_aux.detach(), shard.exp_counts_E, _grad(x), torch.zeros_like(gate)
-        )
+        LayerResult(output.detach(), shard.l_aux.detach(), shard.exp_counts_E, _grad(x), torch.zeros_like(gate))
         for output, shard, x in zip(outputs, shards, inputs, strict=True)
     ]
     results[0].gate_grad = _grad(gate)
-    results[0].expert_grads = {
-        e: {name: _grad(w) for name, w in leaves.items()} for e, leaves in weights.items()
-    }
+    results[0].expert_grads = {e: {name: _grad(w) for name, w in leaves.items()} for e, leaves in weights.items()}
     return results
 
 

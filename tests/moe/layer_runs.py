@@ -91,17 +91,11 @@ def gather_result(
 ) -> LayerResult:
     """What the pass left in the layer's gradients, by global expert."""
     first = dist.get_rank() % case.config.ep_size * case.config.num_local_experts
-    experts: dict[int | str, nn.Module] = {
-        first + i: e for i, e in enumerate(layer.experts.deepspeed_experts)
-    }
+    experts: dict[int | str, nn.Module] = {first + i: e for i, e in enumerate(layer.experts.deepspeed_experts)}
     if layer.shared is not None:
         experts["shared"] = layer.shared
-    grads = {
-        key: {name: _grad(p) for name, p in expert.named_parameters()} for key, expert in experts.items()
-    }
-    return LayerResult(
-        output.detach(), l_aux.detach(), counts.tolist(), _grad(x), _grad(layer.gate.wg.weight), grads
-    )
+    grads = {key: {name: _grad(p) for name, p in expert.named_parameters()} for key, expert in experts.items()}
+    return LayerResult(output.detach(), l_aux.detach(), counts.tolist(), _grad(x), _grad(layer.gate.wg.weight), grads)
 
 
 def _grad(tensor: Tensor) -> Tensor:

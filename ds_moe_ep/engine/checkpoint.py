@@ -1,0 +1,53 @@
+"""Checkpoints under another ep_size.
+
+Saving and loading are the engine's own: the layer's parameters carry DeepSpeed's names, so its checkpoints are
+DeepSpeed's native ones, and experts, one file each, load under any ep_size. Optimizer states do not: DeepSpeed cuts
+them by expert-parallel rank and cannot cut them anew. Loaded all the same they would land on the wrong experts, some
+of them without a word; the engine is therefore asked first.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+from ds_moe_ep.errors import EngineError
+
+_OPTIMIZER_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
+
+
+def guard_loading(engine: Any, ep_size: int) -> None:
+    """Wraps `engine.load_checkpoint` so that it refuses optimizer states that were saved under another ep_size.
+
+    The wrapped call is otherwise the engine's. It raises EngineError, on every rank and before anything is loaded.
+    """
+    load = engine.load_checkpoint
+
+    @functools.wraps(load)
+    def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        options = dict(zip(("load_module_strict", "load_optimizer_states"), args, strict=False)) | kwargs
+        wants_states = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
+        saved = saved_ep_size(load_dir, tag)
+        if wants_states and saved is not None and saved != ep_size:
+            raise EngineError(
+                f"{load_dir}: saved with ep_size={saved}, this run has ep_size={ep_size}; DeepSpeed cannot divide the "
+                "experts' optimizer states anew. Load the weights alone: load_checkpoint(..., load_module_only=True)"
+            )
+        return load(load_dir, tag, *args, **kwargs)
+
+    engine.load_checkpoint = load_checkpoint
+
+
+def saved_ep_size(load_dir: str, tag: str | None = None) -> int | None:
+    """The largest ep_size of a checkpoint, or None where its folder does not tell. Reads names, no tensors."""
+    latest = Path(load_dir) / "latest"
+    if tag is None:
+        if not latest.is_file():
+            return None
+        tag = latest.read_text().strip()
+    folder = Path(load_dir) / str(tag)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    ranks = [int(match[1]) for name in names if (match := _OPTIMIZER_FILE.fullmatch(name))]
+    return max(ranks) + 1 if ranks else None

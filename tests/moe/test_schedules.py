@@ -1,0 +1,242 @@
+"""Overlapped equals serial bit for bit, whatever the schedule, the transport, the delays and the routing.
+
+Rows of a product do not depend on how many rows are computed together (kernels/linear.py), weight gradients are made
+from all rows of an expert at once, and each token's results are added in the order of its choices: so nothing is
+left that a schedule could change. Modules of unknown shape give their weight gradients piece by piece; their sums
+differ by rounding: 2e-6 of the largest value for some ten pieces of fp32 (6e-8 each, and the larger terms that cancel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests.moe.faulty_transports import Counting, Delayed
+from tests.moe.layer_cases import LayerCase, LayerResult, case_data, errors, reference_results
+from tests.moe.layer_runs import Links, build_layer, config, forward_backward, run_case, torus_for
+from tests.ranks import run_ranks
+
+SHAPES: list[dict[str, object]] = [
+    {"schedule": "chunks", "chunks": 1},
+    {"schedule": "chunks", "chunks": 4},
+    {"schedule": "chunks", "chunks": 7},
+    {"schedule": "peers"},
+    {"schedule": "peers", "row_cuts": 3},
+    {"schedule": "peers", "peer_group_size": 2, "row_cuts": 3},
+    {"schedule": "peers", "node_size": 2},
+    {"schedule": "peers", "node_size": 2, "row_cuts": 3, "peer_group_size": 1},
+]
+VARIANTS = [
+    {**shape, "transport": transport, "depth": depth}
+    for shape in SHAPES
+    for transport in ("pairwise", "collective")
+    for depth in (0, 1, 2, 3)
+]
+
+
+def base_cases() -> list[LayerCase]:
+    """Balanced and skewed routing, one and several local experts, dropless and capacity, every form of expert."""
+    table = [
+        LayerCase(name="one local", config=config(num_experts=4, ep_size=4, top_k=2), rows=(30, 30, 30, 30)),
+        LayerCase(name="unequal rows", config=config(ep_size=4, top_k=1), rows=(41, 3, 0, 18), expert="gelu_bias"),
+        LayerCase(name="skewed", config=config(ep_size=4, top_k=2), rows=(25,) * 4, skew=3.0, expert="swiglu_bias"),
+        LayerCase(name="capacity", config=config(ep_size=4, top_k=4, capacity_factor=1.0), rows=(21,) * 4),
+        LayerCase(name="swiglu", config=config(num_experts=4, ep_size=4), rows=(13, 14, 15, 16), expert="swiglu"),
+        LayerCase(name="module", config=config(ep_size=4, top_k=2), rows=(19, 20, 21, 22), expert="module"),
+        LayerCase(name="bf16", config=config(ep_size=4, top_k=2), rows=(33,) * 4, dtype=torch.bfloat16),
+    ]
+    return table
+
+
+def edge_cases() -> list[LayerCase]:
+    """Routing at its limits."""
+    wide, one_each = config(ep_size=4, top_k=2), config(num_experts=4, ep_size=4)
+    return [
+        LayerCase(name="every row to one expert", config=one_each, rows=(20,) * 4, skew=50.0),
+        LayerCase(name="every row to one of two local experts", config=config(ep_size=4), rows=(20,) * 4, skew=50.0),
+        LayerCase(name="a rank without rows", config=wide, rows=(20, 0, 7, 31)),
+        LayerCase(name="only one rank has rows", config=wide, rows=(0, 0, 0, 9)),
+        LayerCase(name="no rows anywhere", config=wide, rows=(0, 0, 0, 0)),
+        LayerCase(
+            name="no rows anywhere, group balance", config=config(ep_size=4, balance_scope="group"), rows=(0,) * 4
+        ),
+        LayerCase(name="no rows, modules", config=wide, rows=(0, 0, 0, 0), expert="module"),
+        LayerCase(name="one row", config=wide, rows=(1, 0, 0, 0)),
+        LayerCase(name="one row each", config=one_each, rows=(1, 1, 1, 1)),
+        LayerCase(name="fewer rows than pieces", config=config(ep_size=4, top_k=8), rows=(1, 2, 3, 1)),
+        LayerCase(name="a prime number of rows", config=wide, rows=(23, 29, 31, 37)),
+        LayerCase(name="every expert chosen", config=config(ep_size=4, top_k=8), rows=(9,) * 4),
+        LayerCase(name="an expert without rows", config=config(num_experts=32, ep_size=4), rows=(3, 2, 4, 1)),
+        LayerCase(name="no token used", config=wide, rows=(0, 5, 5, 0), masked=True),
+        LayerCase(
+            name="one place an expert", config=config(ep_size=4, capacity_factor=0.01, min_capacity=1), rows=(9,) * 4
+        ),
+        LayerCase(name="more places than rows", config=config(ep_size=4, capacity_factor=64.0), rows=(5,) * 4),
+        LayerCase(name="capacity, no rows", config=config(ep_size=4, capacity_factor=1.0), rows=(0,) * 4),
+    ]
+
+
+def serial(case: LayerCase) -> LayerCase:
+    return case.with_config(schedule="serial", transport="pairwise", depth=0)
+
+
+def differences(result: LayerResult, expected: LayerResult) -> list[str]:
+    """Names of tensors that are not equal bit for bit."""
+    pairs = {
+        "y": (result.output, expected.output),
+        "l_aux": (result.l_aux, expected.l_aux),
+        "dx": (result.input_grad, expected.input_grad),
+        "d gate": (result.gate_grad, expected.gate_grad),
+    }
+    for expert, weights in expected.expert_grads.items():
+        pairs |= {f"d {expert} {name}": (result.expert_grads[expert][name], w) for name, w in weights.items()}
+    return [name for name, (a, b) in pairs.items() if not same_bits(a, b)]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0))
+
+
+def near(result: LayerResult, expected: LayerResult) -> bool:
+    return max(errors([result], [expected]).values()) <= 2e-6
+
+
+def compare_with_serial(cases: Sequence[LayerCase], variants: Sequence[dict[str, object]]) -> list[str]:
+    """On a rank: what differs from the serial schedule, as sentences."""
+    links, wrong = Links(), []
+    for case in cases:
+        expected = run_case(serial(case), links.of(serial(case)))
+        for knobs in variants:
+            variant = case.with_config(**knobs)
+            result = run_case(variant, links.of(variant))
+            names = differences(result, expected)
+            if case.expert == "module" and near(result, expected):
+                names = [name for name in names if not (name.startswith("d ") and name != "d gate")]
+            wrong += [f"{case.name} {knobs}: {names}"] if names else []
+    return wrong
+
+
+def test_every_schedule_equals_serial_bit_for_bit() -> None:
+    for wrong in run_ranks(4, compare_with_serial, base_cases(), VARIANTS, timeout_s=240):
+        assert wrong == []
+
+
+def compare_delayed(cases: Sequence[LayerCase], seeds: Sequence[int]) -> list[str]:
+    links, wrong = Links(), []
+    for case in cases:
+        expected = run_case(serial(case), links.of(serial(case)))
+        for seed in seeds:
+            result = run_case(case, Delayed(links.of(case), seed, longest_s=0.01))
+            names = differences(result, expected)
+            wrong += [f"{case.name} {case.config.transport} seed {seed}: {names}"] if names else []
+    return wrong
+
+
+def test_random_delays_of_every_peer_change_no_bit() -> None:
+    cases = [
+        base.with_config(schedule=schedule, transport=transport, row_cuts=2, depth=depth)
+        for base in base_cases()[:3]
+        for schedule in ("chunks", "peers")
+        for transport in ("pairwise", "collective")
+        for depth in (1, 3)
+    ]
+    for wrong in run_ranks(4, compare_delayed, cases, (1, 2), timeout_s=240):
+        assert wrong == []
+
+
+EDGE_VARIANTS = [
+    {"schedule": "chunks", "chunks": 5, "transport": "collective", "depth": 1},
+    {"schedule": "peers", "row_cuts": 3, "transport": "pairwise", "depth": 2},
+    {"schedule": "peers", "node_size": 2, "transport": "collective", "depth": 3},
+]
+
+
+def test_edge_routing_equals_serial_bit_for_bit() -> None:
+    for wrong in run_ranks(4, compare_with_serial, edge_cases(), EDGE_VARIANTS, timeout_s=240):
+        assert wrong == []
+
+
+def run_variants(cases: Sequence[LayerCase]) -> list[LayerResult]:
+    links = Links()
+    return [run_case(case, links.of(case)) for case in cases]
+
+
+def test_edge_routing_equals_the_reference() -> None:
+    cases = [case.with_config(**EDGE_VARIANTS[1]) for case in edge_cases()]
+    by_rank = run_ranks(4, run_variants, cases, timeout_s=240)
+    for index, case in enumerate(cases):
+        found, expected = [results[index] for results in by_rank], reference_results(case)
+        assert max(errors(found, expected).values()) <= case.bound, case.name
+        assert [r.exp_counts for r in found] == [r.exp_counts for r in expected], case.name
+
+
+def test_unequal_numbers_of_tokens_with_a_capacity_are_refused_on_every_rank() -> None:
+    case = LayerCase(name="unequal", config=config(ep_size=2, capacity_factor=1.0), rows=(16, 64))
+    assert run_ranks(2, refused, case, timeout_s=30) == ["EngineError"] * 2
+
+
+def refused(case: LayerCase) -> str:
+    try:
+        run_case(case, Links().of(case))
+    except Exception as error:
+        assert "capacity=" in str(error), error
+        return type(error).__name__
+    return "nothing"
+
+
+def with_nan_row(case: LayerCase) -> tuple[LayerResult, LayerResult]:
+    """The case as it is, and with a NaN in row 3 of rank 1; the NaN row's choices must not move other rows."""
+    links, results = Links(), []
+    for value in (None, float("nan")):
+        data = case_data(case)
+        layer = build_layer(case, data)
+        layer.connect(links.of(case), torus_for(case))
+        if value is not None:
+            data.inputs[1][3, 5] = value
+        results.append(forward_backward(layer, case, data))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("knobs", EDGE_VARIANTS)
+def test_a_nan_row_stays_in_its_own_row(knobs: dict[str, object]) -> None:
+    base = LayerCase(name="nan", config=config(ep_size=4, top_k=2, aux_loss_weight=0.0), rows=(20,) * 4)
+    for rank, (clean, nan) in enumerate(run_ranks(4, with_nan_row, base.with_config(**knobs))):
+        expected_y, expected_dx = clean.output.clone(), clean.input_grad.clone()
+        if rank == 1:
+            assert nan.output[3].isnan().all()
+            assert nan.input_grad[3].isnan().all()
+            expected_y[3], expected_dx[3] = nan.output[3], nan.input_grad[3]
+        assert same_bits(nan.output, expected_y)
+        assert same_bits(nan.input_grad, expected_dx)
+
+
+def count_transfers(case: LayerCase) -> tuple[list[tuple[str, int]], int]:
+    transport = Counting(Links().of(case))
+    run_case(case, transport)
+    return transport.started, transport.num_waits
+
+
+def test_each_transfer_is_waited_for_once_and_every_rank_starts_the_same_ones() -> None:
+    base = base_cases()[1]
+    for knobs in ({"schedule": "chunks"}, {"schedule": "peers", "row_cuts": 3}):
+        results = run_ranks(4, count_transfers, base.with_config(**knobs))
+        assert all(len(started) == waits for started, waits in results)
+        assert all([lane for lane, _ in started] == [lane for lane, _ in results[0][0]] for started, _ in results)
+
+
+def compare_wrong_data(case: LayerCase) -> list[str]:
+    """The control: other inputs on one rank must be seen by the same comparison."""
+    links = Links()
+    expected = run_case(serial(case), links.of(serial(case)))
+    layer = build_layer(case, data := case_data(case))
+    layer.connect(links.of(case))
+    data.inputs[0][0, 0] += 2**-20
+    return differences(forward_backward(layer, case, data), expected)
+
+
+def test_the_comparison_sees_one_changed_bit() -> None:
+    by_rank = run_ranks(4, compare_wrong_data, base_cases()[0])
+    assert "y" in by_rank[0]
+    assert any(name.endswith("fc1.weight") for names in by_rank for name in names)

@@ -1,0 +1,129 @@
+"""The floors of the house: imports go down only, DeepSpeed has one door, and importing the package is free."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.policy.sources import PACKAGE, ROOT, imports_of, own_python
+
+GROUND = {
+    "errors", "config", "topology", "schedule", "section", "training", "deepspeed_keys", "footprint", "figures",
+    "check", "timeline", "record",
+}  # fmt: skip
+FLOORS = {
+    **dict.fromkeys(GROUND, 0),
+    **dict.fromkeys(("kernels", "comm", "recorder"), 1),
+    "moe": 2,
+    "model": 3,
+    "parallel": 4,
+    "engine": 5,
+    "bench": 6,
+    **dict.fromkeys(("tables", "cli", "__main__"), 7),
+}
+WINGS = {"simulate", "report"}
+OUTSIDE_FLOORS = {"", "__init__"}  # the lazy public names look up at every floor
+MAY_IMPORT_DEEPSPEED = {"engine", "bench"}
+NO_TORCH = GROUND | WINGS | OUTSIDE_FLOORS | {"tables", "cli", "__main__"}
+
+
+def rooms() -> Iterator[tuple[str, str, set[str]]]:
+    """(file, its room, what it imports) of every file of the package."""
+    for path, tree in own_python():
+        if PACKAGE in path.parents:
+            first = path.relative_to(PACKAGE).with_suffix("").parts[0]
+            yield str(path.relative_to(ROOT)), first, set(imports_of(path, tree))
+
+
+def rooms_imported(names: set[str]) -> set[str]:
+    """The rooms of the package among imported names."""
+    return {name.split(".")[1] for name in names if name.startswith("ds_moe_ep.")}
+
+
+def why_not(importer: str, imported: str) -> str | None:
+    """Why the room `importer` must not import the room `imported`, or None where it may."""
+    if importer == imported or imported in GROUND:
+        return None
+    if importer in WINGS:
+        return "a wing stands on ground alone"
+    if imported in WINGS:
+        return None if FLOORS[importer] == 7 else "only the command line calls a wing"
+    if FLOORS[imported] > FLOORS[importer]:
+        return "imports go down only"
+    if FLOORS[imported] == FLOORS[importer] and FLOORS[importer] not in (0, 7):
+        return "peers do not import each other"
+    return None
+
+
+def test_every_file_stands_on_a_known_floor() -> None:
+    homeless = {file for file, room, _ in rooms() if room not in {*FLOORS, *WINGS, *OUTSIDE_FLOORS}}
+    assert homeless == set(), "give the room a floor in FLOORS and in ARCHITECTURE.md"
+
+
+def test_imports_go_down_only() -> None:
+    wrong = [
+        f"{file} imports {other}: {reason}"
+        for file, room, names in rooms()
+        if room not in OUTSIDE_FLOORS
+        for other in sorted(rooms_imported(names) & {*FLOORS, *WINGS})
+        if (reason := why_not(room, other))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [("moe", "model"), ("config", "moe"), ("comm", "kernels"), ("simulate", "moe"), ("engine", "bench")],
+)
+def test_the_floor_rule_refuses_what_it_should(importer: str, imported: str) -> None:
+    assert why_not(importer, imported) is not None
+
+
+def test_deepspeed_has_one_door() -> None:
+    wrong = [
+        file
+        for file, room, names in rooms()
+        if room not in MAY_IMPORT_DEEPSPEED and any(name.split(".")[0] == "deepspeed" for name in names)
+    ]
+    assert wrong == []
+
+
+def test_ground_and_command_line_know_no_torch() -> None:
+    wrong = [
+        (file, name)
+        for file, room, names in rooms()
+        if room in NO_TORCH and room not in OUTSIDE_FLOORS
+        for name in names
+        if name.split(".")[0] in {"torch", "numpy", "triton"}
+    ]
+    assert wrong == []
+
+
+def test_ground_needs_the_standard_library_alone() -> None:
+    allowed = sys.stdlib_module_names | {"ds_moe_ep"}
+    wrong = [
+        (file, name)
+        for file, room, names in rooms()
+        if room in GROUND
+        for name in names
+        if name.split(".")[0] not in allowed
+    ]
+    assert wrong == []
+
+
+def test_importing_the_package_is_free_and_loads_no_torch() -> None:
+    script = (
+        "import sys, time; start = time.perf_counter(); import ds_moe_ep\n"
+        "print(time.perf_counter() - start, 'torch' in sys.modules or 'deepspeed' in sys.modules)"
+    )
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+        took, loaded = done.stdout.split()
+        assert loaded == "False"
+        seconds.append(float(took))
+    assert statistics.median(seconds) < 0.1
