@@ -111,15 +111,12 @@ def last_start(text: torch.Tensor, sequence_length: int) -> int:
     """The last place where a window and the byte after it fit. Raises SystemExit where none does."""
     if len(text) <= sequence_length:
         raise SystemExit(
-            f"--data: {len(text)} bytes hold no sequence of {sequence_length} and the byte after it; "
-            "give more text"
+            f"--data: {len(text)} bytes hold no sequence of {sequence_length} and the byte after it; give more text"
         )
     return len(text) - sequence_length - 1
 
 
-def windows(
-    text: torch.Tensor, starts: torch.Tensor, sequence_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(text: torch.Tensor, starts: torch.Tensor, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids at `starts`, and the ids one byte later as their targets."""
     ids = text[starts[:, None] + torch.arange(sequence_length + 1)].long()
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +27,21 @@ from ds_moe_ep.moe.overlap import Route, run_experts
 from ds_moe_ep.moe.plan import announce_bad_input, make_plan
 from ds_moe_ep.moe.router import Router, Routing
 from ds_moe_ep.recorder import Off, Recorder
-from ds_moe_ep.schedule import backward_schedule, forward_schedule
+from ds_moe_ep.schedule import Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.topology import Torus
+
+
+@dataclass(frozen=True)
+class Links:
+    """What ties a layer to its group: the transport, and the schedules over the group's torus."""
+
+    transport: Transport
+    forward: Schedule
+    backward: Schedule
+
+    @classmethod
+    def of(cls, config: MoEConfig, transport: Transport, torus: Torus) -> Links:
+        return cls(transport, forward_schedule(config, torus), backward_schedule(config, torus))
 
 
 class ExpertParallel(nn.Module):
@@ -44,8 +59,7 @@ class ExpertParallel(nn.Module):
         self.gate = Router(hidden_size, config)
         self.experts = Experts(expert, config.num_local_experts)
         self.shared = shared
-        self._transport: Transport | None = Loopback() if config.ep_size == 1 else None
-        self._torus = Torus(1, 1)
+        self._links = Links.of(config, Loopback(), Torus(1, 1)) if config.ep_size == 1 else None
         self._lanes: Lanes | None = None
         self.recorder: Recorder = Off()
         self.last_counts_E = torch.zeros(config.num_experts, dtype=torch.int64)
@@ -56,6 +70,8 @@ class ExpertParallel(nn.Module):
         assert (config.num_experts, config.ep_size) == (own.num_experts, own.ep_size), "these shape parameters"
         self.config = config
         self.gate.configure(config)
+        if self._links is not None:
+            self._links = Links.of(config, self._links.transport, self._links.forward.torus)
 
     def connect(self, transport: Transport, torus: Torus | None = None) -> None:
         """Gives the layer its links. Local. `torus` places the group's ranks on nodes; by default all share one.
@@ -67,8 +83,7 @@ class ExpertParallel(nn.Module):
                 f"moe_ep.ep_size={self.config.ep_size}, but the layer is connected to a group of {transport.size} "
                 "ranks: pass the group of ep_size ranks that share its experts"
             )
-        self._transport = transport
-        self._torus = torus or Torus(1, transport.size)
+        self._links = Links.of(self.config, transport, torus or Torus(1, transport.size))
 
     def forward(self, x: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Output [..., D], the weighted balance loss [], and this rank's choices an expert [E] for input [..., D].
@@ -77,34 +92,32 @@ class ExpertParallel(nn.Module):
         any number of tokens (with a capacity: the same number). `used_token` [...] is zero for tokens to leave out;
         their output is zero.
         """
-        transport = self._links(x)
+        links = self._checked_links(x)
         x_TD = x.reshape(-1, self.hidden_size)
         routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
-        y_TD = self._dispatch(x_TD, routing, transport)
+        y_TD = self._dispatch(x_TD, routing, links)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        loss = router_loss(routing, self.config, transport.sum, transport.size)
+        loss = router_loss(routing, self.config, links.transport.sum, links.transport.size)
         self.last_counts_E = routing.chosen_TE().sum(0).to(torch.int64)
         return y_TD.view(x.shape), loss, self.last_counts_E
 
-    def _dispatch(self, x_TD: Tensor, routing: Routing, transport: Transport) -> Tensor:
-        plan = make_plan(routing, self.config.num_experts, transport, (self.hidden_size, x_TD.dtype))
-        forward = forward_schedule(self.config, self._torus)
-        backward = backward_schedule(self.config, self._torus)
+    def _dispatch(self, x_TD: Tensor, routing: Routing, links: Links) -> Tensor:
+        plan = make_plan(routing, self.config.num_experts, links.transport, (self.hidden_size, x_TD.dtype))
         if self._lanes is None:
             self._lanes = make_lanes(x_TD.device)
-        layout = lay_out(plan, forward.pieces, self._torus, transport.rank)
-        route = Route(layout, forward, backward, transport, self._lanes, self.recorder)
+        layout = lay_out(plan, links.forward.pieces, links.forward.torus, links.transport.rank)
+        route = Route(layout, links.forward, links.backward, links.transport, self._lanes, self.recorder)
         rows_ND = permute(x_TD, plan.maps)
         results_ND = run_experts(rows_ND, self.experts, route)
         return unpermute(results_ND, routing.weights_TK, plan.maps)
 
-    def _links(self, x: Tensor) -> Transport:
-        """The layer's transport, once the input is known to be fit for it.
+    def _checked_links(self, x: Tensor) -> Links:
+        """The layer's links, once the input is known to be fit for it.
 
         A rank with a bad input first tells its peers, in the exchange of counts that they wait in, and then raises.
         """
-        if self._transport is None:
+        if self._links is None:
             raise EngineError(
                 f"moe_ep.ep_size={self.config.ep_size}: the layer has no expert-parallel group yet; pass the model "
                 "to deepspeed.initialize or ds_moe_ep.initialize, or call the layer's connect(transport)"
@@ -119,6 +132,6 @@ class ExpertParallel(nn.Module):
                 "(inside torch.autocast, call the layer outside of the region)"
             )
         if problem:
-            announce_bad_input(self._transport, self.config.num_local_experts, x.device)
+            announce_bad_input(self._links.transport, self.config.num_local_experts, x.device)
             raise ConfigError(problem)
-        return self._transport
+        return self._links

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_moe_ep.config import MoEConfig
 from tests.reference import Expert, gelu_expert, moe_reference, swiglu_expert
 
-D, F = 16, 24  # width of a token, inner width of an expert
+D, F = 16, 32  # width of a token, inner width of an expert
 Weights = dict[str, Tensor]
 
 
@@ -42,6 +42,7 @@ EXPERT_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         "gate.weight": (F, D), "gate.bias": (F,), "up.weight": (F, D), "up.bias": (F,), "down.weight": (D, F),
         "down.bias": (D,),
     },
+    "swiglu_odd": {"gate.weight": (23, D), "up.weight": (23, D), "down.weight": (D, 23)},
     "module": {
         "norm.weight": (D,), "norm.bias": (D,), "lift.weight": (F, D), "lift.bias": (F,), "scale": (D,),
         "lower.weight": (D, F),
@@ -133,7 +134,11 @@ def make_expert(kind: str) -> nn.Module:
     from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 
     cls = GeluMLP if kind.startswith("gelu") else SwiGLU
-    return cls(D, F, bias=kind.endswith("bias"))
+    return cls(D, inner_width(kind), bias=kind.endswith("bias"))
+
+
+def inner_width(kind: str) -> int:
+    return next(iter(EXPERT_SHAPES[kind].values()))[0]
 
 
 def expert_function(kind: str, weights: Weights) -> Expert:

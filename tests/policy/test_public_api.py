@@ -36,7 +36,7 @@ def test_lazy_names_and_the_names_for_type_checkers_are_all_public() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
-    with pytest.raises(AttributeError, match="ds_moe_ep.*no attribute 'Moe'"):
+    with pytest.raises(AttributeError, match=r"ds_moe_ep.*no attribute 'Moe'"):
         ds_moe_ep.Moe  # noqa: B018
 
 
@@ -47,7 +47,8 @@ def test_public_functions_and_classes_of_the_package_have_docstrings() -> None:
         if tree.body and not ast.get_docstring(tree):
             bare.append(f"{path.name}: the file")
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                if not ast.get_docstring(node):
-                    bare.append(f"{path.name}: {node.name}")
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if not ast.get_docstring(node):
+                bare.append(f"{path.name}: {node.name}")
     assert bare == []

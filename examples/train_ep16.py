@@ -1,0 +1,127 @@
+"""Trains the specification's 4-layer model with expert parallelism, on text, through DeepSpeed's engine.
+
+One file for every start: the deepspeed launcher, torchrun, mpirun. See README.md beside it for the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from command import resume_command
+from deepspeed.accelerator import get_accelerator
+from display import Progress, StepReport, communication_hidden
+from text import Corpus, load_corpus, training_batch, validation_batch
+
+import ds_moe_ep
+from ds_moe_ep.engine.seams import init_distributed
+from ds_moe_ep.model.initialize import expert_index_of, init_weights
+from ds_moe_ep.model.transformer import Transformer, build_transformer
+
+
+def main() -> None:
+    args = parse_arguments()
+    set_up_process()
+    section = ds_moe_ep.read_section(ds_moe_ep.load_ds_config(args.deepspeed_config))
+    if section.model is None:
+        raise SystemExit(f'{args.deepspeed_config}: moe_ep.model is missing; add for example "model": "small"')
+    corpus = load_corpus(args.data)
+    model = make_model(section, args.seed)
+    engine, *_ = ds_moe_ep.initialize(model=model, config=args.deepspeed_config)
+    if args.resume and engine.load_checkpoint(args.resume)[0] is None:
+        raise SystemExit(f"--resume {args.resume}: no DeepSpeed checkpoint there; name the folder given to --save")
+    train(engine, corpus, args)
+    loss = evaluate(engine, corpus, args.eval_batches)
+    if args.save:
+        engine.save_checkpoint(args.save)
+    if dist.get_rank() == 0:
+        print(f"validation loss {loss:.3f} nats a byte, unigram entropy {corpus.unigram_entropy():.3f}")
+        if args.save:
+            print(f"checkpoint in {args.save}; to resume:\n  {resume_command(args.save, 2 * args.steps)}")
+    dist.destroy_process_group()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="*", default=[], help="text files or folders; default: Python's library")
+    parser.add_argument("--steps", type=int, default=120, help="train until this optimizer step")
+    parser.add_argument("--save", metavar="DIR", help="where to save a DeepSpeed checkpoint at the end")
+    parser.add_argument("--resume", metavar="DIR", help="a folder that --save wrote")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
+    parser.add_argument("--eval-batches", type=int, default=4, help="validation micro-batches of a rank")
+    parser.add_argument("--report-every", type=int, default=10, help="steps between lines without a terminal")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    args = deepspeed.add_config_arguments(parser).parse_args()
+    if args.deepspeed_config is None:
+        parser.error("--deepspeed_config is missing; give for example ds_configs/ep16_cpu.json")
+    return args
+
+
+def set_up_process() -> None:
+    """Joins the world (found from the launcher or from MPI) and takes this rank's device."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    init_distributed(verbose=False)
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.deterministic = False
+
+
+def make_model(section: ds_moe_ep.Section, seed: int) -> Transformer:
+    """The model on this rank's device, with first values that every layout of experts shares."""
+    grid = ds_moe_ep.RankGrid(world_size=dist.get_world_size(), ep_size=section.moe.ep_size)
+    with torch.device(get_accelerator().current_device_name()):
+        model = build_transformer(section.model, section.moe, ds_moe_ep.MoE)
+    init_weights(model, seed, expert_index_of(grid.ep_rank(dist.get_rank()), section.moe.num_local_experts))
+    return model
+
+
+def train(engine: Any, corpus: Corpus, args: argparse.Namespace) -> None:
+    """Trains until step `args.steps`; a resumed engine goes on at its own step."""
+    accumulation, sequences = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
+    length = engine.module.config.sequence_length
+    with Progress(args.steps, args.report_every, shown=dist.get_rank() == 0) as progress:
+        for step in range(engine.global_steps, args.steps):
+            start, sums = time.perf_counter(), 0
+            for micro_step in range(step * accumulation, (step + 1) * accumulation):
+                tokens, targets = training_batch(
+                    corpus.train, seed=args.seed, step=micro_step, rank=dist.get_rank(),
+                    num_sequences=sequences, sequence_length=length,
+                )  # fmt: skip
+                output = engine(tokens.to(engine.device), targets.to(engine.device))
+                engine.backward(output.loss)
+                engine.step()
+                sums = sums + torch.cat((output.cross_entropy[None], output.exp_counts_LE.flatten().float()))
+            dist.all_reduce(sums)
+            loss = float(sums[0]) / (accumulation * dist.get_world_size())
+            load_LE = sums[1:].view(engine.module.config.num_layers, -1)
+            tokens_per_s = engine.train_batch_size() * length / (time.perf_counter() - start)
+            load = float((load_LE.amax(1) / load_LE.mean(1)).max())
+            progress.show(StepReport(step + 1, loss, tokens_per_s, load, communication_hidden(engine)))
+
+
+@torch.no_grad()
+def evaluate(engine: Any, corpus: Corpus, num_batches: int) -> float:
+    """The mean validation loss over all ranks, in nats a byte."""
+    engine.eval()
+    total = torch.zeros((), device=engine.device)
+    for batch in range(num_batches):
+        tokens, targets = validation_batch(
+            corpus.validation, index=batch * dist.get_world_size() + dist.get_rank(),
+            num_batches=num_batches * dist.get_world_size(),
+            num_sequences=engine.train_micro_batch_size_per_gpu(),
+            sequence_length=engine.module.config.sequence_length,
+        )  # fmt: skip
+        total += engine(tokens.to(engine.device), targets.to(engine.device)).cross_entropy
+    dist.all_reduce(total)
+    return float(total) / (num_batches * dist.get_world_size())
+
+
+if __name__ == "__main__":
+    main()
