@@ -64,4 +64,6 @@ def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float) -> LaneGroups:
             made = dist.new_group(list(group), timeout=timeout)
             if rank in group:
                 lanes[lane] = made
+    for group in lanes.values():
+        dist.barrier(group=group)  # NCCL wants every rank in a group's first call; later transfers may leave some out
     return LaneGroups(mine[0].index(rank), mine[0], lanes)

@@ -16,6 +16,7 @@ from ds_moe_ep.engine.layer import MoE, with_given_knobs
 from ds_moe_ep.engine.meter import OverlapMeter
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.section import SECTION, load_ds_config, read_section
+from ds_moe_ep.training import read_training
 
 
 def initialize(
@@ -48,10 +49,12 @@ def initialize(
             f"model={type(model).__name__} has no ds_moe_ep.MoE layer: build it with one, or call "
             "deepspeed.initialize for a dense model"
         )
-    refuse_zero_3(ds_config)
     for name, layer in layers.items():
         layer.configure(with_given_knobs(layer.config, section.moe, section.given), f"{SECTION} ({name})")
     seams.init_distributed()
+    if kwargs.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
+        for layer in layers.values():
+            read_training(ds_config, layer.ep_size, deepspeed.comm.get_world_size())
     if args is not None and getattr(args, "deepspeed_config", None) is not None:
         args.deepspeed_config = None  # DeepSpeed takes one of the two; it was read into `config` above
     engine, *others = deepspeed.initialize(args=args, model=model, config=ds_config, **kwargs)
@@ -70,13 +73,3 @@ def initialize(
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
     """The package's MoE layers in a model, by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-
-
-def refuse_zero_3(ds_config: Mapping[str, Any]) -> None:
-    """Raises ConfigError for ZeRO stage 3, which DeepSpeed refuses for its MoE layers by class."""
-    stage = (ds_config.get("zero_optimization") or {}).get("stage", 0)
-    if stage == 3:
-        raise ConfigError(
-            "zero_optimization.stage=3: DeepSpeed does not partition the parameters of its MoE layers (experts are "
-            "spread over ranks already); use stage 1 or 2"
-        )

@@ -1,0 +1,123 @@
+"""The layer's gradients equal central differences in float64, on two ranks.
+
+torch.autograd.gradcheck cannot be used: ranks must call the layer equally often, and a rank's output depends on the
+other's input. So all ranks step together along a random direction of one tensor, and compare the change of the world's
+loss with the gradient along it. The step of 1e-6 leaves a truncation error near 1e-12 and rounding near 1e-10 of the loss.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_moe_ep.moe.layer import ExpertParallel
+from tests.moe.layer_cases import CaseData, LayerCase, case_data
+from tests.moe.layer_runs import Links, build_layer, config, torus_for
+from tests.ranks import run_ranks
+
+STEP = 1e-6
+TOLERANCE = 1e-6
+NUM_DIRECTIONS = 2
+
+CASES = [
+    LayerCase(
+        name=f"gradcheck {kind} {knobs}",
+        config=config(num_experts=4, ep_size=2, z_loss_weight=0.1, **knobs),
+        rows=(7, 7) if "capacity_factor" in knobs else (7, 4),
+        expert=kind,
+        shared=kind == "gelu",
+        dtype=torch.float64,
+    )
+    for kind in ("gelu", "gelu_bias", "swiglu_bias", "module")
+    for knobs in (
+        {"top_k": 1},
+        {"top_k": 2, "schedule": "peers", "row_cuts": 2},
+        {"top_k": 3, "score": "sigmoid", "schedule": "chunks", "chunks": 3},
+        {"top_k": 2, "capacity_factor": 0.75, "transport": "collective"},
+    )
+]
+
+
+def world_loss(layer: ExpertParallel, data: CaseData, x_TD: Tensor) -> Tensor:
+    """This rank's part of the loss: the world's is the sum over ranks."""
+    output, l_aux, _ = layer(x_TD)
+    return (output * data.output_grads[dist.get_rank()]).sum() + l_aux
+
+
+def summed(value: Tensor) -> float:
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return float(total)
+
+
+def slope(layer: ExpertParallel, data: CaseData, x_TD: Tensor, tensor: Tensor, direction: Tensor) -> float:
+    """The central difference of the world's loss along `direction` of this rank's `tensor`. Collective."""
+    losses = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            tensor += sign * STEP * direction
+            losses.append(summed(world_loss(layer, data, x_TD)))
+            tensor -= sign * STEP * direction
+    return (losses[0] - losses[1]) / (2 * STEP)
+
+
+def check(case: LayerCase, links: Links, spoil: bool) -> dict[str, float]:
+    """For each tensor of this rank, how far its gradient is from the differences, relative to its norm."""
+    data, rank = case_data(case), dist.get_rank()
+    layer = build_layer(case, data)
+    layer.connect(links.of(case), torus_for(case))
+    x_TD = data.inputs[rank].clone().requires_grad_()
+    world_loss(layer, data, x_TD).backward()
+    gate_grad = layer.gate.wg.weight.grad
+    assert gate_grad is not None
+    dist.all_reduce(gate_grad)  # the gate is one tensor of the world: all ranks move it together
+    generator = torch.Generator().manual_seed(1)
+    off = {}
+    names = {"x": x_TD, **dict(layer.named_parameters())}
+    for name, tensor in names.items():
+        for owner in range(1 if name == "gate.wg.weight" else dist.get_world_size()):
+            for _ in range(NUM_DIRECTIONS):
+                shapes = [None] * dist.get_world_size()
+                dist.all_gather_object(shapes, tensor.shape)
+                direction = torch.randn(shapes[owner], generator=generator, dtype=torch.float64)
+                moves = name == "gate.wg.weight" or owner == rank
+                step = direction if moves else torch.zeros_like(tensor)
+                numeric = slope(layer, data, x_TD, tensor, step)
+                if moves:
+                    assert tensor.grad is not None, name
+                    grad = tensor.grad * (1.01 if spoil else 1)
+                    error = abs(float((grad * direction).sum()) - numeric) / (1e-3 + float(grad.norm()))
+                    off[name] = max(off.get(name, 0.0), error)
+    return off
+
+
+def check_all(spoil: bool = False) -> list[tuple[str, str, float]]:
+    links = Links()
+    return [
+        (case.name, name, error)
+        for case in CASES
+        for name, error in check(case, links, spoil).items()
+        if error > TOLERANCE
+    ]
+
+
+def test_gradients_equal_central_differences_in_float64() -> None:
+    assert run_ranks(2, check_all, timeout_s=240) == [[], []]
+
+
+def test_a_gradient_that_is_off_by_a_hundredth_is_seen() -> None:
+    for off in run_ranks(2, check_all, True, timeout_s=240):
+        assert {case for case, _, _ in off} == {case.name for case in CASES}
+        assert {"x", "gate.wg.weight"} <= {name for _, name, _ in off}
+
+
+@pytest.mark.parametrize("kind", ["gelu", "module"])
+def test_torchs_own_gradcheck_holds_on_one_rank(kind: str) -> None:
+    torch.manual_seed(0)
+    case = LayerCase(name="alone", config=config(num_experts=3, top_k=2), rows=(4,), expert=kind, dtype=torch.float64)
+    layer = build_layer(case, case_data(case))
+    x_TD = case_data(case).inputs[0].requires_grad_()
+    parameters = [p for p in layer.parameters() if p.numel() <= 48] + [x_TD]
+    assert torch.autograd.gradcheck(lambda *_: layer(x_TD)[:2], parameters, nondet_tol=0.0)
