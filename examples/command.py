@@ -1,15 +1,35 @@
-"""The command line that continues a run, written for the launcher that started it."""
+"""The command line of a training run: what it takes, and the one that continues the run."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import deepspeed
+
 OVERWRITTEN = ("--save", "--resume", "--steps")
 LAUNCHER_ENV = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """The settings of a run; `--deepspeed_config` is DeepSpeed's own option."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", nargs="*", default=[], help="text files or folders; default: Python's library")
+    parser.add_argument("--steps", type=int, default=100, help="train until this optimizer step")
+    parser.add_argument("--save", metavar="DIR", help="where to save a DeepSpeed checkpoint at the end")
+    parser.add_argument("--resume", metavar="DIR", help="a folder that --save wrote")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
+    parser.add_argument("--eval-batches", type=int, default=4, help="validation micro-batches of a rank")
+    parser.add_argument("--report-every", type=int, default=10, help="steps between lines without a terminal")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    args = deepspeed.add_config_arguments(parser).parse_args()
+    if args.deepspeed_config is None:
+        parser.error("--deepspeed_config is missing; give for example ds_configs/ep16_cpu.json")
+    return args
 
 
 def resume_command(checkpoint: str, num_steps: int) -> str:

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import torch
 
+Size = tuple[int, int]  # sequences of a batch, tokens of a sequence
+Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and target ids, both [sequences, tokens]
+
 VALIDATION_EVERY = 10  # one file of ten
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "lib-dynload"}
 
@@ -89,34 +92,30 @@ def as_bytes(text: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def training_batch(
-    text: torch.Tensor, *, seed: int, step: int, rank: int, num_sequences: int, sequence_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token and target ids [B, S] of random places of `text`, drawn from (seed, step, rank) alone."""
+def training_batch(text: torch.Tensor, size: Size, *, seed: int, step: int, rank: int) -> Batch:
+    """Random windows of `text`, drawn from (seed, step, rank) alone."""
     generator = torch.Generator().manual_seed(fingerprint(seed, step, rank))
-    starts = torch.randint(last_start(text, sequence_length) + 1, (num_sequences,), generator=generator)
-    return windows(text, starts, sequence_length)
+    starts = torch.randint(last_start(text, size) + 1, (size[0],), generator=generator)
+    return windows(text, starts, size)
 
 
-def validation_batch(
-    text: torch.Tensor, *, index: int, num_batches: int, num_sequences: int, sequence_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batch `index` of `num_batches` whose windows are spread evenly over `text`: the same for every run."""
-    places = torch.arange(index * num_sequences, (index + 1) * num_sequences, dtype=torch.float64)
-    starts = (places / (num_batches * num_sequences) * last_start(text, sequence_length)).long()
-    return windows(text, starts, sequence_length)
+def validation_batch(text: torch.Tensor, size: Size, *, index: int, num_batches: int) -> Batch:
+    """Batch `index` of `num_batches` whose windows lie evenly spread over `text`, the same in every run."""
+    places = torch.arange(index * size[0], (index + 1) * size[0], dtype=torch.float64)
+    starts = (places / (num_batches * size[0]) * last_start(text, size)).long()
+    return windows(text, starts, size)
 
 
-def last_start(text: torch.Tensor, sequence_length: int) -> int:
+def last_start(text: torch.Tensor, size: Size) -> int:
     """The last place where a window and the byte after it fit. Raises SystemExit where none does."""
-    if len(text) <= sequence_length:
+    if len(text) <= size[1]:
         raise SystemExit(
-            f"--data: {len(text)} bytes hold no sequence of {sequence_length} and the byte after it; give more text"
+            f"--data: {len(text)} bytes hold no sequence of {size[1]} and the byte after it; give more text"
         )
-    return len(text) - sequence_length - 1
+    return len(text) - size[1] - 1
 
 
-def windows(text: torch.Tensor, starts: torch.Tensor, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(text: torch.Tensor, starts: torch.Tensor, size: Size) -> Batch:
     """Token ids at `starts`, and the ids one byte later as their targets."""
-    ids = text[starts[:, None] + torch.arange(sequence_length + 1)].long()
+    ids = text[starts[:, None] + torch.arange(size[1] + 1)].long()
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

@@ -9,12 +9,13 @@ import argparse
 import logging
 import os
 import time
+import warnings
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from command import resume_command
+from command import parse_arguments, resume_command
 from deepspeed.accelerator import get_accelerator
 from display import Progress, StepReport, communication_hidden
 from text import Corpus, load_corpus, training_batch, validation_batch
@@ -26,7 +27,7 @@ from ds_moe_ep.model.transformer import Transformer, build_transformer
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     set_up_process()
     section = ds_moe_ep.read_section(ds_moe_ep.load_ds_config(args.deepspeed_config))
     if section.model is None:
@@ -47,25 +48,10 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", nargs="*", default=[], help="text files or folders; default: Python's library")
-    parser.add_argument("--steps", type=int, default=120, help="train until this optimizer step")
-    parser.add_argument("--save", metavar="DIR", help="where to save a DeepSpeed checkpoint at the end")
-    parser.add_argument("--resume", metavar="DIR", help="a folder that --save wrote")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
-    parser.add_argument("--eval-batches", type=int, default=4, help="validation micro-batches of a rank")
-    parser.add_argument("--report-every", type=int, default=10, help="steps between lines without a terminal")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    args = deepspeed.add_config_arguments(parser).parse_args()
-    if args.deepspeed_config is None:
-        parser.error("--deepspeed_config is missing; give for example ds_configs/ep16_cpu.json")
-    return args
-
-
 def set_up_process() -> None:
     """Joins the world (found from the launcher or from MPI) and takes this rank's device."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     init_distributed(verbose=False)
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if torch.cuda.is_available():
@@ -84,43 +70,41 @@ def make_model(section: ds_moe_ep.Section, seed: int) -> Transformer:
 
 def train(engine: Any, corpus: Corpus, args: argparse.Namespace) -> None:
     """Trains until step `args.steps`; a resumed engine goes on at its own step."""
-    accumulation, sequences = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
-    length = engine.module.config.sequence_length
+    size, accumulation = batch_size(engine), engine.gradient_accumulation_steps()
+    tokens_of_step = engine.train_batch_size() * size[1]
     with Progress(args.steps, args.report_every, shown=dist.get_rank() == 0) as progress:
         for step in range(engine.global_steps, args.steps):
-            start, sums = time.perf_counter(), 0
+            start, sums = time.perf_counter(), torch.zeros((), device=engine.device)
             for micro_step in range(step * accumulation, (step + 1) * accumulation):
-                tokens, targets = training_batch(
-                    corpus.train, seed=args.seed, step=micro_step, rank=dist.get_rank(),
-                    num_sequences=sequences, sequence_length=length,
-                )  # fmt: skip
-                output = engine(tokens.to(engine.device), targets.to(engine.device))
+                batch = training_batch(corpus.train, size, seed=args.seed, step=micro_step, rank=dist.get_rank())
+                output = engine(*(ids.to(engine.device) for ids in batch))
                 engine.backward(output.loss)
                 engine.step()
-                sums = sums + torch.cat((output.cross_entropy[None], output.exp_counts_LE.flatten().float()))
+                sums = sums + torch.cat((output.cross_entropy[None], output.exp_counts_LE.flatten()))
             dist.all_reduce(sums)
             loss = float(sums[0]) / (accumulation * dist.get_world_size())
-            load_LE = sums[1:].view(engine.module.config.num_layers, -1)
-            tokens_per_s = engine.train_batch_size() * length / (time.perf_counter() - start)
+            load_LE = sums[1:].view_as(output.exp_counts_LE)
             load = float((load_LE.amax(1) / load_LE.mean(1)).max())
+            tokens_per_s = tokens_of_step / (time.perf_counter() - start)
             progress.show(StepReport(step + 1, loss, tokens_per_s, load, communication_hidden(engine)))
 
 
 @torch.no_grad()
-def evaluate(engine: Any, corpus: Corpus, num_batches: int) -> float:
+def evaluate(engine: Any, corpus: Corpus, batches_of_rank: int) -> float:
     """The mean validation loss over all ranks, in nats a byte."""
     engine.eval()
+    num_batches = batches_of_rank * dist.get_world_size()
     total = torch.zeros((), device=engine.device)
-    for batch in range(num_batches):
-        tokens, targets = validation_batch(
-            corpus.validation, index=batch * dist.get_world_size() + dist.get_rank(),
-            num_batches=num_batches * dist.get_world_size(),
-            num_sequences=engine.train_micro_batch_size_per_gpu(),
-            sequence_length=engine.module.config.sequence_length,
-        )  # fmt: skip
-        total += engine(tokens.to(engine.device), targets.to(engine.device)).cross_entropy
+    for index in range(dist.get_rank(), num_batches, dist.get_world_size()):
+        batch = validation_batch(corpus.validation, batch_size(engine), index=index, num_batches=num_batches)
+        total += engine(*(ids.to(engine.device) for ids in batch)).cross_entropy
     dist.all_reduce(total)
-    return float(total) / (num_batches * dist.get_world_size())
+    return float(total) / num_batches
+
+
+def batch_size(engine: Any) -> tuple[int, int]:
+    """Sequences and tokens of one rank's micro-batch."""
+    return engine.train_micro_batch_size_per_gpu(), engine.module.config.sequence_length
 
 
 if __name__ == "__main__":

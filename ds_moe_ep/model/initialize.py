@@ -19,6 +19,8 @@ from ds_moe_ep.model.transformer import Layer
 
 RESIDUAL_OUTPUTS = ("out.weight", "fc2.weight", "down.weight")  # what a layer adds to the residual stream
 
+EMBEDDING_STD = 0.2  # with GPT-2's 0.02 tokens look alike at first, and one expert gets them all
+
 LOCAL_EXPERT = re.compile(r"deepspeed_experts\.(\d+)\.")
 
 
@@ -37,8 +39,9 @@ def init_weights(model: nn.Module, seed: int, expert_index: Callable[[int], int]
 
     Matrices: normal, with the standard deviation sqrt(2 / (5 * inputs)) (arXiv 1910.05895), which at GPT-2's
     width is close to its 0.02; those that add to the residual stream are divided by sqrt(2 * layers), as in
-    GPT-2. Norms start at one, biases at zero. Numbers are drawn on the host in fp32, so that device and dtype
-    do not matter either. Local: no communication. Raises ConfigError for a parameter on the meta device.
+    GPT-2. Embeddings: normal, EMBEDDING_STD. Norms start at one, biases at zero. Numbers are drawn on the host
+    in fp32, so that device and dtype do not matter either. Local: no communication. Raises ConfigError for a
+    parameter on the meta device.
     """
     num_layers = max(1, sum(isinstance(module, Layer) for module in model.modules()))
     for name, parameter in model.named_parameters():
@@ -62,7 +65,7 @@ def first_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> tor
     """The fp32 value on the host that the parameter of this global name starts from."""
     if len(shape) < 2:
         return torch.ones(shape, device="cpu") if name.endswith("weight") else torch.zeros(shape, device="cpu")
-    std = math.sqrt(2 / (5 * shape[-1]))
+    std = EMBEDDING_STD if name.endswith("embedding.weight") else math.sqrt(2 / (5 * shape[-1]))
     if name.endswith(RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * num_layers)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -58,9 +58,7 @@ class Dense(nn.Module):
         self.deepspeed_moe.gate.wg = nn.Linear(case.hidden_size, case.num_experts, bias=False)
         self.deepspeed_moe.experts = nn.Module()
         self.deepspeed_moe.experts.deepspeed_experts = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(case.hidden_size, case.width), nn.GELU(), nn.Linear(case.width, case.hidden_size)
-            )
+            nn.Sequential(nn.Linear(case.hidden_size, case.width), nn.GELU(), nn.Linear(case.width, case.hidden_size))
             for _ in range(case.num_experts)
         )
 
@@ -125,7 +123,14 @@ def test_only_bytes_for_other_ranks_count() -> None:
 
 def test_records_cover_the_finished_rounds_and_nothing_else() -> None:
     plan = Plan(
-        cases=(SMALL,), sides=("native", "serial"), num_ranks=2, rounds=3, warm_ups=0, measure="time", device="cpu", port=1
+        cases=(SMALL,),
+        sides=("native", "serial"),
+        num_ranks=2,
+        rounds=3,
+        warm_ups=0,
+        measure="time",
+        device="cpu",
+        port=1,
     )
     found = Findings(plan, "python -m bench", "abc", "2 cores")
     assert found.records() == []
@@ -141,5 +146,6 @@ def test_records_cover_the_finished_rounds_and_nothing_else() -> None:
         "layer.small.serial.ratio": 0.375,
         "layer.small.serial.bytes": 96.0,
     }
-    assert [(row.case, row.side) for row in rows_of(found.records())] == [("small", "native"), ("small", "serial")]
-    assert "| small | serial | 1000.0 (1000.0-1000.0) | 0.38 (0.31-0.44) | 0.00 | - |" in markdown_table(found.records())
+    records = found.records()
+    assert [(row.case, row.side) for row in rows_of(records)] == [("small", "native"), ("small", "serial")]
+    assert "| small | serial | 1000.0 (1000.0-1000.0) | 0.38 (0.31-0.44) | 0.00 | - |" in markdown_table(records)

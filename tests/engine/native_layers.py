@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.moe.layer_cases import CaseData, D, F, LayerCase, LayerResult, OddExpert, case_data
+
+GATE = "deepspeed_moe.gate.wg.weight"
 
 
 class PlainGelu(nn.Module):
@@ -69,14 +74,23 @@ def native_layer(case: LayerCase, **arguments: object) -> nn.Module:
 
 
 def fill(layer: nn.Module, case: LayerCase, data: CaseData) -> None:
-    """Gives gate and local experts of a layer in DeepSpeed's layout the case's weights."""
+    """Gives gate and local experts of a layer in DeepSpeed's layout the case's weights.
+
+    What a residual layer has beside them gets the shared expert's weights, and numbers from a fixed seed.
+    """
+    generator = torch.Generator().manual_seed(7)
     first = dist.get_rank() % case.config.ep_size * case.config.num_local_experts
     with torch.no_grad():
-        layer.get_parameter("deepspeed_moe.gate.wg.weight").copy_(data.gate_ED)
+        layer.get_parameter(GATE).copy_(data.gate_ED)
         for local in range(case.config.num_local_experts):
             for name, weight in data.experts[first + local].items():
                 key = f"deepspeed_moe.experts.deepspeed_experts.{local}.{name}"
                 layer.get_parameter(key).copy_(weight)
+        for name, parameter in layer.named_parameters():
+            if name.startswith("mlp."):
+                parameter.copy_(data.shared[name.removeprefix("mlp.")])
+            elif name.startswith("coefficient."):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def run_layer(layer: nn.Module, case: LayerCase) -> LayerResult:
@@ -85,7 +99,8 @@ def run_layer(layer: nn.Module, case: LayerCase) -> LayerResult:
     layer.train(case.training)
     x = data.inputs[rank].clone().requires_grad_()
     used = data.used_tokens[rank] if data.used_tokens is not None else None
-    output, l_aux, counts = layer(x, used)
+    output, l_aux, counts = layer(x.view(2, -1, D), used)
+    output = output.view_as(x)
     ((output * data.output_grads[rank]).sum() + l_aux).backward()
     first = rank % case.config.ep_size * case.config.num_local_experts
     grads: dict[int | str, dict[str, Tensor]] = {first + e: {} for e in range(case.config.num_local_experts)}
@@ -93,7 +108,9 @@ def run_layer(layer: nn.Module, case: LayerCase) -> LayerResult:
         if "deepspeed_experts." in key:
             local, name = key.split("deepspeed_experts.")[1].split(".", 1)
             grads[first + int(local)][name] = _grad(parameter)
-    gate = layer.get_parameter("deepspeed_moe.gate.wg.weight")
+        elif key != GATE:
+            grads.setdefault("dense", {})[key] = _grad(parameter)
+    gate = layer.get_parameter(GATE)
     return LayerResult(output.detach(), l_aux.detach(), counts.tolist(), _grad(x), _grad(gate), grads)
 
 
@@ -101,13 +118,33 @@ def _grad(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.detach().clone()
 
 
-def run_native(cases: list[LayerCase]) -> list[LayerResult]:
-    """Each case through DeepSpeed's layer, on this rank."""
-    import deepspeed
+def our_layer(case: LayerCase, **arguments: object) -> nn.Module:
+    """Our layer made with DeepSpeed's own arguments, with the case's weights and process groups. Collective."""
+    from ds_moe_ep import MoE
 
-    deepspeed.init_distributed("gloo")
-    results = []
-    for case in cases:
-        torch.manual_seed(0)
-        results.append(run_layer(native_layer(case), case))
-    return results
+    layer = MoE(D, plain_expert(case.expert), **(native_arguments(case) | arguments))
+    layer.set_deepspeed_parallelism()
+    fill(layer, case, case_data(case))
+    return layer.to(case.dtype)
+
+
+@contextlib.contextmanager
+def first_of_equals() -> Iterator[None]:
+    """Lets torch.topk choose the first of equal integers.
+
+    Without random selection DeepSpeed's top-1 gate drops rows by topk over a mask of ones, which leaves the choice among
+    them to the library: not even twice the same for other sizes. By position is what it means.
+    """
+    topk = torch.topk
+
+    def stable(x: Tensor, k: int, dim: int = -1, **options: bool) -> tuple[Tensor, Tensor]:
+        if x.is_floating_point():
+            return topk(x, k, dim=dim, **options)
+        values, indices = x.sort(dim=dim, descending=True, stable=True)
+        return values.narrow(dim, 0, int(k)), indices.narrow(dim, 0, int(k))
+
+    torch.topk = stable
+    try:
+        yield
+    finally:
+        torch.topk = topk

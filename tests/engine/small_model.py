@@ -1,0 +1,226 @@
+"""A small model around any MoE layer, trained by an engine on real ranks or by plain loops in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_moe_ep.config import MoEConfig
+from tests.engine.native_layers import PlainGelu
+from tests.moe.layer_cases import D
+from tests.reference import moe_reference
+
+NUM_EXPERTS = 8
+BATCH = 12  # tokens of one rank in one micro-batch
+AUX_WEIGHT = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run."""
+
+    layer: str = "ours"  # or "native"
+    world_size: int = 4
+    ep_size: int = 4
+    top_k: int = 2
+    capacity_factor: float | None = None
+    num_experts: int = NUM_EXPERTS
+    stage: int = 0
+    bf16: bool = False
+    accumulation: int = 1
+    clipping: float = 0.0
+    steps: int = 4
+    seed: int = 3
+    schedule: str = "peers"
+    door: str = "ds_moe_ep"  # whose initialize is called
+
+    @property
+    def moe_config(self) -> MoEConfig:
+        return MoEConfig(
+            num_experts=self.num_experts,
+            ep_size=self.ep_size,
+            top_k=self.top_k,
+            capacity_factor=self.capacity_factor,
+            eval_capacity_factor=self.capacity_factor,
+            schedule=self.schedule,
+        )
+
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": BATCH,
+            "gradient_accumulation_steps": self.accumulation,
+            "optimizer": {"type": "Adam", "params": {"lr": 0.01, "eps": 1e-4, "torch_adam": True}},
+            "gradient_clipping": self.clipping,
+            "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
+            "steps_per_print": 10**9,
+        }
+        if self.bf16:
+            config["bf16"] = {"enabled": True}
+        return config
+
+
+class SmallModel(nn.Module):
+    """Two MoE layers with a norm and a skip each, between two Linears. forward(x, target) gives the loss."""
+
+    def __init__(self, make_layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.enter = nn.Linear(D, D)
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+        self.layers = nn.ModuleList(make_layer() for _ in range(2))
+        self.leave = nn.Linear(D, D)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        hidden, balance = self.enter(x), x.new_zeros(())
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            output, l_aux, _ = layer(norm(hidden))
+            hidden, balance = hidden + output, balance + l_aux
+        return ((self.leave(hidden) - target) ** 2).mean() + AUX_WEIGHT * balance
+
+
+class LoopLayer(nn.Module):
+    """The reference as a layer on the concatenated batch of all ranks, with DeepSpeed's parameter names."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.job = job
+        self.deepspeed_moe = nn.Module()
+        self.deepspeed_moe.gate = nn.Module()
+        self.deepspeed_moe.gate.wg = nn.Linear(D, job.num_experts, bias=False)
+        self.deepspeed_moe.experts = nn.Module()
+        experts = nn.ModuleList(PlainGelu(bias=True) for _ in range(job.num_experts))
+        self.deepspeed_moe.experts.deepspeed_experts = experts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, experts = self.deepspeed_moe.gate.wg.weight, self.deepspeed_moe.experts.deepspeed_experts
+        shards = moe_reference(self.job.moe_config, gate, list(experts), x.split(BATCH))
+        return torch.cat([s.output_TD for s in shards]), torch.stack([s.l_aux for s in shards]).mean(), None
+
+
+def make_layer(job: Job) -> nn.Module:
+    """Our layer, or DeepSpeed's."""
+    if job.layer == "ours":
+        from ds_moe_ep import MoE
+
+        return MoE(D, PlainGelu(bias=True), config=job.moe_config)
+    from deepspeed.moe.layer import MoE as Native
+
+    return Native(
+        D,
+        PlainGelu(bias=True),
+        num_experts=job.num_experts,
+        ep_size=job.ep_size,
+        k=job.top_k,
+        capacity_factor=job.capacity_factor or 1.0,
+        drop_tokens=job.capacity_factor is not None,
+        use_rts=False,
+        top2_2nd_expert_sampling=False,
+    )
+
+
+def make_model(job: Job) -> SmallModel:
+    """The model with this rank's part of the first weights, which depend on the seed alone."""
+    from ds_moe_ep.model.initialize import expert_index_of, init_weights
+
+    model = SmallModel(lambda: make_layer(job))
+    init_weights(model, job.seed, expert_index_of(dist.get_rank() % job.ep_size, job.num_experts // job.ep_size))
+    return model
+
+
+def batches(job: Job) -> list[list[tuple[Tensor, Tensor]]]:
+    """Inputs and targets [ranks, BATCH, D] of each micro-batch of each step."""
+    generator = torch.Generator().manual_seed(11)
+
+    def draw() -> Tensor:
+        return torch.randn(job.world_size, BATCH, D, generator=generator)
+
+    return [[(draw(), draw()) for _ in range(job.accumulation)] for _ in range(job.steps)]
+
+
+def make_engine(job: Job) -> Any:
+    """The job's model in an engine. Collective."""
+    import deepspeed
+
+    import ds_moe_ep
+
+    deepspeed.init_distributed("gloo")
+    model = make_model(job)
+    start = ds_moe_ep.initialize if job.layer == "ours" and job.door == "ds_moe_ep" else deepspeed.initialize
+    return start(model=model, config=job.ds_config, model_parameters=list(model.parameters()))[0]
+
+
+def train_steps(engine: Any, job: Job, steps: Sequence[list[tuple[Tensor, Tensor]]]) -> list[float]:
+    """The world's loss of each step."""
+    rank, losses = dist.get_rank(), []
+    dtype = torch.bfloat16 if job.bf16 else torch.float32
+    for micro_batches in steps:
+        total = torch.zeros(())
+        for x, target in micro_batches:
+            loss = engine(x[rank].to(dtype), target[rank].to(dtype))
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().float() / job.accumulation
+        dist.all_reduce(total)
+        losses.append(float(total) / job.world_size)
+    return losses
+
+
+def named_weights(model: nn.Module, job: Job) -> dict[str, Tensor]:
+    """This rank's parameters by their global names."""
+    from ds_moe_ep.model.initialize import expert_index_of, global_name
+
+    index = expert_index_of(dist.get_rank() % job.ep_size, job.num_experts // job.ep_size)
+    return {global_name(name, index): p.detach().float().clone() for name, p in model.named_parameters()}
+
+
+def run_job(job: Job) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and last weights of a job on this rank."""
+    engine = make_engine(job)
+    losses = train_steps(engine, job, batches(job))
+    return losses, named_weights(engine.module, job)
+
+
+def run_jobs(jobs: Sequence[Job]) -> list[tuple[list[float], dict[str, Tensor]]]:
+    return [run_job(job) for job in jobs]
+
+
+def reference_job(job: Job) -> tuple[list[float], dict[str, Tensor]]:
+    """The same training in one process and float64: plain loops, torch's Adam, the concatenated batch."""
+    from ds_moe_ep.model.initialize import global_name, init_weights
+
+    model = SmallModel(lambda: LoopLayer(job))
+    init_weights(model, job.seed)
+    model.double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-4)
+    losses = []
+    for micro_batches in batches(job):
+        x, target = (torch.cat([pair[i] for pair in micro_batches]).flatten(0, 1).double() for i in range(2))
+        loss = model(x, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses, {global_name(name): p.detach() for name, p in model.named_parameters()}
+
+
+def merged(by_rank: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All ranks' weights; replicas must agree bit for bit."""
+    whole: dict[str, Tensor] = {}
+    for weights in by_rank:
+        for name, weight in weights.items():
+            assert torch.equal(whole.setdefault(name, weight), weight), f"replicas of {name} differ"
+    return whole
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of any weight, over the largest weight of its tensor."""
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
+    return max(
+        float((found[name].double() - weight.double()).abs().max() / weight.abs().max().clamp(min=1e-2))
+        for name, weight in expected.items()
+    )
