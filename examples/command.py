@@ -12,6 +12,8 @@ from pathlib import Path
 import deepspeed
 
 OVERWRITTEN = ("--save", "--resume", "--steps")
+# DeepSpeed counts local ranks in the order of ranks and refuses to start where Open MPI does not.
+MPI_MAPPING = ("--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none")
 LAUNCHER_ENV = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
@@ -43,7 +45,10 @@ def resume_command(checkpoint: str, num_steps: int) -> str:
 
 
 def without_options(arguments: Sequence[str]) -> list[str]:
-    """`arguments` without the options that a resumed run sets anew and the launcher's own --local_rank."""
+    """`arguments` without the options that a resumed run sets anew and the launcher's own --local_rank.
+
+    Paths become absolute, so that the command works from any folder.
+    """
     kept: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
@@ -52,18 +57,24 @@ def without_options(arguments: Sequence[str]) -> list[str]:
             if "=" not in argument:
                 next(remaining, None)
         else:
-            kept.append(argument)
+            kept.append(str(Path(argument).resolve()) if Path(argument).exists() else argument)
     return kept
 
 
 def launcher(environment: Mapping[str, str]) -> list[str]:
-    """The start of the command: torchrun, mpirun, or the deepspeed launcher, with this world's size."""
-    size = environment["WORLD_SIZE"]
-    local_size = environment.get("LOCAL_WORLD_SIZE", size)
+    """The start of the command: torchrun, mpirun or the deepspeed launcher, with this world's size.
+
+    Of several nodes no rank knows the hostfile: there the word HOSTFILE stands for it.
+    """
+    size = int(environment["WORLD_SIZE"])
     beside_python = Path(sys.executable).parent
     if "TORCHELASTIC_RUN_ID" in environment:
-        nodes = [] if local_size == size else ["--nnodes", str(int(size) // int(local_size))]
-        return [str(beside_python / "torchrun"), *nodes, "--nproc_per_node", local_size]
+        of_node = int(environment["LOCAL_WORLD_SIZE"])
+        nodes = ["--nnodes", str(size // of_node)] if of_node < size else []
+        return [str(beside_python / "torchrun"), *nodes, "--nproc_per_node", str(of_node)]
     if "OMPI_COMM_WORLD_SIZE" in environment:
-        return ["mpirun", "-np", size, sys.executable]
-    return [str(beside_python / "deepspeed"), "--num_gpus", local_size]
+        hosts = ["--hostfile", "HOSTFILE"] if int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]) < size else []
+        as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+        return ["mpirun", *as_root, "-np", str(size), *hosts, *MPI_MAPPING, sys.executable]
+    where = ["--hostfile", "HOSTFILE"] if int(environment.get("CROSS_SIZE", 1)) > 1 else ["--num_gpus", str(size)]
+    return [str(beside_python / "deepspeed"), *where]

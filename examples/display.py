@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -46,7 +47,8 @@ class Progress:
         self.every = every
         self.shown = shown
         self.live: RichProgress | None = None
-        if shown and Console().is_terminal:
+        # mpirun gives every process a terminal of its own, whatever its own output is.
+        if shown and Console().is_terminal and "OMPI_COMM_WORLD_SIZE" not in os.environ:
             columns = ("step", BarColumn(bar_width=20), MofNCompleteColumn(), "{task.description}")
             self.live = RichProgress(*columns, TextColumn("|"), TimeRemainingColumn())
             self.live.add_task("starting", total=num_steps)

@@ -1,1 +1,6 @@
 """The only door to DeepSpeed: the layer that its engine recognises, and the way in."""
+
+from ds_moe_ep.engine import seams
+
+# On import, since a script may start its process groups before it makes its first layer.
+seams.keep_shm_build_away()

@@ -63,7 +63,6 @@ class MoE(DeepSpeedMoE):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         nn.Module.__init__(self)
-        seams.keep_shm_build_away()
         if config is None:
             config = config_of_arguments(given)
         else:

@@ -7,6 +7,7 @@ EngineError that says which. A test reads this file's names from the installed r
 from __future__ import annotations
 
 import functools
+import os
 import socket
 import weakref
 from typing import Any
@@ -52,12 +53,13 @@ def keep_shm_build_away() -> None:
     """On a CPU, keeps DeepSpeed from compiling its shared-memory extension when process groups start.
 
     The build takes a minute, and a killed one leaves a lock on which every later start hangs. Without it gloo does
-    all collectives, as between nodes. Call before init_distributed; says so once in the log.
+    all collectives, as between nodes. Called on import of the engine room; says so once in the log.
     """
     compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
     if get_accelerator().device_name() == "cpu" and compatible.get("deepspeed_shm_comm"):
         compatible["deepspeed_shm_comm"] = False
-        logger.info("ds_moe_ep: DeepSpeed's shared-memory extension is left out on CPU; gloo does all collectives")
+        if os.environ.get("RANK", "0") == "0":  # the launcher's: no process group exists yet
+            logger.info("ds_moe_ep: DeepSpeed's shared-memory extension is left out on CPU; gloo does all collectives")
 
 
 def init_distributed(**kwargs: Any) -> None:
@@ -65,7 +67,6 @@ def init_distributed(**kwargs: Any) -> None:
 
     Finds its ranks from the deepspeed launcher, torchrun, or MPI (through mpi4py).
     """
-    keep_shm_build_away()
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(**kwargs)
 

@@ -55,12 +55,10 @@ class GeluPass:
         weights, hidden_RF = self._weights[expert], self.saved[0]
         if self._d_hidden_RF is None:
             self._d_hidden_RF = torch.empty_like(hidden_RF)
-        d_active_RF = torch.empty_like(hidden_RF[rows])
-        linear_grad_rows(dy_RD[rows], _weight(weights, "down"), d_active_RF)
-        torch.ops.aten.gelu_backward(
-            d_active_RF, hidden_RF[rows], approximate=self._approximate, grad_input=self._d_hidden_RF[rows]
-        )
-        linear_grad_rows(self._d_hidden_RF[rows], _weight(weights, "up"), dx_RD[rows])
+        d_rows_RF = self._d_hidden_RF[rows]  # first the gradient of the active rows, then, in place, of the hidden ones
+        linear_grad_rows(dy_RD[rows], _weight(weights, "down"), d_rows_RF)
+        torch.ops.aten.gelu_backward(d_rows_RF, hidden_RF[rows], approximate=self._approximate, grad_input=d_rows_RF)
+        linear_grad_rows(d_rows_RF, _weight(weights, "up"), dx_RD[rows])
 
     def weight_grads(self, expert: int, rows: slice, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
         active_RF = self.saved[1]

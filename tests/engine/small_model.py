@@ -55,9 +55,9 @@ class Job:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": BATCH,
             "gradient_accumulation_steps": self.accumulation,
-            "optimizer": {"type": "Adam", "params": {"lr": 0.01, "eps": 1e-4, "torch_adam": True}},
+            "optimizer": {"type": "Adam", "params": {"lr": 0.03, "eps": 1e-2, "weight_decay": 0.0, "torch_adam": True}},
             "gradient_clipping": self.clipping,
-            "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
+            "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000},
             "steps_per_print": 10**9,
         }
         if self.bf16:
@@ -196,7 +196,7 @@ def reference_job(job: Job) -> tuple[list[float], dict[str, Tensor]]:
     model = SmallModel(lambda: LoopLayer(job))
     init_weights(model, job.seed)
     model.double()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03, eps=1e-2)
     losses = []
     for micro_batches in batches(job):
         x, target = (torch.cat([pair[i] for pair in micro_batches]).flatten(0, 1).double() for i in range(2))
@@ -204,7 +204,7 @@ def reference_job(job: Job) -> tuple[list[float], dict[str, Tensor]]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, {global_name(name): p.detach() for name, p in model.named_parameters()}
 
 

@@ -1,0 +1,153 @@
+"""Checkpoints are DeepSpeed's native ones: ours load into its layer and its into ours, optimizer states too."""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.small_model import Job, batches, distance, make_engine, merged, named_weights, train_steps
+from tests.ranks import run_ranks
+
+BASE = Job(steps=4, ep_size=2, top_k=2)
+Weights = dict[str, Tensor]
+
+
+def save_then_go_on(job: Job, folder: str) -> tuple[Weights, Weights, list[float]]:
+    """Two steps, a checkpoint, two more steps: the weights at both points and the later losses."""
+    engine, steps = make_engine(job), batches(job)
+    train_steps(engine, job, steps[:2])
+    engine.save_checkpoint(folder, tag="two", client_state={"note": "kept"})
+    saved = named_weights(engine.module, job)
+    losses = train_steps(engine, job, steps[2:])
+    return saved, named_weights(engine.module, job), losses
+
+
+def load_then_go_on(job: Job, folder: str) -> tuple[Weights, Weights, list[float]]:
+    """The same from the checkpoint on, in a model that started from other weights."""
+    job = replace(job, seed=job.seed + 1)
+    engine, steps = make_engine(job), batches(job)
+    path, client_state = engine.load_checkpoint(folder)
+    assert path is not None
+    assert client_state["note"] == "kept"
+    assert engine.global_steps == 2
+    loaded = named_weights(engine.module, job)
+    losses = train_steps(engine, job, steps[2:])
+    return loaded, named_weights(engine.module, job), losses
+
+
+def round_trip(writer: Job, reader: Job, folder: str) -> list[tuple[Any, Any]]:
+    return [save_then_go_on(writer, folder), load_then_go_on(reader, folder)]
+
+
+def points(results: list[Any], side: int) -> tuple[Weights, Weights, list[float]]:
+    """The world's weights at the checkpoint and at the end, and the losses in between."""
+    saved, last = (merged([result[side][point] for result in results]) for point in (0, 1))
+    return saved, last, results[0][side][2]
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)])
+def test_a_reloaded_run_goes_on_bit_for_bit(stage: int, bf16: bool, tmp_path: pathlib.Path) -> None:
+    job = replace(BASE, stage=stage, bf16=bf16)
+    results = run_ranks(4, round_trip, job, job, str(tmp_path), timeout_s=60)
+    (saved, last, losses), (loaded, reloaded_last, reloaded_losses) = points(results, 0), points(results, 1)
+    assert distance(loaded, saved) == 0.0
+    assert distance(reloaded_last, last) == 0.0
+    assert reloaded_losses == losses
+    assert distance(last, saved) > 1e-4, "the steps after the checkpoint changed something"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(("writer", "reader"), [("native", "ours"), ("ours", "native")])
+def test_checkpoints_cross_over_with_their_optimizer_states(
+    stage: int, writer: str, reader: str, tmp_path: pathlib.Path
+) -> None:
+    """Bit-equal weights at the checkpoint; after two more steps the layers' own rounding is all that differs.
+
+    The control: steps taken with fresh optimizer states end elsewhere.
+    """
+    jobs = [replace(BASE, stage=stage, layer=layer) for layer in (writer, reader)]
+    results = run_ranks(4, round_trip, *jobs, str(tmp_path), timeout_s=60)
+    (saved, last, _), (loaded, reloaded_last, _) = points(results, 0), points(results, 1)
+    assert distance(loaded, saved) == 0.0
+    assert distance(reloaded_last, last) <= 1e-5
+    fresh = merged(run_ranks(4, load_weights_then_train, jobs[1], str(tmp_path), timeout_s=60))
+    assert distance(fresh, last) > 1e-3
+
+
+def load_weights_then_train(job: Job, folder: str) -> Weights:
+    engine, steps = make_engine(job), batches(job)
+    engine.load_checkpoint(folder, load_optimizer_states=False)
+    train_steps(engine, job, steps[2:])
+    return named_weights(engine.module, job)
+
+
+def write_both(folder: str) -> list[str]:
+    for layer in ("ours", "native"):
+        save_then_go_on(replace(BASE, layer=layer, stage=1), f"{folder}/{layer}")
+    return []
+
+
+def test_files_and_keys_are_those_of_deepspeeds_layer(tmp_path: pathlib.Path) -> None:
+    run_ranks(4, write_both, str(tmp_path), timeout_s=60)
+    ours, native = (sorted((tmp_path / layer / "two").iterdir()) for layer in ("ours", "native"))
+    assert [path.name for path in ours] == [path.name for path in native]
+    experts = [path.name for path in ours if path.name.startswith("layer_")]
+    assert len(experts) == 2 * BASE.num_experts, "one file a layer and expert"
+    for mine, theirs in zip(ours, native, strict=True):
+        assert structure(torch.load(mine, weights_only=False)) == structure(torch.load(theirs, weights_only=False))
+
+
+def structure(value: Any) -> Any:
+    """Keys, shapes and types of a checkpoint, without its numbers."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, dict):
+        return {key: structure(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [structure(item) for item in value]
+    return type(value).__name__
+
+
+def load_elsewhere(job: Job, folder: str) -> Weights:
+    engine = make_engine(replace(job, seed=job.seed + 1))
+    path, _ = engine.load_checkpoint(folder, load_module_only=True)
+    assert path is not None
+    loaded = named_weights(engine.module, job)
+    train_steps(engine, job, batches(job)[:1])
+    trained = named_weights(engine.module, job)
+    assert 0 < distance(trained, loaded) < 0.3, "the optimizer works on the loaded weights, not on its first ones"
+    return loaded
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_weights_load_under_another_ep_size(stage: int, tmp_path: pathlib.Path) -> None:
+    job = replace(BASE, stage=stage)
+    saved = merged([saved for saved, _, _ in run_ranks(4, save_then_go_on, job, str(tmp_path), timeout_s=60)])
+    for ep_size in (1, 4):
+        loaded = run_ranks(4, load_elsewhere, replace(job, ep_size=ep_size), str(tmp_path), timeout_s=60)
+        assert distance(merged(loaded), saved) == 0.0, ep_size
+
+
+def refusal(job: Job, folder: str) -> tuple[str, str]:
+    engine = make_engine(job)
+    try:
+        engine.load_checkpoint(folder)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_optimizer_states_under_another_ep_size_are_refused_on_every_rank(stage: int, tmp_path: pathlib.Path) -> None:
+    job = replace(BASE, stage=stage)
+    run_ranks(4, save_then_go_on, job, str(tmp_path), timeout_s=60)
+    for name, message in run_ranks(4, refusal, replace(job, ep_size=4), str(tmp_path), timeout_s=60):
+        assert name == "EngineError"
+        assert "ep_size=2" in message
+        assert "ep_size=4" in message
+        assert "load_module_only=True" in message
