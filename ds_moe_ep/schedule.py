@@ -94,18 +94,21 @@ def pieces_of(config: MoEConfig, torus: Torus) -> tuple[Piece, ...]:
         return tuple(Piece(everywhere, cut, config.chunks) for cut in range(config.chunks))
     near, groups = _near_and_far(torus, config.peer_group_size)
     far = [Piece(group, cut, config.row_cuts) for group in groups for cut in range(config.row_cuts)]
+    if torus.num_nodes == 1:
+        return (Piece(near), *far)
     return (Piece(near, 0, 2), *far, Piece(near, 1, 2))
 
 
 def _near_and_far(torus: Torus, group_size: int) -> tuple[tuple[Offset, ...], list[tuple[Offset, ...]]]:
     """Near offsets (the own rank, and its node where there are several) and the far ones in groups.
 
-    On one node every other rank is far, in up to four groups; else a group is one node's ranks by default.
+    A group is one node's ranks by default. On one node every other rank is far, in two groups: links there are
+    fast, the own rows are few, and more pieces would cost more in small matrix products than they hide.
     """
     one_node = torus.num_nodes == 1
     near = [o for o in torus.offsets() if o == (0, 0) or (o[0] == 0 and not one_node)]
     far = [o for o in torus.offsets() if o not in near]
-    size = group_size or (-(-len(far) // 4) if one_node else torus.node_size)
+    size = group_size or (-(-len(far) // 2) if one_node else torus.node_size)
     return tuple(near), [tuple(far[i : i + size]) for i in range(0, len(far), size)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 
 import deepspeed
 import torch
@@ -52,8 +53,7 @@ def main() -> None:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     torch.manual_seed(0)
     centers, width = torch.randn(32, 16), 16
-    deepspeed.init_distributed(verbose=False)
-    model = Classifier(width, num_classes=4, ep_size=dist.get_world_size())
+    model = Classifier(width, num_classes=4, ep_size=int(os.environ["WORLD_SIZE"]))
     parameters = [{"name": "all", "params": list(model.parameters())}]
     groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(parameters)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=DS_CONFIG)

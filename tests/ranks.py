@@ -29,9 +29,13 @@ from multiprocessing import forkserver
 from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+# What ranks import, heavy things that DeepSpeed imports late included: each is loaded once, in the fork server.
 PRELOAD = [
-    "torch", "torch.distributed", "deepspeed", "deepspeed.moe.layer", "deepspeed.moe.utils", "pytest", "tests.ranks",
-    "ds_moe_ep", "ds_moe_ep.moe.layer", "ds_moe_ep.engine.layer", "ds_moe_ep.engine.start", "ds_moe_ep.model.transformer",
+    "pytest", "tests.ranks", "torch", "torch.distributed", "torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx",
+    "functorch.compile", "torch.onnx", "deepspeed", "deepspeed.moe.layer", "deepspeed.moe.utils",
+    "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.bf16_optimizer",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "ds_moe_ep", "ds_moe_ep.moe.layer", "ds_moe_ep.engine.layer",
+    "ds_moe_ep.engine.start", "ds_moe_ep.model.initialize",
 ]  # fmt: skip
 SERVER_ENV = {
     "OMP_NUM_THREADS": "1",
