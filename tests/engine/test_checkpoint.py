@@ -120,7 +120,8 @@ def load_elsewhere(job: Job, folder: str) -> Weights:
     loaded = named_weights(engine.module, job)
     train_steps(engine, job, batches(job)[:1])
     trained = named_weights(engine.module, job)
-    assert 0 < distance(trained, loaded) < 0.3, "the optimizer works on the loaded weights, not on its first ones"
+    furthest = max(float((trained[name] - weight).abs().max()) for name, weight in loaded.items())
+    assert 0 < furthest <= 0.031, "one step of Adam moves a weight by 0.03 at most: it starts from the loaded ones"
     return loaded
 
 

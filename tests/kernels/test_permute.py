@@ -77,9 +77,10 @@ def test_bf16_rows_are_weighted_and_summed_in_fp32() -> None:
     torch.manual_seed(1)
     rows_ND, weights_TK = torch.randn(256, 16).bfloat16(), torch.rand(64, 4)
     exact = unpermute(rows_ND.double(), weights_TK.double(), maps)
-    assert torch.equal(unpermute(rows_ND, weights_TK, maps), exact.bfloat16()) or (
-        (unpermute(rows_ND, weights_TK, maps) - exact).abs() <= exact.abs() * 2**-8 + 1e-6
-    ).all()
+    assert (
+        torch.equal(unpermute(rows_ND, weights_TK, maps), exact.bfloat16())
+        or ((unpermute(rows_ND, weights_TK, maps) - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
