@@ -43,20 +43,20 @@ def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float) -> LaneGroups:
     """New communicators for every group of global ranks; returns those of this rank's own group.
 
     Collective over the world: every rank passes the same groups, which partition the world. Raises EngineError
-    before torch.distributed is up, TopologyError when this rank stands in no group or in several.
+    before torch.distributed is up, and TopologyError on every rank where the groups are no partition.
     """
     if not dist.is_initialized():
         raise EngineError(
             "torch.distributed is not initialized: expert parallelism over several ranks needs process groups; "
             "call deepspeed.init_distributed() or deepspeed.initialize() first"
         )
-    rank = dist.get_rank()
-    mine = [tuple(group) for group in groups if rank in group]
-    if len(mine) != 1:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if sorted(member for group in groups for member in group) != list(range(world_size)):
         raise TopologyError(
-            f"rank {rank} stands in {len(mine)} of the expert-parallel groups {[list(g) for g in groups]}: the "
-            "groups must partition the world; see RankGrid.ep_groups"
+            f"groups={[list(group) for group in groups]}: every rank from 0 to {world_size - 1} must stand in one "
+            "expert-parallel group; RankGrid(...).ep_groups() makes such groups"
         )
+    mine = next(tuple(group) for group in groups if rank in group)
     timeout = timedelta(seconds=timeout_s)
     lanes: dict[str, dist.ProcessGroup] = {}
     for lane in LANES:
@@ -64,6 +64,8 @@ def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float) -> LaneGroups:
             made = dist.new_group(list(group), timeout=timeout)
             if rank in group:
                 lanes[lane] = made
-    for group in lanes.values():
-        dist.barrier(group=group)  # NCCL wants every rank in a group's first call; later transfers may leave some out
-    return LaneGroups(mine[0].index(rank), mine[0], lanes)
+    for lane_group in lanes.values():
+        dist.barrier(
+            group=lane_group
+        )  # NCCL wants every rank in a group's first call; later transfers may leave some out
+    return LaneGroups(mine.index(rank), mine, lanes)

@@ -13,8 +13,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_moe_ep.errors import EngineError
 
+_LOCAL_EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
 _OPTIMIZER_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 
 
@@ -41,7 +44,11 @@ def guard_loading(engine: Any, ep_size: int) -> None:
 
 
 def saved_ep_size(load_dir: str, tag: str | None = None) -> int | None:
-    """The largest ep_size of a checkpoint, or None where its folder does not tell. Reads names, no tensors."""
+    """The ep_size of a checkpoint, or None where it does not tell. Reads names and shapes, no weights.
+
+    Without ZeRO there is an optimizer file an expert-parallel rank. With ZeRO the model file lists the parameters of
+    one rank, and so the number of experts that it had.
+    """
     latest = Path(load_dir) / "latest"
     if tag is None:
         if not latest.is_file():
@@ -50,4 +57,16 @@ def saved_ep_size(load_dir: str, tag: str | None = None) -> int | None:
     folder = Path(load_dir) / str(tag)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     ranks = [int(match[1]) for name in names if (match := _OPTIMIZER_FILE.fullmatch(name))]
-    return max(ranks) + 1 if ranks else None
+    if ranks:
+        return max(ranks) + 1
+    return _ep_size_by_shapes(folder / "mp_rank_00_model_states.pt")
+
+
+def _ep_size_by_shapes(model_file: Path) -> int | None:
+    if not model_file.is_file():
+        return None
+    state = torch.load(model_file, map_location="cpu", mmap=True, weights_only=False)  # as DeepSpeed itself loads it
+    names = [name for group in state.get("param_shapes") or [] for name in group]
+    places = [int(match[1]) for name in names if (match := _LOCAL_EXPERT.search(name))]
+    num_experts = state.get("num_experts")
+    return max(num_experts) // (max(places) + 1) if places and num_experts else None

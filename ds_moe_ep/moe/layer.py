@@ -92,7 +92,7 @@ class ExpertParallel(nn.Module):
         any number of tokens (with a capacity: the same number). `used_token` [...] is zero for tokens to leave out;
         their output is zero.
         """
-        links = self._checked_links(x)
+        links = self._checked_links(x, used_token)
         x_TD = x.reshape(-1, self.hidden_size)
         routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
         y_TD = self._dispatch(x_TD, routing, links)
@@ -112,7 +112,7 @@ class ExpertParallel(nn.Module):
         results_ND = run_experts(rows_ND, self.experts, route)
         return unpermute(results_ND, routing.weights_TK, plan.maps)
 
-    def _checked_links(self, x: Tensor) -> Links:
+    def _checked_links(self, x: Tensor, used_token: Tensor | None) -> Links:
         """The layer's links, once the input is known to be fit for it.
 
         A rank with a bad input first tells its peers, in the exchange of counts that they wait in, and then raises.
@@ -122,16 +122,28 @@ class ExpertParallel(nn.Module):
                 f"moe_ep.ep_size={self.config.ep_size}: the layer has no expert-parallel group yet; pass the model "
                 "to deepspeed.initialize or ds_moe_ep.initialize, or call the layer's connect(transport)"
             )
-        dtype = self.experts.dtype or x.dtype
-        problem = ""
-        if x.shape[-1] != self.hidden_size:
-            problem = f"input.shape[-1]={x.shape[-1]}: the layer was made for hidden_size={self.hidden_size}"
-        elif x.dtype != dtype:
-            problem = (
-                f"input.dtype={x.dtype}: the experts' parameters are {dtype}; cast the input or the model "
-                "(inside torch.autocast, call the layer outside of the region)"
-            )
+        problem = self._problem(x, used_token)
         if problem:
             announce_bad_input(self._links.transport, self.config.num_local_experts, x.device)
             raise ConfigError(problem)
         return self._links
+
+    def _problem(self, x: Tensor, used_token: Tensor | None) -> str:
+        """What is wrong with an input, or an empty string."""
+        dtype = self.experts.dtype or x.dtype
+        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
+            return (
+                f"input.shape={tuple(x.shape)}: the layer was made for hidden_size={self.hidden_size}; the last "
+                "dimension must be that"
+            )
+        if x.dtype != dtype:
+            return (
+                f"input.dtype={x.dtype}: the experts' parameters are {dtype}; cast the input or the model (inside "
+                "torch.autocast, call the layer outside of the region)"
+            )
+        if used_token is not None and used_token.numel() != x.numel() // self.hidden_size:
+            return (
+                f"used_token.shape={tuple(used_token.shape)}: holds {used_token.numel()} entries for "
+                f"{x.numel() // self.hidden_size} tokens; give one a token"
+            )
+        return ""
