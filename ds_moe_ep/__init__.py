@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from ds_moe_ep.comm.groups import open_transport
     from ds_moe_ep.config import MODELS, SMALL, SPECIFICATION, ModelConfig, MoEConfig
     from ds_moe_ep.engine.layer import MoE
+    from ds_moe_ep.engine.seams import init_distributed
     from ds_moe_ep.engine.start import initialize
     from ds_moe_ep.errors import ConfigError, EngineError, MoEError, TopologyError
-    from ds_moe_ep.model.initialize import init_weights
-    from ds_moe_ep.model.transformer import ModelOutput, Transformer
+    from ds_moe_ep.model.initialize import expert_index_of, init_weights
+    from ds_moe_ep.model.transformer import ModelOutput, Transformer, build_transformer
     from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
     from ds_moe_ep.moe.layer import ExpertParallel
     from ds_moe_ep.section import Section, load_ds_config, read_section
@@ -42,6 +43,9 @@ __all__ = [
     "TopologyError",
     "Transformer",
     "__version__",
+    "build_transformer",
+    "expert_index_of",
+    "init_distributed",
     "init_weights",
     "initialize",
     "load_ds_config",
@@ -53,10 +57,11 @@ _HOMES = {
     "comm.groups": ("open_transport",),
     "config": ("MODELS", "SMALL", "SPECIFICATION", "ModelConfig", "MoEConfig"),
     "engine.layer": ("MoE",),
+    "engine.seams": ("init_distributed",),
     "engine.start": ("initialize",),
     "errors": ("ConfigError", "EngineError", "MoEError", "TopologyError"),
-    "model.initialize": ("init_weights",),
-    "model.transformer": ("ModelOutput", "Transformer"),
+    "model.initialize": ("expert_index_of", "init_weights"),
+    "model.transformer": ("ModelOutput", "Transformer", "build_transformer"),
     "moe.experts": ("GeluMLP", "SwiGLU"),
     "moe.layer": ("ExpertParallel",),
     "section": ("Section", "load_ds_config", "read_section"),

@@ -21,7 +21,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     """The settings of a run; `--deepspeed_config` is DeepSpeed's own option."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", nargs="*", default=[], help="text files or folders; default: Python's library")
-    parser.add_argument("--steps", type=int, default=100, help="train until this optimizer step")
+    parser.add_argument("--steps", type=int, default=80, help="train until this optimizer step")
     parser.add_argument("--save", metavar="DIR", help="where to save a DeepSpeed checkpoint at the end")
     parser.add_argument("--resume", metavar="DIR", help="a folder that --save wrote")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")

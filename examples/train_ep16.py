@@ -21,9 +21,6 @@ from display import Progress, StepReport, communication_hidden
 from text import Corpus, load_corpus, training_batch, validation_batch
 
 import ds_moe_ep
-from ds_moe_ep.engine.seams import init_distributed
-from ds_moe_ep.model.initialize import expert_index_of, init_weights
-from ds_moe_ep.model.transformer import Transformer, build_transformer
 
 
 def main() -> None:
@@ -52,19 +49,23 @@ def set_up_process() -> None:
     """Joins the world (found from the launcher or from MPI) and takes this rank's device."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    init_distributed(verbose=False)
+    ds_moe_ep.init_distributed(verbose=False)
+    if dist.get_rank() > 0:
+        deepspeed.utils.logger.setLevel(logging.ERROR)  # rank 0 warns for all
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.deterministic = False
 
 
-def make_model(section: ds_moe_ep.Section, seed: int) -> Transformer:
+def make_model(section: ds_moe_ep.Section, seed: int) -> ds_moe_ep.Transformer:
     """The model on this rank's device, with first values that every layout of experts shares."""
     grid = ds_moe_ep.RankGrid(world_size=dist.get_world_size(), ep_size=section.moe.ep_size)
     with torch.device(get_accelerator().current_device_name()):
-        model = build_transformer(section.model, section.moe, ds_moe_ep.MoE)
-    init_weights(model, seed, expert_index_of(grid.ep_rank(dist.get_rank()), section.moe.num_local_experts))
+        model = ds_moe_ep.build_transformer(section.model, section.moe, ds_moe_ep.MoE)
+    ds_moe_ep.init_weights(
+        model, seed, ds_moe_ep.expert_index_of(grid.ep_rank(dist.get_rank()), section.moe.num_local_experts)
+    )
     return model
 
 

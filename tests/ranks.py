@@ -31,8 +31,8 @@ from typing import Any
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # What ranks import, heavy things that DeepSpeed imports late included: each is loaded once, in the fork server.
 PRELOAD = [
-    "pytest", "tests.ranks", "torch", "torch.distributed", "torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx",
-    "functorch.compile", "torch.onnx", "deepspeed", "deepspeed.moe.layer", "deepspeed.moe.utils",
+    "pytest", "tests.ranks", "torch", "torch.distributed", "torch._dynamo.repro.after_dynamo", "functorch.compile",
+    "torch._inductor.compile_fx", "torch.onnx", "deepspeed", "deepspeed.moe.layer", "deepspeed.moe.utils",
     "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.bf16_optimizer",
     "deepspeed.runtime.zero.muon.muon_optimizer", "ds_moe_ep", "ds_moe_ep.moe.layer", "ds_moe_ep.engine.layer",
     "ds_moe_ep.engine.start", "ds_moe_ep.model.initialize",
@@ -44,7 +44,7 @@ SERVER_ENV = {
     "GLOO_SOCKET_IFNAME": "lo",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-LINGER_S = 1.0  # how long a failed rank stays connected, so that the others can finish failing for their own reason
+LINGER_S = 1.0  # how long a failed rank stays connected: others may fail for a reason of their own
 GRACE_S = 8.0  # how long the others may take to answer after the first failure
 SECONDARY = ("Connection reset", "Connection closed", "Broken pipe", "Connection refused", "Read timeout")
 
@@ -189,8 +189,7 @@ def _release(pipes: list[Any], processes: list[Any]) -> None:
 def _fork_server() -> Any:
     """The multiprocessing context whose fork server has the heavy modules loaded, with one thread a rank."""
     context = multiprocessing.get_context("forkserver")
-    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    changed = SERVER_ENV | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    changed = SERVER_ENV | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.getenv("PYTHONPATH")])])}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)  # the server reads its environment once, when it starts
     try:
@@ -222,8 +221,7 @@ def _rank_main(orders: Orders, pipe: Any) -> None:
         code, linger_s = 1, LINGER_S
     pipe.send_bytes(pickle.dumps(answer))
     pipe.poll(linger_s)  # the parent never writes: this ends when it closes its side
-    sys.stdout.flush()
-    sys.stderr.flush()
+    print(end="", flush=True)
     os._exit(code)
 
 

@@ -4,8 +4,8 @@ Written from the definitions, not from the package: GShard (arXiv 2006.16668, al
 equations 2 to 6), ST-MoE's z-loss (arXiv 2202.08906, equation 5), and what DeepSpeed makes of them:
 
 1. scores = softmax or sigmoid of x @ gate^T; a token's choices are its k best scores (plus the bias, if there is one).
-2. An auxiliary loss E * sum_e(mean score of e * share of tokens that choose e), where k = 2 counts first choices alone and
-   k > 2 divides by k. Dropped rows count; unused tokens are nobody's choice, yet their scores are in the mean. Sigmoid
+2. An auxiliary loss E * sum_e(mean score of e * share of tokens that choose e); k = 2 counts first choices alone, k > 2
+   divides by k. Dropped rows count; unused tokens are nobody's choice, yet their scores are in the mean. Sigmoid
    scores are divided by their sum first (DeepSeek-V3, arXiv 2412.19437, equation 18).
 3. Each rank drops, for each of the experts, what exceeds the capacity: the last to come, or those of the lowest score.
    "First come": all first choices in the order of tokens, then all second ones, and so on (GShard).

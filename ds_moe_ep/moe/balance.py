@@ -85,7 +85,10 @@ class BiasBalance(nn.Module):
 
     @torch.no_grad()
     def observe(self, chosen_TE: Tensor) -> None:
-        """Adds the choices of one forward pass to the load."""
+        """Adds the choices of one forward pass to the load.
+
+        A pass that is recomputed counts twice, which changes no sign: the step looks at nothing else.
+        """
         self.load_E += chosen_TE.sum(0).to(torch.int64)
 
     @torch.no_grad()

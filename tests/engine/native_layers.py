@@ -132,8 +132,8 @@ def our_layer(case: LayerCase, **arguments: object) -> nn.Module:
 def first_of_equals() -> Iterator[None]:
     """Lets torch.topk choose the first of equal integers.
 
-    Without random selection DeepSpeed's top-1 gate drops rows by topk over a mask of ones, which leaves the choice among
-    them to the library: not even twice the same for other sizes. By position is what it means.
+    Without random selection DeepSpeed's top-1 gate drops rows by topk over a mask of ones, which leaves the choice
+    among them to the library: another one for other sizes. By position is what it means.
     """
     topk = torch.topk
 

@@ -37,6 +37,7 @@ class Job:
     steps: int = 4
     seed: int = 3
     schedule: str = "peers"
+    interleaved: bool = False  # the ranks of an expert-parallel group are apart, not consecutive
     door: str = "ds_moe_ep"  # whose initialize is called
 
     @property
@@ -50,6 +51,12 @@ class Job:
             schedule=self.schedule,
         )
 
+    def expert_index(self, rank: int) -> Callable[[int], int]:
+        """The map from a rank's local experts to global ones."""
+        place = rank // (self.world_size // self.ep_size) if self.interleaved else rank % self.ep_size
+        num_local = self.num_experts // self.ep_size
+        return lambda local: place * num_local + local
+
     @property
     def ds_config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
@@ -60,6 +67,8 @@ class Job:
             "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000},
             "steps_per_print": 10**9,
         }
+        if self.interleaved:
+            config["use_data_before_expert_parallelism"] = True
         if self.bf16:
             config["bf16"] = {"enabled": True}
         return config
@@ -125,10 +134,10 @@ def make_layer(job: Job) -> nn.Module:
 
 def make_model(job: Job) -> SmallModel:
     """The model with this rank's part of the first weights, which depend on the seed alone."""
-    from ds_moe_ep.model.initialize import expert_index_of, init_weights
+    from ds_moe_ep.model.initialize import init_weights
 
     model = SmallModel(lambda: make_layer(job))
-    init_weights(model, job.seed, expert_index_of(dist.get_rank() % job.ep_size, job.num_experts // job.ep_size))
+    init_weights(model, job.seed, job.expert_index(dist.get_rank()))
     return model
 
 
@@ -172,9 +181,9 @@ def train_steps(engine: Any, job: Job, steps: Sequence[list[tuple[Tensor, Tensor
 
 def named_weights(model: nn.Module, job: Job) -> dict[str, Tensor]:
     """This rank's parameters by their global names."""
-    from ds_moe_ep.model.initialize import expert_index_of, global_name
+    from ds_moe_ep.model.initialize import global_name
 
-    index = expert_index_of(dist.get_rank() % job.ep_size, job.num_experts // job.ep_size)
+    index = job.expert_index(dist.get_rank())
     return {global_name(name, index): p.detach().float().clone() for name, p in model.named_parameters()}
 
 

@@ -231,15 +231,17 @@ def test_an_input_of_the_wrong_kind_on_one_rank_reaches_every_rank(how: str) -> 
     assert all("rank 2" in message for name, message in results if name == "EngineError")
 
 
-def feed_bad_mask() -> None:
+def feed_bad_mask(bad_ranks: list[int]) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
     layer = MoE(D, GeluMLP(D, F), config=MoEConfig(num_experts=8, ep_size=2))
     layer.set_deepspeed_parallelism()
-    layer(torch.zeros(5, D), torch.ones(4))
+    layer(torch.zeros(5, D), torch.ones(4 if dist.get_rank() in bad_ranks else 5))
 
 
 def test_a_mask_of_another_length_is_refused_on_every_rank() -> None:
-    results = run_ranks(2, caught, feed_bad_mask, timeout_s=LIMIT_S)
+    results = run_ranks(2, caught, feed_bad_mask, [0, 1], timeout_s=LIMIT_S)
     assert_on_every_rank(results, "ConfigError", "used_token", "4", "5")
+    results = run_ranks(2, caught, feed_bad_mask, [1], timeout_s=LIMIT_S)
+    assert [name for name, _ in results] == ["EngineError", "ConfigError"], results

@@ -1,9 +1,9 @@
 """Training through DeepSpeed's engine equals training in one process, and training with DeepSpeed's own layer.
 
-The reference is float64 loops on the concatenated batch with torch's Adam. Adam's eps is 1e-2, larger than most gradients
-here: a step is then nearly proportional to the gradient, so that a gradient of the wrong scale cannot hide, and rounding
-is not blown up to whole steps. fp32 bounds: 5e-6 of a tensor's largest weight after 4 steps (measured: 5e-7, for
-DeepSpeed's layer too), 1e-6 of the loss.
+The reference is float64 loops on the concatenated batch with torch's Adam. Adam's eps is 1e-2, larger than most
+gradients here: a step is then nearly proportional to the gradient, so that a gradient of the wrong scale cannot hide,
+and rounding is not blown up to whole steps. fp32 bounds: 5e-6 of a tensor's largest weight after 4 steps (measured:
+5e-7, for DeepSpeed's layer too), 1e-6 of the loss.
 
 DeepSpeed sums expert gradients over the ranks that hold the expert and divides by the whole data-parallel world: the
 gradient of the global batch's mean for every ep_size. That is the reference's; ep_size 2 and 4 are compared with it.
@@ -72,8 +72,8 @@ def test_training_in_fp32_equals_single_process_training_and_deepspeeds_layer() 
 def test_training_in_bf16_is_as_close_to_float64_as_with_deepspeeds_layer() -> None:
     """All experts are chosen: a choice that rounding turns over would be another training.
 
-    ZeRO 1 and 2 keep fp32 master weights: a few bf16 roundings (2^-9 each) remain. Without ZeRO the weights themselves are
-    bf16, small steps are lost in them, and DeepSpeed's own layer is the only measure.
+    ZeRO 1 and 2 keep fp32 master weights: a few bf16 roundings (2^-9 each) remain. Without ZeRO the weights themselves
+    are bf16, small steps are lost in them, and DeepSpeed's own layer is the only measure.
     """
     jobs = [
         Job(stage=stage, bf16=True, top_k=8, ep_size=ep_size, accumulation=accumulation)
@@ -135,6 +135,15 @@ def test_one_wrong_number_on_one_rank_is_seen(disturb: str) -> None:
     job = Job(stage=0)
     by_rank = run_ranks(4, run_disturbed, job, disturb, timeout_s=60)
     assert distance(merged([weights for _, weights in by_rank]), reference_job(job)[1]) > 10 * WEIGHTS
+
+
+def test_groups_of_interleaved_ranks_train_as_well() -> None:
+    """DeepSpeed's use_data_before_expert_parallelism: ranks 0 and 2, and 1 and 3, share experts."""
+    jobs = [Job(stage=stage, ep_size=2, interleaved=True, steps=3) for stage in (0, 1)]
+    expected = reference_job(jobs[0])
+    for found in outcomes(jobs):
+        assert distance(found[1], expected[1]) <= WEIGHTS
+        assert loss_distance(found, expected) <= LOSS
 
 
 def test_expert_parallelism_over_1_4_and_16_ranks_trains_the_same_curve() -> None:

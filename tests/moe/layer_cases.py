@@ -89,6 +89,7 @@ class CaseData:
     inputs: list[Tensor]
     output_grads: list[Tensor]
     used_tokens: list[Tensor] | None
+    bias_steps_E: Tensor  # of the expert bias, where balance is "bias"
 
 
 @dataclass
@@ -124,7 +125,8 @@ def case_data(case: LayerCase) -> CaseData:
             x[:, 0] = 1
     grads = [draw(rows, D, scale=0.1) for rows in case.rows]
     used = [(torch.rand(rows, generator=generator) < 0.7) for rows in case.rows] if case.masked else None
-    return CaseData(gate, experts, shared, inputs, grads, used)
+    bias_steps = torch.randint(-200, 200, (case.config.num_experts,), generator=generator)
+    return CaseData(gate, experts, shared, inputs, grads, used, bias_steps)
 
 
 def make_expert(kind: str) -> nn.Module:
@@ -159,7 +161,8 @@ def reference_results(case: LayerCase, dtype: torch.dtype = torch.float64) -> li
     weights: dict[int | str, Weights] = dict(enumerate(_leaves(w, dtype) for w in data.experts))
     functions = [expert_function(case.expert, w) for w in weights.values()]
     inputs = [x.to(dtype).requires_grad_() for x in data.inputs]
-    shards = moe_reference(case.config, gate, functions, inputs, used_tokens=data.used_tokens, training=case.training)
+    bias = data.bias_steps_E * case.config.bias_step if case.config.balance == "bias" else None
+    shards = moe_reference(case.config, gate, functions, inputs, data.used_tokens, bias, case.training)
     outputs = [shard.output_TD for shard in shards]
     if case.shared:
         weights["shared"] = _leaves(data.shared, dtype)

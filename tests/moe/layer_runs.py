@@ -63,6 +63,8 @@ def build_layer(case: LayerCase, data: CaseData, tamper: str = "") -> ExpertPara
     first = place * case.config.num_local_experts
     with torch.no_grad():
         layer.gate.wg.weight.copy_(data.gate_ED)
+        if layer.gate.balance is not None:
+            layer.gate.balance.steps_E.copy_(data.bias_steps_E)
         for local, expert in enumerate(layer.experts.deepspeed_experts):
             expert.load_state_dict(data.experts[first + local])
         if tamper == "perturb a weight" and place == case.config.ep_size - 1:

@@ -1,8 +1,9 @@
 """The layer's gradients equal central differences in float64, on two ranks.
 
 torch.autograd.gradcheck cannot be used: ranks must call the layer equally often, and a rank's output depends on the
-other's input. So all ranks step together along a random direction of one tensor, and compare the change of the world's
-loss with the gradient along it. The step of 1e-6 leaves a truncation error near 1e-12 and rounding near 1e-10 of the loss.
+other's input. So all ranks step together along a random direction of one tensor, and compare the change of the
+world's loss with the gradient along it. The step of 1e-6 leaves a truncation error near 1e-12 and a rounding error
+near 1e-10 of the loss.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.moe.layer import ExpertParallel
-from tests.moe.layer_cases import CaseData, LayerCase, case_data
+from tests.moe.layer_cases import CaseData, D, F, LayerCase, case_data
 from tests.moe.layer_runs import Links, build_layer, config, torus_for
 from tests.ranks import run_ranks
 
 STEP = 1e-6
 TOLERANCE = 1e-6
-NUM_DIRECTIONS = 2
 
 CASES = [
     LayerCase(
@@ -78,18 +78,14 @@ def check(case: LayerCase, links: Links, spoil: bool) -> dict[str, float]:
     names = {"x": x_TD, **dict(layer.named_parameters())}
     for name, tensor in names.items():
         for owner in range(1 if name == "gate.wg.weight" else dist.get_world_size()):
-            for _ in range(NUM_DIRECTIONS):
-                shapes = [None] * dist.get_world_size()
-                dist.all_gather_object(shapes, tensor.shape)
-                direction = torch.randn(shapes[owner], generator=generator, dtype=torch.float64)
-                moves = name == "gate.wg.weight" or owner == rank
-                step = direction if moves else torch.zeros_like(tensor)
-                numeric = slope(layer, data, x_TD, tensor, step)
-                if moves:
-                    assert tensor.grad is not None, name
-                    grad = tensor.grad * (1.01 if spoil else 1)
-                    error = abs(float((grad * direction).sum()) - numeric) / (1e-3 + float(grad.norm()))
-                    off[name] = max(off.get(name, 0.0), error)
+            direction = torch.randn(max(case.rows) * D * F, generator=generator, dtype=torch.float64)
+            direction = direction[: tensor.numel()].view_as(tensor)  # drawn alike on all ranks, whatever their rows
+            moves = name == "gate.wg.weight" or owner == rank
+            numeric = slope(layer, data, x_TD, tensor, direction if moves else torch.zeros_like(tensor))
+            if moves:
+                assert tensor.grad is not None, name
+                grad = tensor.grad * (1.01 if spoil else 1)
+                off[name] = abs(float((grad * direction).sum()) - numeric) / (1e-3 + float(grad.norm()))
     return off
 
 
@@ -97,7 +93,7 @@ def check_all(spoil: bool = False) -> list[tuple[str, str, float]]:
     links = Links()
     return [
         (case.name, name, error)
-        for case in CASES
+        for case in (CASES[::5] if spoil else CASES)
         for name, error in check(case, links, spoil).items()
         if error > TOLERANCE
     ]
@@ -109,7 +105,7 @@ def test_gradients_equal_central_differences_in_float64() -> None:
 
 def test_a_gradient_that_is_off_by_a_hundredth_is_seen() -> None:
     for off in run_ranks(2, check_all, True, timeout_s=240):
-        assert {case for case, _, _ in off} == {case.name for case in CASES}
+        assert {case for case, _, _ in off} == {case.name for case in CASES[::5]}
         assert {"x", "gate.wg.weight"} <= {name for _, name, _ in off}
 
 

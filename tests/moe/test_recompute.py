@@ -5,15 +5,18 @@ The module adapter keeps an autograd graph of its own, and is tested beside the 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 from ds_moe_ep.moe.layer import ExpertParallel
-from tests.moe.layer_cases import CaseData, LayerCase, LayerResult, case_data
+from tests.moe.layer_cases import CaseData, D, LayerCase, LayerResult, OddExpert, case_data
 from tests.moe.layer_runs import Links, build_layer, config, forward_backward, gather_result, run_case, torus_for
 from tests.moe.test_schedules import differences
 from tests.ranks import run_ranks
@@ -213,3 +216,20 @@ def hooks_fire_once(case: LayerCase, links: Links) -> list[str]:
 
 def test_each_parameters_gradient_hook_fires_once_even_without_rows() -> None:
     assert run_ranks(4, for_each_case, hooks_fire_once, timeout_s=60) == [[]] * 4
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return sum(o.untyped_storage().nbytes() for o in gc.get_objects() if issubclass(type(o), Tensor))
+
+
+@pytest.mark.parametrize("expert", [GeluMLP(D, 512), SwiGLU(D, 512), OddExpert()])
+def test_backward_keeps_no_rows_while_its_output_lives(expert: torch.nn.Module) -> None:
+    """A training loop's `loss` lives on through the next forward pass; the last pass's buffers must not."""
+    layer = ExpertParallel(D, expert, config(num_experts=2))
+    x = torch.randn(4096, D)
+    before = live_bytes()
+    output, l_aux, _ = layer(x)
+    (output.sum() + l_aux).backward()
+    grads = sum(p.grad.nbytes for p in layer.parameters() if p.grad is not None)
+    assert live_bytes() - before - grads <= 4 * x.nbytes, "output, results and index maps: a few rows of width D"

@@ -1,11 +1,11 @@
 """Overlapped equals serial bit for bit, whatever the schedule, the transport, the delays and the routing.
 
 Rows of a product do not depend on how many rows are computed together (kernels/linear.py), weight gradients are made
-from all rows of an expert at once, and each token's results are added in the order of its choices: so nothing is
-left that a schedule could change. Two exceptions, both within 2e-6 of the largest value (some ten roundings of 6e-8, and
-the larger terms that cancel): modules of unknown shape compute and give weight gradients piece by piece in
-products of their own, and torch's silu and tanh-gelu round the last few elements of a piece differently unless
-the expert width is a multiple of 32 (they finish a vector loop with scalar code).
+from all rows of an expert at once, and each token's results are added in the order of its choices: so nothing is left
+that a schedule could change. Two exceptions, both within 2e-6 of the largest value (some ten roundings of 6e-8, and the
+larger terms that cancel): modules of unknown shape compute and give weight gradients piece by piece in products of
+their own, and torch's silu and tanh-gelu round the last few elements of a piece differently unless the expert width is
+a multiple of 32 (they finish a vector loop with scalar code).
 """
 
 from __future__ import annotations
