@@ -153,7 +153,9 @@ def combine(
     x_TD: Tensor, kept: list[list[int]], scores_TE: Tensor, experts: Sequence[Expert], config: MoEConfig
 ) -> Tensor:
     """Each token's weighted sum of its experts' outputs, accumulated in the gate's dtype."""
-    is_kept_TE = torch.tensor([[e in chosen for e in range(len(experts))] for chosen in kept]).reshape(scores_TE.shape)
+    is_kept_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+    for token, chosen in enumerate(kept):
+        is_kept_TE[token, chosen] = True
     weights_TE = torch.where(is_kept_TE, scores_TE, 0)
     if config.renormalizes:
         sums_T1 = weights_TE.sum(1, keepdim=True)

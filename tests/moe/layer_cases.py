@@ -62,6 +62,7 @@ class LayerCase:
     shared: bool = False  # an expert of the same kind that every token visits
     masked: bool = False  # a used_token mask that leaves out about a third
     training: bool = True
+    gate_scale: float = 0.3  # spread of the gate's weights; logits spread 4 times as much
     skew: float = 0.0  # added to one expert's logits through a constant input column: it draws the rows
     bound: float = 1e-6
 
@@ -111,7 +112,7 @@ def case_data(case: LayerCase) -> CaseData:
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(case.dtype)
 
-    gate = draw(case.config.num_experts, D, scale=0.3)
+    gate = draw(case.config.num_experts, D, scale=case.gate_scale)
     if case.skew:
         gate[:, 0] = 0
         gate[-1, 0] = case.skew

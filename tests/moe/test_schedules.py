@@ -58,8 +58,14 @@ def edge_cases() -> list[LayerCase]:
     """Routing at its limits."""
     wide, one_each = config(ep_size=4, top_k=2), config(num_experts=4, ep_size=4)
     return [
-        LayerCase(name="every row to one expert", config=one_each, rows=(20,) * 4, skew=50.0),
-        LayerCase(name="every row to one of two local experts", config=config(ep_size=4), rows=(20,) * 4, skew=50.0),
+        LayerCase(name="every row to one expert", config=one_each, rows=(20,) * 4, skew=3.0, gate_scale=0.05),
+        LayerCase(
+            name="every row to one of two local experts",
+            config=config(ep_size=4),
+            rows=(20,) * 4,
+            skew=3.0,
+            gate_scale=0.05,
+        ),
         LayerCase(name="a rank without rows", config=wide, rows=(20, 0, 7, 31)),
         LayerCase(name="only one rank has rows", config=wide, rows=(0, 0, 0, 9)),
         LayerCase(name="no rows anywhere", config=wide, rows=(0, 0, 0, 0)),
@@ -166,6 +172,7 @@ def run_variants(cases: Sequence[LayerCase]) -> list[LayerResult]:
 def test_edge_routing_equals_the_reference() -> None:
     cases = [case.with_config(**EDGE_VARIANTS[1]) for case in edge_cases()]
     by_rank = run_ranks(4, run_variants, cases, timeout_s=240)
+    assert all(results[0].exp_counts == [0, 0, 0, 20] for results in by_rank), "every row to one expert"
     for index, case in enumerate(cases):
         found, expected = [results[index] for results in by_rank], reference_results(case)
         assert max(errors(found, expected).values()) <= case.bound, case.name
