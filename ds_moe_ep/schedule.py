@@ -102,13 +102,13 @@ def pieces_of(config: MoEConfig, torus: Torus) -> tuple[Piece, ...]:
 def _near_and_far(torus: Torus, group_size: int) -> tuple[tuple[Offset, ...], list[tuple[Offset, ...]]]:
     """Near offsets (the own rank, and its node where there are several) and the far ones in groups.
 
-    A group is one node's ranks by default. On one node every other rank is far, in two groups: links there are
-    fast, the own rows are few, and more pieces would cost more in small matrix products than they hide.
+    A group is one node's ranks by default. On one node every other rank is far, in one group: links there are
+    fast, and more pieces would cost more in small matrix products than they hide.
     """
     one_node = torus.num_nodes == 1
     near = [o for o in torus.offsets() if o == (0, 0) or (o[0] == 0 and not one_node)]
     far = [o for o in torus.offsets() if o not in near]
-    size = group_size or (-(-len(far) // 2) if one_node else torus.node_size)
+    size = group_size or (len(far) if one_node else torus.node_size)
     return tuple(near), [tuple(far[i : i + size]) for i in range(0, len(far), size)]
 
 

@@ -49,6 +49,8 @@ def unpermute(rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps) -> Tensor:
 
 def gather_tokens(x_TD: Tensor, maps: RowMaps) -> Tensor:
     """The token of each row, zeros in padded rows; no gradient."""
+    if len(x_TD) == 0:  # padded rows alone
+        return x_TD.new_zeros(len(maps.choice_of_row_N), x_TD.shape[1])
     rows_ND = x_TD.index_select(0, maps.token_of_row_N)
     if maps.is_padding_N is not None:
         rows_ND.masked_fill_(maps.is_padding_N.unsqueeze(1), 0)
@@ -101,7 +103,7 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_ND, weights_TK = ctx.saved_tensors
         maps: RowMaps = ctx.maps
-        if len(rows_ND) == 0:
+        if len(rows_ND) == 0 or len(dy_TD) == 0:
             return torch.zeros_like(rows_ND), torch.zeros_like(weights_TK), None
         dy_ND = gather_tokens(dy_TD, maps).to(weights_TK.dtype)
         d_weights_TK = None

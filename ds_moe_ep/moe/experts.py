@@ -11,11 +11,12 @@ other ranks wait for, and weight gradients, which nothing waits for. Experts of 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.moe.forms import ExpertPass, GeluPass, ModulePass, SwiGLUPass
+from ds_moe_ep.moe.forms import ExpertPass, GeluPass, ModulePass, Span, SwiGLUPass
 from ds_moe_ep.moe.recognise import recognise
 
 
@@ -67,11 +68,11 @@ class Experts(nn.Module):
         """The parameters' type; None for experts without parameters."""
         return next((p.dtype for p in self.parameters()), None)
 
-    def start(self, num_rows: int, keep_graph: bool) -> ExpertPass:
-        """A pass over `num_rows` rows; `keep_graph` says whether a backward pass may follow."""
+    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
+        """A pass over each expert's span of stacked rows; `keep_graph` says whether a backward pass may follow."""
         if self.form is None:
             return ModulePass(list(self.deepspeed_experts), keep_graph)
         weights = [self.form.weights_of(expert) for expert in self.deepspeed_experts]
         if self.form.kind == "gelu":
-            return GeluPass(weights, num_rows, self.form.approximate)
-        return SwiGLUPass(weights, num_rows)
+            return GeluPass(weights, spans, self.form.approximate)
+        return SwiGLUPass(weights, spans)

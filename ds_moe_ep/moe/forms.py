@@ -7,7 +7,7 @@ rows arrived.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,123 +17,180 @@ from torch import Tensor, nn
 from ds_moe_ep.kernels.linear import linear_grad_rows, linear_rows
 
 Weights = dict[str, Tensor | None]
+Span = tuple[int, int]  # start, stop
+
+BLOCK_ROWS = 256  # on the CPU; so many inner rows of a small expert fit a core's cache
 
 
 class ExpertPass(Protocol):
     """One pass through the local experts. `rows` is a slice of the stacked rows, all of one expert."""
 
     saved: list[Tensor]  # what the backward pass reads; the autograd function stores it in between
+    may_overwrite: bool  # whether the backward pass may use `saved` up: nobody else will read it
 
-    def compute(self, expert: int, rows: slice, x_RD: Tensor, y_RD: Tensor) -> None:
-        """Writes the expert's outputs."""
+    def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
+        """Writes the outputs of these rows of the expert."""
 
-    def input_grads(self, expert: int, rows: slice, dy_RD: Tensor, dx_RD: Tensor) -> None:
-        """Writes the gradient of the expert's inputs."""
+    def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
+        """Writes the gradient of the inputs of these rows of the expert."""
 
-    def weight_grads(self, expert: int, rows: slice, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
-        """The gradients of one expert's parameters, in their order; `rows` are all its rows."""
+    def weight_grads(self, expert: int, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
+        """The gradients of one expert's parameters, in their order, from all its rows; once, after their gradients."""
 
 
-class GeluPass:
+class KeptRows:
+    """The rows that each expert keeps from the forward to the backward pass: `num_kept` tensors [rows, F] an expert.
+
+    A tensor an expert and not one for all: blocks stay small enough for the allocator to keep, and each expert's
+    rows are given back as soon as its weights have their gradient.
+    """
+
+    def __init__(self, spans: Sequence[Span], num_kept: int, width_like_FD: Tensor) -> None:
+        self._starts = [start for start, _ in spans]
+        self._num_kept = num_kept
+        width = len(width_like_FD)
+        self.saved = [width_like_FD.new_empty(stop - start, width) for start, stop in spans for _ in range(num_kept)]
+        self.may_overwrite = False
+        self._gradients: dict[int, list[Tensor]] = {}
+
+    def of(self, expert: int) -> list[Tensor]:
+        """All rows that the expert keeps."""
+        return self.saved[expert * self._num_kept : (expert + 1) * self._num_kept]
+
+    def at(self, expert: int, rows: slice) -> slice:
+        """The place of stacked rows among those of their expert."""
+        start = self._starts[expert]
+        return slice(rows.start - start, rows.stop - start)
+
+    def gradients(self, expert: int, num: int) -> list[Tensor]:
+        """Where the gradients of the expert's first `num` kept tensors go: over them, where that is allowed."""
+        if expert not in self._gradients:
+            kept = self.of(expert)[:num]
+            self._gradients[expert] = kept if self.may_overwrite else [torch.empty_like(rows) for rows in kept]
+        return self._gradients[expert]
+
+    def take(self, expert: int, kept: int) -> Tensor:
+        """One tensor of an expert's rows, for its last use: it is not kept any longer."""
+        index = expert * self._num_kept + kept
+        rows_RF, self.saved[index] = self.saved[index], self.saved[index].new_empty(0)
+        return rows_RF
+
+    def take_gradients(self, expert: int, num: int) -> list[Tensor]:
+        """What `gradients` gave, for its last use."""
+        gradients = self.gradients(expert, num)
+        del self._gradients[expert]
+        for kept in range(num):
+            self.take(expert, kept)
+        return gradients
+
+
+def blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors cut alike, on the CPU, by at most BLOCK_ROWS rows: what lies between products stays in cache."""
+    num_blocks = -(-len(rows[0]) // BLOCK_ROWS) if rows[0].is_cpu else 1
+    return [rows] if num_blocks <= 1 else zip(*(tensor.tensor_split(num_blocks) for tensor in rows), strict=True)
+
+
+class GeluPass(KeptRows):
     """down(gelu(up(x))): keeps the rows before and after the activation."""
 
-    def __init__(self, weights: Sequence[Weights], num_rows: int, approximate: str) -> None:
-        up = weights[0]["up.weight"]
-        assert up is not None
+    def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], approximate: str) -> None:
+        super().__init__(spans, 2, _weight(weights[0], "up"))  # hidden rows, active rows
         self._weights = weights
         self._approximate = approximate
-        self.saved = [up.new_empty(num_rows, len(up)) for _ in range(2)]  # hidden rows, active rows
-        self._d_hidden_RF: Tensor | None = None
 
-    def compute(self, expert: int, rows: slice, x_RD: Tensor, y_RD: Tensor) -> None:
-        weights, (hidden_RF, active_RF) = self._weights[expert], self.saved
-        linear_rows(x_RD[rows], _weight(weights, "up"), weights.get("up.bias"), hidden_RF[rows])
-        torch.ops.aten.gelu(hidden_RF[rows], approximate=self._approximate, out=active_RF[rows])
-        linear_rows(active_RF[rows], _weight(weights, "down"), weights.get("down.bias"), y_RD[rows])
+    def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
+        weights, here = self._weights[expert], self.at(expert, rows)
+        up, down = _weight(weights, "up"), _weight(weights, "down")
+        hidden_RF, active_RF = self.of(expert)
+        for x, hidden, active, y in blocks(x_nD, hidden_RF[here], active_RF[here], y_nD):
+            linear_rows(x, up, weights.get("up.bias"), hidden)
+            torch.ops.aten.gelu.out(hidden, approximate=self._approximate, out=active)
+            linear_rows(active, down, weights.get("down.bias"), y)
 
-    def input_grads(self, expert: int, rows: slice, dy_RD: Tensor, dx_RD: Tensor) -> None:
-        weights, hidden_RF = self._weights[expert], self.saved[0]
-        if self._d_hidden_RF is None:
-            self._d_hidden_RF = torch.empty_like(hidden_RF)
-        d_rows_RF = self._d_hidden_RF[rows]  # first the gradient of the active rows, then, in place, of the hidden ones
-        linear_grad_rows(dy_RD[rows], _weight(weights, "down"), d_rows_RF)
-        torch.ops.aten.gelu_backward(d_rows_RF, hidden_RF[rows], approximate=self._approximate, grad_input=d_rows_RF)
-        linear_grad_rows(d_rows_RF, _weight(weights, "up"), dx_RD[rows])
+    def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
+        weights, here = self._weights[expert], self.at(expert, rows)
+        up, down = _weight(weights, "up"), _weight(weights, "down")
+        hidden_RF, (d_hidden_RF,) = self.of(expert)[0], self.gradients(expert, 1)
+        for dy, hidden, d_hidden, dx in blocks(dy_nD, hidden_RF[here], d_hidden_RF[here], dx_nD):
+            d_active = torch.empty_like(hidden)
+            linear_grad_rows(dy, down, d_active)
+            torch.ops.aten.gelu_backward.grad_input(
+                d_active, hidden, approximate=self._approximate, grad_input=d_hidden
+            )
+            linear_grad_rows(d_hidden, up, dx)
 
-    def weight_grads(self, expert: int, rows: slice, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
-        active_RF = self.saved[1]
-        d_hidden_RF = torch.empty_like(active_RF) if self._d_hidden_RF is None else self._d_hidden_RF
-        inputs = {"up": (x_RD[rows], d_hidden_RF[rows]), "down": (active_RF[rows], dy_RD[rows])}
-        return [_linear_grad(name, weight, inputs) for name, weight in self._weights[expert].items()]
+    def weight_grads(self, expert: int, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
+        weights = self._weights[expert]  # each product's rows are given back before the next one
+        grads = _linear_grads(weights, "down", self.take(expert, 1), dy_RD)
+        grads |= _linear_grads(weights, "up", x_RD, self.take_gradients(expert, 1).pop())
+        return [grads[name] for name in weights]
 
 
-class SwiGLUPass:
+class SwiGLUPass(KeptRows):
     """down(silu(gate(x)) * up(x)): keeps gate rows, up rows and their product."""
 
-    def __init__(self, weights: Sequence[Weights], num_rows: int) -> None:
-        up = weights[0]["up.weight"]
-        assert up is not None
+    def __init__(self, weights: Sequence[Weights], spans: Sequence[Span]) -> None:
+        super().__init__(spans, 3, _weight(weights[0], "up"))  # gate rows, up rows, active rows
         self._weights = weights
-        self.saved = [up.new_empty(num_rows, len(up)) for _ in range(3)]  # gate rows, up rows, active rows
-        self._d_gate_RF: Tensor | None = None
-        self._d_up_RF: Tensor | None = None
 
-    def compute(self, expert: int, rows: slice, x_RD: Tensor, y_RD: Tensor) -> None:
-        weights, (gate_RF, up_RF, active_RF) = self._weights[expert], self.saved
-        linear_rows(x_RD[rows], _weight(weights, "gate"), weights.get("gate.bias"), gate_RF[rows])
-        linear_rows(x_RD[rows], _weight(weights, "up"), weights.get("up.bias"), up_RF[rows])
-        torch.mul(F.silu(gate_RF[rows]), up_RF[rows], out=active_RF[rows])
-        linear_rows(active_RF[rows], _weight(weights, "down"), weights.get("down.bias"), y_RD[rows])
+    def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
+        weights, here = self._weights[expert], self.at(expert, rows)
+        gate_RF, up_RF, active_RF = self.of(expert)
+        for x, gate, up, active, y in blocks(x_nD, gate_RF[here], up_RF[here], active_RF[here], y_nD):
+            linear_rows(x, _weight(weights, "gate"), weights.get("gate.bias"), gate)
+            linear_rows(x, _weight(weights, "up"), weights.get("up.bias"), up)
+            torch.mul(F.silu(gate), up, out=active)
+            linear_rows(active, _weight(weights, "down"), weights.get("down.bias"), y)
 
-    def input_grads(self, expert: int, rows: slice, dy_RD: Tensor, dx_RD: Tensor) -> None:
-        weights, (gate_RF, up_RF, _) = self._weights[expert], self.saved
-        if self._d_gate_RF is None or self._d_up_RF is None:
-            self._d_gate_RF, self._d_up_RF = torch.empty_like(gate_RF), torch.empty_like(up_RF)
-        d_active_RF = torch.empty_like(gate_RF[rows])
-        linear_grad_rows(dy_RD[rows], _weight(weights, "down"), d_active_RF)
-        torch.mul(d_active_RF, F.silu(gate_RF[rows]), out=self._d_up_RF[rows])
-        d_silu_RF = d_active_RF.mul_(up_RF[rows])
-        self._d_gate_RF[rows] = torch.ops.aten.silu_backward(d_silu_RF, gate_RF[rows])
-        linear_grad_rows(self._d_gate_RF[rows], _weight(weights, "gate"), dx_RD[rows])
-        through_up_RD = torch.empty_like(dx_RD[rows])
-        linear_grad_rows(self._d_up_RF[rows], _weight(weights, "up"), through_up_RD)
-        dx_RD[rows] += through_up_RD
+    def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
+        weights, here = self._weights[expert], self.at(expert, rows)
+        (gate_RF, up_RF, _), (d_gate_RF, d_up_RF) = self.of(expert), self.gradients(expert, 2)
+        cut = blocks(dy_nD, gate_RF[here], up_RF[here], d_gate_RF[here], d_up_RF[here], dx_nD)
+        for dy, gate, up, d_gate, d_up, dx in cut:
+            d_active = torch.empty_like(gate)
+            linear_grad_rows(dy, _weight(weights, "down"), d_active)
+            through_up = d_active * F.silu(gate)
+            d_silu = d_active.mul_(up)  # the last use of `up`, which `d_up` may lie over
+            d_up.copy_(through_up)
+            torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_gate)
+            linear_grad_rows(d_gate, _weight(weights, "gate"), dx)
+            dx_through_up = torch.empty_like(dx)
+            linear_grad_rows(d_up, _weight(weights, "up"), dx_through_up)
+            dx += dx_through_up
 
-    def weight_grads(self, expert: int, rows: slice, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
-        gate_RF, up_RF, active_RF = self.saved
-        d_gate_RF = torch.empty_like(gate_RF) if self._d_gate_RF is None else self._d_gate_RF
-        d_up_RF = torch.empty_like(up_RF) if self._d_up_RF is None else self._d_up_RF
-        inputs = {
-            "gate": (x_RD[rows], d_gate_RF[rows]),
-            "up": (x_RD[rows], d_up_RF[rows]),
-            "down": (active_RF[rows], dy_RD[rows]),
-        }
-        return [_linear_grad(name, weight, inputs) for name, weight in self._weights[expert].items()]
+    def weight_grads(self, expert: int, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
+        weights = self._weights[expert]  # each product's rows are given back before the next one
+        grads = _linear_grads(weights, "down", self.take(expert, 2), dy_RD)
+        d_gate_and_up = self.take_gradients(expert, 2)
+        grads |= _linear_grads(weights, "up", x_RD, d_gate_and_up.pop())
+        grads |= _linear_grads(weights, "gate", x_RD, d_gate_and_up.pop())
+        return [grads[name] for name in weights]
 
 
 class ModulePass:
     """Any module: each run keeps its own graph until the backward pass.
 
-    Autograd gives input and weight gradients together, so weight gradients are summed run by run, in the schedule's
-    order: between schedules they agree up to rounding, not bit for bit.
+    Its products see one run of rows at a time, and autograd gives input and weight gradients together, so that weight
+    gradients are summed run by run: between schedules all results agree up to rounding, not bit for bit.
     """
 
     def __init__(self, experts: Sequence[nn.Module], keep_graph: bool) -> None:
         self.saved: list[Tensor] = []
+        self.may_overwrite = False
         self._experts = experts
         self._keep_graph = keep_graph
         self._graphs: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         self._grads: dict[int, list[Tensor | None]] = {}
 
-    def compute(self, expert: int, rows: slice, x_RD: Tensor, y_RD: Tensor) -> None:
+    def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         if not self._keep_graph:
-            y_RD[rows] = self._call(expert, x_RD[rows])
+            y_nD.copy_(self._call(expert, x_nD))
             return
-        leaf_ND = x_RD[rows].detach().clone().requires_grad_()
+        leaf_ND = x_nD.detach().clone().requires_grad_()
         # Saved as they are: a surrounding recomputation must not unpack this graph's tensors.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
             out_ND = self._call(expert, leaf_ND)
-        y_RD[rows] = out_ND.detach()
+        y_nD.copy_(out_ND.detach())
         self._graphs[expert, rows.start, rows.stop] = (leaf_ND, out_ND)
 
     def _call(self, expert: int, rows_ND: Tensor) -> Tensor:
@@ -141,20 +198,21 @@ class ModulePass:
         result_ND: Tensor = out[0] if isinstance(out, tuple) else out
         return result_ND  # as DeepSpeed: a second output (a bias) is left out
 
-    def input_grads(self, expert: int, rows: slice, dy_RD: Tensor, dx_RD: Tensor) -> None:
-        leaf_ND, out_ND = self._graphs.pop((expert, rows.start, rows.stop))
+    def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
+        run, retain = (expert, rows.start, rows.stop), not self.may_overwrite
+        leaf_ND, out_ND = self._graphs[run] if retain else self._graphs.pop(run)
         trained = [p for p in self._experts[expert].parameters() if p.requires_grad]
-        dx_ND, *grads = torch.autograd.grad(out_ND, [leaf_ND, *trained], dy_RD[rows], allow_unused=True)
-        dx_RD[rows] = 0 if dx_ND is None else dx_ND
+        dx_ND, *grads = torch.autograd.grad(out_ND, [leaf_ND, *trained], dy_nD, retain_graph=retain, allow_unused=True)
+        dx_nD.copy_(torch.zeros_like(dx_nD) if dx_ND is None else dx_ND)
         known = self._grads.get(expert, [None] * len(grads))
         self._grads[expert] = [
             new if old is None else old if new is None else old + new for old, new in zip(known, grads, strict=True)
         ]
 
-    def weight_grads(self, expert: int, rows: slice, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
+    def weight_grads(self, expert: int, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
         parameters = list(self._experts[expert].parameters())
         trained = [p for p in parameters if p.requires_grad]
-        grads = dict(zip(map(id, trained), self._grads.get(expert, [None] * len(trained)), strict=True))
+        grads = dict(zip(map(id, trained), self._grads.pop(expert, [None] * len(trained)), strict=True))
         found = [grads.get(id(p)) for p in parameters]
         return [
             torch.zeros_like(p) if g is None and p.requires_grad else g for p, g in zip(parameters, found, strict=True)
@@ -171,10 +229,16 @@ def _weight(weights: Weights, part: str) -> Tensor:
     return weight
 
 
-def _linear_grad(name: str, weight: Tensor | None, inputs: dict[str, tuple[Tensor, Tensor]]) -> Tensor | None:
-    """The gradient of a Linear's weight or bias from its inputs and its outputs' gradient; None when frozen."""
-    if weight is None or not weight.requires_grad:
-        return None
-    part, _, leaf = name.rpartition(".")
-    x_RI, dy_RO = inputs[part]
-    return dy_RO.sum(0) if leaf == "bias" else dy_RO.t() @ x_RI
+def _linear_grads(weights: Weights, part: str, x_RI: Tensor, dy_RO: Tensor) -> Weights:
+    """The gradients of one Linear's weight and bias, by name, from its inputs and its outputs' gradient.
+
+    None for what is frozen.
+    """
+    grads: Weights = {}
+    for name in (f"{part}.weight", f"{part}.bias"):
+        weight = weights.get(name)
+        if weight is None or not weight.requires_grad:
+            grads[name] = None
+        else:
+            grads[name] = dy_RO.sum(0) if name.endswith("bias") else dy_RO.t() @ x_RI
+    return grads

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from ds_moe_ep.moe.plan import DispatchPlan
@@ -17,6 +18,7 @@ from ds_moe_ep.schedule import Piece
 from ds_moe_ep.topology import Torus
 
 Span = tuple[int, int]  # start, stop
+Move = tuple[int, int, int]  # start on the wire, start where stacked, rows
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,20 @@ class PieceRows:
 
     `sent` and `received`: per peer, a span of the sent rows and of the received ones; both may be empty.
     `own`: the spans, sent and received, of the rows that stay on this rank.
-    `moves`: (wire start, stacked start, rows) between received and stacked order; none where they are the same.
+    `moves`: between received and stacked order; none where they are the same.
     `runs`: (local expert, stacked span) to compute.
     """
 
     sent: tuple[tuple[int, Span], ...]
     received: tuple[tuple[int, Span], ...]
     own: tuple[tuple[Span, Span], ...]
-    moves: tuple[tuple[int, int, int], ...]
+    moves: tuple[Move, ...]
     runs: tuple[tuple[int, Span], ...]
+
+    @cached_property
+    def run_moves(self) -> tuple[tuple[Move, ...], ...]:
+        """The moves of each run's rows, in the order of `runs`."""
+        return tuple(tuple(move for move in self.moves if start <= move[1] < stop) for _, (start, stop) in self.runs)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ hooks fire once a backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from ds_moe_ep.comm.lanes import Lanes, Mark
 from ds_moe_ep.comm.transport import Message, Transport
 from ds_moe_ep.moe.experts import Experts
-from ds_moe_ep.moe.layout import PieceRows, RowLayout
+from ds_moe_ep.moe.layout import Move, PieceRows, RowLayout
 from ds_moe_ep.recorder import Recorder
 from ds_moe_ep.schedule import Kind, Schedule
 
@@ -40,7 +41,8 @@ class Route:
 def run_experts(rows_ND: Tensor, experts: Experts, route: Route) -> Tensor:
     """The experts' outputs [N, D] for rows in send order, in the same order. Collective; differentiable.
 
-    No host sync. Collective again in the backward pass, in the order in which autograd visits the layers.
+    No host sync. Collective again in the backward pass, in the order in which autograd visits the layers; the
+    gradient of the results is used up there, so whoever consumes the results must give it away.
     """
     may_differentiate = torch.is_grad_enabled()
     results_ND: Tensor = _RunExperts.apply(rows_ND, experts, route, may_differentiate, *experts.expert_parameters())  # type: ignore[no-untyped-call]
@@ -52,12 +54,14 @@ class _RunExperts(torch.autograd.Function):
     def forward(
         ctx: Any, rows_ND: Tensor, experts: Experts, route: Route, may_differentiate: bool, *parameters: Tensor
     ) -> Tensor:
-        expert_pass = experts.start(route.layout.num_received, may_differentiate)
+        expert_pass = experts.start(route.layout.expert_spans, may_differentiate)
         buffers = Buffers.of(rows_ND.contiguous(), route)
 
         def compute(rows: PieceRows) -> None:
-            for expert, (start, stop) in rows.runs:
-                expert_pass.compute(expert, slice(start, stop), buffers.inputs_RD, buffers.outputs_RD)
+            for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
+                here = slice(start, stop)
+                with buffers.outputs_of(here, moves) as out_nD:
+                    expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
 
         run(route.forward, route, buffers, compute)
         ctx.route, ctx.expert_pass = route, expert_pass
@@ -68,23 +72,34 @@ class _RunExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_results_ND: Tensor) -> tuple[Tensor | None, ...]:
-        inputs_RD, *saved = ctx.saved_tensors
         route, expert_pass = ctx.route, ctx.expert_pass
-        expert_pass.saved = saved[: ctx.num_saved]
-        buffers = Buffers.of(d_results_ND.contiguous(), route)
+        (inputs_RD, *expert_pass.saved), expert_pass.may_overwrite = _take_saved(ctx, 1 + ctx.num_saved)
+        buffers = Buffers.of(d_results_ND.contiguous(), route, returns_in_place=True)
         grads: list[Tensor | None] = []
 
         def compute(rows: PieceRows) -> None:
-            for expert, (start, stop) in rows.runs:
-                expert_pass.input_grads(expert, slice(start, stop), buffers.inputs_RD, buffers.outputs_RD)
+            for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
+                here = slice(start, stop)
+                with buffers.outputs_of(here, moves) as out_nD:
+                    expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)
 
         def weights() -> None:
             for expert, (start, stop) in enumerate(route.layout.expert_spans):
-                grads.extend(expert_pass.weight_grads(expert, slice(start, stop), inputs_RD, buffers.inputs_RD))
+                grads.extend(expert_pass.weight_grads(expert, inputs_RD[start:stop], buffers.inputs_RD[start:stop]))
 
         run(route.backward, route, buffers, compute, weights)
         expert_pass.saved = []
         return buffers.results_ND, None, None, None, *grads
+
+
+def _take_saved(ctx: Any, num_tensors: int) -> tuple[list[Tensor], bool]:
+    """The first saved tensors, and whether they are ours alone now: yes, unless the caller retains the graph."""
+    tensors = list(ctx.saved_tensors[:num_tensors])
+    is_retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    if is_retained():
+        return tensors, False
+    ctx.maybe_clear_saved_tensors()
+    return tensors, True
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,8 @@ class Buffers:
 
     `wire_in` and `wire_out` are what the transport writes and reads on the experts' side: the stacked rows
     themselves, or, where received rows lie in another order, one staging buffer for both (a piece's results take the
-    places of its inputs, which are stacked by then).
+    places of its inputs, which are stacked by then; there is no buffer of stacked results, each run spreads its own).
+    With `returns_in_place` results come back over the sent rows: a piece's rows are gone when its results arrive.
     """
 
     sent_ND: Tensor
@@ -104,16 +120,29 @@ class Buffers:
     results_ND: Tensor
 
     @classmethod
-    def of(cls, sent_ND: Tensor, route: Route) -> Buffers:
+    def of(cls, sent_ND: Tensor, route: Route, returns_in_place: bool = False) -> Buffers:
         if route.transport.size == 1:  # every row stays, in its place
             outputs_RD = torch.empty_like(sent_ND)
             return cls(sent_ND, sent_ND, sent_ND, outputs_RD, outputs_RD, outputs_RD)
-        inputs_RD, outputs_RD = (sent_ND.new_empty(route.layout.num_received, sent_ND.shape[1]) for _ in range(2))
-        results_ND = torch.empty_like(sent_ND)
+        inputs_RD = sent_ND.new_empty(route.layout.num_received, sent_ND.shape[1])
+        results_ND = sent_ND if returns_in_place else torch.empty_like(sent_ND)
         if route.layout.is_stacked_on_arrival:
+            outputs_RD = torch.empty_like(inputs_RD)
             return cls(sent_ND, inputs_RD, inputs_RD, outputs_RD, outputs_RD, results_ND)
         wire_RD = torch.empty_like(inputs_RD)
-        return cls(sent_ND, wire_RD, inputs_RD, outputs_RD, wire_RD, results_ND)
+        return cls(sent_ND, wire_RD, inputs_RD, wire_RD[:0], wire_RD, results_ND)
+
+    @contextmanager
+    def outputs_of(self, rows: slice, moves: Sequence[Move]) -> Iterator[Tensor]:
+        """A place to write the results of a run of stacked rows to; after the scope they lie on the wire."""
+        if not moves:
+            yield self.outputs_RD[rows]
+        elif len(moves) == 1:  # one peer's rows lie side by side on the wire too
+            yield self.wire_out_RD[moves[0][0] : moves[0][0] + moves[0][2]]
+        else:
+            scratch_nD = self.wire_out_RD.new_empty(rows.stop - rows.start, self.wire_out_RD.shape[1])
+            yield scratch_nD
+            _move([(place - rows.start, wire, n) for wire, place, n in moves], scratch_nD, self.wire_out_RD)
 
     def everything(self) -> tuple[Tensor, ...]:
         return self.sent_ND, self.wire_in_RD, self.inputs_RD, self.outputs_RD, self.wire_out_RD, self.results_ND
@@ -148,7 +177,6 @@ def run(
             else:
                 _move(rows.moves, buffers.wire_in_RD, buffers.inputs_RD)
                 compute(rows)
-                _move([(b, a, n) for a, b, n in rows.moves], buffers.outputs_RD, buffers.wire_out_RD)
         marks.append(lanes.mark(op.kind.lane, work))
     with lanes.on("compute", marks, touched):
         pass
@@ -179,7 +207,7 @@ def _copy_own(spans: Sequence[tuple[tuple[int, int], tuple[int, int]]], from_RD:
         to_RD[to_start:to_stop] = from_RD[start:stop]
 
 
-def _move(moves: Sequence[tuple[int, int, int]], from_RD: Tensor, to_RD: Tensor) -> None:
+def _move(moves: Sequence[Move], from_RD: Tensor, to_RD: Tensor) -> None:
     """Copies rows between wire order and stacked order: (from, to, number of rows) each."""
     for start, to_start, num_rows in moves:
         to_RD[to_start : to_start + num_rows] = from_RD[start : start + num_rows]

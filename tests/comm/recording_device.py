@@ -1,8 +1,8 @@
 """A device that runs nothing and remembers everything: CUDA's streams, events and allocator as bookkeeping.
 
 `RecordingDevice` stands in for `torch.cuda` under the real CudaLanes. Every stream carries a vector clock, every event
-hands one on. Every torch op is logged as reads and writes of bytes at its stream's clock; two accesses of the same bytes,
-one of them a write, must be ordered by events. A storage that a stream uses without having allocated it must have been
+hands one on. Every torch op is logged as reads and writes of bytes at its stream's clock; two accesses of the same
+bytes, one of them a write, must be ordered by events. A storage that a stream uses without having allocated it must have been
 given to that stream by record_stream, or the allocator could hand its memory out again too early.
 """
 
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,8 +130,10 @@ class RecordingDevice(TorchDispatchMode):
         log.append(Access(op, here, clock[here], start, stop, is_write))
 
 
-VIEWS = ("aten::view", "aten::slice", "aten::t", "aten::detach", "aten::alias", "aten::select", "aten::_unsafe_view",
-         "aten::unsqueeze", "aten::transpose", "aten::expand", "aten::as_strided", "aten::empty", "aten::new_empty")  # fmt: skip
+VIEWS = tuple(
+    f"aten::{name}"
+    for name in "view slice t detach alias select _unsafe_view unsqueeze transpose expand as_strided empty new_empty".split()
+)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

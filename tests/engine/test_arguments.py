@@ -56,7 +56,7 @@ def test_an_argument_without_meaning_is_refused_by_name(given: dict[str, Any], m
 
 
 def test_arguments_beside_a_config_are_refused_instead_of_ignored() -> None:
-    with pytest.raises(ConfigError, match="MoE.k=2 stands beside config"):
+    with pytest.raises(ConfigError, match=r"MoE\.k=2 stands beside config"):
         MoE(8, GeluMLP(8, 16), k=2, config=MoEConfig(num_experts=4))
 
 
