@@ -2,8 +2,8 @@
 
 `RecordingDevice` stands in for `torch.cuda` under the real CudaLanes. Every stream carries a vector clock, every event
 hands one on. Every torch op is logged as reads and writes of bytes at its stream's clock; two accesses of the same
-bytes, one of them a write, must be ordered by events. A storage that a stream uses without having allocated it must have been
-given to that stream by record_stream, or the allocator could hand its memory out again too early.
+bytes, one of them a write, must be ordered by events. A storage that a stream uses without having allocated it must
+have been given to that stream by record_stream, or the allocator could hand its memory out again too early.
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ class RecordingDevice(TorchDispatchMode):
 
 VIEWS = tuple(
     f"aten::{name}"
-    for name in "view slice t detach alias select _unsafe_view unsqueeze transpose expand as_strided empty new_empty".split()
+    for name in (
+        "view slice t detach alias select _unsafe_view unsqueeze transpose expand as_strided empty new_empty"
+    ).split()
 )
 
 
