@@ -205,18 +205,21 @@ class ModulePass:
         dx_ND, *grads = torch.autograd.grad(out_ND, [leaf_ND, *trained], dy_nD, retain_graph=retain, allow_unused=True)
         dx_nD.copy_(torch.zeros_like(dx_nD) if dx_ND is None else dx_ND)
         known = self._grads.get(expert, [None] * len(grads))
-        self._grads[expert] = [
-            new if old is None else old if new is None else old + new for old, new in zip(known, grads, strict=True)
-        ]
+        self._grads[expert] = [_sum(old, new) for old, new in zip(known, grads, strict=True)]
 
     def weight_grads(self, expert: int, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
         parameters = list(self._experts[expert].parameters())
         trained = [p for p in parameters if p.requires_grad]
         grads = dict(zip(map(id, trained), self._grads.pop(expert, [None] * len(trained)), strict=True))
-        found = [grads.get(id(p)) for p in parameters]
-        return [
-            torch.zeros_like(p) if g is None and p.requires_grad else g for p, g in zip(parameters, found, strict=True)
-        ]
+        found = [(p, grads.get(id(p))) for p in parameters]
+        return [g.to(p.dtype) if g is not None else torch.zeros_like(p) if p.requires_grad else None for p, g in found]
+
+
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum of the gradients of two runs, at least in fp32: in bf16 every run would cost a rounding."""
+    if total is None or part is None:
+        return part if total is None else total
+    return total.to(torch.promote_types(total.dtype, torch.float32)) + part
 
 
 def _keep(tensor: Tensor) -> Tensor:

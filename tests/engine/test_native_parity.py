@@ -58,13 +58,17 @@ def test_our_layer_equals_deepspeeds_and_both_equal_the_reference() -> None:
 
 
 def test_in_bf16_our_layer_is_as_close_to_the_reference_as_deepspeeds() -> None:
-    """Within half again of DeepSpeed's own error: the same roundings, in another order."""
+    """Within half again of DeepSpeed's own error: the same roundings, in another order.
+
+    Arbitrary modules get a gradient a run, each rounded to bf16 before they are summed and cancel: 2.5 times.
+    """
     table = cases(torch.bfloat16)[:9]
     by_rank = run_ranks(4, run_both, table, {}, timeout_s=120)
     for index, case in enumerate(table):
         ours, native = ([results[index][side] for results in by_rank] for side in (0, 1))
         expected = reference_results(case)
-        assert max(errors(ours, expected).values()) <= 1.5 * max(errors(native, expected).values()), case.name
+        allowed = 2.5 if case.expert == "module" else 1.5
+        assert max(errors(ours, expected).values()) <= allowed * max(errors(native, expected).values()), case.name
 
 
 def test_residual_layers_equal_deepspeeds() -> None:
