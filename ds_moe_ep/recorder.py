@@ -168,6 +168,13 @@ class CudaRecorder:
         return spans
 
 
+class _Waited:
+    """A transfer that was waited for, once, as it must be."""
+
+    def wait(self) -> None:
+        return None
+
+
 class _CudaScope:
     def __init__(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> None:
         self._start, self._stop = start, stop
@@ -181,7 +188,7 @@ class _CudaScope:
 
     def follow(self, work: Waitable) -> Waitable:
         work.wait()  # orders the lane's stream behind the communicator's; the host goes on
-        return work
+        return _Waited()
 
 
 def _event() -> torch.cuda.Event:

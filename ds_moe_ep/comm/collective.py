@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.comm.lane_groups import LaneGroups
-from ds_moe_ep.comm.pairwise import wait_for
+from ds_moe_ep.comm.group_transport import GroupTransport, wait_for
 from ds_moe_ep.comm.transport import Done, Message, Transfer
 
 
@@ -18,13 +17,18 @@ class Exchange:
     """An all-to-all on its way; `wait` hands the received rows to their places."""
 
     def __init__(
-        self, work: dist.Work, buffers: tuple[Tensor, Tensor], receives: Sequence[Message], what: str, timeout_s: float
+        self,
+        work: dist.Work,
+        buffers: tuple[Tensor, Tensor],
+        receives: Sequence[Message],
+        what: str,
+        timeout: timedelta,
     ) -> None:
         self._work = work
         self._buffers = buffers
         self._receives = receives
         self._what = what
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout = timeout
 
     def wait(self) -> None:
         wait_for(self._work, self._what, self._timeout)
@@ -36,20 +40,8 @@ class Exchange:
         del self._buffers
 
 
-class Collective:
+class Collective(GroupTransport):
     """One all-to-all a transfer, through contiguous buffers; peers that are not in it get zero rows."""
-
-    def __init__(self, groups: LaneGroups, timeout_s: float) -> None:
-        self.rank = groups.rank
-        self.size = groups.size
-        self._groups = groups
-        self._timeout_s = timeout_s
-
-    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
-        return self._groups.exchange_counts(counts_PC)
-
-    def sum(self, values: Tensor) -> Tensor:
-        return self._groups.sum(values)
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         if not sends:
@@ -66,7 +58,7 @@ class Collective:
             async_op=True,
         )
         what = f"{lane} all-to-all of rank {self.rank} of the expert-parallel group"
-        return Exchange(work, (sent, received), receives, what, self._timeout_s)
+        return Exchange(work, (sent, received), receives, what, self._timeout)
 
     def _splits(self, messages: Sequence[Message]) -> list[int]:
         splits = [0] * self.size

@@ -1,0 +1,38 @@
+"""What the transports over process groups share: the small collectives, and waiting with a time limit."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_moe_ep.comm.lane_groups import LaneGroups
+from ds_moe_ep.errors import EngineError
+
+
+class GroupTransport:
+    """A transport on the lanes of one group; how rows move is the subclass's."""
+
+    def __init__(self, groups: LaneGroups, timeout_s: float) -> None:
+        self.rank = groups.rank
+        self.size = groups.size
+        self._groups = groups
+        self._timeout = timedelta(seconds=timeout_s)
+
+    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
+        return self._groups.exchange_counts(counts_PC)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return self._groups.sum(values)
+
+
+def wait_for(work: dist.Work, what: str, timeout: timedelta) -> None:
+    """Waits for `work`. Raises EngineError, naming `what`, when it fails or takes longer than `timeout`."""
+    try:
+        work.wait(timeout)
+    except RuntimeError as error:
+        raise EngineError(
+            f"{what} failed: {error}; a peer ended, stalled, or sent another size. Look for the first error of "
+            "another rank; moe_ep.timeout_s sets the time limit"
+        ) from error
