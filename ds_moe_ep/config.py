@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import struct
 import types
 import typing
 from collections.abc import Mapping
@@ -123,8 +125,8 @@ class MoEConfig:
         factor = self.capacity_factor if training else self.eval_capacity_factor
         if factor is None:
             return None
-        exact = num_tokens / self.num_experts * factor * self.top_k
-        return max(int(-(-exact // 1)), self.min_capacity)
+        exact = to_fp32(to_fp32(num_tokens / self.num_experts) * to_fp32(factor * self.top_k))  # as DeepSpeed rounds
+        return max(math.ceil(exact), self.min_capacity)
 
     def fingerprint(self) -> str:
         """A hash of every knob; ranks compare it once at start."""
@@ -173,6 +175,12 @@ class ModelConfig:
         """Parameters of one expert of one layer."""
         biases = self.expert_width * (self.expert_matrices - 1) + self.hidden_size if self.expert_bias else 0
         return self.expert_matrices * self.hidden_size * self.expert_width + biases
+
+
+def to_fp32(value: float) -> float:
+    """The nearest number that fp32 has."""
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
 
 
 def from_dict(cls: type[C], values: Mapping[str, Any], path: str) -> C:

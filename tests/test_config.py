@@ -169,6 +169,12 @@ def test_the_small_model_is_the_specifications_but_for_its_size() -> None:
     assert (SMALL.num_layers, SMALL.expert, SMALL.expert_width) == (4, "gelu", 4 * SMALL.hidden_size)
 
 
+def test_a_capacity_is_rounded_as_deepspeed_rounds_it() -> None:
+    """DeepSpeed multiplies in fp32 and takes the ceiling: a last bit decides over a row."""
+    rows = {factor: MoEConfig(capacity_factor=factor, min_capacity=0).capacity(1600, True) for factor in (1.1, 1.2)}
+    assert rows == {1.1: 110, 1.2: 121}
+
+
 def test_errors_are_also_the_builtins_that_they_specialise() -> None:
     for error, builtin in ((ConfigError, ValueError), (TopologyError, ValueError), (EngineError, RuntimeError)):
         assert issubclass(error, MoEError) and issubclass(error, builtin)

@@ -22,7 +22,7 @@ class Exchange:
         buffers: tuple[Tensor, Tensor],
         receives: Sequence[Message],
         what: str,
-        timeout: timedelta,
+        timeout: timedelta | None,
     ) -> None:
         self._work = work
         self._buffers = buffers
@@ -58,7 +58,7 @@ class Collective(GroupTransport):
             async_op=True,
         )
         what = f"{lane} all-to-all of rank {self.rank} of the expert-parallel group"
-        return Exchange(work, (sent, received), receives, what, self._timeout)
+        return Exchange(work, (sent, received), receives, what, self.limit(sent))
 
     def _splits(self, messages: Sequence[Message]) -> list[int]:
         splits = [0] * self.size

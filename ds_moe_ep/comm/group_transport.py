@@ -20,6 +20,11 @@ class GroupTransport:
         self._groups = groups
         self._timeout = timedelta(seconds=timeout_s)
 
+    def limit(self, rows: Tensor) -> timedelta | None:
+        """How long a wait for `rows` may block the host. None on CUDA, where waiting must order streams and nothing
+        else: NCCL would poll under a limit of ours, and its watchdog holds the group's own."""
+        return None if rows.is_cuda else self._timeout
+
     def exchange_counts(self, counts_PC: Tensor) -> Tensor:
         return self._groups.exchange_counts(counts_PC)
 
@@ -27,10 +32,13 @@ class GroupTransport:
         return self._groups.sum(values)
 
 
-def wait_for(work: dist.Work, what: str, timeout: timedelta) -> None:
+def wait_for(work: dist.Work, what: str, timeout: timedelta | None) -> None:
     """Waits for `work`. Raises EngineError, naming `what`, when it fails or takes longer than `timeout`."""
     try:
-        work.wait(timeout)
+        if timeout is None:
+            work.wait()
+        else:
+            work.wait(timeout)
     except RuntimeError as error:
         raise EngineError(
             f"{what} failed: {error}; a peer ended, stalled, or sent another size. Look for the first error of "

@@ -14,7 +14,7 @@ from ds_moe_ep.comm.transport import Done, Message, Transfer
 class Works:
     """Handles of one transfer's messages."""
 
-    def __init__(self, works: Sequence[dist.Work], what: str, timeout: timedelta) -> None:
+    def __init__(self, works: Sequence[dist.Work], what: str, timeout: timedelta | None) -> None:
         self._works = works
         self._what = what
         self._timeout = timeout
@@ -39,4 +39,4 @@ class Pairwise(GroupTransport):
             return Done()
         peers = sorted({message.peer for message in (*sends, *receives)})
         what = f"{lane} between rank {self.rank} and ranks {peers} of the expert-parallel group"
-        return Works(dist.batch_isend_irecv(ops), what, self._timeout)
+        return Works(dist.batch_isend_irecv(ops), what, self.limit(ops[0].tensor))

@@ -21,7 +21,10 @@ def after_each_step(engine: Any, layers: Mapping[str, MoE]) -> None:
 
     @functools.wraps(engine_step)
     def step(*args: Any, **kwargs: Any) -> Any:
+        is_boundary = engine.is_gradient_accumulation_boundary()
         result = engine_step(*args, **kwargs)
+        if is_boundary and not engine.was_step_applied():  # an overflow under loss scaling
+            forget_load(layers)
         if engine.was_step_applied():
             step_balance(layers)
             report_load(engine, layers)
@@ -40,12 +43,21 @@ def step_balance(layers: Mapping[str, MoE]) -> None:
             balance.step(seams.sum_over_data_parallel)
 
 
+def forget_load(layers: Mapping[str, MoE]) -> None:
+    """Drops the load of a batch that moved no parameter: it moves no bias either. Local."""
+    for layer in layers.values():
+        balance = layer.deepspeed_moe.gate.balance
+        if balance is not None:
+            balance.load_E.zero_()
+
+
 def report_load(engine: Any, layers: Mapping[str, MoE]) -> None:
     """Writes each layer's load (fullest expert over the mean) to the engine's monitor, every steps_per_print.
 
     Collective where it reports; free where no monitor is on.
     """
-    if not engine.monitor.enabled or engine.global_steps % engine.steps_per_print():
+    every = engine.steps_per_print()
+    if not engine.monitor.enabled or not every or engine.global_steps % every:
         return
     load_LE = torch.stack([layer.deepspeed_moe.last_counts_E for layer in layers.values()])
     loads = load_imbalance(seams.sum_over_data_parallel(load_LE)).tolist()

@@ -17,6 +17,7 @@ import torch
 
 from ds_moe_ep.errors import EngineError
 
+OPTIONS = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
 _LOCAL_EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
 _OPTIMIZER_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 
@@ -30,7 +31,7 @@ def guard_loading(engine: Any, ep_size: int) -> None:
 
     @functools.wraps(load)
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        options = dict(zip(("load_module_strict", "load_optimizer_states"), args, strict=False)) | kwargs
+        options = dict(zip(OPTIONS, args, strict=False)) | kwargs
         wants_states = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
         saved = saved_ep_size(load_dir, tag)
         if wants_states and saved is not None and saved != ep_size:

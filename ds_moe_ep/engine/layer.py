@@ -32,8 +32,9 @@ class MoE(DeepSpeedMoE):
     """An expert-parallel layer in place of `deepspeed.moe.layer.MoE`.
 
     The arguments up to `top2_2nd_expert_sampling` are DeepSpeed's, with its defaults and its meaning; any k is
-    allowed. `config` says all of them (but use_residual), and more, at once. `shared` is an expert that every token
-    visits; `use_residual` mixes the output with that of a dense copy of `expert` (arXiv 2201.05596).
+    allowed, and RSample and used_token, which DeepSpeed's layer has for top-1, work for each. `config` says all of
+    them (but use_residual), and more, at once. `shared` is an expert that every token visits; `use_residual` mixes the
+    output with that of a dense copy of `expert` (arXiv 2201.05596).
 
     forward(hidden_states [..., D], used_token [...] or None) returns (output [..., D], l_aux [], exp_counts [E]).
     Collective over the expert-parallel group. The groups are made by deepspeed.initialize (or
@@ -117,6 +118,11 @@ class MoE(DeepSpeedMoE):
                 f"moe_ep.ep_size={self.ep_size}: torch.distributed is not initialized, so no expert-parallel group "
                 "can be made; call deepspeed.init_distributed() first"
             )
+        if seams.num_pipeline_stages() > 1:
+            raise EngineError(
+                f"pipeline stages={seams.num_pipeline_stages()}: the layer's groups span the data-parallel world, and "
+                "stages would wait for each other; use one stage, and give the ranks to ep_size"
+            )
         hosts = seams.compare_ranks("moe_ep and the MoE layer", self.fingerprint())
         grid = RankGrid(
             world_size=len(hosts), ep_size=self.ep_size, data_before_expert=use_data_before_expert_parallel_
@@ -126,6 +132,11 @@ class MoE(DeepSpeedMoE):
             self.deepspeed_moe.connect(Loopback())
             return
         lanes = seams.lanes_beside(group, grid.ep_groups(), self.config.timeout_s)
+        if lanes.ranks != tuple(ranks):
+            raise EngineError(
+                f"moe_ep.ep_size={self.ep_size}: DeepSpeed's expert-parallel group holds ranks {ranks}, the layer's "
+                f"lanes {list(lanes.ranks)}; give every MoE layer the same use_data_before_expert_parallelism"
+            )
         node_size = self.config.node_size or ranks_per_host(hosts)
         self.deepspeed_moe.connect(transport_over(lanes, self.config), torus_of(ranks, node_size))
 
@@ -148,5 +159,14 @@ def ranks_per_host(hosts: list[str]) -> int:
 
 
 def with_given_knobs(config: MoEConfig, section: MoEConfig, given: frozenset[str]) -> MoEConfig:
-    """`config` with the knobs that a ds_config's section names."""
-    return dataclasses.replace(config, **{name: getattr(section, name) for name in given})
+    """`config` with the knobs that a ds_config's section names.
+
+    A top_k that the section changes takes with it what only the old one allowed and the section does not name.
+    """
+    changes = {name: getattr(section, name) for name in given}
+    top_k = changes.get("top_k", config.top_k)
+    if config.drop_policy == "random" and top_k != 1:
+        changes.setdefault("drop_policy", "position" if top_k == 2 else "score")
+    if config.sample_second and top_k != 2:
+        changes.setdefault("sample_second", False)
+    return dataclasses.replace(config, **changes)

@@ -29,6 +29,7 @@ GROUP_NAMES = (
     "_get_expert_parallel_group_dict",
     "_get_expert_parallel_group_ranks",
     "_get_data_parallel_group",
+    "mpu",
 )
 
 # Lanes live and die with the DeepSpeed group that they run beside; layers of one model share them.
@@ -88,6 +89,14 @@ def lanes_beside(group: dist.ProcessGroup, all_groups: list[list[int]], timeout_
     if group not in _LANES:
         _LANES[group] = open_lanes(all_groups, timeout_s)
     return _LANES[group]
+
+
+def num_pipeline_stages() -> int:
+    """Stages of the pipeline that DeepSpeed was given; 1 without one."""
+    for name in ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size"):
+        if hasattr(groups.mpu, name):
+            return int(getattr(groups.mpu, name)())
+    return 1
 
 
 def data_parallel_group() -> dist.ProcessGroup:

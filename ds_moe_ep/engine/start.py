@@ -41,6 +41,10 @@ def initialize(
         raise ConfigError("config=None: pass config=<path or dict of a ds_config>, or args with deepspeed_config")
     if model is None:
         raise ConfigError("model=None: pass the torch module to train")
+    if isinstance(model, deepspeed.PipelineModule):
+        raise EngineError(
+            "model=PipelineModule: expert parallelism does not run in pipeline stages; pass a plain module"
+        )
     ds_config = load_ds_config(source)
     section = read_section(ds_config)
     layers = moe_layers(model)

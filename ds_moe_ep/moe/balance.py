@@ -74,14 +74,14 @@ class BiasBalance(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        self._step = config.bias_step
+        self.step_size = config.bias_step
         self.register_buffer("steps_E", torch.zeros(config.num_experts, dtype=torch.int64))
         self.register_buffer("load_E", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
 
     @property
     def bias_E(self) -> Tensor:
         """What is added to the scores before the choice, in fp32."""
-        return self.steps_E.float() * self._step
+        return self.steps_E.float() * self.step_size
 
     @torch.no_grad()
     def observe(self, chosen_TE: Tensor) -> None:

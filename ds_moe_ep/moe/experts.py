@@ -69,7 +69,7 @@ class Experts(nn.Module):
         return next((p.dtype for p in self.parameters()), None)
 
     def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
-        """A pass over each expert's span of stacked rows; `keep_graph` says whether a backward pass may follow."""
+        """A pass over each expert's span of stacked rows; `keep_graph`: modules of unknown form may go backward."""
         if self.form is None:
             return ModulePass(list(self.deepspeed_experts), keep_graph)
         weights = [self.form.weights_of(expert) for expert in self.deepspeed_experts]

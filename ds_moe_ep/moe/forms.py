@@ -171,7 +171,8 @@ class ModulePass:
     """Any module: each run keeps its own graph until the backward pass.
 
     Its products see one run of rows at a time, and autograd gives input and weight gradients together, so that weight
-    gradients are summed run by run: between schedules all results agree up to rounding, not bit for bit.
+    gradients are summed run by run: between schedules all results agree up to rounding, not bit for bit. Recomputation
+    around the layer does not free these graphs: it gives the same results, and saves no memory inside such experts.
     """
 
     def __init__(self, experts: Sequence[nn.Module], keep_graph: bool) -> None:

@@ -61,6 +61,7 @@ class ExpertParallel(nn.Module):
         self.shared = shared
         self._links = Links.of(config, Loopback(), Torus(1, 1)) if config.ep_size == 1 else None
         self._lanes: Lanes | None = None
+        self._device: torch.device | None = None
         self.recorder: Recorder = Off()
         self.last_counts_E = torch.zeros(config.num_experts, dtype=torch.int64)
 
@@ -104,8 +105,8 @@ class ExpertParallel(nn.Module):
 
     def _dispatch(self, x_TD: Tensor, routing: Routing, links: Links) -> Tensor:
         plan = make_plan(routing, self.config.num_experts, links.transport, (self.hidden_size, x_TD.dtype))
-        if self._lanes is None:
-            self._lanes = make_lanes(x_TD.device)
+        if self._lanes is None or self._device != x_TD.device:
+            self._lanes, self._device = make_lanes(x_TD.device), x_TD.device
         layout = lay_out(plan, links.forward.pieces, links.forward.torus, links.transport.rank)
         route = Route(layout, links.forward, links.backward, links.transport, self._lanes, self.recorder)
         rows_ND = permute(x_TD, plan.maps)
@@ -116,6 +117,7 @@ class ExpertParallel(nn.Module):
         """The layer's links, once the input is known to be fit for it.
 
         A rank with a bad input first tells its peers, in the exchange of counts that they wait in, and then raises.
+        With a capacity on CUDA there is no exchange: its peers wait for rows until the group's time limit.
         """
         if self._links is None:
             raise EngineError(
@@ -124,7 +126,9 @@ class ExpertParallel(nn.Module):
             )
         problem = self._problem(x, used_token)
         if problem:
-            announce_bad_input(self._links.transport, self.config.num_local_experts, x.device)
+            device = self.gate.wg.weight.device
+            if device.type == "cpu" or self.config.capacity(1, self.training) is None:
+                announce_bad_input(self._links.transport, self.config.num_local_experts, device)
             raise ConfigError(problem)
         return self._links
 
@@ -136,6 +140,8 @@ class ExpertParallel(nn.Module):
                 f"input.shape={tuple(x.shape)}: the layer was made for hidden_size={self.hidden_size}; the last "
                 "dimension must be that"
             )
+        if x.device != self.gate.wg.weight.device:
+            return f"input.device={x.device}: the layer is on {self.gate.wg.weight.device}; move the input there"
         if x.dtype != dtype:
             return (
                 f"input.dtype={x.dtype}: the experts' parameters are {dtype}; cast the input or the model (inside "

@@ -52,8 +52,14 @@ def recognise(template: nn.Module) -> Form | None:
     form = _gelu_form(template, output) or _swiglu_form(template, output)
     if form is None or len(graph.nodes) != {"gelu": 5, "swiglu": 7}[form.kind]:
         return None
+    names = {name for name, _ in template.named_parameters()}  # a tied weight stands here once
+    if (
+        len(set(form.linears.values())) < len(form.linears)
+        or not {f"{n}.weight" for n in form.linears.values()} <= names
+    ):
+        return None
     owned = {f"{linear}.{leaf}" for linear in form.linears.values() for leaf in ("weight", "bias")}
-    return form if {name for name, _ in template.named_parameters()} <= owned else None
+    return form if names <= owned else None
 
 
 def _gelu_form(template: nn.Module, output: Any) -> Form | None:

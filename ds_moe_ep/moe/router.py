@@ -20,6 +20,9 @@ from ds_moe_ep.moe.balance import BiasBalance
 JITTER = 1e-2  # relative width of the input noise, as DeepSpeed and Switch (arXiv 2101.03961) have it
 
 
+TINY = 1e-9  # the least share of an expert whose bias outweighs its score
+
+
 @dataclass(frozen=True)
 class Routing:
     """The router's answer for T tokens, K choices each, over E experts.
@@ -65,6 +68,8 @@ class Router(nn.Module):
             self.balance = None
         elif self.balance is None:
             self.balance = BiasBalance(config).to(self.wg.weight.device)
+        else:
+            self.balance.step_size = config.bias_step
 
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> Routing:
         """The routing of tokens [T, D]; `used_token_T` is nonzero for tokens that take part. Local."""
@@ -95,7 +100,8 @@ class Router(nn.Module):
         x_TD, noise = x_TD.to(wide), self.config.noise if self.training else "none"
         if noise == "jitter":
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - JITTER, 1 + JITTER)
-        logits_TE = F.linear(x_TD, self.wg.weight.to(wide))
+        with torch.autocast(x_TD.device.type, enabled=False):  # scores stay in fp32 whatever surrounds the layer
+            logits_TE = F.linear(x_TD, self.wg.weight.to(wide))
         return logits_TE, logits_TE + gumbel_like(logits_TE) if noise == "rsample" else logits_TE
 
     def _choose(self, logits_TE: Tensor) -> Tensor:
@@ -103,7 +109,9 @@ class Router(nn.Module):
         config = self.config
         if self.balance is not None:
             scores_TE = logits_TE.softmax(1) if config.score == "softmax" else logits_TE.sigmoid()
-            logits_TE = scores_TE + self.balance.bias_E.to(scores_TE.dtype)
+            biased_TE = scores_TE + self.balance.bias_E.to(scores_TE.dtype)
+            # Their logarithm has the same order, and a Gumbel draw from it is one in proportion to the biased scores.
+            logits_TE = biased_TE.clamp(min=TINY).log() if config.sample_second else biased_TE
         if config.top_k > 2:
             return logits_TE.topk(config.top_k, dim=1).indices
         first_T1 = logits_TE.argmax(1, keepdim=True)

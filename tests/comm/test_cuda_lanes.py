@@ -41,7 +41,7 @@ def run_layer(
     layer.connect(RecordingTransport(device, 4), Torus(2, 2))
     assert layer._links is not None
     layer._links = Links(layer._links.transport, change(layer._links.forward), change(layer._links.backward))
-    layer._lanes = CudaLanes(torch.device("cpu"))
+    layer._lanes, layer._device = CudaLanes(torch.device("cpu")), torch.device("cpu")
     x_TD = torch.randn(40, 8, requires_grad=True)
     with device:
         y_TD, loss, _ = layer(x_TD)

@@ -118,6 +118,28 @@ def test_the_load_goes_to_the_engines_monitor(tmp_path: Path) -> None:
     assert all(1 <= float(row[1]) <= 4 for row in rows)
 
 
+def test_a_monitor_without_steps_per_print_reports_nothing_and_trains(tmp_path: Path) -> None:
+    run_ranks(1, silent_monitor_job, str(tmp_path))
+    assert not list(tmp_path.rglob("*load_max_over_mean*.csv"))
+
+
+def silent_monitor_job(folder: str) -> None:
+    config = ds_config() | {"csv_monitor": {"enabled": True, "output_path": folder, "job_name": "job"}}
+    del config["steps_per_print"]
+    train(config)
+
+
+def test_a_section_that_changes_top_k_takes_what_only_top_1_allows_with_it() -> None:
+    from ds_moe_ep.config import MoEConfig
+    from ds_moe_ep.engine.layer import with_given_knobs
+
+    made = MoEConfig(num_experts=4, capacity_factor=1.0, drop_policy="random")
+    assert with_given_knobs(made, MoEConfig(top_k=2), frozenset({"top_k"})).drop_policy == "position"
+    assert with_given_knobs(made, MoEConfig(top_k=3), frozenset({"top_k"})).drop_policy == "score"
+    drawn = MoEConfig(num_experts=4, top_k=2, sample_second=True)
+    assert not with_given_knobs(drawn, MoEConfig(), frozenset({"top_k"})).sample_second
+
+
 def door_job(through: str) -> list[float]:
     import deepspeed
 

@@ -52,6 +52,21 @@ class Branching(GeluMLP):
         return super().forward(x) if x.sum() > 0 else x
 
 
+class OneLinearTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.gelu(self.fc(x)))
+
+
+def tied() -> nn.Module:
+    module = GeluMLP(8, 8)
+    module.fc2.weight = module.fc1.weight
+    return module
+
+
 def hooked() -> nn.Module:
     module = GeluMLP(8, 16)
     module.fc1.register_forward_hook(lambda *_: None)
@@ -80,6 +95,8 @@ def test_gelu_and_swiglu_are_recognised_by_what_they_compute() -> None:
         Unused(),
         Branching(8, 16),
         hooked(),
+        OneLinearTwice(),
+        tied(),
         nn.Linear(8, 8),
         nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)),
         nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 8)),

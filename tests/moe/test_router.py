@@ -74,6 +74,30 @@ def test_the_second_expert_is_drawn_without_the_first() -> None:
     assert len(ids_TK[:, 1].unique()) == 3
 
 
+def test_with_a_bias_the_second_expert_is_still_drawn_by_score() -> None:
+    router = make_router(top_k=2, sample_second=True, balance="bias")
+    x_TD = 4 * torch.randn(1, 8).expand(20_000, 8)
+    routing = router(x_TD)
+    rest_E = routing.scores_TE[0].clone()
+    rest_E[routing.expert_ids_TK[0, 0]] = 0
+    share_E = torch.bincount(routing.expert_ids_TK[:, 1], minlength=4) / 20_000
+    torch.testing.assert_close(share_E, rest_E / rest_E.sum(), atol=0.015, rtol=0)  # 4 sigma of 20,000 draws
+
+
+def test_a_new_bias_step_takes_effect_on_a_router_that_has_a_bias() -> None:
+    router = make_router(balance="bias")
+    router.configure(MoEConfig(num_experts=4, balance="bias", bias_step=0.5))
+    assert router.balance is not None
+    router.balance.steps_E += 1
+    assert router.balance.bias_E.tolist() == [0.5] * 4
+
+
+def test_scores_stay_in_fp32_under_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing = make_router()(torch.randn(4, 8))
+    assert routing.scores_TE.dtype == routing.weights_TK.dtype == torch.float32
+
+
 def load(router: Router, x_TD: Tensor) -> Tensor:
     return router(x_TD).chosen_TE().sum(0)
 
