@@ -5,7 +5,7 @@ Facts only: groups are lists of global ranks, no communicator is made here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from ds_moe_ep.errors import TopologyError
@@ -61,9 +61,11 @@ def ranks_per_node(group: Sequence[int], node_size: int) -> int:
 
     `node_size` is the number of global ranks on one node; 0 means that all ranks share one.
     """
-    if node_size <= 0:
-        return len(group)
-    nodes = [rank // node_size for rank in group]
+    return even_share([rank // node_size for rank in group]) if node_size > 0 else len(group)
+
+
+def even_share(nodes: Sequence[Hashable]) -> int:
+    """How many consecutive entries each node has, given the node of every rank; 1 where shares are unequal."""
     share = nodes.count(nodes[0])
     regular = all(nodes[i] == nodes[i - i % share] for i in range(len(nodes)))
     even = all(nodes.count(node) == share for node in nodes)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_moe_ep.errors import TopologyError
-from ds_moe_ep.topology import RankGrid, Torus, ranks_per_node, torus_of
+from ds_moe_ep.topology import RankGrid, Torus, even_share, ranks_per_node, torus_of
 
 
 @pytest.mark.parametrize("data_before_expert", [False, True])
@@ -48,6 +48,11 @@ def test_sizes_that_do_not_fit_are_refused_with_the_way_out(world: int, ep: int,
 def test_the_ranks_that_share_a_node_are_counted(group: list[int], node_size: int, expected: int) -> None:
     assert ranks_per_node(group, node_size) == expected
     assert torus_of(group, node_size).size == len(group)
+
+
+@pytest.mark.parametrize(("hosts", "expected"), [("aabb", 2), ("aaaa", 4), ("abab", 1), ("aabbbb", 1), ("a", 1)])
+def test_ranks_of_a_host_are_counted_where_hosts_hold_equal_shares(hosts: str, expected: int) -> None:
+    assert even_share(list(hosts)) == expected
 
 
 @given(nodes=st.integers(1, 5), places=st.integers(1, 5), data=st.data())

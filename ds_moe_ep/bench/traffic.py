@@ -29,10 +29,6 @@ class Traffic:
     collective_bytes: int = 0
     calls: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def total_bytes(self) -> int:
-        return self.row_bytes + self.collective_bytes
-
 
 @contextmanager
 def counted() -> Iterator[Traffic]:

@@ -23,7 +23,7 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.topology import RankGrid, torus_of
+from ds_moe_ep.topology import RankGrid, even_share, torus_of
 
 SHAPING = ("num_experts", "ep_size")  # knobs that shape parameters and cannot change once a layer is made
 
@@ -137,7 +137,7 @@ class MoE(DeepSpeedMoE):
                 f"moe_ep.ep_size={self.ep_size}: DeepSpeed's expert-parallel group holds ranks {ranks}, the layer's "
                 f"lanes {list(lanes.ranks)}; give every MoE layer the same use_data_before_expert_parallelism"
             )
-        node_size = self.config.node_size or ranks_per_host(hosts)
+        node_size = self.config.node_size or even_share(hosts)
         self.deepspeed_moe.connect(transport_over(lanes, self.config), torus_of(ranks, node_size))
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,13 +149,6 @@ class MoE(DeepSpeedMoE):
             share = F.softmax(self.coefficient(hidden_states), dim=-1)
             output = output * share[..., 0:1] + dense * share[..., 1:]
         return output, l_aux, exp_counts
-
-
-def ranks_per_host(hosts: list[str]) -> int:
-    """How many consecutive ranks share a host; 1 where hosts hold unequal shares."""
-    share = hosts.count(hosts[0])
-    regular = all(len(set(hosts[i : i + share])) == 1 for i in range(0, len(hosts), share))
-    return share if regular and len(hosts) % share == 0 else 1
 
 
 def with_given_knobs(config: MoEConfig, section: MoEConfig, given: frozenset[str]) -> MoEConfig:

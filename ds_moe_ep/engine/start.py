@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +61,7 @@ def initialize(
         for layer in layers.values():
             read_training(ds_config, layer.ep_size, deepspeed.comm.get_world_size())
     if args is not None and getattr(args, "deepspeed_config", None) is not None:
+        args = copy.copy(args)
         args.deepspeed_config = None  # DeepSpeed takes one of the two; it was read into `config` above
     engine, *others = deepspeed.initialize(args=args, model=model, config=ds_config, **kwargs)
     first = next(iter(layers.values()))

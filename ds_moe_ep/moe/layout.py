@@ -49,7 +49,6 @@ class RowLayout:
 
     pieces: tuple[PieceRows, ...]
     expert_spans: tuple[Span, ...]
-    num_sent: int
     num_received: int
 
     @property
@@ -80,10 +79,10 @@ def lay_out(plan: DispatchPlan, pieces: Sequence[Piece], torus: Torus, rank: int
             else:
                 sent.append((target, out))
                 received.append((source, into))
-            for expert, (start, stop) in _by_expert(into, recv_start_P[source], recv_PL[source]):
-                place = start_LP[expert][source] + start - _starts(recv_PL[source])[expert] - recv_start_P[source]
-                runs.append((expert, (place, place + stop - start)))
-                moves.append((start, place, stop - start))
+            for expert, start, skipped, num_rows in _by_expert(into, recv_start_P[source], recv_PL[source]):
+                place = start_LP[expert][source] + skipped
+                runs.append((expert, (place, place + num_rows)))
+                moves.append((start, place, num_rows))
         return PieceRows(
             tuple(sent), tuple(received), tuple(own), () if stacked_on_arrival else tuple(moves), _merge(runs)
         )
@@ -91,7 +90,6 @@ def lay_out(plan: DispatchPlan, pieces: Sequence[Piece], torus: Torus, rank: int
     return RowLayout(
         tuple(rows_of(piece) for piece in pieces),
         tuple(pairwise(expert_starts)),
-        plan.num_sent,
         plan.num_received,
     )
 
@@ -108,13 +106,16 @@ def _cut(start: int, num_rows: int, piece: Piece) -> Span:
     )
 
 
-def _by_expert(span: Span, start: int, rows_L: Sequence[int]) -> list[tuple[int, Span]]:
-    """The parts of a span of one peer's received rows that belong to each local expert; empty ones left out."""
+def _by_expert(span: Span, start: int, rows_L: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """The parts of a span of one peer's received rows that belong to each local expert; empty ones left out.
+
+    Each is (expert, where the part starts, how many of the expert's rows lie before it, its rows).
+    """
     parts = []
     for expert, num_rows in enumerate(rows_L):
         first, last = max(span[0], start), min(span[1], start + num_rows)
         if first < last:
-            parts.append((expert, (first, last)))
+            parts.append((expert, first, first - start, last - first))
         start += num_rows
     return parts
 

@@ -36,10 +36,6 @@ class DispatchPlan:
     recv_rows_PL: Counts
 
     @property
-    def num_sent(self) -> int:
-        return sum(map(sum, self.send_rows_PL))
-
-    @property
     def num_received(self) -> int:
         return sum(map(sum, self.recv_rows_PL))
 
