@@ -69,13 +69,18 @@ class MoEConfig:
     bias_step: float = knob(0.001, "step of the expert bias after each optimizer step", 0)
 
     # traffic
-    schedule: Literal["serial", "chunks", "peers"] = knob(
-        "peers", "pieces of the exchange: all at once, equal token chunks, or groups of peers"
+    schedule: Literal["auto", "serial", "chunks", "peers"] = knob(
+        "auto", "pieces of the exchange: measured and chosen, all at once, equal token chunks, or groups of peers"
+    )
+    retune_drift: float = knob(
+        0.5, "'auto' measures again when the rows of some rank have changed by this share; 0 never does", 0
     )
     chunks: int = knob(4, "pieces of the schedule 'chunks'", 1)
     peer_group_size: int = knob(0, "far ranks in one piece of the schedule 'peers'; 0 takes one node's", 0)
     row_cuts: int = knob(1, "row cuts of each group of peers", 1)
-    depth: int = knob(2, "dispatches in flight at once; 0 blocks on every transfer (nothing is hidden)", 0)
+    depth: int = knob(
+        2, "pieces that dispatches are issued ahead; 1 for one hardware queue; 0 blocks: nothing is hidden", 0
+    )
     transport: Literal["pairwise", "collective"] = knob(
         "pairwise", "what moves rows: grouped isend/irecv, or all-to-all"
     )

@@ -94,6 +94,14 @@ def write_records(path: str | Path, records: Iterable[Record], *, append: bool =
     return written
 
 
+def write_whole(records: Iterable[Record], path: Path | None) -> None:
+    """Replaces the file at `path` by these records at once: it is never half written. Without a path nothing."""
+    if path is not None:
+        part = path.with_name(path.name + ".part")
+        write_records(part, records)
+        part.replace(path)
+
+
 def read_records(path: str | Path) -> Iterator[Record]:
     """The records of a file in its order. Raises ConfigError, with the line's number, for a broken one."""
     with open(path, encoding="utf-8") as lines:

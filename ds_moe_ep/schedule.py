@@ -5,24 +5,35 @@ work is cut into pieces; a piece is a set of offsets on the torus of ranks and a
 and the ops that must be done before. Nothing here depends on the rank or on the routing: every rank holds the same
 schedule, issues the same communication in the same order, and so cannot deadlock.
 
-    pieces     near/2   far 1   far 2   far 3   near/2            ("peers"; near rows bracket the far ones)
+"peers", forward; near rows (the rank's own and its node's) bracket the far ones:
+
+    pieces     near/2   far 1   far 2   far 3   near/2
     dispatch   D0 D1    D2      D3      D4
-    compute       E0      E1      E2      E3      E4      W       (W: weight gradients, backward only)
+    compute       E0      E1      E2      E3      E4
     combine          C0      C1      C2      C3      C4
 
-Three rooms read it: `moe/overlap.py` runs it, a simulator can price it, a timeline can account for it.
+and backward, where weight gradients (W), which no rank waits for, fill the time of the transfers at both ends:
+
+    compute       E0 E4 W0    E1      E2   W1   E3   W2   W3
+
+A lane is first in, first out: transfers start in issue order, so that the first group arrives first.
+`moe/overlap.py` runs a schedule, `price.py` tells what it will take, `timeline.py` accounts for what it hid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+from itertools import pairwise
 
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.topology import Torus
 
 Offset = tuple[int, int]
+
+MAX_WEIGHT_BLOCKS = 4  # more would cost more in small matrix products than they fill
 
 
 class Kind(Enum):
@@ -50,16 +61,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class Op:
-    """One step: `kind` on `piece` (-1: all pieces), once the ops at the indices `after` are done."""
+    """One step: `kind` on `piece`, once the ops at the indices `after` are done.
+
+    The piece of WEIGHTS is a block of `weight_blocks`: the rows from its offsets, in whatever pieces they came.
+    """
 
     kind: Kind
     piece: int
     after: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.kind.value} {self.piece}"
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """Ops in issue order over pieces of the traffic between the ranks of one torus."""
+    """Ops in issue order over pieces of the traffic between the ranks of one torus. Depth 0 blocks on each of them."""
 
     name: str
     torus: Torus
@@ -67,28 +84,53 @@ class Schedule:
     ops: tuple[Op, ...]
     depth: int
 
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Whose rows each piece holds, for people: all, own, near, node +1, nodes +1 to +2 (1/2)."""
+        return tuple(_label(piece, self.torus) for piece in self.pieces)
+
     def __str__(self) -> str:
         letters = {Kind.DISPATCH: "D", Kind.COMPUTE: "E", Kind.COMBINE: "C", Kind.WEIGHTS: "W"}
-        return " ".join(f"{letters[op.kind]}{op.piece if op.piece >= 0 else ''}" for op in self.ops)
+        return " ".join(f"{letters[op.kind]}{op.piece}" for op in self.ops)
+
+
+def _label(piece: Piece, torus: Torus) -> str:
+    nodes = sorted({node for node, _ in piece.offsets})
+    places = sorted({place for _, place in piece.offsets})
+    if len(piece.offsets) == torus.size:
+        label = "all"
+    elif piece.offsets == ((0, 0),):
+        label = "own"
+    elif nodes == [0] and torus.num_nodes > 1:
+        label = "near"
+    else:
+        label = _range("node", nodes) if nodes != [0] else ""
+        if len(piece.offsets) < len(nodes) * torus.node_size:
+            label = f"{label} {_range('rank', places)}".strip()
+    return label if piece.num_cuts == 1 else f"{label} ({piece.cut + 1}/{piece.num_cuts})"
+
+
+def _range(what: str, values: Sequence[int]) -> str:
+    return f"{what} +{values[0]}" if len(values) == 1 else f"{what}s +{values[0]} to +{values[-1]}"
 
 
 def forward_schedule(config: MoEConfig, torus: Torus) -> Schedule:
     """The ops of a forward pass."""
-    return _schedule(config, torus, weights=False)
+    return _schedule(config, torus, [])
 
 
 def backward_schedule(config: MoEConfig, torus: Torus) -> Schedule:
     """The ops of a backward pass: gradients of the outputs go out, those of the inputs come back.
 
-    Weight gradients, which nothing waits for, come last: they fill the time of the last combines.
+    A block's weight gradients come one piece later than they could: under the transfers of the pieces around them.
     """
-    return _schedule(config, torus, weights=True)
+    return _schedule(config, torus, weight_blocks(torus))
 
 
 def pieces_of(config: MoEConfig, torus: Torus) -> tuple[Piece, ...]:
-    """The pieces in the order of their computation."""
+    """The pieces in the order of their computation in a forward pass."""
     everywhere = tuple(torus.offsets())
-    if config.schedule == "serial" or torus.size == 1:
+    if config.schedule in ("serial", "auto") or torus.size == 1:
         return (Piece(everywhere),)
     if config.schedule == "chunks":
         return tuple(Piece(everywhere, cut, config.chunks) for cut in range(config.chunks))
@@ -97,6 +139,17 @@ def pieces_of(config: MoEConfig, torus: Torus) -> tuple[Piece, ...]:
     if torus.num_nodes == 1:
         return (Piece(near), *far)
     return (Piece(near, 0, 2), *far, Piece(near, 1, 2))
+
+
+def weight_blocks(torus: Torus) -> list[tuple[Offset, ...]]:
+    """The rows that one product of a weight gradient takes together, as offsets that they come from.
+
+    The near rows, and the far nodes in as many blocks as may be. They depend on the torus alone: every schedule sums
+    the same products in the same order.
+    """
+    num_far = min(torus.num_nodes, MAX_WEIGHT_BLOCKS) - 1
+    bounds = [0, *(1 + (torus.num_nodes - 1) * block // max(num_far, 1) for block in range(num_far)), torus.num_nodes]
+    return [tuple(o for o in torus.offsets() if start <= o[0] < stop) for start, stop in pairwise(bounds)]
 
 
 def _near_and_far(torus: Torus, group_size: int) -> tuple[tuple[Offset, ...], list[tuple[Offset, ...]]]:
@@ -112,101 +165,66 @@ def _near_and_far(torus: Torus, group_size: int) -> tuple[tuple[Offset, ...], li
     return tuple(near), [tuple(far[i : i + size]) for i in range(0, len(far), size)]
 
 
-def _schedule(config: MoEConfig, torus: Torus, weights: bool) -> Schedule:
+def _schedule(config: MoEConfig, torus: Torus, blocks: Sequence[tuple[Offset, ...]]) -> Schedule:
     pieces = pieces_of(config, torus)
-    depth = 0 if config.schedule == "serial" else config.depth
-    ops = tuple(_blocking(len(pieces), weights) if depth == 0 else _pipelined(len(pieces), depth, weights))
+    depth = 0 if config.schedule in ("serial", "auto") else config.depth
+    computes = _compute_order(pieces, blocks)
+    ops = tuple(_blocking(computes) if depth == 0 else _pipelined(computes, depth, pieces, blocks))
     return Schedule(config.schedule, torus, pieces, ops, depth)
 
 
-def _blocking(num_pieces: int, weights: bool) -> Iterator[Op]:
+Computes = list[tuple[Kind, int]]
+
+
+def _compute_order(pieces: Sequence[Piece], blocks: Sequence[tuple[Offset, ...]]) -> Computes:
+    """What the compute lane does: pieces, and each block's weight gradients one piece after its last one.
+
+    With weight gradients to fill the end, all near rows come first, under the first far dispatch, and theirs with them.
+    """
+    order = list(range(len(pieces)))
+    if blocks:
+        order.sort(key=lambda piece: (pieces[piece].offsets[0] != (0, 0), piece))
+    last_of = [max(i for i, piece in enumerate(order) if set(pieces[piece].offsets) & set(block)) for block in blocks]
+    computes: Computes = []
+    written = 0
+    for place, piece in enumerate(order):
+        computes.append((Kind.COMPUTE, piece))
+        while written < len(blocks) and last_of[written] + (written > 0) <= place:
+            computes.append((Kind.WEIGHTS, written))
+            written += 1
+    return computes + [(Kind.WEIGHTS, block) for block in range(written, len(blocks))]
+
+
+def _blocking(computes: Computes) -> Iterator[Op]:
     """Each op waits for the one before: nothing is hidden. The control of every overlap figure."""
-    kinds = [(kind, p) for p in range(num_pieces) for kind in (Kind.DISPATCH, Kind.COMPUTE, Kind.COMBINE)]
-    if weights:
-        kinds.append((Kind.WEIGHTS, -1))
-    for index, (kind, piece) in enumerate(kinds):
-        yield Op(kind, piece, (index - 1,) if index else ())
+    index = 0
+    for kind, piece in computes:
+        around = (Kind.DISPATCH, Kind.COMPUTE, Kind.COMBINE) if kind is Kind.COMPUTE else (kind,)
+        for step in around:
+            yield Op(step, piece, (index - 1,) if index else ())
+            index += 1
 
 
-def _pipelined(num_pieces: int, depth: int, weights: bool) -> Iterator[Op]:
-    """Dispatches run `depth` pieces ahead; every transfer is issued before the compute that hides it.
+def _pipelined(
+    computes: Computes, depth: int, pieces: Sequence[Piece], blocks: Sequence[tuple[Offset, ...]]
+) -> Iterator[Op]:
+    """Dispatches are issued `depth` pieces ahead; every transfer is issued before the compute that hides it."""
+    to_dispatch = [piece for kind, piece in computes if kind is Kind.COMPUTE]
+    index_of: dict[tuple[Kind, int], int] = {}
 
-    A dispatch starts when the one `depth` before it is done, so that a piece gets the link's full speed.
-    """
-    issued = 0
-    dispatch_of: dict[int, int] = {}
-    computes: list[int] = []
-    for piece in range(num_pieces):
-        while len(dispatch_of) < min(piece + 1 + depth, num_pieces):
-            ahead = len(dispatch_of)
-            paced_by = (dispatch_of[ahead - depth],) if ahead >= depth else ()
-            yield Op(Kind.DISPATCH, ahead, paced_by)
-            dispatch_of[ahead] = issued
-            issued += 1
-        yield Op(Kind.COMPUTE, piece, (dispatch_of[piece],))
-        yield Op(Kind.COMBINE, piece, (issued,))
-        computes.append(issued)
-        issued += 2
-    if weights:
-        yield Op(Kind.WEIGHTS, -1, tuple(computes))
+    def op(kind: Kind, piece: int, after: Sequence[int] = ()) -> Op:
+        index_of[kind, piece] = len(index_of)
+        return Op(kind, piece, tuple(after))
 
-
-def check(schedule: Schedule) -> list[str]:
-    """What is wrong with a schedule, as sentences; empty for a sound one.
-
-    1. Dependencies point back. 2. Each piece is dispatched, computed and combined once, each after the step before.
-    3. Each offset's rows are covered once. 4. At every offset senders and receivers agree. 5. With depth > 0 the
-    next piece's dispatch is issued before this piece's compute, as CUDA_DEVICE_MAX_CONNECTIONS=1 demands.
-    """
-    return [
-        *_check_dependencies(schedule),
-        *_check_rows(schedule),
-        *_check_peers(schedule),
-        *_check_issue_order(schedule),
-    ]
-
-
-def _check_dependencies(schedule: Schedule) -> Iterator[str]:
-    seen: dict[tuple[Kind, int], int] = {}
-    for index, op in enumerate(schedule.ops):
-        for before in op.after:
-            if not 0 <= before < index:
-                yield f"op {index} ({op.kind.name} {op.piece}) waits for op {before}, which is not before it"
-        if (op.kind, op.piece) in seen:
-            yield f"{op.kind.name} of piece {op.piece} stands twice, at ops {seen[op.kind, op.piece]} and {index}"
-        seen[op.kind, op.piece] = index
-    for piece in range(len(schedule.pieces)):
-        for kind, needs in ((Kind.COMPUTE, Kind.DISPATCH), (Kind.COMBINE, Kind.COMPUTE)):
-            if (kind, piece) not in seen or (needs, piece) not in seen:
-                yield f"piece {piece} lacks {kind.name} or {needs.name}"
-            elif seen[needs, piece] not in schedule.ops[seen[kind, piece]].after:
-                yield f"{kind.name} of piece {piece} does not wait for its {needs.name}"
-
-
-def _check_rows(schedule: Schedule) -> Iterator[str]:
-    covered: dict[Offset, list[tuple[int, int]]] = {offset: [] for offset in schedule.torus.offsets()}
-    for piece in schedule.pieces:
-        for offset in piece.offsets:
-            covered.setdefault(offset, []).append((piece.num_cuts, piece.cut))
-    for offset, cuts in covered.items():
-        num_cuts = cuts[0][0] if cuts else 0
-        if sorted(cuts) != [(num_cuts, cut) for cut in range(num_cuts)] or not cuts:
-            yield f"rows at offset {offset} are not covered once: cuts {sorted(cuts)}"
-
-
-def _check_peers(schedule: Schedule) -> Iterator[str]:
-    torus = schedule.torus
-    for offset in torus.offsets():
-        for rank in range(torus.size):
-            if torus.source(torus.target(rank, offset), offset) != rank:
-                yield f"at offset {offset} rank {rank} sends to a rank that expects another sender"
-
-
-def _check_issue_order(schedule: Schedule) -> Iterator[str]:
-    if schedule.depth == 0:
-        return
-    index_of = {(op.kind, op.piece): index for index, op in enumerate(schedule.ops)}
-    for piece in range(len(schedule.pieces) - 1):
-        ahead, compute = index_of.get((Kind.DISPATCH, piece + 1)), index_of.get((Kind.COMPUTE, piece))
-        if ahead is not None and compute is not None and ahead > compute:
-            yield f"DISPATCH of piece {piece + 1} is issued after COMPUTE of piece {piece}: nothing hides it"
+    dispatched = computed = 0
+    for kind, piece in computes:
+        if kind is Kind.WEIGHTS:
+            parts = [p for p in to_dispatch if set(pieces[p].offsets) & set(blocks[piece])]
+            yield op(kind, piece, [index_of[Kind.COMPUTE, part] for part in parts])
+            continue
+        while dispatched < min(computed + 1 + depth, len(to_dispatch)):
+            yield op(Kind.DISPATCH, to_dispatch[dispatched])
+            dispatched += 1
+        yield op(Kind.COMPUTE, piece, [index_of[Kind.DISPATCH, piece]])
+        yield op(Kind.COMBINE, piece, [index_of[Kind.COMPUTE, piece]])
+        computed += 1

@@ -1,15 +1,33 @@
 """Who was busy when, and what that hides: spans of work on lanes, and interval arithmetic over them.
 
-The same spans come from measured runs and from simulated ones.
+The same spans come from measured runs and from simulated ones. Times are in microseconds of one rank's clock; work of
+several ranks is never compared by it, only summed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Interval = tuple[float, float]
+
+LANES = ("compute", "dispatch", "combine")  # in the order in which a trace shows them
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Whose work it was: the layer, the pass ("forward", "backward"), and the peers that it concerns."""
+
+    layer: str = ""
+    phase: str = ""
+    peers: str = ""
+
+    @property
+    def group(self) -> Tags:
+        """The same with the peers alone: without the part of their rows, "(1/2)", that a piece may name."""
+        return Tags(self.layer, self.phase, self.peers.partition(" (")[0])
 
 
 @dataclass(frozen=True)
@@ -21,11 +39,12 @@ class Span:
     lane: str
     start_us: float
     stop_us: float
+    tags: Tags = Tags()
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Communication of one rank: how long some transfer was on its way, and how much of that compute covered."""
+    """How long some transfer was on its way, and how much of that no compute covered; of one rank, or summed."""
 
     total_us: float
     exposed_us: float
@@ -42,12 +61,52 @@ class Overlap:
 
 def overlap(spans: Iterable[Span]) -> Overlap:
     """The communication of one rank's spans, and the part of it under which no compute ran."""
-    compute: list[Interval] = []
     traffic: list[Interval] = []
+    compute: list[Interval] = []
     for span in spans:
         (compute if span.lane == "compute" else traffic).append((span.start_us, span.stop_us))
+    return _overlap(traffic, union(compute))
+
+
+def accounts(spans: Iterable[Span]) -> dict[Tags, Overlap]:
+    """The communication of one rank's spans by layer, pass and peer group; an empty field of a key stands for all.
+
+    Keys are Tags(layer, phase, peers) for each group of peers, its sums Tags(layer, phase), Tags(layer) and
+    Tags("", phase), and Tags() for everything.
+
+    A transfer is exposed while no compute of the rank runs, of whatever layer. Each entry counts its own transfers
+    alone, and time in which several of them are on their way counts once. Groups whose transfers run side by side
+    are each charged for the same moment, so the entries of groups may add up to more than their layer's.
+    """
+    compute: list[Interval] = []
+    by_tags: dict[Tags, list[Interval]] = {}
+    for span in spans:
+        found = compute if span.lane == "compute" else by_tags.setdefault(span.tags, [])
+        found.append((span.start_us, span.stop_us))
+    traffic: dict[Tags, list[Interval]] = {Tags(): []}
+    for tags, intervals in by_tags.items():
+        for key in keys_of(tags):
+            traffic.setdefault(key, []).extend(intervals)
+    covers = union(compute)
+    return {key: _overlap(intervals, covers) for key, intervals in traffic.items()}
+
+
+def keys_of(tags: Tags) -> list[Tags]:
+    """The entries of `accounts` that a transfer with these tags counts for, the finest first."""
+    layer, phase = tags.layer, tags.phase
+    return list(dict.fromkeys((tags.group, Tags(layer, phase), Tags(layer), Tags("", phase), Tags())))
+
+
+def accounts_of_lanes(spans: Iterable[Span]) -> dict[str, Overlap]:
+    """The communication of one rank's spans on each lane: rows that go out, and results that come back."""
+    spans = list(spans)
+    lanes = [lane for lane in LANES if lane != "compute"]
+    return {lane: overlap(span for span in spans if span.lane in ("compute", lane)) for lane in lanes}
+
+
+def _overlap(traffic: Sequence[Interval], covers: Sequence[Interval]) -> Overlap:
     traffic = union(traffic)
-    return Overlap(length(traffic), length(without(traffic, union(compute))))
+    return Overlap(length(traffic), length(without(traffic, covers)))
 
 
 def union(intervals: Sequence[Interval]) -> list[Interval]:
@@ -64,10 +123,12 @@ def union(intervals: Sequence[Interval]) -> list[Interval]:
 def without(intervals: Sequence[Interval], covers: Sequence[Interval]) -> list[Interval]:
     """The points of `intervals` that no cover contains. Both are disjoint and in order."""
     left: list[Interval] = []
+    stops = [stop for _, stop in covers]
     for start, stop in intervals:
-        for cover_start, cover_stop in covers:
-            if cover_stop <= start or cover_start >= stop:
-                continue
+        for index in range(bisect_right(stops, start), len(covers)):
+            cover_start, cover_stop = covers[index]
+            if cover_start >= stop:
+                break
             if cover_start > start:
                 left.append((start, cover_start))
             start = max(start, cover_stop)
@@ -82,16 +143,52 @@ def length(intervals: Sequence[Interval]) -> float:
 
 
 def chrome_trace(spans: Iterable[Span]) -> str:
-    """The spans as a Chrome or Perfetto trace (JSON): a process a rank, a thread a lane."""
-    events = [
-        {
-            "name": span.name,
-            "ph": "X",
-            "pid": span.rank,
-            "tid": span.lane,
-            "ts": span.start_us,
-            "dur": span.stop_us - span.start_us,
-        }
-        for span in spans
-    ]
+    """The spans as a Chrome or Perfetto trace (JSON): a process a rank, a thread a lane, labels in "args".
+
+    A rank's times start at its own first span. Clocks of different machines, and events of different devices, share
+    no origin: compare lengths between ranks, not moments.
+    """
+    by_rank: dict[int, list[Span]] = {}
+    for span in spans:
+        by_rank.setdefault(span.rank, []).append(span)
+    events: list[Mapping[str, object]] = []
+    for rank, mine in sorted(by_rank.items()):
+        origin_us = min(span.start_us for span in mine)
+        lanes = [*LANES, *sorted({span.lane for span in mine} - set(LANES))]
+        events += _headings(rank, lanes)
+        events += [_event(span, lanes.index(span.lane), origin_us) for span in sorted(mine, key=_start)]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+
+
+def _headings(rank: int, lanes: Sequence[str]) -> list[Mapping[str, object]]:
+    """What names and sorts a rank's process and its threads."""
+
+    def heading(what: str, thread: int, args: Mapping[str, object]) -> Mapping[str, object]:
+        return {"name": what, "ph": "M", "pid": rank, "tid": thread, "args": args}
+
+    events = [
+        heading("process_name", 0, {"name": f"rank {rank}"}),
+        heading("process_sort_index", 0, {"sort_index": rank}),
+    ]
+    for thread, lane in enumerate(lanes):
+        events.append(heading("thread_name", thread, {"name": lane}))
+        events.append(heading("thread_sort_index", thread, {"sort_index": thread}))
+    return events
+
+
+def _event(span: Span, thread: int, origin_us: float) -> Mapping[str, object]:
+    tags = span.tags
+    return {
+        "name": f"{span.lane} {tags.peers}" if tags.peers else span.name,
+        "cat": tags.phase or span.lane,
+        "ph": "X",
+        "pid": span.rank,
+        "tid": thread,
+        "ts": span.start_us - origin_us,
+        "dur": span.stop_us - span.start_us,
+        "args": {"op": span.name, "layer": tags.layer, "phase": tags.phase, "peers": tags.peers},
+    }
+
+
+def _start(span: Span) -> float:
+    return span.start_us

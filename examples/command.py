@@ -8,12 +8,16 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import deepspeed
+
+import ds_moe_ep
 
 OVERWRITTEN = ("--save", "--resume", "--steps")
 # DeepSpeed counts local ranks in the order of ranks and refuses to start where Open MPI does not.
 MPI_MAPPING = ("--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none")
+TRACE_EVERY = 10  # steps between two measurements, where --trace has to turn the meter on
 LAUNCHER_ENV = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
@@ -27,11 +31,23 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
     parser.add_argument("--eval-batches", type=int, default=4, help="validation micro-batches of a rank")
     parser.add_argument("--report-every", type=int, default=10, help="steps between lines without a terminal")
+    trace = f"writes the last measured step as a Chrome trace; without meter_every, measures every {TRACE_EVERY} steps"
+    parser.add_argument("--trace", metavar="FILE", help=trace)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     args = deepspeed.add_config_arguments(parser).parse_args()
     if args.deepspeed_config is None:
         parser.error("--deepspeed_config is missing; give for example ds_configs/ep16_cpu.json")
     return args
+
+
+def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], ds_moe_ep.Section]:
+    """The ds_config of a run and its section "moe_ep"; with --trace the meter is on, and measures before the end."""
+    ds_config = ds_moe_ep.load_ds_config(args.deepspeed_config)
+    section = ds_moe_ep.read_section(ds_config)
+    if args.trace:
+        every = min(section.moe.meter_every or TRACE_EVERY, max(args.steps, 1))
+        ds_config["moe_ep"] = {**ds_config.get("moe_ep", {}), "meter_every": every}
+    return ds_config, section
 
 
 def resume_command(checkpoint: str, num_steps: int) -> str:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+import ds_moe_ep
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -21,19 +23,40 @@ class StepReport:
     tokens_per_s: float
     load: float  # rows of the fullest expert over the mean, in the layer where that is largest
     hidden_percent: float | None  # communication that ran behind compute; None where it is not measured
+    blocking_percent: float | None  # the same of the blocking control: what the meter is off by
 
     def __str__(self) -> str:
-        hidden = "n/a" if self.hidden_percent is None else f"{self.hidden_percent:.0f} %"
+        hidden, blocking = percent(self.hidden_percent), percent(self.blocking_percent)
+        measured = "n/a" if self.hidden_percent is None else f"{hidden} (blocking: {blocking})"
         return (
             f"loss {self.loss:.3f} | {self.tokens_per_s:,.0f} tokens/s | "
-            f"expert load max/mean {self.load:.2f} | communication hidden {hidden}"
+            f"expert load max/mean {self.load:.2f} | communication hidden {measured}"
         )
 
 
-def communication_hidden(engine: Any) -> float | None:
-    """The hidden share of the experts' traffic in percent, by the engine's meter; None without a meter."""
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.0f} %"
+
+
+def communication_hidden(engine: Any) -> tuple[float | None, float | None]:
+    """The hidden share of the experts' traffic and that of the blocking control, in percent; None without a meter."""
     meter = getattr(engine, "moe_ep_meter", None)
-    return None if meter is None else meter.hidden_percent()
+    return (None, None) if meter is None else (meter.hidden_percent(), meter.control_percent())
+
+
+def schedules(engine: Any) -> list[str]:
+    """A line a layer: the schedule that was chosen for it."""
+    layers = engine.moe_ep_layers.items()
+    return [f"{name}: {layer.choice or 'schedule ' + layer.config.schedule}" for name, layer in layers]
+
+
+def write_trace(engine: Any, path: str) -> str:
+    """Writes the trace of the last measured step, and says what it shows. Collective."""
+    try:
+        engine.moe_ep_meter.write_trace(path)
+    except ds_moe_ep.EngineError as error:  # too few steps
+        return str(error)
+    return f"{engine.moe_ep_meter.report()}\ntrace in {path}; open it in https://ui.perfetto.dev"
 
 
 class Progress:

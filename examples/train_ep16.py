@@ -15,9 +15,9 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from command import parse_arguments, resume_command
+from command import parse_arguments, read_settings, resume_command
 from deepspeed.accelerator import get_accelerator
-from display import Progress, StepReport, communication_hidden
+from display import Progress, StepReport, communication_hidden, schedules, write_trace
 from text import Corpus, load_corpus, training_batch, validation_batch
 
 import ds_moe_ep
@@ -26,20 +26,23 @@ import ds_moe_ep
 def main() -> None:
     args = parse_arguments(__doc__)
     set_up_process()
-    section = ds_moe_ep.read_section(ds_moe_ep.load_ds_config(args.deepspeed_config))
+    ds_config, section = read_settings(args)
     if section.model is None:
         raise SystemExit(f'{args.deepspeed_config}: moe_ep.model is missing; add for example "model": "small"')
     corpus = load_corpus(args.data)
     model = make_model(section, args.seed)
-    engine, *_ = ds_moe_ep.initialize(model=model, config=args.deepspeed_config)
+    engine, *_ = ds_moe_ep.initialize(model=model, config=ds_config)
     if args.resume and engine.load_checkpoint(args.resume)[0] is None:
         raise SystemExit(f"--resume {args.resume}: no DeepSpeed checkpoint there; name the folder given to --save")
     train(engine, corpus, args)
     loss = evaluate(engine, corpus, args.eval_batches)
     if args.save:
         engine.save_checkpoint(args.save)
+    trace_note = write_trace(engine, args.trace) if args.trace else None
     if dist.get_rank() == 0:
         print(f"validation loss {loss:.3f} nats a byte, unigram entropy {corpus.unigram_entropy():.3f}")
+        if trace_note:
+            print(trace_note)
         if args.save:
             print(f"checkpoint in {args.save}; to resume:\n  {resume_command(args.save, 2 * args.steps)}")
     dist.destroy_process_group()
@@ -74,7 +77,7 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace) -> None:
     size, accumulation = batch_size(engine), engine.gradient_accumulation_steps()
     tokens_of_step = engine.train_batch_size() * size[1]
     with Progress(args.steps, args.report_every, shown=dist.get_rank() == 0) as progress:
-        for step in range(engine.global_steps, args.steps):
+        for step in range(start_step := engine.global_steps, args.steps):
             start, sums = time.perf_counter(), torch.zeros((), device=engine.device)
             for micro_step in range(step * accumulation, (step + 1) * accumulation):
                 batch = training_batch(corpus.train, size, seed=args.seed, step=micro_step, rank=dist.get_rank())
@@ -87,7 +90,9 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace) -> None:
             load_LE = sums[1:].view_as(output.exp_counts_LE)
             load = float((load_LE.amax(1) / load_LE.mean(1)).max())
             tokens_per_s = tokens_of_step / (time.perf_counter() - start)
-            progress.show(StepReport(step + 1, loss, tokens_per_s, load, communication_hidden(engine)))
+            if step == start_step and dist.get_rank() == 0:
+                print(*schedules(engine), sep="\n", flush=True)
+            progress.show(StepReport(step + 1, loss, tokens_per_s, load, *communication_hidden(engine)))
 
 
 @torch.no_grad()

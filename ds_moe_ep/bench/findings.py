@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ds_moe_ep.bench.method import Round, ratios, summarize, times_of
-from ds_moe_ep.bench.ranks import MATMUL, NATIVE, Finding, Plan
+from ds_moe_ep.bench.processes import Finding
+from ds_moe_ep.bench.ranks import MATMUL, NATIVE, Plan
 from ds_moe_ep.record import Record
 
 TIME_NOTE = "forward and backward, slowest rank, lowest and highest 5 % dropped, quartiles"

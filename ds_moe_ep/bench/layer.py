@@ -8,15 +8,9 @@ Starts its own ranks on this machine. Ctrl-C ends the run; what was measured unt
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import queue
-import signal
-import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from rich.console import Console
@@ -24,15 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ds_moe_ep.bench.cases import CASES
 from ds_moe_ep.bench.findings import Findings
+from ds_moe_ep.bench.processes import arriving, free_port, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
-from ds_moe_ep.bench.ranks import SIDES, Finding, Plan, run_rank
+from ds_moe_ep.bench.ranks import SIDES, Plan, run_rank
 from ds_moe_ep.bench.table import markdown_table, terminal_table
 from ds_moe_ep.errors import ConfigError, EngineError, nearest
-from ds_moe_ep.record import write_records
+from ds_moe_ep.record import write_whole
 
 LINE_WIDTH = 110
-POLL_S = 0.5
-END_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = Findings(plan, command("ds_moe_ep.bench.layer", words), commit(), machine)
         status = _race(plan, found, console, parsed.out)
         if status == 0 and not parsed.no_memory:
-            status = _race(replace(plan, measure="memory", port=_free_port()), found, console, parsed.out)
+            status = _race(replace(plan, measure="memory", port=free_port()), found, console, parsed.out)
     except (ConfigError, EngineError) as error:
         console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
         return 1
@@ -90,28 +83,25 @@ def _plan(parsed: argparse.Namespace) -> Plan:
         warm_ups=parsed.warm_ups,
         measure="time",
         device=parsed.device,
-        port=_free_port(),
+        port=free_port(),
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _race(plan: Plan, found: Findings, console: Console, out: Path | None) -> int:
     """Follows the ranks to their end, keeping `out` up to date after every case; 130 after Ctrl-C."""
     columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console) as progress, _ranks(plan) as (processes, inbox):
+        with (
+            Progress(*columns, console=console) as progress,
+            started_ranks(run_rank, plan, plan.num_ranks) as (processes, inbox),
+        ):
             timed = plan.measure == "time"
             total = len(plan.cases) * (plan.rounds if timed else len(plan.sides))
             task = progress.add_task(f"{plan.measure}: starting the ranks", total=total)
-            for finding in _arriving(processes, inbox):
+            for finding in arriving(processes, inbox):
                 if finding.what == "phase":
                     progress.update(task, description=f"{plan.measure}: {finding.case}, {finding.text}")
-                    _write(found, out)
+                    write_whole(found.records(), out)
                 found.add(finding)
                 if finding.what == "peak" or (finding.what == "time" and finding.side == plan.sides[-1]):
                     progress.advance(task)
@@ -120,58 +110,8 @@ def _race(plan: Plan, found: Findings, console: Console, out: Path | None) -> in
         console.print("interrupted: the records hold what was measured until now")
         return 130
     finally:
-        _write(found, out)
+        write_whole(found.records(), out)
     return 0
-
-
-def _write(found: Findings, out: Path | None) -> None:
-    if out is not None:
-        part = out.with_name(out.name + ".part")
-        write_records(part, found.records())
-        part.replace(out)
-
-
-@contextmanager
-def _ranks(plan: Plan) -> Iterator[tuple[list[BaseProcess], multiprocessing.Queue[Finding]]]:
-    """The started ranks; they are gone when the block ends, however it ends."""
-    context = multiprocessing.get_context("spawn")
-    inbox: multiprocessing.Queue[Finding] = context.Queue()
-    processes: list[BaseProcess] = [
-        context.Process(target=run_rank, args=(rank, plan, inbox), daemon=True) for rank in range(plan.num_ranks)
-    ]
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C must not reach starting ranks
-    try:
-        for process in processes:
-            process.start()
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    try:
-        yield processes, inbox
-        for process in processes:
-            process.join(END_S)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-                process.join(END_S)
-
-
-def _arriving(processes: Sequence[BaseProcess], inbox: multiprocessing.Queue[Finding]) -> Iterator[Finding]:
-    """Findings until the ranks are done. Raises EngineError with the error of the rank that failed first."""
-    while True:
-        try:
-            finding = inbox.get(timeout=POLL_S)
-        except queue.Empty:
-            failed = [f"rank {r} ended with {p.exitcode}" for r, p in enumerate(processes) if p.exitcode]
-            if failed:
-                message = f"bench.ranks={len(processes)}: {', '.join(failed)} without a word; run it again"
-                raise EngineError(message) from None
-            continue
-        if finding.what == "error":
-            raise EngineError(f"bench.ranks={len(processes)}: {finding.side} failed:\n{finding.text}")
-        if finding.what == "done":
-            return
-        yield finding
 
 
 if __name__ == "__main__":

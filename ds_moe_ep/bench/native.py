@@ -1,6 +1,6 @@
 """DeepSpeed's own MoE layer as its user would build it: the side that ours is compared with.
 
-The one file of this room that imports deepspeed: it cannot measure DeepSpeed without it.
+It imports deepspeed, as `autoep.py` does: DeepSpeed cannot be measured without it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ def start_ranks(backend: str, timeout_s: float) -> None:
     )
 
 
-def native_layer(case: LayerCase, ep_size: int) -> nn.Module:
-    """The native layer with its groups made, dropping no tokens.
+def native_layer(case: LayerCase, ep_size: int, expert: nn.Module | None = None) -> nn.Module:
+    """The native layer with its groups made, dropping no tokens. `expert` stands in for the case's own.
 
     Top-2's random second choice and random token selection are off: the first would route differently, and
     the second only costs time where nothing is dropped.
     """
-    expert = nn.Sequential(nn.Linear(case.hidden_size, case.width), nn.GELU(), nn.Linear(case.width, case.hidden_size))
+    if expert is None:
+        up, down = nn.Linear(case.hidden_size, case.width), nn.Linear(case.width, case.hidden_size)
+        expert = nn.Sequential(up, nn.GELU(), down)
     layer = NativeMoE(
         case.hidden_size,
         expert,

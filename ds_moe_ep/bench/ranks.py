@@ -21,6 +21,7 @@ from torch import nn
 from ds_moe_ep.bench.cases import LayerCase
 from ds_moe_ep.bench.memory import peak_bytes, return_freed_memory
 from ds_moe_ep.bench.method import Ranks, Round, Side, measure
+from ds_moe_ep.bench.processes import Finding
 from ds_moe_ep.bench.sides import LayerSide, Outcome, check_same, layer_side, matmul_side
 from ds_moe_ep.bench.traffic import counted
 from ds_moe_ep.config import MoEConfig
@@ -43,17 +44,6 @@ class Plan:
     measure: Literal["time", "memory"]  # memory in processes of its own: see memory.py
     device: str
     port: int
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Numbers about one side of one case, or (what="error"/"phase") a line of text."""
-
-    case: str
-    side: str
-    what: str  # time (s), bytes, collective_bytes, peak (bytes), difference, phase, error, done
-    values: tuple[float, ...] = ()
-    text: str = ""
 
 
 def run_rank(rank: int, plan: Plan, findings: Queue[Finding]) -> None:

@@ -1,13 +1,20 @@
-"""Lanes: where ops run side by side. Streams and events on CUDA, work handles on the host.
+"""Lanes: where ops run side by side. Streams and events on CUDA, threads and work handles on the host.
 
-The interpreter names a lane and the marks that must lie behind it; a lane never blocks the host on CUDA, and on the
-host it blocks exactly where the schedule says so.
+The interpreter names a lane, the marks that must lie behind it, and the work. On CUDA a lane never blocks the caller.
+On the host compute runs where it is called, and each transfer lane has threads that move rows meanwhile.
+
+A lane is first in, first out. All transfers at once would share the link and all arrive late; one at a time would leave
+it idle from the end of one to the start of the next. So the host keeps two in flight, the second behind the first; on
+CUDA the stream does it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
@@ -22,14 +29,34 @@ class Mark(Protocol):
     def wait(self) -> None: ...
 
 
+IN_FLIGHT = 2  # transfers of one lane on the host
+
+Work = Callable[[], Mark | None]  # starts a transfer and returns it, or computes
+
+
+Scope = AbstractContextManager[object]  # what records an op
+
+
 class Lanes(Protocol):
     """How one pass orders its ops over "compute", "dispatch" and "combine"."""
 
-    def on(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """A scope whose work runs on `lane`, behind the marks; `touches` are the tensors it reads or writes."""
+    def entry(self) -> Mark:
+        """The point behind all that the caller has issued."""
 
-    def mark(self, lane: str, work: Mark | None = None) -> Mark:
-        """The point behind everything issued on `lane`; `work` is the transfer that was just started there."""
+    def issue(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor], work: Work, scope: Scope) -> Mark:
+        """Runs `work` on `lane` inside `scope`, behind the marks; returns the mark behind it.
+
+        `touches` are the tensors that it reads or writes.
+        """
+
+    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
+        """Puts the caller behind the marks."""
+
+    def abandon(self) -> None:
+        """Drops what was issued and has not started, after an error."""
+
+    def blocking(self) -> Lanes:
+        """The lanes for a schedule in which every op waits for the one before."""
 
 
 class _Passed:
@@ -39,29 +66,152 @@ class _Passed:
         return None
 
 
-class _Once:
-    """A transfer that several ops may wait for; the transport's handle is waited for once."""
+class _Job:
+    """An op on a lane's threads, and its mark. Waiting for it raises what the threads have met."""
 
-    def __init__(self, work: Mark) -> None:
-        self._work: Mark | None = work
+    def __init__(self, after: Sequence[Mark], work: Work, scope: Scope, is_dropped: Callable[[], bool]) -> None:
+        self._after, self._work, self._scope, self._is_dropped = after, work, scope, is_dropped
+        self._transfer: Mark | None = None
+        self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # each thread has its own
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+
+    def start(self) -> None:
+        """Starts the transfer once its time has come. Called by the lane's first thread."""
+        try:
+            for mark in () if self._is_dropped() else self._after:
+                mark.wait()
+            if not self._is_dropped():
+                self._scope.__enter__()
+                with self._callers_modes():
+                    self._transfer = self._work()
+        except BaseException as error:  # handed to whoever waits
+            self._error = error
+
+    def finish(self) -> None:
+        """Waits for the transfer's end. Called by the lane's second thread."""
+        try:
+            if self._transfer is not None:
+                with self._callers_modes():
+                    self._transfer.wait()
+                self._scope.__exit__(None, None, None)
+        except BaseException as error:
+            self._error = error
+        del self._after, self._work, self._scope, self._transfer  # tensors must not outlive the pass
+        del self._is_dropped  # nor the lanes their layer
+        self._done.set()
+
+    @contextmanager
+    def _callers_modes(self) -> Iterator[None]:
+        is_inference, has_grad = self._modes
+        with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
+            yield
 
     def wait(self) -> None:
-        work, self._work = self._work, None
-        if work is not None:
-            work.wait()
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+
+class _Lane:
+    """Two threads: one starts transfers in order, one waits for their ends, at most IN_FLIGHT behind."""
+
+    def __init__(self, name: str) -> None:
+        self.queue: SimpleQueue[_Job | None] = SimpleQueue()
+        started: SimpleQueue[_Job | None] = SimpleQueue()
+        places = threading.Semaphore(IN_FLIGHT)
+        for run, words in ((_start_jobs, (self.queue, places, started)), (_finish_jobs, (started, places))):
+            threading.Thread(target=run, args=words, name=f"ds_moe_ep {name}", daemon=True).start()
+
+
+def _start_jobs(
+    queue: SimpleQueue[_Job | None], places: threading.Semaphore, started: SimpleQueue[_Job | None]
+) -> None:
+    while (job := queue.get()) is not None:
+        places.acquire()
+        job.start()
+        started.put(job)
+        del job  # a thread that waits for the next one must hold nothing of the last
+    started.put(None)
+
+
+def _finish_jobs(started: SimpleQueue[_Job | None], places: threading.Semaphore) -> None:
+    while (job := started.get()) is not None:
+        job.finish()
+        places.release()
+        del job
 
 
 class HostLanes:
-    """Lanes on the host: compute runs at once, transfers are handles, waiting is a call."""
+    """Lanes on the host: compute runs at once, threads run the transfers of a lane in order.
 
-    @contextmanager
-    def on(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor]) -> Iterator[None]:
+    The threads start with the first transfer and end with this object.
+    """
+
+    def __init__(self) -> None:
+        self._lanes: dict[str, _Lane] = {}
+        self._generation = 0
+
+    def __reduce__(self) -> tuple[type[HostLanes], tuple[()]]:
+        return HostLanes, ()  # a copy of a layer gets lanes of its own
+
+    def entry(self) -> Mark:
+        return _Passed()
+
+    def issue(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor], work: Work, scope: Scope) -> Mark:
+        if lane not in LANES:
+            return Inline().issue(lane, after, touches, work, scope)
+        generation = self._generation
+        job = _Job(after, work, scope, lambda: self._generation != generation)
+        self._lane(lane).queue.put(job)
+        return job
+
+    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
+        for mark in marks:
+            mark.wait()
+
+    def abandon(self) -> None:
+        self._generation += 1
+
+    def blocking(self) -> Lanes:
+        return Inline()
+
+    def _lane(self, name: str) -> _Lane:
+        if name not in self._lanes:
+            self._lanes[name] = lane = _Lane(name)
+            weakref.finalize(self, lane.queue.put, None)
+        return self._lanes[name]
+
+
+def _finish(work: Work) -> None:
+    """Does the work; a transfer that it starts is waited for."""
+    transfer = work()
+    if transfer is not None:
+        transfer.wait()
+
+
+class Inline:
+    """The host without threads: every op is finished where it is issued."""
+
+    def entry(self) -> Mark:
+        return _Passed()
+
+    def issue(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor], work: Work, scope: Scope) -> Mark:
         for mark in after:
             mark.wait()
-        yield
+        with scope:
+            _finish(work)
+        return _Passed()
 
-    def mark(self, lane: str, work: Mark | None = None) -> Mark:
-        return _Passed() if work is None else _Once(work)
+    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
+        for mark in marks:
+            mark.wait()
+
+    def abandon(self) -> None:
+        return None
+
+    def blocking(self) -> Lanes:
+        return self
 
 
 class _EventMark:
@@ -82,13 +232,19 @@ class CudaLanes:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._own = {lane: torch.cuda.Stream(device) for lane in LANES}
+
+    def __reduce__(self) -> tuple[type[CudaLanes], tuple[torch.device]]:
+        return CudaLanes, (self._device,)
 
     def _stream(self, lane: str) -> torch.cuda.Stream:
         return self._own[lane] if lane in self._own else torch.cuda.current_stream()
 
-    @contextmanager
-    def on(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor]) -> Iterator[None]:
+    def entry(self) -> Mark:
+        return self._mark(self._stream("compute"))
+
+    def issue(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor], work: Work, scope: Scope) -> Mark:
         stream = self._stream(lane)
         with torch.cuda.stream(stream):
             for mark in after:
@@ -96,16 +252,24 @@ class CudaLanes:
             if lane in self._own:
                 for tensor in touches:
                     tensor.record_stream(stream)
-            yield
+            with scope:
+                _finish(work)  # orders the lane behind the communicator's own stream
+            return self._mark(stream)
 
-    def mark(self, lane: str, work: Mark | None = None) -> Mark:
-        stream = self._stream(lane)
-        with torch.cuda.stream(stream):
-            if work is not None:
-                work.wait()  # orders the lane behind the communicator's own stream
-            event = torch.cuda.Event()
-            event.record(stream)
+    def _mark(self, stream: torch.cuda.Stream) -> Mark:
+        event = torch.cuda.Event()
+        event.record(stream)
         return _EventMark(event)
+
+    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
+        for mark in marks:
+            mark.wait()
+
+    def abandon(self) -> None:
+        return None
+
+    def blocking(self) -> Lanes:
+        return self
 
 
 def make_lanes(device: torch.device) -> Lanes:

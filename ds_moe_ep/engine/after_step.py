@@ -1,4 +1,4 @@
-"""What happens after each optimizer step: the balancing bias moves, the monitor hears of the load."""
+"""What happens after each optimizer step: the balancing bias moves, the monitor hears of load and communication."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.choices import ChoiceLog
 from ds_moe_ep.engine.layer import MoE
 from ds_moe_ep.engine.meter import OverlapMeter
 
@@ -18,6 +19,7 @@ def after_each_step(engine: Any, layers: Mapping[str, MoE]) -> None:
     """Wraps `engine.step` so that it ends with the layers' own step, where parameters were updated."""
     engine_step = engine.step
     meter: OverlapMeter | None = getattr(engine, "moe_ep_meter", None)
+    choices = ChoiceLog(layers)
 
     @functools.wraps(engine_step)
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -28,8 +30,9 @@ def after_each_step(engine: Any, layers: Mapping[str, MoE]) -> None:
         if engine.was_step_applied():
             step_balance(layers)
             report_load(engine, layers)
-            if meter is not None:
-                meter.step()
+            choices.tell()
+        if meter is not None and (is_boundary or engine.was_step_applied()):
+            report_communication(engine, meter)
         return result
 
     engine.step = step
@@ -67,6 +70,12 @@ def report_load(engine: Any, layers: Mapping[str, MoE]) -> None:
             for name, load in zip(layers, loads, strict=True)
         ]
     )
+
+
+def report_communication(engine: Any, meter: OverlapMeter) -> None:
+    """Ends the meter's step, and writes a measured one to the engine's monitor. Collective where it was recorded."""
+    if meter.step() and engine.monitor.enabled:
+        engine.monitor.write_events(meter.events(engine.global_samples))
 
 
 def load_imbalance(load_LE: Tensor) -> Tensor:

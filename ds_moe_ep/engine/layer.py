@@ -23,6 +23,7 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.layer import ExpertParallel
+from ds_moe_ep.moe.tuner import Choice
 from ds_moe_ep.topology import RankGrid, even_share, torus_of
 
 SHAPING = ("num_experts", "ep_size")  # knobs that shape parameters and cannot change once a layer is made
@@ -86,6 +87,11 @@ class MoE(DeepSpeedMoE):
     def config(self) -> MoEConfig:
         """The layer's knobs as they are in force."""
         return self.deepspeed_moe.config
+
+    @property
+    def choice(self) -> Choice | None:
+        """The schedule that 'auto' chose, the same on every rank; None before the first pass of training."""
+        return self.deepspeed_moe.choice
 
     def configure(self, config: MoEConfig, path: str = "moe_ep") -> None:
         """Gives the layer other knobs. Local; before the groups are made.

@@ -13,6 +13,7 @@ from torch import nn
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.after_step import after_each_step
 from ds_moe_ep.engine.checkpoint import guard_loading
+from ds_moe_ep.engine.choices import keep_choices
 from ds_moe_ep.engine.layer import MoE, with_given_knobs
 from ds_moe_ep.engine.meter import OverlapMeter
 from ds_moe_ep.errors import ConfigError, EngineError
@@ -32,7 +33,8 @@ def initialize(
     2. Gives its knobs to the MoE layers of `model`; knobs that it does not name stay as the layers were made.
     3. Calls deepspeed.initialize, which makes the groups and connects the layers.
     4. After each optimizer step, moves the balancing bias and reports the experts' load to the engine's monitor.
-       With "meter_every" the engine also gets `moe_ep_meter`, an OverlapMeter.
+       What the schedule "auto" chose is told in the log and kept in checkpoints; `engine.moe_ep_layers` has the layers.
+       With "meter_every" the engine also gets `moe_ep_meter`, an OverlapMeter, whose figures go there too.
 
     Collective over the world. The other arguments are deepspeed.initialize's. Raises ConfigError, TopologyError or
     EngineError on every rank.
@@ -56,6 +58,7 @@ def initialize(
         )
     for name, layer in layers.items():
         layer.configure(with_given_knobs(layer.config, section.moe, section.given), f"{SECTION} ({name})")
+        layer.deepspeed_moe.name = name
     seams.init_distributed()
     if kwargs.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
         for layer in layers.values():
@@ -67,8 +70,10 @@ def initialize(
     first = next(iter(layers.values()))
     if first.config.meter_every:
         engine.moe_ep_meter = OverlapMeter(layers, engine.device, first.config.meter_every)
+    engine.moe_ep_layers = layers
     after_each_step(engine, layers)
     guard_loading(engine, max(layer.ep_size for layer in layers.values()))
+    keep_choices(engine, layers)
     seams.say(
         f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "
         f"{first.config.schedule!r} with depth {first.config.depth}, transport {first.config.transport!r}"

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.moe.forms import ExpertPass, GeluPass, ModulePass, Span, SwiGLUPass
-from ds_moe_ep.moe.recognise import recognise
+from ds_moe_ep.moe.recognise import Form, recognise
 
 
 class GeluMLP(nn.Module):
@@ -70,9 +71,24 @@ class Experts(nn.Module):
 
     def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
         """A pass over each expert's span of stacked rows; `keep_graph`: modules of unknown form may go backward."""
-        if self.form is None:
-            return ModulePass(list(self.deepspeed_experts), keep_graph)
-        weights = [self.form.weights_of(expert) for expert in self.deepspeed_experts]
-        if self.form.kind == "gelu":
-            return GeluPass(weights, spans, self.form.approximate)
-        return SwiGLUPass(weights, spans)
+        experts = list(self.deepspeed_experts)
+        return ModulePass(experts, keep_graph) if self.form is None else start_pass(self.form, experts, spans)
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """An expert that every token of this rank visits, and its tokens [T, D]: rows that no wire carries."""
+
+    form: Form
+    module: nn.Module
+    x_TD: Tensor
+
+    def start(self) -> ExpertPass:
+        """A pass over the tokens."""
+        return start_pass(self.form, [self.module], [(0, len(self.x_TD))])
+
+
+def start_pass(form: Form, experts: Sequence[nn.Module], spans: Sequence[Span]) -> ExpertPass:
+    """A pass over each expert's span of stacked rows by the split mathematics of their form."""
+    weights = [form.weights_of(expert) for expert in experts]
+    return GeluPass(weights, spans, form.approximate) if form.kind == "gelu" else SwiGLUPass(weights, spans)

@@ -1,8 +1,8 @@
 """The mathematics of experts, forward and backward, on stacked rows.
 
 A pass holds the stacked intermediate rows of all local experts. It computes any run of rows of one expert, forward or
-backward, in any order; weight gradients come once, from all rows of an expert, so that they do not depend on how the
-rows arrived.
+backward, in any order; weight gradients are summed over blocks of rows that no schedule changes, in one order, so that
+they do not depend on how the rows arrived.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ class ExpertPass(Protocol):
     def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
         """Writes the gradient of the inputs of these rows of the expert."""
 
-    def weight_grads(self, expert: int, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
-        """The gradients of one expert's parameters, in their order, from all its rows; once, after their gradients."""
+    def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
+        """Adds the part of these rows to the gradients of the expert's parameters; after the rows' own gradients."""
+
+    def weight_grads(self, expert: int) -> list[Tensor | None]:
+        """The sums, in the order of the expert's parameters; once, after the parts of all its rows."""
 
 
 class KeptRows:
@@ -45,7 +48,10 @@ class KeptRows:
     rows are given back as soon as its weights have their gradient.
     """
 
-    def __init__(self, spans: Sequence[Span], num_kept: int, width_like_FD: Tensor) -> None:
+    def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], num_kept: int) -> None:
+        self._weights = weights
+        self._sums: list[GradSums] = [GradSums(named) for named in weights]
+        width_like_FD = _weight(weights[0], "up")
         self._starts = [start for start, _ in spans]
         self._num_kept = num_kept
         width = len(width_like_FD)
@@ -69,19 +75,50 @@ class KeptRows:
             self._gradients[expert] = kept if self.may_overwrite else [torch.empty_like(rows) for rows in kept]
         return self._gradients[expert]
 
-    def take(self, expert: int, kept: int) -> Tensor:
-        """One tensor of an expert's rows, for its last use: it is not kept any longer."""
-        index = expert * self._num_kept + kept
-        rows_RF, self.saved[index] = self.saved[index], self.saved[index].new_empty(0)
-        return rows_RF
+    def weight_grads(self, expert: int) -> list[Tensor | None]:
+        """The sums of the expert's weight gradients; its rows are not kept any longer."""
+        self._gradients.pop(expert, None)
+        for index in range(expert * self._num_kept, (expert + 1) * self._num_kept):
+            self.saved[index] = self.saved[index].new_empty(0)
+        return self._sums[expert].take()
 
-    def take_gradients(self, expert: int, num: int) -> list[Tensor]:
-        """What `gradients` gave, for its last use."""
-        gradients = self.gradients(expert, num)
-        del self._gradients[expert]
-        for kept in range(num):
-            self.take(expert, kept)
-        return gradients
+
+class GradSums:
+    """The gradients of one expert's weights, summed block by block, at least in fp32. None for what is frozen."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._sums: dict[str, Tensor | None] = {}
+
+    def add(self, part: str, x_nI: Tensor, dy_nO: Tensor) -> None:
+        """Adds the gradients of one Linear's weight and bias, from rows of its inputs and its outputs' gradient."""
+        if not len(x_nI):
+            return
+        for name in (f"{part}.weight", f"{part}.bias"):
+            weight = self._weights.get(name)
+            if weight is None or not weight.requires_grad:
+                continue
+            total = self._sums.get(name)
+            if total is not None and name.endswith("weight") and weight.dtype == total.dtype == _summed_in(weight):
+                total.addmm_(dy_nO.t(), x_nI)
+            else:
+                self._sums[name] = _sum(total, dy_nO.sum(0) if name.endswith("bias") else dy_nO.t() @ x_nI)
+
+    def take(self) -> list[Tensor | None]:
+        """The sums in the weights' own type and order."""
+        sums, self._sums = self._sums, {}
+        return [None if w is None else _in_type_of(w, sums.get(name)) for name, w in self._weights.items()]
+
+
+def _summed_in(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _in_type_of(weight: Tensor, grad: Tensor | None) -> Tensor | None:
+    """A parameter's gradient in its own type: zeros where no row gave one, None where it is frozen."""
+    if grad is not None:
+        return grad.to(weight.dtype)
+    return torch.zeros_like(weight) if weight.requires_grad else None
 
 
 def blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -94,8 +131,7 @@ class GeluPass(KeptRows):
     """down(gelu(up(x))): keeps the rows before and after the activation."""
 
     def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], approximate: str) -> None:
-        super().__init__(spans, 2, _weight(weights[0], "up"))  # hidden rows, active rows
-        self._weights = weights
+        super().__init__(weights, spans, 2)  # hidden rows, active rows
         self._approximate = approximate
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
@@ -119,19 +155,19 @@ class GeluPass(KeptRows):
             )
             linear_grad_rows(d_hidden, up, dx)
 
-    def weight_grads(self, expert: int, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
-        weights = self._weights[expert]  # each product's rows are given back before the next one
-        grads = _linear_grads(weights, "down", self.take(expert, 1), dy_RD)
-        grads |= _linear_grads(weights, "up", x_RD, self.take_gradients(expert, 1).pop())
-        return [grads[name] for name in weights]
+    def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
+        here, sums = self.at(expert, rows), self._sums[expert]
+        _, active_RF = self.of(expert)
+        (d_hidden_RF,) = self.gradients(expert, 1)
+        sums.add("down", active_RF[here], dy_nD)
+        sums.add("up", x_nD, d_hidden_RF[here])
 
 
 class SwiGLUPass(KeptRows):
     """down(silu(gate(x)) * up(x)): keeps gate rows, up rows and their product."""
 
     def __init__(self, weights: Sequence[Weights], spans: Sequence[Span]) -> None:
-        super().__init__(spans, 3, _weight(weights[0], "up"))  # gate rows, up rows, active rows
-        self._weights = weights
+        super().__init__(weights, spans, 3)  # gate rows, up rows, active rows
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)
@@ -158,13 +194,13 @@ class SwiGLUPass(KeptRows):
             linear_grad_rows(d_up, _weight(weights, "up"), dx_through_up)
             dx += dx_through_up
 
-    def weight_grads(self, expert: int, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
-        weights = self._weights[expert]  # each product's rows are given back before the next one
-        grads = _linear_grads(weights, "down", self.take(expert, 2), dy_RD)
-        d_gate_and_up = self.take_gradients(expert, 2)
-        grads |= _linear_grads(weights, "up", x_RD, d_gate_and_up.pop())
-        grads |= _linear_grads(weights, "gate", x_RD, d_gate_and_up.pop())
-        return [grads[name] for name in weights]
+    def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
+        here, sums = self.at(expert, rows), self._sums[expert]
+        active_RF = self.of(expert)[2]
+        d_gate_RF, d_up_RF = self.gradients(expert, 2)
+        sums.add("down", active_RF[here], dy_nD)
+        sums.add("up", x_nD, d_up_RF[here])
+        sums.add("gate", x_nD, d_gate_RF[here])
 
 
 class ModulePass:
@@ -208,16 +244,18 @@ class ModulePass:
         known = self._grads.get(expert, [None] * len(grads))
         self._grads[expert] = [_sum(old, new) for old, new in zip(known, grads, strict=True)]
 
-    def weight_grads(self, expert: int, x_RD: Tensor, dy_RD: Tensor) -> list[Tensor | None]:
+    def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
+        """Nothing: they came with the rows' own gradients."""
+
+    def weight_grads(self, expert: int) -> list[Tensor | None]:
         parameters = list(self._experts[expert].parameters())
         trained = [p for p in parameters if p.requires_grad]
         grads = dict(zip(map(id, trained), self._grads.pop(expert, [None] * len(trained)), strict=True))
-        found = [(p, grads.get(id(p))) for p in parameters]
-        return [g.to(p.dtype) if g is not None else torch.zeros_like(p) if p.requires_grad else None for p, g in found]
+        return [_in_type_of(p, grads.get(id(p))) for p in parameters]
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The sum of the gradients of two runs, at least in fp32: in bf16 every run would cost a rounding."""
+    """The sum of two parts of a gradient, at least in fp32: in bf16 every part would cost a rounding."""
     if total is None or part is None:
         return part if total is None else total
     return total.to(torch.promote_types(total.dtype, torch.float32)) + part
@@ -231,18 +269,3 @@ def _weight(weights: Weights, part: str) -> Tensor:
     weight = weights[f"{part}.weight"]
     assert weight is not None
     return weight
-
-
-def _linear_grads(weights: Weights, part: str, x_RI: Tensor, dy_RO: Tensor) -> Weights:
-    """The gradients of one Linear's weight and bias, by name, from its inputs and its outputs' gradient.
-
-    None for what is frozen.
-    """
-    grads: Weights = {}
-    for name in (f"{part}.weight", f"{part}.bias"):
-        weight = weights.get(name)
-        if weight is None or not weight.requires_grad:
-            grads[name] = None
-        else:
-            grads[name] = dy_RO.sum(0) if name.endswith("bias") else dy_RO.t() @ x_RI
-    return grads

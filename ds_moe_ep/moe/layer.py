@@ -4,13 +4,14 @@
 2. Plan: sort the N = T*K row copies by (destination rank, local expert), exchange counts in one small all-to-all, one
    device-to-host sync for the sizes; none with a capacity (`plan.py`).
 3. Permute the rows into send order (`kernels/permute.py`).
-4. Run the schedule: send and receive rows, compute experts, send results back, overlapped (`overlap.py`).
-5. Unpermute and weight the results; add the shared expert if there is one.
+4. Run the schedule: send and receive rows, compute experts, send results back, overlapped (`overlap.py`). A shared
+   expert computes beside the near rows, under the far ones' transfers.
+5. Unpermute and weight the results; add the shared expert's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.kernels.permute import permute, unpermute
 from ds_moe_ep.moe.balance import router_loss
-from ds_moe_ep.moe.experts import Experts
+from ds_moe_ep.moe.experts import Experts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.overlap import Route, run_experts
-from ds_moe_ep.moe.plan import announce_bad_input, make_plan
+from ds_moe_ep.moe.plan import DispatchPlan, announce_bad_input, make_plan
+from ds_moe_ep.moe.recognise import recognise
 from ds_moe_ep.moe.router import Router, Routing
+from ds_moe_ep.moe.tuner import Choice, Drift, Trial
 from ds_moe_ep.recorder import Off, Recorder
 from ds_moe_ep.schedule import Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.topology import Torus
@@ -33,15 +36,22 @@ from ds_moe_ep.topology import Torus
 
 @dataclass(frozen=True)
 class Links:
-    """What ties a layer to its group: the transport, and the schedules over the group's torus."""
+    """What ties a layer to its group: the transport, and the schedules over the group's torus.
+
+    The controls are the same pieces at depth 0.
+    """
 
     transport: Transport
     forward: Schedule
     backward: Schedule
+    control_forward: Schedule
+    control_backward: Schedule
 
     @classmethod
     def of(cls, config: MoEConfig, transport: Transport, torus: Torus) -> Links:
-        return cls(transport, forward_schedule(config, torus), backward_schedule(config, torus))
+        configs = (config, replace(config, depth=0))
+        schedules = [make(c, torus) for c in configs for make in (forward_schedule, backward_schedule)]
+        return cls(transport, *schedules)
 
 
 class ExpertParallel(nn.Module):
@@ -59,11 +69,16 @@ class ExpertParallel(nn.Module):
         self.gate = Router(hidden_size, config)
         self.experts = Experts(expert, config.num_local_experts)
         self.shared = shared
+        self._shared_form = None if shared is None else recognise(shared)
         self._links = Links.of(config, Loopback(), Torus(1, 1)) if config.ep_size == 1 else None
         self._lanes: Lanes | None = None
         self._device: torch.device | None = None
         self.recorder: Recorder = Off()
+        self.name = ""  # in the record
+        self.blocking = False  # runs the control: the same pieces, nothing hidden, the same results bit for bit
         self.last_counts_E = torch.zeros(config.num_experts, dtype=torch.int64)
+        self.choice: Choice | None = None  # of the schedule 'auto'
+        self._drift = Drift(config.retune_drift)
 
     def configure(self, config: MoEConfig) -> None:
         """Gives the layer other knobs than it was made with. Local; the number of experts and ep_size stay."""
@@ -71,8 +86,23 @@ class ExpertParallel(nn.Module):
         assert (config.num_experts, config.ep_size) == (own.num_experts, own.ep_size), "these shape parameters"
         self.config = config
         self.gate.configure(config)
+        self._drift = Drift(config.retune_drift)
+        self._relink()
+
+    def take_choice(self, choice: Choice) -> None:
+        """Runs the schedule of a choice where the configuration says 'auto'. Local; every rank takes the same one."""
+        self.choice = choice
+        self._relink()
+
+    def _relink(self) -> None:
         if self._links is not None:
-            self._links = Links.of(config, self._links.transport, self._links.forward.torus)
+            self._links = Links.of(self._resolved_config(), self._links.transport, self._links.forward.torus)
+
+    def _resolved_config(self) -> MoEConfig:
+        """The configuration with the schedule that 'auto' stands for; serial until one is chosen."""
+        if self.config.schedule != "auto":
+            return self.config
+        return replace(self.config, **(self.choice.knobs if self.choice else {"schedule": "serial"}))
 
     def connect(self, transport: Transport, torus: Torus | None = None) -> None:
         """Gives the layer its links. Local. `torus` places the group's ranks on nodes; by default all share one.
@@ -84,7 +114,7 @@ class ExpertParallel(nn.Module):
                 f"moe_ep.ep_size={self.config.ep_size}, but the layer is connected to a group of {transport.size} "
                 "ranks: pass the group of ep_size ranks that share its experts"
             )
-        self._links = Links.of(self.config, transport, torus or Torus(1, transport.size))
+        self._links = Links.of(self._resolved_config(), transport, torus or Torus(1, transport.size))
 
     def forward(self, x: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Output [..., D], the weighted balance loss [], and this rank's choices an expert [E] for input [..., D].
@@ -97,21 +127,47 @@ class ExpertParallel(nn.Module):
         x_TD = x.reshape(-1, self.hidden_size)
         routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
         y_TD = self._dispatch(x_TD, routing, links)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
         loss = router_loss(routing, self.config, links.transport.sum, links.transport.size)
         self.last_counts_E = routing.chosen_TE().sum(0).to(torch.int64)
         return y_TD.view(x.shape), loss, self.last_counts_E
 
     def _dispatch(self, x_TD: Tensor, routing: Routing, links: Links) -> Tensor:
-        plan = make_plan(routing, self.config.num_experts, links.transport, (self.hidden_size, x_TD.dtype))
+        row_type = (self.hidden_size, x_TD.dtype)
+        sees_drift = self._drift.is_beyond_bound()
+        plan = make_plan(routing, self.config.num_experts, links.transport, row_type, sees_drift)
         if self._lanes is None or self._device != x_TD.device:
             self._lanes, self._device = make_lanes(x_TD.device), x_TD.device
-        layout = lay_out(plan, links.forward.pieces, links.forward.torus, links.transport.rank)
-        route = Route(layout, links.forward, links.backward, links.transport, self._lanes, self.recorder)
         rows_ND = permute(x_TD, plan.maps)
-        results_ND = run_experts(rows_ND, self.experts, route)
-        return unpermute(results_ND, routing.weights_TK, plan.maps)
+        is_tuned = self.config.schedule == "auto" and links.transport.size > 1
+        if is_tuned and self.training and not torch.is_inference_mode_enabled():
+            links = self._tune(rows_ND, plan, links, self._lanes)
+        shared = None
+        if self.shared is not None and self._shared_form is not None:
+            shared = SharedExpert(self._shared_form, self.shared, x_TD)
+        num_shared = 0 if shared is None else len(x_TD)
+        layout = lay_out(plan, links.forward.pieces, links.forward.torus, links.transport.rank, num_shared)
+        forward, backward = (
+            (links.control_forward, links.control_backward) if self.blocking else (links.forward, links.backward)
+        )
+        recorder = self.recorder if self.training else Off()
+        route = Route(layout, forward, backward, links.transport, self._lanes, recorder, self.name)
+        results_ND, shared_TD = run_experts(rows_ND, self.experts, route, shared)
+        y_TD = unpermute(results_ND, routing.weights_TK, plan.maps)
+        if self.shared is None:
+            return y_TD
+        return y_TD + (self.shared(x_TD) if shared is None else shared_TD)
+
+    def _tune(self, rows_ND: Tensor, plan: DispatchPlan, links: Links, lanes: Lanes) -> Links:
+        """The links to use now: measured anew where there is no choice yet, or where some rank sees drift."""
+        self._drift.see(plan.num_received)
+        if self.choice is None or plan.is_drift_seen:
+            trial = Trial(
+                self.config, rows_ND.detach(), plan, self.experts, links.transport, links.forward.torus, lanes
+            )
+            self.take_choice(trial.choose())
+            self._drift.restart(plan.num_received)
+        assert self._links is not None
+        return self._links
 
     def _checked_links(self, x: Tensor, used_token: Tensor | None) -> Links:
         """The layer's links, once the input is known to be fit for it.

@@ -14,10 +14,11 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from ds_moe_ep.moe.plan import DispatchPlan
-from ds_moe_ep.schedule import Piece
+from ds_moe_ep.schedule import Offset, Piece, weight_blocks
 from ds_moe_ep.topology import Torus
 
 Span = tuple[int, int]  # start, stop
+Run = tuple[int, Span]  # local expert, stacked span
 Move = tuple[int, int, int]  # start on the wire, start where stacked, rows
 
 
@@ -29,13 +30,15 @@ class PieceRows:
     `own`: the spans, sent and received, of the rows that stay on this rank.
     `moves`: between received and stacked order; none where they are the same.
     `runs`: (local expert, stacked span) to compute.
+    `tokens`: the span of this rank's tokens that the shared expert computes beside them: those of the near rows' cut.
     """
 
     sent: tuple[tuple[int, Span], ...]
     received: tuple[tuple[int, Span], ...]
     own: tuple[tuple[Span, Span], ...]
     moves: tuple[Move, ...]
-    runs: tuple[tuple[int, Span], ...]
+    runs: tuple[Run, ...]
+    tokens: Span = (0, 0)
 
     @cached_property
     def run_moves(self) -> tuple[tuple[Move, ...], ...]:
@@ -45,9 +48,10 @@ class PieceRows:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The rows of a whole pass: one PieceRows a piece, and the span of each local expert's stacked rows."""
+    """The rows of a whole pass: one PieceRows a piece, runs of each block of weight gradients, each expert's span."""
 
     pieces: tuple[PieceRows, ...]
+    weight_runs: tuple[tuple[Run, ...], ...]
     expert_spans: tuple[Span, ...]
     num_received: int
 
@@ -57,8 +61,10 @@ class RowLayout:
         return not any(rows.moves for rows in self.pieces)
 
 
-def lay_out(plan: DispatchPlan, pieces: Sequence[Piece], torus: Torus, rank: int) -> RowLayout:
-    """The layout of a plan's rows in the pieces of a schedule. Local, no device work."""
+def lay_out(
+    plan: DispatchPlan, pieces: Sequence[Piece], torus: Torus, rank: int, num_shared_tokens: int = 0
+) -> RowLayout:
+    """The layout of a plan's rows in the pieces of a schedule, and of the shared expert's tokens. No device work."""
     recv_PL = plan.recv_rows_PL
     num_local = len(recv_PL[0])
     sent_start_P = _starts([sum(rows) for rows in plan.send_rows_PL])
@@ -83,12 +89,19 @@ def lay_out(plan: DispatchPlan, pieces: Sequence[Piece], torus: Torus, rank: int
                 place = start_LP[expert][source] + skipped
                 runs.append((expert, (place, place + num_rows)))
                 moves.append((start, place, num_rows))
-        return PieceRows(
-            tuple(sent), tuple(received), tuple(own), () if stacked_on_arrival else tuple(moves), _merge(runs)
+        tokens = _cut(0, num_shared_tokens, piece) if own else (0, 0)
+        moved = () if stacked_on_arrival else tuple(moves)
+        return PieceRows(tuple(sent), tuple(received), tuple(own), moved, _merge(runs), tokens)
+
+    def runs_from(block: Sequence[Offset]) -> tuple[Run, ...]:
+        sources = [torus.source(rank, offset) for offset in block]
+        return _merge(
+            [(e, (start_LP[e][p], start_LP[e][p] + recv_PL[p][e])) for e in range(num_local) for p in sources]
         )
 
     return RowLayout(
         tuple(rows_of(piece) for piece in pieces),
+        tuple(runs_from(block) for block in weight_blocks(torus)),
         tuple(pairwise(expert_starts)),
         plan.num_received,
     )
@@ -120,9 +133,9 @@ def _by_expert(span: Span, start: int, rows_L: Sequence[int]) -> list[tuple[int,
     return parts
 
 
-def _merge(runs: Sequence[tuple[int, Span]]) -> tuple[tuple[int, Span], ...]:
+def _merge(runs: Sequence[Run]) -> tuple[Run, ...]:
     """Runs in stacked order, adjacent ones of one expert joined: fewer and larger matrix products."""
-    merged: list[tuple[int, Span]] = []
+    merged: list[Run] = []
     for expert, (start, stop) in sorted(runs, key=lambda run: run[1]):
         if merged and merged[-1][0] == expert and merged[-1][1][1] == start:
             merged[-1] = (expert, (merged[-1][1][0], stop))

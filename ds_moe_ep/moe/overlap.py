@@ -1,8 +1,8 @@
 """Runs a schedule: rows out, experts, results back, forward and backward, in one autograd function.
 
-The interpreter reads ops in issue order. An op waits for the marks of the ops before it and leaves one behind; on CUDA
-a mark is an event and nothing blocks the host, on the CPU it is a transfer's handle. Serial is the schedule of one
-piece and depth 0: there is no second code path.
+The interpreter reads ops in issue order and hands each to its lane, with the marks that it must wait for; it leaves a
+mark behind. On CUDA a mark is an event and nothing blocks the host; on the CPU a lane's thread moves rows while the
+caller computes. Serial is the schedule of one piece and depth 0: there is no second code path.
 
 Parameters are inputs of the function and their gradients are its outputs, summed over all pieces: an engine's gradient
 hooks fire once a backward pass.
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from ds_moe_ep.comm.lanes import Lanes, Mark
 from ds_moe_ep.comm.transport import Message, Transport
-from ds_moe_ep.moe.experts import Experts
+from ds_moe_ep.moe.experts import Experts, SharedExpert
 from ds_moe_ep.moe.layout import Move, PieceRows, RowLayout
-from ds_moe_ep.recorder import Recorder
-from ds_moe_ep.schedule import Kind, Schedule
+from ds_moe_ep.recorder import NOT_RECORDED, Off, Recorder, Scope
+from ds_moe_ep.schedule import Kind, Op, Schedule
+from ds_moe_ep.timeline import Tags
 
 
 @dataclass(frozen=True)
@@ -36,70 +38,107 @@ class Route:
     transport: Transport
     lanes: Lanes
     recorder: Recorder
+    layer: str = ""  # its name, for the record
 
 
-def run_experts(rows_ND: Tensor, experts: Experts, route: Route) -> Tensor:
-    """The experts' outputs [N, D] for rows in send order, in the same order. Collective; differentiable.
+def run_experts(
+    rows_ND: Tensor, experts: Experts, route: Route, shared: SharedExpert | None = None
+) -> tuple[Tensor, Tensor]:
+    """The experts' outputs [N, D] for rows in send order, in the same order, and the shared expert's [T, D].
 
-    No host sync. Collective again in the backward pass, in the order in which autograd visits the layers; the
-    gradient of the results is used up there, so whoever consumes the results must give it away.
+    Collective; differentiable. No host sync. Collective again in the backward pass, in the order in which autograd
+    visits the layers; the gradient of the results is used up there, so whoever consumes the results must give it away.
+    Without a shared expert the second tensor is empty.
     """
     may_differentiate = torch.is_grad_enabled()
-    results_ND: Tensor = _RunExperts.apply(rows_ND, experts, route, may_differentiate, *experts.expert_parameters())  # type: ignore[no-untyped-call]
-    return results_ND
+    x_TD = rows_ND.new_empty(0, rows_ND.shape[1]) if shared is None else shared.x_TD
+    parameters = experts.expert_parameters() + ([] if shared is None else list(shared.module.parameters()))
+    outputs: tuple[Tensor, Tensor] = _RunExperts.apply(
+        rows_ND, x_TD, experts, shared, route, may_differentiate, *parameters
+    )  # type: ignore[no-untyped-call]
+    return outputs
 
 
 class _RunExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, experts: Experts, route: Route, may_differentiate: bool, *parameters: Tensor
-    ) -> Tensor:
+        ctx: Any,
+        rows_ND: Tensor,
+        x_TD: Tensor,
+        experts: Experts,
+        shared: SharedExpert | None,
+        route: Route,
+        may_differentiate: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         expert_pass = experts.start(route.layout.expert_spans, may_differentiate)
-        buffers = Buffers.of(rows_ND.contiguous(), route)
+        shared_pass = None if shared is None else shared.start()
+        buffers, shared_TD = Buffers.of(rows_ND.contiguous(), route), torch.empty_like(x_TD)
 
         def compute(rows: PieceRows) -> None:
             for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
                 here = slice(start, stop)
                 with buffers.outputs_of(here, moves) as out_nD:
                     expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
+            if shared_pass is not None:
+                here = slice(*rows.tokens)
+                shared_pass.compute(0, here, x_TD[here], shared_TD[here])
 
-        run(route.forward, route, buffers, compute)
-        ctx.route, ctx.expert_pass = route, expert_pass
-        ctx.save_for_backward(buffers.inputs_RD, *expert_pass.saved, *parameters)
-        ctx.num_saved = len(expert_pass.saved)
-        expert_pass.saved = []
-        return buffers.results_ND
+        run(route.forward, route, buffers, Steps("forward", compute))
+        ctx.route, ctx.passes = route, [p for p in (expert_pass, shared_pass) if p is not None]
+        ctx.num_saved = [len(each.saved) for each in ctx.passes]
+        ctx.save_for_backward(buffers.inputs_RD, x_TD, *(t for each in ctx.passes for t in each.saved), *parameters)
+        for each in ctx.passes:
+            each.saved = []
+        return buffers.results_ND, shared_TD
 
     @staticmethod
-    def backward(ctx: Any, d_results_ND: Tensor) -> tuple[Tensor | None, ...]:
-        route, expert_pass = ctx.route, ctx.expert_pass
-        (inputs_RD, *expert_pass.saved), expert_pass.may_overwrite = _take_saved(ctx, 1 + ctx.num_saved)
+    def backward(ctx: Any, d_results_ND: Tensor, d_shared_TD: Tensor) -> tuple[Tensor | None, ...]:
+        route, (expert_pass, *shared_passes) = ctx.route, ctx.passes
+        inputs_RD, x_TD = _take_saved(ctx)
         buffers = Buffers.of(d_results_ND.contiguous(), route, returns_in_place=True)
+        d_shared_TD, dx_TD = d_shared_TD.contiguous(), torch.empty_like(x_TD)
         grads: list[Tensor | None] = []
+        shared_grads: list[Tensor | None] = []
 
         def compute(rows: PieceRows) -> None:
             for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
                 here = slice(start, stop)
                 with buffers.outputs_of(here, moves) as out_nD:
                     expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)
+            for shared_pass in shared_passes:
+                here = slice(*rows.tokens)
+                shared_pass.input_grads(0, here, d_shared_TD[here], dx_TD[here])
 
-        def weights() -> None:
-            for expert, (start, stop) in enumerate(route.layout.expert_spans):
-                grads.extend(expert_pass.weight_grads(expert, inputs_RD[start:stop], buffers.inputs_RD[start:stop]))
+        def weights(block: int) -> None:
+            is_last = block == len(route.layout.weight_runs) - 1
+            for expert in range(len(route.layout.expert_spans)):
+                for here in (slice(*span) for owner, span in route.layout.weight_runs[block] if owner == expert):
+                    expert_pass.add_weight_grads(expert, here, inputs_RD[here], buffers.inputs_RD[here])
+                if is_last:
+                    grads.extend(expert_pass.weight_grads(expert))
+            for shared_pass in shared_passes if block == 0 else ():  # the near rows' block
+                shared_pass.add_weight_grads(0, slice(0, len(x_TD)), x_TD, d_shared_TD)
+                shared_grads.extend(shared_pass.weight_grads(0))
 
-        run(route.backward, route, buffers, compute, weights)
-        expert_pass.saved = []
-        return buffers.results_ND, None, None, None, *grads
+        run(route.backward, route, buffers, Steps("backward", compute, weights))
+        for each in ctx.passes:
+            each.saved = []
+        return buffers.results_ND, dx_TD, None, None, None, None, *grads, *shared_grads
 
 
-def _take_saved(ctx: Any, num_tensors: int) -> tuple[list[Tensor], bool]:
-    """The first saved tensors, and whether they are ours alone now: yes, unless the caller retains the graph."""
-    tensors = list(ctx.saved_tensors[:num_tensors])
-    is_retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if is_retained():
-        return tensors, False
-    ctx.maybe_clear_saved_tensors()
-    return tensors, True
+def _take_saved(ctx: Any) -> tuple[Tensor, Tensor]:
+    """The experts' inputs and the tokens; gives the passes what they saved.
+
+    The passes may use their tensors up where nobody else will read them: unless the caller retains the graph.
+    """
+    inputs_RD, x_TD, *rest = ctx.saved_tensors
+    is_retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+    for each, num_saved in zip(ctx.passes, ctx.num_saved, strict=True):
+        each.saved, rest, each.may_overwrite = rest[:num_saved], rest[num_saved:], not is_retained
+    if not is_retained:
+        ctx.maybe_clear_saved_tensors()
+    return inputs_RD, x_TD
 
 
 @dataclass(frozen=True)
@@ -148,38 +187,57 @@ class Buffers:
         return self.sent_ND, self.wire_in_RD, self.inputs_RD, self.outputs_RD, self.wire_out_RD, self.results_ND
 
 
-def run(
-    schedule: Schedule,
-    route: Route,
-    buffers: Buffers,
-    compute: Callable[[PieceRows], None],
-    weights: Callable[[], None] | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Steps:
+    """What a pass computes: a piece's rows, and a block of weight gradients."""
+
+    phase: str
+    compute: Callable[[PieceRows], None]
+    weights: Callable[[int], None] | None = None
+
+
+def run(schedule: Schedule, route: Route, buffers: Buffers, steps: Steps) -> None:
     """Issues every op of the schedule and returns once the caller's lane is behind all of them."""
     lanes, touched = route.lanes, buffers.everything()
-    entry = lanes.mark("compute")
+    if schedule.depth == 0:
+        lanes = lanes.blocking()
+    entry = lanes.entry()
     marks: list[Mark] = []
-    for op in schedule.ops:
-        rows = route.layout.pieces[op.piece] if op.piece >= 0 else None
-        after = [marks[index] for index in op.after] or [entry]
-        name = f"{op.kind.value} {op.piece}" if op.piece >= 0 else op.kind.value
-        with lanes.on(op.kind.lane, after, touched), route.recorder.scope(op.kind.lane, name) as record:
-            work: Mark | None = None
-            if op.kind is Kind.WEIGHTS:
-                assert weights is not None, "this pass has no weight gradients"
-                weights()
-            elif rows is None:
-                raise AssertionError(f"{op} names no piece")
-            elif op.kind is Kind.DISPATCH:
-                work = record.follow(_dispatch(rows, route.transport, buffers))
-            elif op.kind is Kind.COMBINE:
-                work = record.follow(_combine(rows, route.transport, buffers))
-            else:
-                _move(rows.moves, buffers.wire_in_RD, buffers.inputs_RD)
-                compute(rows)
-        marks.append(lanes.mark(op.kind.lane, work))
-    with lanes.on("compute", marks, touched):
-        pass
+    try:
+        for op in schedule.ops:
+            after = [marks[index] for index in op.after] or [entry]
+            scope = _scope(op, schedule, route, steps.phase)
+            marks.append(lanes.issue(op.kind.lane, after, touched, _work(op, route, buffers, steps), scope))
+        lanes.leave(marks, touched)
+    except BaseException:
+        lanes.abandon()
+        raise
+
+
+def _work(op: Op, route: Route, buffers: Buffers, steps: Steps) -> Callable[[], Mark | None]:
+    """What an op does, to be called on its lane."""
+    if op.kind is Kind.WEIGHTS:
+        assert steps.weights is not None, "this pass has no weight gradients"
+        return partial(steps.weights, op.piece)
+    rows = route.layout.pieces[op.piece]
+    if op.kind is Kind.DISPATCH:
+        return partial(_dispatch, rows, route.transport, buffers)
+    if op.kind is Kind.COMBINE:
+        return partial(_combine, rows, route.transport, buffers)
+
+    def compute() -> None:
+        _move(rows.moves, buffers.wire_in_RD, buffers.inputs_RD)
+        steps.compute(rows)
+
+    return compute
+
+
+def _scope(op: Op, schedule: Schedule, route: Route, phase: str) -> Scope:
+    """What records the op; free where nothing does."""
+    if isinstance(route.recorder, Off):
+        return NOT_RECORDED
+    peers = "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece]
+    return route.recorder.scope(op.kind.lane, str(op), Tags(route.layer, phase, peers))
 
 
 def _dispatch(rows: PieceRows, transport: Transport, buffers: Buffers) -> Mark:

@@ -2,8 +2,9 @@
 
 `RecordingDevice` stands in for `torch.cuda` under the real CudaLanes. Every stream carries a vector clock, every event
 hands one on. Every torch op is logged as reads and writes of bytes at its stream's clock; two accesses of the same
-bytes, one of them a write, must be ordered by events. A storage that a stream uses without having allocated it must
-have been given to that stream by record_stream, or the allocator could hand its memory out again too early.
+bytes, one of them a write, must be ordered by events, and what is read must have been written. A storage that a stream
+uses without having allocated it must have been given to that stream by record_stream, or the allocator could hand its
+memory out again too early. The host may wait outside of a schedule alone, and for the whole device never.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_moe_ep.comm.transport import Message
+from ds_moe_ep.timeline import union, without
 
 Clock = dict[str, int]
+
+HOST_WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
+HOST_METHODS = ("tolist", "cpu", "numpy")  # of a tensor; on the CPU they dispatch no op
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
+UNWRITTEN = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
 
 
 @dataclass
@@ -26,6 +33,7 @@ class Stream:
     """A stream and what it has seen of every stream, itself included."""
 
     name: str
+    device: RecordingDevice
     clock: Clock = field(default_factory=dict)
 
     def tick(self) -> Clock:
@@ -39,16 +47,38 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         self.see(event.clock)
 
+    def synchronize(self) -> None:
+        self.device.host_waits(f"synchronize of stream {self.name}")
+
     def __hash__(self) -> int:
         return hash(self.name)
 
 
 class Event:
-    def __init__(self) -> None:
+    def __init__(self, device: RecordingDevice) -> None:
+        self.device = device
         self.clock: Clock = {}
 
-    def record(self, stream: Stream) -> None:
-        self.clock = stream.tick()
+    def record(self, stream: Stream | None = None) -> None:
+        self.clock = (stream or self.device.current_stream()).tick()
+
+    def synchronize(self) -> None:
+        self.device.host_waits("synchronize of an event")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of a stream, and what the stream had seen by then."""
+
+    stream: str
+    clock: Clock
+
+    def is_beside(self, other: Moment) -> bool:
+        """Whether neither is ordered behind the other."""
+        return not self._has_seen(other) and not other._has_seen(self)
+
+    def _has_seen(self, other: Moment) -> bool:
+        return self.clock.get(other.stream, 0) >= other.clock[other.stream]
 
 
 @dataclass(frozen=True)
@@ -69,13 +99,16 @@ class Access:
 class RecordingDevice(TorchDispatchMode):
     """What `torch.cuda` offers to CudaLanes, and the log of every op under it. `faults` are what it found."""
 
-    Event = Event
-
     def __init__(self) -> None:
         super().__init__()
         self.faults: list[str] = []
-        self._streams = [Stream("compute")]
+        self.products: list[Moment] = []
+        self.transfers: list[Moment] = []
+        self.num_waits = 0  # for transfers
+        self._is_in_schedule = False
+        self._streams = [Stream("compute", self)]
         self._num_streams = 0
+        self._written: dict[int, list[tuple[float, float]]] = {}  # of storages that were born unwritten
         self._accesses: dict[int, list[Access]] = {}
         self._home: dict[int, str] = {}
         self._shared: set[tuple[int, str]] = set()
@@ -83,7 +116,13 @@ class RecordingDevice(TorchDispatchMode):
 
     def Stream(self, device: object = None) -> Stream:
         self._num_streams += 1
-        return Stream(f"lane {self._num_streams}")
+        return Stream(f"lane {self._num_streams}", self)
+
+    def Event(self) -> Event:
+        return Event(self)
+
+    def synchronize(self, device: object = None) -> None:
+        self.faults.append("synchronize of the whole device")
 
     def current_stream(self) -> Stream:
         return self._streams[-1]
@@ -94,26 +133,47 @@ class RecordingDevice(TorchDispatchMode):
         yield
         self._streams.pop()
 
+    @contextmanager
+    def schedule(self) -> Iterator[None]:
+        """Inside, the host may not wait."""
+        self._is_in_schedule = True
+        yield
+        self._is_in_schedule = False
+
+    def host_waits(self, what: str) -> None:
+        if self._is_in_schedule:
+            self.faults.append(f"{what} makes the host wait inside the schedule")
+
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
         self._shared.add((tensor.untyped_storage()._cdata, stream.name))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        clock = self.current_stream().tick()
+        name, clock = func.name().split(".")[0], self.current_stream().tick()
+        if name in PRODUCTS:
+            self.products.append(Moment(self.current_stream().name, clock))
+        if name in HOST_WAITS:
+            self.host_waits(name)
+        is_view = name == "aten::_unsafe_view" or any(_is_alias(result) for result in func._schema.returns)
         before = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        for argument, value in _with_arguments(func, args, kwargs):
+        for argument, value in [] if is_view or name in UNWRITTEN else _with_arguments(func, args, kwargs):
             is_write = argument.alias_info is not None and argument.alias_info.is_write
             for tensor in _tensors(value):
-                self._access(func.name(), tensor, is_write, clock)
+                self._access(name, tensor, is_write, clock)
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
-            if tensor.untyped_storage()._cdata not in before:
-                self._home[tensor.untyped_storage()._cdata] = self.current_stream().name
-                self._access(func.name(), tensor, True, clock)
+            storage = tensor.untyped_storage()._cdata
+            if storage not in before:
+                self._home[storage] = self.current_stream().name
+                self._alive.append(tensor.untyped_storage())
+                if name in UNWRITTEN:
+                    self._written[storage] = []
+                else:
+                    self._access(name, tensor, True, clock)
         return result
 
     def _access(self, op: str, tensor: Tensor, is_write: bool, clock: Clock) -> None:
-        if tensor.numel() == 0 or op.startswith(VIEWS):
+        if tensor.numel() == 0:
             return
         storage, here = tensor.untyped_storage()._cdata, self.current_stream().name
         self._alive.append(tensor.untyped_storage())
@@ -122,6 +182,10 @@ class RecordingDevice(TorchDispatchMode):
         home = self._home.setdefault(storage, "compute")
         if here != home and not here.startswith("wire") and (storage, here) not in self._shared:
             self.faults.append(f"{op} on {here}: memory of {home} without record_stream")
+        if is_write and storage in self._written:
+            self._written[storage] = union([*self._written[storage], (start, stop)])
+        elif storage in self._written and without([(start, stop)], self._written[storage]):
+            self.faults.append(f"{op} on {here} reads what nothing has written")
         log = self._accesses.setdefault(storage, [])
         for other in log:
             overlaps = other.start < stop and start < other.stop and (is_write or other.is_write)
@@ -130,12 +194,8 @@ class RecordingDevice(TorchDispatchMode):
         log.append(Access(op, here, clock[here], start, stop, is_write))
 
 
-VIEWS = tuple(
-    f"aten::{name}"
-    for name in (
-        "view slice t detach alias select _unsafe_view unsqueeze transpose expand as_strided empty new_empty"
-    ).split()
-)
+def _is_alias(result: Any) -> bool:
+    return result.alias_info is not None and not result.alias_info.is_write
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -162,8 +222,13 @@ class RecordingWork:
 
     def __init__(self, device: RecordingDevice, wire: Stream) -> None:
         self._device, self._clock = device, dict(wire.clock)
+        self._is_waited_for = False
 
     def wait(self) -> None:
+        if self._is_waited_for:
+            self._device.faults.append("a transfer is waited for twice")
+        self._is_waited_for = True
+        self._device.num_waits += 1
         self._device.current_stream().see(self._clock)
 
 
@@ -175,7 +240,7 @@ class RecordingTransport:
     def __init__(self, device: RecordingDevice, size: int) -> None:
         self.size = size
         self._device = device
-        self._wires = {lane: Stream(f"wire {lane}") for lane in ("dispatch", "combine")}
+        self._wires = {lane: Stream(f"wire {lane}", device) for lane in ("dispatch", "combine")}
 
     def exchange_counts(self, counts_PC: Tensor) -> Tensor:
         return counts_PC.clone()
@@ -186,6 +251,7 @@ class RecordingTransport:
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> RecordingWork:
         wire = self._wires[lane]
         wire.see(self._device.current_stream().tick())
+        self._device.transfers.append(Moment(wire.name, wire.tick()))
         with self._device.stream(wire):
             for message in sends:
                 message.rows.sum()

@@ -2,60 +2,105 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ds_moe_ep.comm import lanes
-from ds_moe_ep.comm.lanes import CudaLanes
+from ds_moe_ep.comm.lanes import CudaLanes, Mark
+from ds_moe_ep.comm.transport import Message
 from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.moe import overlap
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 from ds_moe_ep.moe.layer import ExpertParallel, Links
-from ds_moe_ep.schedule import Kind, Schedule
+from ds_moe_ep.schedule import Kind, Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.topology import Torus
-from tests.comm.recording_device import RecordingDevice, RecordingTransport
+from tests.comm.recording_device import HOST_METHODS, RecordingDevice, RecordingTransport, RecordingWork
+
+TORUS = Torus(2, 2)
+Change = Callable[[Schedule], Schedule]
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDevice]:
     recording = RecordingDevice()
+
+    def run(*args: Any) -> None:
+        with recording.schedule():
+            real_run(*args)
+
+    def watched(method: str) -> Callable[[Tensor], Any]:
+        real = getattr(Tensor, method)
+
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            recording.host_waits(method)
+            return real(tensor, *args, **kwargs)
+
+        return call
+
+    real_run = overlap.run
+    monkeypatch.setattr(overlap, "run", run)
     monkeypatch.setattr(lanes, "torch", SimpleNamespace(cuda=recording))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recording.record_stream(tensor, stream))
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: recording.record_stream(tensor, stream))
+    for method in HOST_METHODS:
+        monkeypatch.setattr(Tensor, method, watched(method))
     yield recording
     monkeypatch.undo()
 
 
 def run_layer(
     device: RecordingDevice,
-    change: Callable[[Schedule], Schedule] = lambda schedule: schedule,
+    change: Change = lambda schedule: schedule,
     experts: int = 8,
-    template: type = GeluMLP,
+    template: type[nn.Module] = GeluMLP,
+    has_shared: bool = False,
+    make_lanes: type[CudaLanes] = CudaLanes,
+    make_transport: type[RecordingTransport] = RecordingTransport,
     **knobs: object,
 ) -> list[str]:
     """The faults of one forward and backward pass on CudaLanes."""
+    torch.manual_seed(0)
     config = MoEConfig(num_experts=experts, ep_size=4, top_k=2, **{"schedule": "peers", **knobs})
-    layer = ExpertParallel(8, template(8, 16), config)
-    layer.connect(RecordingTransport(device, 4), Torus(2, 2))
+    layer = ExpertParallel(8, template(8, 16), config, template(8, 16) if has_shared else None)
+    layer.connect(make_transport(device, 4), TORUS)
     assert layer._links is not None
-    layer._links = Links(layer._links.transport, change(layer._links.forward), change(layer._links.backward))
-    layer._lanes, layer._device = CudaLanes(torch.device("cpu")), torch.device("cpu")
+    links: Links = layer._links
+    layer._links = dataclasses.replace(links, forward=change(links.forward), backward=change(links.backward))
+    layer._lanes, layer._device = make_lanes(torch.device("cpu")), torch.device("cpu")
     x_TD = torch.randn(40, 8, requires_grad=True)
     with device:
         y_TD, loss, _ = layer(x_TD)
         (y_TD.sum() + loss).backward()
+    if device.num_waits != len(device.transfers):
+        device.faults.append("a transfer is not waited for")
     return device.faults
+
+
+def has(faults: Sequence[str], what: str) -> bool:
+    return any(what in fault for fault in faults)
 
 
 @pytest.mark.parametrize("schedule", ["serial", "chunks", "peers"])
 @pytest.mark.parametrize("experts", [4, 8])
 @pytest.mark.parametrize("template", [GeluMLP, SwiGLU])
 def test_every_edge_between_lanes_is_an_event(
-    device: RecordingDevice, schedule: str, experts: int, template: type
+    device: RecordingDevice, schedule: str, experts: int, template: type[nn.Module]
 ) -> None:
     assert run_layer(device, schedule=schedule, experts=experts, template=template) == []
+
+
+@pytest.mark.parametrize("schedule", ["serial", "chunks", "peers"])
+@pytest.mark.parametrize("template", [GeluMLP, SwiGLU])
+def test_a_shared_expert_needs_no_further_edge(
+    device: RecordingDevice, schedule: str, template: type[nn.Module]
+) -> None:
+    assert run_layer(device, schedule=schedule, template=template, has_shared=True, depth=1) == []
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -63,39 +108,220 @@ def test_edges_hold_at_every_depth_with_row_cuts(device: RecordingDevice, depth:
     assert run_layer(device, depth=depth, row_cuts=2) == []
 
 
-def without_waits_of(kind: Kind) -> Callable[[Schedule], Schedule]:
-    """Drops what the ops of one kind wait for, past the entry."""
+@pytest.mark.parametrize("schedule", ["chunks", "peers"])
+@pytest.mark.parametrize("experts", [4, 8])
+def test_no_edge_is_one_too_many(device: RecordingDevice, schedule: str, experts: int) -> None:
+    """Products run beside every transfer but a pass's first dispatch and the last combine of the forward pass."""
+    run_layer(device, schedule=schedule, experts=experts, depth=1)
+    bare = [
+        index
+        for index, transfer in enumerate(device.transfers)
+        if not any(transfer.is_beside(product) for product in device.products)
+    ]
+    half = len(device.transfers) // 2
+    assert bare == [0, half - 1, half]
+    assert [device.transfers[index].stream for index in bare] == ["wire dispatch", "wire combine", "wire dispatch"]
+
+
+def test_nothing_runs_beside_a_transfer_at_depth_zero(device: RecordingDevice) -> None:
+    run_layer(device, depth=0)
+    assert len(device.transfers) == 12
+    assert not any(transfer.is_beside(product) for transfer in device.transfers for product in device.products)
+
+
+def without_waits_of(*names: str, in_pass: str = "both") -> Change:
+    """Drops what ops wait for, past the entry."""
 
     def change(schedule: Schedule) -> Schedule:
-        ops = tuple(dataclasses.replace(op, after=()) if op.kind is kind else op for op in schedule.ops)
-        return dataclasses.replace(schedule, ops=ops)
+        is_backward = any(op.kind is Kind.WEIGHTS for op in schedule.ops)
+        if in_pass not in ("both", "backward" if is_backward else "forward"):
+            return schedule
+        ops = [dataclasses.replace(op, after=()) if str(op) in names else op for op in schedule.ops]
+        assert tuple(ops) != schedule.ops
+        return dataclasses.replace(schedule, ops=tuple(ops))
 
     return change
 
 
-@pytest.mark.parametrize("kind", [Kind.COMPUTE, Kind.COMBINE])
-def test_a_dropped_edge_is_caught(device: RecordingDevice, kind: Kind) -> None:
-    assert any("is not ordered behind" in fault for fault in run_layer(device, without_waits_of(kind)))
+EDGES = [
+    (phase, str(op))
+    for phase, make in (("forward", forward_schedule), ("backward", backward_schedule))
+    for op in make(MoEConfig(schedule="peers"), TORUS).ops
+    if op.after and op.kind is not Kind.WEIGHTS
+]
 
 
-def test_swapped_ops_are_caught(device: RecordingDevice) -> None:
+@pytest.mark.parametrize("experts", [4, 8])
+@pytest.mark.parametrize(("phase", "name"), EDGES)
+def test_each_dropped_edge_is_caught(device: RecordingDevice, phase: str, name: str, experts: int) -> None:
+    faults = run_layer(device, without_waits_of(name, in_pass=phase), experts=experts)
+    assert has(faults, "is not ordered behind")
+
+
+def test_edges_of_weight_gradients_repeat_the_order_of_their_lane(device: RecordingDevice) -> None:
     def change(schedule: Schedule) -> Schedule:
-        ops = list(schedule.ops)
-        compute = next(i for i, op in enumerate(ops) if op.kind is Kind.COMPUTE and op.piece == 1)
-        ops[compute], ops[compute + 1] = (
-            dataclasses.replace(ops[compute + 1], after=()),
-            dataclasses.replace(ops[compute], after=(compute,)),
-        )
+        ops = [dataclasses.replace(op, after=()) if op.kind is Kind.WEIGHTS else op for op in schedule.ops]
         return dataclasses.replace(schedule, ops=tuple(ops))
 
-    assert any("is not ordered behind" in fault for fault in run_layer(device, change))
+    assert run_layer(device, change) == []
 
 
-def test_a_missing_entry_event_is_caught(device: RecordingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes._EventMark, "wait", lambda mark: None)
-    assert any("is not ordered behind" in fault for fault in run_layer(device))
+def swapped(first: str, second: str) -> Change:
+    """Issues two ops in each other's place, the first one with no wait; where a pass has both."""
+
+    def change(schedule: Schedule) -> Schedule:
+        names = [str(op) for op in schedule.ops]
+        if not {first, second} <= {*names}:
+            return schedule
+        here, there = names.index(first), names.index(second)
+        ops = list(schedule.ops)
+        ops[here] = dataclasses.replace(ops[there], after=())
+        ops[there] = dataclasses.replace(schedule.ops[here], after=())
+        return dataclasses.replace(schedule, ops=tuple(ops))
+
+    return change
 
 
-def test_a_missing_record_stream_is_caught(device: RecordingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    assert any("without record_stream" in fault for fault in run_layer(device))
+@pytest.mark.parametrize(
+    ("first", "second", "fault"),
+    [
+        ("dispatch 1", "compute 1", "is not ordered behind"),
+        ("compute 1", "combine 1", "is not ordered behind"),
+        ("compute 2", "weights 0", "on compute reads what nothing has written"),
+    ],
+)
+def test_swapped_ops_are_caught(device: RecordingDevice, first: str, second: str, fault: str) -> None:
+    assert has(run_layer(device, swapped(first, second)), fault)
+
+
+class NeverWaitedFor:
+    def wait(self) -> None:
+        return None
+
+
+class NoEntry(CudaLanes):
+    def entry(self) -> Mark:
+        return NeverWaitedFor()
+
+
+class NoLeave(CudaLanes):
+    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
+        return None
+
+
+class LeavesEarly(CudaLanes):
+    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
+        super().leave(marks[:-1], touches)
+
+
+@pytest.mark.parametrize("make_lanes", [NoEntry, NoLeave, LeavesEarly])
+@pytest.mark.parametrize("schedule", ["serial", "peers"])
+def test_a_missing_entry_or_leave_is_caught(
+    device: RecordingDevice, make_lanes: type[CudaLanes], schedule: str
+) -> None:
+    assert has(run_layer(device, make_lanes=make_lanes, schedule=schedule), "is not ordered behind")
+
+
+def test_a_communicator_that_is_not_waited_for_is_caught(
+    device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "_finish", lambda work: work())
+    faults = run_layer(device)
+    assert has(faults, "is not ordered behind") and has(faults, "a transfer is not waited for")
+
+
+@pytest.mark.parametrize("lane", ["lane 1", "lane 2"])
+def test_a_missing_record_stream_is_caught_on_each_lane(
+    device: RecordingDevice, monkeypatch: pytest.MonkeyPatch, lane: str
+) -> None:
+    def record(tensor: Tensor, stream: Any) -> None:
+        if stream.name != lane:
+            device.record_stream(tensor, stream)
+
+    monkeypatch.setattr(Tensor, "record_stream", record)
+    assert has(run_layer(device), f"on {lane}: memory of compute without record_stream")
+
+
+@pytest.mark.parametrize("experts", [4, 8])
+@pytest.mark.parametrize("forgotten", ["sent_ND", "wire_in_RD", "wire_out_RD", "results_ND"])
+def test_a_missing_record_stream_is_caught_for_each_tensor_that_crosses(
+    device: RecordingDevice, monkeypatch: pytest.MonkeyPatch, forgotten: str, experts: int
+) -> None:
+    everything = overlap.Buffers.everything
+
+    def without_one(buffers: overlap.Buffers) -> tuple[Tensor, ...]:
+        gone = getattr(buffers, forgotten).untyped_storage()._cdata
+        return tuple(tensor for tensor in everything(buffers) if tensor.untyped_storage()._cdata != gone)
+
+    monkeypatch.setattr(overlap.Buffers, "everything", without_one)
+    assert has(run_layer(device, experts=experts), "memory of compute without record_stream")
+
+
+class SynchronizesTheDevice(CudaLanes):
+    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
+        super().leave(marks, touches)
+        lanes.torch.cuda.synchronize()
+
+
+class SynchronizesAStream(CudaLanes):
+    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
+        self._own["combine"].synchronize()
+        super().leave(marks, touches)
+
+
+class SynchronizesEvents(CudaLanes):
+    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
+        super().leave(marks, touches)
+        for mark in marks:
+            mark.event.synchronize()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("make_lanes", "fault"),
+    [
+        (SynchronizesTheDevice, "synchronize of the whole device"),
+        (SynchronizesAStream, "synchronize of stream lane 2 makes the host wait"),
+        (SynchronizesEvents, "synchronize of an event makes the host wait"),
+    ],
+)
+def test_a_synchronize_is_caught(device: RecordingDevice, make_lanes: type[CudaLanes], fault: str) -> None:
+    assert has(run_layer(device, make_lanes=make_lanes), fault)
+
+
+@pytest.mark.parametrize(
+    ("ask", "fault"),
+    [
+        (Tensor.item, "aten::_local_scalar_dense"),
+        (Tensor.__bool__, "aten::_local_scalar_dense"),
+        (Tensor.nonzero, "aten::nonzero"),
+        (lambda tensor: tensor.tolist(), "tolist"),
+        (lambda tensor: tensor.cpu(), "cpu"),
+        (lambda tensor: tensor.detach().numpy(), "numpy"),
+    ],
+)
+def test_a_question_to_the_device_inside_the_schedule_is_caught(
+    device: RecordingDevice, ask: Callable[[Tensor], Any], fault: str
+) -> None:
+    class Asks(RecordingTransport):
+        def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> RecordingWork:
+            ask(torch.zeros(1))
+            return super().start(lane, sends, receives)
+
+    assert has(run_layer(device, make_transport=Asks), f"{fault} makes the host wait inside the schedule")
+
+
+def test_a_transfer_that_is_waited_for_twice_is_caught(device: RecordingDevice) -> None:
+    class Twice(RecordingTransport):
+        def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> RecordingWork:
+            work = super().start(lane, sends, receives)
+            work.wait()
+            return work
+
+    assert has(run_layer(device, make_transport=Twice), "waited for twice")
+
+
+def test_a_copy_has_streams_of_its_own_and_blocking_needs_no_other_lanes(device: RecordingDevice) -> None:
+    original = CudaLanes(torch.device("cpu"))
+    copied = copy.deepcopy(original)
+    assert {*map(id, copied._own.values())}.isdisjoint(map(id, original._own.values()))
+    assert original.blocking() is original

@@ -1,11 +1,37 @@
+import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from command import launcher, without_options
+from command import TRACE_EVERY, launcher, read_settings, without_options
+
+
+@pytest.mark.parametrize(
+    ("meter_every", "trace", "steps", "expected"),
+    [
+        (None, None, 80, 0),
+        (7, None, 80, 7),
+        (None, "out.json", 80, TRACE_EVERY),
+        (0, "out.json", 80, TRACE_EVERY),
+        (7, "out.json", 80, 7),
+        (50, "out.json", 12, 12),
+        (None, "out.json", 2, 2),
+    ],
+)
+def test_a_trace_turns_the_meter_on_and_lets_it_measure_before_the_end(
+    meter_every: int | None, trace: str | None, steps: int, expected: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    section = {"num_experts": 4, "model": "small"} | ({} if meter_every is None else {"meter_every": meter_every})
+    path.write_text(json.dumps({"train_batch_size": 4, "moe_ep": section}))
+    ds_config, read = read_settings(Namespace(deepspeed_config=str(path), trace=trace, steps=steps))
+    assert ds_config["moe_ep"].get("meter_every", 0) == expected
+    assert read.model is not None and ds_config["train_batch_size"] == 4
+    assert {**ds_config["moe_ep"], "meter_every": 0} == {**section, "meter_every": 0}
 
 
 def test_a_resumed_run_keeps_every_setting_but_those_that_it_sets_anew() -> None:

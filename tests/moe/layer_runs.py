@@ -105,5 +105,5 @@ def _grad(tensor: Tensor) -> Tensor:
 
 
 def config(**knobs: object) -> MoEConfig:
-    """A configuration for small cases: 8 experts unless said otherwise."""
-    return MoEConfig(**({"num_experts": 8, "min_capacity": 2} | knobs))
+    """A configuration for small cases: 8 experts and groups of peers unless said otherwise."""
+    return MoEConfig(**({"num_experts": 8, "min_capacity": 2, "schedule": "peers"} | knobs))

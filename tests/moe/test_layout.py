@@ -10,7 +10,7 @@ from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.kernels.permute import RowMaps
 from ds_moe_ep.moe.layout import RowLayout, lay_out
 from ds_moe_ep.moe.plan import DispatchPlan
-from ds_moe_ep.schedule import forward_schedule
+from ds_moe_ep.schedule import forward_schedule, weight_blocks
 from ds_moe_ep.topology import Torus
 
 NO_MAPS = RowMaps(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64))
@@ -27,16 +27,10 @@ NO_MAPS = RowMaps(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, dtype=tor
 def test_every_row_reaches_its_expert_in_source_order_and_is_computed_once(
     torus: Torus, num_local: int, schedule: str, cuts: int, data: st.DataObject
 ) -> None:
-    size, counts = torus.size, st.integers(0, 5)
-    rows = [
-        [tuple(data.draw(counts) for _ in range(num_local)) for _ in range(size)] for _ in range(size)
-    ]  # rows[source][destination][local expert]
-    plans = [
-        DispatchPlan(NO_MAPS, tuple(rows[rank]), tuple(rows[source][rank] for source in range(size)))
-        for rank in range(size)
-    ]
+    size = torus.size
+    rows = draw_rows(data, size, num_local)
     pieces = forward_schedule(MoEConfig(schedule=schedule, row_cuts=cuts, chunks=cuts), torus).pieces
-    layouts = [lay_out(plan, pieces, torus, rank) for rank, plan in enumerate(plans)]
+    layouts = [lay_out(plan, pieces, torus, rank) for rank, plan in enumerate(plans_of(rows))]
     sent = [[(rank, d, e, i) for d in range(size) for e in range(num_local) for i in range(rows[rank][d][e])]
             for rank in range(size)]  # fmt: skip
     for rank in range(size):
@@ -54,6 +48,61 @@ def test_every_row_reaches_its_expert_in_source_order_and_is_computed_once(
         ]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    torus=st.builds(Torus, st.integers(1, 6), st.integers(1, 2)),
+    num_local=st.integers(1, 3),
+    schedule=st.sampled_from(["serial", "chunks", "peers"]),
+    data=st.data(),
+)
+def test_weight_runs_are_each_blocks_rows_by_expert_in_every_schedule(
+    torus: Torus, num_local: int, schedule: str, data: st.DataObject
+) -> None:
+    rows = draw_rows(data, torus.size, num_local)
+    pieces = forward_schedule(MoEConfig(schedule=schedule), torus).pieces
+    for rank, plan in enumerate(plans_of(rows)):
+        layout = lay_out(plan, pieces, torus, rank)
+        stacked = [
+            (e, source) for e in range(num_local) for source in range(torus.size) for _ in range(rows[source][rank][e])
+        ]
+        for block, runs in zip(weight_blocks(torus), layout.weight_runs, strict=True):
+            sources = {torus.source(rank, offset) for offset in block}
+            expected = [(e, index) for index, (e, source) in enumerate(stacked) if source in sources]
+            assert [(e, index) for e, (start, stop) in runs for index in range(start, stop)] == expected
+
+
+@settings(deadline=None)
+@given(
+    torus=st.builds(Torus, st.integers(1, 4), st.integers(1, 3)),
+    schedule=st.sampled_from(["serial", "chunks", "peers"]),
+    cuts=st.integers(1, 5),
+    num_tokens=st.integers(0, 9),
+)
+def test_the_shared_expert_takes_each_token_once_beside_rows_of_the_first_weight_block(
+    torus: Torus, schedule: str, cuts: int, num_tokens: int
+) -> None:
+    pieces = forward_schedule(MoEConfig(schedule=schedule, row_cuts=cuts, chunks=cuts), torus).pieces
+    no_rows = ((0,),) * torus.size
+    layout = lay_out(DispatchPlan(NO_MAPS, no_rows, no_rows), pieces, torus, 0, num_tokens)
+    tokens = [token for rows in layout.pieces for token in range(*rows.tokens)]
+    assert sorted(tokens) == list(range(num_tokens))
+    near = set(weight_blocks(torus)[0])  # whose weight gradients the shared expert's come with
+    assert all(near & set(p.offsets) for p, rows in zip(pieces, layout.pieces, strict=True) if range(*rows.tokens))
+
+
+def draw_rows(data: st.DataObject, size: int, num_local: int) -> list[list[tuple[int, ...]]]:
+    """How many rows each source [first index] has for each destination, by local expert."""
+    counts = st.tuples(*[st.integers(0, 5)] * num_local)
+    return data.draw(st.lists(st.lists(counts, min_size=size, max_size=size), min_size=size, max_size=size))
+
+
+def plans_of(rows: list[list[tuple[int, ...]]]) -> list[DispatchPlan]:
+    return [
+        DispatchPlan(NO_MAPS, tuple(rows[rank]), tuple(rows[source][rank] for source in range(len(rows))))
+        for rank in range(len(rows))
+    ]
+
+
 def deliver(rank: int, layouts: list[RowLayout], sent: list[list[tuple[int, ...]]]) -> list[tuple[int, ...] | None]:
     """The rank's stacked rows after all pieces; asserts that messages match and each row is computed once."""
     layout = layouts[rank]
@@ -69,9 +118,11 @@ def deliver(rank: int, layouts: list[RowLayout], sent: list[list[tuple[int, ...]
             wire[to_start:to_stop] = sent[source][start:stop]
         for start, to_start, num_rows in piece.moves:
             stacked[to_start : to_start + num_rows] = wire[start : start + num_rows]
-        for expert, (start, stop) in piece.runs:
+        for (expert, (start, stop)), moves in zip(piece.runs, piece.run_moves, strict=True):
             first, last = layout.expert_spans[expert]
             assert first <= start < stop <= last
             computed += range(start, stop)
+            moved = [row for _, to_start, num_rows in moves for row in range(to_start, to_start + num_rows)]
+            assert layout.is_stacked_on_arrival or sorted(moved) == list(range(start, stop))
     assert sorted(computed) == list(range(layout.num_received))
     return wire if layout.is_stacked_on_arrival else stacked

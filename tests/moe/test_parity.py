@@ -12,7 +12,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_moe_ep.config import MoEConfig
 from tests.moe.layer_cases import EXPERT_SHAPES, LayerCase, LayerResult, errors, reference_results
 from tests.moe.layer_runs import TAMPERS, config, run_cases
 from tests.ranks import run_ranks
@@ -184,9 +183,7 @@ def controls() -> list[LayerCase]:
         *expert_cases()[::3],
         *[c for c in router_cases() if not c.masked and c.config.min_capacity > 1],
     ]
-    bf16 = LayerCase(
-        name="bf16", config=MoEConfig(num_experts=8, ep_size=4, top_k=2), rows=(40,) * 4, dtype=torch.bfloat16
-    )
+    bf16 = LayerCase(name="bf16", config=config(ep_size=4, top_k=2), rows=(40,) * 4, dtype=torch.bfloat16)
     return [*chosen, bf16]
 
 

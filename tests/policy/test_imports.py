@@ -13,7 +13,7 @@ from tests.policy.sources import PACKAGE, ROOT, imports_of, own_python
 
 GROUND = {
     "errors", "config", "topology", "schedule", "section", "training", "deepspeed_keys", "footprint", "figures",
-    "check", "timeline", "record",
+    "check", "timeline", "record", "price", "schedule_check",
 }  # fmt: skip
 FLOORS = {
     **dict.fromkeys(GROUND, 0),

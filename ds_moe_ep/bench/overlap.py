@@ -1,0 +1,141 @@
+"""Races schedules of one layer, forward and backward, on nodes that are joined by shaped links.
+
+    python -m ds_moe_ep.bench.overlap                                  # emulated devices, traffic 0.3 to 2 x compute
+    python -m ds_moe_ep.bench.overlap --device real --links 100mbit 400mbit 2gbit none
+    python -m ds_moe_ep.bench.overlap --device real --links none --no-testbed
+
+16 ranks, 4 on each of 4 nodes (`testbed.py`), one expert a rank. Without root it says so and measures nothing; with
+--no-testbed it runs over the machine's loopback. Ctrl-C ends the run; what was measured until then is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ds_moe_ep.bench.cases import CASES
+from ds_moe_ep.bench.overlap_findings import OverlapFindings, link_mbit, markdown_tables
+from ds_moe_ep.bench.overlap_ranks import PHASES, SIDES, OverlapPlan, Shaping, run_overlap_rank
+from ds_moe_ep.bench.processes import arriving, free_port, started_ranks
+from ds_moe_ep.bench.provenance import command, commit, hardware
+from ds_moe_ep.bench.testbed import open_testbed, parse_rate
+from ds_moe_ep.errors import ConfigError, EngineError, nearest
+from ds_moe_ep.record import write_whole
+
+RATIOS = (0.3, 0.6, 1.0, 2.0)
+PORT = 29500  # inside the namespaces, where nobody else listens
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    try:
+        parsed = _parser().parse_args(words)
+        with ExitStack() as stack:
+            plan = _plan(parsed)
+            if not parsed.no_testbed:
+                plan = replace(plan, bed=stack.enter_context(open_testbed(plan.num_nodes)))
+            machine = hardware("cpu", plan.num_ranks)
+            found = OverlapFindings(plan, command("ds_moe_ep.bench.overlap", words), commit(), machine)
+            status = _race(plan, found, console, parsed.out)
+    except (ConfigError, EngineError) as error:
+        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
+        return 1
+    console.print(markdown_tables(found.records()), markup=False, highlight=False, soft_wrap=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ds_moe_ep.bench.overlap",
+        description="Races schedules of one layer on nodes that are joined by shaped links.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("emulated", "real"), default="emulated", help="what computes experts")
+    parser.add_argument("--case", default="k1_even", choices=[case.name for case in CASES], help="routing, and top-k")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), help="sides by name")
+    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS), help="traffic over emulated compute")
+    parser.add_argument("--of", choices=PHASES, default="step", help="the pass that --ratios are of")
+    parser.add_argument("--links", nargs="+", type=parse_rate, help="rates instead of ratios, like 100mbit, or none")
+    parser.add_argument("--compute-s", type=float, default=1.0, help="an emulated expert's forward pass in seconds")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds a shaping")
+    parser.add_argument("--warm-ups", type=int, default=1, help="rounds before them")
+    parser.add_argument("--nodes", type=int, default=4, help="network namespaces")
+    parser.add_argument("--ranks", type=int, default=4, help="ranks of a node")
+    parser.add_argument("--no-testbed", action="store_true", help="over the loopback, without namespaces")
+    parser.add_argument("--out", type=Path, default=None, help="file for the records, one JSON line each")
+    return parser
+
+
+def _plan(parsed: argparse.Namespace) -> OverlapPlan:
+    case = next(case for case in CASES if case.name == parsed.case)
+    for name in parsed.sides:
+        if name not in SIDES:
+            raise ConfigError(f"bench.sides={name!r} is not known; {nearest(name, SIDES)}")
+    if parsed.nodes * parsed.ranks != case.num_experts:
+        raise ConfigError(
+            f"bench.nodes={parsed.nodes} x ranks={parsed.ranks}: the layer has {case.num_experts} experts, one a rank; "
+            f"give numbers whose product is {case.num_experts}"
+        )
+    if parsed.device == "real" and parsed.links is None:
+        raise ConfigError("bench.device='real': --ratios are of emulated compute; give --links 100mbit 400mbit none")
+    if parsed.no_testbed and parsed.links != [None]:
+        raise ConfigError("bench.no_testbed: nothing shapes the loopback; give --links none")
+    plan = OverlapPlan(
+        case=case,
+        sides=tuple(name for name in SIDES if name in parsed.sides),
+        shapings=(),
+        device=parsed.device,
+        row_us=1e6 * parsed.compute_s / case.num_rows,
+        rounds=parsed.rounds,
+        warm_ups=parsed.warm_ups,
+        num_nodes=parsed.nodes,
+        ranks_per_node=parsed.ranks,
+        bed=None,
+        port=free_port() if parsed.no_testbed else PORT,
+    )
+    return replace(plan, shapings=tuple(_shapings(parsed, plan)))
+
+
+def _shapings(parsed: argparse.Namespace, plan: OverlapPlan) -> Iterator[Shaping]:
+    if parsed.links is not None:
+        yield from (Shaping("unshaped" if rate is None else f"{rate:g} mbit", rate) for rate in parsed.links)
+        return
+    for ratio in parsed.ratios:
+        yield Shaping(f"{ratio:g} of {parsed.of}", link_mbit(plan, ratio, parsed.of))
+
+
+def _race(plan: OverlapPlan, found: OverlapFindings, console: Console, out: Path | None) -> int:
+    """Follows the ranks to their end, keeping `out` up to date after every round; 130 after Ctrl-C."""
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    ranks = started_ranks(run_overlap_rank, plan, plan.num_ranks)
+    try:
+        with Progress(*columns, console=console) as progress, ranks as (processes, inbox):
+            total = len(plan.shapings) * (plan.warm_ups + plan.rounds)
+            task = progress.add_task("starting the ranks", total=total)
+            for finding in arriving(processes, inbox):
+                if finding.what != "phase":
+                    found.add(finding)
+                    continue
+                progress.update(task, description=f"{finding.case}: {finding.text}")
+                if finding.text.startswith("round"):
+                    progress.advance(task)
+                    write_whole(found.records(), out)
+    except KeyboardInterrupt:
+        console.print("interrupted: the records hold what was measured until now")
+        return 130
+    finally:
+        write_whole(found.records(), out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

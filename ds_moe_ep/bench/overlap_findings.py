@@ -1,0 +1,133 @@
+"""What the ranks of the overlap benchmark told so far, the Records that follow from it, and the tables for README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from ds_moe_ep.bench.method import summarize
+from ds_moe_ep.bench.overlap_ranks import PHASES, WIRE, OverlapPlan
+from ds_moe_ep.bench.processes import Finding
+from ds_moe_ep.record import Record
+
+HEADERS = 1.08  # bytes on the link over bytes of rows: Ethernet, IP and TCP, acknowledgements of the other way
+COMPUTE_OF = {"forward": 1, "backward": 2, "step": 3}  # in emulated forward passes
+EXCHANGES_OF = {"forward": 2, "backward": 2, "step": 4}
+SPREAD = "lowest and highest 5 % dropped, quartiles"
+NOTES = {
+    "time": f"slowest rank, {SPREAD}",
+    "to_serial": f"ratio to serial in the same round, {SPREAD}",
+    "to_native": f"ratio to DeepSpeed's native layer in the same round, {SPREAD}",
+    "hidden": f"share of the transfers' time under which the same rank computed, mean of the ranks, {SPREAD}",
+    "traffic": f"time of the exchanges alone: serial with experts that take no time, {SPREAD}",
+    "over_limit": f"time over max(compute, traffic), traffic measured alone in the same run, {SPREAD}",
+}
+UNITS = {"time": "ms", "hidden": "%", "traffic": "ms"}
+
+
+def exchange_bytes(plan: OverlapPlan) -> float:
+    """Bytes of rows that leave a node in one exchange, for even routing."""
+    rows = plan.case.num_rows * plan.ranks_per_node * (plan.num_nodes - 1) / plan.num_nodes
+    return rows * plan.case.hidden_size * 4
+
+
+def compute_ms(plan: OverlapPlan, phase: str) -> float:
+    """What emulated experts take for the mean rows of a rank."""
+    return COMPUTE_OF[phase] * plan.case.num_rows * plan.row_us / 1e3
+
+
+def link_mbit(plan: OverlapPlan, ratio: float, phase: str) -> float:
+    """The link over which the traffic of `phase` takes `ratio` times its emulated compute."""
+    seconds = ratio * compute_ms(plan, phase) / 1e3
+    return EXCHANGES_OF[phase] * exchange_bytes(plan) * HEADERS * 8 / seconds / 1e6
+
+
+class OverlapFindings:
+    """Collects findings; `records` may be asked for at any time and covers what is complete."""
+
+    def __init__(self, plan: OverlapPlan, command: str, commit: str, hardware: str) -> None:
+        self._plan = plan
+        self._source = {"command": command, "commit": commit, "hardware": hardware}
+        self._values: dict[tuple[str, str, str], list[float]] = {}
+
+    def add(self, finding: Finding) -> None:
+        self._values.setdefault((finding.case, finding.side, finding.what), []).extend(finding.values)
+
+    def records(self) -> list[Record]:
+        """Every record that can be made now, shaping by shaping and side by side."""
+        return [
+            record
+            for shaping in self._plan.shapings
+            for side in self._plan.sides
+            for phase in PHASES
+            for record in self._records_of(shaping.name, side, phase)
+        ]
+
+    def _records_of(self, shaping: str, side: str, phase: str) -> Iterator[Record]:
+        seconds = self._of(shaping, side, phase)
+        if not seconds:
+            return
+        name = f"overlap.{self._plan.device}.{shaping}.{side}.{phase}"
+        if side == WIRE:
+            yield self._record(f"{name}.traffic", [1e3 * s for s in self._of(shaping, side, f"{phase}.total")])
+            return
+        yield self._record(f"{name}.time", [1e3 * s for s in seconds])
+        for base in ("serial", "native"):
+            if side != base and (theirs := self._of(shaping, base, phase)):
+                pairs = zip(seconds, theirs, strict=False)
+                yield self._record(f"{name}.to_{base}", [mine / its for mine, its in pairs])
+        both = list(zip(*(self._of(shaping, side, f"{phase}.{what}") for what in ("exposed", "total")), strict=False))
+        if both:
+            yield self._record(f"{name}.hidden", [100 * (1 - exposed / total) for exposed, total in both if total])
+        wire = self._of(shaping, WIRE, f"{phase}.total")
+        if wire and self._plan.device == "emulated":
+            limit_ms = max(compute_ms(self._plan, phase), 1e3 * summarize(wire).median)
+            yield self._record(f"{name}.over_limit", [1e3 * s / limit_ms for s in seconds])
+
+    def _of(self, shaping: str, side: str, what: str) -> list[float]:
+        return self._values.get((shaping, side, what), [])
+
+    def _record(self, name: str, values: Sequence[float]) -> Record:
+        summary, what = summarize(values), name.rsplit(".", 1)[1]
+        is_emulated = self._plan.device == "emulated"
+        return Record(
+            name=name,
+            value=summary.median,
+            unit=UNITS.get(what, "ratio"),
+            spread=(summary.low, summary.high),
+            n=summary.n,
+            emulated=is_emulated or self._plan.bed is not None,
+            notes=("emulated device; " if is_emulated else "") + NOTES[what],
+            **self._source,
+        )
+
+
+def markdown_tables(records: Iterable[Record]) -> str:
+    """A table a shaping: a row a side, times and hidden shares of each pass."""
+    found: dict[str, dict[str, dict[str, Record]]] = {}
+    for record in records:
+        _, _, rest = record.name.split(".", 2)
+        shaping, side, phase, what = rest.rsplit(".", 3)
+        found.setdefault(shaping, {}).setdefault(side, {})[f"{phase}.{what}"] = record
+    return "\n\n".join(_table(shaping, sides) for shaping, sides in found.items())
+
+
+def _table(shaping: str, sides: dict[str, dict[str, Record]]) -> str:
+    columns = ("forward", "backward", "step", "step, serial = 1", "step, native = 1", "step over its limit", "hidden")
+    lines = [f"| {shaping} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for side, cells in sides.items():
+        if side == WIRE:
+            times = [_cell(cells.get(f"{phase}.traffic"), 0) for phase in PHASES]
+            lines.append("| traffic alone | " + " | ".join([*times, *["-"] * 4]) + " |")
+            continue
+        times = [_cell(cells.get(f"{phase}.time"), 0) for phase in PHASES]
+        ratios = [_cell(cells.get(f"step.{what}"), 2) for what in ("to_serial", "to_native", "over_limit")]
+        hidden = " / ".join(_cell(cells.get(f"{phase}.hidden"), 0, spread=False) for phase in PHASES)
+        lines.append(f"| {side} | " + " | ".join([*times, *ratios, hidden]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(record: Record | None, digits: int, spread: bool = True) -> str:
+    if record is None:
+        return "-"
+    text = f"{record.value:.{digits}f}"
+    return f"{text} ({record.spread[0]:.{digits}f}-{record.spread[1]:.{digits}f})" if spread else text

@@ -1,0 +1,84 @@
+"""Starts the ranks of a benchmark on this machine and listens to them; they never outlive the caller."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from ds_moe_ep.errors import EngineError
+
+POLL_S = 0.5
+END_S = 10.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Numbers about one side of one case, or (what="error"/"phase") a line of text."""
+
+    case: str
+    side: str
+    what: str  # what was measured (time in s, bytes, ...), or phase, error, done
+    values: tuple[float, ...] = ()
+    text: str = ""
+
+
+RunRank = Callable[[int, Any, Any], None]  # rank, plan, where its findings go
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started_ranks(
+    run: RunRank, plan: object, num_ranks: int
+) -> Iterator[tuple[list[BaseProcess], multiprocessing.Queue[Finding]]]:
+    """The started ranks; they are gone when the block ends, however it ends."""
+    context = multiprocessing.get_context("spawn")
+    inbox: multiprocessing.Queue[Finding] = context.Queue()
+    processes: list[BaseProcess] = [
+        context.Process(target=run, args=(rank, plan, inbox), daemon=True) for rank in range(num_ranks)
+    ]
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C must not reach starting ranks
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    try:
+        yield processes, inbox
+        for process in processes:
+            process.join(END_S)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+                process.join(END_S)
+
+
+def arriving(processes: Sequence[BaseProcess], inbox: multiprocessing.Queue[Finding]) -> Iterator[Finding]:
+    """Findings until the ranks are done. Raises EngineError with the error of the rank that failed first."""
+    while True:
+        try:
+            finding = inbox.get(timeout=POLL_S)
+        except queue.Empty:
+            failed = [f"rank {r} ended with {p.exitcode}" for r, p in enumerate(processes) if p.exitcode]
+            if failed:
+                message = f"bench.ranks={len(processes)}: {', '.join(failed)} without a word; run it again"
+                raise EngineError(message) from None
+            continue
+        if finding.what == "error":
+            raise EngineError(f"bench.ranks={len(processes)}: {finding.side} failed:\n{finding.text}")
+        if finding.what == "done":
+            return
+        yield finding

@@ -1,0 +1,220 @@
+"""Nodes on one machine: network namespaces joined by a bridge, each behind a link of a chosen rate.
+
+    python -m ds_moe_ep.bench.testbed --nodes 4 --ranks 4 --rate 100mbit -- python train.py ...
+
+1. Every node is a namespace with a veth into a bridge that lies in a namespace of its own: the machine's network is not
+   touched, and the ranks' traffic is the only traffic.
+2. A token bucket (`tc tbf`) shapes what leaves the node: all its ranks share a full-duplex link of that rate. Nothing
+   shapes what arrives: several nodes that send to one at once are not slowed. Ranks of one node talk over its loopback.
+3. A namespace lives as long as a process in it. Its holder waits for a pipe to close, which it does when this process
+   ends, however it ends: nothing is left behind, after SIGKILL neither.
+
+Needs Linux, root, and ip, tc, nsenter, unshare and sysctl (iproute2, util-linux, procps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from ds_moe_ep.errors import EngineError
+
+TOOLS = ("ip", "tc", "nsenter", "unshare", "sysctl")
+DEVICE = "eth0"  # every node's one interface beside its loopback
+SUBNET = "10.77.0"
+BURST = "64kb"  # the largest packet that a veth hands over at once
+QUEUE = "16mb"  # holds all that the senders' sockets do: a link delays, it drops nothing
+# A queue of seconds must not make TCP send again what still waits in it; a fabric for GPUs has no slow start either.
+ROUTE = ("rto_min", "5s", "initcwnd", "64")
+CLONE_NEWNET = 0x40000000
+
+
+def why_not() -> str | None:
+    """Why no test bed can be made here, as a sentence; None where it can."""
+    if not sys.platform.startswith("linux"):
+        return f"sys.platform={sys.platform!r}: network namespaces are Linux's"
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        return f"commands {', '.join(missing)} are missing: install iproute2, util-linux and procps"
+    if os.geteuid() != 0:
+        return "network namespaces need root: run it with sudo"
+    tried = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True)
+    return f"no network namespace can be made: {tried.stderr.strip()}" if tried.returncode else None
+
+
+@dataclass(frozen=True)
+class TestBed:
+    """The namespaces of a bed that is open: their paths, the bridge's first. May be sent to other processes."""
+
+    __test__ = False  # not a case for pytest
+
+    hub: str
+    nodes: tuple[str, ...]
+
+    def address(self, node: int) -> str:
+        """The node's address on the bridge."""
+        return f"{SUBNET}.{node + 1}"
+
+    def shape(self, rate_mbit: float | None) -> None:
+        """Gives every node's link a rate in Mbit/s; None lifts the limit. Takes effect at once."""
+        for namespace in self.nodes:
+            _shape(namespace, rate_mbit)
+
+    def sent_bytes(self, node: int) -> int:
+        """Bytes that have left the node, headers included."""
+        found = json.loads(_inside(self.nodes[node], "ip", "-json", "-statistics", "link", "show", DEVICE))
+        return int(found[0]["stats64"]["tx"]["bytes"])
+
+
+@contextmanager
+def open_testbed(num_nodes: int, rate_mbit: float | None = None) -> Iterator[TestBed]:
+    """A bed of `num_nodes` nodes; gone when the block or the process ends. Raises EngineError where there is none."""
+    reason = why_not()
+    if reason is not None:
+        raise EngineError(f"testbed.nodes={num_nodes}: {reason}")
+    with ExitStack() as stack:
+        hub, *nodes = (stack.enter_context(_namespace()) for _ in range(num_nodes + 1))
+        bed = TestBed(hub, tuple(nodes))
+        _inside(hub, "ip", "link", "add", "bridge", "type", "bridge")
+        _inside(hub, "ip", "link", "set", "bridge", "up")
+        for node, namespace in enumerate(nodes):
+            holder = namespace.split("/")[2]
+            peer = ("peer", "name", DEVICE, "netns", holder)
+            _inside(hub, "ip", "link", "add", _port(node), "type", "veth", *peer)
+            _inside(hub, "ip", "link", "set", _port(node), "master", "bridge", "up")
+            _inside(namespace, "ip", "address", "add", f"{bed.address(node)}/24", "dev", DEVICE)
+            for device in ("lo", DEVICE):
+                _inside(namespace, "ip", "link", "set", device, "up")
+            _inside(namespace, "ip", "route", "change", f"{SUBNET}.0/24", "dev", DEVICE, *ROUTE)
+            _inside(namespace, "sysctl", "-qw", "net.ipv4.tcp_slow_start_after_idle=0")
+        bed.shape(rate_mbit)
+        yield bed
+
+
+def enter(namespace: str) -> None:
+    """Moves the calling process into a namespace; before it has threads or sockets of its own."""
+    with open(namespace) as handle:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(handle.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+
+
+def rank_environment(bed: TestBed, rank: int, ranks_per_node: int, port: int) -> dict[str, str]:
+    """The launcher's variables for one rank: ranks fill node after node, rank 0's node serves the store."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % ranks_per_node),
+        "WORLD_SIZE": str(ranks_per_node * len(bed.nodes)),
+        "LOCAL_WORLD_SIZE": str(ranks_per_node),
+        "MASTER_ADDR": bed.address(0),
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": DEVICE,
+    }
+
+
+@contextmanager
+def _namespace() -> Iterator[str]:
+    """The path of a new network namespace."""
+    holder = subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "echo; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdin is not None and holder.stdout is not None
+    try:
+        holder.stdout.readline()  # it has entered its namespace
+        yield f"/proc/{holder.pid}/ns/net"
+    finally:
+        holder.stdin.close()
+        holder.wait()
+        holder.stdout.close()
+
+
+def _port(node: int) -> str:
+    return f"node{node}"
+
+
+def _shape(namespace: str, rate_mbit: float | None) -> None:
+    if rate_mbit is None:
+        subprocess.run([*_enter_words(namespace), "tc", "qdisc", "del", "dev", DEVICE, "root"], capture_output=True)
+        return
+    bucket = ("tbf", "rate", f"{round(rate_mbit * 1e6)}bit", "burst", BURST, "limit", QUEUE)
+    _inside(namespace, "tc", "qdisc", "replace", "dev", DEVICE, "root", *bucket)
+
+
+def _inside(namespace: str, *words: str) -> str:
+    done = subprocess.run([*_enter_words(namespace), *words], capture_output=True, text=True)
+    if done.returncode:
+        raise EngineError(f"testbed: `{' '.join(words)}` failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _enter_words(namespace: str) -> tuple[str, str]:
+    return ("nsenter", f"--net={namespace}")
+
+
+def parse_rate(text: str) -> float | None:
+    """Mbit/s of a rate like 100mbit or 2gbit; None for `none`."""
+    for suffix, scale in (("gbit", 1e3), ("mbit", 1.0), ("kbit", 1e-3)):
+        if text.endswith(suffix):
+            return float(text.removesuffix(suffix)) * scale
+    if text == "none":
+        return None
+    raise argparse.ArgumentTypeError(f"{text!r}: write a rate like 100mbit or 2gbit, or none")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command once a rank; the first exit code that is not 0, or 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ds_moe_ep.bench.testbed",
+        description="Runs a command once a rank, on nodes of this machine that are joined by shaped links.",
+    )
+    parser.add_argument("--nodes", type=int, default=4, help="network namespaces (default: 4)")
+    parser.add_argument("--ranks", type=int, default=4, help="processes in each of them (default: 4)")
+    parser.add_argument("--rate", type=parse_rate, help="of every node's link, like 100mbit (default: no limit)")
+    parser.add_argument("--port", type=int, default=29500, help="of the store that the ranks meet at (default: 29500)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every rank runs")
+    parsed = parser.parse_args(arguments)
+    words = parsed.command[1:] if parsed.command[:1] == ["--"] else parsed.command
+    if not words:
+        parser.error("no command: write it behind --")
+    try:
+        with open_testbed(parsed.nodes, parsed.rate) as bed:
+            return _run_everywhere(bed, parsed.ranks, parsed.port, words)
+    except EngineError as error:
+        print(f"EngineError: {error}", file=sys.stderr)
+        return 2
+
+
+def _run_everywhere(bed: TestBed, ranks_per_node: int, port: int, words: Sequence[str]) -> int:
+    """Starts all ranks and waits for them; the first failure ends the others."""
+    processes = []
+    try:
+        for rank in range(ranks_per_node * len(bed.nodes)):
+            environment = os.environ | rank_environment(bed, rank, ranks_per_node, port)
+            inside = [*_enter_words(bed.nodes[rank // ranks_per_node]), *words]
+            processes.append(subprocess.Popen(inside, env=environment))
+        waiting = list(processes)
+        while waiting:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+            ended = [process for process in waiting if process.poll() is not None]
+            if any(process.returncode for process in ended):
+                return next(process.returncode for process in ended if process.returncode)
+            waiting = [process for process in waiting if process not in ended]
+        return 0
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in processes:
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""`"schedule": "auto"`: chooses a layer's schedule from a short measurement, the same on all ranks.
+
+On the first forward pass of training, with its real rows and experts:
+
+1. Probe: one exchange of the near rows, of the far rows and of next to nothing, and one serial pass, each a few times.
+   The ranks average what they measured: from here on all of them compute with the same numbers.
+2. Price every candidate (`price.py`) and keep the cheapest ones.
+3. Race these against the serial schedule, forward and backward, alternating. A schedule wins only where its time is
+   below the serial one by more than the spread of the rounds; else the layer stays serial.
+
+Every schedule gives the same results bit for bit, so a choice changes the time and nothing else. When the rows that a
+rank receives drift from those of the measurement (`retune_drift`), it says so in the next exchange of counts, which
+every rank reads: all of them measure again, in the same call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_moe_ep.comm.lanes import Lanes
+from ds_moe_ep.comm.transport import Transport
+from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.moe.experts import Experts
+from ds_moe_ep.moe.layout import lay_out
+from ds_moe_ep.moe.overlap import Buffers, Route, Steps, run, run_experts
+from ds_moe_ep.moe.plan import DispatchPlan
+from ds_moe_ep.price import Costs, probe_pieces, ranked
+from ds_moe_ep.recorder import Off, make_recorder
+from ds_moe_ep.schedule import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule
+from ds_moe_ep.timeline import Span
+from ds_moe_ep.topology import Torus
+
+PROBES = 2  # measured runs of each probe, after one that warms up
+FINALISTS = 2  # candidates that race against serial
+ROUNDS = 5
+SMOOTHING = 0.05  # weight of one pass in the mean of received rows
+MIN_PASSES = 200  # between two measurements
+
+CHOSEN = ("schedule", "peer_group_size", "row_cuts", "chunks", "depth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the tuner decided: the knobs of the schedule, and why. The same on every rank of the group."""
+
+    knobs: Mapping[str, Any]
+    time_to_serial: float  # measured, median of the rounds; 1 where serial was chosen
+    predicted_to_serial: float
+    serial_ms: float
+    raced: Mapping[str, float]  # what else was measured: its time over serial's
+
+    def __str__(self) -> str:
+        others = "".join(f"; {name}: {ratio:.2f}" for name, ratio in self.raced.items())
+        return (
+            f"{described(self.knobs)}, {self.time_to_serial:.2f} of serial's {self.serial_ms:.1f} ms a pass "
+            f"({self.predicted_to_serial:.2f} predicted{others})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {**dataclasses.asdict(self), "knobs": dict(self.knobs), "raced": dict(self.raced)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], path: str) -> Choice:
+        """The choice that `to_dict` gave. Raises ConfigError for anything else."""
+        try:
+            choice = cls(**values)
+            unknown = set(choice.knobs) - set(CHOSEN)
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}={values!r}: no choice of a schedule ({error}); leave it out") from None
+        if unknown:
+            raise ConfigError(f"{path}.knobs={values['knobs']!r}: unknown {sorted(unknown)}; leave the choice out")
+        return choice
+
+
+def described(knobs: Mapping[str, Any]) -> str:
+    """The schedule that the knobs name, for people."""
+    others = ", ".join(f"{name}={value}" for name, value in knobs.items() if name != "schedule")
+    return f"{knobs['schedule']} ({others})" if others else str(knobs["schedule"])
+
+
+class Drift:
+    """How far the rows that this rank receives have moved from those of the last measurement. Local."""
+
+    def __init__(self, bound: float) -> None:
+        self._bound = bound
+        self._base: float | None = None
+        self._mean = 0.0
+        self._passes = 0
+
+    def restart(self, rows: int) -> None:
+        """A measurement was made with this many rows."""
+        self._base, self._mean, self._passes = float(rows), float(rows), 0
+
+    def see(self, rows: int) -> None:
+        """One training pass received this many rows; the first one after a restored choice is the base."""
+        if self._base is None:
+            self.restart(rows)
+        self._mean += SMOOTHING * (rows - self._mean)
+        self._passes += 1
+
+    def is_beyond_bound(self) -> bool:
+        """Whether this rank wants another measurement."""
+        if not self._bound or self._base is None or self._passes < MIN_PASSES:
+            return False
+        return abs(self._mean - self._base) > self._bound * max(self._base, 1.0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a measurement works with: one pass's rows (without gradient), plan, experts and links."""
+
+    config: MoEConfig
+    rows_ND: Tensor
+    plan: DispatchPlan
+    experts: Experts
+    transport: Transport
+    torus: Torus
+    lanes: Lanes
+
+    def choose(self) -> Choice:
+        """The schedule to take. Collective over the group; a few dozen passes long."""
+        priced = ranked(self.config, self.torus, self.measure_costs())
+        predicted_us = {str(knobs): us for us, knobs in priced}
+        serial: Mapping[str, Any] = {"schedule": "serial"}
+        finalists = [knobs for _, knobs in priced if knobs != serial][:FINALISTS]
+        if not finalists:
+            return Choice(knobs=serial, time_to_serial=1.0, predicted_to_serial=1.0, serial_ms=0.0, raced={})
+        times = self._race([serial, *finalists])
+        serial_ms = 1e3 * statistics.median(times[0])
+        best, best_ratio = serial, 1.0
+        raced: dict[str, float] = {}
+        for knobs, seconds in zip(finalists, times[1:], strict=True):
+            ratios = [mine / its for mine, its in zip(seconds, times[0], strict=True)]
+            _, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            raced[described(knobs)] = middle
+            if high < 1 and middle < best_ratio:
+                best, best_ratio = knobs, middle
+        raced.pop(described(best), None)
+        predicted = predicted_us[str(best)] / max(predicted_us[str(serial)], 1e-9)
+        return Choice(
+            knobs=best, time_to_serial=best_ratio, predicted_to_serial=predicted, serial_ms=serial_ms, raced=raced
+        )
+
+    def measure_costs(self) -> Costs:
+        """The mean rank's costs, the same on every rank. Collective."""
+        pieces = probe_pieces(self.torus, len(self.rows_ND))
+        found = [self._costs_of(self._wire_spans(pieces), self._serial_spans()) for _ in range(PROBES + 1)][1:]
+        values = torch.tensor([dataclasses.astuple(costs) for costs in found], dtype=torch.float64).amin(0)
+        return Costs(**dict(zip((f.name for f in dataclasses.fields(Costs)), self._mean(values.tolist()), strict=True)))
+
+    def _costs_of(self, wire: Sequence[Span], serial: Sequence[Span]) -> Costs:
+        near_us, far_us, latency_us = (span.stop_us - span.start_us for span in wire)
+        computes = [span for span in serial if span.lane == "compute"]
+
+        def total_us(phase: str, kind: Kind) -> float:
+            mine = [s for s in computes if s.tags.phase == phase and s.name.startswith(kind.value)]
+            return sum(span.stop_us - span.start_us for span in mine)
+
+        return Costs(
+            near_us=max(near_us - latency_us, 0.0),
+            far_us=max(far_us - latency_us, 0.0),
+            latency_us=latency_us,
+            forward_us=total_us("forward", Kind.COMPUTE),
+            input_grad_us=total_us("backward", Kind.COMPUTE),
+            weight_grad_us=total_us("backward", Kind.WEIGHTS),
+        )
+
+    def _wire_spans(self, pieces: tuple[Piece, ...]) -> list[Span]:
+        """One blocking dispatch of each piece, recorded."""
+        ops = tuple(Op(Kind.DISPATCH, piece, (piece - 1,) if piece else ()) for piece in range(len(pieces)))
+        probe = Schedule("probe", self.torus, pieces, ops, depth=0)
+        recorder = make_recorder(self.rows_ND.device, self.transport.rank)
+        route = dataclasses.replace(self._route(probe, probe), recorder=recorder)
+        run(probe, route, Buffers.of(self.rows_ND, route), Steps("forward", compute=_nothing))
+        return recorder.spans()
+
+    def _serial_spans(self) -> list[Span]:
+        recorder = make_recorder(self.rows_ND.device, self.transport.rank)
+        self._pass(dataclasses.replace(self._route_of({"schedule": "serial"}), recorder=recorder))
+        return recorder.spans()
+
+    def _race(self, knobs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        """Seconds of each, round by round, of the mean rank. Collective."""
+        routes = [self._route_of(each) for each in knobs]
+        times: list[list[float]] = [[] for _ in knobs]
+        for index in range(ROUNDS + 1):
+            order = list(range(len(routes)))
+            for side in order if index % 2 else order[::-1]:
+                seconds = self._timed(routes[side])
+                if index:  # the first round warms up
+                    times[side].append(seconds)
+        means = self._mean([seconds for side in times for seconds in side])
+        return [means[i : i + ROUNDS] for i in range(0, len(means), ROUNDS)]
+
+    def _timed(self, route: Route) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        self._pass(route)
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        """Waits for the own device and for all ranks."""
+        self._mean([0.0])
+
+    def _pass(self, route: Route) -> None:
+        """Forward and backward, without leaving gradients anywhere."""
+        rows_ND = self.rows_ND.detach().requires_grad_()
+        wanted = [rows_ND, *(p for p in self.experts.expert_parameters() if p.requires_grad)]
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
+            results_ND, _ = run_experts(rows_ND, self.experts, route)
+        torch.autograd.grad(results_ND, wanted, torch.ones_like(results_ND), allow_unused=True)
+
+    def _route_of(self, knobs: Mapping[str, Any]) -> Route:
+        config = dataclasses.replace(self.config, **knobs)
+        return self._route(forward_schedule(config, self.torus), backward_schedule(config, self.torus))
+
+    def _route(self, forward: Schedule, backward: Schedule) -> Route:
+        layout = lay_out(self.plan, forward.pieces, self.torus, self.transport.rank)
+        return Route(layout, forward, backward, self.transport, self.lanes, Off())
+
+    def _mean(self, values: Sequence[float]) -> list[float]:
+        """The mean of each value over the ranks. Collective; waits for the device."""
+        summed = self.transport.sum(torch.tensor(values, dtype=torch.float32, device=self.rows_ND.device))
+        return [float(value) / self.transport.size for value in summed.tolist()]
+
+
+def _nothing(rows: object) -> None:
+    return None
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor
