@@ -29,14 +29,30 @@ class Pairwise(GroupTransport):
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         group = self._groups.lanes[lane]
-        ops = [
-            dist.P2POp(direction, message.rows, group=group, group_peer=message.peer)
-            for direction, messages in ((dist.isend, sends), (dist.irecv, receives))
-            for message in messages
-            if len(message.rows)
-        ]
-        if not ops:
+        sends, receives = ([m for m in messages if len(m.rows)] for messages in (sends, receives))
+        if not sends and not receives:
             return Done()
         peers = sorted({message.peer for message in (*sends, *receives)})
         what = f"{lane} between rank {self.rank} and ranks {peers} of the expert-parallel group"
-        return Works(dist.batch_isend_irecv(ops), what, self.limit(ops[0].tensor))
+        start = _start_on_cuda if (*sends, *receives)[0].rows.is_cuda else _start_on_host
+        return Works(start(group, sends, receives), what, self.limit((*sends, *receives)[0].rows))
+
+
+def _start_on_cuda(
+    group: dist.ProcessGroup, sends: Sequence[Message], receives: Sequence[Message]
+) -> Sequence[dist.Work]:
+    """All messages in one NCCL group: one kernel, in which no peer waits for another."""
+    ops = [
+        dist.P2POp(direction, message.rows, group=group, group_peer=message.peer)
+        for direction, messages in ((dist.isend, sends), (dist.irecv, receives))
+        for message in messages
+    ]
+    return dist.batch_isend_irecv(ops)
+
+
+def _start_on_host(
+    group: dist.ProcessGroup, sends: Sequence[Message], receives: Sequence[Message]
+) -> Sequence[dist.Work]:
+    """The same without the wrappers, whose checks would cost the processor as much as the messages do."""
+    received = [group.recv([message.rows], message.peer, 0) for message in receives]
+    return [*received, *(group.send([message.rows], message.peer, 0) for message in sends)]
