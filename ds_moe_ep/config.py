@@ -117,6 +117,11 @@ class MoEConfig:
         return from_dict(cls, values, path)
 
     @property
+    def is_serial(self) -> bool:
+        """Whether nothing is hidden; 'auto' hides nothing until it has chosen."""
+        return self.schedule in ("serial", "auto")
+
+    @property
     def num_local_experts(self) -> int:
         return self.num_experts // self.ep_size
 

@@ -1,8 +1,8 @@
 """What a schedule will take, from measured costs: a few events a pass, no clock.
 
 1. A piece's compute takes its share of the rows' time; weight gradients likewise.
-2. A lane is first in, first out, with one transfer on the wire. A transfer takes a latency, then its near rows and its
-   far rows at full speed, one after the other.
+2. A lane is first in, first out, with one transfer on the wire (the host keeps a second one behind it). A transfer
+   takes a latency, then its near rows and its far rows at full speed, one after the other.
 3. Dispatch and combine leave by the same link: while far rows of both are on their way, each goes at half the speed.
 """
 
@@ -45,11 +45,11 @@ def candidates(torus: Torus) -> list[dict[str, Any]]:
     """Knobs of the schedules worth a look on a torus, the serial one first."""
     if torus.size == 1:
         return [{"schedule": "serial"}]
-    cuts: list[dict[str, Any]] = [{"schedule": "peers", "row_cuts": cuts} for cuts in (1, 2, 3, 4)]
+    peers: list[dict[str, Any]] = [{"schedule": "peers", "row_cuts": cuts} for cuts in (1, 2, 3, 4)]
     if torus.num_nodes == 1 and torus.size > 3:
-        cuts.append({"schedule": "peers", "peer_group_size": torus.size // 2})
+        peers.append({"schedule": "peers", "peer_group_size": torus.size // 2})
     chunks: list[dict[str, Any]] = [{"schedule": "chunks", "chunks": chunks} for chunks in (2, 4, 8)]
-    return [{"schedule": "serial"}, *cuts, *chunks]
+    return [{"schedule": "serial"}, *peers, *chunks]
 
 
 def price_us(config: MoEConfig, torus: Torus, costs: Costs) -> float:

@@ -71,22 +71,21 @@ class CudaRecorder:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self._origin = _event()
-        self._scopes: list[_CudaScope] = []
+        self.recorded: list[_CudaScope] = []
 
     def scope(self, lane: str, name: str, tags: Tags) -> Scope:
-        self._scopes.append(_CudaScope(lane, name, tags))
-        return self._scopes[-1]
+        return _CudaScope(self, lane, name, tags)
 
     def spans(self) -> list[Span]:
-        scopes, self._scopes = self._scopes, []
+        scopes, self.recorded = self.recorded, []
         spans = [scope.span(self.rank, self._origin) for scope in scopes]
         self._origin = _event()  # a near one: elapsed times are fp32, and grow coarse with distance
         return spans
 
 
 class _CudaScope(AbstractContextManager[object]):
-    def __init__(self, lane: str, name: str, tags: Tags) -> None:
-        self._lane, self._name, self._tags = lane, name, tags
+    def __init__(self, recorder: CudaRecorder, lane: str, name: str, tags: Tags) -> None:
+        self._recorder, self._lane, self._name, self._tags = recorder, lane, name, tags
         self._start, self._stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def __enter__(self) -> None:
@@ -94,6 +93,7 @@ class _CudaScope(AbstractContextManager[object]):
 
     def __exit__(self, *_: object) -> None:
         self._stop.record()
+        self._recorder.recorded.append(self)
 
     def span(self, rank: int, origin: torch.cuda.Event) -> Span:
         """The recorded times, in microseconds behind the origin."""

@@ -130,7 +130,7 @@ def backward_schedule(config: MoEConfig, torus: Torus) -> Schedule:
 def pieces_of(config: MoEConfig, torus: Torus) -> tuple[Piece, ...]:
     """The pieces in the order of their computation in a forward pass."""
     everywhere = tuple(torus.offsets())
-    if config.schedule in ("serial", "auto") or torus.size == 1:
+    if config.is_serial or torus.size == 1:
         return (Piece(everywhere),)
     if config.schedule == "chunks":
         return tuple(Piece(everywhere, cut, config.chunks) for cut in range(config.chunks))
@@ -167,7 +167,7 @@ def _near_and_far(torus: Torus, group_size: int) -> tuple[tuple[Offset, ...], li
 
 def _schedule(config: MoEConfig, torus: Torus, blocks: Sequence[tuple[Offset, ...]]) -> Schedule:
     pieces = pieces_of(config, torus)
-    depth = 0 if config.schedule in ("serial", "auto") else config.depth
+    depth = 0 if config.is_serial else config.depth
     computes = _compute_order(pieces, blocks)
     ops = tuple(_blocking(computes) if depth == 0 else _pipelined(computes, depth, pieces, blocks))
     return Schedule(config.schedule, torus, pieces, ops, depth)

@@ -29,7 +29,7 @@ def check(schedule: Schedule) -> list[str]:
     1. Pieces and ops name what exists, each op once. 2. Each offset's rows are covered once, by pieces and by blocks of
     weight gradients. 3. Senders and receivers agree, and no rank waits forever. 4. Each op waits for what it needs, and
     with depth 0 for the op before. 5. With depth > 0 every transfer is issued before the compute that hides it, and can
-    run beside it even where one queue holds all ops.
+    run beside it even where one queue holds all ops; the first `depth` dispatches and the last combine cannot.
     """
     return [*_check_names(schedule), *_check_each_once(schedule)] or [
         *_check_rows(schedule),

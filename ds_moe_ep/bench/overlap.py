@@ -85,6 +85,8 @@ def _plan(parsed: argparse.Namespace) -> OverlapPlan:
             f"bench.nodes={parsed.nodes} x ranks={parsed.ranks}: the layer has {case.num_experts} experts, one a rank; "
             f"give numbers whose product is {case.num_experts}"
         )
+    if parsed.warm_ups < 1:
+        raise ConfigError("bench.warm_ups=0: the schedule 'auto' is chosen in the first pass; give 1 or more")
     if parsed.device == "real" and parsed.links is None:
         raise ConfigError("bench.device='real': --ratios are of emulated compute; give --links 100mbit 400mbit none")
     if parsed.no_testbed and parsed.links != [None]:

@@ -12,15 +12,16 @@ from ds_moe_ep.record import Record
 HEADERS = 1.08  # bytes on the link over bytes of rows: Ethernet, IP and TCP, acknowledgements of the other way
 COMPUTE_OF = {"forward": 1, "backward": 2, "step": 3}  # in emulated forward passes
 EXCHANGES_OF = {"forward": 2, "backward": 2, "step": 4}
-SPREAD = "lowest and highest 5 % dropped, quartiles"
+SPREAD = "lowest and highest 5 % dropped (from 20 rounds on), quartiles"
 NOTES = {
     "time": f"slowest rank, {SPREAD}",
     "to_serial": f"ratio to serial in the same round, {SPREAD}",
     "to_native": f"ratio to DeepSpeed's native layer in the same round, {SPREAD}",
     "hidden": f"share of the transfers' time under which the same rank computed, mean of the ranks, {SPREAD}",
     "traffic": f"time of the exchanges alone: serial with experts that take no time, {SPREAD}",
-    "over_limit": "time over what no schedule can beat, measured in the same run: with emulated devices max(compute, "
-    f"traffic), with real ones the layer with experts that take no time, {SPREAD}",
+    "over_limit": "time over a limit that was measured in the same run: with emulated devices max(compute, traffic "
+    f"alone), with real ones the serial layer with experts that take no time, {SPREAD}",
+    "traffic_ratio": f"time of the exchanges alone over the emulated compute, {SPREAD}",
 }
 UNITS = {"time": "ms", "hidden": "%", "traffic": "ms"}
 
@@ -69,7 +70,11 @@ class OverlapFindings:
             return
         name = f"overlap.{self._plan.device}.{shaping}.{side}.{phase}"
         if side == WIRE:
-            yield self._record(f"{name}.traffic", [1e3 * s for s in self._of(shaping, side, f"{phase}.total")])
+            traffic_ms = [1e3 * s for s in self._of(shaping, side, f"{phase}.total")]
+            yield self._record(f"{name}.traffic", traffic_ms)
+            if self._plan.device == "emulated":
+                ratios = [ms / compute_ms(self._plan, phase) for ms in traffic_ms]
+                yield self._record(f"{name}.traffic_ratio", ratios)
         yield self._record(f"{name}.time", [1e3 * s for s in seconds])
         for base in ("serial", "native"):
             if side != base and (theirs := self._of(shaping, base, phase)):
@@ -84,7 +89,7 @@ class OverlapFindings:
             yield self._record(f"{name}.over_limit", [1e3 * s / limit_ms for s in seconds])
 
     def _limit_ms(self, shaping: str, phase: str) -> float:
-        """What no schedule can beat, measured in the same run; 0 where it was not."""
+        """What the step is compared with, measured in the same run; 0 where it was not."""
         if self._plan.device == "emulated":
             wire = self._of(shaping, WIRE, f"{phase}.total")
             return max(compute_ms(self._plan, phase), 1e3 * summarize(wire).median) if wire else 0.0
@@ -120,12 +125,14 @@ def markdown_tables(records: Iterable[Record]) -> str:
 
 
 def _table(shaping: str, sides: dict[str, dict[str, Record]]) -> str:
-    columns = ("forward", "backward", "step", "step, serial = 1", "step, native = 1", "step over its limit", "hidden")
+    columns = ("forward", "backward", "step", "step, serial = 1", "step, native = 1", "step, limit = 1", "hidden, %")
     lines = [f"| {shaping} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for side, cells in sides.items():
         if side == WIRE:
-            traffic = [_cell(cells.get(f"{phase}.traffic"), 0) for phase in PHASES]
-            lines.append("| traffic alone | " + " | ".join([*traffic, *["-"] * 4]) + " |")
+            for label, what, digits in (("traffic alone", "traffic", 0), ("traffic / compute", "traffic_ratio", 2)):
+                found = [_cell(cells.get(f"{phase}.{what}"), digits) for phase in PHASES]
+                if found != ["-"] * len(PHASES):
+                    lines.append(f"| {label} | " + " | ".join([*found, *["-"] * 4]) + " |")
         times = [_cell(cells.get(f"{phase}.time"), 0) for phase in PHASES]
         ratios = [_cell(cells.get(f"step.{what}"), 2) for what in ("to_serial", "to_native", "over_limit")]
         hidden = " / ".join(_cell(cells.get(f"{phase}.hidden"), 0, spread=False) for phase in PHASES)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ds_moe_ep.bench.cases import LayerCase, expert_weights, gate_weight, output_gradient, tokens
 from ds_moe_ep.bench.emulated import EmulatedExpert, EmulatedExperts
 from ds_moe_ep.bench.method import rotation
-from ds_moe_ep.bench.processes import Finding
+from ds_moe_ep.bench.processes import Finding, die_with_parent
 from ds_moe_ep.bench.testbed import TestBed, enter, rank_environment
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.recorder import HostRecorder
@@ -104,6 +104,7 @@ class Contender:
 
 def run_overlap_rank(rank: int, plan: OverlapPlan, findings: Queue[Finding]) -> None:
     """The whole life of one rank."""
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if plan.bed is not None:
         enter(plan.bed.nodes[rank // plan.ranks_per_node])
@@ -147,7 +148,8 @@ def _run(rank: int, plan: OverlapPlan, tell: Callable[[Finding], object]) -> Non
         if "auto" in sides:
             sides["auto"].layer.get_submodule("deepspeed_moe").choice = None  # type: ignore[assignment]
         for index in range(plan.warm_ups + plan.rounds):
-            for name in rotation(plan.sides, index):
+            order = rotation(plan.sides, index)
+            for name in order[::-1] if index % 2 else order:  # so that few rounds have different neighbours, too
                 sides[name].step()
                 found = _findings(shaping.name, name, sides[name])
                 if index >= plan.warm_ups:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
 import queue
 import signal
 import socket
@@ -16,6 +18,7 @@ from ds_moe_ep.errors import EngineError
 
 POLL_S = 0.5
 END_S = 10.0
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,15 @@ class Finding:
 
 
 RunRank = Callable[[int, Any, Any], None]  # rank, plan, where its findings go
+
+
+def die_with_parent() -> None:
+    """Asks Linux to end this process when the thread that started it ends, however it ends."""
+    parent = os.getppid()
+    if hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before it was asked
+        os._exit(1)
 
 
 def free_port() -> int:

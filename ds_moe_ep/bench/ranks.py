@@ -21,7 +21,7 @@ from torch import nn
 from ds_moe_ep.bench.cases import LayerCase
 from ds_moe_ep.bench.memory import peak_bytes, return_freed_memory
 from ds_moe_ep.bench.method import Ranks, Round, Side, measure
-from ds_moe_ep.bench.processes import Finding
+from ds_moe_ep.bench.processes import Finding, die_with_parent
 from ds_moe_ep.bench.sides import LayerSide, Outcome, check_same, layer_side, matmul_side
 from ds_moe_ep.bench.traffic import counted
 from ds_moe_ep.config import MoEConfig
@@ -48,6 +48,7 @@ class Plan:
 
 def run_rank(rank: int, plan: Plan, findings: Queue[Finding]) -> None:
     """The whole life of one rank."""
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     launched = {
         "RANK": rank,

@@ -7,7 +7,7 @@
 2. A token bucket (`tc tbf`) shapes what leaves the node: all its ranks share a full-duplex link of that rate. Nothing
    shapes what arrives: several nodes that send to one at once are not slowed. Ranks of one node talk over its loopback.
 3. A namespace lives as long as a process in it. Its holder waits for a pipe to close, which it does when this process
-   ends, however it ends: nothing is left behind, after SIGKILL neither.
+   ends, however it ends, and ranks end with it: nothing is left behind, after SIGKILL neither.
 
 Needs Linux, root, and ip, tc, nsenter, unshare and sysctl (iproute2, util-linux, procps).
 """
@@ -21,10 +21,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from ds_moe_ep.bench.processes import END_S, POLL_S, die_with_parent
 from ds_moe_ep.errors import EngineError
 
 TOOLS = ("ip", "tc", "nsenter", "unshare", "sysctl")
@@ -123,9 +125,9 @@ def rank_environment(bed: TestBed, rank: int, ranks_per_node: int, port: int) ->
 @contextmanager
 def _namespace() -> Iterator[str]:
     """The path of a new network namespace."""
-    holder = subprocess.Popen(
-        ["unshare", "--net", "sh", "-c", "echo; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    words = ["unshare", "--net", "sh", "-c", "echo; exec cat"]
+    # In a session of its own: Ctrl-C must not take the links away from ranks that are saving.
+    holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     assert holder.stdin is not None and holder.stdout is not None
     try:
         holder.stdout.readline()  # it has entered its namespace
@@ -193,26 +195,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_everywhere(bed: TestBed, ranks_per_node: int, port: int, words: Sequence[str]) -> int:
-    """Starts all ranks and waits for them; the first failure ends the others."""
-    processes = []
+    """Starts all ranks and waits for them; the first failure ends the others; after Ctrl-C they end themselves."""
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(ranks_per_node * len(bed.nodes)):
             environment = os.environ | rank_environment(bed, rank, ranks_per_node, port)
             inside = [*_enter_words(bed.nodes[rank // ranks_per_node]), *words]
-            processes.append(subprocess.Popen(inside, env=environment))
-        waiting = list(processes)
-        while waiting:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
-            ended = [process for process in waiting if process.poll() is not None]
-            if any(process.returncode for process in ended):
-                return next(process.returncode for process in ended if process.returncode)
-            waiting = [process for process in waiting if process not in ended]
-        return 0
+            processes.append(subprocess.Popen(inside, env=environment, preexec_fn=die_with_parent))
+        while [process for process in processes if process.poll() is None]:  # asks every one of them
+            if failed := [process.returncode for process in processes if process.returncode]:
+                return failed[0]
+            time.sleep(POLL_S)
+        return next((process.returncode for process in processes if process.returncode), 0)
+    except KeyboardInterrupt:
+        _end(processes)  # they have got it, too
+        return 130
     finally:
         for process in processes:
             if process.poll() is None:
                 process.terminate()
-        for process in processes:
+        _end(processes)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Waits a moment for the processes, and kills those that do not end."""
+    deadline = time.monotonic() + END_S
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
             process.wait()
 
 

@@ -272,6 +272,8 @@ class CudaLanes:
         return self
 
 
-def make_lanes(device: torch.device) -> Lanes:
-    """The lanes of a device."""
-    return CudaLanes(device) if device.type == "cuda" else HostLanes()
+def make_lanes(device: torch.device, num_ranks: int) -> Lanes:
+    """The lanes of a device for a group of so many ranks; alone on the host there is nothing to run beside compute."""
+    if device.type == "cuda":
+        return CudaLanes(device)
+    return HostLanes() if num_ranks > 1 else Inline()

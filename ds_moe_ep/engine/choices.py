@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.layer import MoE
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.tuner import Choice
 
 KEY = "moe_ep_schedules"  # in the checkpoint's client state
@@ -32,7 +33,8 @@ class ChoiceLog:
 def keep_choices(engine: Any, layers: Mapping[str, MoE]) -> None:
     """Wraps the engine's save_checkpoint and load_checkpoint so that choices travel in the client state.
 
-    A choice is taken only where it was made for the same ep_size; a layer without one measures in its first pass.
+    A choice is taken only by a layer whose schedule is 'auto', on the torus that it was made for; a layer without one
+    measures in its first pass of training.
     """
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
@@ -58,7 +60,7 @@ def choices_of(layers: Mapping[str, MoE]) -> dict[str, Any]:
     """The choices as plain values, by layer; layers without one are left out."""
     made = {name: (layer, layer.deepspeed_moe.choice) for name, layer in layers.items()}
     return {
-        name: {"ep_size": layer.ep_size, "choice": choice.to_dict()}
+        name: {"torus": torus_of_layer(layer), "choice": choice.to_dict()}
         for name, (layer, choice) in made.items()
         if choice is not None
     }
@@ -66,7 +68,17 @@ def choices_of(layers: Mapping[str, MoE]) -> dict[str, Any]:
 
 def take_choices(layers: Mapping[str, MoE], saved: Mapping[str, Any], path: str) -> None:
     """Gives the layers what `choices_of` gave. Raises ConfigError where it is something else."""
+    if not isinstance(saved, Mapping):
+        raise ConfigError(f"{path}: {KEY}={saved!r}: expected a choice a layer; leave it out of the client state")
     for name, entry in saved.items():
         layer = layers.get(name)
-        if layer is not None and layer.ep_size == entry["ep_size"]:
+        if not isinstance(entry, Mapping) or not {"torus", "choice"} <= set(entry):
+            raise ConfigError(f"{path}: {KEY}.{name}={entry!r}: expected a torus and a choice; leave it out")
+        if layer is not None and layer.config.schedule == "auto" and torus_of_layer(layer) == entry["torus"]:
             layer.deepspeed_moe.take_choice(Choice.from_dict(entry["choice"], f"{path}: {KEY}.{name}"))
+
+
+def torus_of_layer(layer: MoE) -> list[int]:
+    """Nodes, and ranks of a node, of the layer's expert group, as JSON has them."""
+    torus = layer.deepspeed_moe.torus
+    return [torus.num_nodes, torus.node_size]

@@ -36,7 +36,7 @@ class OverlapMeter:
     """Records one step in every `every`, and a blocking control before the first and before each tenth one after it.
 
     A transfer counts from its start to its completion; it is hidden while an expert computes on the same rank. All
-    passes between two optimizer steps count: micro-batches, recomputation, evaluation. Layers with ep_size 1 have no
+    training passes between two optimizer steps count: micro-batches and recomputation. Layers with ep_size 1 have no
     communication and are left out. `last` and `control` are None until they were measured; `spans` are this rank's
     of the last measured step.
     """
@@ -128,7 +128,13 @@ class OverlapMeter:
         return Measurement(whole.total_us, whole.exposed_us, self._step, num_ranks, parts, lanes)
 
     def _keys(self) -> list[Tags]:
-        """Every part of a step's communication. From the schedules alone, so that all ranks list the same."""
+        """Every part of a step's communication, of all ranks: expert groups may have chosen different schedules."""
+        gathered: list[list[Tags]] = [[] for _ in range(dist.get_world_size(seams.data_parallel_group()))]
+        dist.all_gather_object(gathered, self._own_keys(), group=seams.data_parallel_group())
+        return list(dict.fromkeys(key for keys in gathered for key in keys))
+
+    def _own_keys(self) -> list[Tags]:
+        """Those of this rank's schedules: a rank without rows lists them too."""
         keys: list[Tags] = []
         for layer in self._layers.values():
             assert layer._links is not None, "the engine connects its layers"

@@ -225,7 +225,7 @@ class ModulePass:
             return
         leaf_ND = x_nD.detach().clone().requires_grad_()
         # Saved as they are: a surrounding recomputation must not unpack this graph's tensors.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
             out_ND = self._call(expert, leaf_ND)
         y_nD.copy_(out_ND.detach())
         self._graphs[expert, rows.start, rows.stop] = (leaf_ND, out_ND)
@@ -261,7 +261,8 @@ def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     return total.to(torch.promote_types(total.dtype, torch.float32)) + part
 
 
-def _keep(tensor: Tensor) -> Tensor:
+def keep(tensor: Tensor) -> Tensor:
+    """A saved tensor as it is: for graphs of our own, whose tensors a surrounding recomputation must not unpack."""
     return tensor
 
 

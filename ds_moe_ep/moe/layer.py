@@ -84,10 +84,15 @@ class ExpertParallel(nn.Module):
         """Gives the layer other knobs than it was made with. Local; the number of experts and ep_size stay."""
         own = self.config
         assert (config.num_experts, config.ep_size) == (own.num_experts, own.ep_size), "these shape parameters"
-        self.config = config
+        self.config, self.choice = config, None
         self.gate.configure(config)
         self._drift = Drift(config.retune_drift)
         self._relink()
+
+    @property
+    def torus(self) -> Torus:
+        """Where the ranks of the layer's group stand; one rank before it is connected."""
+        return Torus(1, 1) if self._links is None else self._links.forward.torus
 
     def take_choice(self, choice: Choice) -> None:
         """Runs the schedule of a choice where the configuration says 'auto'. Local; every rank takes the same one."""
@@ -136,14 +141,14 @@ class ExpertParallel(nn.Module):
         sees_drift = self._drift.is_beyond_bound()
         plan = make_plan(routing, self.config.num_experts, links.transport, row_type, sees_drift)
         if self._lanes is None or self._device != x_TD.device:
-            self._lanes, self._device = make_lanes(x_TD.device), x_TD.device
+            self._lanes, self._device = make_lanes(x_TD.device, links.transport.size), x_TD.device
         rows_ND = permute(x_TD, plan.maps)
-        is_tuned = self.config.schedule == "auto" and links.transport.size > 1
-        if is_tuned and self.training and not torch.is_inference_mode_enabled():
-            links = self._tune(rows_ND, plan, links, self._lanes)
         shared = None
         if self.shared is not None and self._shared_form is not None:
             shared = SharedExpert(self._shared_form, self.shared, x_TD)
+        is_tuned = self.config.schedule == "auto" and links.transport.size > 1
+        if is_tuned and self.training and not torch.is_inference_mode_enabled():
+            links = self._tune(rows_ND, plan, shared, self._lanes)
         num_shared = 0 if shared is None else len(x_TD)
         layout = lay_out(plan, links.forward.pieces, links.forward.torus, links.transport.rank, num_shared)
         forward, backward = (
@@ -157,16 +162,17 @@ class ExpertParallel(nn.Module):
             return y_TD
         return y_TD + (self.shared(x_TD) if shared is None else shared_TD)
 
-    def _tune(self, rows_ND: Tensor, plan: DispatchPlan, links: Links, lanes: Lanes) -> Links:
+    def _tune(self, rows_ND: Tensor, plan: DispatchPlan, shared: SharedExpert | None, lanes: Lanes) -> Links:
         """The links to use now: measured anew where there is no choice yet, or where some rank sees drift."""
+        assert self._links is not None
         self._drift.see(plan.num_received)
         if self.choice is None or plan.is_drift_seen:
-            trial = Trial(
-                self.config, rows_ND.detach(), plan, self.experts, links.transport, links.forward.torus, lanes
-            )
+            if shared is not None:
+                shared = replace(shared, x_TD=shared.x_TD.detach())
+            transport = self._links.transport
+            trial = Trial(self.config, rows_ND.detach(), plan, self.experts, transport, self.torus, lanes, shared)
             self.take_choice(trial.choose())
-            self._drift.restart(plan.num_received)
-        assert self._links is not None
+            self._drift.restart()
         return self._links
 
     def _checked_links(self, x: Tensor, used_token: Tensor | None) -> Links:

@@ -40,6 +40,10 @@ class PieceRows:
     runs: tuple[Run, ...]
     tokens: Span = (0, 0)
 
+    @property
+    def has_tokens(self) -> bool:
+        return self.tokens[0] < self.tokens[1]
+
     @cached_property
     def run_moves(self) -> tuple[tuple[Move, ...], ...]:
         """The moves of each run's rows, in the order of `runs`."""

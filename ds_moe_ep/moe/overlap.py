@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ds_moe_ep.comm.lanes import Lanes, Mark
 from ds_moe_ep.comm.transport import Message, Transport
@@ -80,7 +81,7 @@ class _RunExperts(torch.autograd.Function):
                 here = slice(start, stop)
                 with buffers.outputs_of(here, moves) as out_nD:
                     expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
-            if shared_pass is not None:
+            if shared_pass is not None and rows.has_tokens:
                 here = slice(*rows.tokens)
                 shared_pass.compute(0, here, x_TD[here], shared_TD[here])
 
@@ -93,6 +94,7 @@ class _RunExperts(torch.autograd.Function):
         return buffers.results_ND, shared_TD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_results_ND: Tensor, d_shared_TD: Tensor) -> tuple[Tensor | None, ...]:
         route, (expert_pass, *shared_passes) = ctx.route, ctx.passes
         inputs_RD, x_TD = _take_saved(ctx)
@@ -106,7 +108,7 @@ class _RunExperts(torch.autograd.Function):
                 here = slice(start, stop)
                 with buffers.outputs_of(here, moves) as out_nD:
                     expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)
-            for shared_pass in shared_passes:
+            for shared_pass in shared_passes if rows.has_tokens else ():
                 here = slice(*rows.tokens)
                 shared_pass.input_grads(0, here, d_shared_TD[here], dx_TD[here])
 

@@ -8,9 +8,10 @@ On the first forward pass of training, with its real rows and experts:
 3. Race these against the serial schedule, forward and backward, alternating. A schedule wins only where its time is
    below the serial one by more than the spread of the rounds; else the layer stays serial.
 
-Every schedule gives the same results bit for bit, so a choice changes the time and nothing else. When the rows that a
-rank receives drift from those of the measurement (`retune_drift`), it says so in the next exchange of counts, which
-every rank reads: all of them measure again, in the same call.
+A choice changes the time; results are as equal as between any two schedules (ARCHITECTURE.md). A measurement leaves no
+gradient, fires no parameter's hook, and puts random numbers and experts' buffers back. When the rows that a rank
+receives drift from those of the measurement (`retune_drift`), it says so in the next exchange of counts, which every
+rank of the group reads: all of them measure again, in the same call.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,19 +31,20 @@ from ds_moe_ep.comm.lanes import Lanes
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.moe.experts import Experts
+from ds_moe_ep.moe.experts import Experts, SharedExpert
+from ds_moe_ep.moe.forms import keep
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.overlap import Buffers, Route, Steps, run, run_experts
 from ds_moe_ep.moe.plan import DispatchPlan
 from ds_moe_ep.price import Costs, probe_pieces, ranked
 from ds_moe_ep.recorder import Off, make_recorder
-from ds_moe_ep.schedule import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule
+from ds_moe_ep.schedule import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, pieces_of
 from ds_moe_ep.timeline import Span
 from ds_moe_ep.topology import Torus
 
 PROBES = 2  # measured runs of each probe, after one that warms up
-FINALISTS = 2  # candidates that race against serial
-ROUNDS = 5
+ROUNDS = 7
+PRICE_STEP = 1e-3  # of the lowest price: what is closer counts as equal
 SMOOTHING = 0.05  # weight of one pass in the mean of received rows
 MIN_PASSES = 200  # between two measurements
 
@@ -50,7 +53,7 @@ CHOSEN = ("schedule", "peer_group_size", "row_cuts", "chunks", "depth")
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the tuner decided: the knobs of the schedule, and why. The same on every rank of the group."""
+    """What the tuner decided: the knobs of the schedule, and why. The same on every rank of an expert group."""
 
     knobs: Mapping[str, Any]
     time_to_serial: float  # measured, median of the rounds; 1 where serial was chosen
@@ -77,8 +80,10 @@ class Choice:
             unknown = set(choice.knobs) - set(CHOSEN)
         except (TypeError, AttributeError) as error:
             raise ConfigError(f"{path}={values!r}: no choice of a schedule ({error}); leave it out") from None
-        if unknown:
-            raise ConfigError(f"{path}.knobs={values['knobs']!r}: unknown {sorted(unknown)}; leave the choice out")
+        if unknown or "schedule" not in choice.knobs:
+            raise ConfigError(
+                f"{path}.knobs={values['knobs']!r}: expected 'schedule' and others of {CHOSEN}; leave it out"
+            )
         return choice
 
 
@@ -97,14 +102,14 @@ class Drift:
         self._mean = 0.0
         self._passes = 0
 
-    def restart(self, rows: int) -> None:
-        """A measurement was made with this many rows."""
-        self._base, self._mean, self._passes = float(rows), float(rows), 0
+    def restart(self) -> None:
+        """A measurement was made: the smoothed rows of now are the base of the next one."""
+        self._base, self._passes = self._mean, 0
 
     def see(self, rows: int) -> None:
-        """One training pass received this many rows; the first one after a restored choice is the base."""
+        """One training pass received this many rows."""
         if self._base is None:
-            self.restart(rows)
+            self._base = self._mean = float(rows)
         self._mean += SMOOTHING * (rows - self._mean)
         self._passes += 1
 
@@ -126,24 +131,27 @@ class Trial:
     transport: Transport
     torus: Torus
     lanes: Lanes
+    shared: SharedExpert | None = None
 
     def choose(self) -> Choice:
-        """The schedule to take. Collective over the group; a few dozen passes long."""
+        """The schedule to take. Collective over the group; some thirty passes long."""
+        with _undisturbed(self.experts, self.rows_ND.device):
+            return self._choose()
+
+    def _choose(self) -> Choice:
         priced = ranked(self.config, self.torus, self.measure_costs())
         predicted_us = {str(knobs): us for us, knobs in priced}
         serial: Mapping[str, Any] = {"schedule": "serial"}
-        finalists = [knobs for _, knobs in priced if knobs != serial][:FINALISTS]
-        if not finalists:
-            return Choice(knobs=serial, time_to_serial=1.0, predicted_to_serial=1.0, serial_ms=0.0, raced={})
+        finalists = self._finalists(priced)
         times = self._race([serial, *finalists])
         serial_ms = 1e3 * statistics.median(times[0])
         best, best_ratio = serial, 1.0
         raced: dict[str, float] = {}
         for knobs, seconds in zip(finalists, times[1:], strict=True):
             ratios = [mine / its for mine, its in zip(seconds, times[0], strict=True)]
-            _, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
             raced[described(knobs)] = middle
-            if high < 1 and middle < best_ratio:
+            if high + (high - low) < 1 and middle < best_ratio:
                 best, best_ratio = knobs, middle
         raced.pop(described(best), None)
         predicted = predicted_us[str(best)] / max(predicted_us[str(serial)], 1e-9)
@@ -151,9 +159,24 @@ class Trial:
             knobs=best, time_to_serial=best_ratio, predicted_to_serial=predicted, serial_ms=serial_ms, raced=raced
         )
 
+    def _finalists(self, priced: Sequence[tuple[float, Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+        """The cheapest schedule of each kind, and whole groups of peers: what pieces cost beside rows has no price."""
+        step_us = max(PRICE_STEP * priced[0][0], 1e-9)
+
+        def order(item: tuple[float, Mapping[str, Any]]) -> tuple[int, int]:
+            return round(item[0] / step_us), len(pieces_of(dataclasses.replace(self.config, **item[1]), self.torus))
+
+        kinds: dict[str, Mapping[str, Any]] = {}
+        for _, knobs in sorted(priced, key=order):
+            kinds.setdefault(knobs["schedule"], knobs)
+            if knobs["schedule"] == "peers" and knobs.get("row_cuts") == 1:
+                kinds.setdefault("whole groups", knobs)
+        kinds.pop("serial")
+        return [knobs for i, knobs in enumerate(kinds.values()) if knobs not in list(kinds.values())[:i]]
+
     def measure_costs(self) -> Costs:
         """The mean rank's costs, the same on every rank. Collective."""
-        pieces = probe_pieces(self.torus, len(self.rows_ND))
+        pieces = probe_pieces(self.torus, int(self._mean([len(self.rows_ND)])[0]))
         found = [self._costs_of(self._wire_spans(pieces), self._serial_spans()) for _ in range(PROBES + 1)][1:]
         values = torch.tensor([dataclasses.astuple(costs) for costs in found], dtype=torch.float64).amin(0)
         return Costs(**dict(zip((f.name for f in dataclasses.fields(Costs)), self._mean(values.tolist()), strict=True)))
@@ -214,19 +237,19 @@ class Trial:
         self._mean([0.0])
 
     def _pass(self, route: Route) -> None:
-        """Forward and backward, without leaving gradients anywhere."""
+        """Forward and backward, weight gradients included, which are made for nobody: parameters are not asked for."""
         rows_ND = self.rows_ND.detach().requires_grad_()
-        wanted = [rows_ND, *(p for p in self.experts.expert_parameters() if p.requires_grad)]
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):
-            results_ND, _ = run_experts(rows_ND, self.experts, route)
-        torch.autograd.grad(results_ND, wanted, torch.ones_like(results_ND), allow_unused=True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+            outputs = run_experts(rows_ND, self.experts, route, self.shared)
+        torch.autograd.grad(outputs, rows_ND, [torch.ones_like(rows) for rows in outputs])
 
     def _route_of(self, knobs: Mapping[str, Any]) -> Route:
         config = dataclasses.replace(self.config, **knobs)
         return self._route(forward_schedule(config, self.torus), backward_schedule(config, self.torus))
 
     def _route(self, forward: Schedule, backward: Schedule) -> Route:
-        layout = lay_out(self.plan, forward.pieces, self.torus, self.transport.rank)
+        num_shared = 0 if self.shared is None else len(self.shared.x_TD)
+        layout = lay_out(self.plan, forward.pieces, self.torus, self.transport.rank, num_shared)
         return Route(layout, forward, backward, self.transport, self.lanes, Off())
 
     def _mean(self, values: Sequence[float]) -> list[float]:
@@ -239,5 +262,12 @@ def _nothing(rows: object) -> None:
     return None
 
 
-def _keep(tensor: Tensor) -> Tensor:
-    return tensor
+@contextmanager
+def _undisturbed(experts: Experts, device: torch.device) -> Iterator[None]:
+    """Random numbers, and buffers of experts that have some, are afterwards what they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in experts.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)

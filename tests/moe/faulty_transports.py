@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Sequence
 
@@ -102,3 +103,28 @@ class _CountedTransfer:
     def wait(self) -> None:
         self._transport.num_waits += 1
         self._inner.wait()
+
+
+class Slow(Wrapper):
+    """A link of a rate: all rows that leave share it, one transfer after the other, on both lanes together."""
+
+    def __init__(self, inner: Transport, row_s: float) -> None:
+        super().__init__(inner)
+        self._row_s = row_s
+        self._free_s = 0.0
+        self._lock = threading.Lock()
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+        rows = sum(len(message.rows) for message in sends)
+        with self._lock:
+            self._free_s = max(self._free_s, time.perf_counter()) + rows * self._row_s
+            return _SlowTransfer(super().start(lane, sends, receives), self._free_s)
+
+
+class _SlowTransfer:
+    def __init__(self, inner: Transfer, end_s: float) -> None:
+        self._inner, self._end_s = inner, end_s
+
+    def wait(self) -> None:
+        self._inner.wait()
+        time.sleep(max(0.0, self._end_s - time.perf_counter()))

@@ -1,0 +1,247 @@
+"""`"schedule": "auto"`: measured on the first pass, decided alike on all ranks, repeated when routing drifts.
+
+Experts are emulated and the link is slow by a stated amount, so that what is best is known. Ranks of the torus stand on
+two nodes of two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from torch import Tensor
+
+from ds_moe_ep.bench.emulated import EmulatedExperts
+from ds_moe_ep.comm.groups import open_transport
+from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.moe import tuner
+from ds_moe_ep.moe.experts import GeluMLP
+from ds_moe_ep.moe.layer import ExpertParallel
+from ds_moe_ep.moe.tuner import Choice, Drift
+from ds_moe_ep.topology import Torus
+from tests.moe.faulty_transports import Counting, Slow
+from tests.ranks import run_ranks
+
+D, TOKENS = 8, 200
+ROW_US = 250.0  # of an emulated expert, forward: 50 ms a pass of even routing
+
+
+def make_layer(link_row_us: float, emulated: bool = True, **knobs: Any) -> ExpertParallel:
+    torch.manual_seed(0)
+    config = MoEConfig(num_experts=4, ep_size=4, **knobs)
+    layer = ExpertParallel(D, GeluMLP(D, 2 * D), config)
+    if emulated:
+        layer.experts = EmulatedExperts(1, ROW_US)
+    transport = open_transport([list(range(4))], config)
+    layer.connect(Slow(transport, 1e-6 * link_row_us) if link_row_us else transport, Torus(2, 2))
+    return layer
+
+
+def tokens(rows: int = TOKENS) -> Tensor:
+    return torch.randn(rows, D, generator=torch.Generator().manual_seed(dist.get_rank()))
+
+
+def choice_over(link_row_us: float) -> tuple[dict[str, Any], str]:
+    layer = make_layer(link_row_us)
+    layer(tokens())
+    assert layer.choice is not None
+    return layer.choice.to_dict(), layer._links.forward.name
+
+
+def test_a_slow_link_makes_every_rank_choose_the_same_overlapped_schedule() -> None:
+    results = run_ranks(4, choice_over, 0.5 * ROW_US)
+    assert all(result == results[0] for result in results)
+    choice, in_force = results[0]
+    assert in_force == choice["knobs"]["schedule"] != "serial"
+    assert choice["time_to_serial"] < 0.9
+    assert choice["predicted_to_serial"] == pytest.approx(choice["time_to_serial"], abs=0.15)
+
+
+def test_without_a_link_worth_hiding_nothing_slower_than_serial_is_chosen() -> None:
+    for choice, _ in run_ranks(4, choice_over, 0.0):
+        assert choice["time_to_serial"] <= 1
+        assert choice["knobs"]["schedule"] == "serial" or choice["time_to_serial"] < 1
+
+
+def results_and_gradients(schedule: str) -> list[Tensor]:
+    layer = make_layer(20.0, emulated=False, schedule=schedule)
+    x_TD = tokens().requires_grad_()
+    y_TD, loss, _ = layer(x_TD)
+    assert all(parameter.grad is None for parameter in layer.parameters()), "a measurement leaves no gradients"
+    (y_TD.square().sum() + loss).backward()
+    return [y_TD.detach(), x_TD.grad, *(p.grad for p in layer.parameters())]
+
+
+def test_measuring_changes_no_result_and_leaves_no_gradient() -> None:
+    tuned, serial = (run_ranks(4, results_and_gradients, schedule) for schedule in ("auto", "serial"))
+    for mine, expected in zip(tuned, serial, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+def transfers_of_passes() -> tuple[list[int], bool]:
+    """Transfers of: evaluation, the first training pass, the second, one after a restored choice."""
+    layer = make_layer(0.0)
+    transport = Counting(layer._links.transport)
+    layer.connect(transport, Torus(2, 2))
+    counts = []
+
+    def run(of: ExpertParallel) -> None:
+        before = len(transport.started)
+        of(tokens())
+        counts.append(len(transport.started) - before)
+
+    with torch.no_grad():
+        run(layer.eval())
+    assert layer.choice is None, "evaluation measures nothing"
+    run(layer.train())
+    run(layer)
+    other = make_layer(0.0)
+    other.connect(transport, Torus(2, 2))
+    other.take_choice(layer.choice)
+    run(other)
+    return counts, layer.choice == other.choice
+
+
+def test_only_the_first_training_pass_without_a_choice_measures() -> None:
+    for (evaluation, first, second, restored), is_same in run_ranks(4, transfers_of_passes):
+        assert is_same
+        assert first > 10 * evaluation
+        assert second == restored <= evaluation + 14, "eight chunks have 16 transfers, serial has 2"
+
+
+def choices_under_drift(watchers: tuple[int, ...]) -> list[int]:
+    """The passes at which choices were made; routing turns to expert 3 in pass 2, and only some ranks may notice."""
+    tuner.MIN_PASSES, tuner.SMOOTHING = 2, 1.0
+    layer = make_layer(0.0, retune_drift=0.5)
+    if dist.get_rank() not in watchers:
+        layer._drift = Drift(0.0)
+    passes, last = [], None
+    for index in range(6):
+        with torch.no_grad():
+            layer.gate.wg.weight[3] += 100.0 * (index == 2)
+        layer(tokens().abs())
+        if layer.choice is not last:
+            passes.append(index)
+            last = layer.choice
+    return passes
+
+
+@pytest.mark.parametrize(("watchers", "expected"), [((3,), [0, 3]), ((1,), [0, 3]), ((), [0])])
+def test_drift_that_one_rank_sees_makes_all_ranks_measure_in_the_same_pass(
+    watchers: tuple[int, ...], expected: list[int]
+) -> None:
+    """Seen in pass 2, told in the exchange of pass 3; nobody who watches, nobody who measures."""
+    assert run_ranks(4, choices_under_drift, watchers) == [expected] * 4
+
+
+def pass_with_rows(rows: tuple[int, ...]) -> tuple[dict[str, Any], bool]:
+    """The choice over unequal rows, and whether the pass after it gives finite results of the right shape."""
+    layer = make_layer(2.0, emulated=False)
+    x_TD = tokens(rows[dist.get_rank()]).requires_grad_()
+    for _ in range(2):
+        y_TD, loss, _ = layer(x_TD)
+        (y_TD.sum() + loss).backward()
+    return layer.choice.to_dict(), y_TD.shape == x_TD.shape and bool(x_TD.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("rows", [(41, 3, 0, 18), (0, 0, 0, 9), (0, 0, 0, 0)])
+def test_ranks_with_unequal_rows_or_none_agree(rows: tuple[int, ...]) -> None:
+    results = run_ranks(4, pass_with_rows, rows)
+    assert all(result == results[0] for result in results) and results[0][1]
+
+
+class Restless(torch.nn.Module):
+    """An expert that draws random numbers, keeps statistics, and has a hook on its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(D, D)
+        self.norm = torch.nn.BatchNorm1d(D)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.linear(x)))
+
+
+def state_after_a_pass(schedule: str) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    layer = ExpertParallel(D, Restless(), MoEConfig(num_experts=4, ep_size=4, schedule=schedule))
+    layer.connect(open_transport([list(range(4))], layer.config), Torus(2, 2))
+    if schedule == "auto":
+        layer.take_choice = lambda choice: None  # type: ignore[method-assign] (it measures, and stays serial)
+    layer(tokens())
+    return torch.get_rng_state(), [buffer.clone() for buffer in layer.buffers()]
+
+
+def test_measuring_moves_neither_random_numbers_nor_statistics_of_experts() -> None:
+    tuned, serial = (run_ranks(4, state_after_a_pass, schedule) for schedule in ("auto", "serial"))
+    for (rng, buffers), (expected_rng, expected_buffers) in zip(tuned, serial, strict=True):
+        assert torch.equal(rng, expected_rng)
+        assert all(torch.equal(a, b) for a, b in zip(buffers, expected_buffers, strict=True))
+
+
+def recomputed_gradients(schedule: str, reentrant: bool) -> list[Tensor]:
+    layer = make_layer(2.0, emulated=False, schedule=schedule)
+    x_TD = tokens().requires_grad_()
+    y_TD = torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], x_TD, use_reentrant=reentrant)
+    y_TD.square().sum().backward()
+    return [x_TD.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_layer_may_measure_in_its_first_pass(reentrant: bool) -> None:
+    tuned, serial = (run_ranks(4, recomputed_gradients, schedule, reentrant) for schedule in ("auto", "serial"))
+    for mine, expected in zip(tuned, serial, strict=True):
+        assert len(mine) == len(expected) > 2
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+def hooks_of_a_pass() -> int:
+    layer = make_layer(2.0, emulated=False)
+    calls: list[int] = []
+    for parameter in layer.experts.parameters():
+        parameter.register_hook(lambda grad: calls.append(1))
+    layer(tokens())
+    return len(calls)
+
+
+def test_a_measurement_fires_no_hook_of_a_parameter() -> None:
+    assert run_ranks(4, hooks_of_a_pass) == [0] * 4
+
+
+def test_drift_is_smoothed_bounded_and_can_be_off() -> None:
+    for bound, expected in ((0.5, True), (2.0, False), (0.0, False)):
+        drift = Drift(bound)
+        for rows in (100, *[200] * tuner.MIN_PASSES):
+            drift.see(rows)
+        assert drift.is_beyond_bound() == expected
+    brief = Drift(0.5)
+    for rows in (100, *[1000] * (tuner.MIN_PASSES - 2)):
+        brief.see(rows)
+    assert not brief.is_beyond_bound(), "a measurement is not repeated at once"
+    brief.see(1000)
+    brief.restart()
+    for _ in range(tuner.MIN_PASSES):
+        brief.see(1000)
+    assert not brief.is_beyond_bound(), "the base of the next one is where the rows have settled"
+
+
+def test_a_choice_survives_as_plain_values_and_others_are_refused() -> None:
+    choice = Choice(
+        knobs={"schedule": "peers", "row_cuts": 2},
+        time_to_serial=0.7,
+        predicted_to_serial=0.66,
+        serial_ms=12.5,
+        raced={"peers (row_cuts=1)": 0.8},
+    )
+    assert Choice.from_dict(choice.to_dict(), "ckpt") == choice
+    assert str(choice) == (
+        "peers (row_cuts=2), 0.70 of serial's 12.5 ms a pass (0.66 predicted; peers (row_cuts=1): 0.80)"
+    )
+    for broken in ({}, {**choice.to_dict(), "knobs": {"num_experts": 3}}, {**choice.to_dict(), "knobs": None}):
+        with pytest.raises(ConfigError, match="ckpt"):
+            Choice.from_dict(broken, "ckpt")
