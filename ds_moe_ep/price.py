@@ -18,6 +18,7 @@ from ds_moe_ep.schedule import Kind, Piece, Schedule, backward_schedule, forward
 from ds_moe_ep.topology import Torus
 
 EPSILON_US = 1e-6
+MANY_NODES = 8  # beyond them groups of two nodes are worth a look
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,11 @@ def candidates(torus: Torus) -> list[dict[str, Any]]:
     if torus.size == 1:
         return [{"schedule": "serial"}]
     peers: list[dict[str, Any]] = [{"schedule": "peers", "row_cuts": cuts} for cuts in (1, 2, 3, 4)]
-    if torus.num_nodes == 1 and torus.size > 3:
-        peers.append({"schedule": "peers", "peer_group_size": torus.size // 2})
+    whole = torus.size if torus.num_nodes == 1 else torus.node_size  # ranks of a group by default
+    if whole > 3:
+        peers.append({"schedule": "peers", "peer_group_size": whole // 2, "row_cuts": 1})
+    if torus.num_nodes > MANY_NODES:
+        peers.append({"schedule": "peers", "peer_group_size": 2 * whole, "row_cuts": 1})
     chunks: list[dict[str, Any]] = [{"schedule": "chunks", "chunks": chunks} for chunks in (2, 4, 8)]
     return [{"schedule": "serial"}, *peers, *chunks]
 

@@ -8,7 +8,7 @@ import signal
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from multiprocessing.queues import Queue
@@ -181,9 +181,8 @@ def _layer(name: str, case: LayerCase, ep_size: int) -> nn.Module:
     from ds_moe_ep.engine.layer import MoE
     from ds_moe_ep.moe.experts import GeluMLP
 
-    config = MoEConfig(num_experts=case.num_experts, ep_size=ep_size, top_k=case.top_k)
-    if name == SERIAL:
-        config = replace(config, schedule="serial", depth=0)
+    schedule: Literal["serial", "peers"] = "serial" if name == SERIAL else "peers"
+    config = MoEConfig(num_experts=case.num_experts, ep_size=ep_size, top_k=case.top_k, schedule=schedule)
     layer = MoE(case.hidden_size, GeluMLP(case.hidden_size, case.width, bias=True), config=config)
     layer.set_deepspeed_parallelism()
     return layer

@@ -169,7 +169,7 @@ class Trial:
         kinds: dict[str, Mapping[str, Any]] = {}
         for _, knobs in sorted(priced, key=order):
             kinds.setdefault(knobs["schedule"], knobs)
-            if knobs["schedule"] == "peers" and knobs.get("row_cuts") == 1:
+            if knobs == {"schedule": "peers", "row_cuts": 1}:
                 kinds.setdefault("whole groups", knobs)
         kinds.pop("serial")
         return [knobs for i, knobs in enumerate(kinds.values()) if knobs not in list(kinds.values())[:i]]
