@@ -20,16 +20,23 @@ NOTES = {
 UNITS = {"bytes": "bytes", "collective_bytes": "bytes", "peak": "bytes", "difference": "ratio"}
 
 
-class Findings:
-    """Collects findings; `records` may be asked for at any time and covers what is complete."""
+class Collected:
+    """Findings as they come, and where they come from."""
 
-    def __init__(self, plan: Plan, command: str, commit: str, hardware: str) -> None:
-        self._plan = plan
+    def __init__(self, command: str, commit: str, hardware: str) -> None:
         self._source = {"command": command, "commit": commit, "hardware": hardware}
         self._values: dict[tuple[str, str, str], list[float]] = {}
 
     def add(self, finding: Finding) -> None:
         self._values.setdefault((finding.case, finding.side, finding.what), []).extend(finding.values)
+
+
+class Findings(Collected):
+    """Collects findings; `records` may be asked for at any time and covers what is complete."""
+
+    def __init__(self, plan: Plan, command: str, commit: str, hardware: str) -> None:
+        super().__init__(command, commit, hardware)
+        self._plan = plan
 
     def records(self) -> list[Record]:
         """Every record that can be made now, case by case and side by side."""

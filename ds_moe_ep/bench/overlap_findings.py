@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from ds_moe_ep.bench.findings import Collected
 from ds_moe_ep.bench.method import summarize
 from ds_moe_ep.bench.overlap_ranks import PHASES, WIRE, OverlapPlan
-from ds_moe_ep.bench.processes import Finding
 from ds_moe_ep.record import Record
 
 HEADERS = 1.08  # bytes on the link over bytes of rows: Ethernet, IP and TCP, acknowledgements of the other way
@@ -43,16 +43,12 @@ def link_mbit(plan: OverlapPlan, ratio: float, phase: str) -> float:
     return EXCHANGES_OF[phase] * exchange_bytes(plan) * HEADERS * 8 / seconds / 1e6
 
 
-class OverlapFindings:
+class OverlapFindings(Collected):
     """Collects findings; `records` may be asked for at any time and covers what is complete."""
 
     def __init__(self, plan: OverlapPlan, command: str, commit: str, hardware: str) -> None:
+        super().__init__(command, commit, hardware)
         self._plan = plan
-        self._source = {"command": command, "commit": commit, "hardware": hardware}
-        self._values: dict[tuple[str, str, str], list[float]] = {}
-
-    def add(self, finding: Finding) -> None:
-        self._values.setdefault((finding.case, finding.side, finding.what), []).extend(finding.values)
 
     def records(self) -> list[Record]:
         """Every record that can be made now, shaping by shaping and side by side."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import StringIO
 from multiprocessing.queues import Queue
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ds_moe_ep.bench.cases import LayerCase, expert_weights, gate_weight, output_gradient, tokens
 from ds_moe_ep.bench.emulated import EmulatedExpert, EmulatedExperts
 from ds_moe_ep.bench.method import rotation
-from ds_moe_ep.bench.processes import Finding, die_with_parent
+from ds_moe_ep.bench.processes import Finding, live_as_rank
 from ds_moe_ep.bench.testbed import TestBed, enter, rank_environment
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.recorder import HostRecorder
@@ -104,8 +103,6 @@ class Contender:
 
 def run_overlap_rank(rank: int, plan: OverlapPlan, findings: Queue[Finding]) -> None:
     """The whole life of one rank."""
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if plan.bed is not None:
         enter(plan.bed.nodes[rank // plan.ranks_per_node])
         os.environ.update(rank_environment(plan.bed, rank, plan.ranks_per_node, plan.port))
@@ -120,17 +117,7 @@ def run_overlap_rank(rank: int, plan: OverlapPlan, findings: Queue[Finding]) -> 
         os.environ.update({name: str(value) for name, value in launched.items()})
     os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     torch.set_num_threads(1)
-    tell = findings.put if rank == 0 else _silent
-    try:
-        _run(rank, plan, tell)
-        tell(Finding("", "", "done"))
-    except Exception:
-        findings.put(Finding("", f"rank {rank}", "error", text=traceback.format_exc()))
-        raise SystemExit(1) from None
-
-
-def _silent(finding: Finding) -> None:
-    return None
+    live_as_rank(rank, findings, partial(_run, rank, plan))
 
 
 def _run(rank: int, plan: OverlapPlan, tell: Callable[[Finding], object]) -> None:

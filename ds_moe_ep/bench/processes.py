@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import socket
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,23 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before it was asked
         os._exit(1)
+
+
+def live_as_rank(rank: int, findings: Any, run: Callable[[Callable[[Finding], object]], None]) -> None:
+    """The life of one rank: `run(tell)` to its end, with its error told to the parent; rank 0 tells what it finds."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    tell = findings.put if rank == 0 else _silent
+    try:
+        run(tell)
+        tell(Finding("", "", "done"))
+    except Exception:
+        findings.put(Finding("", f"rank {rank}", "error", text=traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def _silent(finding: Finding) -> None:
+    return None
 
 
 def free_port() -> int:

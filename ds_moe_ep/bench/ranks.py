@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch import nn
 from ds_moe_ep.bench.cases import LayerCase
 from ds_moe_ep.bench.memory import peak_bytes, return_freed_memory
 from ds_moe_ep.bench.method import Ranks, Round, Side, measure
-from ds_moe_ep.bench.processes import Finding, die_with_parent
+from ds_moe_ep.bench.processes import Finding, live_as_rank
 from ds_moe_ep.bench.sides import LayerSide, Outcome, check_same, layer_side, matmul_side
 from ds_moe_ep.bench.traffic import counted
 from ds_moe_ep.config import MoEConfig
@@ -48,8 +46,6 @@ class Plan:
 
 def run_rank(rank: int, plan: Plan, findings: Queue[Finding]) -> None:
     """The whole life of one rank."""
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     launched = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -63,17 +59,7 @@ def run_rank(rank: int, plan: Plan, findings: Queue[Finding]) -> None:
     if plan.measure == "memory" and plan.device == "cpu":
         return_freed_memory()
     torch.set_num_threads(1)
-    tell = findings.put if rank == 0 else _silent
-    try:
-        _run(rank, plan, tell)
-        tell(Finding("", "", "done"))
-    except Exception:
-        findings.put(Finding("", f"rank {rank}", "error", text=traceback.format_exc()))
-        raise SystemExit(1) from None
-
-
-def _silent(finding: Finding) -> None:
-    return None
+    live_as_rank(rank, findings, partial(_run, rank, plan))
 
 
 def _run(rank: int, plan: Plan, tell: Callable[[Finding], object]) -> None:

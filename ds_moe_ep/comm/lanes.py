@@ -142,7 +142,18 @@ def _finish_jobs(started: SimpleQueue[_Job | None], places: threading.Semaphore)
         del job
 
 
-class HostLanes:
+class _Waiting:
+    """What all lanes do alike: the caller waits for marks; nothing is left behind that could be dropped."""
+
+    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
+        for mark in marks:
+            mark.wait()
+
+    def abandon(self) -> None:
+        return None
+
+
+class HostLanes(_Waiting):
     """Lanes on the host: compute runs at once, threads run the transfers of a lane in order.
 
     The threads start with the first transfer and end with this object.
@@ -166,10 +177,6 @@ class HostLanes:
         self._lane(lane).queue.put(job)
         return job
 
-    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
-        for mark in marks:
-            mark.wait()
-
     def abandon(self) -> None:
         self._generation += 1
 
@@ -190,7 +197,7 @@ def _finish(work: Work) -> None:
         transfer.wait()
 
 
-class Inline:
+class Inline(_Waiting):
     """The host without threads: every op is finished where it is issued."""
 
     def entry(self) -> Mark:
@@ -202,13 +209,6 @@ class Inline:
         with scope:
             _finish(work)
         return _Passed()
-
-    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
-        for mark in marks:
-            mark.wait()
-
-    def abandon(self) -> None:
-        return None
 
     def blocking(self) -> Lanes:
         return self
@@ -224,7 +224,7 @@ class _EventMark:
         torch.cuda.current_stream().wait_event(self.event)
 
 
-class CudaLanes:
+class CudaLanes(_Waiting):
     """Three streams: compute is the caller's, dispatch and combine are the lanes' own (specification, section 3.2).
 
     Every edge between lanes is an event, and every tensor that crosses is given to the other stream's allocator
@@ -260,13 +260,6 @@ class CudaLanes:
         event = torch.cuda.Event()
         event.record(stream)
         return _EventMark(event)
-
-    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
-        for mark in marks:
-            mark.wait()
-
-    def abandon(self) -> None:
-        return None
 
     def blocking(self) -> Lanes:
         return self
