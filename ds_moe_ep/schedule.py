@@ -86,7 +86,7 @@ class Schedule:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """Whose rows each piece holds, for people: all, own, near, node +1, nodes +1 to +2 (1/2)."""
+        """Whose rows each piece holds, for people: all peers, own, near, node +1, nodes +1 to +2 (1/2)."""
         return tuple(_label(piece, self.torus) for piece in self.pieces)
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ def _label(piece: Piece, torus: Torus) -> str:
     nodes = sorted({node for node, _ in piece.offsets})
     places = sorted({place for _, place in piece.offsets})
     if len(piece.offsets) == torus.size:
-        label = "all"
+        label = "all peers"
     elif piece.offsets == ((0, 0),):
         label = "own"
     elif nodes == [0] and torus.num_nodes > 1:

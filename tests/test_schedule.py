@@ -143,8 +143,8 @@ def test_a_block_of_weight_gradients_is_a_node_or_one_of_three_shares_of_the_far
 
 
 LABELS = [
-    (FOUR_BY_FOUR, {"schedule": "serial"}, ("all",)),
-    (FOUR_BY_FOUR, {"schedule": "chunks", "chunks": 2}, ("all (1/2)", "all (2/2)")),
+    (FOUR_BY_FOUR, {"schedule": "serial"}, ("all peers",)),
+    (FOUR_BY_FOUR, {"schedule": "chunks", "chunks": 2}, ("all peers (1/2)", "all peers (2/2)")),
     (FOUR_BY_FOUR, {"schedule": "peers"}, ("near (1/2)", "node +1", "node +2", "node +3", "near (2/2)")),
     (
         FOUR_BY_FOUR,
