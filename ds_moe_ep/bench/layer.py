@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ds_moe_ep.bench.cases import CASES
 from ds_moe_ep.bench.findings import Findings
-from ds_moe_ep.bench.processes import arriving, free_port, started_ranks
+from ds_moe_ep.bench.processes import Finding, follow, free_port, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.ranks import SIDES, Plan, run_rank
 from ds_moe_ep.bench.table import markdown_table, terminal_table
@@ -89,29 +88,22 @@ def _plan(parsed: argparse.Namespace) -> Plan:
 
 def _race(plan: Plan, found: Findings, console: Console, out: Path | None) -> int:
     """Follows the ranks to their end, keeping `out` up to date after every case; 130 after Ctrl-C."""
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with (
-            Progress(*columns, console=console) as progress,
-            started_ranks(run_rank, plan, plan.num_ranks) as (processes, inbox),
-        ):
-            timed = plan.measure == "time"
-            total = len(plan.cases) * (plan.rounds if timed else len(plan.sides))
-            task = progress.add_task(f"{plan.measure}: starting the ranks", total=total)
-            for finding in arriving(processes, inbox):
-                if finding.what == "phase":
-                    progress.update(task, description=f"{plan.measure}: {finding.case}, {finding.text}")
-                    write_whole(found.records(), out)
-                found.add(finding)
-                if finding.what == "peak" or (finding.what == "time" and finding.side == plan.sides[-1]):
-                    progress.advance(task)
-            progress.update(task, completed=total)
-    except KeyboardInterrupt:
-        console.print("interrupted: the records hold what was measured until now")
-        return 130
-    finally:
+    timed = plan.measure == "time"
+
+    def save() -> None:
         write_whole(found.records(), out)
-    return 0
+
+    def see(finding: Finding, update: Callable[..., None]) -> None:
+        if finding.what == "phase":
+            update(description=f"{plan.measure}: {finding.case}, {finding.text}")
+            save()
+        found.add(finding)
+        if finding.what == "peak" or (finding.what == "time" and finding.side == plan.sides[-1]):
+            update(advance=1)
+
+    total = len(plan.cases) * (plan.rounds if timed else len(plan.sides))
+    ranks = started_ranks(run_rank, plan, plan.num_ranks)
+    return follow(console, ranks, (f"{plan.measure}: starting the ranks", total), see, save)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ds_moe_ep.bench.cases import CASES
 from ds_moe_ep.bench.overlap_findings import OverlapFindings, link_mbit, markdown_tables
 from ds_moe_ep.bench.overlap_ranks import PHASES, SIDES, OverlapPlan, Shaping, run_overlap_rank
-from ds_moe_ep.bench.processes import arriving, free_port, started_ranks
+from ds_moe_ep.bench.processes import Finding, follow, free_port, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.testbed import open_testbed, parse_rate
 from ds_moe_ep.errors import ConfigError, EngineError, nearest
@@ -117,26 +116,22 @@ def _shapings(parsed: argparse.Namespace, plan: OverlapPlan) -> Iterator[Shaping
 
 def _race(plan: OverlapPlan, found: OverlapFindings, console: Console, out: Path | None) -> int:
     """Follows the ranks to their end, keeping `out` up to date after every round; 130 after Ctrl-C."""
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    ranks = started_ranks(run_overlap_rank, plan, plan.num_ranks)
-    try:
-        with Progress(*columns, console=console) as progress, ranks as (processes, inbox):
-            total = len(plan.shapings) * (plan.warm_ups + plan.rounds)
-            task = progress.add_task("starting the ranks", total=total)
-            for finding in arriving(processes, inbox):
-                if finding.what != "phase":
-                    found.add(finding)
-                    continue
-                progress.update(task, description=f"{finding.case}: {finding.text}")
-                if finding.text.startswith("round"):
-                    progress.advance(task)
-                    write_whole(found.records(), out)
-    except KeyboardInterrupt:
-        console.print("interrupted: the records hold what was measured until now")
-        return 130
-    finally:
+
+    def save() -> None:
         write_whole(found.records(), out)
-    return 0
+
+    def see(finding: Finding, update: Callable[..., None]) -> None:
+        if finding.what != "phase":
+            found.add(finding)
+            return
+        update(description=f"{finding.case}: {finding.text}")
+        if finding.text.startswith("round"):
+            update(advance=1)
+            save()
+
+    total = len(plan.shapings) * (plan.warm_ups + plan.rounds)
+    ranks = started_ranks(run_overlap_rank, plan, plan.num_ranks)
+    return follow(console, ranks, ("starting the ranks", total), see, save)
 
 
 if __name__ == "__main__":

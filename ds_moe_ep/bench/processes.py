@@ -10,10 +10,14 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ds_moe_ep.errors import EngineError
 
@@ -94,6 +98,34 @@ def started_ranks(
             if process.is_alive():
                 process.terminate()
                 process.join(END_S)
+
+
+def follow(
+    console: Console,
+    ranks: AbstractContextManager[tuple[list[BaseProcess], multiprocessing.Queue[Finding]]],
+    bar: tuple[str, int],
+    see: Callable[[Finding, Callable[..., None]], object],
+    save: Callable[[], object],
+) -> int:
+    """Follows started ranks to their end behind a progress bar of a title and a total; 0, or 130 after Ctrl-C.
+
+    `see(finding, update)` takes each finding and may move the bar by rich's `update(description=..., advance=...)`.
+    `save` is called at the end, however it comes.
+    """
+    title, total = bar
+    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console) as progress, ranks as (processes, inbox):
+            update = partial(progress.update, progress.add_task(title, total=total))
+            for finding in arriving(processes, inbox):
+                see(finding, update)
+            update(completed=total)
+    except KeyboardInterrupt:
+        console.print("interrupted: the records hold what was measured until now")
+        return 130
+    finally:
+        save()
+    return 0
 
 
 def arriving(processes: Sequence[BaseProcess], inbox: multiprocessing.Queue[Finding]) -> Iterator[Finding]:
