@@ -12,8 +12,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ds_moe_ep.comm.groups import open_transport
-    from ds_moe_ep.config import MODELS, SMALL, SPECIFICATION, ModelConfig, MoEConfig
+    from ds_moe_ep.config import MODELS, SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
     from ds_moe_ep.engine.layer import MoE
+    from ds_moe_ep.engine.pipeline import Pipeline, build_pipeline
     from ds_moe_ep.engine.seams import init_distributed
     from ds_moe_ep.engine.start import initialize
     from ds_moe_ep.errors import ConfigError, EngineError, MoEError, TopologyError
@@ -32,17 +33,20 @@ __all__ = [
     "EngineError",
     "ExpertParallel",
     "GeluMLP",
+    "Layout",
     "MoE",
     "MoEConfig",
     "MoEError",
     "ModelConfig",
     "ModelOutput",
+    "Pipeline",
     "RankGrid",
     "Section",
     "SwiGLU",
     "TopologyError",
     "Transformer",
     "__version__",
+    "build_pipeline",
     "build_transformer",
     "expert_index_of",
     "init_distributed",
@@ -55,8 +59,9 @@ __all__ = [
 
 _HOMES = {
     "comm.groups": ("open_transport",),
-    "config": ("MODELS", "SMALL", "SPECIFICATION", "ModelConfig", "MoEConfig"),
+    "config": ("MODELS", "SMALL", "SPECIFICATION", "Layout", "ModelConfig", "MoEConfig"),
     "engine.layer": ("MoE",),
+    "engine.pipeline": ("Pipeline", "build_pipeline"),
     "engine.seams": ("init_distributed",),
     "engine.start": ("initialize",),
     "errors": ("ConfigError", "EngineError", "MoEError", "TopologyError"),

@@ -1,7 +1,8 @@
 """Every knob of the package, with its rule; read once at the door and passed on as values.
 
 `MoEConfig` is the section `"moe_ep"` of a ds_config and the settings of one layer. `ModelConfig` is the
-4-layer model. Both are frozen, refuse unknown keys, and answer questions before anything is built.
+4-layer model, `Layout` its cut by tensor and pipeline parallelism. All are frozen, refuse unknown keys, and answer
+questions before anything is built.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from ds_moe_ep.errors import ConfigError, nearest
 
-C = TypeVar("C", "MoEConfig", "ModelConfig")
+C = TypeVar("C", "MoEConfig", "ModelConfig", "Layout")
 
 
 def knob(default: Any, help: str, minimum: float | None = None) -> Any:
@@ -187,6 +188,61 @@ class ModelConfig:
         return self.expert_matrices * self.hidden_size * self.expert_width + biases
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The model cut over ranks in the way of Megatron: widths over a tensor group, layers over a pipeline."""
+
+    tp_size: int = knob(1, "ranks that share every width: heads, and the inner width of each expert", 1)
+    pp_size: int = knob(1, "pipeline stages, which share the layers", 1)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "moe_ep.layout")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], path: str = "moe_ep.layout") -> Layout:
+        """The layout that `values` describes. Raises ConfigError for an unknown key or a bad value."""
+        return from_dict(cls, values, path)
+
+    @property
+    def size(self) -> int:
+        """Ranks of one copy of the model."""
+        return self.tp_size * self.pp_size
+
+    def check(self, model: ModelConfig, moe: MoEConfig) -> None:
+        """Raises ConfigError where the model cannot be cut so."""
+        for name in ("num_heads", "expert_width", "shared_expert_width"):
+            value = getattr(model, name)
+            if value % self.tp_size:
+                raise ConfigError(
+                    f"moe_ep.layout.tp_size={self.tp_size} does not divide moe_ep.model.{name}={value}: every rank of "
+                    "a tensor group holds an equal share; change one of them"
+                )
+        if model.num_layers % self.pp_size:
+            raise ConfigError(
+                f"moe_ep.layout.pp_size={self.pp_size} does not divide moe_ep.model.num_layers={model.num_layers}: "
+                "stages hold equally many layers; change one of them"
+            )
+        if self.size > 1 and moe.ep_size > 1:
+            raise ConfigError(
+                f"moe_ep.ep_size={moe.ep_size} with moe_ep.layout={self.tp_size}x{self.pp_size}: experts are either "
+                "whole on their ranks or cut by tensor parallelism; set ep_size to 1 or remove the layout"
+            )
+        if self.tp_size > 1 and model.expert_bias:
+            raise ConfigError(
+                f"moe_ep.model.expert_bias=true with moe_ep.layout.tp_size={self.tp_size}: the sum over the tensor "
+                "group would add the second bias once a rank; set it to false"
+            )
+        if self.size > 1 and moe.balance == "bias":
+            raise ConfigError(
+                "moe_ep.balance='bias' with moe_ep.layout: no pipeline engine moves the bias; set it to 'aux_loss'"
+            )
+        if self.tp_size > 1 and moe.noise != "none":
+            raise ConfigError(
+                f"moe_ep.noise={moe.noise!r} with moe_ep.layout.tp_size={self.tp_size}: the ranks of a tensor group "
+                "would route alike tokens differently; set it to 'none'"
+            )
+
+
 def to_fp32(value: float) -> float:
     """The nearest number that fp32 has."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
@@ -240,5 +296,5 @@ def _has_kind(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 SPECIFICATION = ModelConfig()
-SMALL = ModelConfig(hidden_size=128, num_heads=4, expert_width=512, sequence_length=128, recompute=False)
+SMALL = ModelConfig(hidden_size=128, num_heads=8, expert_width=512, sequence_length=128, recompute=False)
 MODELS: dict[str, ModelConfig] = {"specification": SPECIFICATION, "small": SMALL}

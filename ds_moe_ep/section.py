@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_moe_ep.config import ModelConfig, MoEConfig
+from ds_moe_ep.config import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.errors import ConfigError
 
 SECTION = "moe_ep"
@@ -22,11 +22,12 @@ SECTION = "moe_ep"
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What `"moe_ep"` says: the layers' knobs, the model if named, and which layer knobs were given."""
+    """What `"moe_ep"` says: the layers' knobs, the model if named, its layout, and which layer knobs were given."""
 
     moe: MoEConfig
     model: ModelConfig | None
     given: frozenset[str]
+    layout: Layout
 
 
 def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def read_section(ds_config: Mapping[str, Any]) -> Section:
     """The section `"moe_ep"` of `ds_config`; without one, the defaults with nothing given.
 
     `"model"` inside it is a name of MODELS, or an object of ModelConfig's knobs in which `"name"` may
-    choose the model that the other knobs change.
+    choose the model that the other knobs change; `"layout"` is an object of Layout's knobs.
     """
     if SECTION not in ds_config:
         for key in ds_config:
@@ -69,14 +70,17 @@ def read_section(ds_config: Mapping[str, Any]) -> Section:
                 raise ConfigError(
                     f"{key}={ds_config[key]!r}: DeepSpeed would ignore this key; did you mean {SECTION!r}?"
                 )
-        return Section(moe=MoEConfig(), model=None, given=frozenset())
+        return Section(moe=MoEConfig(), model=None, given=frozenset(), layout=Layout())
     values = ds_config[SECTION]
     if not isinstance(values, Mapping):
         raise ConfigError(f"{SECTION}={values!r}: expected an object of knobs; write {{...}}")
-    moe_values = {name: value for name, value in values.items() if name != "model"}
+    moe_values = {name: value for name, value in values.items() if name not in ("model", "layout")}
     moe = MoEConfig.from_dict(moe_values, SECTION)
     model = _read_model(values["model"]) if values.get("model") is not None else None
-    return Section(moe=moe, model=model, given=frozenset(moe_values))
+    layout = Layout.from_dict(values.get("layout") or {}, f"{SECTION}.layout")
+    if model is not None:
+        layout.check(model, moe)
+    return Section(moe=moe, model=model, given=frozenset(moe_values), layout=layout)
 
 
 def _read_model(values: Any) -> ModelConfig:

@@ -21,8 +21,8 @@ TRACE_EVERY = 10  # steps between two measurements, where --trace has to turn th
 LAUNCHER_ENV = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """The settings of a run; `--deepspeed_config` is DeepSpeed's own option."""
+def parse_arguments(description: str | None, config: str = "ds_configs/ep16_cpu.json") -> argparse.Namespace:
+    """The settings of a run, whose ds_config is like `config`; `--deepspeed_config` is DeepSpeed's own option."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", nargs="*", default=[], help="text files or folders; default: Python's library")
     parser.add_argument("--steps", type=int, default=80, help="train until this optimizer step")
@@ -36,7 +36,7 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     args = deepspeed.add_config_arguments(parser).parse_args()
     if args.deepspeed_config is None:
-        parser.error("--deepspeed_config is missing; give for example ds_configs/ep16_cpu.json")
+        parser.error(f"--deepspeed_config is missing; give for example {config}")
     return args
 
 
@@ -44,6 +44,8 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], ds_moe_ep.S
     """The ds_config of a run and its section "moe_ep"; with --trace the meter is on, and measures before the end."""
     ds_config = ds_moe_ep.load_ds_config(args.deepspeed_config)
     section = ds_moe_ep.read_section(ds_config)
+    if section.model is None:
+        raise SystemExit(f'{args.deepspeed_config}: moe_ep.model is missing; add for example "model": "small"')
     if args.trace:
         every = min(section.moe.meter_every or TRACE_EVERY, max(args.steps, 1))
         ds_config["moe_ep"] = {**ds_config.get("moe_ep", {}), "meter_every": every}

@@ -1,7 +1,8 @@
 """Text as bytes: a corpus that lies on every machine, batches that can be drawn again, and a baseline.
 
 The default corpus is the sources of the Python standard library. Files go to training or validation as a
-whole, and a batch depends on (seed, step, rank) alone: a resumed run continues the same stream.
+whole, and the sequences of a step depend on (seed, step) alone: a resumed run continues the same stream, and one rank,
+16 with an expert each, and a pipeline share the same sequences.
 """
 
 from __future__ import annotations
@@ -92,11 +93,11 @@ def as_bytes(text: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def training_batch(text: torch.Tensor, size: Size, *, seed: int, step: int, rank: int) -> Batch:
-    """Random windows of `text`, drawn from (seed, step, rank) alone."""
-    generator = torch.Generator().manual_seed(fingerprint(seed, step, rank))
-    starts = torch.randint(last_start(text, size) + 1, (size[0],), generator=generator)
-    return windows(text, starts, size)
+def training_batch(text: torch.Tensor, size: Size, *, seed: int, step: int, first: int, num_sequences: int) -> Batch:
+    """Sequences `first` and following of the `num_sequences` of an optimizer step: random windows of `text`."""
+    generator = torch.Generator().manual_seed(fingerprint(seed, step))
+    starts = torch.randint(last_start(text, size) + 1, (num_sequences,), generator=generator)
+    return windows(text, starts[first : first + size[0]], size)
 
 
 def validation_batch(text: torch.Tensor, size: Size, *, index: int, num_batches: int) -> Batch:

@@ -6,19 +6,16 @@ One file for every start: the deepspeed launcher, torchrun, mpirun. See README.m
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import time
-import warnings
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from command import parse_arguments, read_settings, resume_command
 from deepspeed.accelerator import get_accelerator
 from display import Progress, StepReport, communication_hidden, schedules, write_trace
 from text import Corpus, load_corpus, training_batch, validation_batch
+from world import set_up_process
 
 import ds_moe_ep
 
@@ -27,8 +24,6 @@ def main() -> None:
     args = parse_arguments(__doc__)
     set_up_process()
     ds_config, section = read_settings(args)
-    if section.model is None:
-        raise SystemExit(f'{args.deepspeed_config}: moe_ep.model is missing; add for example "model": "small"')
     corpus = load_corpus(args.data)
     model = make_model(section, args.seed)
     engine, *_ = ds_moe_ep.initialize(model=model, config=ds_config)
@@ -46,19 +41,6 @@ def main() -> None:
         if args.save:
             print(f"checkpoint in {args.save}; to resume:\n  {resume_command(args.save, 2 * args.steps)}")
     dist.destroy_process_group()
-
-
-def set_up_process() -> None:
-    """Joins the world (found from the launcher or from MPI) and takes this rank's device."""
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    ds_moe_ep.init_distributed(verbose=False)
-    if dist.get_rank() > 0:
-        deepspeed.utils.logger.setLevel(logging.ERROR)  # rank 0 warns for all
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    if torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.deterministic = False
 
 
 def make_model(section: ds_moe_ep.Section, seed: int) -> ds_moe_ep.Transformer:
@@ -79,8 +61,10 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace) -> None:
     with Progress(args.steps, args.report_every, shown=dist.get_rank() == 0) as progress:
         for step in range(start_step := engine.global_steps, args.steps):
             start, sums = time.perf_counter(), torch.zeros((), device=engine.device)
-            for micro_step in range(step * accumulation, (step + 1) * accumulation):
-                batch = training_batch(corpus.train, size, seed=args.seed, step=micro_step, rank=dist.get_rank())
+            for micro_step in range(accumulation):
+                place = micro_step * dist.get_world_size() + dist.get_rank()
+                share = {"first": place * size[0], "num_sequences": engine.train_batch_size()}
+                batch = training_batch(corpus.train, size, seed=args.seed, step=step, **share)
                 output = engine(*(ids.to(engine.device) for ids in batch))
                 engine.backward(output.loss)
                 engine.step()

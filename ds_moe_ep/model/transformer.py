@@ -86,19 +86,20 @@ class Transformer(nn.Module):
         rotation = rotation_of(num_tokens, self.head_size, x_BSD.device)
         losses, counts = [], []
         for layer in self.layers:
-            x_BSD, l_aux, exp_counts_E = self.run_layer(layer, x_BSD, rotation)
+            x_BSD, l_aux, exp_counts_E = run_layer(layer, x_BSD, rotation, recompute=self.config.recompute)
             losses.append(l_aux.float())
             counts.append(exp_counts_E)
         logits_BSV = self.head(self.final_norm(x_BSD))
         return with_loss(logits_BSV, torch.stack(losses).sum(), torch.stack(counts), target_ids_BS)
 
-    def run_layer(self, layer: nn.Module, x_BSD: torch.Tensor, rotation: Rotation) -> LayerOutput:
-        """The layer's output; with recompute, of its inputs alone is kept what backward needs."""
-        keep_all = not (self.config.recompute and self.training and torch.is_grad_enabled())
-        result: LayerOutput = (
-            layer(x_BSD, rotation) if keep_all else checkpoint(layer, x_BSD, rotation, use_reentrant=False)
-        )
-        return result
+
+def run_layer(layer: nn.Module, x_BSD: torch.Tensor, rotation: Rotation, *, recompute: bool) -> LayerOutput:
+    """The layer's output; with recompute, of its inputs alone is kept what a backward pass needs."""
+    keep_all = not (recompute and layer.training and torch.is_grad_enabled())
+    result: LayerOutput = (
+        layer(x_BSD, rotation) if keep_all else checkpoint(layer, x_BSD, rotation, use_reentrant=False)
+    )
+    return result
 
 
 def with_loss(

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,26 @@ class Links:
         return cls(transport, *schedules)
 
 
+class Region(Protocol):
+    """The edge around the experts, where tensor parallelism cuts their width over other ranks (`parallel/tensor.py`)."""
+
+    def enter(self, whole: Tensor) -> Tensor:
+        """Tokens or weights on their way to the experts."""
+
+    def leave(self, part: Tensor) -> Tensor:
+        """The experts' output on its way out."""
+
+
+class Whole:
+    """The region of experts that are whole: nothing happens at its edge."""
+
+    def enter(self, whole: Tensor) -> Tensor:
+        return whole
+
+    def leave(self, part: Tensor) -> Tensor:
+        return part
+
+
 class ExpertParallel(nn.Module):
     """A mixture of experts whose experts are shared by the ranks of one group.
 
@@ -73,6 +94,7 @@ class ExpertParallel(nn.Module):
         self._links = Links.of(config, Loopback(), Torus(1, 1)) if config.ep_size == 1 else None
         self._lanes: Lanes | None = None
         self._device: torch.device | None = None
+        self.region: Region = Whole()
         self.recorder: Recorder = Off()
         self.name = ""  # in the record
         self.blocking = False  # runs the control: the same pieces, nothing hidden, the same results bit for bit
@@ -131,7 +153,8 @@ class ExpertParallel(nn.Module):
         links = self._checked_links(x, used_token)
         x_TD = x.reshape(-1, self.hidden_size)
         routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
-        y_TD = self._dispatch(x_TD, routing, links)
+        inside = replace(routing, weights_TK=self.region.enter(routing.weights_TK))
+        y_TD = self.region.leave(self._dispatch(self.region.enter(x_TD), inside, links))
         loss = router_loss(routing, self.config, links.transport.sum, links.transport.size)
         self.last_counts_E = routing.chosen_TE().sum(0).to(torch.int64)
         return y_TD.view(x.shape), loss, self.last_counts_E

@@ -1,0 +1,60 @@
+"""What the benchmarks of whole systems call their Records, and what a reader may call it.
+
+A name is a dotted path; its parts are slugs without dots. Bench writes these names, report reads them.
+
+    system.<bed>.<mode>.<system>.<what>           tps, tpot, step, busy, ratio_to_<system>
+    system.<bed>.<mode>.<system>.breakdown.<part> a step of the mean rank, cut into parts that sum to it
+    system.<bed>.<mode>.<system>.hidden           share of the experts' traffic that ran behind compute
+    system.<bed>.<mode>.<system>.memory.<kind>    bytes of the fullest rank
+    system.<bed>.training.<system>.loss.step<n>   of the n-th step of the run, the same batches for every system
+    system.<bed>.training.<system>.load.step<n>.layer<l>.expert<e>   rows of all ranks
+    system.<bed>.traffic.<what>                   ratio (of EP16's traffic alone to its compute), compute, link
+    scaling.<total>.ep<n>.<what>                  tps, tpot, busy, memory_per_expert
+    scaling.<total>.fit.<law>.<what>              r2, coefficient
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+SYSTEMS: Mapping[str, str] = {
+    "tp8_pp2": "TP8/PP2",
+    "ep16_serial": "EP16 serial",
+    "ep16": "EP16 overlapped",
+    "native_ep16": "DeepSpeed MoE EP16",
+    "autoep_ep16": "DeepSpeed AutoEP EP16",
+}
+BASELINE = "tp8_pp2"
+MODES: Mapping[str, str] = {"training": "training", "forward": "forward only"}
+PARTS: Mapping[str, str] = {
+    "compute": "compute",
+    "experts_traffic": "expert send/recv, exposed",
+    "tensor_traffic": "tensor-parallel all-reduce",
+    "pipeline": "pipeline: waiting for the other stage",
+    "gradients": "gradient reduction and optimizer",
+    "rest": "rest",
+}
+KINDS: Mapping[str, str] = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations",
+    "buffers": "buffers",
+}
+TOTALS: Mapping[str, str] = {"constant_rank": "constant tokens a rank", "constant_total": "constant tokens in total"}
+LAWS: Mapping[str, str] = {  # of EP, as the specification states them (section 4.3)
+    "tps": "TPS ~ EP",
+    "tpot": "TPOT ~ 1/EP",
+    "busy": "utilization ~ 1 - 1/EP",
+    "memory_per_expert": "memory per expert ~ 1/EP",
+}
+STATED_R2: Mapping[str, float] = {"tps": 0.97, "tpot": 0.96, "busy": 0.94, "memory_per_expert": 0.99}
+
+
+def bed_title(bed: str) -> str:
+    """What a reader may call a bed: `loopback`, `cluster`, or `traffic<percent>`."""
+    if bed == "loopback":
+        return "loopback, real compute"
+    if bed == "cluster":
+        return "links as in the specification's cluster"
+    return f"links on which EP16's traffic takes {int(bed.removeprefix('traffic')) / 100:g} of its compute"
