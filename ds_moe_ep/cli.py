@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
 
 from ds_moe_ep import __version__
 from ds_moe_ep.errors import MoEError
+
+BENCHMARKS = {
+    "systems": "EP16 overlapped and serial, TP8/PP2, DeepSpeed's MoE and AutoEP, training one model",
+    "scaling": "EP = 1, 2, 4, 8, 16, and the specification's scaling laws",
+    "layer": "one layer against DeepSpeed's own and the matmuls alone",
+    "overlap": "schedules of one layer on shaped links",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Prints the specification's figures beside what its shapes and links imply.",
     )
     figures.set_defaults(run=run_figures)
+    _add_report(commands)
+    _add_convert(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -92,6 +103,64 @@ def _add_check_config(commands: argparse._SubParsersAction[argparse.ArgumentPars
     check.set_defaults(run=run_check_config)
 
 
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="turn measured records into a page with figures",
+        description=(
+            "Reads files of Records, and for x.jsonl the spans in x.spans.jsonl beside it, and writes report.html "
+            "(one file that stands alone), report.md and figures/. No number that is not in a Record."
+        ),
+        epilog="example: python -m ds_moe_ep report runs/systems.jsonl runs/scaling.jsonl -o out",
+    )
+    report.add_argument("records", metavar="RECORDS", nargs="+", help="files of Records, one line of JSON each")
+    report.add_argument(
+        "-o", "--out", metavar="FOLDER", default="report", help="where to write (default: report, in this folder)"
+    )
+    report.set_defaults(run=run_report)
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="carry a checkpoint's weights to another layout",
+        description=(
+            "Carries the weights of a DeepSpeed checkpoint between expert parallelism and tensor x pipeline "
+            "parallelism, for any sizes on both sides. Which of the two the checkpoint has is read from its files; the "
+            "target's is that of the ds_config: a pipeline where its section moe_ep has a layout. Optimizer states "
+            "stay behind. Weights are mapped, checked, and written file by file."
+        ),
+        epilog="example: python -m ds_moe_ep convert ck-ep16 ck-tp8-pp2 --config ds_configs/tp8_pp2.json",
+    )
+    convert.add_argument("source", metavar="FROM_DIR", help="a folder that engine.save_checkpoint wrote")
+    convert.add_argument("target", metavar="TO_DIR", help="the folder to make; it must not exist")
+    convert.add_argument("--config", metavar="DS_CONFIG", required=True, help="the ds_config that TO_DIR is for")
+    convert.add_argument("--tag", help="which checkpoint of FROM_DIR (default: the one that its file `latest` names)")
+    convert.set_defaults(run=run_convert)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure, and write Records",
+        description="Starts its own ranks on this machine and measures; every number goes into a file of Records.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="benchmarks:\n"
+        + "\n".join(f"  {name:<10}{help}" for name, help in BENCHMARKS.items())
+        + "\n\nexample: python -m ds_moe_ep bench systems --out systems.jsonl (its own options: bench systems --help)",
+    )
+    bench.add_argument("benchmark", choices=list(BENCHMARKS), metavar="BENCHMARK", help=", ".join(BENCHMARKS))
+    bench.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="the benchmark's own options")
+    bench.set_defaults(run=run_bench)
+
+
+def run_bench(parsed: argparse.Namespace) -> int:
+    """Runs one of the benchmarks; 130 after Ctrl-C, with what was measured until then on disk."""
+    benchmark = importlib.import_module(f"ds_moe_ep.bench.{parsed.benchmark}")
+    status: int = benchmark.main(parsed.options)
+    return status
+
+
 def run_check_config(parsed: argparse.Namespace) -> int:
     """Prints the check of `parsed.path`, as tables or JSON."""
     from ds_moe_ep.check import Budget, check_config
@@ -109,10 +178,10 @@ def run_check_config(parsed: argparse.Namespace) -> int:
 
 def run_knobs(parsed: argparse.Namespace) -> int:
     """Prints the Markdown tables of README."""
-    from ds_moe_ep.config import ModelConfig, MoEConfig
+    from ds_moe_ep.config import Layout, ModelConfig, MoEConfig
     from ds_moe_ep.tables import knob_table
 
-    print(knob_table(MoEConfig), knob_table(ModelConfig), sep="\n\n")
+    print(knob_table(MoEConfig), knob_table(ModelConfig), knob_table(Layout), sep="\n\n")
     return 0
 
 
@@ -122,4 +191,33 @@ def run_figures(parsed: argparse.Namespace) -> int:
     from ds_moe_ep.tables import figure_table
 
     print(figure_table(stated_and_derived()))
+    return 0
+
+
+def run_report(parsed: argparse.Namespace) -> int:
+    """Writes the report of `parsed.records` into `parsed.out`, and prints what it wrote."""
+    from pathlib import Path
+
+    from ds_moe_ep.report.write import write_report
+
+    for path in write_report([Path(path) for path in parsed.records], Path(parsed.out)):
+        print(path)
+    return 0
+
+
+def run_convert(parsed: argparse.Namespace) -> int:
+    """Carries weights from `parsed.source` to `parsed.target`, with progress, and prints what was written."""
+    from contextlib import redirect_stdout
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with redirect_stdout(sys.stderr):  # DeepSpeed's log, which is no result
+        from ds_moe_ep.engine.convert import prepare
+
+    conversion = prepare(parsed.source, parsed.target, parsed.config, parsed.tag)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("converting", total=conversion.num_bytes)
+        conversion.write(lambda num_bytes: progress.advance(task, num_bytes))
+    print(conversion)
     return 0

@@ -82,8 +82,8 @@ class MoEConfig:
     depth: int = knob(
         2, "pieces that dispatches are issued ahead; 1 for one hardware queue; 0 blocks: nothing is hidden", 0
     )
-    transport: Literal["pairwise", "collective"] = knob(
-        "pairwise", "what moves rows: grouped isend/irecv, or all-to-all"
+    transport: Literal["auto", "pairwise", "collective"] = knob(
+        "auto", "what moves rows: grouped isend/irecv, or all-to-all; 'auto' takes this where all ranks meet on a CPU"
     )
     meter_every: int = knob(0, "steps between two measurements of hidden communication; 0 measures none", 0)
     timeout_s: float = knob(600.0, "time limit of one transfer in seconds", 0.001)

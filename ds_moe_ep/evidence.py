@@ -11,6 +11,10 @@ A name is a dotted path; its parts are slugs without dots. Bench writes these na
     system.<bed>.traffic.<what>                   ratio (of EP16's traffic alone to its compute), compute, link
     scaling.<total>.ep<n>.<what>                  tps, tpot, busy, memory_per_expert
     scaling.<total>.fit.<law>.<what>              r2, coefficient
+
+Units: tps in tokens/s; tpot in us (of a token); step and breakdown in ms; memory in bytes; load in rows; loss in nats;
+busy, hidden, traffic's ratio, ratio_to and r2 in ratio (1 is all, or equal). A coefficient has its law's unit. Readers
+convert within a kind (us, ms, s; ratio, percent; bytes, MB, GB) and refuse the rest.
 """
 
 from __future__ import annotations
@@ -52,9 +56,11 @@ STATED_R2: Mapping[str, float] = {"tps": 0.97, "tpot": 0.96, "busy": 0.94, "memo
 
 
 def bed_title(bed: str) -> str:
-    """What a reader may call a bed: `loopback`, `cluster`, or `traffic<percent>`."""
+    """What a reader may call a bed: `loopback`, `unshaped`, `cluster`, or `traffic<percent>`."""
     if bed == "loopback":
         return "loopback, real compute"
+    if bed == "unshaped":
+        return "loopback, emulated devices"
     if bed == "cluster":
         return "links as in the specification's cluster"
     return f"links on which EP16's traffic takes {int(bed.removeprefix('traffic')) / 100:g} of its compute"

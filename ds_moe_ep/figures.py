@@ -61,6 +61,18 @@ def stated_and_derived() -> tuple[Figure, ...]:
     return (*_memory_figures(), *_time_figures(), *_rate_figures(), *_traffic_figures())
 
 
+def cluster_traffic_ratio() -> float:
+    """EP16's traffic over its compute in training, on the specification's cluster at peak, with a link a node.
+
+    Traffic: four exchanges a layer (dispatch and combine, forward and backward) of a GPU's 12 of 16 rows, of 4 GPUs
+    over one 200 GB/s link. Compute: three times the forward arithmetic at 989 TFLOP/s.
+    """
+    tokens = BATCH_TOKENS // NUM_GPUS
+    far_bytes = tokens * MODEL.hidden_size * 2 * (NUM_GPUS - GPUS_PER_NODE) // NUM_GPUS * GPUS_PER_NODE
+    traffic_s = 4 * MODEL.num_layers * far_bytes / LINK_BYTES_PER_S
+    return traffic_s / (tokens * training_flops(MODEL, EP16) / PEAK_FLOPS)
+
+
 def _memory_figures() -> tuple[Figure, ...]:
     expert = MODEL.expert_params
     ep16 = count_memory(MODEL, EP16, TRAINING)

@@ -8,6 +8,7 @@ length, V vocabulary, m matrices of an expert (2 for GELU, 3 for SwiGLU), b byte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ds_moe_ep.config import ModelConfig, MoEConfig
 from ds_moe_ep.training import BYTES, Training
@@ -37,6 +38,10 @@ class Parameters:
     def total(self) -> int:
         return self.dense + self.experts
 
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers by kind and their sums, for JSON."""
+        return {**vars(self), "dense": self.dense, "total": self.total}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -59,6 +64,10 @@ class Memory:
     def peak(self) -> int:
         """The largest sum that is alive at once: in the backward pass or in the optimizer step."""
         return self.persistent + max(self.activations + self.buffers, self.step)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The bytes by kind and their sums, for JSON."""
+        return {**vars(self), "persistent": self.persistent, "peak": self.peak}
 
 
 def count_parameters(model: ModelConfig, moe: MoEConfig) -> Parameters:
@@ -100,8 +109,7 @@ def count_memory(model: ModelConfig, moe: MoEConfig, training: Training, load: f
     dense_cut, expert_cut = (training.world_size, training.num_replicas) if stage else (1, 1)
     partition = -(-held.dense // dense_cut) + -(-held.experts // expert_cut)
     gradient_bytes = BYTES[training.gradient_precision]
-    has_master = training.precision != "fp32" or stage > 0
-    optimizer = 4 * (has_master + training.optimizer_states) * partition
+    optimizer = optimizer_bytes(training, partition)
     return Memory(
         weights=BYTES[training.precision] * held.total,
         gradients=gradient_bytes * (partition if stage == 2 else held.total),
@@ -111,6 +119,12 @@ def count_memory(model: ModelConfig, moe: MoEConfig, training: Training, load: f
         step=0 if training.offload else _step_bytes(model, held, training),
         host_optimizer=optimizer if training.offload else 0,
     )
+
+
+def optimizer_bytes(training: Training, num_parameters: int) -> int:
+    """Bytes of the master weights and optimizer states of so many parameters, in fp32."""
+    has_master = training.precision != "fp32" or training.zero_stage > 0
+    return 4 * (has_master + training.optimizer_states) * num_parameters
 
 
 def activation_bytes(model: ModelConfig, moe: MoEConfig, training: Training, load: float = 1.0) -> int:

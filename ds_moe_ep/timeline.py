@@ -6,10 +6,16 @@ several ranks is never compared by it, only summed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_moe_ep.errors import ConfigError
 
 Interval = tuple[float, float]
 
@@ -192,3 +198,39 @@ def _event(span: Span, thread: int, origin_us: float) -> Mapping[str, object]:
 
 def _start(span: Span) -> float:
     return span.start_us
+
+
+def write_spans(path: str | Path, spans: Iterable[Span]) -> int:
+    """How many spans were written to `path`, one line of JSON each; the file is never half written."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    lines = [json.dumps(dataclasses.asdict(span), ensure_ascii=False, allow_nan=False) + "\n" for span in spans]
+    part.write_text("".join(lines), encoding="utf-8")
+    part.replace(path)
+    return len(lines)
+
+
+def read_spans(path: str | Path) -> Iterator[Span]:
+    """The spans of a file in its order. Raises ConfigError, with the line's number, for a broken one."""
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _span_of(line, f"{path}:{number}")
+
+
+def _span_of(line: str, where: str) -> Span:
+    way_out = "write the file with timeline.write_spans"
+    try:
+        values: Any = json.loads(line)
+        span = Span(**{**values, "tags": Tags(**values["tags"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{where}={line[:40]!r}: not a span ({error}); {way_out}") from error
+    texts = (span.name, span.lane, span.tags.layer, span.tags.phase, span.tags.peers)
+    if type(span.rank) is not int or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{where}={line[:40]!r}: a span has an integer rank and texts for names; {way_out}")
+    times_us = (span.start_us, span.stop_us)
+    if not all(type(time_us) in (int, float) and math.isfinite(time_us) for time_us in times_us):
+        raise ConfigError(f"{where}={line[:40]!r}: a span starts and stops at finite times; {way_out}")
+    if span.stop_us < span.start_us:
+        raise ConfigError(f"{where}={line[:40]!r}: a span cannot stop before it starts; {way_out}")
+    return span

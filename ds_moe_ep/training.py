@@ -5,12 +5,13 @@ Refuses what DeepSpeed or the layer would refuse later, on every rank and after 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ds_moe_ep import deepspeed_keys
-from ds_moe_ep.errors import ConfigError, nearest
+from ds_moe_ep.config import Layout
+from ds_moe_ep.errors import ConfigError, TopologyError, nearest
 from ds_moe_ep.topology import RankGrid
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -23,6 +24,7 @@ DTYPE_NAMES: dict[str, Precision] = {
 }
 # fp32 numbers that an optimizer keeps for a parameter, beside the master weight
 STATES = {"adam": 2, "adamw": 2, "lamb": 2, "muadam": 2, "muadamw": 2, "adagrad": 1, "lion": 1, "muon": 1}
+WHOLE = Layout()  # every rank has the whole model, but for the experts of others
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -41,30 +43,40 @@ class Training:
     optimizer_states: int  # fp32 numbers beside the master weight of a parameter
     offload: bool  # optimizer states lie in the host's memory
     bucket_elements: int  # numbers in DeepSpeed's buffers of gradients on their way; 0 without ZeRO
+    layout: Layout = WHOLE
+
+    @property
+    def num_copies(self) -> int:
+        """Ranks, or layouts of ranks, that train on sequences of their own: DeepSpeed's data-parallel size."""
+        return self.world_size // self.layout.size
 
     @property
     def batch(self) -> int:
         """Sequences of one optimizer step, over all ranks."""
-        return self.micro_batch * self.accumulation * self.world_size
+        return self.micro_batch * self.accumulation * self.num_copies
 
     @property
     def num_replicas(self) -> int:
         """Ranks that hold the same experts: they share the experts' optimizer states under ZeRO."""
-        return self.world_size // self.ep_size
+        return self.num_copies // self.ep_size
 
 
-def read_training(ds_config: Mapping[str, Any], ep_size: int, world_size: int | None = None) -> Training:
-    """The job of `ds_config`, by default on the ranks that its batch sizes imply, else on `ep_size` ranks.
+def read_training(
+    ds_config: Mapping[str, Any], ep_size: int, world_size: int | None = None, layout: Layout = WHOLE
+) -> Training:
+    """The job of `ds_config`, by default on the ranks that its batch sizes imply, else on the fewest that hold it.
 
     Raises ConfigError or TopologyError for what cannot work.
     """
     _check_keys(ds_config)
     if world_size is None:
-        world_size = _implied_world_size(ds_config) or ep_size
-    RankGrid(world_size=world_size, ep_size=ep_size)
-    micro_batch, accumulation = _read_batch(ds_config, world_size)
+        world_size = (_implied_copies(ds_config) or ep_size) * layout.size
+    num_copies = _count_copies(world_size, layout)
+    RankGrid(world_size=num_copies, ep_size=ep_size)
+    micro_batch, accumulation = _read_batch(ds_config, num_copies, "ranks" if layout == WHOLE else "copies")
     precision = _read_precision(ds_config)
     zero = _section(ds_config, "zero_optimization")
+    _check_engine(ds_config, zero, layout)
     stage = _read_stage(zero)
     name, states = _read_optimizer(ds_config)
     offload = stage > 0 and _section(zero, "offload_optimizer").get("device", "none") != "none"
@@ -79,8 +91,22 @@ def read_training(ds_config: Mapping[str, Any], ep_size: int, world_size: int | 
         optimizer=name,
         optimizer_states=states,
         offload=offload,
-        bucket_elements=_read_bucket(zero) if stage else 0,
+        bucket_elements=_read_bucket(zero, may_overlap=layout == WHOLE) if stage else 0,
+        layout=layout,
     )
+
+
+def micro_batch_way_out(training: Training, fits: Callable[[Training], bool]) -> str | None:
+    """How to cut the same batch into smaller micro-batches, the largest that fit; None where none does."""
+    sequences = training.micro_batch * training.accumulation
+    for micro_batch in range(training.micro_batch - 1, 0, -1):
+        smaller = replace(training, micro_batch=micro_batch, accumulation=sequences // micro_batch)
+        if sequences % micro_batch == 0 and fits(smaller):
+            return (
+                f"train_micro_batch_size_per_gpu={micro_batch} with gradient_accumulation_steps="
+                f"{smaller.accumulation} fits"
+            )
+    return None
 
 
 def _check_keys(ds_config: Mapping[str, Any]) -> None:
@@ -106,7 +132,34 @@ def _check_keys(ds_config: Mapping[str, Any]) -> None:
         )
 
 
-def _implied_world_size(ds_config: Mapping[str, Any]) -> int | None:
+def _check_engine(ds_config: Mapping[str, Any], zero: Mapping[str, Any], layout: Layout) -> None:
+    """Refuses what DeepSpeed's pipeline engine, which runs a layout, does not take."""
+    if layout == WHOLE:
+        return
+    cut = f"moe_ep.layout={layout.tp_size}x{layout.pp_size}"
+    stage = zero.get("stage", 0)
+    if stage in (2, 3):
+        raise ConfigError(
+            f"zero_optimization.stage={stage} with {cut}: DeepSpeed's pipeline engine keeps whole gradients and "
+            "refuses ZeRO-2 and ZeRO-3; use stage 1"
+        )
+    if ds_config.get("managed_gradient_accumulation") is False:
+        raise ConfigError(
+            f"managed_gradient_accumulation=false with {cut}: DeepSpeed's pipeline engine counts the micro-batches "
+            "itself; remove the key"
+        )
+
+
+def _count_copies(world_size: int, layout: Layout) -> int:
+    if layout != WHOLE and (world_size < layout.size or world_size % layout.size):
+        raise TopologyError(
+            f"moe_ep.layout={layout.tp_size}x{layout.pp_size}: the world of {world_size} ranks is no multiple of "
+            f"{layout.size}; start {layout.size} processes or change the layout"
+        )
+    return world_size // layout.size
+
+
+def _implied_copies(ds_config: Mapping[str, Any]) -> int | None:
     batch, micro_batch, accumulation = (ds_config.get(key) for key in BATCH_KEYS)
     whole = [value for value in (batch, micro_batch, accumulation) if isinstance(value, int) and value > 0]
     if len(whole) < 3 or whole[0] % (whole[1] * whole[2]):
@@ -114,8 +167,11 @@ def _implied_world_size(ds_config: Mapping[str, Any]) -> int | None:
     return whole[0] // (whole[1] * whole[2])
 
 
-def _read_batch(ds_config: Mapping[str, Any], world_size: int) -> tuple[int, int]:
-    """Micro-batch size and accumulation steps, with the missing ones derived as DeepSpeed does."""
+def _read_batch(ds_config: Mapping[str, Any], num_copies: int, copies: str) -> tuple[int, int]:
+    """Micro-batch size and accumulation steps, with the missing ones derived as DeepSpeed does.
+
+    `copies` says what each has sequences of its own.
+    """
     batch, micro_batch, accumulation = (_positive(ds_config, key) for key in BATCH_KEYS)
     if batch is None and micro_batch is None:
         raise ConfigError(
@@ -123,25 +179,25 @@ def _read_batch(ds_config: Mapping[str, Any], world_size: int) -> tuple[int, int
         )
     if batch is not None:
         if micro_batch is None:
-            micro_batch = batch // world_size // (accumulation or 1)
-        accumulation = accumulation or (batch // max(micro_batch, 1) // world_size)
+            micro_batch = batch // num_copies // (accumulation or 1)
+        accumulation = accumulation or (batch // max(micro_batch, 1) // num_copies)
     assert micro_batch is not None
     accumulation = accumulation or 1
-    product = micro_batch * accumulation * world_size
+    product = micro_batch * accumulation * num_copies
     if batch is not None and (batch != product or not product):
         raise ConfigError(
             f"train_batch_size={batch}: must be train_micro_batch_size_per_gpu * gradient_accumulation_steps "
-            f"* ranks = {micro_batch} * {accumulation} * {world_size} = {product}; "
-            f"{_batch_way_out(batch, micro_batch, world_size)}"
+            f"* {copies} = {micro_batch} * {accumulation} * {num_copies} = {product}; "
+            f"{_batch_way_out(batch, micro_batch, num_copies)}"
         )
     return micro_batch, accumulation
 
 
-def _batch_way_out(batch: int, micro_batch: int, world_size: int) -> str:
-    whole, rest = divmod(batch, max(micro_batch, 1) * world_size)
+def _batch_way_out(batch: int, micro_batch: int, num_copies: int) -> str:
+    whole, rest = divmod(batch, max(micro_batch, 1) * num_copies)
     if whole and not rest:
         return f"set gradient_accumulation_steps to {whole}"
-    return f"use a multiple of {max(micro_batch, 1) * world_size}, or start another number of ranks"
+    return f"use a multiple of {max(micro_batch, 1) * num_copies}, or start another number of ranks"
 
 
 def _read_precision(ds_config: Mapping[str, Any]) -> Precision:
@@ -191,13 +247,13 @@ def _read_optimizer(ds_config: Mapping[str, Any]) -> tuple[str, int]:
     return name, STATES.get(name.lower(), 2)
 
 
-def _read_bucket(zero: Mapping[str, Any]) -> int:
+def _read_bucket(zero: Mapping[str, Any], may_overlap: bool) -> int:
     size = zero.get("reduce_bucket_size", 5e8)
     if isinstance(size, bool) or not isinstance(size, int | float) or size <= 0:
         raise ConfigError(f"zero_optimization.reduce_bucket_size={size!r}: needs a number above 0, in elements")
     if not zero.get("contiguous_gradients", True):
         return 0
-    return int(size) * (2 if zero.get("overlap_comm") else 1)
+    return int(size) * (2 if may_overlap and zero.get("overlap_comm") else 1)
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

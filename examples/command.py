@@ -13,8 +13,9 @@ from typing import Any
 import deepspeed
 
 import ds_moe_ep
+from ds_moe_ep.text import Corpus, load_corpus
 
-OVERWRITTEN = ("--save", "--resume", "--steps")
+OVERWRITTEN = ("--save", "--resume", "--steps", "--weights")
 # DeepSpeed counts local ranks in the order of ranks and refuses to start where Open MPI does not.
 MPI_MAPPING = ("--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none")
 TRACE_EVERY = 10  # steps between two measurements, where --trace has to turn the meter on
@@ -28,6 +29,7 @@ def parse_arguments(description: str | None, config: str = "ds_configs/ep16_cpu.
     parser.add_argument("--steps", type=int, default=80, help="train until this optimizer step")
     parser.add_argument("--save", metavar="DIR", help="where to save a DeepSpeed checkpoint at the end")
     parser.add_argument("--resume", metavar="DIR", help="a folder that --save wrote")
+    parser.add_argument("--weights", metavar="DIR", help="a checkpoint to take weights from, such as `convert` writes")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
     parser.add_argument("--eval-batches", type=int, default=4, help="validation micro-batches of a rank")
     parser.add_argument("--report-every", type=int, default=10, help="steps between lines without a terminal")
@@ -50,6 +52,14 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], ds_moe_ep.S
         every = min(section.moe.meter_every or TRACE_EVERY, max(args.steps, 1))
         ds_config["moe_ep"] = {**ds_config.get("moe_ep", {}), "meter_every": every}
     return ds_config, section
+
+
+def read_corpus(args: argparse.Namespace) -> Corpus:
+    """The text of `--data`; ends the run where there is none."""
+    try:
+        return load_corpus(args.data)
+    except ds_moe_ep.ConfigError as error:
+        raise SystemExit(f"--data: {error}") from None
 
 
 def resume_command(checkpoint: str, num_steps: int) -> str:

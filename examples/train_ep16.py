@@ -11,24 +11,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from command import parse_arguments, read_settings, resume_command
+from command import parse_arguments, read_corpus, read_settings, resume_command
 from deepspeed.accelerator import get_accelerator
 from display import Progress, StepReport, communication_hidden, schedules, write_trace
-from text import Corpus, load_corpus, training_batch, validation_batch
-from world import set_up_process
+from world import set_up_process, start_from
 
 import ds_moe_ep
+from ds_moe_ep.text import Corpus, training_batch, validation_batch
 
 
 def main() -> None:
     args = parse_arguments(__doc__)
     set_up_process()
     ds_config, section = read_settings(args)
-    corpus = load_corpus(args.data)
+    corpus = read_corpus(args)
     model = make_model(section, args.seed)
     engine, *_ = ds_moe_ep.initialize(model=model, config=ds_config)
-    if args.resume and engine.load_checkpoint(args.resume)[0] is None:
-        raise SystemExit(f"--resume {args.resume}: no DeepSpeed checkpoint there; name the folder given to --save")
+    start_from(engine, args)
     train(engine, corpus, args)
     loss = evaluate(engine, corpus, args.eval_batches)
     if args.save:

@@ -13,12 +13,12 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from command import parse_arguments, read_settings, resume_command
+from command import parse_arguments, read_corpus, read_settings, resume_command
 from display import Progress, StepReport
-from text import Batch, Corpus, load_corpus, training_batch, validation_batch
-from world import set_up_process
+from world import set_up_process, start_from
 
 import ds_moe_ep
+from ds_moe_ep.text import Batch, Corpus, training_batch, validation_batch
 
 
 def main() -> None:
@@ -27,11 +27,10 @@ def main() -> None:
         raise SystemExit("--trace: records the experts' traffic, of which a pipeline has none; leave it out")
     set_up_process()
     ds_config, section = read_settings(args)
-    corpus = load_corpus(args.data)
+    corpus = read_corpus(args)
     net = ds_moe_ep.build_pipeline(section.model, section.moe, section.layout, args.seed)
     engine, *_ = deepspeed.initialize(model=net, config=ds_config)
-    if args.resume and engine.load_checkpoint(args.resume)[0] is None:
-        raise SystemExit(f"--resume {args.resume}: no DeepSpeed checkpoint there; name the folder given to --save")
+    start_from(engine, args)
     train(engine, corpus, args, section.model.sequence_length)
     loss = evaluate(engine, corpus, args, section.model.sequence_length)
     if args.save:

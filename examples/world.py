@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import warnings
+from typing import Any
 
 import deepspeed
 import torch
@@ -25,3 +27,11 @@ def set_up_process() -> None:
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.deterministic = False
+
+
+def start_from(engine: Any, args: argparse.Namespace) -> None:
+    """Loads the run that --resume names, or the weights that --weights names; ends the run where there are none."""
+    if args.resume and engine.load_checkpoint(args.resume)[0] is None:
+        raise SystemExit(f"--resume {args.resume}: no DeepSpeed checkpoint there; name the folder given to --save")
+    if args.weights and engine.load_checkpoint(args.weights, load_module_only=True)[0] is None:
+        raise SystemExit(f"--weights {args.weights}: no DeepSpeed checkpoint there; name a folder that --save wrote")

@@ -136,9 +136,21 @@ def test_what_is_legal_but_worth_knowing_is_a_note(changes: dict[str, Any], note
     assert not any(note in line for line in check_config(CONFIG, 8, budget).notes)  # the control
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_ds_config_of_the_repository_can_run_on_16_gpus(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-config", str(path), "--world-size", "16"]) == 0
+    assert "can run" in capsys.readouterr().out
+
+
 def test_knobs_and_figures_print_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["knobs"]) == 0
-    assert "| `top_k` | int | `1` | experts a token visits |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for knob in (
+        "| `top_k` | int | `1` | experts a token visits |",
+        "| `num_layers` | int | `4` | transformer layers |",
+        "| `pp_size` | int | `1` | pipeline stages, which share the layers |",
+    ):
+        assert knob in printed
     assert main(["figures"]) == 0
     assert "| expert computation | 5.0 ms | 695 ms at peak |" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""MoEConfig and ModelConfig: what they refuse, in which words, and what they answer before anything is built."""
+"""The configurations: what they refuse, in which words, and what they answer before anything is built."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from ds_moe_ep.config import MODELS, SMALL, SPECIFICATION, ModelConfig, MoEConfig
+from ds_moe_ep.config import MODELS, SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
 from ds_moe_ep.errors import ConfigError, EngineError, MoEError, TopologyError, nearest
 
-CONFIGS = (MoEConfig, ModelConfig)
+CONFIGS = (MoEConfig, ModelConfig, Layout)
 FIELDS = [(config, field) for config in CONFIGS for field in dataclasses.fields(config)]
 FIELD_IDS = [f"{config.__name__}.{field.name}" for config, field in FIELDS]
 
@@ -79,6 +79,49 @@ def test_a_bad_layer_knob_is_refused_with_path_rule_and_way_out(values: dict[str
 def test_a_bad_model_is_refused_with_path_rule_and_way_out(values: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "moe", "message"),
+    [
+        ({"tp_size": 3}, {}, {}, r"layout.tp_size=3 does not divide moe_ep.model.num_heads=16: .*change one of them"),
+        ({"tp_size": 16}, {"expert_width": 24}, {}, r"layout.tp_size=16 does not divide moe_ep.model.expert_width=24"),
+        ({"tp_size": 4}, {"shared_expert_width": 6}, {}, r"tp_size=4 does not divide .*shared_expert_width=6"),
+        ({"pp_size": 3}, {}, {}, r"layout.pp_size=3 does not divide moe_ep.model.num_layers=4: .*change one of them"),
+        ({"pp_size": 2}, {}, {"ep_size": 2}, r"ep_size=2 with moe_ep.layout=1x2: .*set ep_size to 1"),
+        (
+            {"tp_size": 2},
+            {"expert_bias": True},
+            {},
+            r"expert_bias=true with moe_ep.layout.tp_size=2: .*set it to false",
+        ),
+        ({"pp_size": 2}, {}, {"balance": "bias"}, r"balance='bias' with moe_ep.layout: .*set it to 'aux_loss'"),
+        ({"tp_size": 2}, {}, {"noise": "jitter"}, r"noise='jitter' with moe_ep.layout.tp_size=2: .*set it to 'none'"),
+    ],
+)
+def test_a_model_that_a_layout_cannot_cut_is_refused_with_path_rule_and_way_out(
+    layout: dict[str, int], model: dict[str, Any], moe: dict[str, Any], message: str
+) -> None:
+    Layout().check(ModelConfig(**model), MoEConfig(**moe))  # the control: whole, it is legal
+    with pytest.raises(ConfigError, match=message):
+        Layout(**layout).check(ModelConfig(**model), MoEConfig(**moe))
+
+
+def test_a_layout_counts_the_ranks_of_one_copy_of_the_model() -> None:
+    assert (Layout().size, Layout(tp_size=8, pp_size=2).size) == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tpsize": 2}, r"moe_ep.layout.tpsize=2: unknown key; did you mean 'tp_size'\?"),
+        ([8, 2], r"moe_ep.layout=\[8, 2\]: expected an object"),
+        ({"pp_size": True}, r"moe_ep.layout.pp_size=True: .*needs int"),
+    ],
+)
+def test_a_bad_layout_is_refused_with_path_and_rule(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Layout.from_dict(values)
 
 
 def test_configurations_are_frozen_and_take_keywords_alone() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ds_moe_ep import deepspeed_keys
-from ds_moe_ep.config import SMALL, SPECIFICATION, MoEConfig
+from ds_moe_ep.config import SMALL, SPECIFICATION, Layout, MoEConfig
 from ds_moe_ep.errors import ConfigError, TopologyError
 from ds_moe_ep.section import load_ds_config, read_section
 from ds_moe_ep.training import read_training
@@ -88,8 +88,24 @@ def test_a_named_model_is_changed_by_the_other_knobs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ({"tp_size": 8, "pp_size": 2}, Layout(tp_size=8, pp_size=2)),
+        ({"pp_size": 4}, Layout(pp_size=4)),
+        ({}, Layout()),
+        (None, Layout()),
+    ],
+)
+def test_a_layout_is_an_object_of_knobs_and_no_layer_knob(layout: Any, expected: Layout) -> None:
+    section = read_section({"moe_ep": {"top_k": 2, "layout": layout, "model": "small"}})
+    assert (section.layout, section.given) == (expected, {"top_k"})
+
+
+@pytest.mark.parametrize(
     ("ds_config", "message"),
     [
+        ({"moe_ep": {"layout": {"tp_sise": 2}}}, "moe_ep.layout.tp_sise=2: unknown key; did you mean 'tp_size'?"),
+        ({"moe_ep": {"layout": {"tp_size": 16}, "model": "small"}}, "tp_size=16 does not divide .*num_heads=8"),
         ({"moe_ep": 3}, "moe_ep=3: expected an object"),
         ({"moe_ep": {"epsize": 4}}, "moe_ep.epsize=4: unknown key; did you mean 'ep_size'?"),
         ({"moe-ep": {}}, "moe-ep={}: DeepSpeed would ignore this key; did you mean 'moe_ep'?"),
@@ -109,8 +125,9 @@ def test_a_bad_section_is_refused_by_path(ds_config: dict[str, Any], message: st
 def test_every_ds_config_of_the_repository_loads(path: Path) -> None:
     ds_config = load_ds_config(path)
     section = read_section(ds_config)
-    training = read_training(ds_config, section.moe.ep_size)
+    training = read_training(ds_config, section.moe.ep_size, layout=section.layout)
     assert training.batch == ds_config["train_batch_size"]
+    assert training.world_size == 16
 
 
 @pytest.mark.parametrize(
@@ -140,6 +157,16 @@ def test_the_world_is_what_the_batch_sizes_imply_else_one_expert_group() -> None
     whole = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
     assert read_training(whole, ep_size=4).world_size == 8
     assert read_training({"train_micro_batch_size_per_gpu": 2}, ep_size=4).world_size == 4
+
+
+def test_a_layouts_batch_counts_copies_of_the_model_and_not_ranks() -> None:
+    layout = Layout(tp_size=2, pp_size=4)
+    whole = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 8}
+    training = read_training(whole, ep_size=1, layout=layout)
+    assert (training.world_size, training.num_copies, training.batch) == (32, 4, 64)
+    fewer = read_training({"train_batch_size": 64}, ep_size=1, world_size=16, layout=layout)
+    assert (fewer.micro_batch, fewer.accumulation, fewer.num_copies) == (32, 1, 2)
+    assert read_training({"train_micro_batch_size_per_gpu": 2}, ep_size=1, layout=layout).world_size == 8
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def peak_bytes(build: Callable[[], Step], device: torch.device, *, steps: int = 
     The transient memory of building does not count. Local to this process; the step itself may be collective.
     Raises EngineError on a CPU whose system is not Linux.
     """
-    meter: _CudaMeter | _HostMeter = _CudaMeter(device) if device.type == "cuda" else _HostMeter()
+    meter: CudaMeter | HostMeter = CudaMeter(device) if device.type == "cuda" else HostMeter()
     gc.collect()
     before = meter.used()
     step = build()
@@ -53,7 +53,9 @@ def peak_bytes(build: Callable[[], Step], device: torch.device, *, steps: int = 
     return max(meter.peak() - before, 0)
 
 
-class _CudaMeter:
+class CudaMeter:
+    """Memory of torch's allocator on one device."""
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
@@ -80,7 +82,9 @@ def return_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, MAPPED_BYTES)
 
 
-class _HostMeter:
+class HostMeter:
+    """Resident memory of this process, as the kernel counts it. Raises EngineError where the system is not Linux."""
+
     def __init__(self) -> None:
         if not sys.platform.startswith("linux") or not CLEAR.exists():
             raise EngineError(

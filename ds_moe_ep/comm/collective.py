@@ -1,4 +1,8 @@
-"""Rows move by all-to-all with uneven splits: the field's usual exchange, kept for comparison."""
+"""Rows move by all-to-all with uneven splits: the field's usual exchange.
+
+Where a transfer's rows lie side by side in the order of their peers, as they do when everything moves at once, they
+are sent from their places and received into them; else they go through buffers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from ds_moe_ep.comm.transport import Done, Message, Transfer
 
 
 class Exchange:
-    """An all-to-all on its way; `wait` hands the received rows to their places."""
+    """An all-to-all on its way; `wait` hands the received rows to their places, where they are not there already."""
 
     def __init__(
         self,
@@ -41,14 +45,19 @@ class Exchange:
 
 
 class Collective(GroupTransport):
-    """One all-to-all a transfer, through contiguous buffers; peers that are not in it get zero rows."""
+    """One all-to-all a transfer; peers that are not in it get zero rows."""
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
-        if not sends:
+        if all(message.peer == self.rank for message in sends):
+            self.keep_own(sends, receives)
             return Done()
         sends, receives = (sorted(messages, key=lambda m: m.peer) for messages in (sends, receives))
-        sent = torch.cat([message.rows for message in sends])
-        received = sent.new_empty(sum(len(message.rows) for message in receives), sent.shape[1])
+        sent, received = side_by_side(sends), side_by_side(receives)
+        if sent is None:
+            sent = torch.cat([message.rows for message in sends])
+        elsewhere = () if received is not None else receives
+        if received is None:
+            received = sent.new_empty(sum(len(message.rows) for message in receives), sent.shape[1])
         work = dist.all_to_all_single(
             received,
             sent,
@@ -58,10 +67,26 @@ class Collective(GroupTransport):
             async_op=True,
         )
         what = f"{lane} all-to-all of rank {self.rank} of the expert-parallel group"
-        return Exchange(work, (sent, received), receives, what, self.limit(sent))
+        return Exchange(work, (sent, received), elsewhere, what, self.limit(sent))
 
     def _splits(self, messages: Sequence[Message]) -> list[int]:
         splits = [0] * self.size
         for message in messages:
             splits[message.peer] = len(message.rows)
         return splits
+
+
+def side_by_side(messages: Sequence[Message]) -> Tensor | None:
+    """The rows of all messages as one view, or None where they do not follow each other in one buffer."""
+    filled = [message.rows for message in messages if len(message.rows)] or [messages[0].rows]
+    first, start = filled[0], filled[0].data_ptr()
+    stop = start
+    for rows in filled:
+        if rows.data_ptr() != stop:
+            return None
+        stop += rows.nbytes
+    buffer = first.untyped_storage()
+    if stop > buffer.data_ptr() + buffer.nbytes():  # neighbours in memory, but not of one buffer
+        return None
+    num_columns = first.shape[1]
+    return first.as_strided(((stop - start) // (num_columns * first.element_size()), num_columns), (num_columns, 1))

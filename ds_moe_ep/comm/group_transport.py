@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm.lane_groups import LaneGroups
+from ds_moe_ep.comm.transport import Message
 from ds_moe_ep.errors import EngineError
 
 
@@ -24,6 +26,12 @@ class GroupTransport:
         """How long a wait for `rows` may block the host. None on CUDA, where waiting must order streams and nothing
         else: NCCL would poll under a limit of ours, and its watchdog holds the group's own."""
         return None if rows.is_cuda else self._timeout
+
+    def keep_own(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """Copies the rows that stay on this rank."""
+        own = ([m.rows for m in messages if m.peer == self.rank] for messages in (sends, receives))
+        for rows, place in zip(*own, strict=True):
+            place.copy_(rows)
 
     def exchange_counts(self, counts_PC: Tensor) -> Tensor:
         return self._groups.exchange_counts(counts_PC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ds_moe_ep.comm.automatic import Automatic
 from ds_moe_ep.comm.collective import Collective
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
 from ds_moe_ep.comm.pairwise import Pairwise
@@ -24,5 +25,9 @@ def open_transport(groups: Sequence[Sequence[int]], config: MoEConfig) -> Transp
 
 def transport_over(lanes: LaneGroups, config: MoEConfig) -> Transport:
     """The transport that `config` names over communicators that exist. Local."""
-    kind = Collective if config.transport == "collective" else Pairwise
-    return kind(lanes, config.timeout_s)
+    kinds: dict[str, type[Pairwise | Collective]] = {
+        "auto": Automatic,
+        "pairwise": Pairwise,
+        "collective": Collective,
+    }
+    return kinds[config.transport](lanes, config.timeout_s)

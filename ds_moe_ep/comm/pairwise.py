@@ -29,7 +29,10 @@ class Pairwise(GroupTransport):
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         group = self._groups.lanes[lane]
-        sends, receives = ([m for m in messages if len(m.rows)] for messages in (sends, receives))
+        self.keep_own(sends, receives)
+        sends, receives = (
+            [m for m in messages if len(m.rows) and m.peer != self.rank] for messages in (sends, receives)
+        )
         if not sends and not receives:
             return Done()
         peers = sorted({message.peer for message in (*sends, *receives)})

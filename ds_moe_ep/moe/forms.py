@@ -19,7 +19,7 @@ from ds_moe_ep.kernels.linear import linear_grad_rows, linear_rows
 Weights = dict[str, Tensor | None]
 Span = tuple[int, int]  # start, stop
 
-BLOCK_ROWS = 256  # on the CPU; so many inner rows of a small expert fit a core's cache
+BLOCK_ROWS = 512  # on the CPU: fewer cost more in small products than they save, more need more memory in between
 
 
 class ExpertPass(Protocol):
@@ -38,22 +38,23 @@ class ExpertPass(Protocol):
         """Adds the part of these rows to the gradients of the expert's parameters; after the rows' own gradients."""
 
     def weight_grads(self, expert: int) -> list[Tensor | None]:
-        """The sums, in the order of the expert's parameters; once, after the parts of all its rows."""
+        """The sums, in the order of the expert's parameters; once, after the parts of all its rows, each added once."""
 
 
 class KeptRows:
     """The rows that each expert keeps from the forward to the backward pass: `num_kept` tensors [rows, F] an expert.
 
     A tensor an expert and not one for all: blocks stay small enough for the allocator to keep, and each expert's
-    rows are given back as soon as its weights have their gradient.
+    rows are given back with the last product that reads them.
     """
 
     def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], num_kept: int) -> None:
         self._weights = weights
         self._sums: list[GradSums] = [GradSums(named) for named in weights]
         width_like_FD = _weight(weights[0], "up")
-        self._starts = [start for start, _ in spans]
+        self._spans = spans
         self._num_kept = num_kept
+        self._num_added = [0] * len(spans)  # rows whose part of the weight gradients was added
         width = len(width_like_FD)
         self.saved = [width_like_FD.new_empty(stop - start, width) for start, stop in spans for _ in range(num_kept)]
         self.may_overwrite = False
@@ -65,7 +66,7 @@ class KeptRows:
 
     def at(self, expert: int, rows: slice) -> slice:
         """The place of stacked rows among those of their expert."""
-        start = self._starts[expert]
+        start, _ = self._spans[expert]
         return slice(rows.start - start, rows.stop - start)
 
     def gradients(self, expert: int, num: int) -> list[Tensor]:
@@ -75,11 +76,25 @@ class KeptRows:
             self._gradients[expert] = kept if self.may_overwrite else [torch.empty_like(rows) for rows in kept]
         return self._gradients[expert]
 
+    def is_last(self, expert: int, rows: slice) -> bool:
+        """Whether these rows, whose part is being added to the weight gradients, are the last ones of the expert."""
+        self._num_added[expert] += rows.stop - rows.start
+        start, stop = self._spans[expert]
+        return self._num_added[expert] == stop - start
+
+    def release(self, expert: int, kept: int) -> None:
+        """Gives one of the expert's kept tensors back, and its gradient."""
+        index = expert * self._num_kept + kept
+        nothing = self.saved[index] = self.saved[index].new_empty(0)
+        if kept < len(gradients := self._gradients.get(expert, [])):
+            gradients[kept] = nothing
+
     def weight_grads(self, expert: int) -> list[Tensor | None]:
         """The sums of the expert's weight gradients; its rows are not kept any longer."""
+        for kept in range(self._num_kept):
+            self.release(expert, kept)
         self._gradients.pop(expert, None)
-        for index in range(expert * self._num_kept, (expert + 1) * self._num_kept):
-            self.saved[index] = self.saved[index].new_empty(0)
+        self._num_added[expert] = 0
         return self._sums[expert].take()
 
 
@@ -122,7 +137,7 @@ def _in_type_of(weight: Tensor, grad: Tensor | None) -> Tensor | None:
 
 
 def blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors cut alike, on the CPU, by at most BLOCK_ROWS rows: what lies between products stays in cache."""
+    """The tensors cut alike, on the CPU, by at most BLOCK_ROWS rows: what lies between products stays small."""
     num_blocks = -(-len(rows[0]) // BLOCK_ROWS) if rows[0].is_cpu else 1
     return [rows] if num_blocks <= 1 else zip(*(tensor.tensor_split(num_blocks) for tensor in rows), strict=True)
 
@@ -137,11 +152,10 @@ class GeluPass(KeptRows):
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)
         up, down = _weight(weights, "up"), _weight(weights, "down")
-        hidden_RF, active_RF = self.of(expert)
-        for x, hidden, active, y in blocks(x_nD, hidden_RF[here], active_RF[here], y_nD):
-            linear_rows(x, up, weights.get("up.bias"), hidden)
-            torch.ops.aten.gelu.out(hidden, approximate=self._approximate, out=active)
-            linear_rows(active, down, weights.get("down.bias"), y)
+        hidden_nF, active_nF = (rows_RF[here] for rows_RF in self.of(expert))
+        linear_rows(x_nD, up, weights.get("up.bias"), hidden_nF)
+        torch.ops.aten.gelu.out(hidden_nF, approximate=self._approximate, out=active_nF)
+        linear_rows(active_nF, down, weights.get("down.bias"), y_nD)
 
     def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)
@@ -156,11 +170,11 @@ class GeluPass(KeptRows):
             linear_grad_rows(d_hidden, up, dx)
 
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
-        here, sums = self.at(expert, rows), self._sums[expert]
-        _, active_RF = self.of(expert)
-        (d_hidden_RF,) = self.gradients(expert, 1)
-        sums.add("down", active_RF[here], dy_nD)
-        sums.add("up", x_nD, d_hidden_RF[here])
+        here, sums, is_last = self.at(expert, rows), self._sums[expert], self.is_last(expert, rows)
+        sums.add("down", self.of(expert)[1][here], dy_nD)
+        if is_last:
+            self.release(expert, 1)
+        sums.add("up", x_nD, self.gradients(expert, 1)[0][here])
 
 
 class SwiGLUPass(KeptRows):
@@ -195,12 +209,14 @@ class SwiGLUPass(KeptRows):
             dx += dx_through_up
 
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
-        here, sums = self.at(expert, rows), self._sums[expert]
-        active_RF = self.of(expert)[2]
-        d_gate_RF, d_up_RF = self.gradients(expert, 2)
-        sums.add("down", active_RF[here], dy_nD)
-        sums.add("up", x_nD, d_up_RF[here])
-        sums.add("gate", x_nD, d_gate_RF[here])
+        here, sums, is_last = self.at(expert, rows), self._sums[expert], self.is_last(expert, rows)
+        sums.add("down", self.of(expert)[2][here], dy_nD)
+        if is_last:
+            self.release(expert, 2)
+        sums.add("up", x_nD, self.gradients(expert, 2)[1][here])
+        if is_last:
+            self.release(expert, 1)
+        sums.add("gate", x_nD, self.gradients(expert, 2)[0][here])
 
 
 class ModulePass:

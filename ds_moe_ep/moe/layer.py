@@ -56,7 +56,7 @@ class Links:
 
 
 class Region(Protocol):
-    """The edge around the experts, where tensor parallelism cuts their width over other ranks (`parallel/tensor.py`)."""
+    """The edge around the experts, where `parallel/tensor.py` cuts their width over other ranks."""
 
     def enter(self, whole: Tensor) -> Tensor:
         """Tokens or weights on their way to the experts."""

@@ -26,8 +26,8 @@ Move = tuple[int, int, int]  # start on the wire, start where stacked, rows
 class PieceRows:
     """The rows of one piece on this rank.
 
-    `sent` and `received`: per peer, a span of the sent rows and of the received ones; both may be empty.
-    `own`: the spans, sent and received, of the rows that stay on this rank.
+    `sent` and `received`: per peer, this rank included, a span of the sent rows and of the received ones; both may be
+    empty.
     `moves`: between received and stacked order; none where they are the same.
     `runs`: (local expert, stacked span) to compute.
     `tokens`: the span of this rank's tokens that the shared expert computes beside them: those of the near rows' cut.
@@ -35,7 +35,6 @@ class PieceRows:
 
     sent: tuple[tuple[int, Span], ...]
     received: tuple[tuple[int, Span], ...]
-    own: tuple[tuple[Span, Span], ...]
     moves: tuple[Move, ...]
     runs: tuple[Run, ...]
     tokens: Span = (0, 0)
@@ -79,23 +78,19 @@ def lay_out(
     stacked_on_arrival = num_local == 1 or torus.size == 1
 
     def rows_of(piece: Piece) -> PieceRows:
-        sent, received, own, moves, runs = [], [], [], [], []
+        sent, received, moves, runs = [], [], [], []
         for offset in piece.offsets:
             target, source = torus.target(rank, offset), torus.source(rank, offset)
-            out = _cut(sent_start_P[target], sum(plan.send_rows_PL[target]), piece)
             into = _cut(recv_start_P[source], sum(recv_PL[source]), piece)
-            if source == rank:
-                own.append((out, into))
-            else:
-                sent.append((target, out))
-                received.append((source, into))
+            sent.append((target, _cut(sent_start_P[target], sum(plan.send_rows_PL[target]), piece)))
+            received.append((source, into))
             for expert, start, skipped, num_rows in _by_expert(into, recv_start_P[source], recv_PL[source]):
                 place = start_LP[expert][source] + skipped
                 runs.append((expert, (place, place + num_rows)))
                 moves.append((start, place, num_rows))
-        tokens = _cut(0, num_shared_tokens, piece) if own else (0, 0)
+        tokens = _cut(0, num_shared_tokens, piece) if (0, 0) in piece.offsets else (0, 0)
         moved = () if stacked_on_arrival else tuple(moves)
-        return PieceRows(tuple(sent), tuple(received), tuple(own), moved, _merge(runs), tokens)
+        return PieceRows(tuple(sent), tuple(received), moved, _merge(runs), tokens)
 
     def runs_from(block: Sequence[Offset]) -> tuple[Run, ...]:
         sources = [torus.source(rank, offset) for offset in block]

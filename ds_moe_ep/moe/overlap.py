@@ -243,16 +243,12 @@ def _scope(op: Op, schedule: Schedule, route: Route, phase: str) -> Scope:
 
 
 def _dispatch(rows: PieceRows, transport: Transport, buffers: Buffers) -> Mark:
-    if transport.size > 1:
-        _copy_own([(out, into) for out, into in rows.own], buffers.sent_ND, buffers.wire_in_RD)
     return transport.start(
         "dispatch", _messages(buffers.sent_ND, rows.sent), _messages(buffers.wire_in_RD, rows.received)
     )
 
 
 def _combine(rows: PieceRows, transport: Transport, buffers: Buffers) -> Mark:
-    if transport.size > 1:
-        _copy_own([(into, out) for out, into in rows.own], buffers.wire_out_RD, buffers.results_ND)
     return transport.start(
         "combine", _messages(buffers.wire_out_RD, rows.received), _messages(buffers.results_ND, rows.sent)
     )
@@ -260,11 +256,6 @@ def _combine(rows: PieceRows, transport: Transport, buffers: Buffers) -> Mark:
 
 def _messages(rows_RD: Tensor, spans: Sequence[tuple[int, tuple[int, int]]]) -> list[Message]:
     return [Message(peer, rows_RD[start:stop]) for peer, (start, stop) in spans]
-
-
-def _copy_own(spans: Sequence[tuple[tuple[int, int], tuple[int, int]]], from_RD: Tensor, to_RD: Tensor) -> None:
-    for (start, stop), (to_start, to_stop) in spans:
-        to_RD[to_start:to_stop] = from_RD[start:stop]
 
 
 def _move(moves: Sequence[Move], from_RD: Tensor, to_RD: Tensor) -> None:

@@ -81,9 +81,12 @@ def connect(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
             module.register_forward_hook(lambda _, inputs, output: region.leave(output))
         elif isinstance(module, ExpertParallel):
             module.region = region
+    is_first = dist.get_rank(group) == 0
     for name, parameter in model.named_parameters():
-        # DeepSpeed counts a parameter without the mark once a group when it computes the gradients' norm.
-        parameter.model_parallel = parameter.tensor_model_parallel = cut_dimension(name) is not None  # type: ignore[attr-defined]
+        # DeepSpeed takes the gradients' norm over what bears the mark, and over all of the first rank. Without ZeRO
+        # that is the first of all stages together: what a stage holds whole bears the mark on the stage's first rank.
+        counts = is_first or cut_dimension(name) is not None
+        parameter.model_parallel = parameter.tensor_model_parallel = counts  # type: ignore[attr-defined]
     return model
 
 

@@ -115,7 +115,7 @@ class Slow(Wrapper):
         self._lock = threading.Lock()
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
-        rows = sum(len(message.rows) for message in sends)
+        rows = sum(len(message.rows) for message in sends if message.peer != self.rank)
         with self._lock:
             self._free_s = max(self._free_s, time.perf_counter()) + rows * self._row_s
             return _SlowTransfer(super().start(lane, sends, receives), self._free_s)

@@ -110,8 +110,6 @@ def deliver(rank: int, layouts: list[RowLayout], sent: list[list[tuple[int, ...]
     stacked: list[tuple[int, ...] | None] = [None] * layout.num_received
     computed: list[int] = []
     for index, piece in enumerate(layout.pieces):
-        for (start, stop), (to_start, to_stop) in piece.own:
-            wire[to_start:to_stop] = sent[rank][start:stop]
         for source, (to_start, to_stop) in piece.received:
             ((_, (start, stop)),) = [m for m in layouts[source].pieces[index].sent if m[0] == rank]
             assert stop - start == to_stop - to_start, "both ends of a message agree on its size"

@@ -16,7 +16,7 @@ from tests.moe.layer_cases import EXPERT_SHAPES, LayerCase, LayerResult, errors,
 from tests.moe.layer_runs import TAMPERS, config, run_cases
 from tests.ranks import run_ranks
 
-EXCHANGES = [(s, t) for s in ("serial", "chunks", "peers") for t in ("pairwise", "collective")]
+EXCHANGES = [(s, t) for s in ("serial", "chunks", "peers") for t in ("auto", "pairwise", "collective")]
 
 
 def routing_cases(world_size: int, ep_size: int, locals_: tuple[int, ...] = (1, 3)) -> list[LayerCase]:

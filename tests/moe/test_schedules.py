@@ -34,7 +34,7 @@ INEXACT = ("module", "swiglu_odd")
 VARIANTS = [
     {**shape, "transport": transport, "depth": depth}
     for shape in SHAPES
-    for transport in ("pairwise", "collective")
+    for transport in ("auto", "pairwise", "collective")
     for depth in (0, 1, 2, 3)
 ]
 
@@ -152,7 +152,7 @@ def test_random_delays_of_every_peer_change_no_bit() -> None:
         base.with_config(schedule=schedule, transport=transport, row_cuts=2, depth=depth)
         for base in base_cases()[:3]
         for schedule in ("chunks", "peers")
-        for transport in ("pairwise", "collective")
+        for transport in ("auto", "pairwise", "collective")
         for depth in (1, 3)
     ]
     assert run_ranks(4, compare_delayed, cases, (1, 2), timeout_s=240) == [[]] * 4

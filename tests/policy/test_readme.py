@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ds_moe_ep.config import ModelConfig, MoEConfig
+from ds_moe_ep.config import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.figures import stated_and_derived
 from ds_moe_ep.tables import figure_table, knob_table
 from tests.policy.sources import ROOT
@@ -15,7 +15,7 @@ from tests.policy.sources import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("config", [MoEConfig, ModelConfig])
+@pytest.mark.parametrize("config", [MoEConfig, ModelConfig, Layout])
 def test_the_table_of_knobs_is_the_one_that_the_code_prints(config: Any) -> None:
     assert knob_table(config) in README, "run `python -m ds_moe_ep knobs` and paste its tables"
 

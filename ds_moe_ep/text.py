@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ds_moe_ep.errors import ConfigError
+
 Size = tuple[int, int]  # sequences of a batch, tokens of a sequence
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and target ids, both [sequences, tokens]
 
@@ -45,7 +47,7 @@ def load_corpus(paths: Sequence[str] = (), max_bytes: int = 8_000_000) -> Corpus
     """The corpus in `paths` (files, or folders with all their files), or the standard library's sources.
 
     Files come in an order that depends on their names alone, until `max_bytes` are read. A corpus of fewer
-    than ten files is cut by its last tenth of bytes. Raises SystemExit where there is nothing to read.
+    than ten files is cut by its last tenth of bytes. Raises ConfigError where there is nothing to read.
     """
     named = sorted(files_of(paths) if paths else standard_library(), key=lambda item: fingerprint(item[0]))
     texts: list[bytes] = []
@@ -60,7 +62,7 @@ def load_corpus(paths: Sequence[str] = (), max_bytes: int = 8_000_000) -> Corpus
         validation = b"".join(texts[VALIDATION_EVERY - 1 :: VALIDATION_EVERY])
         train = b"".join(text for i, text in enumerate(texts) if i % VALIDATION_EVERY != VALIDATION_EVERY - 1)
     if not validation:
-        raise SystemExit(f"--data {' '.join(paths)}: no text found; name files or folders that hold some")
+        raise ConfigError(f"data={' '.join(paths)}: no text found; name files or folders that hold some")
     return Corpus(as_bytes(train), as_bytes(validation))
 
 
@@ -81,7 +83,7 @@ def files_of(paths: Sequence[str]) -> Iterator[tuple[str, Path]]:
         elif given.is_file():
             yield given.name, given
         else:
-            raise SystemExit(f"--data {given}: no such file or folder")
+            raise ConfigError(f"data={given}: no such file or folder; name ones that exist")
 
 
 def fingerprint(*values: object) -> int:
@@ -90,6 +92,7 @@ def fingerprint(*values: object) -> int:
 
 
 def as_bytes(text: bytes) -> torch.Tensor:
+    """The bytes of a text as a tensor of uint8."""
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
@@ -108,10 +111,10 @@ def validation_batch(text: torch.Tensor, size: Size, *, index: int, num_batches:
 
 
 def last_start(text: torch.Tensor, size: Size) -> int:
-    """The last place where a window and the byte after it fit. Raises SystemExit where none does."""
+    """The last place where a window and the byte after it fit. Raises ConfigError where none does."""
     if len(text) <= size[1]:
-        raise SystemExit(
-            f"--data: {len(text)} bytes hold no sequence of {size[1]} and the byte after it; give more text"
+        raise ConfigError(
+            f"data: {len(text)} bytes hold no sequence of {size[1]} and the byte after it; give more text"
         )
     return len(text) - size[1] - 1
 

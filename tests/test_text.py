@@ -1,13 +1,11 @@
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-from text import Corpus, as_bytes, load_corpus, training_batch, validation_batch
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.text import Corpus, as_bytes, load_corpus, training_batch, validation_batch
 
 
 @pytest.fixture
@@ -60,36 +58,50 @@ def test_size_is_capped_at_the_file_that_crosses_it(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["absent.txt", "empty"])
 def test_nothing_to_read_is_an_error_that_names_the_path(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match=f"--data .*{name}"):
+    with pytest.raises(ConfigError, match=f"data=.*{name}"):
         load_corpus([str(tmp_path / name)])
 
 
+def drawn(
+    text: torch.Tensor, sequences: int, *, seed: int = 0, step: int = 0, first: int = 0, of: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of 16 bytes from place `first` on, among the `of` of a step."""
+    return training_batch(text, (sequences, 16), seed=seed, step=step, first=first, num_sequences=of)
+
+
 def test_targets_are_the_bytes_that_follow() -> None:
-    tokens, targets = training_batch(torch.arange(200, dtype=torch.uint8), (5, 16), seed=0, step=3, rank=1)
+    tokens, targets = drawn(torch.arange(200, dtype=torch.uint8), 5, step=3, first=1)
     assert tokens.shape == targets.shape == (5, 16)
     assert torch.equal(targets, tokens + 1)
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
 
 
-def test_a_batch_depends_on_seed_step_and_rank_alone() -> None:
+def test_the_sequences_of_a_step_depend_on_seed_and_step_alone() -> None:
     text = torch.arange(250, dtype=torch.uint8)
-
-    def tokens(seed: int, step: int, rank: int) -> torch.Tensor:
-        return training_batch(text, (8, 16), seed=seed, step=step, rank=rank)[0]
-
-    first = tokens(0, 0, 0)
+    first, _ = drawn(text, 8)
     torch.manual_seed(99)
-    assert torch.equal(tokens(0, 0, 0), first)
-    for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        assert not torch.equal(tokens(*other), first)
+    assert torch.equal(drawn(text, 8)[0], first)
+    for other in ({"seed": 1}, {"step": 1}, {"first": 8}):
+        assert not torch.equal(drawn(text, 8, **other)[0], first)
+
+
+@pytest.mark.parametrize("of_rank", [1, 2, 4, 16])
+def test_one_rank_and_sixteen_share_the_same_sequences_by_place(of_rank: int) -> None:
+    """16 ranks with a sequence each, a pipeline with 4 micro-batches of 4, one device with all: one step."""
+    text = torch.arange(250, dtype=torch.uint8)
+    whole = drawn(text, 16, seed=7, step=2)
+    shares = [drawn(text, of_rank, seed=7, step=2, first=place) for place in range(0, 16, of_rank)]
+    for side in (0, 1):
+        assert torch.equal(torch.cat([share[side] for share in shares]), whole[side])
+    assert len({tuple(row) for row in whole[0].tolist()}) > 12, "places hold different sequences"
 
 
 def test_a_text_that_just_fits_one_window_serves_and_a_shorter_one_is_refused() -> None:
     text = torch.arange(17, dtype=torch.uint8)
-    tokens, _ = training_batch(text, (3, 16), seed=0, step=0, rank=0)
+    tokens, _ = drawn(text, 3)
     assert tokens.tolist() == [list(range(16))] * 3
-    with pytest.raises(SystemExit, match="16 bytes hold no sequence of 16"):
-        training_batch(text[:16], (3, 16), seed=0, step=0, rank=0)
+    with pytest.raises(ConfigError, match="16 bytes hold no sequence of 16"):
+        drawn(text[:16], 3)
 
 
 def test_validation_windows_spread_evenly_and_do_not_depend_on_how_they_are_cut() -> None:

@@ -1,0 +1,169 @@
+"""Compares whole systems: EP16 overlapped and serial, TP8/PP2, DeepSpeed's MoE and AutoEP, all training one model.
+
+    python -m ds_moe_ep bench systems --out systems.jsonl                       # loopback, real compute, real text
+    python -m ds_moe_ep bench systems --device emulated --traffic 0.3 0.6 cluster --out shaped.jsonl   # as root
+    python -m ds_moe_ep bench systems --memory --out memory.jsonl
+
+The method is the specification's (section 5.2): 10 warm-ups, 100 measured, the lowest and highest 5 % dropped. All
+systems take turns in one run. Ctrl-C ends it; what was measured until then is in the file, which `python -m ds_moe_ep
+report` draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ds_moe_ep.bench.processes import Finding, follow, free_port, started_ranks
+from ds_moe_ep.bench.provenance import command, commit, hardware
+from ds_moe_ep.bench.systems_findings import SystemFindings
+from ds_moe_ep.bench.systems_plan import EMULATED_MODEL, Bed, SystemsPlan, link_mbit
+from ds_moe_ep.bench.systems_ranks import run_systems_rank
+from ds_moe_ep.bench.systems_table import summary_tables
+from ds_moe_ep.bench.testbed import open_testbed
+from ds_moe_ep.config import SMALL
+from ds_moe_ep.errors import ConfigError, EngineError, nearest
+from ds_moe_ep.evidence import MODES, SYSTEMS, bed_title
+from ds_moe_ep.figures import cluster_traffic_ratio
+from ds_moe_ep.record import write_whole
+from ds_moe_ep.timeline import write_spans
+
+PROGRAM = "ds_moe_ep bench systems"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        parsed = make_parser().parse_args(words)
+        plan = make_plan(parsed)
+        with ExitStack() as stack:
+            if plan.device == "emulated" and plan.beds[0].rate_mbit is not None:
+                plan = replace(plan, testbed=stack.enter_context(open_testbed(plan.num_nodes)))
+            found = SystemFindings(plan, command(PROGRAM, words), commit(), hardware("cpu", plan.num_ranks))
+            status = race(plan, found, console, parsed.out)
+    except (ConfigError, EngineError) as error:
+        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
+        return 1
+    for table in summary_tables(found.records()):
+        console.print(table)
+    if parsed.out is not None:
+        console.print(f"records in {parsed.out}; draw them: python -m ds_moe_ep report {parsed.out} -o report/")
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of the benchmark."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PROGRAM}",
+        description="Compares whole training systems in one run, on the loopback or on shaped links.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help=f"of {', '.join(SYSTEMS)}")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="what is timed")
+    parser.add_argument(
+        "--device", choices=("real", "emulated"), default="real", help="what computes: this processor, or a wait"
+    )
+    parser.add_argument(
+        "--traffic",
+        nargs="+",
+        default=["0.3", "0.6", "cluster"],
+        help="emulated: EP16's traffic over its compute, which the links are shaped for; `cluster` takes the ratio "
+        "of the specification's cluster, `none` does not shape",
+    )
+    parser.add_argument("--schedule", default="auto", choices=("auto", "peers", "chunks"), help="of the system ep16")
+    parser.add_argument("--compute-s", type=float, default=8.0, help="emulated compute of a training step in seconds")
+    parser.add_argument("--sequences", type=int, default=0, help="of a step, 128 tokens each (0: 64; emulated 128)")
+    parser.add_argument("--rounds", type=int, default=100, help="measured rounds")
+    parser.add_argument("--warm-ups", type=int, default=10, help="rounds before them")
+    parser.add_argument(
+        "--memory", action="store_true", help="bytes by kind instead of times, in processes of their own"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the text")
+    parser.add_argument("--out", type=Path, default=None, help="file for the records; spans go beside it")
+    return parser
+
+
+def make_plan(parsed: argparse.Namespace) -> SystemsPlan:
+    """The plan that the command line describes. Raises ConfigError for what cannot be compared."""
+    for name in parsed.systems:
+        if name not in SYSTEMS:
+            raise ConfigError(f"bench.systems={name!r} is not known; {nearest(name, SYSTEMS)}")
+    if parsed.rounds < 1 or parsed.warm_ups < 1:
+        raise ConfigError(
+            f"bench.rounds={parsed.rounds}, warm_ups={parsed.warm_ups}: one of each at least; the first step of a "
+            "system makes its optimizer's states, and 'auto' chooses its schedule in it"
+        )
+    is_emulated = parsed.device == "emulated"
+    if parsed.memory and is_emulated:
+        raise ConfigError("bench.memory with device='emulated': emulated experts have no weights; leave --device out")
+    plan = SystemsPlan(
+        systems=tuple(name for name in SYSTEMS if name in parsed.systems),
+        modes=tuple(mode for mode in MODES if mode in parsed.modes),
+        device=parsed.device,
+        measure="memory" if parsed.memory else "time",
+        model=EMULATED_MODEL if is_emulated else SMALL,
+        schedule=parsed.schedule,
+        num_sequences=parsed.sequences or (128 if is_emulated else 64),
+        step_compute_s=parsed.compute_s,
+        rounds=parsed.rounds,
+        warm_ups=parsed.warm_ups,
+        seed=parsed.seed,
+        port=free_port(),
+    )
+    if plan.num_sequences % (plan.num_ranks * plan.micro_batches):
+        raise ConfigError(
+            f"bench.sequences={plan.num_sequences}: {plan.num_ranks} ranks and {plan.micro_batches} micro-batches "
+            f"share them; give a multiple of {plan.num_ranks * plan.micro_batches}"
+        )
+    return replace(plan, beds=tuple(read_bed(text, plan) for text in parsed.traffic)) if is_emulated else plan
+
+
+def read_bed(text: str, plan: SystemsPlan) -> Bed:
+    """The bed that one word of --traffic asks for."""
+    if text == "none":
+        return Bed("unshaped", None)
+    if text == "cluster":
+        return Bed("cluster", link_mbit(plan, cluster_traffic_ratio()))
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = 0.0
+    if not 0.01 <= ratio <= 9.99:
+        raise ConfigError(f"bench.traffic={text!r}: give a ratio from 0.01 to 9.99, `cluster` or `none`")
+    return Bed(f"traffic{round(100 * ratio)}", link_mbit(plan, ratio))
+
+
+def race(plan: SystemsPlan, found: SystemFindings, console: Console, out: Path | None) -> int:
+    """Follows the ranks to their end, keeping `out` up to date after every round; 130 after Ctrl-C."""
+
+    def save() -> None:
+        write_whole(found.records(), out)
+        if out is not None and found.spans:
+            write_spans(out.with_suffix(".spans.jsonl"), found.spans)
+
+    def see(finding: Finding, update: Callable[..., Any]) -> None:
+        if finding.what != "phase":
+            found.add(finding)
+            return
+        title = bed_title(finding.case) if finding.case else ""
+        update(description=f"{title}: {finding.text}" if title else finding.text)
+        if finding.text.startswith("round"):
+            update(advance=1)
+            save()
+
+    total = len(plan.systems) if plan.measure == "memory" else len(plan.beds) * (plan.warm_ups + plan.rounds)
+    ranks = started_ranks(run_systems_rank, plan, plan.num_ranks)
+    return follow(console, ranks, ("starting the ranks", total), see, save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

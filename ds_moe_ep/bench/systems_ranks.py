@@ -1,0 +1,234 @@
+"""What each rank of the systems benchmark does: builds every system, then lets them take turns, bed after bed.
+
+1. All systems live in the same processes, so that one run compares them: a round runs each once, in rotating order.
+2. Ranks meet at a barrier before a pass; its time is that of the slowest rank, with the device idle at both ends.
+3. A training pass is one optimizer step with everything in it, on the same sequences for every system. Its wall time is
+   cut into parts: what the thread was blocked in, by kind of communication, and what the recorder saw exposed.
+4. Losses and loads are looked at between the passes, untimed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.queues import Queue
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ds_moe_ep.bench.blocked import blocked, break_down
+from ds_moe_ep.bench.emulated import EmulatedDevice
+from ds_moe_ep.bench.kinds import kinds_of_step
+from ds_moe_ep.bench.memory import return_freed_memory
+from ds_moe_ep.bench.method import rotation
+from ds_moe_ep.bench.processes import Finding, live_as_rank
+from ds_moe_ep.bench.systems_plan import Bed, SystemsPlan
+from ds_moe_ep.bench.testbed import enter, rank_environment
+from ds_moe_ep.evidence import BASELINE, PARTS
+from ds_moe_ep.recorder import HostRecorder
+from ds_moe_ep.timeline import Span, overlap
+
+if TYPE_CHECKING:  # it imports deepspeed, which reads DS_ACCELERATOR
+    from ds_moe_ep.bench.systems_build import System
+
+START_TIMEOUT_S = 600.0
+SHOWN_LAYER = "layers.1.feed_forward"  # of which a timeline is kept
+SHOWN_RANKS = (0, 5)
+LOAD_STEPS = 24  # steps of which loads are kept, evenly spread over a run
+
+Tell = Callable[[Finding], object]
+
+
+def run_systems_rank(rank: int, plan: SystemsPlan, findings: Queue[Finding]) -> None:
+    """The whole life of one rank."""
+    if plan.testbed is not None:
+        enter(plan.testbed.nodes[rank // plan.ranks_per_node])
+        os.environ.update(rank_environment(plan.testbed, rank, plan.ranks_per_node, plan.port))
+    else:
+        launched: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": plan.num_ranks}
+        launched |= {"LOCAL_WORLD_SIZE": plan.num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": plan.port}
+        os.environ.update({name: str(value) for name, value in launched.items()})
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    torch.set_num_threads(1)
+    if plan.measure == "memory":
+        return_freed_memory()
+    live_as_rank(rank, findings, partial(_run, rank, plan))
+
+
+def _run(rank: int, plan: SystemsPlan, tell: Tell) -> None:
+    from ds_moe_ep.bench import native
+    from ds_moe_ep.bench.systems_build import build_system, make_data
+
+    native.start_ranks("gloo", START_TIMEOUT_S)
+    device, data, turns = EmulatedDevice(), make_data(plan), {}
+    for name in sorted(plan.systems, key=lambda name: name == BASELINE):
+        tell(Finding("", "", "phase", text=f"building {name}"))
+        turns[name] = Turn(build_system(name, plan, data, device), device, plan)
+    if plan.measure == "memory":
+        measure_memory(turns, tell)
+    else:
+        for bed in plan.beds:
+            measure_bed(bed, turns, plan, tell)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Turn:
+    """One system on this rank, and what its last pass told."""
+
+    def __init__(self, system: System, device: EmulatedDevice, plan: SystemsPlan) -> None:
+        self.system, self._device, self._plan = system, device, plan
+        self.step = 0  # of training, over all beds
+        self.seconds: dict[str, float] = {}
+        self.spans: list[Span] = []
+        self.recorder = HostRecorder(dist.get_rank()) if system.name in ("ep16", "ep16_serial") else None
+        if self.recorder is not None:
+            for layer in system.engine.moe_ep_layers.values():
+                layer.deepspeed_moe.recorder = self.recorder
+
+    def run(self, mode: str) -> None:
+        """One pass; leaves `seconds`: the pass, its parts, what the device was busy, traffic total and exposed."""
+        system, emulated = self.system, self._plan.device == "emulated"
+        with world_of(system.engine), blocked(self._label) as waits, optimizer_time(system.engine, waits) as optimizer:
+            dist.barrier()
+            waits.seconds.clear()
+            busy_s, cpu_s, start_s = self._device.busy_s, time.process_time(), time.perf_counter()
+            (system.train if mode == "training" else system.forward)(self.step)
+            seconds = time.perf_counter() - start_s
+            busy_s = (self._device.busy_s - busy_s) if emulated else time.process_time() - cpu_s
+        self.spans = self.recorder.spans() if self.recorder is not None else []
+        traffic = overlap(self.spans)
+        parts = break_down(
+            seconds,
+            waits.seconds,
+            optimizer_s=sum(optimizer),
+            exposed_s=1e-6 * traffic.exposed_us,
+            compute_s=busy_s if emulated else None,
+        ).parts
+        self.seconds = {"step": seconds, "busy": busy_s, **{f"breakdown.{part}": parts[part] for part in PARTS}}
+        if self.spans:
+            self.seconds |= {"traffic.total": 1e-6 * traffic.total_us, "traffic.exposed": 1e-6 * traffic.exposed_us}
+        self.step += mode == "training"
+
+    def _label(self, function: str, size: int, group: object) -> str | None:
+        """The part that a blocked call belongs to. Our rows are the recorder's to account for."""
+        if self.system.name == BASELINE:
+            is_tensor_group = function == "all_reduce" and size == self._plan.layout.tp_size
+            return "tensor_traffic" if is_tensor_group else "pipeline"  # one copy has no gradients to reduce
+        if function in ("all_to_all_single", "all_to_all", "send", "recv"):
+            return None if self.recorder is not None else "experts_traffic"
+        return "gradients"
+
+
+@contextmanager
+def world_of(engine: Any) -> Iterator[None]:
+    """DeepSpeed's notion of the world, which is global, as this engine made it."""
+    from deepspeed.utils import groups
+
+    groups.mpu = engine.mpu
+    yield
+
+
+@contextmanager
+def optimizer_time(engine: Any, waits: Any) -> Iterator[list[float]]:
+    """The seconds of the engine's optimizer, without what it waits for."""
+    optimizer, seconds = engine.optimizer, []
+    step = optimizer.step
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with waits.own_time() as own:
+            result = step(*args, **kwargs)
+        seconds.append(own.seconds)
+        return result
+
+    optimizer.step = timed
+    try:
+        yield seconds
+    finally:
+        del optimizer.step
+
+
+def measure_bed(bed: Bed, turns: Mapping[str, Turn], plan: SystemsPlan, tell: Tell) -> None:
+    """All rounds on one bed. Collective."""
+    dist.barrier()
+    if dist.get_rank() == 0 and plan.testbed is not None:
+        plan.testbed.shape(bed.rate_mbit)
+    if plan.schedule == "auto" and "ep16" in turns:
+        for layer in turns["ep16"].system.engine.moe_ep_layers.values():
+            layer.deepspeed_moe.choice = None  # chosen again for these links
+    gc.collect()
+    gc.freeze()
+    for index in range(plan.warm_ups + plan.rounds):
+        is_measured = index >= plan.warm_ups
+        for mode in plan.modes:
+            for name in rotation(plan.systems, index):
+                turns[name].run(mode)
+                tell_pass(bed.slug, mode, turns[name], tell, is_measured)
+                if mode == "training":
+                    tell_training(bed.slug, turns[name], tell, index, plan)
+        tell(Finding(bed.slug, "", "phase", text=f"round {index + 1 - plan.warm_ups} of {plan.rounds}"))
+    gc.unfreeze()
+    for turn in turns.values():
+        if turn.recorder is not None and "training" in plan.modes:
+            turn.run("training")
+            tell_spans(bed.slug, turn, tell)
+
+
+def tell_pass(bed: str, mode: str, turn: Turn, tell: Tell, is_measured: bool) -> None:
+    """Seconds of the slowest rank, and the rest of the mean rank. Collective."""
+    names = list(turn.seconds)
+    mean = torch.tensor([turn.seconds[name] for name in names], dtype=torch.float64)
+    longest = mean[:1].clone()
+    dist.all_reduce(mean)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    if not is_measured:
+        return
+    case = f"{bed}.{mode}"
+    tell(Finding(case, turn.system.name, "time", (float(longest),)))
+    for name, value in zip(names, mean / dist.get_world_size(), strict=True):
+        tell(Finding(case, turn.system.name, name, (float(value),)))
+
+
+def tell_training(bed: str, turn: Turn, tell: Tell, index: int, plan: SystemsPlan) -> None:
+    """Loss of the step and, now and then, the experts' load. Collective."""
+    case, name, step = f"{bed}.training", turn.system.name, turn.step
+    tell(Finding(case, name, f"loss.step{step:04d}", (float(turn.system.cross_entropy()),)))
+    rows_LE = turn.system.loads()
+    every = max(1, (plan.warm_ups + plan.rounds) // LOAD_STEPS)
+    if index % every == 0:
+        for layer, rows_E in enumerate(rows_LE.tolist()):
+            for expert, rows in enumerate(rows_E):
+                tell(Finding(case, name, f"load.step{step:04d}.layer{layer}.expert{expert:02d}", (float(rows),)))
+
+
+def tell_spans(bed: str, turn: Turn, tell: Tell) -> None:
+    """The spans of one layer on a few ranks, as lines of JSON. Collective."""
+    here = [dataclasses.asdict(span) for span in turn.spans if SHOWN_LAYER in span.tags.layer]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, here)
+    for rank in SHOWN_RANKS:
+        for span in gathered[rank % len(gathered)]:
+            span["tags"]["layer"] = f"{turn.system.name}/{SHOWN_LAYER}"
+            tell(Finding(bed, turn.system.name, "span", text=json.dumps(span)))
+
+
+def measure_memory(turns: Mapping[str, Turn], tell: Tell) -> None:
+    """Bytes by kind of one training step of each system, of the fullest rank. Collective."""
+    for name, turn in turns.items():
+        tell(Finding("", "", "phase", text=f"memory of {name}"))
+        turn.run("training")
+        with world_of(turn.system.engine):
+            kinds = kinds_of_step(turn.system.engine, partial(turn.system.train, 1), torch.device("cpu"))
+        most = torch.tensor(list(kinds.values()), dtype=torch.float64)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        for kind, value in zip(kinds, most, strict=True):
+            tell(Finding("memory.training", name, f"memory.{kind}", (float(value),)))

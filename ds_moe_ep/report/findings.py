@@ -1,0 +1,120 @@
+"""`Findings`: what files of Records and spans hold, asked for by the parts of a name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.evidence import MODES, SYSTEMS
+from ds_moe_ep.record import Record, read_records
+from ds_moe_ep.report.names import bed_order, is_known
+from ds_moe_ep.timeline import Span, read_spans
+
+WAY_OUT = "measure first and name the files that a benchmark wrote: python -m ds_moe_ep report runs/*.jsonl -o out"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of Records, and the spans beside it where there are some."""
+
+    path: Path
+    records: tuple[Record, ...]
+    spans: tuple[Span, ...] = ()
+
+    @cached_property
+    def known(self) -> tuple[Record, ...]:
+        """The Records that the report has a place for."""
+        return tuple(record for record in self.records if is_known(record.name))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The Records of all sources by name. Where two have one name, the later one counts."""
+
+    sources: tuple[Source, ...]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Record]:
+        """The Records that the report has a place for."""
+        return {record.name: record for source in self.sources for record in source.known}
+
+    @property
+    def num_others(self) -> int:
+        """Records that the report has no place for."""
+        return sum(len(source.records) - len(source.known) for source in self.sources)
+
+    @property
+    def num_replaced(self) -> int:
+        """Records whose name a later one has too."""
+        return sum(len(source.known) for source in self.sources) - len(self.by_name)
+
+    def get(self, *parts: str) -> Record | None:
+        """The Record with this name, given in parts."""
+        return self.by_name.get(".".join(parts))
+
+    def below(self, *parts: str) -> dict[str, Record]:
+        """The Records whose names begin with these parts, by the rest of their names."""
+        start = ".".join(parts) + "."
+        return {name.removeprefix(start): record for name, record in self.by_name.items() if name.startswith(start)}
+
+    @cached_property
+    def beds(self) -> tuple[str, ...]:
+        """The beds in the order of a page."""
+        return tuple(sorted({bed for bed, *_ in self._system_names}, key=bed_order))
+
+    def places(self, *whats: str) -> list[tuple[str, str]]:
+        """(bed, mode) of each place where a system has a Record `what` or below `what`, in the order of a page."""
+        found = {(bed, mode) for bed, mode, _, what in self._system_names if what in whats}
+        return [(bed, mode) for bed in self.beds for mode in MODES if (bed, mode) in found]
+
+    def systems(self, *whats: str, bed: str = "", mode: str = "") -> tuple[str, ...]:
+        """Systems with a Record `what` or below `what`, of one bed and mode where they are given."""
+        found = {
+            name
+            for its_bed, its_mode, name, what in self._system_names
+            if what in whats and bed in ("", its_bed) and mode in ("", its_mode)
+        }
+        return tuple(system for system in SYSTEMS if system in found)
+
+    @cached_property
+    def _system_names(self) -> Sequence[tuple[str, str, str, str]]:
+        """(bed, mode, system, the first part of what) of every Record of a system; traffic is of a bed alone."""
+        parts = [name.split(".") for name in self.by_name if name.startswith("system.")]
+        return [(bed, mode, system, (*rest, "")[0]) for _, bed, mode, system, *rest in parts]
+
+
+def read_findings(paths: Sequence[Path]) -> Findings:
+    """What the files hold. Raises ConfigError for a file that cannot be read or where there is no Record at all."""
+    sources = tuple(map(_read_source, paths))
+    if not any(source.records for source in sources):
+        names = ", ".join(map(str, paths)) or "nothing"
+        raise ConfigError(f"records={names}: no Record in there; {WAY_OUT}")
+    repeated = [str(path) for path, times in Counter(path.resolve() for path in paths).items() if times > 1]
+    if repeated:
+        raise ConfigError(f"records={', '.join(repeated)}: given twice; name each file once")
+    return Findings(sources)
+
+
+def spans_path(path: Path) -> Path:
+    """Where the spans of a file of Records lie: x.spans.jsonl beside x.jsonl."""
+    return path.with_name(path.name.removesuffix(".jsonl") + ".spans.jsonl")
+
+
+def _read_source(path: Path) -> Source:
+    if path.name.endswith(".spans.jsonl"):
+        raise ConfigError(f"records={path}: a file of spans; name the Records beside it, the spans are found by name")
+    beside = spans_path(path)
+    try:
+        records = tuple(read_records(path))
+        return Source(path, records, tuple(_spans(beside)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"records={path}: cannot be read ({error}); {WAY_OUT}") from error
+
+
+def _spans(path: Path) -> Iterator[Span]:
+    if path.exists():
+        yield from read_spans(path)

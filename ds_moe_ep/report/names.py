@@ -1,0 +1,61 @@
+"""Which names of Records the report understands: the schema of `evidence`, as patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ds_moe_ep.evidence import KINDS, LAWS, MODES, PARTS, SYSTEMS, TOTALS
+
+
+def _one_of(words: Iterable[str]) -> str:
+    return "(?:" + "|".join(map(re.escape, words)) + ")"
+
+
+_BED = r"(?:loopback|cluster|traffic\d+)"
+_SYSTEM = _one_of(SYSTEMS)
+_WHAT = "|".join(
+    (
+        "tps|tpot|step|busy|hidden",
+        f"ratio_to_{_SYSTEM}",
+        rf"breakdown\.{_one_of(PARTS)}",
+        rf"memory\.{_one_of(KINDS)}",
+    )
+)
+_KNOWN = (
+    re.compile(rf"system\.{_BED}\.{_one_of(MODES)}\.{_SYSTEM}\.(?:{_WHAT})"),
+    re.compile(rf"system\.{_BED}\.training\.{_SYSTEM}\.loss\.step\d+"),
+    re.compile(rf"system\.{_BED}\.training\.{_SYSTEM}\.load\.step\d+\.layer\d+\.expert\d+"),
+    re.compile(rf"system\.{_BED}\.traffic\.(?:ratio|compute|link)"),
+    re.compile(rf"scaling\.{_one_of(TOTALS)}\.ep\d+\.{_one_of(LAWS)}"),
+    re.compile(rf"scaling\.{_one_of(TOTALS)}\.fit\.{_one_of(LAWS)}\.(?:r2|coefficient)"),
+)
+
+
+def is_known(name: str) -> bool:
+    """Whether the report has a place for Records of this name."""
+    return any(pattern.fullmatch(name) for pattern in _KNOWN)
+
+
+def place_of(name: str) -> str:
+    """Where a known Record was measured, in few words: the bed, or the total that was kept while EP grew."""
+    first, second = name.split(".")[:2]
+    return short_bed(second) if first == "system" else TOTALS[second]
+
+
+def number_in(part: str, word: str) -> int:
+    """The number behind `word` in one part of a name: 12 of "step12"."""
+    return int(part.removeprefix(word))
+
+
+def bed_order(bed: str) -> tuple[int, int]:
+    """Sorts beds: loopback, cluster, then shaped links by growing traffic."""
+    fixed = ("loopback", "cluster")
+    return (fixed.index(bed), 0) if bed in fixed else (len(fixed), number_in(bed, "traffic"))
+
+
+def short_bed(bed: str) -> str:
+    """A bed in few words, for panels and cells."""
+    if bed.startswith("traffic"):
+        return f"traffic {number_in(bed, 'traffic') / 100:g} \u00d7 compute"
+    return {"loopback": "loopback", "cluster": "cluster's links"}[bed]

@@ -1,0 +1,124 @@
+"""How every picture looks: colours (Okabe and Ito's, told apart by colour-blind readers), type, and saving.
+
+A picture is painted on a Figure of its own, under settings that end with it; pyplot and its global state are not used.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+
+from ds_moe_ep.report.page import Drawing
+
+WIDTH_IN = 9.6
+DPI = 160
+INK, FAINT, GRID = "#222222", "#666666", "#dddddd"
+
+SYSTEM_COLORS: Mapping[str, str] = {
+    "tp8_pp2": "#8c8c8c",
+    "ep16_serial": "#56b4e9",
+    "ep16": "#0072b2",
+    "native_ep16": "#e69f00",
+    "autoep_ep16": "#d55e00",
+}
+PART_COLORS: Mapping[str, str] = {
+    "compute": "#009e73",
+    "experts_traffic": "#d55e00",
+    "tensor_traffic": "#e69f00",
+    "pipeline": "#cc79a7",
+    "gradients": "#56b4e9",
+    "rest": "#c4c4c4",
+}
+KIND_COLORS: Mapping[str, str] = {
+    "weights": "#0072b2",
+    "gradients": "#56b4e9",
+    "optimizer": "#009e73",
+    "activations": "#e69f00",
+    "buffers": "#c4c4c4",
+}
+STYLE: Mapping[str, object] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.5,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "xtick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.color": FAINT,
+    "ytick.labelcolor": INK,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "text.color": INK,
+    "hatch.linewidth": 0.7,
+    "svg.hashsalt": "ds_moe_ep",
+    "svg.fonttype": "path",
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def draw(height_in: float, paint: Callable[[Figure], None]) -> Drawing:
+    """What `paint` leaves on a figure of the page's width, in both formats; the same bytes each time."""
+    with matplotlib.rc_context(dict(STYLE)):  # type: ignore[arg-type]  # the stubs want literal keys
+        figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        paint(figure)
+        svg, png = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png", metadata={"Software": None})
+        figure.set_layout_engine("none")  # everything has its place now; to find it again would take as long
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        return Drawing(svg=svg.getvalue(), png=png.getvalue())
+
+
+def panels(figure: Figure, num: int, num_columns: int) -> list[Axes]:
+    """`num` axes in rows of `num_columns`; what is left of the last row stays blank."""
+    num_columns = min(num, num_columns)
+    num_rows = -(-num // num_columns)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    axes: list[Axes] = [axis for row in grid for axis in row]
+    for blank in axes[num:]:
+        blank.set_axis_off()
+    return axes[:num]
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Writes the numbers of an axis with commas, and without powers of ten where they can be avoided."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def legend(figure: Figure, handles: Sequence[Patch | Line2D], num_columns: int = 6) -> None:
+    """One legend for all panels, under them."""
+    figure.legend(
+        handles=list(handles),
+        loc="outside lower center",
+        ncols=min(len(handles), num_columns),
+        handlelength=1.4,
+        columnspacing=1.6,
+    )
+
+
+def system_color(system: str) -> str:
+    """The colour of a system in every picture."""
+    return SYSTEM_COLORS.get(system, "#000000")

@@ -1,0 +1,67 @@
+"""Files of Records -> report.html, report.md and figures/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.report.findings import Findings, read_findings
+from ds_moe_ep.report.html_page import to_html
+from ds_moe_ep.report.markdown_page import to_markdown
+from ds_moe_ep.report.page import Page, Section
+from ds_moe_ep.report.sections_scaling import scaling
+from ds_moe_ep.report.sections_sources import head, sources
+from ds_moe_ep.report.sections_stated import stated
+from ds_moe_ep.report.sections_systems import latency, memory, throughput
+from ds_moe_ep.report.sections_timeline import timeline
+from ds_moe_ep.report.sections_training import load, loss
+
+TITLE = "ds_moe_ep: what was measured"
+SECTIONS: dict[str, Callable[[Findings], Section | None]] = {  # by what a reader misses where there is none
+    "throughput": throughput,
+    "where the time goes": latency,
+    "timeline of a layer": timeline,
+    "load of the experts": load,
+    "memory": memory,
+    "scaling": scaling,
+    "loss": loss,
+    "the specification's figures": stated,
+}
+
+
+def write_report(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """The files written under `folder`: report.html (which stands alone), report.md, and its figures.
+
+    Raises ConfigError for Records or spans that cannot be read, and where there are none.
+    """
+    page = make_page(read_findings(paths))
+    contents: dict[Path, bytes] = {
+        folder / "report.html": to_html(page).encode(),
+        folder / "report.md": to_markdown(page).encode(),
+    }
+    for picture in page.pictures:
+        contents[folder / "figures" / f"{picture.key}.png"] = picture.drawing.png
+        contents[folder / "figures" / f"{picture.key}.svg"] = picture.drawing.svg
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        for path, content in contents.items():
+            _write_whole(path, content)
+    except OSError as error:
+        raise ConfigError(f"out={folder}: cannot be written ({error}); name a folder of your own") from error
+    return list(contents)
+
+
+def make_page(findings: Findings) -> Page:
+    """The page of everything that the findings hold."""
+    made = {name: make(findings) for name, make in SECTIONS.items()}
+    absent = [name for name, section in made.items() if section is None]
+    present = [section for section in made.values() if section is not None]
+    return Page(TITLE, (head(findings, absent), *present, sources(findings)))
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Replaces the file at once: it is never half written."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)

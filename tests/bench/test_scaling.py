@@ -1,0 +1,57 @@
+"""The scaling benchmark: its worlds and its records; what a world does is tested in test_systems.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from ds_moe_ep.bench.processes import Finding
+from ds_moe_ep.bench.scaling import SIZES, Point, Scaling, plan_of, table_of
+from ds_moe_ep.bench.systems_plan import EMULATED_MODEL, SystemsPlan
+from ds_moe_ep.evidence import LAWS, TOTALS
+
+PLAN = SystemsPlan(systems=("ep16",), device="emulated", model=EMULATED_MODEL, step_compute_s=1.0)
+
+
+def test_a_rank_keeps_its_tokens_or_all_ranks_share_the_same_number() -> None:
+    of_rank = {size: plan_of(PLAN, Point("constant_rank", size)) for size in SIZES}
+    assert {plan.tokens_of_step // plan.num_ranks for plan in of_rank.values()} == {8 * 128}
+    assert {plan.step_compute_s for plan in of_rank.values()} == {1.0}
+    in_total = {size: plan_of(PLAN, Point("constant_total", size)) for size in SIZES}
+    assert {plan.tokens_of_step for plan in in_total.values()} == {128 * 128}
+    assert in_total[1].step_compute_s == pytest.approx(16.0)
+    for plans in (of_rank, in_total):
+        assert [plan.num_ranks for plan in plans.values()] == list(SIZES)
+        assert len({round(plan.token_us, 6) for plan in plans.values()}) == 1, "a device is as fast in every world"
+
+
+def scaled(step_s: dict[int, float]) -> Scaling:
+    found = Scaling(PLAN, "python -m bench", "abc")
+    for size, seconds in step_s.items():
+        point = Point("constant_rank", size)
+        found.add(point, Finding("", "ep16", "time", (seconds,)))
+        found.add(point, Finding("", "ep16", "step", (seconds,)))
+        found.add(point, Finding("", "ep16", "busy", (1.0,)))
+        for kind, value in (("weights", 400.0), ("gradients", 400.0), ("optimizer", 800.0)):
+            found.add(point, Finding("memory.training", "ep16", f"memory.{kind}", (value / size,)))
+    return found
+
+
+def test_the_laws_are_fitted_to_the_medians() -> None:
+    records = {record.name: record for record in scaled({1: 1.0, 2: 1.0, 4: 1.0}).records()}
+    assert records["scaling.constant_rank.ep4.tps"].value == pytest.approx(4 * 1024)
+    assert records["scaling.constant_rank.ep4.memory_per_expert"].value == pytest.approx(1600 / 4 / 16)
+    assert records["scaling.constant_rank.fit.tps.coefficient"].value == pytest.approx(1024)
+    assert records["scaling.constant_rank.fit.tps.r2"].value == pytest.approx(1.0)
+    assert records["scaling.constant_rank.fit.memory_per_expert.r2"].value == pytest.approx(1.0)
+    assert "scaling.constant_rank.fit.busy.r2" not in records, "all values are equal: nothing varies"
+
+
+def test_a_world_that_does_not_scale_fits_badly() -> None:
+    records = {record.name: record for record in scaled({1: 1.0, 2: 2.1, 4: 3.9}).records()}
+    assert records["scaling.constant_rank.fit.tps.r2"].value < 0
+
+
+def test_the_table_has_every_size_and_the_fits() -> None:
+    table = table_of(scaled({1: 1.0, 2: 1.1}).records())
+    assert table.row_count == len(TOTALS) * (len(SIZES) + 1)
+    assert len(table.columns) == 2 + len(LAWS)

@@ -1,0 +1,176 @@
+"""The systems benchmark: its arithmetic and records, five real engines that agree, and one small race."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_moe_ep.bench import systems
+from ds_moe_ep.bench.even import even_embedding, even_gate, even_windows
+from ds_moe_ep.bench.processes import Finding, arriving, free_port, started_ranks
+from ds_moe_ep.bench.systems_findings import SystemFindings
+from ds_moe_ep.bench.systems_plan import BURST_BYTES, EMULATED_MODEL, HEADERS, Bed, SystemsPlan, link_mbit
+from ds_moe_ep.bench.systems_ranks import run_systems_rank
+from ds_moe_ep.bench.systems_table import summary_tables
+from ds_moe_ep.config import Layout, MoEConfig
+from ds_moe_ep.evidence import PARTS, SYSTEMS
+from ds_moe_ep.record import Record
+
+EMULATED = SystemsPlan(device="emulated", model=EMULATED_MODEL, num_sequences=128, beds=(Bed("traffic30", 80.0),))
+SMALL_WORLD = SystemsPlan(
+    beds=(Bed("loopback", None),),
+    model=replace(EMULATED_MODEL, num_layers=2, sequence_length=32),
+    ep_size=4,
+    layout=Layout(tp_size=2, pp_size=2),
+    num_sequences=16,
+    rounds=3,
+    warm_ups=1,
+    num_nodes=1,
+    ranks_per_node=4,
+)
+
+
+def test_the_link_follows_from_the_ratio_of_traffic_to_compute() -> None:
+    # 1,024 tokens of 256 bytes a rank, 4 ranks a node, 3 of 4 rows leave it; 16 exchanges in 8 s of compute.
+    exchange_bytes = 4 * 1024 * 256 * 3 / 4 * HEADERS - BURST_BYTES
+    seconds = 16 * exchange_bytes * 8 / (link_mbit(EMULATED, 0.3) * 1e6)
+    assert seconds == pytest.approx(0.3 * 8.0)
+
+
+def test_an_emulated_device_computes_what_the_plan_says() -> None:
+    tokens_of_rank, forward = 1024, 8.0 / 3
+    assert 1e-6 * EMULATED.token_us * tokens_of_rank * 4 == pytest.approx(forward)
+
+
+def test_all_systems_train_the_same_batch_and_only_the_baseline_cuts_it() -> None:
+    configs = {name: EMULATED.ds_config(name) for name in SYSTEMS}
+    assert {config["train_batch_size"] for config in configs.values()} == {128}
+    assert configs["tp8_pp2"]["train_micro_batch_size_per_gpu"] == 32
+    assert configs["tp8_pp2"]["gradient_accumulation_steps"] == 4
+    assert configs["ep16"]["train_micro_batch_size_per_gpu"] == 8
+    assert len({str(config["optimizer"]) for config in configs.values()}) == 1
+
+
+def test_even_tokens_reach_every_expert_equally_often_through_a_real_router() -> None:
+    from ds_moe_ep.moe.router import Router
+
+    gate = Router(64, MoEConfig(num_experts=16))
+    with torch.no_grad():
+        gate.wg.weight.copy_(even_gate(16, 64))
+    ids_BS = even_windows(3, 128, 256, seed=0)[:, :-1]
+    x_TD = torch.nn.functional.layer_norm(even_embedding(256, 16, 64)[ids_BS.flatten()], (64,))
+    chosen = gate(x_TD).expert_ids_TK.flatten()
+    assert torch.equal(chosen, ids_BS.flatten() % 16)
+    assert torch.bincount(chosen, minlength=16).tolist() == [24] * 16
+    gate.wg.weight.data.copy_(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+    assert torch.bincount(gate(x_TD).expert_ids_TK.flatten(), minlength=16).tolist() != [24] * 16
+
+
+def collected() -> dict[str, Record]:
+    found = SystemFindings(EMULATED, "python -m bench", "abc", "2 cores")
+    for system, seconds in {"tp8_pp2": (30.0, 33.0), "ep16": (10.0, 11.0), "ep16_serial": (12.0, 11.0)}.items():
+        for value in seconds:
+            found.add(Finding("traffic30.training", system, "time", (value,)))
+            found.add(Finding("traffic30.training", system, "step", (value,)))
+            found.add(Finding("traffic30.training", system, "busy", (8.0,)))
+            for part in PARTS:
+                found.add(Finding("traffic30.training", system, f"breakdown.{part}", (1.0,)))
+    for exposed in (0.1, 0.3):
+        found.add(Finding("traffic30.training", "ep16", "traffic.total", (2.0,)))
+        found.add(Finding("traffic30.training", "ep16", "traffic.exposed", (exposed,)))
+        found.add(Finding("traffic30.training", "ep16_serial", "traffic.total", (2.4,)))
+        found.add(Finding("traffic30.training", "ep16_serial", "traffic.exposed", (2.4,)))
+    return {record.name: record for record in found.records()}
+
+
+def test_records_compare_systems_within_a_round() -> None:
+    records, of = collected(), "system.traffic30.training"
+    assert records[f"{of}.ep16.ratio_to_tp8_pp2"].value == pytest.approx(3.0)
+    assert records[f"{of}.ep16.ratio_to_ep16_serial"].value == pytest.approx((1.2 + 1.0) / 2)
+    assert records[f"{of}.tp8_pp2.ratio_to_ep16"].value == pytest.approx(1 / 3)
+    assert records[f"{of}.ep16.hidden"].value == pytest.approx(90)
+    assert records[f"{of}.ep16_serial.hidden"].value == pytest.approx(0)
+    assert records["system.traffic30.traffic.ratio"].value == pytest.approx(0.3)
+
+
+def test_records_carry_the_specifications_quantities_with_their_units() -> None:
+    records, of = collected(), "system.traffic30.training.ep16"
+    assert records[f"{of}.tps"].value == pytest.approx((128 * 128 / 10 + 128 * 128 / 11) / 2)
+    assert records[f"{of}.tpot"].value == pytest.approx(1e6 * 10.5 / (128 * 128))
+    assert (records[f"{of}.tps"].unit, records[f"{of}.tpot"].unit) == ("tokens/s", "us")
+    assert records[f"{of}.busy"].value == pytest.approx(100 * (8 / 10 + 8 / 11) / 2)
+    assert all(record.emulated for record in records.values())
+
+
+def test_the_table_has_a_row_a_system_and_every_ratio() -> None:
+    (table,) = summary_tables(collected().values())
+    assert table.row_count == 3
+    assert "links on which EP16's traffic takes 0.3" in str(table.title)
+
+
+def run_small_world(plan: SystemsPlan) -> list[Finding]:
+    plan = replace(plan, port=free_port())
+    with started_ranks(run_systems_rank, plan, plan.num_ranks) as (processes, inbox):
+        return list(arriving(processes, inbox))
+
+
+def test_five_engines_in_one_world_train_alike_and_account_for_their_time() -> None:
+    findings = run_small_world(SMALL_WORLD)
+    values = {(f.case, f.side, f.what): f.values[0] for f in findings if f.values}
+    case = "loopback.training"
+    losses = {name: values[case, name, "loss.step0004"] for name in SYSTEMS}
+    first = {name: values[case, name, "loss.step0001"] for name in SYSTEMS}
+    # The same weights, tokens and mathematics: up to the rounding of sums, the balance loss' scope and a z-loss.
+    for name in ("ep16_serial", "native_ep16", "tp8_pp2"):
+        assert first[name] == pytest.approx(first["ep16"], abs=1e-4), name
+        assert losses[name] == pytest.approx(losses["ep16"], abs=2e-2), name
+    assert losses["autoep_ep16"] == pytest.approx(losses["ep16"], abs=0.5), "SwiGLU experts, no auxiliary loss"
+    assert all(losses[name] < first[name] - 0.3 for name in SYSTEMS), "they learn"
+    for name in SYSTEMS:
+        parts = sum(values[case, name, f"breakdown.{part}"] for part in PARTS)
+        assert parts == pytest.approx(values[case, name, "step"], rel=1e-6)
+    assert values[case, "tp8_pp2", "breakdown.tensor_traffic"] > 0
+    assert values[case, "tp8_pp2", "breakdown.pipeline"] > 0
+    assert values[case, "ep16", "breakdown.tensor_traffic"] == 0, "the control: it has no tensor group"
+    assert values[case, "native_ep16", "breakdown.experts_traffic"] > 0
+    assert [f.text for f in findings if f.what == "span" and f.side == "ep16"], "a timeline of one layer"
+    rows = [v for (c, side, what), v in values.items() if side == "tp8_pp2" and what.startswith("load.step0001.layer0")]
+    assert sum(rows) == SMALL_WORLD.tokens_of_step
+
+
+def test_emulated_devices_are_as_busy_as_the_plan_says_in_every_system() -> None:
+    plan = replace(
+        SMALL_WORLD,
+        systems=("tp8_pp2", "ep16_serial", "ep16", "native_ep16"),  # AutoEP's emulation needs an expert a rank
+        modes=("training",),
+        device="emulated",
+        schedule="peers",
+        step_compute_s=0.3,
+        rounds=1,
+    )
+    findings = run_small_world(plan)
+    busy = {f.side: f.values[0] for f in findings if f.what == "busy"}
+    assert busy == {name: pytest.approx(0.3, rel=1e-3) for name in plan.systems}
+    steps = {f.side: f.values[0] for f in findings if f.what == "time"}
+    assert steps["tp8_pp2"] > 0.3 * 5 / 4, "the bubble of 4 micro-batches in 2 stages"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--systems", "ep17"], "bench.systems='ep17' is not known; did you mean 'ep16'"),
+        (["--warm-ups", "0"], "warm_ups=0"),
+        (["--device", "emulated", "--traffic", "many"], "bench.traffic='many'"),
+        (["--sequences", "65"], "bench.sequences=65"),
+        (["--device", "emulated", "--memory"], "bench.memory with device='emulated'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(
+    words: list[str], problem: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert systems.main([*words, "--out", str(tmp_path / "x.jsonl")]) == 1
+    assert problem in " ".join(capsys.readouterr().out.split())
+    assert list(tmp_path.iterdir()) == [], "nothing was written"

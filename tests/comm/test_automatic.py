@@ -1,0 +1,99 @@
+"""The transport "auto", and rows that are sent from their places and received into them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_moe_ep.comm.automatic import Automatic
+from ds_moe_ep.comm.collective import Collective, side_by_side
+from ds_moe_ep.comm.groups import open_transport
+from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
+from ds_moe_ep.comm.pairwise import Pairwise
+from ds_moe_ep.comm.transport import Message
+from ds_moe_ep.config import MoEConfig
+from tests.ranks import run_ranks
+
+
+def messages(*rows: Tensor) -> list[Message]:
+    return [Message(peer, part) for peer, part in enumerate(rows)]
+
+
+def test_rows_side_by_side_are_one_view_of_their_buffer() -> None:
+    rows_ND = torch.arange(24.0).view(8, 3)
+    view = side_by_side(messages(rows_ND[1:1], rows_ND[1:4], rows_ND[4:4], rows_ND[4:6]))
+    assert view is not None and torch.equal(view, rows_ND[1:6]) and view.data_ptr() == rows_ND[1].data_ptr()
+
+
+def test_rows_with_a_gap_out_of_order_or_of_two_buffers_are_no_view() -> None:
+    rows_ND, others_ND = torch.zeros(8, 3), torch.zeros(8, 3)
+    assert side_by_side(messages(rows_ND[:2], rows_ND[3:4])) is None
+    assert side_by_side(messages(rows_ND[2:4], rows_ND[:2])) is None
+    assert side_by_side(messages(rows_ND, others_ND)) is None
+
+
+def test_neighbours_in_memory_are_no_view_unless_they_share_a_buffer() -> None:
+    memory = torch.zeros(2, 4, 3).numpy()
+    first_ND, second_ND = torch.from_numpy(memory[0]), torch.from_numpy(memory[1])
+    assert first_ND.data_ptr() + first_ND.nbytes == second_ND.data_ptr()
+    assert side_by_side(messages(first_ND, second_ND)) is None
+
+
+def test_no_rows_at_all_are_an_empty_view() -> None:
+    view = side_by_side(messages(torch.zeros(0, 3), torch.zeros(0, 3)))
+    assert view is not None and view.shape == (0, 3)
+
+
+def exchanged() -> tuple[list[list[float]], list[str]]:
+    """What three transfers brought over each transport, and what "auto" moved them by."""
+    lanes, brought = open_lanes([[0, 1, 2]], 30.0), []
+    used = _watched()
+    for transport in (Pairwise(lanes, 30.0), Collective(lanes, 30.0), Automatic(lanes, 30.0)):
+        used.clear()
+        for peers in ([0, 1, 2], [lanes.rank], [(lanes.rank + 1) % 3, (lanes.rank + 2) % 3]):
+            brought.append(_transfer(lanes, transport, peers))
+    return brought, used
+
+
+def _transfer(lanes: LaneGroups, transport: Pairwise | Collective, peers: list[int]) -> list[float]:
+    """Peer p gets p rows from everybody; the values name both ends."""
+    sent_ND = torch.cat([torch.full((p, 2), 10.0 * lanes.rank + p) for p in sorted(peers)])
+    received_RD = torch.zeros(lanes.rank * len(peers), 2)
+    sends = [Message(p, rows) for p, rows in zip(sorted(peers), sent_ND.split(sorted(peers)), strict=True)]
+    receives = [Message(p, rows) for p, rows in zip(sorted(peers), received_RD.chunk(len(peers)), strict=False)]
+    if not len(received_RD):
+        receives = [Message(p, received_RD) for p in peers]
+    transport.start("dispatch", sends[::-1], receives).wait()
+    return received_RD[:, 0].tolist()
+
+
+def _watched() -> list[str]:
+    used: list[str] = []
+    for kind in (Pairwise, Collective):
+        original = kind.start
+
+        def start(self, *words, kind=kind, original=original):  # type: ignore[no-untyped-def]
+            used.append(kind.__name__)
+            return original(self, *words)
+
+        kind.start = start  # type: ignore[method-assign]
+    return used
+
+
+def test_every_transport_brings_the_same_and_auto_takes_all_to_all_between_all_ranks() -> None:
+    for rank, (brought, used) in enumerate(run_ranks(3, exchanged)):
+        assert brought[:3] == brought[3:6] == brought[6:]
+        assert brought[0] == [10.0 * source + rank for source in range(3) for _ in range(rank)]
+        assert brought[1] == [11.0 * rank] * rank
+        assert used == ["Collective", "Pairwise", "Pairwise"]
+
+
+def opened() -> list[type]:
+    names = ("auto", "pairwise", "collective")
+    transports = [open_transport([[0, 1]], MoEConfig(num_experts=2, ep_size=2, transport=name)) for name in names]
+    default = open_transport([[0, 1]], MoEConfig(num_experts=2, ep_size=2))
+    return [type(transport) for transport in (*transports, default)]
+
+
+def test_the_knob_names_the_transport_and_auto_is_its_default() -> None:
+    assert run_ranks(2, opened) == [[Automatic, Pairwise, Collective, Automatic]] * 2

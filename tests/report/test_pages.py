@@ -1,0 +1,215 @@
+"""The page from Records: what is on it, what is absent, and that every number comes from a Record."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ds_moe_ep.evidence import SYSTEMS
+from ds_moe_ep.figures import stated_and_derived
+from ds_moe_ep.record import Record, write_records
+from ds_moe_ep.report.findings import Findings, Source, spans_path
+from ds_moe_ep.report.page import EMULATED, REAL, Page, Section, Table
+from ds_moe_ep.report.sections_stated import ANSWERS, RATIO, stated
+from ds_moe_ep.report.sections_systems import throughput
+from ds_moe_ep.report.write import make_page, write_report
+from ds_moe_ep.timeline import write_spans
+from tests.report.sample_records import (
+    load_records,
+    loss_records,
+    record,
+    scaling_records,
+    spans,
+    system_records,
+)
+
+FIGURES = (
+    "throughput",
+    "latency",
+    "timeline",
+    "load_loopback",
+    "load_of_systems_loopback",
+    "memory",
+    "scaling",
+    "loss",
+)
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+
+
+def small_records() -> list[Record]:
+    """All kinds, of one real and one emulated bed."""
+    short = {"steps": 4, "layers": 1}
+    records = [*system_records(("loopback", "cluster")), *loss_records(steps=4), *load_records(**short)]
+    return [*records, *scaling_records(("constant_rank",))]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A written report of all sections."""
+    folder = tmp_path_factory.mktemp("report")
+    write_records(folder / "systems.jsonl", small_records())
+    write_spans(spans_path(folder / "systems.jsonl"), spans())
+    write_report([folder / "systems.jsonl"], folder / "out")
+    return folder / "out"
+
+
+def findings_of(records: Sequence[Record]) -> Findings:
+    return Findings((Source(Path("some.jsonl"), tuple(records)),))
+
+
+def titles_of(page: Page) -> list[str]:
+    return [section.title for section in page.sections]
+
+
+def tables_of(section: Section | None) -> list[Table]:
+    assert section is not None
+    return [block for block in section.blocks if isinstance(block, Table)]
+
+
+def test_all_sections_and_figures_are_written_when_all_records_exist(report: Path) -> None:
+    markdown = (report / "report.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (.+)$", markdown, re.MULTILINE)
+    assert titles == [
+        "What was measured", "Throughput", "Where the time goes", "What hides what", "Load of the experts", "Memory",
+        "Scaling", "Loss", "The specification's figures", "Records and commands",
+    ]  # fmt: skip
+    assert "Absent" not in markdown
+    written = {path.name for path in (report / "figures").iterdir()}
+    assert written == {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
+
+
+def test_every_link_of_the_markdown_page_leads_somewhere(report: Path) -> None:
+    targets = re.findall(r"\]\(([^)]+)\)", (report / "report.md").read_text(encoding="utf-8"))
+    assert len(targets) == 2 * len(FIGURES)
+    assert [target for target in targets if not (report / target).is_file()] == []
+
+
+class Resources(HTMLParser):
+    """Collects what a page fetches or links, and checks that its tags close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.anchors: set[str] = set()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.targets += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        self.anchors |= {value or "" for name, value in attrs if name == "id"}
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_html_page_needs_no_other_file_and_is_well_formed(report: Path) -> None:
+    text = (report / "report.html").read_text(encoding="utf-8")
+    page = Resources()
+    page.feed(text)
+    assert page.open == []
+    pictures = [target for target in page.targets if not target.startswith("#")]
+    assert len(pictures) == len(FIGURES)
+    assert all(target.startswith("data:image/svg+xml;base64,") for target in pictures)
+    assert {target[1:] for target in page.targets if target.startswith("#")} <= page.anchors
+    assert "http" not in re.sub(r"base64,[\w+/=]+", "", text)
+    assert not re.search(r"@import|url\(", text)
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    write_records(path, [*load_records(("ep16",), steps=2, layers=1), *scaling_records(("constant_rank",))])
+    first, second = ({p.name: p.read_bytes() for p in write_report([path], tmp_path / out)} for out in ("a", "b"))
+    assert first == second
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("records", "present"),
+    [
+        ([r for r in system_records(("loopback",)) if r.name.endswith(".tps")], ["Throughput"]),
+        ([r for r in system_records(("cluster",)) if ".breakdown." in r.name], ["Where the time goes"]),
+        ([r for r in system_records(("cluster",)) if ".memory." in r.name], ["Memory"]),
+        (list(loss_records(steps=2)), ["Loss"]),
+        (list(load_records(("ep16",), steps=2, layers=1)), ["Load of the experts"]),
+        (list(scaling_records(("constant_total",))), ["Scaling"]),
+    ],
+    ids=["throughput", "latency", "memory", "loss", "load", "scaling"],
+)
+def test_a_section_is_there_with_its_records_alone(records: list[Record], present: list[str]) -> None:
+    page = make_page(findings_of(records))
+    titles = [title for title in titles_of(page) if title != "The specification's figures"]
+    assert titles == ["What was measured", *present, "Records and commands"]
+    told = str(page.sections[0])
+    assert "Absent for lack of Records: " in told
+    assert "timeline of a layer" in told
+
+
+def test_no_number_of_the_headline_tables_is_not_in_a_record() -> None:
+    records = list(system_records(("cluster",)))
+    scales = {"tokens/s": (1.0,), "us": (1.0,), "ms": (1.0,), "ratio": (1.0, 100.0)}
+    known = [scale * value for r in records for scale in scales.get(r.unit, ()) for value in (r.value, *r.spread)]
+    tables = tables_of(throughput(findings_of(records)))
+    assert len(tables) == 2
+    checked = 0
+    for text in (cell for table in tables for row in table.rows for cell in row[1:]):
+        for found in NUMBER.findall(text):
+            digits = len(found.partition(".")[2])
+            assert any(abs(float(found.replace(",", "")) - value) <= 0.500001 * 10**-digits for value in known), text
+            checked += 1
+    assert checked == 2 * 46  # of two modes
+
+
+def test_the_gain_is_told_in_steps_and_over_deepspeeds_layers() -> None:
+    names = {
+        "ep16_serial.ratio_to_tp8_pp2": 2.1,
+        "ep16.ratio_to_ep16_serial": 1.5,
+        "ep16.ratio_to_tp8_pp2": 3.15,
+        "ep16.ratio_to_native_ep16": 1.65,
+    }
+    records = [record(f"system.loopback.training.{name}", value, "ratio") for name, value in names.items()]
+    told = str(throughput(findings_of(records)))
+    steps = (
+        "TP8/PP2 \u2192 EP16 serial: 2.10 \u00d7; EP16 serial \u2192 EP16 overlapped: 1.50 \u00d7; "
+        "TP8/PP2 \u2192 EP16 overlapped: 3.15 \u00d7"
+    )
+    assert steps in told
+    assert "EP16 overlapped over DeepSpeed MoE EP16: 1.65 \u00d7" in told
+    assert "over DeepSpeed AutoEP" not in told
+
+
+def test_emulated_is_said_beside_every_table_and_figure(report: Path) -> None:
+    for part in (report / "report.md").read_text(encoding="utf-8").split("\n## ")[2:-1]:
+        blocks = re.split(r"\n\n(?=\*\*|!\[)", part)[1:]
+        assert blocks or "specification" in part
+        for block in blocks:
+            assert "mulated" in block, block[:80]
+    real = tables_of(throughput(findings_of(list(system_records(("loopback",))))))
+    shaped = tables_of(throughput(findings_of(list(system_records(("cluster",))))))
+    assert {table.basis for table in real} == {(REAL,)}
+    assert {table.basis for table in shaped} == {(EMULATED,)}
+
+
+def test_the_specifications_table_answers_what_was_measured_and_says_what_was_not() -> None:
+    (table,) = tables_of(stated(findings_of([*system_records(("loopback",)), *scaling_records()])))
+    rows = {row[0]: row for row in table.rows}
+    assert rows[RATIO][1:4] == ("3.75", "-", "loopback: 3.07")
+    assert rows["communication hidden"][1] == "80 %"
+    assert rows["communication hidden"][3] == "loopback: 93.0 %"
+    assert rows["one expert"][3] == "not measured"
+    assert rows["R\u00b2 of TPS ~ EP"][1:4] == ("0.97", "-", "constant tokens a rank, constant tokens in total: 0.984")
+
+
+def test_every_answer_belongs_to_a_figure_of_the_specification() -> None:
+    assert set(ANSWERS) - {RATIO} <= {figure.name for figure in stated_and_derived()}
+
+
+def test_every_system_has_a_colour_of_its_own() -> None:
+    from ds_moe_ep.report.plots_style import SYSTEM_COLORS
+
+    assert set(SYSTEM_COLORS) == set(SYSTEMS)
+    assert len(set(SYSTEM_COLORS.values())) == len(SYSTEMS)
