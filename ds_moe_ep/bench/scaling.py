@@ -182,7 +182,7 @@ def run_all(plan: SystemsPlan, found: Scaling, console: Console, parsed: argpars
             point = Point(total, size)
             worlds = [plan_of(plan, point)]
             if not parsed.no_memory:
-                worlds.append(replace(worlds[0], device="real", measure="memory", port=free_port()))
+                worlds.append(replace(worlds[0], device="cpu", measure="memory", port=free_port()))
             for world in worlds:
                 if status := run_world(world, point, found, console, parsed):
                     return status

@@ -28,7 +28,7 @@ from ds_moe_ep.bench.systems_plan import EMULATED_MODEL, Bed, SystemsPlan, link_
 from ds_moe_ep.bench.systems_ranks import run_systems_rank
 from ds_moe_ep.bench.systems_table import summary_tables
 from ds_moe_ep.bench.testbed import open_testbed
-from ds_moe_ep.config import SMALL
+from ds_moe_ep.config import MODELS
 from ds_moe_ep.errors import ConfigError, EngineError, nearest
 from ds_moe_ep.evidence import MODES, SYSTEMS, bed_title
 from ds_moe_ep.figures import cluster_traffic_ratio
@@ -46,9 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = make_parser().parse_args(words)
         plan = make_plan(parsed)
         with ExitStack() as stack:
-            if plan.device == "emulated" and plan.beds[0].rate_mbit is not None:
+            if plan.is_emulated and plan.beds[0].rate_mbit is not None:
                 plan = replace(plan, testbed=stack.enter_context(open_testbed(plan.num_nodes)))
-            found = SystemFindings(plan, command(PROGRAM, words), commit(), hardware("cpu", plan.num_ranks))
+            found = SystemFindings(
+                plan,
+                command(PROGRAM, words),
+                commit(),
+                hardware("cuda" if plan.device == "cuda" else "cpu", plan.num_ranks),
+            )
             status = race(plan, found, console, parsed.out)
     except (ConfigError, EngineError) as error:
         console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
@@ -70,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="what is timed")
     parser.add_argument(
-        "--device", choices=("real", "emulated"), default="real", help="what computes: this processor, or a wait"
+        "--device", choices=("cpu", "cuda", "emulated"), default="cpu", help="what computes: emulated ones wait"
     )
     parser.add_argument(
         "--traffic",
@@ -79,9 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="emulated: EP16's traffic over its compute, which the links are shaped for; `cluster` takes the ratio "
         "of the specification's cluster, `none` does not shape",
     )
+    parser.add_argument(
+        "--model", default="small", choices=list(MODELS), help="what is trained, where it is not emulated"
+    )
     parser.add_argument("--schedule", default="auto", choices=("auto", "peers", "chunks"), help="of the system ep16")
     parser.add_argument("--compute-s", type=float, default=8.0, help="emulated compute of a training step in seconds")
-    parser.add_argument("--sequences", type=int, default=0, help="of a step, 128 tokens each (0: 64; emulated 128)")
+    parser.add_argument("--sequences", type=int, default=0, help="of a step (0: 64; emulated 128)")
     parser.add_argument("--rounds", type=int, default=100, help="measured rounds")
     parser.add_argument("--warm-ups", type=int, default=10, help="rounds before them")
     parser.add_argument(
@@ -110,7 +118,7 @@ def make_plan(parsed: argparse.Namespace) -> SystemsPlan:
         modes=tuple(mode for mode in MODES if mode in parsed.modes),
         device=parsed.device,
         measure="memory" if parsed.memory else "time",
-        model=EMULATED_MODEL if is_emulated else SMALL,
+        model=EMULATED_MODEL if is_emulated else MODELS[parsed.model],
         schedule=parsed.schedule,
         num_sequences=parsed.sequences or (128 if is_emulated else 64),
         step_compute_s=parsed.compute_s,

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE as NativeMoE
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ class EvenText:
 
 def make_data(plan: SystemsPlan) -> Data:
     """The data of a run: text for real devices, evenly routed tokens for emulated ones."""
-    if plan.device == "real":
+    if not plan.is_emulated:
         return Text(plan, load_corpus().train)
     model = plan.model
     return EvenText(even_windows(plan.num_sequences, model.sequence_length, model.vocab_size, plan.seed))
@@ -135,7 +136,8 @@ class ExpertParallelSystem:
         count, world_size = self.engine.train_micro_batch_size_per_gpu(), dist.get_world_size()
         for micro_step in range(self.engine.gradient_accumulation_steps()):
             first = (micro_step * world_size + dist.get_rank()) * count
-            yield self._data.batch(step, first, count)
+            token_ids, targets = self._data.batch(step, first, count)
+            yield token_ids.to(self.engine.device), targets.to(self.engine.device)
 
 
 class PipelineSystem:
@@ -161,7 +163,8 @@ class PipelineSystem:
         model: Pipeline = self.engine.module
         here = {block.index: block.take_counts() for block in model.blocks}
         num_experts = len(next(iter(here.values())))
-        rows_LE = torch.zeros(self.engine.grid.pipe_parallel_size * len(here), num_experts, dtype=torch.int64)
+        num_layers = self.engine.grid.pipe_parallel_size * len(here)
+        rows_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=self.engine.device)
         if self.engine.grid.get_slice_parallel_rank() == 0:  # the others of its tensor group counted the same rows
             for index, rows_E in here.items():
                 rows_LE[index] = rows_E
@@ -183,14 +186,15 @@ def build_system(name: str, plan: SystemsPlan, data: Data, device: EmulatedDevic
         if name == BASELINE:
             model = build_pipeline(plan.model, moe, plan.layout, plan.seed)
         else:
-            model = build_transformer(plan.model, moe, maker_of(name, plan))
+            with torch.device(get_accelerator().current_device_name()):
+                model = build_transformer(plan.model, moe, maker_of(name, plan))
             init_alike(model, plan, moe)
         if name in OURS:
             ds_config["moe_ep"], start = {"schedule": moe.schedule}, initialize
-        if plan.device == "emulated":
+        if plan.is_emulated:
             route_evenly(model, moe.num_experts)
         engine, *_ = start(model=model, config=ds_config)
-    if plan.device == "emulated":
+    if plan.is_emulated:
         emulate(model, plan, device, shares=plan.layout.tp_size if name == BASELINE else 1)
     return (PipelineSystem if name == BASELINE else ExpertParallelSystem)(name, engine, data)
 

@@ -92,12 +92,16 @@ class SystemFindings(Collected):
             yield self._record(f"{name}.hidden", hidden)
 
     def _busy_note(self) -> str:
-        kind = "emulated compute" if self._plan.device == "emulated" else "processor time of the rank's process"
-        return f"{kind} over wall time, mean of the ranks, {SPREAD}"
+        kind = {
+            "emulated": "emulated compute over wall time",
+            "cpu": "processor time of the rank's process over wall time",
+            "cuda": "utilization.gpu of nvidia-ml-py",
+        }[self._plan.device]
+        return f"{kind}, mean of the ranks, {SPREAD}"
 
     def _single(self, bed: str, mode: str, system: str) -> Iterator[Record]:
         """Losses and loads, a record a step."""
-        if mode == "training" and (self._plan.device == "real"):
+        if mode == "training" and not self._plan.is_emulated:
             for (case, side, what), values in self._values.items():
                 if (case, side) == (f"{bed}.{mode}", system) and what.startswith(("loss.", "load.")):
                     yield self._record(f"system.{case}.{system}.{what}", values)
@@ -106,7 +110,7 @@ class SystemFindings(Collected):
         """How EP16's blocking exchanges compare with its emulated compute: what the bed was shaped for."""
         total_s = self._of(bed, "training", "ep16_serial", "traffic.total")
         rate = next(b.rate_mbit for b in self._plan.beds if b.slug == bed)
-        if self._plan.device != "emulated" or not total_s:
+        if not self._plan.is_emulated or not total_s:
             return
         ratios = [s / self._plan.step_compute_s for s in total_s]
         note = "time of the serial system's exchanges of a training step over the emulated compute of the step"
@@ -127,7 +131,7 @@ class SystemFindings(Collected):
     def _record(self, name: str, values: Sequence[float], notes: str = "", unit: str = "") -> Record:
         summary = summarize(values)
         kind = next((part for part in name.split(".")[4:] if part in UNITS), "")
-        is_emulated = self._plan.device == "emulated"
+        is_emulated = self._plan.is_emulated
         return Record(
             name=name,
             value=summary.median,

@@ -16,7 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from multiprocessing.queues import Queue
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ds_moe_ep.bench.blocked import blocked, break_down
+from ds_moe_ep.bench.busy import Busy, busy_meter, elapsing_meter
 from ds_moe_ep.bench.emulated import EmulatedDevice
 from ds_moe_ep.bench.kinds import kinds_of_step
 from ds_moe_ep.bench.memory import return_freed_memory
@@ -33,7 +34,7 @@ from ds_moe_ep.bench.processes import Finding, live_as_rank
 from ds_moe_ep.bench.systems_plan import Bed, SystemsPlan
 from ds_moe_ep.bench.testbed import enter, rank_environment
 from ds_moe_ep.evidence import BASELINE, PARTS
-from ds_moe_ep.recorder import HostRecorder
+from ds_moe_ep.recorder import make_recorder
 from ds_moe_ep.timeline import Span, overlap
 
 if TYPE_CHECKING:  # it imports deepspeed, which reads DS_ACCELERATOR
@@ -56,7 +57,7 @@ def run_systems_rank(rank: int, plan: SystemsPlan, findings: Queue[Finding]) -> 
         launched: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": plan.num_ranks}
         launched |= {"LOCAL_WORLD_SIZE": plan.num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": plan.port}
         os.environ.update({name: str(value) for name, value in launched.items()})
-    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    os.environ |= {"DS_ACCELERATOR": "cuda" if plan.device == "cuda" else "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(1)
     if plan.measure == "memory":
@@ -68,7 +69,9 @@ def _run(rank: int, plan: SystemsPlan, tell: Tell) -> None:
     from ds_moe_ep.bench import native
     from ds_moe_ep.bench.systems_build import build_system, make_data
 
-    native.start_ranks("gloo", START_TIMEOUT_S)
+    if plan.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    native.start_ranks("nccl" if plan.device == "cuda" else "gloo", START_TIMEOUT_S)
     device, data, turns = EmulatedDevice(), make_data(plan), {}
     for name in sorted(plan.systems, key=lambda name: name == BASELINE):
         tell(Finding("", "", "phase", text=f"building {name}"))
@@ -86,25 +89,29 @@ class Turn:
     """One system on this rank, and what its last pass told."""
 
     def __init__(self, system: System, device: EmulatedDevice, plan: SystemsPlan) -> None:
-        self.system, self._device, self._plan = system, device, plan
+        self.system, self._emulated, self._plan = system, device, plan
         self.step = 0  # of training, over all beds
         self.seconds: dict[str, float] = {}
         self.spans: list[Span] = []
-        self.recorder = HostRecorder(dist.get_rank()) if system.name in ("ep16", "ep16_serial") else None
+        self.device: torch.device = system.engine.device
+        self.recorder = make_recorder(self.device, dist.get_rank()) if system.name in ("ep16", "ep16_serial") else None
         if self.recorder is not None:
             for layer in system.engine.moe_ep_layers.values():
                 layer.deepspeed_moe.recorder = self.recorder
 
     def run(self, mode: str) -> None:
         """One pass; leaves `seconds`: the pass, its parts, what the device was busy, traffic total and exposed."""
-        system, emulated = self.system, self._plan.device == "emulated"
+        system, is_emulated = self.system, self._plan.is_emulated
         with world_of(system.engine), blocked(self._label) as waits, optimizer_time(system.engine, waits) as optimizer:
+            self._synchronize()
             dist.barrier()
             waits.seconds.clear()
-            busy_s, cpu_s, start_s = self._device.busy_s, time.process_time(), time.perf_counter()
-            (system.train if mode == "training" else system.forward)(self.step)
+            start_s = time.perf_counter()
+            with self._busy_meter() as busy:
+                (system.train if mode == "training" else system.forward)(self.step)
+                self._synchronize()
             seconds = time.perf_counter() - start_s
-            busy_s = (self._device.busy_s - busy_s) if emulated else time.process_time() - cpu_s
+        busy_s = seconds * busy.percent / 100
         self.spans = self.recorder.spans() if self.recorder is not None else []
         traffic = overlap(self.spans)
         parts = break_down(
@@ -112,12 +119,21 @@ class Turn:
             waits.seconds,
             optimizer_s=sum(optimizer),
             exposed_s=1e-6 * traffic.exposed_us,
-            compute_s=busy_s if emulated else None,
+            compute_s=busy_s if is_emulated else None,
         ).parts
         self.seconds = {"step": seconds, "busy": busy_s, **{f"breakdown.{part}": parts[part] for part in PARTS}}
         if self.spans:
             self.seconds |= {"traffic.total": 1e-6 * traffic.total_us, "traffic.exposed": 1e-6 * traffic.exposed_us}
         self.step += mode == "training"
+
+    def _busy_meter(self) -> AbstractContextManager[Busy]:
+        if self._plan.is_emulated:
+            return elapsing_meter(lambda: self._emulated.busy_s)
+        return busy_meter(self.device)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _label(self, function: str, size: int, group: object) -> str | None:
         """The part that a blocked call belongs to. Our rows are the recorder's to account for."""
@@ -186,7 +202,7 @@ def measure_bed(bed: Bed, turns: Mapping[str, Turn], plan: SystemsPlan, tell: Te
 def tell_pass(bed: str, mode: str, turn: Turn, tell: Tell, is_measured: bool) -> None:
     """Seconds of the slowest rank, and the rest of the mean rank. Collective."""
     names = list(turn.seconds)
-    mean = torch.tensor([turn.seconds[name] for name in names], dtype=torch.float64)
+    mean = torch.tensor([turn.seconds[name] for name in names], dtype=torch.float64, device=turn.device)
     longest = mean[:1].clone()
     dist.all_reduce(mean)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
@@ -227,8 +243,8 @@ def measure_memory(turns: Mapping[str, Turn], tell: Tell) -> None:
         tell(Finding("", "", "phase", text=f"memory of {name}"))
         turn.run("training")
         with world_of(turn.system.engine):
-            kinds = kinds_of_step(turn.system.engine, partial(turn.system.train, 1), torch.device("cpu"))
-        most = torch.tensor(list(kinds.values()), dtype=torch.float64)
+            kinds = kinds_of_step(turn.system.engine, partial(turn.system.train, 1), turn.device)
+        most = torch.tensor(list(kinds.values()), dtype=torch.float64, device=turn.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         for kind, value in zip(kinds, most, strict=True):
             tell(Finding("memory.training", name, f"memory.{kind}", (float(value),)))

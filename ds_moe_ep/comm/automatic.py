@@ -21,6 +21,6 @@ class Automatic(Pairwise):
         self._collective = Collective(groups, timeout_s)
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
-        if len(sends) == self.size and not sends[0].rows.is_cuda:
+        if len(sends) == self.size and not sends[0].buffer_RD.is_cuda:
             return self._collective.start(lane, sends, receives)
         return super().start(lane, sends, receives)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -39,8 +40,8 @@ class Exchange:
         _, received = self._buffers
         start = 0
         for message in self._receives:
-            message.rows.copy_(received[start : start + len(message.rows)])
-            start += len(message.rows)
+            message.rows.copy_(received[start : start + len(message)])
+            start += len(message)
         del self._buffers
 
 
@@ -57,7 +58,7 @@ class Collective(GroupTransport):
             sent = torch.cat([message.rows for message in sends])
         elsewhere = () if received is not None else receives
         if received is None:
-            received = sent.new_empty(sum(len(message.rows) for message in receives), sent.shape[1])
+            received = sent.new_empty(sum(map(len, receives)), sent.shape[1])
         work = dist.all_to_all_single(
             received,
             sent,
@@ -72,21 +73,14 @@ class Collective(GroupTransport):
     def _splits(self, messages: Sequence[Message]) -> list[int]:
         splits = [0] * self.size
         for message in messages:
-            splits[message.peer] = len(message.rows)
+            splits[message.peer] = len(message)
         return splits
 
 
 def side_by_side(messages: Sequence[Message]) -> Tensor | None:
     """The rows of all messages as one view, or None where they do not follow each other in one buffer."""
-    filled = [message.rows for message in messages if len(message.rows)] or [messages[0].rows]
-    first, start = filled[0], filled[0].data_ptr()
-    stop = start
-    for rows in filled:
-        if rows.data_ptr() != stop:
-            return None
-        stop += rows.nbytes
-    buffer = first.untyped_storage()
-    if stop > buffer.data_ptr() + buffer.nbytes():  # neighbours in memory, but not of one buffer
+    filled = [message for message in messages if len(message)] or [messages[0]]
+    first, last = filled[0], filled[-1]
+    if any(a.buffer_RD is not b.buffer_RD or a.stop != b.start for a, b in pairwise(filled)):
         return None
-    num_columns = first.shape[1]
-    return first.as_strided(((stop - start) // (num_columns * first.element_size()), num_columns), (num_columns, 1))
+    return first.buffer_RD[first.start : last.stop]

@@ -29,9 +29,9 @@ class GroupTransport:
 
     def keep_own(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Copies the rows that stay on this rank."""
-        own = ([m.rows for m in messages if m.peer == self.rank] for messages in (sends, receives))
-        for rows, place in zip(*own, strict=True):
-            place.copy_(rows)
+        own = ([m for m in messages if m.peer == self.rank] for messages in (sends, receives))
+        for sent, received in zip(*own, strict=True):
+            received.rows.copy_(sent.rows)
 
     def exchange_counts(self, counts_PC: Tensor) -> Tensor:
         return self._groups.exchange_counts(counts_PC)

@@ -30,15 +30,14 @@ class Pairwise(GroupTransport):
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         group = self._groups.lanes[lane]
         self.keep_own(sends, receives)
-        sends, receives = (
-            [m for m in messages if len(m.rows) and m.peer != self.rank] for messages in (sends, receives)
-        )
+        sends, receives = ([m for m in messages if len(m) and m.peer != self.rank] for messages in (sends, receives))
         if not sends and not receives:
             return Done()
         peers = sorted({message.peer for message in (*sends, *receives)})
         what = f"{lane} between rank {self.rank} and ranks {peers} of the expert-parallel group"
-        start = _start_on_cuda if (*sends, *receives)[0].rows.is_cuda else _start_on_host
-        return Works(start(group, sends, receives), what, self.limit((*sends, *receives)[0].rows))
+        some_RD = (*sends, *receives)[0].buffer_RD
+        start = _start_on_cuda if some_RD.is_cuda else _start_on_host
+        return Works(start(group, sends, receives), what, self.limit(some_RD))
 
 
 def _start_on_cuda(

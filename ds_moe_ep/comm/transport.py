@@ -18,10 +18,23 @@ LANES = ("dispatch", "combine")
 
 @dataclass(frozen=True)
 class Message:
-    """Rows [n, D] for, or from, the rank `peer` of the group, which may be the own one. Contiguous; n may be 0."""
+    """Rows [n, D] for, or from, the rank `peer` of the group, which may be the own one: a span of a contiguous buffer.
+
+    n may be 0.
+    """
 
     peer: int
-    rows: Tensor
+    buffer_RD: Tensor
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def rows(self) -> Tensor:
+        """A view of the buffer."""
+        return self.buffer_RD[self.start : self.stop]
 
 
 class Transfer(Protocol):

@@ -255,7 +255,7 @@ def _combine(rows: PieceRows, transport: Transport, buffers: Buffers) -> Mark:
 
 
 def _messages(rows_RD: Tensor, spans: Sequence[tuple[int, tuple[int, int]]]) -> list[Message]:
-    return [Message(peer, rows_RD[start:stop]) for peer, (start, stop) in spans]
+    return [Message(peer, rows_RD, start, stop) for peer, (start, stop) in spans]
 
 
 def _move(moves: Sequence[Move], from_RD: Tensor, to_RD: Tensor) -> None:

@@ -12,7 +12,7 @@ from ds_moe_ep.bench import systems
 from ds_moe_ep.bench.even import even_embedding, even_gate, even_windows
 from ds_moe_ep.bench.processes import Finding, arriving, free_port, started_ranks
 from ds_moe_ep.bench.systems_findings import SystemFindings
-from ds_moe_ep.bench.systems_plan import BURST_BYTES, EMULATED_MODEL, HEADERS, Bed, SystemsPlan, link_mbit
+from ds_moe_ep.bench.systems_plan import BURST_BYTES, EMULATED_MODEL, HEADERS, SEEN, Bed, SystemsPlan, link_mbit
 from ds_moe_ep.bench.systems_ranks import run_systems_rank
 from ds_moe_ep.bench.systems_table import summary_tables
 from ds_moe_ep.config import Layout, MoEConfig
@@ -36,7 +36,7 @@ SMALL_WORLD = SystemsPlan(
 def test_the_link_follows_from_the_ratio_of_traffic_to_compute() -> None:
     # 1,024 tokens of 256 bytes a rank, 4 ranks a node, 3 of 4 rows leave it; 16 exchanges in 8 s of compute.
     exchange_bytes = 4 * 1024 * 256 * 3 / 4 * HEADERS - BURST_BYTES
-    seconds = 16 * exchange_bytes * 8 / (link_mbit(EMULATED, 0.3) * 1e6)
+    seconds = 16 * exchange_bytes * SEEN * 8 / (link_mbit(EMULATED, 0.3) * 1e6)
     assert seconds == pytest.approx(0.3 * 8.0)
 
 

@@ -249,9 +249,9 @@ class RecordingTransport:
         return values.clone()
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> RecordingWork:
-        own = ([m.rows for m in messages if m.peer == self.rank] for messages in (sends, receives))
-        for rows, place in zip(*own, strict=True):
-            place.copy_(rows)  # on the lane, where the transports over groups keep their own rows, too
+        own = ([m for m in messages if m.peer == self.rank] for messages in (sends, receives))
+        for sent, received in zip(*own, strict=True):
+            received.rows.copy_(sent.rows)  # on the lane, where the transports over groups keep their own rows, too
         sends, receives = ([m for m in messages if m.peer != self.rank] for messages in (sends, receives))
         wire = self._wires[lane]
         wire.see(self._device.current_stream().tick())

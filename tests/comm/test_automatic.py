@@ -15,32 +15,25 @@ from ds_moe_ep.config import MoEConfig
 from tests.ranks import run_ranks
 
 
-def messages(*rows: Tensor) -> list[Message]:
-    return [Message(peer, part) for peer, part in enumerate(rows)]
+def messages(rows_ND: Tensor, *spans: tuple[int, int]) -> list[Message]:
+    return [Message(peer, rows_ND, *span) for peer, span in enumerate(spans)]
 
 
 def test_rows_side_by_side_are_one_view_of_their_buffer() -> None:
     rows_ND = torch.arange(24.0).view(8, 3)
-    view = side_by_side(messages(rows_ND[1:1], rows_ND[1:4], rows_ND[4:4], rows_ND[4:6]))
+    view = side_by_side(messages(rows_ND, (1, 1), (1, 4), (0, 0), (4, 6)))
     assert view is not None and torch.equal(view, rows_ND[1:6]) and view.data_ptr() == rows_ND[1].data_ptr()
 
 
 def test_rows_with_a_gap_out_of_order_or_of_two_buffers_are_no_view() -> None:
-    rows_ND, others_ND = torch.zeros(8, 3), torch.zeros(8, 3)
-    assert side_by_side(messages(rows_ND[:2], rows_ND[3:4])) is None
-    assert side_by_side(messages(rows_ND[2:4], rows_ND[:2])) is None
-    assert side_by_side(messages(rows_ND, others_ND)) is None
-
-
-def test_neighbours_in_memory_are_no_view_unless_they_share_a_buffer() -> None:
-    memory = torch.zeros(2, 4, 3).numpy()
-    first_ND, second_ND = torch.from_numpy(memory[0]), torch.from_numpy(memory[1])
-    assert first_ND.data_ptr() + first_ND.nbytes == second_ND.data_ptr()
-    assert side_by_side(messages(first_ND, second_ND)) is None
+    rows_ND = torch.zeros(8, 3)
+    assert side_by_side(messages(rows_ND, (0, 2), (3, 4))) is None
+    assert side_by_side(messages(rows_ND, (2, 4), (0, 2))) is None
+    assert side_by_side([Message(0, rows_ND, 0, 2), Message(1, torch.zeros(8, 3), 2, 4)]) is None
 
 
 def test_no_rows_at_all_are_an_empty_view() -> None:
-    view = side_by_side(messages(torch.zeros(0, 3), torch.zeros(0, 3)))
+    view = side_by_side(messages(torch.zeros(8, 3), (0, 0), (2, 2)))
     assert view is not None and view.shape == (0, 3)
 
 
@@ -50,20 +43,19 @@ def exchanged() -> tuple[list[list[float]], list[str]]:
     used = _watched()
     for transport in (Pairwise(lanes, 30.0), Collective(lanes, 30.0), Automatic(lanes, 30.0)):
         used.clear()
-        for peers in ([0, 1, 2], [lanes.rank], [(lanes.rank + 1) % 3, (lanes.rank + 2) % 3]):
+        for peers in ([0, 1, 2], [lanes.rank], [p for p in range(3) if p != lanes.rank]):
             brought.append(_transfer(lanes, transport, peers))
     return brought, used
 
 
 def _transfer(lanes: LaneGroups, transport: Pairwise | Collective, peers: list[int]) -> list[float]:
     """Peer p gets p rows from everybody; the values name both ends."""
-    sent_ND = torch.cat([torch.full((p, 2), 10.0 * lanes.rank + p) for p in sorted(peers)])
-    received_RD = torch.zeros(lanes.rank * len(peers), 2)
-    sends = [Message(p, rows) for p, rows in zip(sorted(peers), sent_ND.split(sorted(peers)), strict=True)]
-    receives = [Message(p, rows) for p, rows in zip(sorted(peers), received_RD.chunk(len(peers)), strict=False)]
-    if not len(received_RD):
-        receives = [Message(p, received_RD) for p in peers]
-    transport.start("dispatch", sends[::-1], receives).wait()
+    rank = lanes.rank
+    sent_ND = torch.tensor([[10.0 * rank + p] * 2 for p in range(3) for _ in range(p)])
+    received_RD = torch.full((3 * rank, 2), -1.0)
+    sends = [Message(p, sent_ND, (p - 1) * p // 2, p * (p + 1) // 2) for p in peers]
+    receives = [Message(p, received_RD, p * rank, (p + 1) * rank) for p in reversed(peers)]
+    transport.start("dispatch", sends, receives).wait()
     return received_RD[:, 0].tolist()
 
 
@@ -83,8 +75,8 @@ def _watched() -> list[str]:
 def test_every_transport_brings_the_same_and_auto_takes_all_to_all_between_all_ranks() -> None:
     for rank, (brought, used) in enumerate(run_ranks(3, exchanged)):
         assert brought[:3] == brought[3:6] == brought[6:]
-        assert brought[0] == [10.0 * source + rank for source in range(3) for _ in range(rank)]
-        assert brought[1] == [11.0 * rank] * rank
+        for peers, found in zip(([0, 1, 2], [rank], [p for p in range(3) if p != rank]), brought[:3], strict=True):
+            assert found == [10.0 * p + rank if p in peers else -1 for p in range(3) for _ in range(rank)]
         assert used == ["Collective", "Pairwise", "Pairwise"]
 
 

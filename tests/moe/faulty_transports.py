@@ -65,7 +65,7 @@ class Lossy(Wrapper):
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         transfer = super().start(lane, sends, receives)
-        rows = [message.rows for message in receives if len(message.rows)]
+        rows = [message.rows for message in receives if len(message)]
         if lane == "dispatch" and rows and not self._is_done:
             self._is_done = True
             return _LossyTransfer(transfer, rows[0])
@@ -91,7 +91,7 @@ class Counting(Wrapper):
         self.num_waits = 0
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
-        self.started.append((lane, sum(len(message.rows) for message in sends)))
+        self.started.append((lane, sum(map(len, sends))))
         return _CountedTransfer(super().start(lane, sends, receives), self)
 
 
@@ -115,7 +115,7 @@ class Slow(Wrapper):
         self._lock = threading.Lock()
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
-        rows = sum(len(message.rows) for message in sends if message.peer != self.rank)
+        rows = sum(len(message) for message in sends if message.peer != self.rank)
         with self._lock:
             self._free_s = max(self._free_s, time.perf_counter()) + rows * self._row_s
             return _SlowTransfer(super().start(lane, sends, receives), self._free_s)
