@@ -95,7 +95,7 @@ def expert_ids(case: LayerCase, rank: int) -> Tensor:
 def gate_weight(case: LayerCase) -> Tensor:
     """wg_ED with orthonormal rows, the same on every rank."""
     generator = _generator(case, 1)
-    draws_DE = torch.randn(case.hidden_size, case.num_experts, generator=generator, dtype=torch.float64)
+    draws_DE = torch.randn(case.hidden_size, case.num_experts, generator=generator, dtype=torch.float64, device="cpu")
     orthonormal_DE: Tensor = torch.linalg.qr(draws_DE)[0]
     return orthonormal_DE.t().float().contiguous()
 
@@ -123,7 +123,7 @@ def expert_weights(case: LayerCase, expert: int) -> ExpertWeights:
     generator = _generator(case, 1000 + expert)
 
     def uniform(fan_in: int, *shape: int) -> Tensor:
-        return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+        return (torch.rand(shape, generator=generator, device="cpu") * 2 - 1) / math.sqrt(fan_in)
 
     d, f = case.hidden_size, case.width
     return ExpertWeights(uniform(d, f, d), uniform(d, f), uniform(f, d, f), uniform(f, d))

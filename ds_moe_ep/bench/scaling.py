@@ -108,7 +108,7 @@ class Scaling:
             unit=unit or UNITS[what],
             spread=(summary.low, summary.high),
             n=n or summary.n,
-            emulated=what != "memory_per_expert",
+            emulated="memory_per_expert" not in name,
             notes=notes or NOTES[what],
             **self._source,
         )
@@ -200,7 +200,9 @@ def run_world(plan: SystemsPlan, point: Point, found: Scaling, console: Console,
 
     with ExitStack() as stack:
         if parsed.link and plan.num_nodes > 1 and plan.measure == "time":
-            rate = link_mbit(plan, cluster_traffic_ratio())
+            widest = plan_of(plan, Point("constant_rank", SIZES[-1]))
+            of_rank = replace(widest, step_compute_s=parsed.compute_s)
+            rate = link_mbit(of_rank, cluster_traffic_ratio())  # one link for all sizes
             plan = replace(
                 plan, testbed=stack.enter_context(open_testbed(plan.num_nodes)), beds=(Bed("cluster", rate),)
             )

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ds_moe_ep.bench.processes import Finding, follow, free_port, started_ranks
@@ -113,6 +114,11 @@ def make_plan(parsed: argparse.Namespace) -> SystemsPlan:
     is_emulated = parsed.device == "emulated"
     if parsed.memory and is_emulated:
         raise ConfigError("bench.memory with device='emulated': emulated experts have no weights; leave --device out")
+    if parsed.device == "cuda" and (gpus := torch.cuda.device_count()) < SystemsPlan().num_ranks:
+        raise ConfigError(
+            f"bench.device='cuda': 16 ranks start on this machine, which has {gpus} GPUs; run it on one with 16, or "
+            "with --device cpu or emulated"
+        )
     plan = SystemsPlan(
         systems=tuple(name for name in SYSTEMS if name in parsed.systems),
         modes=tuple(mode for mode in MODES if mode in parsed.modes),

@@ -151,7 +151,9 @@ class PipelineSystem:
 
     def forward(self, step: int) -> None:
         micro_batches = self.engine.gradient_accumulation_steps()
-        self.engine.eval_batch(self._batches(step), compute_loss=True, num_micro_batches=micro_batches)
+        self.engine.eval_batch(
+            self._batches(step), compute_loss=True, bcast_loss=False, num_micro_batches=micro_batches
+        )
         for block in self.engine.module.blocks:
             block.take_counts()
 

@@ -50,6 +50,8 @@ class SystemFindings(Collected):
         if finding.what != "span":
             super().add(finding)
             return
+        if finding.case != self._plan.beds[0].slug:  # spans do not say where they are from: one bed a file
+            return
         values = json.loads(finding.text)
         self.spans.append(Span(**{**values, "tags": Tags(**values["tags"])}))
 
@@ -74,20 +76,20 @@ class SystemFindings(Collected):
         yield self._record(f"{name}.step", [1e3 * s for s in seconds])
         yield self._record(f"{name}.tps", [tokens / s for s in seconds])
         yield self._record(f"{name}.tpot", [1e6 * s / tokens for s in seconds])
-        own = self._of(bed, mode, system, "step")
-        busy = zip(self._of(bed, mode, system, "busy"), own, strict=True)
-        yield self._record(f"{name}.busy", [100 * busy_s / s for busy_s, s in busy], self._busy_note())
+        # Columns may differ by one value, when the run was interrupted within a round.
+        busy = zip(self._of(bed, mode, system, "busy"), self._of(bed, mode, system, "step"), strict=False)
+        if percents := [100 * busy_s / s for busy_s, s in busy]:
+            yield self._record(f"{name}.busy", percents, self._busy_note())
         for other in self._plan.systems:
-            theirs = self._of(bed, mode, other, "time")
-            if other != system and len(theirs) == len(seconds):
-                ratios = [its / mine for mine, its in zip(seconds, theirs, strict=True)]
+            pairs = zip(seconds, self._of(bed, mode, other, "time"), strict=False)
+            if other != system and (ratios := [its / mine for mine, its in pairs]):
                 yield self._record(f"{name}.ratio_to_{other}", ratios, NOTES["ratio"])
-        for part in PARTS:
-            yield self._record(
-                f"{name}.breakdown.{part}", [1e3 * s for s in self._of(bed, mode, system, f"breakdown.{part}")]
-            )
+        if self._plan.device != "cuda":  # its waits are not the host's: nothing would be told apart
+            for part in PARTS:
+                if parts := self._of(bed, mode, system, f"breakdown.{part}"):
+                    yield self._record(f"{name}.breakdown.{part}", [1e3 * s for s in parts])
         traffic = [self._of(bed, mode, system, f"traffic.{what}") for what in ("exposed", "total")]
-        hidden = [100 * (1 - exposed / total) for exposed, total in zip(*traffic, strict=True) if total]
+        hidden = [100 * (1 - exposed / total) for exposed, total in zip(*traffic, strict=False) if total]
         if hidden:
             yield self._record(f"{name}.hidden", hidden)
 

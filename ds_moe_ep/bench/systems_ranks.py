@@ -13,10 +13,8 @@ import dataclasses
 import gc
 import json
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing.queues import Queue
 from typing import TYPE_CHECKING, Any
@@ -24,8 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ds_moe_ep.bench.blocked import blocked, break_down
-from ds_moe_ep.bench.busy import Busy, busy_meter, elapsing_meter
 from ds_moe_ep.bench.emulated import EmulatedDevice
 from ds_moe_ep.bench.kinds import kinds_of_step
 from ds_moe_ep.bench.memory import return_freed_memory
@@ -33,12 +29,10 @@ from ds_moe_ep.bench.method import rotation
 from ds_moe_ep.bench.processes import Finding, live_as_rank
 from ds_moe_ep.bench.systems_plan import Bed, SystemsPlan
 from ds_moe_ep.bench.testbed import enter, rank_environment
-from ds_moe_ep.evidence import BASELINE, PARTS
-from ds_moe_ep.recorder import make_recorder
-from ds_moe_ep.timeline import Span, overlap
+from ds_moe_ep.evidence import BASELINE
 
 if TYPE_CHECKING:  # it imports deepspeed, which reads DS_ACCELERATOR
-    from ds_moe_ep.bench.systems_build import System
+    from ds_moe_ep.bench.systems_turn import Turn
 
 START_TIMEOUT_S = 600.0
 SHOWN_LAYER = "layers.1.feed_forward"  # of which a timeline is kept
@@ -68,6 +62,7 @@ def run_systems_rank(rank: int, plan: SystemsPlan, findings: Queue[Finding]) -> 
 def _run(rank: int, plan: SystemsPlan, tell: Tell) -> None:
     from ds_moe_ep.bench import native
     from ds_moe_ep.bench.systems_build import build_system, make_data
+    from ds_moe_ep.bench.systems_turn import Turn
 
     if plan.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -83,94 +78,6 @@ def _run(rank: int, plan: SystemsPlan, tell: Tell) -> None:
             measure_bed(bed, turns, plan, tell)
     dist.barrier()
     dist.destroy_process_group()
-
-
-class Turn:
-    """One system on this rank, and what its last pass told."""
-
-    def __init__(self, system: System, device: EmulatedDevice, plan: SystemsPlan) -> None:
-        self.system, self._emulated, self._plan = system, device, plan
-        self.step = 0  # of training, over all beds
-        self.seconds: dict[str, float] = {}
-        self.spans: list[Span] = []
-        self.device: torch.device = system.engine.device
-        self.recorder = make_recorder(self.device, dist.get_rank()) if system.name in ("ep16", "ep16_serial") else None
-        if self.recorder is not None:
-            for layer in system.engine.moe_ep_layers.values():
-                layer.deepspeed_moe.recorder = self.recorder
-
-    def run(self, mode: str) -> None:
-        """One pass; leaves `seconds`: the pass, its parts, what the device was busy, traffic total and exposed."""
-        system, is_emulated = self.system, self._plan.is_emulated
-        with world_of(system.engine), blocked(self._label) as waits, optimizer_time(system.engine, waits) as optimizer:
-            self._synchronize()
-            dist.barrier()
-            waits.seconds.clear()
-            start_s = time.perf_counter()
-            with self._busy_meter() as busy:
-                (system.train if mode == "training" else system.forward)(self.step)
-                self._synchronize()
-            seconds = time.perf_counter() - start_s
-        busy_s = seconds * busy.percent / 100
-        self.spans = self.recorder.spans() if self.recorder is not None else []
-        traffic = overlap(self.spans)
-        parts = break_down(
-            seconds,
-            waits.seconds,
-            optimizer_s=sum(optimizer),
-            exposed_s=1e-6 * traffic.exposed_us,
-            compute_s=busy_s if is_emulated else None,
-        ).parts
-        self.seconds = {"step": seconds, "busy": busy_s, **{f"breakdown.{part}": parts[part] for part in PARTS}}
-        if self.spans:
-            self.seconds |= {"traffic.total": 1e-6 * traffic.total_us, "traffic.exposed": 1e-6 * traffic.exposed_us}
-        self.step += mode == "training"
-
-    def _busy_meter(self) -> AbstractContextManager[Busy]:
-        if self._plan.is_emulated:
-            return elapsing_meter(lambda: self._emulated.busy_s)
-        return busy_meter(self.device)
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _label(self, function: str, size: int, group: object) -> str | None:
-        """The part that a blocked call belongs to. Our rows are the recorder's to account for."""
-        if self.system.name == BASELINE:
-            is_tensor_group = function == "all_reduce" and size == self._plan.layout.tp_size
-            return "tensor_traffic" if is_tensor_group else "pipeline"  # one copy has no gradients to reduce
-        if function in ("all_to_all_single", "all_to_all", "send", "recv"):
-            return None if self.recorder is not None else "experts_traffic"
-        return "gradients"
-
-
-@contextmanager
-def world_of(engine: Any) -> Iterator[None]:
-    """DeepSpeed's notion of the world, which is global, as this engine made it."""
-    from deepspeed.utils import groups
-
-    groups.mpu = engine.mpu
-    yield
-
-
-@contextmanager
-def optimizer_time(engine: Any, waits: Any) -> Iterator[list[float]]:
-    """The seconds of the engine's optimizer, without what it waits for."""
-    optimizer, seconds = engine.optimizer, []
-    step = optimizer.step
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with waits.own_time() as own:
-            result = step(*args, **kwargs)
-        seconds.append(own.seconds)
-        return result
-
-    optimizer.step = timed
-    try:
-        yield seconds
-    finally:
-        del optimizer.step
 
 
 def measure_bed(bed: Bed, turns: Mapping[str, Turn], plan: SystemsPlan, tell: Tell) -> None:
@@ -219,7 +126,7 @@ def tell_training(bed: str, turn: Turn, tell: Tell, index: int, plan: SystemsPla
     case, name, step = f"{bed}.training", turn.system.name, turn.step
     tell(Finding(case, name, f"loss.step{step:04d}", (float(turn.system.cross_entropy()),)))
     rows_LE = turn.system.loads()
-    every = max(1, (plan.warm_ups + plan.rounds) // LOAD_STEPS)
+    every = -(-(plan.warm_ups + plan.rounds) // LOAD_STEPS)
     if index % every == 0:
         for layer, rows_E in enumerate(rows_LE.tolist()):
             for expert, rows in enumerate(rows_E):
@@ -239,6 +146,8 @@ def tell_spans(bed: str, turn: Turn, tell: Tell) -> None:
 
 def measure_memory(turns: Mapping[str, Turn], tell: Tell) -> None:
     """Bytes by kind of one training step of each system, of the fullest rank. Collective."""
+    from ds_moe_ep.bench.systems_turn import world_of
+
     for name, turn in turns.items():
         tell(Finding("", "", "phase", text=f"memory of {name}"))
         turn.run("training")

@@ -1,8 +1,9 @@
 """The one-device model as the modules of a pipeline: embedding, layers, head.
 
 A pipeline sends one tensor from stage to stage, since DeepSpeed runs a backward pass for each tensor that it sent. So
-the sum of the routing losses travels as one more column of the tokens: exact, and with the loss scale that the engine
-gives to the rest. Inside a stage tokens and losses are two tensors and nothing is copied.
+the sum of the routing losses travels as one more column of the tokens, rounded to their type, and its gradient is the
+engine's loss scale over the micro-batches: in fp16 that must stay below 65,504, or the step overflows and the scale is
+lowered. Inside a stage tokens and losses are two tensors and nothing is copied.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ def _one_of(words: Iterable[str]) -> str:
     return "(?:" + "|".join(map(re.escape, words)) + ")"
 
 
-_BED = r"(?:loopback|cluster|traffic\d+)"
+_BED = r"(?:loopback|unshaped|cluster|traffic\d+)"
 _SYSTEM = _one_of(SYSTEMS)
 _WHAT = "|".join(
     (
@@ -49,8 +49,8 @@ def number_in(part: str, word: str) -> int:
 
 
 def bed_order(bed: str) -> tuple[int, int]:
-    """Sorts beds: loopback, cluster, then shaped links by growing traffic."""
-    fixed = ("loopback", "cluster")
+    """Sorts beds: loopback, unshaped, cluster, then shaped links by growing traffic."""
+    fixed = ("loopback", "unshaped", "cluster")
     return (fixed.index(bed), 0) if bed in fixed else (len(fixed), number_in(bed, "traffic"))
 
 
@@ -58,4 +58,4 @@ def short_bed(bed: str) -> str:
     """A bed in few words, for panels and cells."""
     if bed.startswith("traffic"):
         return f"traffic {number_in(bed, 'traffic') / 100:g} \u00d7 compute"
-    return {"loopback": "loopback", "cluster": "cluster's links"}[bed]
+    return {"loopback": "loopback", "unshaped": "unshaped", "cluster": "cluster's links"}[bed]

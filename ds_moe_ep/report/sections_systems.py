@@ -29,8 +29,9 @@ def throughput(findings: Findings) -> Section | None:
         return None
     explained = Prose(
         f"Values are medians, with the quartiles in brackets where they differ. {TIMES} {SYSTEMS[BASELINE]} is the "
-        f"throughput over that of {SYSTEMS[BASELINE]}: above 1 is faster. Busy is the share of a step in which a rank "
-        "computes; hidden is the share of the experts' traffic that ran behind compute."
+        f"throughput over that of {SYSTEMS[BASELINE]}: above 1 is faster. Busy is the share of a step in which "
+        "a device works: emulated compute, processor time on a CPU that ranks share, utilization.gpu on a GPU. Hidden "
+        "is the share of the experts' traffic that ran behind compute."
     )
     bars = _throughput_bars(findings)
     return Section("Throughput", (explained, *([bars] if bars else []), *blocks))

@@ -34,7 +34,8 @@ def loss(findings: Findings) -> Section | None:
     if not beds:
         return None
     caption = (
-        "Training loss at each step; every system sees the same batches, so the curves must fall alike. Lower panel: "
+        "Training loss at each step; every system sees the same batches, so the curves must fall alike (DeepSpeed's "
+        "MoE has no z-loss, AutoEP has SwiGLU experts and no auxiliary loss). Lower panel: "
         f"each system's loss minus that of {SYSTEMS[BASELINE]} at the same step."
     )
     picture = Picture("loss", "Loss", caption, draw_losses(beds, BASELINE), basis_of(used))
