@@ -90,13 +90,16 @@ def _paint(axis: Axes, spans: Sequence[Span], inch_per_ms: float) -> set[str]:
     bare = exposed(spans)
     for start_us, stop_us in bare:
         axis.axvspan((start_us - origin_us) / 1e3, (stop_us - origin_us) / 1e3, color=ROWS["exposed"][1], linewidth=0)
-    for span in spans:
+    painted = sorted(spans, key=lambda span: span.start_us)
+    for index, span in enumerate(painted):
         start_ms, wide_ms = (span.start_us - origin_us) / 1e3, (span.stop_us - span.start_us) / 1e3
+        later = (other.start_us for other in painted[index + 1 :] if other.lane == span.lane)
+        bare_ms = (min(next(later, span.stop_us), span.stop_us) - span.start_us) / 1e3  # not painted over by the next
         lane, rows = LANES.index(span.lane), rows_of(span)
         axis.barh(lane, wide_ms, left=start_ms, height=0.72, color=ROWS[rows][1], edgecolor="white", linewidth=0.5)
         ink = "white" if rows in ("far", "all") else "black"
-        label = _label(span, wide_ms * inch_per_ms)
-        axis.text(start_ms + wide_ms / 2, lane, label, ha="center", va="center_baseline", fontsize=9, color=ink)
+        label = _label(span, bare_ms * inch_per_ms)
+        axis.text(start_ms + bare_ms / 2, lane, label, ha="center", va="center_baseline", fontsize=9, color=ink)
     axis.set_yticks(range(len(LANES)), LANES)
     axis.set_ylim(len(LANES) - 0.45, -0.55)
     axis.tick_params(axis="y", length=0)
