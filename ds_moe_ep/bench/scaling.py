@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds=parsed.rounds,
             warm_ups=parsed.warm_ups,
         )
-        found = Scaling(plan, command(PROGRAM, words), commit())
+        found = Scaling(plan, command("ds_moe_ep", ["bench", "scaling", *words]), commit())
         status = run_all(plan, found, console, parsed)
     except (ConfigError, EngineError) as error:
         console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)

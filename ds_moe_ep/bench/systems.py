@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 plan = replace(plan, testbed=stack.enter_context(open_testbed(plan.num_nodes)))
             found = SystemFindings(
                 plan,
-                command(PROGRAM, words),
+                command("ds_moe_ep", ["bench", "systems", *words]),
                 commit(),
                 hardware("cuda" if plan.device == "cuda" else "cpu", plan.num_ranks),
             )
