@@ -204,7 +204,7 @@ def write_spans(path: str | Path, spans: Iterable[Span]) -> int:
     """How many spans were written to `path`, one line of JSON each; the file is never half written."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    lines = [json.dumps(dataclasses.asdict(span), ensure_ascii=False, allow_nan=False) + "\n" for span in spans]
+    lines = [line_of(span) + "\n" for span in spans]
     part.write_text("".join(lines), encoding="utf-8")
     part.replace(path)
     return len(lines)
@@ -215,10 +215,16 @@ def read_spans(path: str | Path) -> Iterator[Span]:
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _span_of(line, f"{path}:{number}")
+                yield span_of(line, f"{path}:{number}")
 
 
-def _span_of(line: str, where: str) -> Span:
+def line_of(span: Span) -> str:
+    """The span as one line of JSON, without a newline."""
+    return json.dumps(dataclasses.asdict(span), ensure_ascii=False, allow_nan=False)
+
+
+def span_of(line: str, where: str) -> Span:
+    """The span that `line` holds. Raises ConfigError, with `where` it stands, for a broken one."""
     way_out = "write the file with timeline.write_spans"
     try:
         values: Any = json.loads(line)

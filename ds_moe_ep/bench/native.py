@@ -37,15 +37,21 @@ def native_layer(case: LayerCase, ep_size: int, expert: nn.Module | None = None)
     if expert is None:
         up, down = nn.Linear(case.hidden_size, case.width), nn.Linear(case.width, case.hidden_size)
         expert = nn.Sequential(up, nn.GELU(), down)
-    layer = NativeMoE(
-        case.hidden_size,
+    layer = dropless(case.hidden_size, expert, case.num_experts, ep_size, case.top_k)
+    layer.set_deepspeed_parallelism()  # type: ignore[operator]
+    return layer
+
+
+def dropless(hidden_size: int, expert: nn.Module, num_experts: int, ep_size: int, top_k: int) -> nn.Module:
+    """DeepSpeed's MoE as it is compared: see `native_layer`; its groups are not made yet."""
+    layer: nn.Module = NativeMoE(
+        hidden_size,
         expert,
-        num_experts=case.num_experts,
+        num_experts=num_experts,
         ep_size=ep_size,
-        k=case.top_k,
+        k=top_k,
         drop_tokens=False,
         use_rts=False,
         top2_2nd_expert_sampling=False,
     )
-    layer.set_deepspeed_parallelism()
-    return layer  # type: ignore[no-any-return]
+    return layer

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from ds_moe_ep.bench.findings import Collected
 from ds_moe_ep.bench.method import summarize
 from ds_moe_ep.bench.overlap_ranks import PHASES, WIRE, OverlapPlan
+from ds_moe_ep.bench.testbed import HEADERS
 from ds_moe_ep.record import Record
 
-HEADERS = 1.08  # bytes on the link over bytes of rows: Ethernet, IP and TCP, acknowledgements of the other way
 COMPUTE_OF = {"forward": 1, "backward": 2, "step": 3}  # in emulated forward passes
 EXCHANGES_OF = {"forward": 2, "backward": 2, "step": 4}
 SPREAD = "lowest and highest 5 % dropped (from 20 rounds on), quartiles"

@@ -21,7 +21,7 @@ from ds_moe_ep.bench.cases import LayerCase, expert_weights, gate_weight, output
 from ds_moe_ep.bench.emulated import EmulatedExpert, EmulatedExperts
 from ds_moe_ep.bench.method import rotation
 from ds_moe_ep.bench.processes import Finding, live_as_rank
-from ds_moe_ep.bench.testbed import TestBed, enter, rank_environment
+from ds_moe_ep.bench.testbed import TestBed, take_place
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.recorder import HostRecorder
 from ds_moe_ep.timeline import overlap
@@ -103,18 +103,7 @@ class Contender:
 
 def run_overlap_rank(rank: int, plan: OverlapPlan, findings: Queue[Finding]) -> None:
     """The whole life of one rank."""
-    if plan.bed is not None:
-        enter(plan.bed.nodes[rank // plan.ranks_per_node])
-        os.environ.update(rank_environment(plan.bed, rank, plan.ranks_per_node, plan.port))
-    else:
-        launched: dict[str, object] = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": plan.num_ranks,
-            "LOCAL_WORLD_SIZE": plan.num_ranks,
-        }
-        launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": plan.port}
-        os.environ.update({name: str(value) for name, value in launched.items()})
+    take_place(plan.bed, rank, plan.num_ranks, plan.ranks_per_node, plan.port)
     os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     torch.set_num_threads(1)
     live_as_rank(rank, findings, partial(_run, rank, plan))

@@ -66,6 +66,18 @@ def _silent(finding: Finding) -> None:
     return None
 
 
+def loopback_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """The launcher's variables for one rank of a world on this machine's loopback."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 def free_port() -> int:
     """A port that nothing listens on."""
     with socket.socket() as probe:

@@ -19,7 +19,7 @@ from torch import nn
 from ds_moe_ep.bench.cases import LayerCase
 from ds_moe_ep.bench.memory import peak_bytes, return_freed_memory
 from ds_moe_ep.bench.method import Ranks, Round, Side, measure
-from ds_moe_ep.bench.processes import Finding, live_as_rank
+from ds_moe_ep.bench.processes import Finding, live_as_rank, loopback_environment
 from ds_moe_ep.bench.sides import LayerSide, Outcome, check_same, layer_side, matmul_side
 from ds_moe_ep.bench.traffic import counted
 from ds_moe_ep.config import MoEConfig
@@ -46,16 +46,8 @@ class Plan:
 
 def run_rank(rank: int, plan: Plan, findings: Queue[Finding]) -> None:
     """The whole life of one rank."""
-    launched = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": plan.num_ranks,
-        "LOCAL_WORLD_SIZE": plan.num_ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": plan.port,
-        "DS_ACCELERATOR": plan.device,
-    }
-    os.environ.update({name: str(value) for name, value in launched.items()})
+    os.environ.update(loopback_environment(rank, plan.num_ranks, plan.port))
+    os.environ["DS_ACCELERATOR"] = plan.device
     if plan.measure == "memory" and plan.device == "cpu":
         return_freed_memory()
     torch.set_num_threads(1)

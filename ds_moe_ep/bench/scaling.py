@@ -82,10 +82,12 @@ class Scaling:
         name, seconds = f"scaling.{point.total}.ep{point.size}", self.values.get((point, "time"), [])
         if seconds:
             tokens = plan_of(self._plan, point).tokens_of_step
-            own = zip(self.values[point, "busy"], self.values[point, "step"], strict=True)
+            columns = (self.values.get((point, what), []) for what in ("busy", "step"))
             yield self._record(f"{name}.tps", [tokens / s for s in seconds])
             yield self._record(f"{name}.tpot", [1e6 * s / tokens for s in seconds])
-            yield self._record(f"{name}.busy", [100 * busy_s / s for busy_s, s in own])
+            # An interruption may have cut the last row of them.
+            if percents := [100 * busy_s / s for busy_s, s in zip(*columns, strict=False)]:
+                yield self._record(f"{name}.busy", percents)
         held = [self.values.get((point, f"memory.{kind}")) for kind in ("weights", "gradients", "optimizer")]
         if all(held):
             per_expert = sum(values[0] for values in held if values) / self._plan.moe(SYSTEM).num_experts

@@ -23,6 +23,7 @@ from ds_moe_ep.bench.autoep import AutoEPSide, autoep_layer, emulate_experts
 from ds_moe_ep.bench.cases import LayerCase
 from ds_moe_ep.bench.emulated import EmulatedAttention, EmulatedDevice, EmulatedExpert, EmulatedExperts
 from ds_moe_ep.bench.even import even_windows, route_evenly
+from ds_moe_ep.bench.native import dropless
 from ds_moe_ep.bench.systems_plan import EXPERT_SHARE, SystemsPlan
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine.layer import MoE
@@ -212,16 +213,7 @@ class NativeSide(nn.Module):
     def __init__(self, hidden_size: int, expert: nn.Module, *, config: MoEConfig, shared: None) -> None:
         super().__init__()
         self.aux_loss_weight = config.aux_loss_weight
-        self.native = NativeMoE(
-            hidden_size,
-            expert,
-            num_experts=config.num_experts,
-            ep_size=config.ep_size,
-            k=config.top_k,
-            drop_tokens=False,
-            use_rts=False,
-            top2_2nd_expert_sampling=False,
-        )
+        self.native = dropless(hidden_size, expert, config.num_experts, config.ep_size, config.top_k)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y_BSD, l_aux, exp_counts_E = self.native(x_BSD)

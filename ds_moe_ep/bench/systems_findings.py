@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 
 from ds_moe_ep.bench.findings import Collected
@@ -11,7 +10,7 @@ from ds_moe_ep.bench.processes import Finding
 from ds_moe_ep.bench.systems_plan import SystemsPlan
 from ds_moe_ep.evidence import KINDS, PARTS
 from ds_moe_ep.record import Record
-from ds_moe_ep.timeline import Span, Tags
+from ds_moe_ep.timeline import Span, span_of
 
 SPREAD = "lowest and highest 5 % dropped, quartiles"
 UNITS = {
@@ -50,10 +49,8 @@ class SystemFindings(Collected):
         if finding.what != "span":
             super().add(finding)
             return
-        if finding.case != self._plan.beds[0].slug:  # spans do not say where they are from: one bed a file
-            return
-        values = json.loads(finding.text)
-        self.spans.append(Span(**{**values, "tags": Tags(**values["tags"])}))
+        if finding.case == self._plan.beds[0].slug:  # spans do not say where they are from: one bed a file
+            self.spans.append(span_of(finding.text, finding.side))
 
     def records(self) -> list[Record]:
         """Every record that can be made now: bed by bed, mode by mode, system by system."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ds_moe_ep.bench.testbed import TestBed
+from ds_moe_ep.bench.testbed import HEADERS, TestBed
 from ds_moe_ep.config import SMALL, Layout, ModelConfig, MoEConfig
 from ds_moe_ep.evidence import BASELINE, SYSTEMS
 
-HEADERS = 1.08  # bytes on the link over bytes of rows: Ethernet, IP and TCP, acknowledgements of the other way
 BURST_BYTES = 64e3  # of each exchange, which the link's bucket lets pass at once
 SEEN = 0.87  # of the time that a node's link needs for an exchange, the mean rank waits: some have their rows earlier
 EXPERT_SHARE = 0.605  # of a layer's arithmetic in the specification's model, the rest is attention (footprint.py)

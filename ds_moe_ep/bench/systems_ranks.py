@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from multiprocessing.queues import Queue
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,9 @@ from ds_moe_ep.bench.memory import return_freed_memory
 from ds_moe_ep.bench.method import rotation
 from ds_moe_ep.bench.processes import Finding, live_as_rank
 from ds_moe_ep.bench.systems_plan import Bed, SystemsPlan
-from ds_moe_ep.bench.testbed import enter, rank_environment
+from ds_moe_ep.bench.testbed import take_place
 from ds_moe_ep.evidence import BASELINE
+from ds_moe_ep.timeline import line_of
 
 if TYPE_CHECKING:  # it imports deepspeed, which reads DS_ACCELERATOR
     from ds_moe_ep.bench.systems_turn import Turn
@@ -44,13 +44,7 @@ Tell = Callable[[Finding], object]
 
 def run_systems_rank(rank: int, plan: SystemsPlan, findings: Queue[Finding]) -> None:
     """The whole life of one rank."""
-    if plan.testbed is not None:
-        enter(plan.testbed.nodes[rank // plan.ranks_per_node])
-        os.environ.update(rank_environment(plan.testbed, rank, plan.ranks_per_node, plan.port))
-    else:
-        launched: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": plan.num_ranks}
-        launched |= {"LOCAL_WORLD_SIZE": plan.num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": plan.port}
-        os.environ.update({name: str(value) for name, value in launched.items()})
+    take_place(plan.testbed, rank, plan.num_ranks, plan.ranks_per_node, plan.port)
     os.environ |= {"DS_ACCELERATOR": "cuda" if plan.device == "cuda" else "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(1)
@@ -135,13 +129,14 @@ def tell_training(bed: str, turn: Turn, tell: Tell, index: int, plan: SystemsPla
 
 def tell_spans(bed: str, turn: Turn, tell: Tell) -> None:
     """The spans of one layer on a few ranks, as lines of JSON. Collective."""
-    here = [dataclasses.asdict(span) for span in turn.spans if SHOWN_LAYER in span.tags.layer]
+    layer = f"{turn.system.name}/{SHOWN_LAYER}"
+    shown = [span for span in turn.spans if SHOWN_LAYER in span.tags.layer]
+    here = [line_of(replace(span, tags=replace(span.tags, layer=layer))) for span in shown]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, here)
     for rank in SHOWN_RANKS:
-        for span in gathered[rank % len(gathered)]:
-            span["tags"]["layer"] = f"{turn.system.name}/{SHOWN_LAYER}"
-            tell(Finding(bed, turn.system.name, "span", text=json.dumps(span)))
+        for line in gathered[rank % len(gathered)]:
+            tell(Finding(bed, turn.system.name, "span", text=line))
 
 
 def measure_memory(turns: Mapping[str, Turn], tell: Tell) -> None:

@@ -26,12 +26,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from ds_moe_ep.bench.processes import END_S, POLL_S, die_with_parent
+from ds_moe_ep.bench.processes import END_S, POLL_S, die_with_parent, loopback_environment
 from ds_moe_ep.errors import EngineError
 
 TOOLS = ("ip", "tc", "nsenter", "unshare", "sysctl")
 DEVICE = "eth0"  # every node's one interface beside its loopback
 SUBNET = "10.77.0"
+HEADERS = 1.08  # bytes on the link over bytes of rows: Ethernet, IP and TCP, acknowledgements of the other way
 BURST = "64kb"  # the largest packet that a veth hands over at once
 QUEUE = "16mb"  # holds all that the senders' sockets do: a link delays, it drops nothing
 # A queue of seconds must not make TCP send again what still waits in it; a fabric for GPUs has no slow start either.
@@ -120,6 +121,15 @@ def rank_environment(bed: TestBed, rank: int, ranks_per_node: int, port: int) ->
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": DEVICE,
     }
+
+
+def take_place(bed: TestBed | None, rank: int, num_ranks: int, ranks_per_node: int, port: int) -> None:
+    """Moves the calling process to its node of a bed, if there is one, and sets the launcher's variables for it."""
+    if bed is None:
+        os.environ.update(loopback_environment(rank, num_ranks, port))
+    else:
+        enter(bed.nodes[rank // ranks_per_node])
+        os.environ.update(rank_environment(bed, rank, ranks_per_node, port))
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from ds_moe_ep.report.page import Drawing
 from ds_moe_ep.report.plots_style import FAINT, SYSTEM_COLORS, draw, legend, panels, plain_numbers, system_color
 from ds_moe_ep.report.quantities import Quantity, number
+
+Shown = TypeVar("Shown")
 
 NUM_COLUMNS = 2
 BAR_IN, PANEL_IN, LEGEND_IN = 0.29, 0.78, 0.45
@@ -101,14 +104,22 @@ def _place(system: str) -> int:
     return list(SYSTEM_COLORS).index(system) if system in SYSTEM_COLORS else len(SYSTEM_COLORS)
 
 
+def _placed(
+    axis: Axes, labels: Mapping[str, str], found: Mapping[str, Shown], highest: float
+) -> Iterator[tuple[int, str, Shown]]:
+    """(place, system, what a panel shows of it); where it shows nothing, that is noted in its place."""
+    for place, system in enumerate(labels):
+        shown = found.get(system)
+        if shown is None:
+            _note_absence(axis, place, highest)
+        else:
+            yield place, system, shown
+
+
 def _paint_bars(axis: Axes, panel: BarPanel, labels: Mapping[str, str]) -> None:
     highest = max(bar.quantity.high for bar in panel.bars)
     by_system = {bar.system: bar for bar in panel.bars}
-    for place, system in enumerate(labels):
-        bar = by_system.get(system)
-        if bar is None:
-            _note_absence(axis, place, highest)
-            continue
+    for place, system, bar in _placed(axis, labels, by_system, highest):
         quantity = bar.quantity
         axis.barh(place, quantity.value, height=0.7, color=system_color(system))
         if quantity.is_spread:
@@ -122,11 +133,7 @@ def _paint_stacks(axis: Axes, panel: StackPanel, labels: Mapping[str, str], colo
     highest = max(sum(stack.parts.values()) for stack in panel.stacks)
     room = ROOM_FOR_TEXT if any(stack.text for stack in panel.stacks) else 1.04
     by_system = {stack.system: stack for stack in panel.stacks}
-    for place, system in enumerate(labels):
-        stack = by_system.get(system)
-        if stack is None:
-            _note_absence(axis, place, highest)
-            continue
+    for place, _, stack in _placed(axis, labels, by_system, highest):
         end = 0.0
         for part, color in colors.items():
             width = stack.parts.get(part, 0.0)
