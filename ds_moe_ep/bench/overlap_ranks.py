@@ -122,7 +122,7 @@ def _run(rank: int, plan: OverlapPlan, tell: Callable[[Finding], object]) -> Non
         if rank == 0 and plan.bed is not None:
             plan.bed.shape(shaping.rate_mbit)
         if "auto" in sides:
-            sides["auto"].layer.get_submodule("deepspeed_moe").choice = None  # type: ignore[assignment]
+            sides["auto"].layer.get_submodule("deepspeed_moe").dispatcher.choice = None  # type: ignore[union-attr]
         for index in range(plan.warm_ups + plan.rounds):
             order = rotation(plan.sides, index)
             for name in order[::-1] if index % 2 else order:  # so that few rounds have different neighbours, too
@@ -158,7 +158,7 @@ def contender(name: str, plan: OverlapPlan, rank: int) -> Contender:
     recorder = None
     if name in OURS or name == WIRE:
         recorder = HostRecorder(rank)
-        layer.get_submodule("deepspeed_moe").recorder = recorder  # type: ignore[assignment]
+        layer.get_submodule("deepspeed_moe").dispatcher.recorder = recorder  # type: ignore[union-attr]
     if name != AUTOEP:
         with torch.no_grad():
             layer.get_submodule("deepspeed_moe.gate.wg").weight.copy_(gate_weight(case))  # type: ignore[operator]

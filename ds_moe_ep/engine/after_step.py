@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.choices import ChoiceLog
-from ds_moe_ep.engine.layer import MoE
+from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.meter import OverlapMeter
 
 
-def after_each_step(engine: Any, layers: Mapping[str, MoE]) -> None:
+def after_each_step(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
     """Wraps `engine.step` so that it ends with the layers' own step, where parameters were updated."""
     engine_step = engine.step
     meter: OverlapMeter | None = getattr(engine, "moe_ep_meter", None)
@@ -38,23 +38,21 @@ def after_each_step(engine: Any, layers: Mapping[str, MoE]) -> None:
     engine.step = step
 
 
-def step_balance(layers: Mapping[str, MoE]) -> None:
+def step_balance(layers: Mapping[str, OverlappedLayer]) -> None:
     """Moves the expert bias of every layer that has one. Collective over the data-parallel ranks."""
     for layer in layers.values():
-        balance = layer.deepspeed_moe.gate.balance
-        if balance is not None:
-            balance.step(seams.sum_over_data_parallel)
+        if layer.balance is not None:
+            layer.balance.step(seams.sum_over_data_parallel)
 
 
-def forget_load(layers: Mapping[str, MoE]) -> None:
+def forget_load(layers: Mapping[str, OverlappedLayer]) -> None:
     """Drops the load of a batch that moved no parameter: it moves no bias either. Local."""
     for layer in layers.values():
-        balance = layer.deepspeed_moe.gate.balance
-        if balance is not None:
-            balance.load_E.zero_()
+        if layer.balance is not None:
+            layer.balance.load_E.zero_()
 
 
-def report_load(engine: Any, layers: Mapping[str, MoE]) -> None:
+def report_load(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
     """Writes each layer's load (fullest expert over the mean) to the engine's monitor, every steps_per_print.
 
     Collective where it reports; free where no monitor is on.
@@ -62,7 +60,7 @@ def report_load(engine: Any, layers: Mapping[str, MoE]) -> None:
     every = engine.steps_per_print()
     if not engine.monitor.enabled or not every or engine.global_steps % every:
         return
-    load_LE = torch.stack([layer.deepspeed_moe.last_counts_E for layer in layers.values()])
+    load_LE = torch.stack([layer.last_counts_E for layer in layers.values()])
     loads = load_imbalance(seams.sum_over_data_parallel(load_LE)).tolist()
     engine.monitor.write_events(
         [

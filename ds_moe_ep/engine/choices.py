@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.layer import MoE
+from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.tuner import Choice
 
@@ -17,20 +17,20 @@ KEY = "moe_ep_schedules"  # in the checkpoint's client state
 class ChoiceLog:
     """Says each choice once, on rank 0."""
 
-    def __init__(self, layers: Mapping[str, MoE]) -> None:
+    def __init__(self, layers: Mapping[str, OverlappedLayer]) -> None:
         self._layers = layers
         self._said: dict[str, Choice] = {}
 
     def tell(self) -> None:
         """Says what was chosen since the last call. Local."""
         for name, layer in self._layers.items():
-            choice = layer.deepspeed_moe.choice
+            choice = layer.choice
             if choice is not None and self._said.get(name) is not choice:
                 self._said[name] = choice
                 seams.say(f"{name}: schedule chosen: {choice}")
 
 
-def keep_choices(engine: Any, layers: Mapping[str, MoE]) -> None:
+def keep_choices(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
     """Wraps the engine's save_checkpoint and load_checkpoint so that choices travel in the client state.
 
     A choice is taken only by a layer whose schedule is 'auto', on the torus that it was made for; a layer without one
@@ -56,9 +56,9 @@ def keep_choices(engine: Any, layers: Mapping[str, MoE]) -> None:
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
-def choices_of(layers: Mapping[str, MoE]) -> dict[str, Any]:
+def choices_of(layers: Mapping[str, OverlappedLayer]) -> dict[str, Any]:
     """The choices as plain values, by layer; layers without one are left out."""
-    made = {name: (layer, layer.deepspeed_moe.choice) for name, layer in layers.items()}
+    made = {name: (layer, layer.choice) for name, layer in layers.items()}
     return {
         name: {"torus": torus_of_layer(layer), "choice": choice.to_dict()}
         for name, (layer, choice) in made.items()
@@ -66,7 +66,7 @@ def choices_of(layers: Mapping[str, MoE]) -> dict[str, Any]:
     }
 
 
-def take_choices(layers: Mapping[str, MoE], saved: Mapping[str, Any], path: str) -> None:
+def take_choices(layers: Mapping[str, OverlappedLayer], saved: Mapping[str, Any], path: str) -> None:
     """Gives the layers what `choices_of` gave. Raises ConfigError where it is something else."""
     if not isinstance(saved, Mapping):
         raise ConfigError(f"{path}: {KEY}={saved!r}: expected a choice a layer; leave it out of the client state")
@@ -75,10 +75,10 @@ def take_choices(layers: Mapping[str, MoE], saved: Mapping[str, Any], path: str)
         if not isinstance(entry, Mapping) or not {"torus", "choice"} <= set(entry):
             raise ConfigError(f"{path}: {KEY}.{name}={entry!r}: expected a torus and a choice; leave it out")
         if layer is not None and layer.config.schedule == "auto" and torus_of_layer(layer) == entry["torus"]:
-            layer.deepspeed_moe.take_choice(Choice.from_dict(entry["choice"], f"{path}: {KEY}.{name}"))
+            layer.dispatcher.take_choice(Choice.from_dict(entry["choice"], f"{path}: {KEY}.{name}"))
 
 
-def torus_of_layer(layer: MoE) -> list[int]:
+def torus_of_layer(layer: OverlappedLayer) -> list[int]:
     """Nodes, and ranks of a node, of the layer's expert group, as JSON has them."""
-    torus = layer.deepspeed_moe.torus
+    torus = layer.dispatcher.torus
     return [torus.num_nodes, torus.node_size]

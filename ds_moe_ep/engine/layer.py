@@ -22,6 +22,8 @@ from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
 from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.moe.balance import BiasBalance
+from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.tuner import Choice
 from ds_moe_ep.topology import RankGrid, even_share, torus_of
@@ -91,7 +93,22 @@ class MoE(DeepSpeedMoE):
     @property
     def choice(self) -> Choice | None:
         """The schedule that 'auto' chose, the same on every rank; None before the first pass of training."""
-        return self.deepspeed_moe.choice
+        return self.dispatcher.choice
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """What moves the layer's rows."""
+        return self.deepspeed_moe.dispatcher
+
+    @property
+    def balance(self) -> BiasBalance | None:
+        """The balancing bias; None where the layer has none."""
+        return self.deepspeed_moe.gate.balance
+
+    @property
+    def last_counts_E(self) -> Tensor:
+        """This rank's choices an expert in the last forward pass."""
+        return self.deepspeed_moe.last_counts_E
 
     def configure(self, config: MoEConfig, path: str = "moe_ep") -> None:
         """Gives the layer other knobs. Local; before the groups are made.

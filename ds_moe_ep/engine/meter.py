@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ds_moe_ep.comm.transport import LANES
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.layer import MoE
+from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.measurement import Event, Measurement, events, table
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.recorder import Off, make_recorder
@@ -41,11 +41,11 @@ class OverlapMeter:
     of the last measured step.
     """
 
-    def __init__(self, layers: Mapping[str, MoE], device: torch.device, every: int) -> None:
+    def __init__(self, layers: Mapping[str, OverlappedLayer], device: torch.device, every: int) -> None:
         self.last: Measurement | None = None
         self.control: Measurement | None = None
         self.spans: list[Span] = []
-        self._layers = {name: layer.deepspeed_moe for name, layer in layers.items() if layer.ep_size > 1}
+        self._layers = {name: layer.dispatcher for name, layer in layers.items() if layer.ep_size > 1}
         self._device = device
         self._every = every
         self._recorder = make_recorder(device, dist.get_rank())
@@ -137,9 +137,8 @@ class OverlapMeter:
         """Those of this rank's schedules: a rank without rows lists them too."""
         keys: list[Tags] = []
         for layer in self._layers.values():
-            assert layer._links is not None, "the engine connects its layers"
             for phase in PHASES:
-                keys += [Tags(layer.name, phase, label).group for label in layer._links.forward.labels]
+                keys += [Tags(layer.name, phase, label).group for label in layer.checked_links().forward.labels]
                 keys.append(Tags(layer.name, phase))
             keys.append(Tags(layer.name))
         return list(dict.fromkeys([*keys, *(Tags("", phase) for phase in PHASES), Tags()]))

@@ -58,7 +58,7 @@ def initialize(
         )
     for name, layer in layers.items():
         layer.configure(with_given_knobs(layer.config, section.moe, section.given), f"{SECTION} ({name})")
-        layer.deepspeed_moe.name = name
+        layer.deepspeed_moe.dispatcher.name = name
     seams.init_distributed()
     if kwargs.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
         for layer in layers.values():

@@ -11,13 +11,15 @@ other ranks wait for, and weight gradients, which nothing waits for. Experts of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.moe.forms import ExpertPass, GeluPass, ModulePass, Span, SwiGLUPass
+from ds_moe_ep.moe.forms import ExpertPass, GeluPass, Opaque, OpaquePass, Span, SwiGLUPass, Weights
 from ds_moe_ep.moe.recognise import Form, recognise
 
 
@@ -49,6 +51,19 @@ class SwiGLU(nn.Module):
         return y
 
 
+class LocalExperts(Protocol):
+    """This rank's experts, as a pass goes through them."""
+
+    def expert_parameters(self) -> list[Tensor]:
+        """All parameters, expert by expert: the order in which a pass returns their gradients."""
+
+    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
+        """A pass over each expert's span of stacked rows; with `keep_graph` it may go backward."""
+
+    def buffers(self) -> Iterator[Tensor]:
+        """State that a pass may change."""
+
+
 class Experts(nn.Module):
     """`num_local_experts` copies of a template module that maps rows [n, D] to rows [n, D]."""
 
@@ -60,7 +75,7 @@ class Experts(nn.Module):
     def __len__(self) -> int:
         return len(self.deepspeed_experts)
 
-    def expert_parameters(self) -> list[nn.Parameter]:
+    def expert_parameters(self) -> list[Tensor]:
         """All parameters, expert by expert: the order in which a pass returns their gradients."""
         return list(self.deepspeed_experts.parameters())
 
@@ -72,7 +87,21 @@ class Experts(nn.Module):
     def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
         """A pass over each expert's span of stacked rows; `keep_graph`: modules of unknown form may go backward."""
         experts = list(self.deepspeed_experts)
-        return ModulePass(experts, keep_graph) if self.form is None else start_pass(self.form, experts, spans)
+        if self.form is None:
+            return OpaquePass([opaque(expert) for expert in experts], keep_graph)
+        return start_pass(self.form, [self.form.weights_of(expert) for expert in experts], spans)
+
+
+def opaque(expert: nn.Module) -> Opaque:
+    """A module as an expert of unknown mathematics."""
+    return Opaque(partial(first_output, expert), list(expert.parameters()))
+
+
+def first_output(expert: nn.Module, rows: Tensor) -> Tensor:
+    """What the module gives for rows; as DeepSpeed, without a second output (a bias)."""
+    out = expert(rows)
+    first: Tensor = out[0] if isinstance(out, tuple) else out
+    return first
 
 
 @dataclass(frozen=True)
@@ -85,10 +114,9 @@ class SharedExpert:
 
     def start(self) -> ExpertPass:
         """A pass over the tokens."""
-        return start_pass(self.form, [self.module], [(0, len(self.x_TD))])
+        return start_pass(self.form, [self.form.weights_of(self.module)], [(0, len(self.x_TD))])
 
 
-def start_pass(form: Form, experts: Sequence[nn.Module], spans: Sequence[Span]) -> ExpertPass:
+def start_pass(form: Form, weights: Sequence[Weights], spans: Sequence[Span]) -> ExpertPass:
     """A pass over each expert's span of stacked rows by the split mathematics of their form."""
-    weights = [form.weights_of(expert) for expert in experts]
     return GeluPass(weights, spans, form.approximate) if form.kind == "gelu" else SwiGLUPass(weights, spans)

@@ -7,12 +7,13 @@ they do not depend on how the rows arrived.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_moe_ep.kernels.linear import linear_grad_rows, linear_rows
 
@@ -219,15 +220,23 @@ class SwiGLUPass(KeptRows):
         sums.add("gate", x_nD, self.gradients(expert, 2)[0][here])
 
 
-class ModulePass:
-    """Any module: each run keeps its own graph until the backward pass.
+@dataclass(frozen=True)
+class Opaque:
+    """An expert of unknown mathematics: its function of rows [n, D], and the parameters that the function reads."""
+
+    call: Callable[[Tensor], Tensor]
+    parameters: Sequence[Tensor]
+
+
+class OpaquePass:
+    """Any function: each run keeps its own graph until the backward pass.
 
     Its products see one run of rows at a time, and autograd gives input and weight gradients together, so that weight
     gradients are summed run by run: between schedules all results agree up to rounding, not bit for bit. Recomputation
     around the layer does not free these graphs: it gives the same results, and saves no memory inside such experts.
     """
 
-    def __init__(self, experts: Sequence[nn.Module], keep_graph: bool) -> None:
+    def __init__(self, experts: Sequence[Opaque], keep_graph: bool) -> None:
         self.saved: list[Tensor] = []
         self.may_overwrite = False
         self._experts = experts
@@ -237,24 +246,19 @@ class ModulePass:
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         if not self._keep_graph:
-            y_nD.copy_(self._call(expert, x_nD))
+            y_nD.copy_(self._experts[expert].call(x_nD))
             return
         leaf_ND = x_nD.detach().clone().requires_grad_()
         # Saved as they are: a surrounding recomputation must not unpack this graph's tensors.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
-            out_ND = self._call(expert, leaf_ND)
+            out_ND = self._experts[expert].call(leaf_ND)
         y_nD.copy_(out_ND.detach())
         self._graphs[expert, rows.start, rows.stop] = (leaf_ND, out_ND)
-
-    def _call(self, expert: int, rows_ND: Tensor) -> Tensor:
-        out = self._experts[expert](rows_ND)
-        result_ND: Tensor = out[0] if isinstance(out, tuple) else out
-        return result_ND  # as DeepSpeed: a second output (a bias) is left out
 
     def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
         run, retain = (expert, rows.start, rows.stop), not self.may_overwrite
         leaf_ND, out_ND = self._graphs[run] if retain else self._graphs.pop(run)
-        trained = [p for p in self._experts[expert].parameters() if p.requires_grad]
+        trained = [p for p in self._experts[expert].parameters if p.requires_grad]
         dx_ND, *grads = torch.autograd.grad(out_ND, [leaf_ND, *trained], dy_nD, retain_graph=retain, allow_unused=True)
         dx_nD.copy_(torch.zeros_like(dx_nD) if dx_ND is None else dx_ND)
         known = self._grads.get(expert, [None] * len(grads))
@@ -264,7 +268,7 @@ class ModulePass:
         """Nothing: they came with the rows' own gradients."""
 
     def weight_grads(self, expert: int) -> list[Tensor | None]:
-        parameters = list(self._experts[expert].parameters())
+        parameters = self._experts[expert].parameters
         trained = [p for p in parameters if p.requires_grad]
         grads = dict(zip(map(id, trained), self._grads.pop(expert, [None] * len(trained)), strict=True))
         return [_in_type_of(p, grads.get(id(p))) for p in parameters]

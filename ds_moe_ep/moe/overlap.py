@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_moe_ep.comm.lanes import Lanes, Mark
 from ds_moe_ep.comm.transport import Message, Transport
-from ds_moe_ep.moe.experts import Experts, SharedExpert
+from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import Move, PieceRows, RowLayout
 from ds_moe_ep.recorder import NOT_RECORDED, Off, Recorder, Scope
 from ds_moe_ep.schedule import Kind, Op, Schedule
@@ -43,7 +43,7 @@ class Route:
 
 
 def run_experts(
-    rows_ND: Tensor, experts: Experts, route: Route, shared: SharedExpert | None = None
+    rows_ND: Tensor, experts: LocalExperts, route: Route, shared: SharedExpert | None = None
 ) -> tuple[Tensor, Tensor]:
     """The experts' outputs [N, D] for rows in send order, in the same order, and the shared expert's [T, D].
 
@@ -66,7 +66,7 @@ class _RunExperts(torch.autograd.Function):
         ctx: Any,
         rows_ND: Tensor,
         x_TD: Tensor,
-        experts: Experts,
+        experts: LocalExperts,
         shared: SharedExpert | None,
         route: Route,
         may_differentiate: bool,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.permute import RowMaps
-from ds_moe_ep.moe.router import Routing
+from ds_moe_ep.moe.router import Routes
 
 Counts = tuple[tuple[int, ...], ...]
 
@@ -43,7 +43,7 @@ class DispatchPlan:
 
 
 def make_plan(
-    routing: Routing,
+    routing: Routes,
     num_experts: int,
     transport: Transport,
     row_type: tuple[int, torch.dtype],
@@ -77,7 +77,7 @@ def make_plan(
 
 
 def _padded_plan(
-    routing: Routing, num_experts: int, transport: Transport, row_type: tuple[int, torch.dtype], sees_drift: bool
+    routing: Routes, num_experts: int, transport: Transport, row_type: tuple[int, torch.dtype], sees_drift: bool
 ) -> DispatchPlan:
     """Every expert gets `capacity` rows from every rank, padded where it was chosen less often."""
     capacity, is_kept_TK, place_TK = routing.capacity, routing.is_kept_TK, routing.place_TK

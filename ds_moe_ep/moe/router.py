@@ -23,22 +23,30 @@ JITTER = 1e-2  # relative width of the input noise, as DeepSpeed and Switch (arX
 TINY = 1e-9  # the least share of an expert whose bias outweighs its score
 
 
-@dataclass(frozen=True)
-class Routing:
-    """The router's answer for T tokens, K choices each, over E experts.
+@dataclass(frozen=True, kw_only=True)
+class Routes:
+    """Which experts T tokens visit, K choices each, and with what weight: what a dispatcher needs of any gate.
 
     `place_TK` is the row of a choice among those of its expert, from 0; it and `capacity` are None without a limit.
     `is_used_TK` is None where every choice takes part; `is_kept_TK` also leaves out what a capacity drops.
+    `weighs_rows`: weights multiply the rows on their way to the experts, not the results.
     """
 
     expert_ids_TK: Tensor
     weights_TK: Tensor
-    scores_TE: Tensor
-    logits_TE: Tensor
     is_used_TK: Tensor | None = None
     is_kept_TK: Tensor | None = None
     place_TK: Tensor | None = None
     capacity: int | None = None
+    weighs_rows: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(Routes):
+    """The router's answer: the routes, and the scores over E experts that they come from."""
+
+    scores_TE: Tensor
+    logits_TE: Tensor
 
     def chosen_TE(self, choices: slice = slice(None)) -> Tensor:
         """1 where a token chose an expert (before any drop), as the scores' type; no gradient."""
@@ -89,7 +97,16 @@ class Router(nn.Module):
                 )
                 is_kept_TK = place_TK < capacity
         weights_TK = self._weights(scores_TE.gather(1, expert_ids_TK), is_kept_TK)
-        routing = Routing(expert_ids_TK, weights_TK, scores_TE, logits_TE, is_used_TK, is_kept_TK, place_TK, capacity)
+        routing = Routing(
+            expert_ids_TK=expert_ids_TK,
+            weights_TK=weights_TK,
+            scores_TE=scores_TE,
+            logits_TE=logits_TE,
+            is_used_TK=is_used_TK,
+            is_kept_TK=is_kept_TK,
+            place_TK=place_TK,
+            capacity=capacity,
+        )
         if self.balance is not None and self.training:
             self.balance.observe(routing.chosen_TE())
         return routing

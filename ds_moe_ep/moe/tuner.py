@@ -31,7 +31,7 @@ from ds_moe_ep.comm.lanes import Lanes
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.moe.experts import Experts, SharedExpert
+from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.forms import keep
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.overlap import Buffers, Route, Steps, run, run_experts
@@ -127,7 +127,7 @@ class Trial:
     config: MoEConfig
     rows_ND: Tensor
     plan: DispatchPlan
-    experts: Experts
+    experts: LocalExperts
     transport: Transport
     torus: Torus
     lanes: Lanes
@@ -263,7 +263,7 @@ def _nothing(rows: object) -> None:
 
 
 @contextmanager
-def _undisturbed(experts: Experts, device: torch.device) -> Iterator[None]:
+def _undisturbed(experts: LocalExperts, device: torch.device) -> Iterator[None]:
     """Random numbers, and buffers of experts that have some, are afterwards what they were."""
     buffers = [(buffer, buffer.clone()) for buffer in experts.buffers()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

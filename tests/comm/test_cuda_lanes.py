@@ -17,8 +17,9 @@ from ds_moe_ep.comm.lanes import CudaLanes, Mark
 from ds_moe_ep.comm.transport import Message
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.moe import overlap
+from ds_moe_ep.moe.dispatcher import Links
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
-from ds_moe_ep.moe.layer import ExpertParallel, Links
+from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.schedule import Kind, Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.topology import Torus
 from tests.comm.recording_device import HOST_METHODS, RecordingDevice, RecordingTransport, RecordingWork
@@ -69,10 +70,10 @@ def run_layer(
     config = MoEConfig(num_experts=experts, ep_size=4, top_k=2, **{"schedule": "peers", **knobs})
     layer = ExpertParallel(8, template(8, 16), config, template(8, 16) if has_shared else None)
     layer.connect(make_transport(device, 4), TORUS)
-    assert layer._links is not None
-    links: Links = layer._links
-    layer._links = dataclasses.replace(links, forward=change(links.forward), backward=change(links.backward))
-    layer._lanes, layer._device = make_lanes(torch.device("cpu")), torch.device("cpu")
+    dispatcher = layer.dispatcher
+    links: Links = dispatcher.checked_links()
+    dispatcher.links = dataclasses.replace(links, forward=change(links.forward), backward=change(links.backward))
+    dispatcher.lanes, dispatcher._device = make_lanes(torch.device("cpu")), torch.device("cpu")
     x_TD = torch.randn(40, 8, requires_grad=True)
     with device:
         y_TD, loss, _ = layer(x_TD)

@@ -161,13 +161,13 @@ def steps_job() -> tuple[Any, ...]:
     from ds_moe_ep.recorder import Off
 
     engine = make_engine(meter_every=3)
-    layers = [engine.module.first.deepspeed_moe, engine.module.second.deepspeed_moe]
+    layers = [layer.deepspeed_moe.dispatcher for layer in (engine.module.first, engine.module.second)]
     states, losses = [], []
     for _ in range(7):
         states.append([(isinstance(layer.recorder, Off), layer.blocking) for layer in layers])
         losses += train(engine, 1)
     off = make_engine()
-    kept = [layer.deepspeed_moe.recorder for layer in (off.module.first, off.module.second)]
+    kept = [layer.deepspeed_moe.dispatcher.recorder for layer in (off.module.first, off.module.second)]
     return states, losses, train(off, 7), hasattr(off, "moe_ep_meter"), all(isinstance(r, Off) for r in kept)
 
 

@@ -27,7 +27,7 @@ def test_kept_rows_go_with_the_last_product_that_reads_them(
 ) -> None:
     form = recognise(expert)
     assert form is not None
-    started = start_pass(form, [expert], [(0, ROWS)])
+    started = start_pass(form, [form.weights_of(expert)], [(0, ROWS)])
     kept: dict[str, int] = {}
     add = GradSums.add
 

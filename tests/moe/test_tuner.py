@@ -48,8 +48,8 @@ def tokens(rows: int = TOKENS) -> Tensor:
 def choice_over(link_row_us: float) -> tuple[dict[str, Any], str]:
     layer = make_layer(link_row_us)
     layer(tokens())
-    assert layer.choice is not None
-    return layer.choice.to_dict(), layer._links.forward.name
+    assert layer.dispatcher.choice is not None
+    return layer.dispatcher.choice.to_dict(), layer.dispatcher.links.forward.name
 
 
 def test_a_slow_link_makes_every_rank_choose_the_same_overlapped_schedule() -> None:
@@ -85,7 +85,7 @@ def test_measuring_changes_no_result_and_leaves_no_gradient() -> None:
 def transfers_of_passes() -> tuple[list[int], bool]:
     """Transfers of: evaluation, the first training pass, the second, one after a restored choice."""
     layer = make_layer(0.0)
-    transport = Counting(layer._links.transport)
+    transport = Counting(layer.dispatcher.links.transport)
     layer.connect(transport, Torus(2, 2))
     counts = []
 
@@ -96,14 +96,14 @@ def transfers_of_passes() -> tuple[list[int], bool]:
 
     with torch.no_grad():
         run(layer.eval())
-    assert layer.choice is None, "evaluation measures nothing"
+    assert layer.dispatcher.choice is None, "evaluation measures nothing"
     run(layer.train())
     run(layer)
     other = make_layer(0.0)
     other.connect(transport, Torus(2, 2))
-    other.take_choice(layer.choice)
+    other.dispatcher.take_choice(layer.dispatcher.choice)
     run(other)
-    return counts, layer.choice == other.choice
+    return counts, layer.dispatcher.choice == other.dispatcher.choice
 
 
 def test_only_the_first_training_pass_without_a_choice_measures() -> None:
@@ -118,15 +118,15 @@ def choices_under_drift(watchers: tuple[int, ...]) -> list[int]:
     tuner.MIN_PASSES, tuner.SMOOTHING = 2, 1.0
     layer = make_layer(0.0, retune_drift=0.5)
     if dist.get_rank() not in watchers:
-        layer._drift = Drift(0.0)
+        layer.dispatcher.drift = Drift(0.0)
     passes, last = [], None
     for index in range(6):
         with torch.no_grad():
             layer.gate.wg.weight[3] += 100.0 * (index == 2)
         layer(tokens().abs())
-        if layer.choice is not last:
+        if layer.dispatcher.choice is not last:
             passes.append(index)
-            last = layer.choice
+            last = layer.dispatcher.choice
     return passes
 
 
@@ -145,7 +145,7 @@ def pass_with_rows(rows: tuple[int, ...]) -> tuple[dict[str, Any], bool]:
     for _ in range(2):
         y_TD, loss, _ = layer(x_TD)
         (y_TD.sum() + loss).backward()
-    return layer.choice.to_dict(), y_TD.shape == x_TD.shape and bool(x_TD.grad.isfinite().all())
+    return layer.dispatcher.choice.to_dict(), y_TD.shape == x_TD.shape and bool(x_TD.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("rows", [(41, 3, 0, 18), (0, 0, 0, 9), (0, 0, 0, 0)])
@@ -172,7 +172,7 @@ def state_after_a_pass(schedule: str) -> tuple[Tensor, list[Tensor]]:
     layer = ExpertParallel(D, Restless(), MoEConfig(num_experts=4, ep_size=4, schedule=schedule))
     layer.connect(open_transport([list(range(4))], layer.config), Torus(2, 2))
     if schedule == "auto":
-        layer.take_choice = lambda choice: None  # type: ignore[method-assign] (it measures, and stays serial)
+        layer.dispatcher.take_choice = lambda choice: None  # type: ignore[method-assign] (it measures, and stays serial)
     layer(tokens())
     return torch.get_rng_state(), [buffer.clone() for buffer in layer.buffers()]
 

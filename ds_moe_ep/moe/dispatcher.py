@@ -1,0 +1,179 @@
+"""Takes routed tokens to their experts and back: all that ties a layer to the ranks that share its experts.
+
+1. Plan: sort the N = T*K row copies by (destination rank, local expert), exchange counts in one small all-to-all, one
+   device-to-host sync for the sizes; none with a capacity (`plan.py`).
+2. Permute the rows into send order (`kernels/permute.py`).
+3. Run the schedule: send and receive rows, compute experts, send results back, overlapped (`overlap.py`). A shared
+   expert computes beside the near rows, under the far ones' transfers.
+4. Unpermute and weight the results.
+
+It knows no gate: whatever says which experts a token visits can use it, the package's router as well as the gates of
+layers that DeepSpeed made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ds_moe_ep.comm.lanes import Lanes, make_lanes
+from ds_moe_ep.comm.transport import Loopback, Transport
+from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.kernels.permute import permute, unpermute
+from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
+from ds_moe_ep.moe.layout import lay_out
+from ds_moe_ep.moe.overlap import Route, run_experts
+from ds_moe_ep.moe.plan import DispatchPlan, announce_bad_input, make_plan
+from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.tuner import Choice, Drift, Trial
+from ds_moe_ep.recorder import Off, Recorder
+from ds_moe_ep.schedule import Schedule, backward_schedule, forward_schedule
+from ds_moe_ep.topology import Torus
+
+
+@dataclass(frozen=True)
+class Links:
+    """What ties a layer to its group: the transport, and the schedules over the group's torus.
+
+    The controls are the same pieces at depth 0.
+    """
+
+    transport: Transport
+    forward: Schedule
+    backward: Schedule
+    control_forward: Schedule
+    control_backward: Schedule
+
+    @classmethod
+    def of(cls, config: MoEConfig, transport: Transport, torus: Torus) -> Links:
+        configs = (config, replace(config, depth=0))
+        schedules = [make(c, torus) for c in configs for make in (forward_schedule, backward_schedule)]
+        return cls(transport, *schedules)
+
+
+class Dispatcher:
+    """The dispatcher of one layer. With ep_size > 1 it needs `connect` before its first call."""
+
+    def __init__(self, config: MoEConfig, name: str = "") -> None:
+        self.config = config
+        self.name = name  # in the record and in errors
+        self.links = Links.of(config, Loopback(), Torus(1, 1)) if config.ep_size == 1 else None
+        self.lanes: Lanes | None = None
+        self.recorder: Recorder = Off()
+        self.blocking = False  # runs the control: the same pieces, nothing hidden, the same results bit for bit
+        self.choice: Choice | None = None  # of the schedule 'auto'
+        self.drift = Drift(config.retune_drift)
+        self._device: torch.device | None = None
+
+    def configure(self, config: MoEConfig) -> None:
+        """Takes other knobs than it was made with. Local; the number of experts and ep_size stay."""
+        own = self.config
+        assert (config.num_experts, config.ep_size) == (own.num_experts, own.ep_size), "these shape parameters"
+        self.config, self.choice = config, None
+        self.drift = Drift(config.retune_drift)
+        self._relink()
+
+    @property
+    def torus(self) -> Torus:
+        """Where the ranks of the layer's group stand; one rank before it is connected."""
+        return Torus(1, 1) if self.links is None else self.links.forward.torus
+
+    def connect(self, transport: Transport, torus: Torus | None = None) -> None:
+        """Takes its links. Local. `torus` places the group's ranks on nodes; by default all share one.
+
+        Raises ConfigError when the group's size is not ep_size.
+        """
+        if transport.size != self.config.ep_size:
+            raise ConfigError(
+                f"moe_ep.ep_size={self.config.ep_size}, but the layer is connected to a group of {transport.size} "
+                "ranks: pass the group of ep_size ranks that share its experts"
+            )
+        self.links = Links.of(self._resolved_config(), transport, torus or Torus(1, transport.size))
+
+    def take_choice(self, choice: Choice) -> None:
+        """Runs the schedule of a choice where the configuration says 'auto'. Local; every rank takes the same one."""
+        self.choice = choice
+        self._relink()
+
+    def _relink(self) -> None:
+        if self.links is not None:
+            self.links = Links.of(self._resolved_config(), self.links.transport, self.links.forward.torus)
+
+    def _resolved_config(self) -> MoEConfig:
+        """The configuration with the schedule that 'auto' stands for; serial until one is chosen."""
+        if self.config.schedule != "auto":
+            return self.config
+        return replace(self.config, **(self.choice.knobs if self.choice else {"schedule": "serial"}))
+
+    def checked_links(self) -> Links:
+        """The links. Raises EngineError before `connect`."""
+        if self.links is None:
+            raise EngineError(
+                f"moe_ep.ep_size={self.config.ep_size}: the layer has no expert-parallel group yet; pass the model "
+                "to deepspeed.initialize or ds_moe_ep.initialize, or call the layer's connect(transport)"
+            )
+        return self.links
+
+    def refuse(self, problem: str, device: torch.device, training: bool = True) -> NoReturn:
+        """Tells the peers, in the exchange of counts that they wait in, and raises ConfigError. Collective.
+
+        With a capacity on CUDA there is no exchange: the peers wait for rows until the group's time limit.
+        """
+        transport = self.checked_links().transport
+        if device.type == "cpu" or self.config.capacity(1, training) is None:
+            announce_bad_input(transport, self.config.num_local_experts, device)
+        raise ConfigError(problem)
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        routes: Routes,
+        experts: LocalExperts,
+        training: bool,
+        shared: SharedExpert | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted results [T, D], and the shared expert's outputs [T, D] (empty without one).
+
+        Collective over the expert group, forward and backward: every rank of the group calls it equally often.
+        """
+        links = self.checked_links()
+        row_type = (x_TD.shape[1], x_TD.dtype)
+        sees_drift = self.drift.is_beyond_bound()
+        plan = make_plan(routes, self.config.num_experts, links.transport, row_type, sees_drift)
+        if self.lanes is None or self._device != x_TD.device:
+            self.lanes, self._device = make_lanes(x_TD.device, links.transport.size), x_TD.device
+        rows_ND, weights_TK = permute(x_TD, plan.maps), routes.weights_TK
+        if routes.weighs_rows:
+            weight_of_row_N1 = weights_TK.flatten()[plan.maps.choice_of_row_N].unsqueeze(1)
+            rows_ND, weights_TK = (rows_ND * weight_of_row_N1).to(x_TD.dtype), torch.ones_like(weights_TK)
+        is_tuned = self.config.schedule == "auto" and links.transport.size > 1
+        if is_tuned and training and not torch.is_inference_mode_enabled():
+            links = self._tune(rows_ND, plan, experts, shared, self.lanes)
+        num_shared = 0 if shared is None else len(x_TD)
+        layout = lay_out(plan, links.forward.pieces, links.forward.torus, links.transport.rank, num_shared)
+        forward, backward = (
+            (links.control_forward, links.control_backward) if self.blocking else (links.forward, links.backward)
+        )
+        recorder = self.recorder if training else Off()
+        route = Route(layout, forward, backward, links.transport, self.lanes, recorder, self.name)
+        results_ND, shared_TD = run_experts(rows_ND, experts, route, shared)
+        return unpermute(results_ND, weights_TK, plan.maps), shared_TD
+
+    def _tune(
+        self, rows_ND: Tensor, plan: DispatchPlan, experts: LocalExperts, shared: SharedExpert | None, lanes: Lanes
+    ) -> Links:
+        """The links to use now: measured anew where there is no choice yet, or where some rank sees drift."""
+        assert self.links is not None
+        self.drift.see(plan.num_received)
+        if self.choice is None or plan.is_drift_seen:
+            if shared is not None:
+                shared = replace(shared, x_TD=shared.x_TD.detach())
+            transport = self.links.transport
+            trial = Trial(self.config, rows_ND.detach(), plan, experts, transport, self.torus, lanes, shared)
+            self.take_choice(trial.choose())
+            self.drift.restart()
+        return self.links
