@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ds_moe_ep.comm.groups import open_transport
     from ds_moe_ep.config import MODELS, SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
+    from ds_moe_ep.engine.hooks import OverlapHandle, attach_overlap
     from ds_moe_ep.engine.layer import MoE
     from ds_moe_ep.engine.pipeline import Pipeline, build_pipeline
     from ds_moe_ep.engine.seams import init_distributed
@@ -39,6 +40,7 @@ __all__ = [
     "MoEError",
     "ModelConfig",
     "ModelOutput",
+    "OverlapHandle",
     "Pipeline",
     "RankGrid",
     "Section",
@@ -46,6 +48,7 @@ __all__ = [
     "TopologyError",
     "Transformer",
     "__version__",
+    "attach_overlap",
     "build_pipeline",
     "build_transformer",
     "expert_index_of",
@@ -60,6 +63,7 @@ __all__ = [
 _HOMES = {
     "comm.groups": ("open_transport",),
     "config": ("MODELS", "SMALL", "SPECIFICATION", "Layout", "ModelConfig", "MoEConfig"),
+    "engine.hooks": ("OverlapHandle", "attach_overlap"),
     "engine.layer": ("MoE",),
     "engine.pipeline": ("Pipeline", "build_pipeline"),
     "engine.seams": ("init_distributed",),

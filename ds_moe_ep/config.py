@@ -86,6 +86,7 @@ class MoEConfig:
         "auto", "what moves rows: grouped isend/irecv, or all-to-all; 'auto' takes this where all ranks meet on a CPU"
     )
     meter_every: int = knob(0, "steps between two measurements of hidden communication; 0 measures none", 0)
+    attach: bool = knob(False, "initialize also hooks DeepSpeed's own MoE layers and AutoEP's (attach_overlap)")
     timeout_s: float = knob(600.0, "time limit of one transfer in seconds", 0.001)
 
     def __post_init__(self) -> None:

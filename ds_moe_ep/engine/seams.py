@@ -10,13 +10,16 @@ import functools
 import os
 import socket
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler
 from deepspeed.utils import groups, log_dist, logger
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
 from ds_moe_ep.errors import EngineError
@@ -31,6 +34,8 @@ GROUP_NAMES = (
     "_get_data_parallel_group",
     "mpu",
 )
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Lanes live and die with the DeepSpeed group that they run beside; layers of one model share them.
 _LANES: weakref.WeakKeyDictionary[dist.ProcessGroup, LaneGroups] = weakref.WeakKeyDictionary()
@@ -91,6 +96,17 @@ def lanes_beside(group: dist.ProcessGroup, all_groups: list[list[int]], timeout_
     return _LANES[group]
 
 
+def not_compiled(function: F) -> F:
+    """The function as torch.compile leaves it out of what it compiles around it."""
+    left_out: F = compiler.lazy_disable(function)
+    return left_out
+
+
+def tensor_parallel_size() -> int:
+    """Ranks of the tensor group that DeepSpeed was given; 1 without one."""
+    return int(bwc_tensor_model_parallel_world_size(groups.mpu)) if groups.mpu is not None else 1
+
+
 def num_pipeline_stages() -> int:
     """Stages of the pipeline that DeepSpeed was given; 1 without one."""
     for name in ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size"):
@@ -105,13 +121,19 @@ def data_parallel_group() -> dist.ProcessGroup:
     return group
 
 
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order. Collective over the world."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def compare_ranks(what: str, fingerprint: str) -> list[str]:
     """The host names of all ranks, once all ranks gave the same fingerprint. Collective over the world.
 
     Raises EngineError on every rank where they differ.
     """
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (fingerprint, socket.gethostname()))
+    gathered = gather((fingerprint, socket.gethostname()))
     fingerprints = [theirs for theirs, _ in gathered]
     odd = [rank for rank, theirs in enumerate(fingerprints) if theirs != fingerprints[0]]
     if odd:

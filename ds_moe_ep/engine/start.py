@@ -11,13 +11,13 @@ import deepspeed
 from torch import nn
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.after_step import after_each_step
-from ds_moe_ep.engine.checkpoint import guard_loading
-from ds_moe_ep.engine.choices import keep_choices
+from ds_moe_ep.engine.company import Company
+from ds_moe_ep.engine.hooked import TRAFFIC, HookedLayer, traffic_of
+from ds_moe_ep.engine.hooks import hook
 from ds_moe_ep.engine.layer import MoE, with_given_knobs
-from ds_moe_ep.engine.meter import OverlapMeter
+from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.errors import ConfigError, EngineError
-from ds_moe_ep.section import SECTION, load_ds_config, read_section
+from ds_moe_ep.section import SECTION, Section, load_ds_config, read_section
 from ds_moe_ep.training import read_training
 
 
@@ -35,6 +35,7 @@ def initialize(
     4. After each optimizer step, moves the balancing bias and reports the experts' load to the engine's monitor.
        What the schedule "auto" chose is told in the log and kept in checkpoints; `engine.moe_ep_layers` has the layers.
        With "meter_every" the engine also gets `moe_ep_meter`, an OverlapMeter, whose figures go there too.
+    5. With "attach", hooks the MoE layers that DeepSpeed or AutoEP made, as `attach_overlap` does.
 
     Collective over the world. The other arguments are deepspeed.initialize's. Raises ConfigError, TopologyError or
     EngineError on every rank.
@@ -50,33 +51,34 @@ def initialize(
         )
     ds_config = load_ds_config(source)
     section = read_section(ds_config)
-    layers = moe_layers(model)
-    if not layers:
+    own = moe_layers(model)
+    if not own and not section.moe.attach:
         raise EngineError(
-            f"model={type(model).__name__} has no ds_moe_ep.MoE layer: build it with one, or call "
-            "deepspeed.initialize for a dense model"
+            f"model={type(model).__name__} has no ds_moe_ep.MoE layer: build it with one, hook the MoE layers that it "
+            'has ("attach": true in the section), or call deepspeed.initialize for a dense model'
         )
-    for name, layer in layers.items():
+    for name, layer in own.items():
         layer.configure(with_given_knobs(layer.config, section.moe, section.given), f"{SECTION} ({name})")
         layer.deepspeed_moe.dispatcher.name = name
     seams.init_distributed()
     if kwargs.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
-        for layer in layers.values():
+        for layer in own.values():
             read_training(ds_config, layer.ep_size, deepspeed.comm.get_world_size())
     if args is not None and getattr(args, "deepspeed_config", None) is not None:
         args = copy.copy(args)
         args.deepspeed_config = None  # DeepSpeed takes one of the two; it was read into `config` above
     engine, *others = deepspeed.initialize(args=args, model=model, config=ds_config, **kwargs)
-    first = next(iter(layers.values()))
-    if first.config.meter_every:
-        engine.moe_ep_meter = OverlapMeter(layers, engine.device, first.config.meter_every)
-    engine.moe_ep_layers = layers
-    after_each_step(engine, layers)
-    guard_loading(engine, max(layer.ep_size for layer in layers.values()))
-    keep_choices(engine, layers)
+    hooked = hook(engine.module, traffic_of(section.moe)) if section.moe.attach else {}
+    layers: dict[str, OverlappedLayer] = {**own, **hooked}
+    if not layers:
+        raise EngineError(f"model={type(model).__name__}: no layer shares its experts over ranks; set ep_size above 1")
+    if not own:  # with layers of the package, the section speaks of theirs
+        check_routing(section, hooked)
+    Company(engine, layers)
+    first = next(iter(layers.values())).config
     seams.say(
         f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "
-        f"{first.config.schedule!r} with depth {first.config.depth}, transport {first.config.transport!r}"
+        f"{first.schedule!r} with depth {first.depth}, transport {first.transport!r}"
     )
     return (engine, *others)
 
@@ -84,3 +86,15 @@ def initialize(
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
     """The package's MoE layers in a model, by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+def check_routing(section: Section, hooked: Mapping[str, HookedLayer]) -> None:
+    """Raises ConfigError for a knob of the section that a hooked layer's own gate and experts contradict."""
+    for name, layer in hooked.items():
+        for knob in sorted(section.given - {*TRAFFIC, "attach"}):
+            value, actual = getattr(section.moe, knob), getattr(layer.config, knob)
+            if value != actual:
+                raise ConfigError(
+                    f"{SECTION}.{knob}={value!r}: the hooked layer {name} has {actual!r}, which hooks do not change; "
+                    "leave the knob out, or change the layer"
+                )

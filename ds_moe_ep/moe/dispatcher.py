@@ -13,8 +13,9 @@ layers that DeepSpeed made.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -118,15 +119,19 @@ class Dispatcher:
             )
         return self.links
 
-    def refuse(self, problem: str, device: torch.device, training: bool = True) -> NoReturn:
-        """Tells the peers, in the exchange of counts that they wait in, and raises ConfigError. Collective.
+    @contextmanager
+    def announcing(self, device: torch.device, training: bool) -> Iterator[None]:
+        """A scope before the exchange of counts: what fails in it is told to the peers, who wait there, and raised.
 
         With a capacity on CUDA there is no exchange: the peers wait for rows until the group's time limit.
         """
-        transport = self.checked_links().transport
-        if device.type == "cpu" or self.config.capacity(1, training) is None:
-            announce_bad_input(transport, self.config.num_local_experts, device)
-        raise ConfigError(problem)
+        try:
+            yield
+        except BaseException:
+            if device.type == "cpu" or self.config.capacity(1, training) is None:
+                with suppress(EngineError):  # the first failure is the one to tell
+                    announce_bad_input(self.checked_links().transport, self.config.num_local_experts, device)
+            raise
 
     def __call__(
         self,

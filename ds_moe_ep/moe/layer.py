@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.balance import router_loss
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.experts import Experts, SharedExpert
@@ -87,11 +88,10 @@ class ExpertParallel(nn.Module):
         their output is zero.
         """
         links = self.dispatcher.checked_links()
-        problem = self._problem(x, used_token)
-        if problem:
-            self.dispatcher.refuse(problem, self.gate.wg.weight.device, self.training)
-        x_TD = x.reshape(-1, self.hidden_size)
-        routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
+        with self.dispatcher.announcing(self.gate.wg.weight.device, self.training):
+            self._check_input(x, used_token)
+            x_TD = x.reshape(-1, self.hidden_size)
+            routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
         inside = replace(routing, weights_TK=self.region.enter(routing.weights_TK))
         y_TD = self.region.leave(self._dispatch(self.region.enter(x_TD), inside))
         loss = router_loss(routing, self.config, links.transport.sum, links.transport.size)
@@ -107,24 +107,25 @@ class ExpertParallel(nn.Module):
             return y_TD
         return y_TD + (self.shared(x_TD) if shared is None else shared_TD)
 
-    def _problem(self, x: Tensor, used_token: Tensor | None) -> str:
-        """What is wrong with an input, or an empty string."""
+    def _check_input(self, x: Tensor, used_token: Tensor | None) -> None:
+        """Raises ConfigError for an input that the layer cannot take."""
         dtype = self.experts.dtype or x.dtype
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
-            return (
+            raise ConfigError(
                 f"input.shape={tuple(x.shape)}: the layer was made for hidden_size={self.hidden_size}; the last "
                 "dimension must be that"
             )
         if x.device != self.gate.wg.weight.device:
-            return f"input.device={x.device}: the layer is on {self.gate.wg.weight.device}; move the input there"
+            raise ConfigError(
+                f"input.device={x.device}: the layer is on {self.gate.wg.weight.device}; move the input there"
+            )
         if x.dtype != dtype:
-            return (
+            raise ConfigError(
                 f"input.dtype={x.dtype}: the experts' parameters are {dtype}; cast the input or the model (inside "
                 "torch.autocast, call the layer outside of the region)"
             )
         if used_token is not None and used_token.numel() != x.numel() // self.hidden_size:
-            return (
+            raise ConfigError(
                 f"used_token.shape={tuple(used_token.shape)}: holds {used_token.numel()} entries for "
                 f"{x.numel() // self.hidden_size} tokens; give one a token"
             )
-        return ""

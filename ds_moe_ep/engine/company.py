@@ -1,0 +1,45 @@
+"""What goes along with an engine: the meter, the balancing bias, choices in log and checkpoints, the guard on loading.
+
+All of it wraps methods of the one engine; `leave` gives the engine its own ones back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ds_moe_ep.engine.after_step import after_each_step
+from ds_moe_ep.engine.checkpoint import guard_loading
+from ds_moe_ep.engine.choices import keep_choices
+from ds_moe_ep.engine.layers import OverlappedLayer
+from ds_moe_ep.engine.meter import OverlapMeter
+from ds_moe_ep.errors import EngineError
+
+METHODS = ("forward", "step", "save_checkpoint", "load_checkpoint")
+ATTRIBUTES = ("moe_ep_layers", "moe_ep_meter")
+
+
+class Company:
+    """The company of one engine and its layers. Local, but for what the wrapped methods do."""
+
+    def __init__(self, engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
+        if "moe_ep_layers" in vars(engine):
+            raise EngineError(
+                f"engine.moe_ep_layers={list(engine.moe_ep_layers)}: the engine has the company of these layers; "
+                'remove their hooks first, or give ds_moe_ep.initialize all layers at once ("attach": true)'
+            )
+        self._engine = engine
+        self._before = {name: vars(engine)[name] for name in METHODS if name in vars(engine)}
+        first = next(iter(layers.values()))
+        if first.config.meter_every:
+            engine.moe_ep_meter = OverlapMeter(layers, engine.device, first.config.meter_every)
+        engine.moe_ep_layers = layers
+        after_each_step(engine, layers)
+        guard_loading(engine, max(layer.ep_size for layer in layers.values()))
+        keep_choices(engine, layers)
+
+    def leave(self) -> None:
+        """Gives the engine its own methods back."""
+        for name in (*METHODS, *ATTRIBUTES):
+            vars(self._engine).pop(name, None)
+        vars(self._engine).update(self._before)

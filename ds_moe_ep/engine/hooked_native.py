@@ -1,0 +1,140 @@
+"""DeepSpeed's own layer, hooked: its gate says who visits whom, the dispatcher moves the rows.
+
+The gate (`TopKGate`) is called as DeepSpeed calls it, its losses and counters are handed on, and its sparse routes are
+read. With a capacity, padded rows travel as DeepSpeed sends them; a dropless gate pads every expert to the fullest one
+of all ranks, which is not sent here.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.moe.sharded_moe import MOE_TIMER, MOELayer, TopKGate
+from torch import Tensor, nn
+
+from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, output_dtype, splits_by_hand
+from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
+from ds_moe_ep.moe.experts import LocalExperts, first_output
+from ds_moe_ep.moe.forms import Opaque
+from ds_moe_ep.moe.recognise import recognise
+from ds_moe_ep.moe.router import Routes
+
+
+class HookedNative(HookedLayer):
+    """`deepspeed.moe.layer.MoE` with the package's traffic."""
+
+    def __init__(self, name: str, moe: DeepSpeedMoE, traffic: dict[str, Any]) -> None:
+        gate: TopKGate = moe.deepspeed_moe.gate
+        config = MoEConfig(
+            num_experts=moe.num_experts,
+            ep_size=moe.ep_size,
+            top_k=gate.k,
+            capacity_factor=gate.capacity_factor if gate.drop_tokens else None,
+            eval_capacity_factor=gate.eval_capacity_factor if gate.drop_tokens else None,
+            min_capacity=gate.min_capacity,
+            **traffic,
+        )
+        super().__init__("deepspeed.moe.layer.MoE", name, config)
+        self.group = moe.deepspeed_moe.ep_group
+        self._layer: MOELayer = moe.deepspeed_moe
+        experts = list(self._layer.experts.deepspeed_experts)
+        forms = [recognise(expert) for expert in experts]
+        self.form = forms[0] if all(form == forms[0] for form in forms) else None
+
+    @staticmethod
+    def problem_of(moe: DeepSpeedMoE) -> str:
+        """Why the layer cannot be hooked, or an empty string."""
+        layer = moe.deepspeed_moe
+        if isinstance(layer, OverlappedMOELayer):
+            return "it is hooked already; call the handle's remove() first"
+        if type(layer) is not MOELayer or "forward" in vars(layer):
+            return f"its exchange is {type(layer).__name__}.forward, not DeepSpeed's MOELayer; hook plain layers"
+        if not isinstance(layer.gate, TopKGate):
+            return f"its gate is {type(layer.gate).__name__}; routes are read from DeepSpeed's TopKGate alone"
+        if layer.use_tutel:
+            return "use_tutel=True: Tutel packs its rows; make the layer with use_tutel=False"
+        if seams.tensor_parallel_size() > 1:
+            return (
+                f"tensor parallelism over {seams.tensor_parallel_size()} ranks drops and gathers its tokens; hook "
+                "models without it"
+            )
+        if layer.ep_group is None:
+            return "it has no expert-parallel group yet; call deepspeed.initialize first"
+        return ""
+
+    def attach(self) -> None:
+        become(self._layer, OverlappedMOELayer, self)
+
+    def remove(self) -> None:
+        become_again(self._layer, MOELayer)
+
+
+class OverlappedMOELayer(MOELayer):
+    """`MOELayer` whose exchange is a schedule."""
+
+    overlap: HookedNative
+
+    @seams.not_compiled
+    def forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
+        """Tokens [..., D] to tokens [..., D]; sets `l_aux` and `exp_counts`. Collective over the expert group."""
+        with self._timed():
+            x, used_token = input[0], input[1] if len(input) > 1 else None
+            hooked, name = self.overlap, self.overlap.dispatcher.name
+            is_local = self.gate.drop_tokens  # a dropless gate has an exchange of its own, in which its peers wait
+            with hooked.dispatcher.announcing(x.device, self.training) if is_local else nullcontext():
+                check_width(x, self.gate.wg.weight.shape[1], name)
+                x_TD = x.reshape(-1, x.shape[-1])
+                answer = self.gate(x_TD, used_token, True, False)
+            self.l_aux, capacity, _, experts_KT, places_KT, weights_KT, self.exp_counts = answer
+            routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity) if is_local else None)
+            hooked.last_counts_E = self.exp_counts.to(torch.int64)
+            y_TD, _ = hooked.dispatcher(x_TD, routes, self._local_experts(x), self.training)
+            return y_TD.to(output_dtype(x)).reshape(x.shape)
+
+    def _local_experts(self, x: Tensor) -> LocalExperts:
+        experts = list(self.experts.deepspeed_experts)
+        form, parameter = self.overlap.form, next(self.experts.parameters(), None)
+        if form is not None and parameter is not None and splits_by_hand(x, parameter):
+            return KnownExperts(form, [form.weights_of(expert) for expert in experts])
+        opaque = [Opaque(partial(call_as_deepspeed, expert), list(expert.parameters())) for expert in experts]
+        return OpaqueExperts(opaque, list(self.experts.buffers()))
+
+    def _timed(self) -> AbstractContextManager[Any]:
+        """DeepSpeed's timer of the whole layer; the two of its exchanges stay 0, since nothing waits there."""
+        return _Timer(self) if self.wall_clock_breakdown else nullcontext()
+
+
+class _Timer(AbstractContextManager[None]):
+    def __init__(self, layer: MOELayer) -> None:
+        self._layer = layer
+
+    def __enter__(self) -> None:
+        self._layer.timers(MOE_TIMER).start()
+
+    def __exit__(self, *_: object) -> None:
+        self._layer.timers(MOE_TIMER).stop()
+        self._layer.time_moe = self._layer.timers(MOE_TIMER).elapsed(reset=False)
+
+
+def routes_of(experts_KT: Tensor, places_KT: Tensor, weights_KT: Tensor, capacity: int | None) -> Routes:
+    """The gate's sparse routes: an expert below 0 stands for a choice that is left out."""
+    ids_TK, is_kept_TK = experts_KT.t().long(), experts_KT.t() >= 0
+    return Routes(
+        expert_ids_TK=ids_TK,
+        weights_TK=weights_KT.t(),
+        is_used_TK=is_kept_TK,
+        is_kept_TK=is_kept_TK,
+        place_TK=None if capacity is None else places_KT.t().long(),
+        capacity=capacity,
+    )
+
+
+def call_as_deepspeed(expert: nn.Module, rows_nD: Tensor) -> Tensor:
+    """The expert's outputs for rows, which it sees as DeepSpeed shows them: [1, 1, n, D]."""
+    return first_output(expert, rows_nD[None, None]).reshape(len(rows_nD), -1)

@@ -1,0 +1,43 @@
+"""Experts that live in somebody else's layer: their parameters stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from ds_moe_ep.moe.experts import start_pass
+from ds_moe_ep.moe.forms import ExpertPass, Opaque, OpaquePass, Span, Weights
+from ds_moe_ep.moe.recognise import Form
+
+
+class KnownExperts:
+    """Experts of a known form, given by their weights: a mapping an expert, in the order of its gradients."""
+
+    def __init__(self, form: Form, weights: Sequence[Weights]) -> None:
+        self._form, self._weights = form, weights
+
+    def expert_parameters(self) -> list[Tensor]:
+        return [tensor for named in self._weights for tensor in named.values() if tensor is not None]
+
+    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
+        return start_pass(self._form, self._weights, spans)
+
+    def buffers(self) -> Iterator[Tensor]:
+        return iter(())
+
+
+class OpaqueExperts:
+    """Experts of unknown mathematics, and the state that calling them may change."""
+
+    def __init__(self, experts: Sequence[Opaque], buffers: Sequence[Tensor] = ()) -> None:
+        self._experts, self._buffers = experts, buffers
+
+    def expert_parameters(self) -> list[Tensor]:
+        return [parameter for expert in self._experts for parameter in expert.parameters]
+
+    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
+        return OpaquePass(self._experts, keep_graph)
+
+    def buffers(self) -> Iterator[Tensor]:
+        return iter(self._buffers)
