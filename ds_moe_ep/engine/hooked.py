@@ -79,10 +79,10 @@ def splits_by_hand(x: Tensor, parameter: Tensor) -> bool:
     return x.dtype == parameter.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
-def output_dtype(x: Tensor) -> torch.dtype:
-    """The type of what the experts' last Linear gives."""
+def output_dtype(x: Tensor, ends_in_linear: bool) -> torch.dtype:
+    """The type of the experts' outputs: under autocast a Linear's; where the last step is unknown nothing is cut off."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if ends_in_linear and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def traffic_of(config: MoEConfig) -> dict[str, object]:

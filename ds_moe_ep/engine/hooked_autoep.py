@@ -99,7 +99,7 @@ class OverlappedGroupedExperts(GroupedExperts):
     def forward(self, x_TD: Tensor, routes: Routes) -> Tensor:
         """The weighted results [T, D]."""
         y_TD, _ = self.overlap.dispatcher(x_TD, routes, self._local_experts(x_TD), self.training)
-        return y_TD.to(output_dtype(x_TD))
+        return y_TD.to(output_dtype(x_TD, ends_in_linear=True))
 
     def _local_experts(self, x_TD: Tensor) -> LocalExperts:
         each = zip(self.w1.unbind(), self.w3.unbind(), self.w2.unbind(), strict=True)

@@ -95,7 +95,7 @@ class OverlappedMOELayer(MOELayer):
             routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity) if is_local else None)
             hooked.last_counts_E = self.exp_counts.to(torch.int64)
             y_TD, _ = hooked.dispatcher(x_TD, routes, self._local_experts(x), self.training)
-            return y_TD.to(output_dtype(x)).reshape(x.shape)
+            return y_TD.to(output_dtype(x, hooked.form is not None)).reshape(x.shape)
 
     def _local_experts(self, x: Tensor) -> LocalExperts:
         experts = list(self.experts.deepspeed_experts)
