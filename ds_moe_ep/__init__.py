@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ds_moe_ep.comm.callbacks import TransferCallback, TransferMessage
     from ds_moe_ep.comm.groups import open_transport
     from ds_moe_ep.config import MODELS, SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
     from ds_moe_ep.engine.hooks import OverlapHandle, attach_overlap
@@ -46,6 +47,8 @@ __all__ = [
     "Section",
     "SwiGLU",
     "TopologyError",
+    "TransferCallback",
+    "TransferMessage",
     "Transformer",
     "__version__",
     "attach_overlap",
@@ -61,6 +64,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "comm.callbacks": ("TransferCallback", "TransferMessage"),
     "comm.groups": ("open_transport",),
     "config": ("MODELS", "SMALL", "SPECIFICATION", "Layout", "ModelConfig", "MoEConfig"),
     "engine.hooks": ("OverlapHandle", "attach_overlap"),

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "scaling": "EP = 1, 2, 4, 8, 16, and the specification's scaling laws",
     "layer": "one layer against DeepSpeed's own and the matmuls alone",
     "overlap": "schedules of one layer on shaped links",
+    "soak": "many steps whose routing drifts and bursts: memory, handles, determinism",
 }
 
 
@@ -37,11 +38,13 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser; each command stores its function as `run`."""
     parser = argparse.ArgumentParser(
         prog="ds-moe-ep",
-        description="Expert-parallel MoE layers for DeepSpeed. No command here starts a device or needs one.",
+        description="Expert-parallel MoE layers for DeepSpeed. No command here needs a device.",
     )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     parser.add_argument("--version", action="version", version=f"ds-moe-ep {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_check_config(commands)
+    _add_doctor(commands)
     knobs = commands.add_parser(
         "knobs",
         help="print every knob as a Markdown table",
@@ -101,6 +104,32 @@ def _add_check_config(commands: argparse._SubParsersAction[argparse.ArgumentPars
     )
     check.add_argument("--json", action="store_true", help="print JSON instead of tables")
     check.set_defaults(run=run_check_config)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="tell what is installed and usable here, and how the links between ranks do",
+        description=(
+            "Looks at libraries, machine, environment variables and a ds_config, and lets ranks send and receive for a "
+            "few seconds: one verdict a line, with the way out. Ranks are started here, on GPUs where there are "
+            "enough; in a job of a launcher (deepspeed --module, torchrun -m, mpirun) the job's ranks are taken, "
+            "and rank 0 prints. Exits with 1 where something keeps the run from working."
+        ),
+        epilog="example: deepspeed --hostfile hosts --module ds_moe_ep doctor --config ds_configs/ep16.json",
+    )
+    doctor.add_argument("--config", metavar="DS_CONFIG", help="a ds_config whose run should work here")
+    doctor.add_argument("--world-size", type=int, metavar="RANKS", help="ranks of its job, as in check-config")
+    doctor.add_argument(
+        "--ranks", type=int, help="ranks started here for links (default: ep_size of the config, up to 4)"
+    )
+    doctor.add_argument("--seconds", type=float, default=5.0, help="time that all links together take (default: 5)")
+    doctor.add_argument(
+        "--wait", type=float, default=60.0, metavar="SECONDS", help="time for ranks to come up (default: 60)"
+    )
+    doctor.add_argument("--no-links", action="store_true", help="start no ranks and send nothing")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    doctor.set_defaults(run=run_doctor)
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -174,6 +203,25 @@ def run_check_config(parsed: argparse.Namespace) -> int:
 
     print_check(check)
     return 0
+
+
+def run_doctor(parsed: argparse.Namespace) -> int:
+    """Prints the doctor's verdicts; 1 where there is a problem, 130 after Ctrl-C."""
+    from ds_moe_ep.doctor.command import Options, run
+
+    options = Options(
+        config=parsed.config,
+        world_size=parsed.world_size,
+        ranks=parsed.ranks,
+        seconds=parsed.seconds,
+        start_s=parsed.wait,
+        links=not parsed.no_links,
+        json=parsed.json,
+    )
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        return 130
 
 
 def run_knobs(parsed: argparse.Namespace) -> int:

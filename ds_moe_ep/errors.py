@@ -4,6 +4,7 @@
     ├── ConfigError      a knob has a value that cannot work        (also a ValueError)
     ├── TopologyError    ranks, groups and experts do not fit       (also a ValueError)
     └── EngineError      DeepSpeed, a group or a rank is not as the layer needs it  (also a RuntimeError)
+        └── PeerError    another rank did not answer, went, or failed
 
 Every message has the form `path=value: the rule; the way out`.
 """
@@ -28,6 +29,10 @@ class TopologyError(MoEError, ValueError):
 
 class EngineError(MoEError, RuntimeError):
     """DeepSpeed, a process group or another rank is not as the layer needs it."""
+
+
+class PeerError(EngineError):
+    """Another rank did not answer, went, or failed: the message says which one, in what, and why."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ds_moe_ep.comm.collective import Collective
 from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.pairwise import Pairwise
-from ds_moe_ep.comm.transport import Message, Transfer
+from ds_moe_ep.comm.transport import NO_TAGS, Message, Transfer
+from ds_moe_ep.timeline import Tags
 
 
 class Automatic(Pairwise):
@@ -20,7 +21,7 @@ class Automatic(Pairwise):
         super().__init__(groups, timeout_s)
         self._collective = Collective(groups, timeout_s)
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         if len(sends) == self.size and not sends[0].buffer_RD.is_cuda:
-            return self._collective.start(lane, sends, receives)
-        return super().start(lane, sends, receives)
+            return self._collective.start(lane, sends, receives, tags)
+        return super().start(lane, sends, receives, tags)

@@ -6,16 +6,19 @@ are sent from their places and received into them; else they go through buffers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.comm.group_transport import GroupTransport, wait_for
-from ds_moe_ep.comm.transport import Done, Message, Transfer
+from ds_moe_ep.comm.group_transport import Bytes, GroupTransport, wait_for
+from ds_moe_ep.comm.signs import Place
+from ds_moe_ep.comm.transport import NO_TAGS, Done, Message, Transfer
+from ds_moe_ep.timeline import Tags
 
 
 class Exchange:
@@ -23,21 +26,28 @@ class Exchange:
 
     def __init__(
         self,
+        transport: GroupTransport,
+        place: Place,
         work: dist.Work,
         buffers: tuple[Tensor, Tensor],
         receives: Sequence[Message],
-        what: str,
-        timeout: timedelta | None,
+        owed: Callable[[], Bytes],
     ) -> None:
-        self._work = work
+        self._transport, self._place, self._work = transport, place, work
         self._buffers = buffers
         self._receives = receives
-        self._what = what
-        self._timeout = timeout
+        self._owed = owed
 
     def wait(self) -> None:
-        wait_for(self._work, self._what, self._timeout)
-        _, received = self._buffers
+        transport, place = self._transport, self._place
+        sent, received = self._buffers
+        transport.watch.enters(place)
+        try:
+            wait_for(self._work, None if sent.is_cuda else transport.time_left(place))
+        except RuntimeError as error:
+            raise transport.failure(place, error, self._owed()) from error
+        finally:
+            transport.watch.leaves()
         start = 0
         for message in self._receives:
             message.rows.copy_(received[start : start + len(message)])
@@ -48,27 +58,38 @@ class Exchange:
 class Collective(GroupTransport):
     """One all-to-all a transfer; peers that are not in it get zero rows."""
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
+        place = self.begin(tags, lane)
         if all(message.peer == self.rank for message in sends):
             self.keep_own(sends, receives)
             return Done()
         sends, receives = (sorted(messages, key=lambda m: m.peer) for messages in (sends, receives))
+        place.waits_for = self.members([message.peer for message in receives if message.peer != self.rank])
         sent, received = side_by_side(sends), side_by_side(receives)
         if sent is None:
             sent = torch.cat([message.rows for message in sends])
         elsewhere = () if received is not None else receives
         if received is None:
             received = sent.new_empty(sum(map(len, receives)), sent.shape[1])
-        work = dist.all_to_all_single(
-            received,
-            sent,
-            self._splits(receives),
-            self._splits(sends),
-            group=self._groups.lanes[lane],
-            async_op=True,
-        )
-        what = f"{lane} all-to-all of rank {self.rank} of the expert-parallel group"
-        return Exchange(work, (sent, received), elsewhere, what, self.limit(sent))
+        owed = partial(self._owed, receives, sends)
+        try:
+            work = dist.all_to_all_single(
+                received,
+                sent,
+                self._splits(receives),
+                self._splits(sends),
+                group=self._groups.lanes[lane],
+                async_op=True,
+            )
+        except RuntimeError as error:  # a connection is closed already
+            raise self.failure(place, error, owed()) from error
+        return Exchange(self, place, work, (sent, received), elsewhere, owed)
+
+    def _owed(self, receives: Sequence[Message], sends: Sequence[Message]) -> Bytes:
+        """All that is not this rank's own, from any rank: an all-to-all does not tell who holds it up."""
+        receives, sends = ([m for m in messages if m.peer != self.rank] for messages in (receives, sends))
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        return replace(Bytes.of(receives, sends), peers=others, is_joint=True)
 
     def _splits(self, messages: Sequence[Message]) -> list[int]:
         splits = [0] * self.size

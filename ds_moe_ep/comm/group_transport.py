@@ -1,16 +1,44 @@
-"""What the transports over process groups share: the small collectives, and waiting with a time limit."""
+"""What the transports over process groups share: the small collectives, time limits, and the errors of failed waits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm.lane_groups import LaneGroups
-from ds_moe_ep.comm.transport import Message
-from ds_moe_ep.errors import EngineError
+from ds_moe_ep.comm.signs import Place
+from ds_moe_ep.comm.transport import NO_TAGS, Message
+from ds_moe_ep.comm.verdict import ranks_named
+from ds_moe_ep.errors import PeerError
+from ds_moe_ep.timeline import Tags
+
+SHORT = timedelta(milliseconds=1)
+CLOCK_S = 0.05  # by how much a wait may end before its limit
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What a transfer still owes, for an error."""
+
+    peers: Sequence[int]  # in the group
+    expected: int
+    to_send: int
+    is_joint: bool = False  # all of the group move at once, and each waits for every other
+
+    @classmethod
+    def of(cls, receives: Sequence[Message], sends: Sequence[Message]) -> Bytes:
+        peers = sorted({message.peer for message in (*sends, *receives)})
+        return cls(peers, sum(m.num_bytes for m in receives), sum(m.num_bytes for m in sends))
+
+    def __str__(self) -> str:
+        return f"{self.expected:,} bytes expected, {self.to_send:,} bytes to send"
 
 
 class GroupTransport:
@@ -19,13 +47,10 @@ class GroupTransport:
     def __init__(self, groups: LaneGroups, timeout_s: float) -> None:
         self.rank = groups.rank
         self.size = groups.size
+        self.ranks: Sequence[int] = groups.ranks
+        self.watch = groups.watch
         self._groups = groups
-        self._timeout = timedelta(seconds=timeout_s)
-
-    def limit(self, rows: Tensor) -> timedelta | None:
-        """How long a wait for `rows` may block the host. None on CUDA, where waiting must order streams and nothing
-        else: NCCL would poll under a limit of ours, and its watchdog holds the group's own."""
-        return None if rows.is_cuda else self._timeout
+        self._timeout_s = timeout_s
 
     def keep_own(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Copies the rows that stay on this rank."""
@@ -33,22 +58,83 @@ class GroupTransport:
         for sent, received in zip(*own, strict=True):
             received.rows.copy_(sent.rows)
 
-    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
-        return self._groups.exchange_counts(counts_PC)
+    def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
+        with self._joined(tags, "exchange of counts", counts_PC):
+            return self._groups.exchange_counts(counts_PC)
 
     def sum(self, values: Tensor) -> Tensor:
-        return self._groups.sum(values)
+        with self._joined(NO_TAGS, "sum over the group", values):
+            return self._groups.sum(values)
+
+    @contextmanager
+    def _joined(self, tags: Tags, op: str, values: Tensor) -> Iterator[None]:
+        """A small collective of the whole group, whose limit is the group's own."""
+        place = self.begin(tags, op)
+        others = [peer for peer in range(self.size) if peer != self.rank]
+        place.waits_for = self.members(others)
+        self.watch.enters(place)
+        try:
+            yield
+        except RuntimeError as error:
+            num_bytes = values.numel() * values.element_size()
+            raise self.failure(place, error, Bytes(others, num_bytes, num_bytes, is_joint=True)) from error
+        finally:
+            self.watch.leaves()
+
+    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
+        place = str(Place(tags, "pass", 0.0))
+        self.watch.report(error, place)
+        self._groups.standing.end(f"{place} ended with {type(error).__name__}: {error}")
+
+    def explain(self, peers: Sequence[int]) -> str:
+        return self.watch.explain(self.members(peers))
+
+    def begin(self, tags: Tags, op: str) -> Place:
+        """Where this rank is from now on. Raises PeerError where the lanes are not in use any more."""
+        place, failure = Place(tags, op, time.monotonic()), self._groups.standing.failure
+        if failure is not None:
+            raise PeerError(
+                f"{place}: the lanes of {ranks_named(self.ranks)} are closed since the first failure on them, lest a "
+                f"retry reads rows of the pass before: {failure}; start the job again from its last checkpoint"
+            )
+        return place
+
+    def members(self, peers: Sequence[int]) -> list[int]:
+        """Ranks of the group as ranks of the world."""
+        return [self.ranks[peer] for peer in peers]
+
+    def time_left(self, place: Place) -> timedelta:
+        """What remains of the time limit of an op; never nothing, which would be no limit to gloo."""
+        return max(timedelta(seconds=place.since_s + self._timeout_s - time.monotonic()), SHORT)
+
+    def failure(self, place: Place, error: RuntimeError, owed: Bytes) -> PeerError:
+        """The error of a transfer that `error` ended, and the end of the lanes with it."""
+        first = self._groups.standing.failure
+        is_late = time.monotonic() - place.since_s > self._timeout_s - CLOCK_S
+        what = f"did not answer rank {self.ranks[self.rank]}"
+        if is_late:
+            what += f" within {self._timeout_s:g} s"
+        elif first is None:
+            what += f": {_reason(error)}"
+        why = first or self.explain(owed.peers)
+        who = ranks_named(self.members(owed.peers))
+        text = f"{place}: {'one of ' if owed.is_joint and self.size > 2 else ''}{who} {what} ({owed})"
+        text += f"; {why}" if why else ""
+        failure = PeerError(text + (f"; moe_ep.timeout_s={self._timeout_s:g} sets the limit" if is_late else ""))
+        self.watch.report(failure, str(place))
+        self._groups.standing.end(text)
+        return failure
 
 
-def wait_for(work: dist.Work, what: str, timeout: timedelta | None) -> None:
-    """Waits for `work`. Raises EngineError, naming `what`, when it fails or takes longer than `timeout`."""
-    try:
-        if timeout is None:
-            work.wait()
-        else:
-            work.wait(timeout)
-    except RuntimeError as error:
-        raise EngineError(
-            f"{what} failed: {error}; a peer ended, stalled, or sent another size. Look for the first error of "
-            "another rank; moe_ep.timeout_s sets the time limit"
-        ) from error
+def _reason(error: RuntimeError) -> str:
+    """The first sentence of a communicator's error, without the place in its source."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0][:200]
+
+
+def wait_for(work: dist.Work, limit: timedelta | None) -> None:
+    """Waits for `work`, at most for the limit; on CUDA there is none, where waiting must order streams and no more."""
+    if limit is None:
+        work.wait()
+    else:
+        work.wait(limit)

@@ -9,18 +9,19 @@ from ds_moe_ep.comm.collective import Collective
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
 from ds_moe_ep.comm.pairwise import Pairwise
 from ds_moe_ep.comm.transport import Loopback, Transport
+from ds_moe_ep.comm.watch import Watch
 from ds_moe_ep.config import MoEConfig
 
 
-def open_transport(groups: Sequence[Sequence[int]], config: MoEConfig) -> Transport:
+def open_transport(groups: Sequence[Sequence[int]], config: MoEConfig, watch: Watch | None = None) -> Transport:
     """The transport of this rank's expert-parallel group, on new communicators.
 
     Collective over the world: every rank passes the same groups of global ranks, which partition the world. Groups of
-    one rank get a loopback and open nothing.
+    one rank get a loopback and open nothing. Without a watch of the caller's (`open_watch`) the transport has its own.
     """
     if all(len(group) == 1 for group in groups):
         return Loopback()
-    return transport_over(open_lanes(groups, config.timeout_s), config)
+    return transport_over(open_lanes(groups, config.timeout_s, watch), config)
 
 
 def transport_over(lanes: LaneGroups, config: MoEConfig) -> Transport:

@@ -10,17 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_moe_ep.comm.standing import Standing
 from ds_moe_ep.comm.transport import LANES
+from ds_moe_ep.comm.watch import Watch, open_watch
 from ds_moe_ep.errors import EngineError, TopologyError
 
 
 @dataclass(frozen=True)
 class LaneGroups:
-    """One process group a lane, over the same ranks in the same order."""
+    """One process group a lane, over the same ranks in the same order; whether they may be used, and who watches."""
 
     rank: int
     ranks: tuple[int, ...]
     lanes: Mapping[str, dist.ProcessGroup]
+    standing: Standing
+    watch: Watch
 
     @property
     def size(self) -> int:
@@ -39,8 +43,10 @@ class LaneGroups:
         return total
 
 
-def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float) -> LaneGroups:
+def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float, watch: Watch | None = None) -> LaneGroups:
     """New communicators for every group of global ranks; returns those of this rank's own group.
+
+    Without a watch of the caller's they get one of their own.
 
     Collective over the world: every rank passes the same groups, which partition the world. Raises EngineError
     before torch.distributed is up, and TopologyError on every rank where the groups are no partition.
@@ -68,4 +74,7 @@ def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float) -> LaneGroups:
         dist.barrier(
             group=lane_group
         )  # NCCL wants every rank in a group's first call; later transfers may leave some out
-    return LaneGroups(mine.index(rank), mine, lanes)
+    standing = Standing(mine.index(rank), mine, lanes.values())
+    watch = watch or open_watch(timeout_s)
+    watch.guards(standing)
+    return LaneGroups(mine.index(rank), mine, lanes, standing, watch)

@@ -66,27 +66,50 @@ class _Passed:
         return None
 
 
+class _Pass:
+    """Whether the jobs of one pass may still start. The first that fails drops the others, on every lane: what started
+    behind it would meet the peers' transfer before."""
+
+    def __init__(self) -> None:
+        self.is_dropped = False
+        self._failed: weakref.ref[_Job] | None = None  # its error's traceback holds tensors
+
+    def drop(self, failed: _Job | None = None) -> None:
+        if failed is not None and self._failed is None:
+            self._failed = weakref.ref(failed)
+        self.is_dropped = True
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the first job met that failed."""
+        failed = None if self._failed is None else self._failed()
+        return None if failed is None else failed.error
+
+
 class _Job:
     """An op on a lane's threads, and its mark. Waiting for it raises what the threads have met."""
 
-    def __init__(self, after: Sequence[Mark], work: Work, scope: Scope, is_dropped: Callable[[], bool]) -> None:
-        self._after, self._work, self._scope, self._is_dropped = after, work, scope, is_dropped
+    def __init__(self, after: Sequence[Mark], work: Work, scope: Scope, of: _Pass) -> None:
+        self._after, self._work, self._scope, self._of = after, work, scope, of
         self._transfer: Mark | None = None
         self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # each thread has its own
         self._done = threading.Event()
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
 
     def start(self) -> None:
         """Starts the transfer once its time has come. Called by the lane's first thread."""
         try:
-            for mark in () if self._is_dropped() else self._after:
+            for mark in () if self._of.is_dropped else self._after:
                 mark.wait()
-            if not self._is_dropped():
+            if self._of.is_dropped:
+                self.error = self._of.error
+            else:
                 self._scope.__enter__()
                 with self._callers_modes():
                     self._transfer = self._work()
         except BaseException as error:  # handed to whoever waits
-            self._error = error
+            self.error = error
+            self._of.drop(self)
 
     def finish(self) -> None:
         """Waits for the transfer's end. Called by the lane's second thread."""
@@ -96,9 +119,9 @@ class _Job:
                     self._transfer.wait()
                 self._scope.__exit__(None, None, None)
         except BaseException as error:
-            self._error = error
+            self.error = error
+            self._of.drop(self)
         del self._after, self._work, self._scope, self._transfer  # tensors must not outlive the pass
-        del self._is_dropped  # nor the lanes their layer
         self._done.set()
 
     @contextmanager
@@ -109,8 +132,8 @@ class _Job:
 
     def wait(self) -> None:
         self._done.wait()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
 
 class _Lane:
@@ -161,24 +184,25 @@ class HostLanes(_Waiting):
 
     def __init__(self) -> None:
         self._lanes: dict[str, _Lane] = {}
-        self._generation = 0
+        self._pass = _Pass()
 
     def __reduce__(self) -> tuple[type[HostLanes], tuple[()]]:
         return HostLanes, ()  # a copy of a layer gets lanes of its own
 
     def entry(self) -> Mark:
+        self._pass = _Pass()
         return _Passed()
 
     def issue(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor], work: Work, scope: Scope) -> Mark:
         if lane not in LANES:
             return Inline().issue(lane, after, touches, work, scope)
-        generation = self._generation
-        job = _Job(after, work, scope, lambda: self._generation != generation)
+        job = _Job(after, work, scope, self._pass)
         self._lane(lane).queue.put(job)
         return job
 
     def abandon(self) -> None:
-        self._generation += 1
+        self._pass.drop()
+        self._pass = _Pass()
 
     def blocking(self) -> Lanes:
         return Inline()

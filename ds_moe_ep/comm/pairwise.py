@@ -2,42 +2,91 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch.distributed as dist
 
-from ds_moe_ep.comm.group_transport import GroupTransport, wait_for
-from ds_moe_ep.comm.transport import Done, Message, Transfer
+from ds_moe_ep.comm.group_transport import SHORT, Bytes, GroupTransport, wait_for
+from ds_moe_ep.comm.signs import Place
+from ds_moe_ep.comm.standing import CLOSING_TAG
+from ds_moe_ep.comm.transport import NO_TAGS, Done, Message, Transfer
+from ds_moe_ep.timeline import Tags
 
 
 class Works:
-    """Handles of one transfer's messages."""
+    """Handles of one transfer's messages: those that come, then those that go."""
 
-    def __init__(self, works: Sequence[dist.Work], what: str, timeout: timedelta | None) -> None:
-        self._works = works
-        self._what = what
-        self._timeout = timeout
+    def __init__(
+        self,
+        transport: GroupTransport,
+        place: Place,
+        works: Sequence[dist.Work],
+        receives: Sequence[Message],
+        sends: Sequence[Message],
+    ) -> None:
+        self._transport, self._place = transport, place
+        self._works, self._receives, self._sends = works, receives, sends
+        self._is_on_host = not (*receives, *sends)[0].buffer_RD.is_cuda
 
     def wait(self) -> None:
-        for work in self._works:
-            wait_for(work, self._what, self._timeout)
+        transport, place = self._transport, self._place
+        messages = (*self._receives, *self._sends)
+        transport.watch.enters(place)
+        number = 0
+        try:
+            for number, work in enumerate(self._works):
+                if self._is_on_host:
+                    place.waits_for = (transport.ranks[messages[number].peer],)
+                wait_for(work, transport.time_left(place) if self._is_on_host else None)
+        except RuntimeError as error:
+            raise transport.failure(place, error, self._owed(number)) from error
+        finally:
+            transport.watch.leaves()
+
+    def _owed(self, number: int) -> Bytes:
+        """The messages that are not done, the one with this number among them."""
+        receives, sends = self._receives, self._sends
+        if self._is_on_host:
+            messages = (*receives, *sends)
+            open_ = {i for i in range(number, len(messages)) if i == number or not _is_done(self._works[i])}
+            receives = [message for i, message in enumerate(receives) if i in open_]
+            sends = [message for i, message in enumerate(sends, start=len(self._receives)) if i in open_]
+        return Bytes.of(receives, sends)
+
+
+def _is_done(work: dist.Work) -> bool:
+    """Whether gloo finished a message, asked after another one failed: asking closes the connections."""
+    try:
+        work.wait(SHORT)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Pairwise(GroupTransport):
     """One message a peer and transfer, both directions grouped on the lane's communicator."""
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
+        place = self.begin(tags, lane)
         group = self._groups.lanes[lane]
         self.keep_own(sends, receives)
         sends, receives = ([m for m in messages if len(m) and m.peer != self.rank] for messages in (sends, receives))
         if not sends and not receives:
             return Done()
-        peers = sorted({message.peer for message in (*sends, *receives)})
-        what = f"{lane} between rank {self.rank} and ranks {peers} of the expert-parallel group"
-        some_RD = (*sends, *receives)[0].buffer_RD
-        start = _start_on_cuda if some_RD.is_cuda else _start_on_host
-        return Works(start(group, sends, receives), what, self.limit(some_RD))
+        if (*sends, *receives)[0].buffer_RD.is_cuda:
+            works = _start_on_cuda(group, sends, receives)
+        else:
+            try:
+                works = _start_on_host(group, sends, receives, _wire_tag(tags))
+            except RuntimeError as error:  # a connection is closed already
+                raise self.failure(place, error, Bytes.of(receives, sends)) from error
+        return Works(self, place, works, receives, sends)
+
+
+def _wire_tag(tags: Tags) -> int:
+    """A number that ranks in the same place share: rows of another layer or pass never match on the wire."""
+    return zlib.crc32(f"{tags.layer} {tags.phase} {tags.peers}".encode()) % CLOSING_TAG
 
 
 def _start_on_cuda(
@@ -53,8 +102,8 @@ def _start_on_cuda(
 
 
 def _start_on_host(
-    group: dist.ProcessGroup, sends: Sequence[Message], receives: Sequence[Message]
+    group: dist.ProcessGroup, sends: Sequence[Message], receives: Sequence[Message], tag: int
 ) -> Sequence[dist.Work]:
     """The same without the wrappers, whose checks would cost the processor as much as the messages do."""
-    received = [group.recv([message.rows], message.peer, 0) for message in receives]
-    return [*received, *(group.send([message.rows], message.peer, 0) for message in sends)]
+    received = [group.recv([message.rows], message.peer, tag) for message in receives]
+    return [*received, *(group.send([message.rows], message.peer, tag) for message in sends)]

@@ -13,7 +13,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ds_moe_ep.timeline import Tags
+
 LANES = ("dispatch", "combine")
+NO_TAGS = Tags()
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Message:
         """A view of the buffer."""
         return self.buffer_RD[self.start : self.stop]
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self) * self.buffer_RD.shape[1] * self.buffer_RD.element_size()
+
 
 class Transfer(Protocol):
     """A transfer that was started."""
@@ -43,24 +50,34 @@ class Transfer(Protocol):
     def wait(self) -> None:
         """Returns when received rows may be read and sent ones overwritten; on CUDA it orders the current stream.
 
-        Raises EngineError when a peer does not answer within the transport's time limit.
+        Raises PeerError when a peer does not answer within the transport's time limit, which counts from the start.
         """
 
 
 class Transport(Protocol):
-    """Moves rows between the ranks of one expert-parallel group."""
+    """Moves rows between the ranks of one expert-parallel group. `ranks` are the group's, in the world.
+
+    Tags name the layer and the pass in errors, and are the same on every rank.
+    """
 
     rank: int
     size: int
+    ranks: Sequence[int]
 
-    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
+    def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         """Row p of every rank's counts [P, C] goes to rank p; returns [P, C], row p from rank p. Collective."""
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         """Starts one transfer on `lane`. Every rank starts the same transfers in the same order."""
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over the group, on every rank. Collective, without gradient."""
+
+    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
+        """Ends the use of the lanes, since a pass ended with `error`; tells the peers. No retry reads its rows."""
+
+    def explain(self, peers: Sequence[int]) -> str:
+        """What is known of ranks of the group that answered amiss, or an empty string. May take seconds."""
 
 
 class Done:
@@ -75,13 +92,20 @@ class Loopback:
 
     rank = 0
     size = 1
+    ranks: Sequence[int] = (0,)
 
-    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
+    def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return counts_PC
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         assert all(message.peer == 0 for message in (*sends, *receives)), "a group of one rank has no peers"
         return Done()
 
     def sum(self, values: Tensor) -> Tensor:
         return values
+
+    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
+        return None
+
+    def explain(self, peers: Sequence[int]) -> str:
+        return ""

@@ -1,4 +1,4 @@
-"""What goes along with an engine: the meter, the balancing bias, choices in log and checkpoints, the guard on loading.
+"""What goes along with an engine: the watch, the meter, the balancing bias, choices in log and checkpoints, safe saves.
 
 All of it wraps methods of the one engine; `leave` gives the engine its own ones back.
 """
@@ -8,19 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+
+from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.after_step import after_each_step
 from ds_moe_ep.engine.checkpoint import guard_loading
 from ds_moe_ep.engine.choices import keep_choices
+from ds_moe_ep.engine.folders import refuse_incomplete
 from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.meter import OverlapMeter
+from ds_moe_ep.engine.saving import save_safely
+from ds_moe_ep.engine.supervision import supervise
 from ds_moe_ep.errors import EngineError
 
-METHODS = ("forward", "step", "save_checkpoint", "load_checkpoint")
+METHODS = ("forward", "backward", "step", "save_checkpoint", "load_checkpoint")
 ATTRIBUTES = ("moe_ep_layers", "moe_ep_meter")
 
 
 class Company:
-    """The company of one engine and its layers. Local, but for what the wrapped methods do."""
+    """The company of one engine and its layers. Every rank makes it; local, but for what the wrapped methods do."""
 
     def __init__(self, engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
         if "moe_ep_layers" in vars(engine):
@@ -30,13 +37,18 @@ class Company:
             )
         self._engine = engine
         self._before = {name: vars(engine)[name] for name in METHODS if name in vars(engine)}
-        first = next(iter(layers.values()))
-        if first.config.meter_every:
-            engine.moe_ep_meter = OverlapMeter(layers, engine.device, first.config.meter_every)
+        config = next(iter(layers.values())).config
+        if config.meter_every:
+            engine.moe_ep_meter = OverlapMeter(layers, engine.device, config.meter_every)
         engine.moe_ep_layers = layers
         after_each_step(engine, layers)
+        watch = seams.watch_of_world(config.timeout_s)
+        others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+        save_safely(engine, lambda: watch.explain(others))
+        refuse_incomplete(engine, [m.num_experts for m in engine.module.modules() if isinstance(m, DeepSpeedMoE)])
         guard_loading(engine, max(layer.ep_size for layer in layers.values()))
         keep_choices(engine, layers)
+        supervise(engine, watch)
 
     def leave(self) -> None:
         """Gives the engine its own methods back."""

@@ -80,7 +80,7 @@ def splits_by_hand(x: Tensor, parameter: Tensor) -> bool:
 
 
 def output_dtype(x: Tensor, ends_in_linear: bool) -> torch.dtype:
-    """The type of the experts' outputs: under autocast a Linear's; where the last step is unknown nothing is cut off."""
+    """The type of the experts' outputs: under autocast a Linear's, where one is known to be the last step."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if ends_in_linear and torch.is_autocast_enabled(kind) else x.dtype
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import nn
 
+from ds_moe_ep.comm.callbacks import TransferCallback
 from ds_moe_ep.comm.groups import transport_over
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import hooked_native, seams
@@ -52,6 +53,19 @@ class OverlapHandle:
     ) -> None:
         self.remove()
 
+    def add_callback(self, callback: TransferCallback) -> None:
+        """Puts a callback around each message of all hooked layers, behind those that are there. Between passes.
+
+        Every rank adds the same ones in the same order.
+        """
+        for layer in self.layers.values():
+            layer.dispatcher.add_callback(callback)
+
+    def remove_callback(self, callback: TransferCallback) -> None:
+        """Takes a callback away again. Between passes, on every rank."""
+        for layer in self.layers.values():
+            layer.dispatcher.remove_callback(callback)
+
     def __str__(self) -> str:
         lines = [f"{name}: {layer.kind}, {_schedule_of(layer)}" for name, layer in self.layers.items()]
         return "\n".join(lines) or "no layer is hooked"
@@ -61,13 +75,18 @@ def _schedule_of(layer: HookedLayer) -> str:
     return str(layer.choice) if layer.choice is not None else f"schedule {layer.config.schedule!r}"
 
 
-def attach_overlap(engine_or_model: nn.Module, config: MoEConfig | Mapping[str, Any] | None = None) -> OverlapHandle:
+def attach_overlap(
+    engine_or_model: nn.Module,
+    config: MoEConfig | Mapping[str, Any] | None = None,
+    callbacks: Sequence[TransferCallback] = (),
+) -> OverlapHandle:
     """Hides the experts' traffic of layers that exist, in place; parameters and checkpoints stay as they are.
 
     `engine_or_model` is what deepspeed.initialize returned, or a module that holds the layers, whose groups are made.
-    An engine gets the company of `ds_moe_ep.initialize` too: the meter (`meter_every`), choices in log and checkpoints.
+    An engine gets the company of `ds_moe_ep.initialize` too: the watch, the meter (`meter_every`), safe checkpoints.
     `config` says how rows move (`hooked.TRAFFIC`): a MoEConfig, or a mapping of such knobs. Layers with ep_size 1 have
-    no traffic and stay as they are. An expert must map each row by itself, whatever rows stand beside it.
+    no traffic and stay as they are. An expert must map each row by itself, whatever rows stand beside it. `callbacks`
+    act on each message that crosses a wire, the same on every rank.
 
     Collective over the world. Raises EngineError on every rank, with the layers' names, where one cannot be hooked or
     ranks differ, and ConfigError for knobs that are not the hooks' to set.
@@ -89,7 +108,10 @@ def attach_overlap(engine_or_model: nn.Module, config: MoEConfig | Mapping[str, 
         except BaseException:
             OverlapHandle(layers, None).remove()
             raise
-    return OverlapHandle(layers, company)
+    handle = OverlapHandle(layers, company)
+    for callback in callbacks:
+        handle.add_callback(callback)
+    return handle
 
 
 def read_traffic(config: MoEConfig | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
+from ds_moe_ep.comm.watch import Watch, open_watch
 from ds_moe_ep.errors import EngineError
 
 TESTED = ("0.19.8",)
@@ -39,6 +40,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Lanes live and die with the DeepSpeed group that they run beside; layers of one model share them.
 _LANES: weakref.WeakKeyDictionary[dist.ProcessGroup, LaneGroups] = weakref.WeakKeyDictionary()
+
+# So does the watch over all ranks, with the group of the world.
+_WATCHES: weakref.WeakKeyDictionary[dist.ProcessGroup, Watch] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -92,8 +96,17 @@ def expert_group(ep_size: int, data_before_expert: bool) -> tuple[dist.ProcessGr
 def lanes_beside(group: dist.ProcessGroup, all_groups: list[list[int]], timeout_s: float) -> LaneGroups:
     """The lanes beside DeepSpeed's `group`; the first call opens them, collective over the world."""
     if group not in _LANES:
-        _LANES[group] = open_lanes(all_groups, timeout_s)
+        _LANES[group] = open_lanes(all_groups, timeout_s, watch_of_world(timeout_s))
     return _LANES[group]
+
+
+def watch_of_world(timeout_s: float) -> Watch:
+    """The watch over all ranks, which every rank opens with its first call."""
+    world = dist.group.WORLD
+    assert world is not None, "torch.distributed is initialized"
+    if world not in _WATCHES:
+        _WATCHES[world] = open_watch(timeout_s)
+    return _WATCHES[world]
 
 
 def not_compiled(function: F) -> F:

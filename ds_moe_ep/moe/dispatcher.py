@@ -16,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ds_moe_ep.comm.callbacks import TransferCallback, with_callbacks
 from ds_moe_ep.comm.lanes import Lanes, make_lanes
 from ds_moe_ep.comm.transport import Loopback, Transport
 from ds_moe_ep.config import MoEConfig
@@ -28,7 +30,7 @@ from ds_moe_ep.kernels.permute import permute, unpermute
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.overlap import Route, run_experts
-from ds_moe_ep.moe.plan import DispatchPlan, announce_bad_input, make_plan
+from ds_moe_ep.moe.plan import Call, DispatchPlan, announce_bad_input, make_plan
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.tuner import Choice, Drift, Trial
 from ds_moe_ep.recorder import Off, Recorder
@@ -55,6 +57,11 @@ class Links:
         schedules = [make(c, torus) for c in configs for make in (forward_schedule, backward_schedule)]
         return cls(transport, *schedules)
 
+    @cached_property
+    def text(self) -> str:
+        """The schedules as text: equal on two ranks where the schedules are."""
+        return f"{self.forward} {self.backward}"
+
 
 class Dispatcher:
     """The dispatcher of one layer. With ep_size > 1 it needs `connect` before its first call."""
@@ -69,6 +76,9 @@ class Dispatcher:
         self.choice: Choice | None = None  # of the schedule 'auto'
         self.drift = Drift(config.retune_drift)
         self._device: torch.device | None = None
+        self._num_calls = 0
+        self._bare: Transport | None = None  # the transport without the callbacks
+        self._callbacks: list[TransferCallback] = []
 
     def configure(self, config: MoEConfig) -> None:
         """Takes other knobs than it was made with. Local; the number of experts and ep_size stay."""
@@ -93,7 +103,25 @@ class Dispatcher:
                 f"moe_ep.ep_size={self.config.ep_size}, but the layer is connected to a group of {transport.size} "
                 "ranks: pass the group of ep_size ranks that share its experts"
             )
+        self._bare = transport
+        transport = with_callbacks(transport, self._callbacks)
         self.links = Links.of(self._resolved_config(), transport, torus or Torus(1, transport.size))
+
+    def add_callback(self, callback: TransferCallback) -> None:
+        """Puts a callback around each message of the layer, behind those that are there. Between passes.
+
+        Local, but every rank of the group adds the same ones in the same order.
+        """
+        self._take_callbacks([*self._callbacks, callback])
+
+    def remove_callback(self, callback: TransferCallback) -> None:
+        """Takes a callback away. Between passes, and on every rank of the group."""
+        self._take_callbacks([each for each in self._callbacks if each is not callback])
+
+    def _take_callbacks(self, callbacks: list[TransferCallback]) -> None:
+        self._callbacks = callbacks
+        if self._bare is not None:
+            self.connect(self._bare, self.torus)
 
     def take_choice(self, choice: Choice) -> None:
         """Runs the schedule of a choice where the configuration says 'auto'. Local; every rank takes the same one."""
@@ -128,9 +156,11 @@ class Dispatcher:
         try:
             yield
         except BaseException:
+            self._num_calls += 1  # as the peers, for whom this call has begun
             if device.type == "cpu" or self.config.capacity(1, training) is None:
                 with suppress(EngineError):  # the first failure is the one to tell
-                    announce_bad_input(self.checked_links().transport, self.config.num_local_experts, device)
+                    transport, call = self.checked_links().transport, Call(self.name)
+                    announce_bad_input(transport, self.config.num_local_experts, device, call)
             raise
 
     def __call__(
@@ -148,7 +178,9 @@ class Dispatcher:
         links = self.checked_links()
         row_type = (x_TD.shape[1], x_TD.dtype)
         sees_drift = self.drift.is_beyond_bound()
-        plan = make_plan(routes, self.config.num_experts, links.transport, row_type, sees_drift)
+        call = Call(self.name, self._num_calls, links.text)
+        self._num_calls += 1
+        plan = make_plan(routes, self.config.num_experts, links.transport, row_type, sees_drift, call)
         if self.lanes is None or self._device != x_TD.device:
             self.lanes, self._device = make_lanes(x_TD.device, links.transport.size), x_TD.device
         rows_ND, weights_TK = permute(x_TD, plan.maps), routes.weights_TK

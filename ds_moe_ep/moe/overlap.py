@@ -39,7 +39,7 @@ class Route:
     transport: Transport
     lanes: Lanes
     recorder: Recorder
-    layer: str = ""  # its name, for the record
+    layer: str = ""  # its name, for the record and for errors; the same on every rank
 
 
 def run_experts(
@@ -208,24 +208,26 @@ def run(schedule: Schedule, route: Route, buffers: Buffers, steps: Steps) -> Non
     try:
         for op in schedule.ops:
             after = [marks[index] for index in op.after] or [entry]
-            scope = _scope(op, schedule, route, steps.phase)
-            marks.append(lanes.issue(op.kind.lane, after, touched, _work(op, route, buffers, steps), scope))
+            tags = Tags(route.layer, steps.phase, "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece])
+            work = _work(op, route, buffers, steps, tags)
+            marks.append(lanes.issue(op.kind.lane, after, touched, work, _scope(op, route, tags)))
         lanes.leave(marks, touched)
-    except BaseException:
+    except BaseException as error:
         lanes.abandon()
+        route.transport.abandon(error, Tags(route.layer, steps.phase))
         raise
 
 
-def _work(op: Op, route: Route, buffers: Buffers, steps: Steps) -> Callable[[], Mark | None]:
+def _work(op: Op, route: Route, buffers: Buffers, steps: Steps, tags: Tags) -> Callable[[], Mark | None]:
     """What an op does, to be called on its lane."""
     if op.kind is Kind.WEIGHTS:
         assert steps.weights is not None, "this pass has no weight gradients"
         return partial(steps.weights, op.piece)
     rows = route.layout.pieces[op.piece]
     if op.kind is Kind.DISPATCH:
-        return partial(_dispatch, rows, route.transport, buffers)
+        return partial(_dispatch, rows, route.transport, buffers, tags)
     if op.kind is Kind.COMBINE:
-        return partial(_combine, rows, route.transport, buffers)
+        return partial(_combine, rows, route.transport, buffers, tags)
 
     def compute() -> None:
         _move(rows.moves, buffers.wire_in_RD, buffers.inputs_RD)
@@ -234,23 +236,22 @@ def _work(op: Op, route: Route, buffers: Buffers, steps: Steps) -> Callable[[], 
     return compute
 
 
-def _scope(op: Op, schedule: Schedule, route: Route, phase: str) -> Scope:
+def _scope(op: Op, route: Route, tags: Tags) -> Scope:
     """What records the op; free where nothing does."""
     if isinstance(route.recorder, Off):
         return NOT_RECORDED
-    peers = "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece]
-    return route.recorder.scope(op.kind.lane, str(op), Tags(route.layer, phase, peers))
+    return route.recorder.scope(op.kind.lane, str(op), tags)
 
 
-def _dispatch(rows: PieceRows, transport: Transport, buffers: Buffers) -> Mark:
+def _dispatch(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Mark:
     return transport.start(
-        "dispatch", _messages(buffers.sent_ND, rows.sent), _messages(buffers.wire_in_RD, rows.received)
+        "dispatch", _messages(buffers.sent_ND, rows.sent), _messages(buffers.wire_in_RD, rows.received), tags
     )
 
 
-def _combine(rows: PieceRows, transport: Transport, buffers: Buffers) -> Mark:
+def _combine(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Mark:
     return transport.start(
-        "combine", _messages(buffers.wire_out_RD, rows.received), _messages(buffers.results_ND, rows.sent)
+        "combine", _messages(buffers.wire_out_RD, rows.received), _messages(buffers.results_ND, rows.sent), tags
     )
 
 

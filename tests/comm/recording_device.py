@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_moe_ep.comm.transport import Message
-from ds_moe_ep.timeline import union, without
+from ds_moe_ep.comm.transport import NO_TAGS, Message
+from ds_moe_ep.timeline import Tags, union, without
 
 Clock = dict[str, int]
 
@@ -238,17 +238,25 @@ class RecordingTransport:
     rank = 0
 
     def __init__(self, device: RecordingDevice, size: int) -> None:
-        self.size = size
+        self.size, self.ranks = size, range(size)
         self._device = device
         self._wires = {lane: Stream(f"wire {lane}", device) for lane in ("dispatch", "combine")}
 
-    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
+    def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return counts_PC.clone()
 
     def sum(self, values: Tensor) -> Tensor:
         return values.clone()
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> RecordingWork:
+    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
+        return None
+
+    def explain(self, peers: Sequence[int]) -> str:
+        return ""
+
+    def start(
+        self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS
+    ) -> RecordingWork:
         own = ([m for m in messages if m.peer == self.rank] for messages in (sends, receives))
         for sent, received in zip(*own, strict=True):
             received.rows.copy_(sent.rows)  # on the lane, where the transports over groups keep their own rows, too

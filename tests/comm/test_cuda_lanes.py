@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ds_moe_ep.comm import lanes
 from ds_moe_ep.comm.lanes import CudaLanes, Mark
-from ds_moe_ep.comm.transport import Message
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.moe import overlap
 from ds_moe_ep.moe.dispatcher import Links
@@ -304,17 +303,17 @@ def test_a_question_to_the_device_inside_the_schedule_is_caught(
     device: RecordingDevice, ask: Callable[[Tensor], Any], fault: str
 ) -> None:
     class Asks(RecordingTransport):
-        def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> RecordingWork:
+        def start(self, *transfer: Any) -> RecordingWork:
             ask(torch.zeros(1))
-            return super().start(lane, sends, receives)
+            return super().start(*transfer)
 
     assert has(run_layer(device, make_transport=Asks), f"{fault} makes the host wait inside the schedule")
 
 
 def test_a_transfer_that_is_waited_for_twice_is_caught(device: RecordingDevice) -> None:
     class Twice(RecordingTransport):
-        def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> RecordingWork:
-            work = super().start(lane, sends, receives)
+        def start(self, *transfer: Any) -> RecordingWork:
+            work = super().start(*transfer)
             work.wait()
             return work
 

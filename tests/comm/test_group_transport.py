@@ -1,39 +1,89 @@
-"""Waiting: with a limit on the host, without one on CUDA, where a limit would make NCCL poll."""
+"""Waiting: with a limit on the host that counts from the start, without one on CUDA, where it would make NCCL poll."""
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ds_moe_ep.comm.group_transport import GroupTransport, wait_for
-from ds_moe_ep.errors import EngineError
+from ds_moe_ep.comm.group_transport import GroupTransport
+from ds_moe_ep.comm.lane_groups import LaneGroups
+from ds_moe_ep.comm.pairwise import Works
+from ds_moe_ep.comm.standing import Standing
+from ds_moe_ep.comm.transport import Message
+from ds_moe_ep.comm.watch import Unwatched
+from ds_moe_ep.errors import PeerError
+from ds_moe_ep.timeline import Tags
 
 
 class FakeWork:
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None, takes_s: float = 0.0) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.error = error
+        self.error, self.takes_s = error, takes_s
 
     def wait(self, *limit: Any) -> None:
         self.calls.append(limit)
+        time.sleep(self.takes_s)
         if self.error:
             raise self.error
 
 
+class CudaRows:
+    """Rows that say that they are on a GPU."""
+
+    is_cuda, shape = True, (4, 2)
+
+    def element_size(self) -> int:
+        return 4
+
+
+def transport(timeout_s: float = 5.0) -> GroupTransport:
+    """Rank 4 of the world, the first of a group of two."""
+    return GroupTransport(LaneGroups(0, (4, 7), {}, Standing(0, (4, 7), ()), Unwatched()), timeout_s)
+
+
+def works(over: GroupTransport, rows_RD: Any, *each: FakeWork) -> Works:
+    place = over.begin(Tags("layers.2.moe", "forward"), "dispatch")
+    receives = [Message(1, rows_RD, 0, 3) for _ in each]
+    return Works(over, place, each, receives, [])  # type: ignore[arg-type]
+
+
+def test_the_limit_counts_from_the_start_of_the_transfer_and_not_from_each_wait() -> None:
+    slow, next_one = FakeWork(takes_s=0.3), FakeWork()
+    works(transport(), torch.zeros(4, 2), slow, next_one).wait()
+    assert timedelta(seconds=4.9) < slow.calls[0][0] <= timedelta(seconds=5)
+    assert next_one.calls[0][0] < timedelta(seconds=4.71)
+
+
 def test_rows_on_cuda_are_waited_for_without_a_limit() -> None:
-    transport = GroupTransport(SimpleNamespace(rank=0, size=2), timeout_s=5)  # type: ignore[arg-type]
-    assert transport.limit(torch.zeros(1)) == timedelta(seconds=5)
-    assert transport.limit(SimpleNamespace(is_cuda=True)) is None  # type: ignore[arg-type]
-    on_host, on_cuda = FakeWork(), FakeWork()
-    wait_for(on_host, "rows", timedelta(seconds=5))  # type: ignore[arg-type]
-    wait_for(on_cuda, "rows", None)  # type: ignore[arg-type]
-    assert on_host.calls == [(timedelta(seconds=5),)] and on_cuda.calls == [()]
+    work = FakeWork()
+    works(transport(), CudaRows(), work).wait()
+    assert work.calls == [()]
 
 
-def test_a_failed_wait_names_what_failed_and_the_way_out() -> None:
-    with pytest.raises(EngineError, match=r"dispatch of rank 3 failed: reset by peer.*moe_ep\.timeout_s"):
-        wait_for(FakeWork(RuntimeError("reset by peer")), "dispatch of rank 3", None)  # type: ignore[arg-type]
+def test_a_failed_wait_names_layer_pass_peer_bytes_and_the_limit() -> None:
+    over = transport()
+    with pytest.raises(PeerError) as caught:
+        works(over, torch.zeros(4, 2), FakeWork(RuntimeError("[a/b.cc:12] reset by peer. Long story"))).wait()
+    assert str(caught.value) == (
+        "layers.2.moe: forward dispatch: rank 7 did not answer rank 4: reset by peer "
+        "(24 bytes expected, 0 bytes to send)"
+    )
+
+
+def test_a_late_peer_is_told_from_one_that_broke() -> None:
+    with pytest.raises(PeerError, match=r"rank 7 did not answer rank 4 within 0\.1 s \(24 bytes expected"):
+        works(transport(0.1), torch.zeros(4, 2), FakeWork(RuntimeError("Timed out"), takes_s=0.1)).wait()
+
+
+def test_after_a_failure_no_op_starts_and_the_error_names_the_first_failure() -> None:
+    over = transport()
+    with pytest.raises(PeerError):
+        works(over, torch.zeros(4, 2), FakeWork(RuntimeError("reset"))).wait()
+    with pytest.raises(
+        PeerError, match=r"layers\.0: forward combine: the lanes of ranks 4, 7 are closed.*2\.moe.*reset"
+    ):
+        over.begin(Tags("layers.0", "forward"), "combine")

@@ -199,10 +199,26 @@ def test_an_error_reaches_every_op_that_waits_for_it_and_the_caller(lanes: HostL
     assert started == []
 
 
-def test_a_lane_goes_on_after_an_error(lanes: HostLanes) -> None:
+@pytest.mark.parametrize("other", ["dispatch", "combine"])
+def test_what_is_issued_behind_a_failed_transfer_never_starts_and_raises_its_error(
+    lanes: HostLanes, other: str
+) -> None:
+    """Started, it would meet the transfer before on the peers."""
+    error, behind = EngineError("no rows"), FakeTransfer()
+    failed = issue(lanes, "dispatch", FakeTransfer(error_at_start=error).start)
+    with pytest.raises(EngineError):
+        failed.wait()
+    late = issue(lanes, other, behind.start)
+    with pytest.raises(EngineError) as found:
+        late.wait()
+    assert found.value is error and not behind.has_started.is_set()
+
+
+def test_the_next_pass_runs_after_an_error(lanes: HostLanes) -> None:
     failing, fine = FakeTransfer(EngineError("a peer ended")), [FakeTransfer() for _ in range(2 * IN_FLIGHT)]
     end_all([failing, *fine])
     failed = issue(lanes, "dispatch", failing.start)
+    lanes.entry()
     marks = [issue(lanes, "dispatch", transfer.start) for transfer in fine]
     lanes.leave(marks, ())
     assert [transfer.num_waits for transfer in fine] == [1] * len(fine)

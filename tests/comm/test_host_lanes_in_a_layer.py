@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from ds_moe_ep.comm.transport import Message, Transfer
+from ds_moe_ep.comm.transport import NO_TAGS, Message, Transfer
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
+from ds_moe_ep.timeline import Tags
 from ds_moe_ep.topology import Torus
 from tests.comm.test_host_lanes import FakeTransfer
 
@@ -19,19 +20,25 @@ from tests.comm.test_host_lanes import FakeTransfer
 class FailingTransport:
     """Rank 0 of 4, whose peers send halves; the transfer with the number `fails` never arrives."""
 
-    rank, size = 0, 4
+    rank, size, ranks = 0, 4, range(4)
 
     def __init__(self) -> None:
         self.fails, self.num_started = -1, 0
         self.requires_grad: set[bool] = set()
 
-    def exchange_counts(self, counts_PC: torch.Tensor) -> torch.Tensor:
+    def exchange_counts(self, counts_PC: torch.Tensor, tags: Tags = NO_TAGS) -> torch.Tensor:
         return counts_PC.clone()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values.clone()
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
+        return None
+
+    def explain(self, peers: Sequence[int]) -> str:
+        return ""
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         number, self.num_started = self.num_started, self.num_started + 1
         if lane == "combine":
             self.requires_grad |= {message.rows.requires_grad for message in (*sends, *receives)}

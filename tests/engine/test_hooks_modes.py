@@ -215,6 +215,51 @@ def test_what_cannot_be_hooked_is_refused_by_name_on_every_rank() -> None:
             assert all(word in error for word in words), error
 
 
+class Halved:
+    """Rows cross the wire in bf16, and are counted."""
+
+    def __init__(self, spoils: bool = False) -> None:
+        self.num_bytes, self.spoils = 0, spoils
+
+    def before_send(self, message: Any) -> Tensor:
+        self.num_bytes += message.rows.nbytes
+        wire = message.rows.to(torch.bfloat16)
+        return wire * 2 if self.spoils and message.peer == 2 and message.phase == "forward" else wire
+
+    def after_send(self, message: Any) -> None:
+        return None
+
+    def before_receive(self, message: Any) -> Tensor:
+        return torch.empty_like(message.rows, dtype=torch.bfloat16)
+
+    def after_receive(self, message: Any, wire: Tensor) -> None:
+        message.rows.copy_(wire)
+
+
+def through_callbacks() -> list[float]:
+    """Distances of outputs: compressed, with one message spoilt, and after the callback was taken away."""
+    engine, model, ((x, _), _) = native_model()
+    plain = model.layers[0](x)[0]
+    found, halved = [], Halved()
+    with hooked(engine, **KNOBS[0]) as handle:
+        for callback in (halved, Halved(spoils=True)):
+            handle.add_callback(callback)
+            found.append(float((model.layers[0](x)[0] - plain).abs().max() / plain.abs().max()))
+            handle.remove_callback(callback)
+        found.append(float((model.layers[0](x)[0] - plain).abs().max() / plain.abs().max()))
+    assert halved.num_bytes > 0
+    return found
+
+
+def test_callbacks_compress_what_the_hooks_send() -> None:
+    """bf16 keeps 8 bits of a row on its way there and back; a spoilt message is the negative control."""
+    by_rank = run_ranks(4, through_callbacks)
+    assert max(compressed for compressed, _, _ in by_rank) <= 2**-6
+    assert min(compressed for compressed, _, _ in by_rank) > 0
+    assert max(spoilt for _, spoilt, _ in by_rank) > 2**-4
+    assert max(without for *_, without in by_rank) <= 2e-7
+
+
 def attached_by_section(section: dict[str, Any]) -> tuple[list[str], bool, str]:
     """Layers that `initialize` hooks, whether the meter measured them, and the error."""
     import ds_moe_ep

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ds_moe_ep.comm.transport import Message, Transfer, Transport
+from ds_moe_ep.comm.transport import NO_TAGS, Message, Transfer, Transport
+from ds_moe_ep.timeline import Tags
 
 
 class Wrapper:
@@ -19,15 +20,22 @@ class Wrapper:
         self.inner = inner
         self.rank = inner.rank
         self.size = inner.size
+        self.ranks = inner.ranks
 
-    def exchange_counts(self, counts_PC: Tensor) -> Tensor:
-        return self.inner.exchange_counts(counts_PC)
+    def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
+        return self.inner.exchange_counts(counts_PC, tags)
 
     def sum(self, values: Tensor) -> Tensor:
         return self.inner.sum(values)
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
-        return self.inner.start(lane, sends, receives)
+    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
+        self.inner.abandon(error, tags)
+
+    def explain(self, peers: Sequence[int]) -> str:
+        return self.inner.explain(peers)
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
+        return self.inner.start(lane, sends, receives, tags)
 
 
 class Delayed(Wrapper):
@@ -41,9 +49,9 @@ class Delayed(Wrapper):
     def pause(self) -> None:
         time.sleep(self._random.choice((0.0, self._random.uniform(0, self._longest_s))))
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         self.pause()
-        return _DelayedTransfer(super().start(lane, sends, receives), self)
+        return _DelayedTransfer(super().start(lane, sends, receives, tags), self)
 
 
 class _DelayedTransfer:
@@ -63,8 +71,8 @@ class Lossy(Wrapper):
         super().__init__(inner)
         self._is_done = False
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
-        transfer = super().start(lane, sends, receives)
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
+        transfer = super().start(lane, sends, receives, tags)
         rows = [message.rows for message in receives if len(message)]
         if lane == "dispatch" and rows and not self._is_done:
             self._is_done = True
@@ -89,10 +97,12 @@ class Counting(Wrapper):
         super().__init__(inner)
         self.started: list[tuple[str, int]] = []
         self.num_waits = 0
+        self.num_bytes = 0  # sent to other ranks
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         self.started.append((lane, sum(map(len, sends))))
-        return _CountedTransfer(super().start(lane, sends, receives), self)
+        self.num_bytes += sum(message.num_bytes for message in sends if message.peer != self.rank)
+        return _CountedTransfer(super().start(lane, sends, receives, tags), self)
 
 
 class _CountedTransfer:
@@ -114,11 +124,11 @@ class Slow(Wrapper):
         self._free_s = 0.0
         self._lock = threading.Lock()
 
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         rows = sum(len(message) for message in sends if message.peer != self.rank)
         with self._lock:
             self._free_s = max(self._free_s, time.perf_counter()) + rows * self._row_s
-            return _SlowTransfer(super().start(lane, sends, receives), self._free_s)
+            return _SlowTransfer(super().start(lane, sends, receives, tags), self._free_s)
 
 
 class _SlowTransfer:

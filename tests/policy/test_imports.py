@@ -24,7 +24,7 @@ FLOORS = {
     "parallel": 4,
     "engine": 5,
     "bench": 6,
-    **dict.fromkeys(("tables", "cli", "__main__"), 7),
+    **dict.fromkeys(("tables", "doctor", "cli", "__main__"), 7),
 }
 WINGS = {"simulate", "report"}
 OUTSIDE_FLOORS = {"", "__init__"}  # the lazy public names look up at every floor

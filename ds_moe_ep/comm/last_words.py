@@ -1,0 +1,50 @@
+"""The last words of a process: an exception that nobody catches is told to the other ranks, and the process ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol
+
+LONGEST_END_S = 15  # from an uncaught exception to the end of the process
+
+
+class Teller(Protocol):
+    """Who tells the other ranks."""
+
+    def dies(self, error: BaseException) -> None:
+        """Tells that the process ends with `error`."""
+
+
+def chain(teller: Teller) -> Callable[[], None]:
+    """Puts the teller behind sys.excepthook, which runs first; returns what takes it away again.
+
+    Destructors of communicators may wait for transfers that no peer answers, up to the group's time limit: the process
+    is ended by SIGALRM when it takes longer than 15 s, unless the program has a use for that signal.
+    """
+    previous, own, pid = sys.excepthook, weakref.ref(teller), os.getpid()
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        previous(kind, error, trace)
+        teller = own()
+        if teller is not None and os.getpid() == pid:
+            _bound_the_end()
+            teller.dies(error)
+
+    def unchain() -> None:
+        if sys.excepthook is hook:
+            sys.excepthook = previous
+
+    sys.excepthook = hook
+    return unchain
+
+
+def _bound_the_end() -> None:
+    is_free = signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    if is_free and threading.current_thread() is threading.main_thread():
+        signal.alarm(LONGEST_END_S)

@@ -1,0 +1,90 @@
+"""What the threads of a rank's watch share: where the rank is, what failed on it, its board, the lanes it guards."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+
+from torch.distributed.distributed_c10d import Store
+
+from ds_moe_ep.comm.board import Board, serves
+from ds_moe_ep.comm.lives import identify, life_of
+from ds_moe_ep.comm.signs import Fault, Place, Sign, fault_of
+from ds_moe_ep.comm.standing import Standing
+from ds_moe_ep.comm.verdict import View
+from ds_moe_ep.errors import PeerError
+
+SILENCE_S = 3.0  # who gives no sign for so long is in trouble
+POSTING_S = 1.0  # how long a fault, or the end of the process, waits for its sign to be posted
+NUM_STEPS = 32  # whose median is what a step takes
+
+
+class Pulse:
+    """What the watch's threads work with; it knows nothing of the watch, whose end is theirs."""
+
+    def __init__(self, store: Store, rank: int, size: int, interval_s: float) -> None:
+        self.rank = rank
+        self.identity = identify()
+        self.places: dict[int, Place] = {}  # by thread
+        self.last: Place | None = None
+        self.moved_s = time.monotonic()  # when the rank began or ended something last
+        self.step, self.step_began_s = -1, 0.0
+        self.is_in_step = False
+        self.durations_s: deque[float] = deque(maxlen=NUM_STEPS)
+        self.standings: weakref.WeakSet[Standing] = weakref.WeakSet()
+        self.fault: Fault | None = None
+        self.has_left = False
+        self.silence_s = max(SILENCE_S, 6 * interval_s)
+        self._serves_store = serves(store)
+        self._main = threading.main_thread().ident or 0
+        self._beat = 0
+        self.board = Board(store, rank, size, interval_s, self.sign)
+
+    def sign(self) -> Sign:
+        """This rank's sign of life now."""
+        self._beat += 1
+        now_s = time.monotonic()
+        places = sorted(self.places.copy().values(), key=lambda place: place.since_s)
+        place = str(places[0]) if places else self._frame()
+        since_s, waits_for = (places[0].since_s, tuple(places[0].waits_for)) if places else (self.moved_s, ())
+        return Sign(
+            self.rank, self.identity, self._beat, place, now_s - since_s, waits_for,
+            self.step, self.fault, self.has_left, self._serves_store,
+        )  # fmt: skip
+
+    def _frame(self) -> str:
+        """What the main thread does, and behind which op."""
+        frame, last = sys._current_frames().get(self._main), self.last
+        text = "the process"
+        if frame is not None:
+            text = f"{frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
+        return text if last is None else f"{text}, behind {last}"
+
+    def view(self) -> View:
+        """What this rank knows of the others now. Never blocks."""
+        seen = self.board.seen
+        lives = {rank: life_of(each.sign.identity, self.identity.machine) for rank, each in seen.items()}
+        silent_s = time.monotonic() - self.board.read_s
+        return View(self.rank, seen, lives, silent_s, self.silence_s)
+
+    def fail(self, error: BaseException, place: str) -> None:
+        """Publishes the first exception that ends a pass here, or the process."""
+        if self.fault is None:
+            self.fault = fault_of(error, place, isinstance(error, PeerError))
+            self.board.ask(POSTING_S)
+
+    def dies(self, error: BaseException) -> None:
+        """Publishes an exception that nobody caught, and ends the use of all lanes, which wakes the peers."""
+        self.fail(error, "the process, which ends")
+        for standing in list(self.standings):
+            standing.end(f"the process ends: {type(error).__name__}: {error}")
+
+    def say_goodbye(self) -> None:
+        """Posts the last sign. A forked child says nothing: it is not the rank."""
+        if os.getpid() == self.identity.pid and not self.has_left:
+            self.has_left = True
+            self.board.end(POSTING_S)

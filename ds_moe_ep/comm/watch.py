@@ -1,0 +1,161 @@
+"""The watch: what a rank tells of itself, and what it knows of the others.
+
+Each rank posts signs of life on a board (`board.py`), reads the others', and looks after the processes of its own
+machine (`lives.py`). Errors of transfers ask it why a peer did not answer (`verdict.py`). Two threads do it: the
+board's, which may block on the store, and the monitor's (`monitor.py`), which never blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, _get_default_store
+
+from ds_moe_ep.comm.board import open_store
+from ds_moe_ep.comm.last_words import chain
+from ds_moe_ep.comm.monitor import Monitor
+from ds_moe_ep.comm.pulse import Pulse
+from ds_moe_ep.comm.signs import Place
+from ds_moe_ep.comm.standing import Standing
+from ds_moe_ep.comm.verdict import View, explain, first_fault, troubles
+
+INTERVAL_S = 0.5  # between signs of life
+PATIENCE_S = 5.0  # how long an error waits for the signs that explain it
+
+
+class Watch(Protocol):
+    """What layers, lanes and the engine tell the watch and ask of it."""
+
+    def enters(self, place: Place) -> None:
+        """The calling thread begins to wait at `place` for other ranks."""
+
+    def leaves(self) -> None:
+        """It waits no longer."""
+
+    def guards(self, standing: Standing) -> None:
+        """Ends the use of these lanes when one of their ranks fails or goes."""
+
+    def report(self, error: BaseException, place: str) -> None:
+        """Tells all ranks that a pass, or the process, ended with `error`. Returns once it is posted, or after 1 s."""
+
+    def explain(self, suspects: Iterable[int]) -> str:
+        """Why these ranks do not answer, or an empty string. Waits up to 5 s for signs that tell."""
+
+    def step_begins(self, number: int) -> None:
+        """A step begins, unless this one runs already."""
+
+    def step_ends(self) -> None:
+        """The step is done: the line about slow steps and the end of stuck processes are off until the next."""
+
+    def end(self) -> None:
+        """Says goodbye and ends the threads; the end of the process does it too."""
+
+
+class Unwatched:
+    """The watch of a group that nobody watches."""
+
+    def enters(self, place: Place) -> None:
+        return None
+
+    def leaves(self) -> None:
+        return None
+
+    def guards(self, standing: Standing) -> None:
+        return None
+
+    def report(self, error: BaseException, place: str) -> None:
+        return None
+
+    def explain(self, suspects: Iterable[int]) -> str:
+        return ""
+
+    def step_begins(self, number: int) -> None:
+        return None
+
+    def step_ends(self) -> None:
+        return None
+
+    def end(self) -> None:
+        return None
+
+
+class RankWatch:
+    """The watch of one rank over all others of the world."""
+
+    def __init__(self, store: Store, rank: int, size: int, timeout_s: float, interval_s: float) -> None:
+        self._pulse = pulse = Pulse(store, rank, size, interval_s)
+        self._finalizer = weakref.finalize(self, _end, pulse, Monitor(pulse, timeout_s, interval_s), chain(pulse))
+
+    def enters(self, place: Place) -> None:
+        self._pulse.places[threading.get_ident()] = place
+
+    def leaves(self) -> None:
+        pulse = self._pulse
+        pulse.last = pulse.places.pop(threading.get_ident(), None)
+        pulse.moved_s = time.monotonic()
+
+    def guards(self, standing: Standing) -> None:
+        self._pulse.standings.add(standing)
+
+    def report(self, error: BaseException, place: str) -> None:
+        self._pulse.fail(error, place)
+
+    def explain(self, suspects: Iterable[int]) -> str:
+        suspects, asked_s = tuple(suspects), time.monotonic()
+        while True:
+            view = self._fresh_view()
+            is_clear = first_fault(view) or troubles(view) or _all_show_life(view, suspects, asked_s)
+            if is_clear or time.monotonic() > asked_s + PATIENCE_S:
+                return explain(view, suspects)
+            time.sleep(0.1)
+
+    def _fresh_view(self) -> View:
+        """The view behind a new look at the board, unless whoever serves the store is known to be in trouble."""
+        view = self._pulse.view()
+        if any(view.seen[rank].sign.serves_store for rank in troubles(view)):
+            return view
+        self._pulse.board.ask(1.0)
+        return self._pulse.view()
+
+    def step_begins(self, number: int) -> None:
+        pulse = self._pulse
+        if pulse.is_in_step and pulse.step == number:
+            return
+        pulse.step, pulse.step_began_s = number, time.monotonic()
+        pulse.moved_s, pulse.is_in_step = pulse.step_began_s, True
+
+    def step_ends(self) -> None:
+        pulse = self._pulse
+        if pulse.is_in_step:
+            pulse.moved_s, pulse.is_in_step = time.monotonic(), False
+            pulse.durations_s.append(pulse.moved_s - pulse.step_began_s)
+
+    def end(self) -> None:
+        self._finalizer()
+
+
+def _all_show_life(view: View, suspects: Iterable[int], since_s: float) -> bool:
+    """Whether each suspect has given a sign of life since."""
+    return all(rank in view.seen and view.seen[rank].changed_s > since_s for rank in suspects)
+
+
+def _end(pulse: Pulse, monitor: Monitor, unchain: Callable[[], None]) -> None:
+    monitor.end()
+    unchain()
+    pulse.say_goodbye()
+
+
+def open_watch(timeout_s: float, interval_s: float = INTERVAL_S) -> RankWatch:
+    """The watch of this rank over the world of torch.distributed's default group.
+
+    Every rank opens its watches in the same order; none waits for another here. `timeout_s` is for how long a rank may
+    be gone or silent before a process that waits for it inside a step is ended.
+    """
+    default = _get_default_store()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return RankWatch(open_store(default, rank), rank, size, timeout_s, interval_s)

@@ -1,0 +1,209 @@
+"""Reads the facts of this machine; libraries are looked at in processes of their own, with a time limit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Device, Facts, HostFacts, TorchFacts, TritonFacts
+from ds_moe_ep.doctor.probe import MARK, PROBES
+
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "psutil", "rich", "nvidia-ml-py", "mpi4py", "ninja")
+PROBE_LIMIT_S = 120.0  # importing torch and deepspeed takes seconds, on a busy machine a minute
+MEMORY_INFO = Path("/proc/meminfo")
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
+SHARED_MEMORY = Path("/dev/shm")
+INFINIBAND = Path("/sys/class/infiniband")
+
+
+def gather(limit_s: float = PROBE_LIMIT_S) -> Facts:
+    """The facts of this machine; a library that does not answer within `limit_s` is told as one that fails."""
+    environment = dict(os.environ)
+    names = [name for name in PROBES if importlib.util.find_spec(name) is not None]
+    found = run_probes(names, limit_s)
+    missing = {name: {"error": "it is not installed"} for name in PROBES if name not in found}
+    found = {**missing, **found}
+    return Facts(
+        python=(sys.version_info.major, sys.version_info.minor, sys.version_info.micro),
+        versions=installed(PACKAGES),
+        torch=torch_facts(found["torch"]),
+        deepspeed=deepspeed_facts(found["deepspeed"]),
+        triton=triton_facts(found["triton"]) if "triton" in names else TritonFacts(),
+        apex=apex_facts(found["apex"]),
+        host=host_facts(environment),
+        environment=environment,
+    )
+
+
+def run_probes(names: Iterable[str], limit_s: float) -> dict[str, dict[str, Any]]:
+    """What the named probes print; {"error": why} for one that dies or does not answer in time."""
+    command = [sys.executable, "-m", "ds_moe_ep.doctor.probe"]
+    deadline = time.monotonic() + limit_s
+    processes = {
+        name: subprocess.Popen(
+            [*command, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        for name in names
+    }
+    try:
+        return {name: _answer(process, deadline, limit_s) for name, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def _answer(process: subprocess.Popen[str], deadline: float, limit_s: float) -> dict[str, Any]:
+    try:
+        printed, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return {"error": f"its import did not end within {limit_s:g} s"}
+    lines = printed.splitlines()
+    for line in reversed(lines):
+        if line.startswith(MARK):
+            answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
+            return answer
+    last = next((line for line in reversed(lines) if line.strip()), "without a word")
+    return {"error": f"its import ended the process with {process.returncode}: {last}"}
+
+
+def installed(names: Iterable[str]) -> dict[str, str | None]:
+    """The version of each distribution; None for one that is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def torch_facts(found: Mapping[str, Any]) -> TorchFacts:
+    """What probe_torch found, as a value."""
+    devices = tuple(Device(name, size, (major, minor)) for name, size, (major, minor) in found.get("devices", ()))
+    rest = {name: value for name, value in found.items() if name not in ("devices", "apart")}
+    return TorchFacts(**rest, devices=devices, apart=tuple((i, j) for i, j in found.get("apart", ())))
+
+
+def deepspeed_facts(found: Mapping[str, Any]) -> DeepSpeedFacts:
+    """What probe_deepspeed found, as a value."""
+    return DeepSpeedFacts(**{**found, "tested": tuple(found.get("tested", ()))})
+
+
+def triton_facts(found: Mapping[str, Any]) -> TritonFacts:
+    """What probe_triton found, as a value; installed even where it does not import."""
+    return TritonFacts(**{"version": installed(["triton"])["triton"] or "of unknown version", **found})
+
+
+def apex_facts(found: Mapping[str, Any]) -> ApexFacts:
+    """What probe_apex found, with the place of whatever is called apex."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return ApexFacts()
+    return ApexFacts(
+        place=str(next(iter(spec.submodule_search_locations or ()), spec.origin or "unknown")),
+        version=installed(["apex"])["apex"] or "",
+        has_normalization=any((Path(folder) / "normalization").is_dir() for folder in _folders(spec)),
+        offers=tuple(found.get("offers", ())),
+        reason=str(found.get("error") or found.get("reason", "")),
+    )
+
+
+def _folders(spec: Any) -> Iterator[str]:
+    yield from spec.submodule_search_locations or ()
+
+
+def host_facts(environment: Mapping[str, str]) -> HostFacts:
+    """What the machine says of itself."""
+    name = socket.gethostname()
+    addresses = resolve(name)
+    return HostFacts(
+        name=name,
+        cores=len(os.sched_getaffinity(0)),
+        free_bytes=free_memory(),
+        shm_bytes=shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else None,
+        shm_left=files_left(SHARED_MEMORY),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        locks=build_locks(extensions_folder(environment)),
+        addresses=addresses,
+        own_address=bool(addresses) and can_bind(addresses[0]),
+        localhost=any(address.startswith("127.") or address == "::1" for address in resolve("localhost")),
+        interfaces=tuple(interface for _, interface in socket.if_nameindex()),
+        adapters=tuple(sorted(path.name for path in INFINIBAND.iterdir())) if INFINIBAND.is_dir() else (),
+        num_gpu_files=sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*")),
+        compiler=next((path for each in ("c++", "g++", "clang++") if (path := shutil.which(each))), ""),
+        launcher=shutil.which("deepspeed") or "",
+        launcher_beside=_beside(Path(sys.executable).parent / "deepspeed"),
+    )
+
+
+def _beside(path: Path) -> str:
+    return str(path) if path.exists() else ""
+
+
+def free_memory() -> int:
+    """Bytes that new processes may take: what Linux calls available, or what a container's limit leaves."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if MEMORY_INFO.exists():
+        for line in MEMORY_INFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    try:
+        return min(free, int(MEMORY_LIMIT.read_text()) - int(MEMORY_USED.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+
+
+def files_left(folder: Path) -> dict[str, int]:
+    """DeepSpeed's files in shared memory and their bytes."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("deepspeed_*")) if path.is_file()}
+
+
+def extensions_folder(environment: Mapping[str, str]) -> Path:
+    """Where torch builds extensions."""
+    folder = environment.get("TORCH_EXTENSIONS_DIR")
+    if folder:
+        return Path(folder)
+    cache = environment.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "torch_extensions"
+
+
+def build_locks(folder: Path) -> dict[str, float]:
+    """Locks of extension builds under `folder`, and their age in seconds. A build that runs has one too."""
+    now = time.time()
+    found = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
+    return {str(path): now - path.stat().st_mtime for path in sorted(found) if path.exists()}
+
+
+def resolve(name: str) -> tuple[str, ...]:
+    """The addresses of `name`, IPv4 first; none where it is unknown."""
+    try:
+        found = {(family, str(address[0])) for family, *_, address in socket.getaddrinfo(name, None)}
+    except OSError:
+        return ()
+    return tuple(address for _, address in sorted(found))
+
+
+def can_bind(address: str) -> bool:
+    """Whether `address` is one of this machine's own."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,98 @@
+"""Which ranks had a loss or gradients that are not finite, when DeepSpeed skips a step for it.
+
+DeepSpeed finds an overflow after the reduction, when a NaN of one rank is in the gradients of all. So each gradient is
+summed up before it: one small op a parameter, and no device sync unless a step is skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.utils import log_dist
+from torch import Tensor, nn
+
+from ds_moe_ep.engine import seams
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a rank found in its own backward passes of a step."""
+
+    is_loss_bad: bool
+    bad_names: tuple[str, ...]  # parameters, in the model's order
+
+
+class Sums:
+    """The sums of a rank's losses and gradients since the last step: not finite where one number was not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._losses: list[Tensor] = []
+        self._gradients: list[tuple[int, Tensor]] = []
+        for index, name in enumerate(self._names):
+            model.get_parameter(name).register_hook(functools.partial(self._add, index))
+
+    def _add(self, index: int, gradient: Tensor) -> None:
+        self._gradients.append((index, gradient.sum(dtype=torch.float32)))
+
+    def add_loss(self, loss: Any) -> None:
+        """Adds the loss of a micro-batch."""
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach().sum(dtype=torch.float32))
+
+    def restart(self) -> None:
+        """Forgets what was added."""
+        self._losses.clear()
+        self._gradients.clear()
+
+    def findings(self) -> Findings:
+        """What is not finite. Syncs the device."""
+        bad = {index for index, total in self._gradients if not total.isfinite()}
+        names = tuple(name for index, name in enumerate(self._names) if index in bad)
+        return Findings(any(not bool(loss.isfinite()) for loss in self._losses), names)
+
+
+def tell_skips(engine: Any) -> None:
+    """Wraps the engine's backward and step: one line of rank 0 names the ranks for which a step was skipped.
+
+    Nothing is wrapped where DeepSpeed does not look for overflows (fp32 without ZeRO).
+    """
+    if not hasattr(engine.optimizer, "overflow"):
+        return
+    backward, step, sums = engine.backward, engine.step, Sums(engine.module)
+
+    @functools.wraps(backward)
+    def backward_and_add(loss: Any, *args: Any, **kwargs: Any) -> Any:
+        sums.add_loss(loss)
+        return backward(loss, *args, **kwargs)
+
+    @functools.wraps(step)
+    def step_and_tell(*args: Any, **kwargs: Any) -> Any:
+        is_boundary, number = engine.is_gradient_accumulation_boundary(), engine.global_steps
+        result = step(*args, **kwargs)
+        if is_boundary:
+            if not engine.was_step_applied():
+                text = f"ds_moe_ep: step {number} was skipped: {summary(seams.gather(sums.findings()))}"
+                log_dist(text, ranks=[0], level=logging.WARNING)
+            sums.restart()
+        return result
+
+    engine.backward, engine.step = backward_and_add, step_and_tell
+
+
+def summary(by_rank: Sequence[Findings]) -> str:
+    """The ranks with a bad loss, and those with bad gradients; of each the parameter next to the loss."""
+    losses = [str(rank) for rank, found in enumerate(by_rank) if found.is_loss_bad]
+    gradients = [
+        f"{rank} ({len(found.bad_names)} of them, next to the loss {found.bad_names[-1]})"
+        for rank, found in enumerate(by_rank)
+        if found.bad_names
+    ]
+    parts = [f"the loss is not finite on ranks {', '.join(losses)}"] if losses else []
+    parts += [f"gradients are not finite on ranks {', '.join(gradients)}"] if gradients else []
+    return "; ".join(parts) or "each rank's own gradients are finite, their sum is not"

@@ -1,0 +1,72 @@
+"""What the watch and the engine tell each other: which step runs, and why a collective of DeepSpeed's failed.
+
+DeepSpeed reduces gradients and agrees on overflows in collectives of its own. When a rank dies there, the communicator
+says that a connection was closed, and not whose.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_moe_ep.comm.watch import Watch
+from ds_moe_ep.errors import MoEError, PeerError
+
+METHODS = ("forward", "backward", "step")
+_COLLECTIVES = ("deepspeed.comm", "torch.distributed")
+
+
+def supervise(engine: Any, watch: Watch) -> None:
+    """Wraps the engine's forward, backward and step: the watch hears of each step of training, and errors name causes.
+
+    A failed collective of DeepSpeed's becomes a PeerError that says which rank is gone, stopped or failed first.
+    """
+    for name in METHODS:
+        setattr(engine, name, _supervised(engine, name, watch))
+
+
+def _supervised(engine: Any, name: str, watch: Watch) -> Callable[..., Any]:
+    method: Callable[..., Any] = getattr(engine, name)
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if engine.module.training:
+            watch.step_begins(engine.global_steps)
+        try:
+            result = method(*args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error, MoEError) or not is_collective(error):
+                raise
+            raise explained(error, f"engine.{name}, step {engine.global_steps}", watch) from error
+        if name == "step":
+            watch.step_ends()
+        return result
+
+    return call
+
+
+def explained(error: Exception, where: str, watch: Watch) -> PeerError:
+    """The error of a collective with what the watch knows. May take seconds."""
+    own = dist.get_rank()
+    why = watch.explain([rank for rank in range(dist.get_world_size()) if rank != own])
+    text = f"{where}: a collective of DeepSpeed's failed on rank {own} ({first_line(error)})"
+    return PeerError(f"{text}; {why}" if why else f"{text}; look for the first error of another rank")
+
+
+def is_collective(error: Exception) -> bool:
+    """Whether an error came out of a collective, and so from another rank's end or silence."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and any(
+        str(frame.f_globals.get("__name__", "")).startswith(_COLLECTIVES) for frame, _ in frames
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without a communicator's place in its source and its advice."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". This is ")[0][:300]

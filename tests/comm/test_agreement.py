@@ -1,0 +1,116 @@
+"""Before rows move, ranks agree on where they are: another layer, call, schedule or row is an error on every rank."""
+
+from __future__ import annotations
+
+import re
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_moe_ep.comm.groups import open_transport
+from ds_moe_ep.comm.transport import Loopback, Message, Transport
+from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.moe.plan import Call, make_plan
+from ds_moe_ep.timeline import Tags
+from tests.comm.disturbed import caught, make_layer, run_pass
+from tests.ranks import run_ranks
+
+FINE: dict[str, Any] = {"num_experts": 4, "row": (8, torch.float32), "call": Call("layers.1.moe", 3, "serial")}
+ODD: list[tuple[dict[str, Any], str]] = [  # what rank 1 has, and what both ranks say
+    ({"call": Call("layers.2.moe", 3, "serial")}, r"this layer on rank \d, another layer on rank \d"),
+    ({"call": Call("layers.2.moe", 3, "serial"), "num_experts": 24}, r"another layer on rank"),
+    ({"call": Call("layers.1.moe", 4, "serial")}, r"call=[34] on rank \d, call=[34] on rank \d"),
+    ({"call": Call("layers.1.moe", 3, "peers")}, r"schedule=\w{8} on rank \d, schedule=\w{8} on rank \d"),
+    ({"row": (8, torch.bfloat16)}, r"dtype=torch\.\w+ on rank \d, dtype=torch\.\w+ on rank"),
+    ({"row": (16, torch.float32), "num_experts": 8}, r"width=\d+, num_experts=\d on rank \d, width"),
+]
+
+
+def plan(transport: Transport, num_experts: int, row: tuple[int, torch.dtype], call: Call) -> list[int]:
+    """The rows that a rank sends to each where all its tokens choose the first expert."""
+    ids_TK = torch.zeros(5, 1, dtype=torch.int64)
+    routes = SimpleNamespace(expert_ids_TK=ids_TK, is_used_TK=None, capacity=None)
+    return [sum(rows) for rows in make_plan(routes, num_experts, transport, row, call=call).send_rows_PL]  # type: ignore
+
+
+def disagree() -> list[tuple[str, list[int]]]:
+    """Each odd case on rank 1, and behind it a plan on which all agree."""
+    transport = open_transport([[0, 1]], MoEConfig(num_experts=4, ep_size=2, timeout_s=20))
+    seen = []
+    for odd, _ in ODD:
+        error = caught(plan, transport, *(FINE | (odd if transport.rank else {})).values())
+        seen.append((error, plan(transport, *FINE.values())))
+    return seen
+
+
+def test_ranks_that_disagree_all_raise_and_may_go_on() -> None:
+    for seen in run_ranks(2, disagree, timeout_s=40):
+        for (error, sent), (_, pattern) in zip(seen, ODD, strict=True):
+            assert error.startswith("EngineError: layers."), error
+            assert re.search(pattern, error), error
+            assert sent == [5, 0]
+
+
+def test_a_rank_alone_agrees_with_itself() -> None:
+    assert plan(Loopback(), *FINE.values()) == [5]
+
+
+def refuse() -> list[str]:
+    """Rank 1 refuses an input; then all run a pass."""
+    config = MoEConfig(num_experts=4, ep_size=2, timeout_s=20)
+    transport = open_transport([[0, 1]], config)
+    layer = make_layer(transport, config)
+    first = caught(layer, torch.ones(20, 5)) if transport.rank == 1 else caught(run_pass, layer)
+    return [first, caught(run_pass, layer)]
+
+
+def test_a_refused_input_leaves_the_lanes_usable() -> None:
+    first, second = run_ranks(2, refuse, timeout_s=40)
+    assert "rank 1 refused its input" in first[0] and second[0].startswith("ConfigError: input.shape=(20, 5)")
+    assert first[1] == second[1] == ""
+
+
+def be_late(kind: str) -> dict[str, str]:
+    """What rank 0 of two meets where rank 1 never comes: in a transfer, and in the exchange of counts."""
+    config = MoEConfig(num_experts=4, ep_size=2, timeout_s=1.0, transport=kind)
+    errors = {}
+    for op in ("transfer", "counts"):
+        transport, rows_RD = open_transport([[0, 1]], config), torch.zeros(8, 3)
+        tags = Tags("layers.7.moe", "backward", "far")
+        if transport.rank == 1:
+            wait_somewhere(2.5)
+        elif op == "counts":
+            errors[op] = caught(transport.exchange_counts, torch.zeros(2, 4), tags)
+        else:
+            sends = [Message(0, rows_RD, 0, 1), Message(1, rows_RD, 1, 3)]
+            receives = [Message(0, rows_RD, 4, 5), Message(1, rows_RD, 5, 8)]
+            errors[op] = caught(lambda: transport.start("combine", sends, receives, tags).wait())  # noqa: B023
+        dist.barrier()
+    return errors
+
+
+def wait_somewhere(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def check_late(kind: str, op: str, peer: str) -> None:
+    errors = run_ranks(2, be_late, kind, timeout_s=60)[0]
+    assert errors["transfer"].startswith(
+        f"PeerError: layers.7.moe: backward {op}: {peer} did not answer rank 0 within 1 s "
+        "(36 bytes expected, 24 bytes to send); rank 1 is in wait_somewhere (test_agreement.py:"
+    ), errors
+    assert errors["transfer"].endswith("moe_ep.timeout_s=1 sets the limit")
+    assert errors["counts"].startswith(
+        "PeerError: layers.7.moe: backward exchange of counts: rank 1 did not answer rank 0 within 1 s"
+    ), errors
+
+
+def test_a_late_peer_is_named_with_layer_pass_bytes_and_whereabouts_over_messages() -> None:
+    check_late("pairwise", "combine", "rank 1")
+
+
+def test_a_late_peer_is_named_with_layer_pass_bytes_and_whereabouts_over_all_to_all() -> None:
+    check_late("collective", "combine", "rank 1")

@@ -1,0 +1,133 @@
+"""`python -m ds_moe_ep doctor` on this machine: its lines, its exit codes, its JSON, and that it works inside a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ds_moe_ep.bench.processes import free_port
+from ds_moe_ep.cli import main
+from ds_moe_ep.doctor.show import conclusion, print_verdicts
+from ds_moe_ep.doctor.variables import SPECIFIED
+from ds_moe_ep.doctor.verdicts import GROUPS, STATUSES, Verdict, to_dict, worst
+from tests.policy.sources import ROOT
+
+COMMAND = [sys.executable, "-m", "ds_moe_ep", "doctor"]
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+CONFIG: dict[str, Any] = {
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 2,
+    "moe_ep": {"num_experts": 4, "ep_size": 2, "node_size": 1, "model": "small"},
+}
+
+
+def write(folder: Path, values: dict[str, Any]) -> str:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return str(path)
+
+
+def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        env={**os.environ, **ENVIRONMENT, **variables},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_ranks_of_its_own_are_tried_and_every_group_has_lines(tmp_path: Path) -> None:
+    with start(["--config", write(tmp_path, CONFIG), "--seconds", "0.5", "--json"]) as process:
+        printed, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, printed + errors
+    found = json.loads(printed)
+    assert found["verdict"] != "problem"
+    assert sum(found["counts"].values()) == len(found["verdicts"])
+    lines = {(verdict["group"], verdict["name"]): verdict for verdict in found["verdicts"]}
+    assert {group for group, _ in lines} == set(GROUPS)
+    assert lines["packages", "DeepSpeed"]["found"] == "0.19.8, tested"
+    assert {("environment", name) for name in SPECIFIED} <= set(lines)
+    assert "2 ranks, 4 experts a layer, ep_size 2" in lines["job", "ds_config"]["found"]
+    assert lines["links", "ranks"]["found"].startswith("2 of 2 came up")
+    assert lines["links", "far links"]["found"].startswith("1 pair: ")
+    assert all(verdict["way_out"] for verdict in found["verdicts"] if verdict["status"] in ("warning", "problem"))
+
+
+def test_a_bad_config_exits_with_1_and_its_reason_and_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--config", write(tmp_path, {"moe_ep": {"epsize": 4}}), "--no-links"]) == 1
+    printed = capsys.readouterr().out
+    assert "moe_ep.epsize=4: unknown key" in printed
+    assert "-> did you mean 'ep_size'?" in printed
+    assert "not tried: --no-links" in printed
+    assert "verdict: it cannot run as it is" in printed
+
+
+def test_in_a_job_the_jobs_ranks_are_tried_and_rank_0_prints() -> None:
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = ["--seconds", "0.5"]
+    with (
+        start(arguments, RANK="0", LOCAL_RANK="0", **job) as first,
+        start(arguments, RANK="1", LOCAL_RANK="1", **job) as second,
+    ):
+        printed, errors = first.communicate(timeout=250)
+        silence, _ = second.communicate(timeout=250)
+    assert (first.returncode, second.returncode) == (0, 0), printed + errors
+    assert silence == ""
+    assert "2 of 2 came up" in printed
+    assert "2 ranks on" in printed
+    assert "\nverdict: " in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "1"], "EngineError: doctor.ranks=1: a link needs two ranks"),
+        (["--seconds", "0"], "EngineError: doctor.seconds=0: must be more than 0"),
+        (["--wait", "-3"], "EngineError: doctor.wait=-3: must be more than 0"),
+    ],
+)
+def test_options_that_have_no_meaning_exit_with_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_the_launchers_local_rank_is_taken_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--local_rank=3", "doctor", "--help"])
+    assert left.value.code == 0
+    assert "one verdict a line" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_last_line_is_the_worst_verdict_and_ways_out_stand_beneath() -> None:
+    verdicts = [Verdict("links", "topology", "ok", "fine"), Verdict("packages", "apex", "note", "none", "build it")]
+    assert worst(verdicts) == "note"
+    assert conclusion(verdicts) == "verdict: all is well (1 ok, 1 note, 0 warnings, 0 problems)"
+    verdicts.append(Verdict("machine", "memory", "problem", "full", "empty it"))
+    console = Console(width=80, record=True, file=StringIO())
+    print_verdicts(verdicts, console)
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert lines.index("problem memory full") + 1 == lines.index("-> empty it")
+    assert lines.index("packages") < lines.index("machine") < lines.index("links")
+    assert lines[-1] == "verdict: it cannot run as it is (1 ok, 1 note, 0 warnings, 1 problem)"
+    assert to_dict(verdicts)["counts"] == {"ok": 1, "note": 1, "warning": 0, "problem": 1}
+    assert list(to_dict(verdicts)["counts"]) == list(STATUSES)
+    assert worst([]) == "ok"
+
+
+def test_a_verdict_that_is_not_well_needs_a_way_out() -> None:
+    with pytest.raises(AssertionError, match="memory has no way out"):
+        Verdict("machine", "memory", "warning", "full")

@@ -1,0 +1,120 @@
+"""A NaN or an infinity on one rank: all ranks skip the step together, and one line names the rank.
+
+Expert gradients are reduced over another group than dense ones, and still every rank has to decide alike. fp16 is
+refused on the CPU; the tests tell DeepSpeed that it is there: its loss scaling and its optimizers run all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.engine.small_model import Job, SmallModel, batches, make_model, named_weights
+from tests.ranks import run_ranks
+
+BAD_STEP, BAD_RANK = 1, 1
+EXPERT = "layers.1.deepspeed_moe.experts.deepspeed_experts.0.fc1.weight"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+Step = tuple[bool, bool, bool, float]  # applied, weights changed, weights finite, loss scale
+
+
+class Spoiler(nn.Module):
+    """The model with a number that is not finite at one place, in one step of one rank."""
+
+    def __init__(self, model: SmallModel, place: str, value: float) -> None:
+        super().__init__()
+        self.model, self.place, self.value, self.step = model, place, value, 0
+        if place == "expert":
+            model.get_parameter(EXPERT).register_hook(self.spoil)
+
+    def spoil(self, grad: Tensor) -> Tensor | None:
+        is_time = self.step == BAD_STEP and dist.get_rank() == BAD_RANK
+        return torch.full_like(grad, self.value) if is_time else None
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        if self.place == "activation":
+            handle = self.model.enter.register_forward_hook(lambda module, inputs, out: out.register_hook(self.spoil))
+            handle_result = self.model(x, target)
+            handle.remove()
+            return handle_result
+        loss = self.model(x, target)
+        bad = self.spoil(loss) if self.place == "loss" else None
+        return loss if bad is None else loss * bad
+
+
+def train_with_bad_numbers(job: Job, precision: str, value: float) -> dict[str, tuple[list[Step], list[str]]]:
+    return {place: train_with_a_bad_number(job, precision, place, value) for place in SAYS}
+
+
+def train_with_a_bad_number(job: Job, precision: str, place: str, value: float) -> tuple[list[Step], list[str]]:
+    """Three steps, the second with a bad number on one rank: what this rank did, and what its log says of skips."""
+    lines: list[str] = []
+    logging.getLogger("DeepSpeed").addFilter(lambda record: lines.append(record.getMessage()) is None)
+    engine = make_scaled_engine(job, precision, place, value)
+    rank, dtype = dist.get_rank(), DTYPES[precision]
+    steps: list[Step] = []
+    for number, ((x, target),) in enumerate(batches(job)):
+        engine.module.step = number
+        before = named_weights(engine.module.model, job)
+        engine.backward(engine(x[rank].to(dtype), target[rank].to(dtype)))
+        engine.step()
+        after = named_weights(engine.module.model, job)
+        changed = any(not torch.equal(before[name], weight) for name, weight in after.items())
+        finite = all(bool(weight.isfinite().all()) for weight in after.values())
+        steps.append((bool(engine.was_step_applied()), changed, finite, float(engine.optimizer.loss_scale)))
+    return steps, [line for line in lines if "was skipped" in line]
+
+
+def make_scaled_engine(job: Job, precision: str, place: str, value: float) -> Any:
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    import ds_moe_ep
+    from ds_moe_ep.engine.finite import tell_skips
+
+    deepspeed.init_distributed("gloo")
+    config = dict(job.ds_config)
+    if precision == "fp16":
+        get_accelerator().is_fp16_supported = lambda: True
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
+    elif precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    model = Spoiler(make_model(job), place, value)
+    engine = ds_moe_ep.initialize(model=model, config=config, model_parameters=list(model.parameters()))[0]
+    if not hasattr(engine.backward, "__wrapped__") or "finite.py" not in engine.backward.__code__.co_filename:
+        tell_skips(engine)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "ep_size", "value"),
+    [("fp16", 0, 4, math.inf), ("fp16", 1, 2, math.nan), ("fp16", 2, 4, -math.inf), ("bf16", 0, 2, math.nan),
+     ("bf16", 1, 4, math.inf), ("bf16", 2, 2, math.nan), ("fp32", 1, 4, math.nan)],
+)  # fmt: skip
+def test_every_rank_skips_the_step_and_the_rank_is_named(
+    precision: str, stage: int, ep_size: int, value: float
+) -> None:
+    """The steps around it are taken, on finite weights; with loss scaling the scale is halved on every rank."""
+    job = replace(Job(steps=3), stage=stage, ep_size=ep_size)
+    results = run_ranks(4, train_with_bad_numbers, job, precision, value, timeout_s=60)
+    scales = [256.0, 128.0, 128.0] if precision == "fp16" else [1.0] * 3
+    expected = [(i != BAD_STEP, i != BAD_STEP, True, scale) for i, scale in enumerate(scales)]
+    for place, says in SAYS.items():
+        assert all(result[place][0] == expected for result in results), place
+        (line,) = results[0][place][1]
+        assert f"step {BAD_STEP} was skipped: {says}" in line
+        assert all(result[place][1] == [] for result in results[1:])
+
+
+SAYS = {
+    "expert": f"gradients are not finite on ranks 1 (1 of them, next to the loss model.{EXPERT})",
+    "activation": "gradients are not finite on ranks 1 (2 of them, next to the loss model.enter.bias)",
+    "loss": "the loss is not finite on ranks 1; gradients are not finite on ranks 0 (",
+}
