@@ -35,8 +35,9 @@ OURS: dict[str, dict[str, Any]] = {
     "8 chunks": {"schedule": "chunks", "chunks": 8},
     "serial": {"schedule": "serial"},
 }
+HOOKED = "hooked native"  # DeepSpeed's own layer with the hooks, on the schedule "peers, 2 cuts"
 NATIVE, AUTOEP, WIRE = "native", "autoep", "wire"  # wire: serial with experts that take no time
-SIDES = (*OURS, NATIVE, AUTOEP, WIRE)
+SIDES = (*OURS, HOOKED, NATIVE, AUTOEP, WIRE)
 PHASES = ("forward", "backward", "step")
 START_TIMEOUT_S = 300.0
 
@@ -156,9 +157,10 @@ def contender(name: str, plan: OverlapPlan, rank: int) -> Contender:
         layer = _layer(name, plan)
     x_TD = tokens(case, rank).requires_grad_()
     recorder = None
-    if name in OURS or name == WIRE:
+    if name in (*OURS, HOOKED, WIRE):
         recorder = HostRecorder(rank)
-        layer.get_submodule("deepspeed_moe").dispatcher.recorder = recorder  # type: ignore[union-attr]
+        inner: Any = layer.get_submodule("deepspeed_moe")
+        (inner.overlap if name == HOOKED else inner).dispatcher.recorder = recorder
     if name != AUTOEP:
         with torch.no_grad():
             layer.get_submodule("deepspeed_moe.gate.wg").weight.copy_(gate_weight(case))  # type: ignore[operator]
@@ -170,10 +172,14 @@ def contender(name: str, plan: OverlapPlan, rank: int) -> Contender:
 def _layer(name: str, plan: OverlapPlan) -> nn.Module:
     case, row_us = plan.case, 0.0 if name == WIRE else plan.row_us
     is_emulated = plan.device == "emulated" or name == WIRE
-    if name == NATIVE:
+    if name in (NATIVE, HOOKED):
         from ds_moe_ep.bench.native import native_layer
+        from ds_moe_ep.engine.hooks import attach_overlap
 
-        return native_layer(case, plan.num_ranks, EmulatedExpert(row_us) if is_emulated else None)
+        layer = native_layer(case, plan.num_ranks, EmulatedExpert(row_us) if is_emulated else None)
+        if name == HOOKED:
+            attach_overlap(layer, {**OURS["peers, 2 cuts"], "node_size": plan.ranks_per_node})
+        return layer
     if name == AUTOEP:
         from ds_moe_ep.bench.autoep import autoep_layer, emulate_experts
 

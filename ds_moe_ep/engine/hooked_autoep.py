@@ -39,6 +39,9 @@ class HookedAutoEP(HookedLayer):
     @staticmethod
     def problem_of(layer: AutoEPMoELayer) -> str:
         """Why the layer cannot be hooked, or an empty string."""
+        missing = seams.missing_of(layer, seams.AUTOEP_NAMES)
+        if missing:
+            return missing
         if isinstance(layer, OverlappedAutoEP):
             return "it is hooked already; call the handle's remove() first"
         experts = layer.experts
@@ -49,9 +52,7 @@ class HookedAutoEP(HookedLayer):
             return f'comm_backend="{layer.comm_backend}" moves its own rows; set comm_backend to "comm"'
         folding = layer.folding_group_handles
         if folding is not None and folding.spec.tp_size > 1:
-            return (
-                f"it is folded over {folding.spec.tp_size} tensor-parallel ranks; set autotp_size to 1"
-            )
+            return f"it is folded over {folding.spec.tp_size} tensor-parallel ranks; set autotp_size to 1"
         if layer.async_split_plan:
             return "async_split_plan=true plans rows that the hooks plan themselves; leave it out"
         if layer.ep_group is None and layer.ep_size > 1:

@@ -57,6 +57,9 @@ class HookedNative(HookedLayer):
             return f"its exchange is {type(layer).__name__}.forward, not DeepSpeed's MOELayer; hook plain layers"
         if not isinstance(layer.gate, TopKGate):
             return f"its gate is {type(layer.gate).__name__}; routes are read from DeepSpeed's TopKGate alone"
+        missing = seams.missing_of(layer, seams.MOE_LAYER_NAMES) or seams.missing_of(layer.gate, seams.GATE_NAMES)
+        if missing:
+            return missing
         if layer.use_tutel:
             return "use_tutel=True: Tutel packs its rows; make the layer with use_tutel=False"
         if seams.tensor_parallel_size() > 1:

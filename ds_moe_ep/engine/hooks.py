@@ -162,8 +162,13 @@ def type_of_hook(layer: nn.Module) -> Any:
     """The class that hooks such a layer."""
     if isinstance(layer, DeepSpeedMoE):
         return hooked_native.HookedNative
-    from ds_moe_ep.engine import hooked_autoep  # releases without AutoEP have no such layer
-
+    try:
+        from ds_moe_ep.engine import hooked_autoep  # releases without AutoEP have no such layer
+    except ImportError as error:
+        tested = ", ".join(seams.TESTED)
+        raise EngineError(
+            f"deepspeed={deepspeed.__version__}: AutoEP is another one than tested ({error}); install {tested}"
+        ) from error
     return hooked_autoep.HookedAutoEP
 
 

@@ -7,10 +7,11 @@ EngineError that says which. A test reads this file's names from the installed r
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import socket
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import deepspeed
@@ -34,6 +35,32 @@ GROUP_NAMES = (
     "_get_expert_parallel_group_ranks",
     "_get_data_parallel_group",
     "mpu",
+)
+
+# What the hooks use of layers that DeepSpeed made.
+MOE_LAYER_NAMES = ("gate", "experts.deepspeed_experts", "ep_group", "use_tutel", "timers", "wall_clock_breakdown")
+GATE_NAMES = ("wg.weight", "k", "drop_tokens", "capacity_factor", "eval_capacity_factor", "min_capacity")
+AUTOEP_NAMES = (
+    "router",
+    "expert_bias",
+    "tokens_per_expert",
+    "num_experts",
+    "ep_size",
+    "top_k",
+    "hidden_size",
+    "score_apply",
+    "comm_backend",
+    "async_split_plan",
+    "folding_group_handles",
+    "ep_group",
+    "_finalize_output",
+    "_forward",
+    "experts.w1",
+    "experts.w2",
+    "experts.w3",
+    "experts.activation",
+    "experts.activation_alpha",
+    "experts.activation_limit",
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -107,6 +134,25 @@ def watch_of_world(timeout_s: float) -> Watch:
     if world not in _WATCHES:
         _WATCHES[world] = open_watch(timeout_s)
     return _WATCHES[world]
+
+
+def missing_of(layer: object, names: Sequence[str]) -> str:
+    """Why a layer is not as in the tested releases, or an empty string."""
+    missing = [name for name in names if not _has(layer, name)]
+    if not missing:
+        return ""
+    return (
+        f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)} there; install a tested release "
+        f"({', '.join(TESTED)})"
+    )
+
+
+def _has(owner: object, path: str) -> bool:
+    try:
+        operator.attrgetter(path)(owner)
+    except AttributeError:
+        return False
+    return True
 
 
 def not_compiled(function: F) -> F:

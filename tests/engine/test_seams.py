@@ -81,5 +81,13 @@ def test_keys_shapes_and_order_of_parameters_are_those_of_the_native_layer() -> 
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
+def test_what_the_hooks_use_of_the_native_layer_is_there_and_a_missing_name_is_told() -> None:
+    layer = native.MoE(8, GeluMLP(8, 16), num_experts=2, ep_size=1)
+    assert seams.missing_of(layer.deepspeed_moe, seams.MOE_LAYER_NAMES) == ""
+    assert seams.missing_of(layer.deepspeed_moe.gate, seams.GATE_NAMES) == ""
+    del layer.deepspeed_moe.gate.drop_tokens
+    assert "has no drop_tokens" in seams.missing_of(layer.deepspeed_moe.gate, seams.GATE_NAMES)
+
+
 def test_the_shared_memory_build_stays_away_on_a_cpu() -> None:
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
