@@ -23,7 +23,7 @@ from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
-from ds_moe_ep.comm.watch import Watch, open_watch
+from ds_moe_ep.comm.watch import Unwatched, Watch, open_watch
 from ds_moe_ep.errors import EngineError
 
 TESTED = ("0.19.8",)
@@ -128,11 +128,11 @@ def lanes_beside(group: dist.ProcessGroup, all_groups: list[list[int]], timeout_
 
 
 def watch_of_world(timeout_s: float) -> Watch:
-    """The watch over all ranks, which every rank opens with its first call."""
+    """The watch over all ranks, which every rank opens with its first call; one rank alone has none."""
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is initialized"
     if world not in _WATCHES:
-        _WATCHES[world] = open_watch(timeout_s)
+        _WATCHES[world] = open_watch(timeout_s) if dist.get_world_size() > 1 else Unwatched()
     return _WATCHES[world]
 
 

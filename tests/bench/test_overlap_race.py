@@ -93,7 +93,7 @@ def test_what_cannot_be_measured_is_refused(
 def test_a_short_race_over_the_loopback_writes_records(tmp_path: Path) -> None:
     out = tmp_path / "records.jsonl"
     words = ["--links", "none", "--no-testbed", "--compute-s", "0.05", "--rounds", "2", "--out", str(out)]
-    assert overlap.main([*words, "--sides", "peers", "serial", "native", "autoep", "wire"]) == 0
+    assert overlap.main([*words, "--sides", "peers", "serial", "hooked native", "native", "autoep", "wire"]) == 0
     records = {record.name: record for record in read_records(out)}
     assert records["overlap.emulated.unshaped.serial.step.hidden"].value == pytest.approx(0, abs=1)
-    assert {name.split(".")[3] for name in records} == {"peers", "serial", "native", "autoep", "wire"}
+    assert {name.split(".")[3] for name in records} == {"peers", "serial", "hooked native", "native", "autoep", "wire"}
