@@ -95,7 +95,10 @@ class OverlappedMOELayer(MOELayer):
                 x_TD = x.reshape(-1, x.shape[-1])
                 answer = self.gate(x_TD, used_token, True, False)
             self.l_aux, capacity, _, experts_KT, places_KT, weights_KT, self.exp_counts = answer
-            routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity) if is_local else None)
+            if is_local:
+                routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity))
+            else:
+                routes = dropless_routes(experts_KT, weights_KT, is_masked=used_token is not None)
             hooked.last_counts_E = self.exp_counts.to(torch.int64)
             y_TD, _ = hooked.dispatcher(x_TD, routes, self._local_experts(x), self.training)
             return y_TD.to(output_dtype(x, hooked.form is not None)).reshape(x.shape)
@@ -125,17 +128,21 @@ class _Timer(AbstractContextManager[None]):
         self._layer.time_moe = self._layer.timers(MOE_TIMER).elapsed(reset=False)
 
 
-def routes_of(experts_KT: Tensor, places_KT: Tensor, weights_KT: Tensor, capacity: int | None) -> Routes:
-    """The gate's sparse routes: an expert below 0 stands for a choice that is left out."""
-    ids_TK, is_kept_TK = experts_KT.t().long(), experts_KT.t() >= 0
+def routes_of(experts_KT: Tensor, places_KT: Tensor, weights_KT: Tensor, capacity: int) -> Routes:
+    """The gate's sparse routes under a capacity: an expert below 0 stands for a choice that is dropped."""
     return Routes(
-        expert_ids_TK=ids_TK,
+        expert_ids_TK=experts_KT.t().long(),
         weights_TK=weights_KT.t(),
-        is_used_TK=is_kept_TK,
-        is_kept_TK=is_kept_TK,
-        place_TK=None if capacity is None else places_KT.t().long(),
+        is_kept_TK=experts_KT.t() >= 0,
+        place_TK=places_KT.t().long(),
         capacity=capacity,
     )
+
+
+def dropless_routes(experts_KT: Tensor, weights_KT: Tensor, is_masked: bool) -> Routes:
+    """The same where nothing is dropped; with a mask of used tokens an expert below 0 stands for one left out."""
+    ids_TK = experts_KT.t().long()
+    return Routes(expert_ids_TK=ids_TK, weights_TK=weights_KT.t(), is_used_TK=ids_TK >= 0 if is_masked else None)
 
 
 def call_as_deepspeed(expert: nn.Module, rows_nD: Tensor) -> Tensor:

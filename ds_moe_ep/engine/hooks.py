@@ -137,7 +137,7 @@ def hook(model: nn.Module, traffic: dict[str, Any]) -> dict[str, HookedLayer]:
     for name, layer in candidates(model):
         cls = type_of_hook(layer)
         if layer.ep_size > 1 and (problem := cls.problem_of(layer)):
-            problems.append(f"{name} ({type(layer).__name__}) cannot be hooked: {problem}")
+            problems.append(f"{name or 'the model'} ({type(layer).__name__}) cannot be hooked: {problem}")
         elif layer.ep_size > 1:
             hooked[name] = cls(name, layer, traffic)
     hosts, groups = agree(problems, hooked)
