@@ -11,6 +11,12 @@ A name is a dotted path; its parts are slugs without dots. Bench writes these na
     system.<bed>.traffic.<what>                   ratio (of EP16's traffic alone to its compute), compute, link
     scaling.<total>.ep<n>.<what>                  tps, tpot, busy, memory_per_expert
     scaling.<total>.fit.<law>.<what>              r2, coefficient
+    soak.run<r>.memory.step<n>                    resident bytes, the middle of the ranks between the least and the most
+    soak.run<r>.<what>                            peak.memory, growth.<held>; <count>.start, .steady, .end, .after
+    soak.load.step<n>, soak.fullest.step<n>       fullest expert's rows over the mean, and which expert that is
+    soak.loss.step<n>, soak.hash.step<n>          loss; how many runs have the first run's hash of all that was computed
+    soak.weather.<what>                           how often routing burst, ranks idled, experts led
+    soak.verdict.<what>                           1 where it holds; its note says of what and by how much
 
 Units: tps in tokens/s; tpot in us (of a token); step and breakdown in ms; memory in bytes; load in rows; loss in nats;
 busy, hidden, traffic's ratio, ratio_to and r2 in ratio (1 is all, or equal). A coefficient has its law's unit. Readers
@@ -53,6 +59,16 @@ LAWS: Mapping[str, str] = {  # of EP, as the specification states them (section 
     "memory_per_expert": "memory per expert ~ 1/EP",
 }
 STATED_R2: Mapping[str, float] = {"tps": 0.97, "tpot": 0.96, "busy": 0.94, "memory_per_expert": 0.99}
+
+SOAK_VERDICTS: Mapping[str, str] = {
+    "memory": "resident memory is flat",
+    "allocated": "allocated memory is flat",
+    "tensors": "no tensor is kept",
+    "objects": "no Python object is kept",
+    "handles": "no handle, socket or thread is left open",
+    "same": "all runs computed the same bits",
+    "finite": "every loss is a number",
+}
 
 
 def bed_title(bed: str) -> str:

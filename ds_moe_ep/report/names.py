@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ds_moe_ep.evidence import KINDS, LAWS, MODES, PARTS, SYSTEMS, TOTALS
+from ds_moe_ep.evidence import KINDS, LAWS, MODES, PARTS, SOAK_VERDICTS, SYSTEMS, TOTALS
 
 
 def _one_of(words: Iterable[str]) -> str:
@@ -29,6 +29,12 @@ _KNOWN = (
     re.compile(rf"system\.{_BED}\.traffic\.(?:ratio|compute|link)"),
     re.compile(rf"scaling\.{_one_of(TOTALS)}\.ep\d+\.{_one_of(LAWS)}"),
     re.compile(rf"scaling\.{_one_of(TOTALS)}\.fit\.{_one_of(LAWS)}\.(?:r2|coefficient)"),
+    re.compile(r"soak\.run\d+\.(?:memory\.step\d+|peak\.memory|growth\.(?:memory|allocated|tensors|objects))"),
+    re.compile(r"soak\.run\d+\.(?:handles|sockets|threads)\.(?:start|steady|end|after)"),
+    re.compile(r"soak\.(?:load|fullest|loss|hash)\.step\d+"),
+    re.compile(
+        rf"soak\.(?:weather\.(?:bursts|empty_batches|idle_ranks|experts_led)|verdict\.{_one_of(SOAK_VERDICTS)})"
+    ),
 )
 
 
@@ -38,8 +44,10 @@ def is_known(name: str) -> bool:
 
 
 def place_of(name: str) -> str:
-    """Where a known Record was measured, in few words: the bed, or the total that was kept while EP grew."""
+    """Where a known Record was measured, in few words: the bed, the total that was kept while EP grew, or the soak."""
     first, second = name.split(".")[:2]
+    if first == "soak":
+        return "soak"
     return short_bed(second) if first == "system" else TOTALS[second]
 
 

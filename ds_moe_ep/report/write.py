@@ -11,6 +11,7 @@ from ds_moe_ep.report.html_page import to_html
 from ds_moe_ep.report.markdown_page import to_markdown
 from ds_moe_ep.report.page import Page, Section
 from ds_moe_ep.report.sections_scaling import scaling
+from ds_moe_ep.report.sections_soak import soak
 from ds_moe_ep.report.sections_sources import head, sources
 from ds_moe_ep.report.sections_stated import stated
 from ds_moe_ep.report.sections_systems import latency, memory, throughput
@@ -26,6 +27,7 @@ SECTIONS: dict[str, Callable[[Findings], Section | None]] = {  # by what a reade
     "memory": memory,
     "scaling": scaling,
     "loss": loss,
+    "soak": soak,
     "the specification's figures": stated,
 }
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ds_moe_ep.evidence import SYSTEMS
+from ds_moe_ep.evidence import SOAK_VERDICTS, SYSTEMS
 from ds_moe_ep.record import Record, write_records
 from ds_moe_ep.report.findings import spans_path
 from ds_moe_ep.timeline import Span, Tags, write_spans
@@ -117,9 +117,26 @@ def scaling_records(
             yield record(f"scaling.{total}.fit.{what}.coefficient", coefficient, units[what], emulated=True)
 
 
+def soak_records(steps: int = 40, ranks: int = 16) -> Iterator[Record]:
+    """Two runs whose memory is flat, bursts among drifting steps, and the verdicts."""
+    for run in (1, 2):
+        for step in range(10, steps + 1, 10):
+            megabytes = 402 + 0.2 * math.sin(step + run)
+            yield record(f"soak.run{run}.memory.step{step:05d}", 1e6 * megabytes, "bytes", 0.004, emulated=False)
+        yield record(f"soak.run{run}.peak.memory", 421.5e6, "bytes", emulated=False)
+    for step in range(1, steps + 1):
+        over_mean = float(ranks) if step % 20 == 7 else 4 + math.sin(step / 9)
+        yield record(f"soak.load.step{step:05d}", over_mean, "ratio", n=ranks, emulated=False)
+        yield record(f"soak.fullest.step{step:05d}", float(step // 11 % ranks), "expert", n=ranks, emulated=False)
+    yield record("soak.weather.bursts", 2.0, "count", n=steps, emulated=False)
+    for what in SOAK_VERDICTS:
+        holds = float(what != "same")
+        yield record(f"soak.verdict.{what}", holds, "ratio", notes=f"all about {what}", emulated=False)
+
+
 def every_record() -> list[Record]:
     """Records of all kinds."""
-    return [*system_records(), *loss_records(), *load_records(), *scaling_records()]
+    return [*system_records(), *loss_records(), *load_records(), *scaling_records(), *soak_records()]
 
 
 def spans(layer: str = "layers.0.feed_forward", ranks: Sequence[int] = (0, 5)) -> list[Span]:

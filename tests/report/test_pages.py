@@ -14,6 +14,8 @@ from ds_moe_ep.figures import stated_and_derived
 from ds_moe_ep.record import Record, write_records
 from ds_moe_ep.report.findings import Findings, Source, spans_path
 from ds_moe_ep.report.page import EMULATED, REAL, Page, Section, Table
+from ds_moe_ep.report.quantities import NONE
+from ds_moe_ep.report.sections_soak import soak
 from ds_moe_ep.report.sections_stated import ANSWERS, RATIO, stated
 from ds_moe_ep.report.sections_systems import throughput
 from ds_moe_ep.report.write import make_page, write_report
@@ -23,6 +25,7 @@ from tests.report.sample_records import (
     loss_records,
     record,
     scaling_records,
+    soak_records,
     spans,
     system_records,
 )
@@ -36,6 +39,7 @@ FIGURES = (
     "memory",
     "scaling",
     "loss",
+    "soak",
 )
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
@@ -44,7 +48,7 @@ def small_records() -> list[Record]:
     """All kinds, of one real and one emulated bed."""
     short = {"steps": 4, "layers": 1}
     records = [*system_records(("loopback", "cluster")), *loss_records(steps=4), *load_records(**short)]
-    return [*records, *scaling_records(("constant_rank",))]
+    return [*records, *scaling_records(("constant_rank",)), *soak_records()]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def test_all_sections_and_figures_are_written_when_all_records_exist(report: Pat
     titles = re.findall(r"^## (.+)$", markdown, re.MULTILINE)
     assert titles == [
         "What was measured", "Throughput", "Where the time goes", "What hides what", "Load of the experts", "Memory",
-        "Scaling", "Loss", "The specification's figures", "Records and commands",
+        "Scaling", "Loss", "Soak", "The specification's figures", "Records and commands",
     ]  # fmt: skip
     assert "Absent" not in markdown
     written = {path.name for path in (report / "figures").iterdir()}
@@ -137,8 +141,9 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         (list(loss_records(steps=2)), ["Loss"]),
         (list(load_records(("ep16",), steps=2, layers=1)), ["Load of the experts"]),
         (list(scaling_records(("constant_total",))), ["Scaling"]),
+        (list(soak_records()), ["Soak"]),
     ],
-    ids=["throughput", "latency", "memory", "loss", "load", "scaling"],
+    ids=["throughput", "latency", "memory", "loss", "load", "scaling", "soak"],
 )
 def test_a_section_is_there_with_its_records_alone(records: list[Record], present: list[str]) -> None:
     page = make_page(findings_of(records))
@@ -202,6 +207,16 @@ def test_the_specifications_table_answers_what_was_measured_and_says_what_was_no
     assert rows["communication hidden"][3] == "loopback: 93.0 %"
     assert rows["one expert"][3] == "not measured"
     assert rows["R\u00b2 of TPS ~ EP"][1:4] == ("0.97", "-", "constant tokens a rank, constant tokens in total: 0.984")
+
+
+def test_the_soak_tells_its_weather_its_peak_and_every_verdict() -> None:
+    section = soak(findings_of(list(soak_records())))
+    (table,) = tables_of(section)
+    assert "In 40 steps: 2 bursts." in str(section)
+    assert [row[1] for row in table.rows] == ["yes", "yes", "yes", "yes", "yes", "no", "yes", NONE]
+    assert table.rows[0] == ("resident memory is flat", "yes", "all about memory")
+    assert "422 MB" in table.rows[-1][2]
+    assert soak(findings_of([record("soak.run1.memory.step00010", 4e8, "bytes")])), "a run that was cut short"
 
 
 def test_every_answer_belongs_to_a_figure_of_the_specification() -> None:
