@@ -15,6 +15,7 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.after_step import after_each_step
 from ds_moe_ep.engine.checkpoint import guard_loading
 from ds_moe_ep.engine.choices import keep_choices
+from ds_moe_ep.engine.finite import tell_skips
 from ds_moe_ep.engine.folders import refuse_incomplete
 from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.meter import OverlapMeter
@@ -41,6 +42,7 @@ class Company:
         if config.meter_every:
             engine.moe_ep_meter = OverlapMeter(layers, engine.device, config.meter_every)
         engine.moe_ep_layers = layers
+        self._take_hooks_off = tell_skips(engine)
         after_each_step(engine, layers)
         watch = seams.watch_of_world(config.timeout_s)
         others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
@@ -52,6 +54,7 @@ class Company:
 
     def leave(self) -> None:
         """Gives the engine its own methods back."""
+        self._take_hooks_off()
         for name in (*METHODS, *ATTRIBUTES):
             vars(self._engine).pop(name, None)
         vars(self._engine).update(self._before)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,15 @@ class Sums:
         self._names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._losses: list[Tensor] = []
         self._gradients: list[tuple[int, Tensor]] = []
-        for index, name in enumerate(self._names):
+        self._handles = [
             model.get_parameter(name).register_hook(functools.partial(self._add, index))
+            for index, name in enumerate(self._names)
+        ]
+
+    def end(self) -> None:
+        """Takes the hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
 
     def _add(self, index: int, gradient: Tensor) -> None:
         self._gradients.append((index, gradient.sum(dtype=torch.float32)))
@@ -57,13 +64,14 @@ class Sums:
         return Findings(any(not bool(loss.isfinite()) for loss in self._losses), names)
 
 
-def tell_skips(engine: Any) -> None:
+def tell_skips(engine: Any) -> Callable[[], None]:
     """Wraps the engine's backward and step: one line of rank 0 names the ranks for which a step was skipped.
 
-    Nothing is wrapped where DeepSpeed does not look for overflows (fp32 without ZeRO).
+    Nothing is wrapped where DeepSpeed does not look for overflows (fp32 without ZeRO). Returns what takes the hooks off
+    the parameters again.
     """
     if not hasattr(engine.optimizer, "overflow"):
-        return
+        return lambda: None
     backward, step, sums = engine.backward, engine.step, Sums(engine.module)
 
     @functools.wraps(backward)
@@ -83,6 +91,7 @@ def tell_skips(engine: Any) -> None:
         return result
 
     engine.backward, engine.step = backward_and_add, step_and_tell
+    return sums.end
 
 
 def summary(by_rank: Sequence[Findings]) -> str:

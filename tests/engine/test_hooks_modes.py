@@ -288,3 +288,52 @@ def test_a_section_that_contradicts_the_hooked_layers_is_refused(section: dict[s
     for _, _, error in run_ranks(4, attached_by_section, section):
         assert next(iter(section)) in error
         assert "layers.0" in error
+
+
+class Raising(nn.Module):
+    """An expert that fails on one rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if rank() == 1:
+            raise ArithmeticError("the expert is ill")
+        return self.linear(x).tanh()
+
+
+def errors_of_a_bad_rank(expert: str) -> tuple[str, str]:
+    """Type and text of this rank's error, where rank 1 has too few tokens for its gate, or an expert that fails."""
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+
+    from ds_moe_ep import GeluMLP
+
+    deepspeed.init_distributed("gloo")
+    template = GeluMLP(D, 2 * D) if expert == "known" else Raising()
+    model = nn.ModuleDict({"moe": MoE(D, template, num_experts=3, ep_size=3, k=1)})
+    model["moe"].set_deepspeed_parallelism()
+    with hooked(model, schedule="peers", timeout_s=20.0):
+        try:
+            model["moe"](torch.randn(2 if expert == "known" and rank() == 1 else BATCH, D))
+        except Exception as error:
+            return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_a_gate_that_fails_on_one_rank_is_told_to_the_others() -> None:
+    first, second, third = run_ranks(3, errors_of_a_bad_rank, "known")
+    assert second[0] == "AssertionError"
+    for kind, text in (first, third):
+        assert kind == "EngineError"
+        assert "moe: rank 1 refused its input" in text
+
+
+def test_an_expert_that_fails_on_one_rank_is_named_on_the_others() -> None:
+    first, second, third = run_ranks(3, errors_of_a_bad_rank, "raising", timeout_s=60)
+    assert second == ("ArithmeticError", "the expert is ill")
+    for kind, text in (first, third):
+        assert kind == "PeerError"
+        assert "rank 1: ArithmeticError: the expert is ill" in text
+        assert text.startswith("moe: forward")
