@@ -61,7 +61,7 @@ class RankFailure:
     @property
     def is_secondary(self) -> bool:
         """Whether it only tells that another rank has gone."""
-        return any(text in self.message for text in SECONDARY) or self.type_name == "Unanswered"
+        return any(text in self.message for text in SECONDARY) or self.type_name in ("Unanswered", "PeerError")
 
 
 class RankError(Exception):

@@ -117,13 +117,20 @@ class GroupTransport:
         elif first is None:
             what += f": {_reason(error)}"
         why = first or self.explain(owed.peers)
-        who = ranks_named(self.members(owed.peers))
-        text = f"{place}: {'one of ' if owed.is_joint and self.size > 2 else ''}{who} {what} ({owed})"
+        text = f"{place}: {self._who(owed)} {what} ({owed})"
         text += f"; {why}" if why else ""
         failure = PeerError(text + (f"; moe_ep.timeout_s={self._timeout_s:g} sets the limit" if is_late else ""))
         self.watch.report(failure, str(place))
         self._groups.standing.end(text)
         return failure
+
+    def _who(self, owed: Bytes) -> str:
+        """The ranks that a transfer waits for; of those that move at once the ones that the watch knows to be amiss."""
+        ranks = self.members(owed.peers)
+        if not owed.is_joint or len(ranks) == 1:
+            return ranks_named(ranks)
+        known = self.watch.culprits(ranks)
+        return ranks_named(known) if known else f"one of {ranks_named(ranks)}"
 
 
 def _reason(error: RuntimeError) -> str:

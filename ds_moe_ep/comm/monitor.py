@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 MANY_TIMES = 10  # the median: from there on a step is slow
 SHORTEST_SLOW_S = 3.0
 FEWEST_STEPS = 5  # before there is a median to speak of
+SOON_S = 0.1  # to the next look where a process went
+LATEST_S = 0.5  # for its goodbye to be read
 EXIT_CODE = 70  # "internal software error" of sysexits.h
 
 
@@ -33,6 +35,7 @@ class Monitor:
     def __init__(self, pulse: Pulse, timeout_s: float, interval_s: float) -> None:
         self._pulse, self._timeout_s, self._interval_s = pulse, timeout_s, interval_s
         self._known: set[int] = set()  # who has failed or gone
+        self._gone_since: dict[int, float] = {}  # without a goodbye as yet
         self._in_trouble_since: dict[int, float] = {}
         self._next_line_s = 0.0  # of the running step
         self._step = -1
@@ -44,14 +47,14 @@ class Monitor:
         self._end.set()
 
     def _run(self) -> None:
-        while not self._end.wait(self._interval_s):
+        while not self._end.wait(SOON_S if self._gone_since.keys() - self._known else self._interval_s):
             view = self._pulse.view()
             self._see_the_fallen(view)
             self._see_the_step(view)
             self._see_whether_stuck(view)
 
     def _see_the_fallen(self, view: View) -> None:
-        fallen = {rank for rank, seen in view.seen.items() if _has_fallen(view, rank) and rank != view.own}
+        fallen = {rank for rank in view.seen if rank != view.own and self._has_fallen(view, rank)}
         new = fallen - self._known
         self._known |= new
         if not new or self._end.is_set():
@@ -61,6 +64,17 @@ class Monitor:
             if new & set(standing.ranks):
                 standing.end(text)
         logger.error("ds_moe_ep: rank %d sees: %s", view.own, text)
+
+    def _has_fallen(self, view: View, rank: int) -> bool:
+        """Whether a rank failed by itself, or went without a goodbye, which may be unread for a moment."""
+        fault = view.seen[rank].sign.fault
+        if fault is not None or view.seen[rank].sign.has_left or not is_gone(view, rank):
+            return fault is not None and not fault.is_echo
+        if rank not in self._gone_since:
+            self._gone_since[rank] = time.monotonic()
+            self._pulse.board.hurry()
+        since_s = self._gone_since[rank]
+        return view.seen[rank].read_s > since_s + SOON_S or time.monotonic() > since_s + LATEST_S
 
     def _see_the_step(self, view: View) -> None:
         pulse = self._pulse
@@ -91,13 +105,6 @@ class Monitor:
                 f"{pulse.sign().place}: {explain(view, self._in_trouble_since)}; the process ends. "
                 "moe_ep.timeout_s sets the limit\n"
             )
-
-
-def _has_fallen(view: View, rank: int) -> bool:
-    """Whether a rank failed by itself, or its process is gone without a goodbye."""
-    sign = view.seen[rank].sign
-    is_root = sign.fault is not None and not sign.fault.is_echo
-    return is_root or (is_gone(view, rank) and not sign.has_left and sign.fault is None)
 
 
 def _end_process(text: str) -> None:

@@ -15,11 +15,12 @@ from ds_moe_ep.comm.board import Board, serves
 from ds_moe_ep.comm.lives import identify, life_of
 from ds_moe_ep.comm.signs import Fault, Place, Sign, fault_of
 from ds_moe_ep.comm.standing import Standing
-from ds_moe_ep.comm.verdict import View
-from ds_moe_ep.errors import PeerError
+from ds_moe_ep.comm.verdict import View, is_gone
 
 SILENCE_S = 3.0  # who gives no sign for so long is in trouble
 POSTING_S = 1.0  # how long a fault, or the end of the process, waits for its sign to be posted
+LEAVING_S = 2.0  # how long whoever serves the store waits for the others to leave
+WAITERS = ("threading.py", "c10d_logger.py", "distributed_c10d.py")  # whose callers tell more of where a rank is
 NUM_STEPS = 32  # whose median is what a step takes
 
 
@@ -38,11 +39,11 @@ class Pulse:
         self.standings: weakref.WeakSet[Standing] = weakref.WeakSet()
         self.fault: Fault | None = None
         self.has_left = False
-        self.silence_s = max(SILENCE_S, 6 * interval_s)
         self._serves_store = serves(store)
         self._main = threading.main_thread().ident or 0
         self._beat = 0
         self.board = Board(store, rank, size, interval_s, self.sign)
+        self.silence_s = max(SILENCE_S, 6 * self.board.interval_s)
 
     def sign(self) -> Sign:
         """This rank's sign of life now."""
@@ -59,6 +60,8 @@ class Pulse:
     def _frame(self) -> str:
         """What the main thread does, and behind which op."""
         frame, last = sys._current_frames().get(self._main), self.last
+        while frame is not None and frame.f_back is not None and frame.f_code.co_filename.endswith(WAITERS):
+            frame = frame.f_back
         text = "the process"
         if frame is not None:
             text = f"{frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
@@ -74,7 +77,7 @@ class Pulse:
     def fail(self, error: BaseException, place: str) -> None:
         """Publishes the first exception that ends a pass here, or the process."""
         if self.fault is None:
-            self.fault = fault_of(error, place, isinstance(error, PeerError))
+            self.fault = fault_of(error, place)
             self.board.ask(POSTING_S)
 
     def dies(self, error: BaseException) -> None:
@@ -82,9 +85,21 @@ class Pulse:
         self.fail(error, "the process, which ends")
         for standing in list(self.standings):
             standing.end(f"the process ends: {type(error).__name__}: {error}")
+        if self._serves_store:
+            time.sleep(POSTING_S)  # the peers that were woken read the board, which ends with this process
 
     def say_goodbye(self) -> None:
-        """Posts the last sign. A forked child says nothing: it is not the rank."""
-        if os.getpid() == self.identity.pid and not self.has_left:
-            self.has_left = True
-            self.board.end(POSTING_S)
+        """Posts the last sign. A forked child says nothing: it is not the rank.
+
+        Whoever serves the store leaves last, or after 2 s: with it goes its goodbye.
+        """
+        if os.getpid() != self.identity.pid or self.has_left:
+            return
+        self.has_left, end_s = True, time.monotonic() + LEAVING_S
+        while self._serves_store and time.monotonic() < end_s:
+            self.board.ask(self.board.interval_s)
+            view = self.view()
+            if all(is_gone(view, rank) for rank in view.seen if rank != self.rank):
+                break
+            time.sleep(self.board.interval_s / 5)
+        self.board.end(POSTING_S)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+from ds_moe_ep.errors import PeerError
 from ds_moe_ep.timeline import Tags
 
 LONGEST_TEXT = 400  # of a fault; what an error quotes of another rank's
@@ -82,8 +83,17 @@ class Sign:
         )
 
 
-def fault_of(error: BaseException, place: str, is_echo: bool) -> Fault:
+ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "pair closure", "Timed out waiting")
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an exception only tells that another rank went or did not answer: this package's, or gloo's own."""
+    is_of_group = isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in ECHOES)
+    return isinstance(error, PeerError) or is_of_group
+
+
+def fault_of(error: BaseException, place: str) -> Fault:
     """An exception as the other ranks shall read it: its first line, cut where it is long."""
     lines = str(error).strip().splitlines() or ["no message"]
     text = lines[0] if len(lines[0]) <= LONGEST_TEXT else lines[0][:LONGEST_TEXT] + "..."
-    return Fault(type(error).__name__, text, place, is_echo, time.time())
+    return Fault(type(error).__name__, text, place, is_echo(error), time.time())

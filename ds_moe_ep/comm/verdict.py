@@ -65,6 +65,13 @@ def first_fault(view: View, is_echo: bool = False) -> tuple[int, Fault] | None:
     return (found[0][1], found[0][2]) if found else None
 
 
+def culprits(view: View, ranks: Iterable[int]) -> list[int]:
+    """Those of the ranks that are gone or silent, or told of a fault of their own."""
+    wrong = troubles(view)
+    faults = {rank: seen.sign.fault for rank, seen in view.seen.items()}
+    return [rank for rank in ranks if rank in wrong or ((fault := faults.get(rank)) is not None and not fault.is_echo)]
+
+
 def explain(view: View, suspects: Iterable[int]) -> str:
     """Why `suspects` did not answer, in one clause: who is in trouble and what failed first, or where they are."""
     wrong = list(troubles(view).values())

@@ -7,6 +7,7 @@ board's, which may block on the store, and the monitor's (`monitor.py`), which n
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -22,7 +23,9 @@ from ds_moe_ep.comm.monitor import Monitor
 from ds_moe_ep.comm.pulse import Pulse
 from ds_moe_ep.comm.signs import Place
 from ds_moe_ep.comm.standing import Standing
-from ds_moe_ep.comm.verdict import View, explain, first_fault, troubles
+from ds_moe_ep.comm.verdict import View, culprits, explain, first_fault, troubles
+
+logger = logging.getLogger(__name__)
 
 INTERVAL_S = 0.5  # between signs of life
 PATIENCE_S = 5.0  # how long an error waits for the signs that explain it
@@ -45,6 +48,9 @@ class Watch(Protocol):
 
     def explain(self, suspects: Iterable[int]) -> str:
         """Why these ranks do not answer, or an empty string. Waits up to 5 s for signs that tell."""
+
+    def culprits(self, ranks: Iterable[int]) -> list[int]:
+        """Those of the ranks that are gone or silent, or failed by themselves, as far as is known now."""
 
     def step_begins(self, number: int) -> None:
         """A step begins, unless this one runs already."""
@@ -73,6 +79,9 @@ class Unwatched:
 
     def explain(self, suspects: Iterable[int]) -> str:
         return ""
+
+    def culprits(self, ranks: Iterable[int]) -> list[int]:
+        return []
 
     def step_begins(self, number: int) -> None:
         return None
@@ -106,13 +115,18 @@ class RankWatch:
         self._pulse.fail(error, place)
 
     def explain(self, suspects: Iterable[int]) -> str:
-        suspects, asked_s = tuple(suspects), time.monotonic()
-        while True:
-            view = self._fresh_view()
-            is_clear = first_fault(view) or troubles(view) or _all_show_life(view, suspects, asked_s)
-            if is_clear or time.monotonic() > asked_s + PATIENCE_S:
-                return explain(view, suspects)
+        suspects, end_s = tuple(suspects), time.monotonic() + PATIENCE_S
+        first = view = self._fresh_view()
+        while time.monotonic() < end_s:
+            is_clear = first_fault(view) or troubles(view) or view.store_silent_s > view.silence_s
+            if is_clear or _all_show_life(view, first, suspects):
+                break
             time.sleep(0.1)
+            view = self._fresh_view()
+        return explain(view, suspects)
+
+    def culprits(self, ranks: Iterable[int]) -> list[int]:
+        return culprits(self._pulse.view(), ranks)
 
     def _fresh_view(self) -> View:
         """The view behind a new look at the board, unless whoever serves the store is known to be in trouble."""
@@ -139,9 +153,12 @@ class RankWatch:
         self._finalizer()
 
 
-def _all_show_life(view: View, suspects: Iterable[int], since_s: float) -> bool:
-    """Whether each suspect has given a sign of life since."""
-    return all(rank in view.seen and view.seen[rank].changed_s > since_s for rank in suspects)
+def _all_show_life(view: View, before: View, suspects: Iterable[int]) -> bool:
+    """Whether each suspect has given a sign of life since an earlier look, which may have shown one from before it."""
+    return all(
+        rank in view.seen and rank in before.seen and view.seen[rank].sign.beat > before.seen[rank].sign.beat
+        for rank in suspects
+    )
 
 
 def _end(pulse: Pulse, monitor: Monitor, unchain: Callable[[], None]) -> None:
@@ -150,12 +167,15 @@ def _end(pulse: Pulse, monitor: Monitor, unchain: Callable[[], None]) -> None:
     pulse.say_goodbye()
 
 
-def open_watch(timeout_s: float, interval_s: float = INTERVAL_S) -> RankWatch:
+def open_watch(timeout_s: float, interval_s: float = INTERVAL_S) -> Watch:
     """The watch of this rank over the world of torch.distributed's default group.
 
     Every rank opens its watches in the same order; none waits for another here. `timeout_s` is for how long a rank may
     be gone or silent before a process that waits for it inside a step is ended.
     """
     default = _get_default_store()
+    if not hasattr(default, "clone"):  # torch before 2.8
+        logger.warning("ds_moe_ep: no rank watches the others: this torch has no Store.clone; errors name fewer causes")
+        return Unwatched()
     rank, size = dist.get_rank(), dist.get_world_size()
     return RankWatch(open_store(default, rank), rank, size, timeout_s, interval_s)

@@ -181,6 +181,25 @@ class Dispatcher:
         call = Call(self.name, self._num_calls, links.text)
         self._num_calls += 1
         plan = make_plan(routes, self.config.num_experts, links.transport, row_type, sees_drift, call)
+        try:
+            rows_ND, weights_TK, route = self._prepare(x_TD, routes, plan, experts, training, shared)
+        except BaseException as error:  # the peers are about to send rows, and to wait for some
+            links.transport.abandon(error, call.tags)
+            raise
+        results_ND, shared_TD = run_experts(rows_ND, experts, route, shared)
+        return unpermute(results_ND, weights_TK, plan.maps), shared_TD
+
+    def _prepare(
+        self,
+        x_TD: Tensor,
+        routes: Routes,
+        plan: DispatchPlan,
+        experts: LocalExperts,
+        training: bool,
+        shared: SharedExpert | None,
+    ) -> tuple[Tensor, Tensor, Route]:
+        """The rows [N, D] in send order, the weights [T, K] of their results, and their way."""
+        links = self.checked_links()
         if self.lanes is None or self._device != x_TD.device:
             self.lanes, self._device = make_lanes(x_TD.device, links.transport.size), x_TD.device
         rows_ND, weights_TK = permute(x_TD, plan.maps), routes.weights_TK
@@ -196,9 +215,7 @@ class Dispatcher:
             (links.control_forward, links.control_backward) if self.blocking else (links.forward, links.backward)
         )
         recorder = self.recorder if training else Off()
-        route = Route(layout, forward, backward, links.transport, self.lanes, recorder, self.name)
-        results_ND, shared_TD = run_experts(rows_ND, experts, route, shared)
-        return unpermute(results_ND, weights_TK, plan.maps), shared_TD
+        return rows_ND, weights_TK, Route(layout, forward, backward, links.transport, self.lanes, recorder, self.name)
 
     def _tune(
         self, rows_ND: Tensor, plan: DispatchPlan, experts: LocalExperts, shared: SharedExpert | None, lanes: Lanes

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from ds_moe_ep.comm.last_words import LONGEST_END_S, chain
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,13 +68,18 @@ def test_a_teller_that_is_gone_is_not_missed() -> None:
 # Two ranks forked from one interpreter that end as programs do. Rank 0 raises while its all-to-all is on its way, for
 # which gloo's destructor waits up to the group's limit.
 PROGRAM = """
-    import os, sys, time
+    import faulthandler, os, sys, time
     import torch, torch.distributed as dist
     from ds_moe_ep.comm.lane_groups import open_lanes
 
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    there, here = os.pipe()
     rank = 0 if os.fork() else 1
-    store = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+    faulthandler.dump_traceback_later(50, exit=True)  # no process outlives the test
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(here, str(store.port).encode())
+    else:
+        store = dist.TCPStore("127.0.0.1", int(os.read(there, 9)), is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     watched = sys.argv[1] == "watched"
     lanes = open_lanes([[0, 1]], 60.0 if watched else 8.0)
@@ -96,7 +102,7 @@ def run_program(how: str) -> tuple[float, subprocess.CompletedProcess[str]]:
     words = [sys.executable, "-c", program, how]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     began_s = time.monotonic()
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=100)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
     return time.monotonic() - began_s, done
 
 

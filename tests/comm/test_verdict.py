@@ -10,7 +10,8 @@ import pytest
 from ds_moe_ep.comm.board import Seen
 from ds_moe_ep.comm.lives import Life
 from ds_moe_ep.comm.signs import Fault, Identity, Place, Sign, fault_of
-from ds_moe_ep.comm.verdict import View, explain, ranks_named, slow_step, troubles
+from ds_moe_ep.comm.verdict import View, culprits, explain, ranks_named, slow_step, troubles
+from ds_moe_ep.errors import PeerError
 from ds_moe_ep.timeline import Tags
 
 PLACE = "layers.1.moe: forward dispatch"
@@ -47,6 +48,12 @@ def test_the_cause_is_named_and_not_the_neighbour_that_failed_for_it() -> None:
     echo = replace(FAULT, type_name="PeerError", text="rank 2 did not answer", is_echo=True, at_s=1.0)
     seen = view(sign(0), sign(1, fault=echo), sign(2, fault=FAULT), lives={1: Life.GONE, 2: Life.GONE})
     assert explain(seen, [1]) == "first error: rank 2: ValueError: bad luck (in layers.1.moe: backward pass)"
+
+
+def test_the_culprits_are_those_in_trouble_and_those_that_failed_by_themselves() -> None:
+    echo = replace(FAULT, is_echo=True)
+    seen = view(sign(1), sign(2, fault=FAULT), sign(3, fault=echo), sign(4), lives={4: Life.STOPPED})
+    assert culprits(seen, [1, 2, 3, 4]) == [2, 4] and culprits(seen, [1, 3]) == []
 
 
 def test_the_first_of_several_faults_is_named() -> None:
@@ -102,6 +109,19 @@ def test_ranks_are_named_in_runs(ranks: list[int], text: str) -> None:
 def test_places_and_faults_read_as_text() -> None:
     assert str(Place(Tags("layers.3", "backward", "far"), "combine", 0.0)) == "layers.3: backward combine"
     assert str(Place(Tags(), "dispatch", 0.0)) == "MoE layer: dispatch"
-    assert str(fault_of(ValueError("one\ntwo"), "a pass", False)) == "ValueError: one (in a pass)"
-    assert fault_of(ValueError("x" * 1000), "", False).text == "x" * 400 + "..."
-    assert str(fault_of(KeyError(), "", False)) == "KeyError: no message"
+    assert str(fault_of(ValueError("one\ntwo"), "a pass")) == "ValueError: one (in a pass)"
+    assert fault_of(ValueError("x" * 1000), "").text == "x" * 400 + "..."
+    assert str(fault_of(KeyError(), "")) == "KeyError: no message"
+
+
+@pytest.mark.parametrize(
+    ("error", "echo"),
+    [
+        (PeerError("rank 3 did not answer"), True),
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:5525"), True),  # of DeepSpeed's all-reduce
+        (RuntimeError("CUDA error"), False),
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_an_error_of_somebody_elses_collective_is_an_echo_too(error: Exception, echo: bool) -> None:
+    assert fault_of(error, "").is_echo is echo

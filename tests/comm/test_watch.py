@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from ds_moe_ep.comm import monitor
+from ds_moe_ep.comm import monitor, pulse
 from ds_moe_ep.comm.signs import Place
 from ds_moe_ep.comm.watch import RankWatch, open_watch
 from ds_moe_ep.timeline import Tags
@@ -155,6 +156,60 @@ def test_a_stopped_rank_that_serves_the_store_is_named_without_waiting_for_the_s
     took, _, text = (tmp_path / "1").read_text().partition(" ")
     assert "rank 0 (pid " in text and " is stopped, last seen in " in text
     assert float(took) < 3
+
+
+def far_apart() -> tuple[float, str]:
+    """Each rank as if on a machine of its own; rank 1 dies, and rank 0 asks why it does not answer."""
+    rank = dist.get_rank()
+    here = replace(pulse.identify(), host=f"n{rank}", machine=f"m{rank}")
+    pulse.identify = lambda: here  # type: ignore[assignment]
+    watch = open_watch(60.0, QUICK_S)
+    meet(watch)
+    alive_s, alive = timed(watch.explain, [1 - rank])
+    assert alive_s < 2 and f"rank {1 - rank} is in " in alive
+    dist.barrier()
+    if rank == 1:
+        os._exit(9)
+    return timed(watch.explain, [1])
+
+
+def timed(function: Callable[[list[int]], str], words: list[int]) -> tuple[float, str]:
+    began_s = time.monotonic()
+    text = function(words)
+    return time.monotonic() - began_s, text
+
+
+def report_far_apart(folder: str) -> None:
+    took_s, text = far_apart()
+    Path(folder, "0").write_text(f"{took_s:.2f} {text}")
+
+
+def test_a_rank_on_another_machine_is_judged_by_its_signs_alone(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="rank 1: Died: exit code 9"):
+        run_ranks(2, report_far_apart, str(tmp_path))
+    took, _, text = (tmp_path / "0").read_text().partition(" ")
+    assert " on n1) has given no sign of life for 3 s, last seen in " in text
+    assert float(took) < 6, "3 s without a sign, 5 s at most"
+
+
+def leave_at_once() -> list[str]:
+    """Rank 1 ends as programs do, in the middle of the others' work; what their monitors log."""
+    watch = open_watch(60.0, QUICK_S)
+    meet(watch)
+    dist.barrier()
+    with lines() as seen:
+        if dist.get_rank() == 1:
+            child = os.fork()
+            assert child >= 0
+            if child == 0:
+                os._exit(0)
+            watch.end()
+        time.sleep(1.5)
+    return seen
+
+
+def test_ranks_that_leave_with_a_goodbye_raise_no_alarm() -> None:
+    assert run_ranks(3, leave_at_once) == [[]] * 3
 
 
 def own_threads() -> list[str]:
