@@ -114,6 +114,8 @@ def open_store(default: Store, rank: int) -> Store:
 
 
 def serves(store: Store) -> bool:
-    """Whether this process serves the store, as far as the store's description tells."""
-    text = repr(getattr(store, "underlying_store", store))
+    """Whether this process serves the store, as far as the description of the store that it was given tells."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    text = repr(store)
     return "server=" in text and "server=<nullptr>" not in text

@@ -26,6 +26,7 @@ SHORTEST_SLOW_S = 3.0
 FEWEST_STEPS = 5  # before there is a median to speak of
 SOON_S = 0.1  # to the next look where a process went
 LATEST_S = 0.5  # for its goodbye to be read
+MARGIN_S = 3.0  # in which a transfer that is late for the same reason says so itself
 EXIT_CODE = 70  # "internal software error" of sysexits.h
 
 
@@ -99,9 +100,11 @@ class Monitor:
         self._in_trouble_since = {rank: self._in_trouble_since.get(rank, now_s) for rank in wrong if rank != view.own}
         longest_s = max((now_s - since_s for since_s in self._in_trouble_since.values()), default=0.0)
         stuck_s = now_s - pulse.moved_s
-        if pulse.is_in_step and min(longest_s, stuck_s) > self._timeout_s:
+        is_among_others = pulse.is_in_step or pulse.is_saving
+        if is_among_others and min(longest_s, stuck_s) > self._timeout_s + MARGIN_S:
+            what = "a checkpoint" if pulse.is_saving else f"step {pulse.step}"
             _end_process(
-                f"ds_moe_ep: rank {view.own} has waited for {stuck_s:.0f} s in step {pulse.step}, in "
+                f"ds_moe_ep: rank {view.own} has waited for {stuck_s:.0f} s in {what}, in "
                 f"{pulse.sign().place}: {explain(view, self._in_trouble_since)}; the process ends. "
                 "moe_ep.timeout_s sets the limit\n"
             )

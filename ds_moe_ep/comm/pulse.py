@@ -11,7 +11,7 @@ from collections import deque
 
 from torch.distributed.distributed_c10d import Store
 
-from ds_moe_ep.comm.board import Board, serves
+from ds_moe_ep.comm.board import Board
 from ds_moe_ep.comm.lives import identify, life_of
 from ds_moe_ep.comm.signs import Fault, Place, Sign, fault_of
 from ds_moe_ep.comm.standing import Standing
@@ -27,19 +27,19 @@ NUM_STEPS = 32  # whose median is what a step takes
 class Pulse:
     """What the watch's threads work with; it knows nothing of the watch, whose end is theirs."""
 
-    def __init__(self, store: Store, rank: int, size: int, interval_s: float) -> None:
+    def __init__(self, store: Store, rank: int, size: int, interval_s: float, serves_store: bool) -> None:
         self.rank = rank
         self.identity = identify()
         self.places: dict[int, Place] = {}  # by thread
         self.last: Place | None = None
         self.moved_s = time.monotonic()  # when the rank began or ended something last
         self.step, self.step_began_s = -1, 0.0
-        self.is_in_step = False
+        self.is_in_step = self.is_saving = False
         self.durations_s: deque[float] = deque(maxlen=NUM_STEPS)
         self.standings: weakref.WeakSet[Standing] = weakref.WeakSet()
         self.fault: Fault | None = None
         self.has_left = False
-        self._serves_store = serves(store)
+        self._serves_store = serves_store
         self._main = threading.main_thread().ident or 0
         self._beat = 0
         self.board = Board(store, rank, size, interval_s, self.sign)

@@ -11,13 +11,14 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
-from ds_moe_ep.comm.board import open_store
+from ds_moe_ep.comm.board import open_store, serves
 from ds_moe_ep.comm.last_words import chain
 from ds_moe_ep.comm.monitor import Monitor
 from ds_moe_ep.comm.pulse import Pulse
@@ -58,6 +59,9 @@ class Watch(Protocol):
     def step_ends(self) -> None:
         """The step is done: the line about slow steps and the end of stuck processes are off until the next."""
 
+    def saving(self) -> AbstractContextManager[None]:
+        """A scope in which ranks wait for each other to save: one that is stuck there is ended as in a step."""
+
     def end(self) -> None:
         """Says goodbye and ends the threads; the end of the process does it too."""
 
@@ -89,6 +93,9 @@ class Unwatched:
     def step_ends(self) -> None:
         return None
 
+    def saving(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def end(self) -> None:
         return None
 
@@ -96,8 +103,10 @@ class Unwatched:
 class RankWatch:
     """The watch of one rank over all others of the world."""
 
-    def __init__(self, store: Store, rank: int, size: int, timeout_s: float, interval_s: float) -> None:
-        self._pulse = pulse = Pulse(store, rank, size, interval_s)
+    def __init__(
+        self, store: Store, rank: int, size: int, timeout_s: float, interval_s: float, serves_store: bool = False
+    ) -> None:
+        self._pulse = pulse = Pulse(store, rank, size, interval_s, serves_store)
         self._finalizer = weakref.finalize(self, _end, pulse, Monitor(pulse, timeout_s, interval_s), chain(pulse))
 
     def enters(self, place: Place) -> None:
@@ -149,6 +158,15 @@ class RankWatch:
             pulse.moved_s, pulse.is_in_step = time.monotonic(), False
             pulse.durations_s.append(pulse.moved_s - pulse.step_began_s)
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        pulse = self._pulse
+        pulse.moved_s, pulse.is_saving = time.monotonic(), True
+        try:
+            yield
+        finally:
+            pulse.moved_s, pulse.is_saving = time.monotonic(), False
+
     def end(self) -> None:
         self._finalizer()
 
@@ -178,4 +196,4 @@ def open_watch(timeout_s: float, interval_s: float = INTERVAL_S) -> Watch:
         logger.warning("ds_moe_ep: no rank watches the others: this torch has no Store.clone; errors name fewer causes")
         return Unwatched()
     rank, size = dist.get_rank(), dist.get_world_size()
-    return RankWatch(open_store(default, rank), rank, size, timeout_s, interval_s)
+    return RankWatch(open_store(default, rank), rank, size, timeout_s, interval_s, serves(default))

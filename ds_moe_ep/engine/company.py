@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 
 from ds_moe_ep.engine import seams
@@ -42,11 +41,10 @@ class Company:
         if config.meter_every:
             engine.moe_ep_meter = OverlapMeter(layers, engine.device, config.meter_every)
         engine.moe_ep_layers = layers
-        self._take_hooks_off = tell_skips(engine)
+        self._undo = [tell_skips(engine)]
         after_each_step(engine, layers)
         watch = seams.watch_of_world(config.timeout_s)
-        others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
-        save_safely(engine, lambda: watch.explain(others))
+        self._undo.append(save_safely(engine, watch))
         refuse_incomplete(engine, [m.num_experts for m in engine.module.modules() if isinstance(m, DeepSpeedMoE)])
         guard_loading(engine, max(layer.ep_size for layer in layers.values()))
         keep_choices(engine, layers)
@@ -54,7 +52,8 @@ class Company:
 
     def leave(self) -> None:
         """Gives the engine its own methods back."""
-        self._take_hooks_off()
+        for undo in self._undo:
+            undo()
         for name in (*METHODS, *ATTRIBUTES):
             vars(self._engine).pop(name, None)
         vars(self._engine).update(self._before)

@@ -22,6 +22,7 @@ from typing import Any
 
 from deepspeed import comm
 
+from ds_moe_ep.comm.watch import Watch
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.folders import SAVING, publish, remove, write_latest
 from ds_moe_ep.engine.supervision import first_line, is_collective
@@ -61,6 +62,7 @@ class Written:
     def __init__(self, checkpoint_engine: Any) -> None:
         self.path = ""
         self.num_bytes = 0
+        self._engine, self._before = checkpoint_engine, vars(checkpoint_engine).get("save")
         write = checkpoint_engine.save
 
         @functools.wraps(write)
@@ -74,6 +76,12 @@ class Written:
 
         checkpoint_engine.save = save
 
+    def end(self) -> None:
+        """Takes the wrapper off the checkpoint engine."""
+        vars(self._engine).pop("save", None)
+        if self._before is not None:
+            self._engine.save = self._before
+
     def restart(self) -> None:
         """Begins a save."""
         self.path, self.num_bytes = "", 0
@@ -82,13 +90,17 @@ class Written:
 class SafeSaver:
     """Saves an engine's checkpoints by the steps above."""
 
-    def __init__(self, engine: Any, explain: Callable[[], str]) -> None:
+    def __init__(self, engine: Any, watch: Watch) -> None:
         self._engine = engine
         self._save = engine.save_checkpoint
-        self._explain = explain
+        self._watch = watch
         self._written = Written(engine.checkpoint_engine)
         self._last_bytes = 0
         self._place = Place(Path(), "")
+
+    def end(self) -> None:
+        """Gives the checkpoint engine its own method back."""
+        self._written.end()
 
     def save(self, place: Place, client_state: Mapping[str, Any], save_latest: bool, without_frozen: bool) -> None:
         """Saves, or raises EngineError on every rank. Collective over the world."""
@@ -159,22 +171,23 @@ class SafeSaver:
             raise EngineError(f"{report.place.folder}: not saved, {problem}. {_still_good(report.place)}")
 
     def _left_alone(self, error: Exception) -> EngineError:
-        why = self._explain() or "look for the first error of another rank"
+        others = [rank for rank in range(comm.get_world_size()) if rank != comm.get_rank()]
+        why = self._watch.explain(others) or "look for the first error of another rank"
         words = f"not saved, a rank ended or stalled meanwhile ({first_line(error)}): {why}"
         return EngineError(f"{self._place.folder}: {words}. {_still_good(self._place)}")
 
 
-def save_safely(engine: Any, explain: Callable[[], str] = str) -> None:
+def save_safely(engine: Any, watch: Watch) -> Callable[[], None]:
     """Wraps `engine.save_checkpoint` so that no failure of a rank damages a checkpoint that was complete.
 
-    The arguments are DeepSpeed's. It raises EngineError on every rank, naming path, rank and reason; `explain` says
-    what is known of ranks that do not answer. A decoupled checkpoint engine writes after the call has returned: its
-    saves stay as they are.
+    The arguments are DeepSpeed's. It raises EngineError on every rank, naming path, rank and reason; the
+    watch says what is known of ranks that do not answer. A decoupled checkpoint engine writes after the call has
+    returned: its saves stay as they are. Returns what gives the checkpoint engine its own method back.
     """
     if engine.checkpoint_engine.is_decoupled():
         seams.say("checkpoints: the decoupled engine saves in place; give every save a tag of its own")
-        return
-    saver = SafeSaver(engine, explain)
+        return lambda: None
+    saver = SafeSaver(engine, watch)
 
     @functools.wraps(engine.save_checkpoint)
     def save_checkpoint(
@@ -187,10 +200,12 @@ def save_safely(engine: Any, explain: Callable[[], str] = str) -> None:
         if not save_dir:
             raise ConfigError(f"save_dir={save_dir!r}: a checkpoint needs a folder; name one")
         place = Place(Path(save_dir), f"global_step{engine.global_steps}" if tag is None else str(tag))
-        saver.save(place, client_state or {}, save_latest, exclude_frozen_parameters)
+        with watch.saving():
+            saver.save(place, client_state or {}, save_latest, exclude_frozen_parameters)
         return True
 
     engine.save_checkpoint = save_checkpoint
+    return saver.end
 
 
 def disagreement(reports: Sequence[Report]) -> str:

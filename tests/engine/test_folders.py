@@ -122,12 +122,8 @@ def test_what_is_missing_is_named_and_the_complete_ones_are_listed_newest_first(
 
 def load_what_was_damaged(folder: str) -> list[str]:
     """The errors of loads: a file lacks, `latest` names what a kill has left or nothing that is there; by message."""
-    from ds_moe_ep.engine.folders import refuse_incomplete
-
     job, root = Job(ep_size=4, stage=1), pathlib.Path(folder)
     engine = make_engine(job)
-    if "folders.py" not in engine.load_checkpoint.__code__.co_filename:
-        refuse_incomplete(engine, [layer.num_experts for layer in engine.moe_ep_layers.values()])
     train_steps(engine, job, batches(job)[:1])
     for tag in ("whole", "damaged", f"killed{SAVING}"):
         engine.save_checkpoint(folder, tag=tag)

@@ -32,23 +32,6 @@ Weights = dict[str, Tensor]
 Action = Callable[[str], None]
 
 
-def make_safe_engine(job: Job) -> Any:
-    """An engine with the wrappers under test, in the order of `start.py`; without them where DeepSpeed's door is."""
-    from ds_moe_ep.engine.folders import refuse_incomplete
-    from ds_moe_ep.engine.saving import save_safely
-
-    engine = make_engine(job)
-    if job.door != "deepspeed" and not is_wrapped(engine.save_checkpoint):
-        refuse_incomplete(engine, [layer.num_experts for layer in engine.moe_ep_layers.values()])
-        save_safely(engine)
-    return engine
-
-
-def is_wrapped(save: Any) -> bool:
-    """Whether `initialize` has made the save a safe one."""
-    return "saving.py" in save.__code__.co_filename or (hasattr(save, "__wrapped__") and is_wrapped(save.__wrapped__))
-
-
 def before_file(engine: Any, number: int, act: Action) -> None:
     """Lets this rank do something before it writes its file of that number."""
     write, paths = engine.checkpoint_engine.save, []
@@ -84,7 +67,7 @@ def refused(action: Callable[[], Any]) -> tuple[str, float]:
 
 def save_on_a_full_disk(job: Job, folder: str, rank: int, number: int) -> tuple[Any, ...]:
     """Two steps, a save, a step, a save of the same tag that fails on one rank; what is left; a save that succeeds."""
-    engine, steps = make_safe_engine(job), batches(job)
+    engine, steps = make_engine(job), batches(job)
     train_steps(engine, job, steps[:2])
     engine.save_checkpoint(folder, tag="kept")
     saved = named_weights(engine.module, job)
@@ -95,7 +78,7 @@ def save_on_a_full_disk(job: Job, folder: str, rank: int, number: int) -> tuple[
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     dist.barrier()
     left = sorted(os.listdir(folder))
-    other = make_safe_engine(replace(job, seed=9))
+    other = make_engine(replace(job, seed=9))
     other.load_checkpoint(folder)
     loaded = named_weights(other.module, job)
     engine.save_checkpoint(folder, tag="kept")
@@ -122,7 +105,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_the_last_checkpoint_of_the_t
 
 def save_twice_then_die(job: Job, folder: str, rank: int, number: int) -> None:
     """A save, two more steps, and a save of the same tag in which one rank is killed. Survivors write what they saw."""
-    engine, steps = make_safe_engine(job), batches(job)
+    engine, steps = make_engine(job), batches(job)
     train_steps(engine, job, steps[:2])
     engine.save_checkpoint(folder, tag="kept")
     saved = named_weights(engine.module, job)
@@ -137,7 +120,7 @@ def save_twice_then_die(job: Job, folder: str, rank: int, number: int) -> None:
 
 def resume(job: Job, folder: str) -> tuple[Weights, list[float]]:
     """The weights of the checkpoint and the losses from there on."""
-    engine = make_safe_engine(replace(job, seed=9))
+    engine = make_engine(replace(job, seed=9))
     assert engine.load_checkpoint(folder)[0] is not None
     return named_weights(engine.module, job), train_steps(engine, job, batches(job)[2:])
 
@@ -165,16 +148,13 @@ def test_a_kill_in_mid_save_leaves_the_last_checkpoint_from_which_the_job_goes_o
     assert results[0][1] == before[0][1]
 
 
-def test_the_same_kill_in_deepspeeds_own_save_damages_the_checkpoint(tmp_path: pathlib.Path) -> None:
-    """The control of the tests above."""
+def test_the_same_kill_in_deepspeeds_own_save_leaves_nothing_that_loads(tmp_path: pathlib.Path) -> None:
+    """The control of the tests above: rank 3's file is torn, and the other ranks load a mixture of two steps."""
     with pytest.raises(RankError, match="rank 3: Died"):
         run_ranks(4, save_twice_then_die, PLAIN, str(tmp_path), 3, 3, timeout_s=60)
-    before = what_ranks_wrote(tmp_path, "before")
-    try:
-        results = run_ranks(4, resume, PLAIN, str(tmp_path), timeout_s=30)
-    except RankError:
-        return
-    assert distance(merged([loaded for loaded, _ in results]), merged([saved for saved, _ in before])) > 0
+    assert (tmp_path / "latest").read_text() == "kept"
+    with pytest.raises(RankError, match="rank 3: "):
+        run_ranks(4, resume, PLAIN, str(tmp_path), timeout_s=30)
 
 
 @pytest.fixture
@@ -193,7 +173,7 @@ def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def fill_the_disk(folder: str) -> list[str]:
     """A save that meets a full disk, one that fits, one that is refused before it writes, by error."""
-    engine = make_safe_engine(JOB)
+    engine = make_engine(JOB)
     train_steps(engine, JOB, batches(JOB)[:1])
     ballast = pathlib.Path(folder, "ballast")
     if dist.get_rank() == 0:
@@ -226,7 +206,7 @@ def test_a_disk_that_runs_full_gives_its_space_back_and_one_without_room_is_refu
 def ask_for_odd_saves(folder: str) -> tuple[list[str], list[str]]:
     """Errors of a save with another tag on one rank and with a client state that one rank alone refuses; then the
     files of saves with DeepSpeed's other arguments."""
-    engine, rank = make_safe_engine(JOB), dist.get_rank()
+    engine, rank = make_engine(JOB), dist.get_rank()
     train_steps(engine, JOB, batches(JOB)[:1])
     errors = [
         refused(lambda: engine.save_checkpoint(folder, tag="odd" if rank == 2 else "even"))[0],
@@ -254,7 +234,7 @@ def test_ranks_that_disagree_or_fail_alone_all_raise_and_deepspeeds_arguments_ke
 
 def save_both_ways(folder: str) -> None:
     for job in (JOB, PLAIN):
-        engine = make_safe_engine(job)
+        engine = make_engine(job)
         train_steps(engine, job, batches(job)[:2])
         engine.save_checkpoint(f"{folder}/{job.door}", tag="two")
 

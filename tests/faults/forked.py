@@ -1,0 +1,91 @@
+"""Runs `train.py` in forked ranks that may die: nobody ends the survivors, they have to end by themselves.
+
+The ranks come from the fork server of `tests.ranks`, so a job starts in a second. They meet as the launcher's do, at a
+store that rank 0 serves, and end as a process of its own does: through `sys.excepthook` and `atexit`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import multiprocessing.connection
+import os
+import pathlib
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+
+from tests.faults.outcomes import NUM_RANKS, Outcome
+from tests.ranks import _fork_server, _keep_shm_op_out
+
+
+def run_forked(folder: pathlib.Path, *arguments: str, limit_s: float = 90.0) -> Outcome:
+    """How the job ended. One that has not ended after `limit_s` is killed and fails the test; stopped ranks may."""
+    folder.mkdir(exist_ok=True)
+    context, port = _fork_server(), free_port()
+    argv = ["--folder", str(folder), *arguments]
+    processes = [context.Process(target=_life, args=(rank, port, argv), daemon=True) for rank in range(NUM_RANKS)]
+    for process in processes:
+        process.start()
+    ended, start = [0.0] * NUM_RANKS, time.monotonic()  # the fork server's own start lies behind
+    try:
+        while alive := [p for p in processes if p.is_alive()]:
+            ended = [end or (0.0 if p in alive else time.time()) for end, p in zip(ended, processes, strict=True)]
+            if all(_is_stopped(p.pid) for p in alive):
+                break
+            late = time.monotonic() - start > limit_s
+            assert not late, f"ranks {[processes.index(p) for p in alive]} have not ended after {limit_s:g} s"
+            multiprocessing.connection.wait([p.sentinel for p in alive], timeout=0.2)
+        ended = [end or time.time() for end in ended]
+        seconds = time.monotonic() - start
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join(10)
+    return Outcome(folder, tuple(p.exitcode for p in processes), tuple(ended), seconds)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _is_stopped(pid: int | None) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    return False
+
+
+def _life(rank: int, port: int, argv: Sequence[str]) -> None:
+    """A rank, from the launcher's environment to the end of its process."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the fork server, which dies with the test
+    if os.getppid() != parent:
+        os._exit(1)
+    atexit._clear()  # the fork server's are not this job's
+    size = str(NUM_RANKS)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _keep_shm_op_out()
+    from tests.faults import train
+
+    code: Any = 0
+    try:
+        train.main(argv)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(code)
