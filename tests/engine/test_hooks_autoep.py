@@ -148,7 +148,7 @@ def test_layers_that_move_their_own_rows_are_refused_by_name() -> None:
 
 
 def loaded_under_another_size(folder: str) -> list[str]:
-    """The errors of loading a checkpoint of 2 ranks a group into hooked engines of 1 group: whole, and weights alone."""
+    """The errors of loading a checkpoint of ep_size 2 into a hooked engine of ep_size 4: whole, and weights alone."""
     import ds_moe_ep
 
     saver = make_engine(AutoEPJob(stage=1, ep_size=2))
