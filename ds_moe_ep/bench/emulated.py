@@ -111,6 +111,12 @@ class EmulatedPass:
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
         self._device.work(len(dy_nD), self._row_us)
 
+    def let_go(self) -> None:
+        """Nothing: there are no weights."""
+
+    def take_weights(self, weights: Sequence[Tensor]) -> None:
+        """Nothing."""
+
     def weight_grads(self, expert: int) -> list[Tensor | None]:
         return []
 

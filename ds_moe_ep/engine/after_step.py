@@ -60,8 +60,9 @@ def report_load(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
     every = engine.steps_per_print()
     if not engine.monitor.enabled or not every or engine.global_steps % every:
         return
-    load_LE = torch.stack([layer.last_counts_E for layer in layers.values()])
-    loads = load_imbalance(seams.sum_over_data_parallel(load_LE)).tolist()
+    counts = [layer.last_counts_E.to(engine.device) for layer in layers.values()]
+    summed = seams.sum_over_data_parallel(torch.cat(counts)).split([len(each) for each in counts])
+    loads = [float(load_imbalance(load_E[None])) for load_E in summed]
     engine.monitor.write_events(
         [
             (f"Train/moe_ep/{name}/load_max_over_mean", load, engine.global_samples)

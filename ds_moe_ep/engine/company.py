@@ -5,7 +5,7 @@ All of it wraps methods of the one engine; `leave` gives the engine its own ones
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
@@ -37,23 +37,39 @@ class Company:
             )
         self._engine = engine
         self._before = {name: vars(engine)[name] for name in METHODS if name in vars(engine)}
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._join(engine, layers)
+        except BaseException:
+            self.leave()
+            raise
+
+    def _join(self, engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
         config = next(iter(layers.values())).config
         if config.meter_every:
             engine.moe_ep_meter = OverlapMeter(layers, engine.device, config.meter_every)
         engine.moe_ep_layers = layers
-        self._undo = [tell_skips(engine)]
+        self._undo.append(tell_skips(engine))
         after_each_step(engine, layers)
         watch = seams.watch_of_world(config.timeout_s)
         self._undo.append(save_safely(engine, watch))
-        refuse_incomplete(engine, [m.num_experts for m in engine.module.modules() if isinstance(m, DeepSpeedMoE)])
-        guard_loading(engine, max(layer.ep_size for layer in layers.values()))
+        sizes = {layer.ep_size for layer in engine.module.modules() if is_moe(layer)}
+        if len(sizes) == 1:  # of several sizes, files do not tell which layer had which
+            guard_loading(engine, *sizes)
+        refuse_incomplete(engine, [layer.num_experts for layer in engine.module.modules() if is_moe(layer)])
         keep_choices(engine, layers)
         supervise(engine, watch)
+        self._undo.append(watch.step_ends)  # a step that nobody ended
 
     def leave(self) -> None:
-        """Gives the engine its own methods back."""
+        """Gives the engine back the methods that it had; a wrapper that somebody put on later goes with ours."""
         for undo in self._undo:
             undo()
         for name in (*METHODS, *ATTRIBUTES):
             vars(self._engine).pop(name, None)
         vars(self._engine).update(self._before)
+
+
+def is_moe(module: Any) -> bool:
+    """Whether a module is an MoE layer to DeepSpeed, which numbers them in its checkpoints."""
+    return isinstance(module, DeepSpeedMoE) or bool(getattr(module, "_is_autoep_layer", False))

@@ -31,7 +31,14 @@ class HookedAutoEP(HookedLayer):
     """`AutoEPMoELayer` with the package's traffic."""
 
     def __init__(self, name: str, layer: AutoEPMoELayer, traffic: dict[str, Any]) -> None:
-        config = MoEConfig(num_experts=layer.num_experts, ep_size=layer.ep_size, top_k=layer.top_k, **traffic)
+        config = MoEConfig(
+            num_experts=layer.num_experts,
+            ep_size=layer.ep_size,
+            top_k=layer.top_k,
+            score=layer.router.score_func,
+            renormalize=layer.router.route_norm,
+            **traffic,
+        )
         super().__init__("AutoEPMoELayer", name, config)
         self.group = layer.ep_group
         self._layer = layer

@@ -12,12 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.sharded_moe import MOE_TIMER, MOELayer, TopKGate
 from torch import Tensor, nn
 
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.arguments import NOISE
 from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, output_dtype, splits_by_hand
 from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
 from ds_moe_ep.moe.experts import LocalExperts, first_output
@@ -38,6 +40,7 @@ class HookedNative(HookedLayer):
             capacity_factor=gate.capacity_factor if gate.drop_tokens else None,
             eval_capacity_factor=gate.eval_capacity_factor if gate.drop_tokens else None,
             min_capacity=gate.min_capacity,
+            **routing_of(gate),
             **traffic,
         )
         super().__init__("deepspeed.moe.layer.MoE", name, config)
@@ -46,6 +49,7 @@ class HookedNative(HookedLayer):
         experts = list(self._layer.experts.deepspeed_experts)
         forms = [recognise(expert) for expert in experts]
         self.form = forms[0] if all(form == forms[0] for form in forms) else None
+        self._layer.time_falltoall = self._layer.time_salltoall = 0.0  # nothing waits there
 
     @staticmethod
     def problem_of(moe: DeepSpeedMoE) -> str:
@@ -60,6 +64,11 @@ class HookedNative(HookedLayer):
         missing = seams.missing_of(layer, seams.MOE_LAYER_NAMES) or seams.missing_of(layer.gate, seams.GATE_NAMES)
         if missing:
             return missing
+        experts = layer.experts
+        if type(experts) is not Experts or "forward" in vars(experts):
+            return f"its experts are a {type(experts).__name__} with a forward of their own; hook plain layers"
+        if has_hooks(experts):
+            return "hooks of modules hang on its `experts`, which is not called here; put them on each expert"
         if layer.use_tutel:
             return "use_tutel=True: Tutel packs its rows; make the layer with use_tutel=False"
         if seams.tensor_parallel_size() > 1:
@@ -89,8 +98,10 @@ class OverlappedMOELayer(MOELayer):
         with self._timed():
             x, used_token = input[0], input[1] if len(input) > 1 else None
             hooked, name = self.overlap, self.overlap.dispatcher.name
-            is_local = self.gate.drop_tokens  # a dropless gate has an exchange of its own, in which its peers wait
-            with hooked.dispatcher.announcing(x.device, self.training) if is_local else nullcontext():
+            # A dropless gate has an exchange of its own. Where it fails before that, its peers wait there, and not in
+            # the exchange of counts; DeepSpeed's assertions come behind it.
+            is_local = self.gate.drop_tokens
+            with hooked.dispatcher.announcing(x.device, self.training, BaseException if is_local else AssertionError):
                 check_width(x, self.gate.wg.weight.shape[1], name)
                 x_TD = x.reshape(-1, x.shape[-1])
                 answer = self.gate(x_TD, used_token, True, False)
@@ -98,7 +109,8 @@ class OverlappedMOELayer(MOELayer):
             if is_local:
                 routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity))
             else:
-                routes = dropless_routes(experts_KT, weights_KT, is_masked=used_token is not None)
+                may_leave_out = used_token is not None or (self.gate.k == 1 and self.gate.use_rts)
+                routes = dropless_routes(experts_KT, weights_KT, may_leave_out)
             hooked.last_counts_E = self.exp_counts.to(torch.int64)
             y_TD, _ = hooked.dispatcher(x_TD, routes, self._local_experts(x), self.training)
             return y_TD.to(output_dtype(x, hooked.form is not None)).reshape(x.shape)
@@ -106,7 +118,8 @@ class OverlappedMOELayer(MOELayer):
     def _local_experts(self, x: Tensor) -> LocalExperts:
         experts = list(self.experts.deepspeed_experts)
         form, parameter = self.overlap.form, next(self.experts.parameters(), None)
-        if form is not None and parameter is not None and splits_by_hand(x, parameter):
+        is_hooked = any(has_hooks(module) for expert in experts for module in expert.modules())
+        if form is not None and not is_hooked and parameter is not None and splits_by_hand(x, parameter):
             return KnownExperts(form, [form.weights_of(expert) for expert in experts])
         opaque = [Opaque(partial(call_as_deepspeed, expert), list(expert.parameters())) for expert in experts]
         return OpaqueExperts(opaque, list(self.experts.buffers()))
@@ -139,10 +152,30 @@ def routes_of(experts_KT: Tensor, places_KT: Tensor, weights_KT: Tensor, capacit
     )
 
 
-def dropless_routes(experts_KT: Tensor, weights_KT: Tensor, is_masked: bool) -> Routes:
-    """The same where nothing is dropped; with a mask of used tokens an expert below 0 stands for one left out."""
+def routing_of(gate: TopKGate) -> dict[str, Any]:
+    """The knobs of a configuration that say what a gate does, by DeepSpeed's own rules."""
+    noise = NOISE.get(gate.noisy_gate_policy, "none")
+    policies = {1: "random" if gate.use_rts else "position", 2: "position"}
+    return {
+        "noise": "none" if noise == "rsample" and gate.k > 1 else noise,  # DeepSpeed has it for top-1 alone
+        "sample_second": gate.k == 2 and gate.top2_2nd_expert_sampling,
+        "drop_policy": policies.get(gate.k, "score"),
+    }
+
+
+def dropless_routes(experts_KT: Tensor, weights_KT: Tensor, may_leave_out: bool) -> Routes:
+    """The same without a capacity. An expert below 0 stands for a choice that is left out.
+
+    A mask of used tokens leaves some out, and so does random token selection where it draws an exact 0.
+    """
     ids_TK = experts_KT.t().long()
-    return Routes(expert_ids_TK=ids_TK, weights_TK=weights_KT.t(), is_used_TK=ids_TK >= 0 if is_masked else None)
+    return Routes(expert_ids_TK=ids_TK, weights_TK=weights_KT.t(), is_used_TK=ids_TK >= 0 if may_leave_out else None)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module would call somebody's hooks."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def call_as_deepspeed(expert: nn.Module, rows_nD: Tensor) -> Tensor:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -38,7 +37,10 @@ class OverlapHandle:
         self._company = company
 
     def remove(self) -> None:
-        """Makes the model and the engine what they were. Local; between passes. A second call does nothing."""
+        """Makes the model and the engine what they were. Local; between passes. A second call does nothing.
+
+        A wrapper that somebody else put on a method of the engine since then goes with ours.
+        """
         for layer in self.layers.values():
             layer.remove()
         if self._company is not None:
@@ -100,7 +102,7 @@ def attach_overlap(
             f"model={type(model).__name__} has no deepspeed.moe.layer.MoE and no AutoEP layer: hook the model that "
             'deepspeed.initialize returned (AutoEP replaces layers there, where "expert_parallel" is enabled)'
         )
-    layers = hook(model, read_traffic(config))
+    layers = hook(model, read_traffic(config), callbacks)
     company = None
     if is_engine and layers:
         try:
@@ -108,10 +110,7 @@ def attach_overlap(
         except BaseException:
             OverlapHandle(layers, None).remove()
             raise
-    handle = OverlapHandle(layers, company)
-    for callback in callbacks:
-        handle.add_callback(callback)
-    return handle
+    return OverlapHandle(layers, company)
 
 
 def read_traffic(config: MoEConfig | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -127,7 +126,9 @@ def read_traffic(config: MoEConfig | Mapping[str, Any] | None) -> dict[str, Any]
     return traffic_of(MoEConfig.from_dict(config, "attach_overlap: config"))
 
 
-def hook(model: nn.Module, traffic: dict[str, Any]) -> dict[str, HookedLayer]:
+def hook(
+    model: nn.Module, traffic: dict[str, Any], callbacks: Sequence[TransferCallback] = ()
+) -> dict[str, HookedLayer]:
     """The layers of the model by name, hooked. Collective over the world; raises as `attach_overlap` does."""
     seams.check_release()
     if not dist.is_initialized():
@@ -140,11 +141,13 @@ def hook(model: nn.Module, traffic: dict[str, Any]) -> dict[str, HookedLayer]:
             problems.append(f"{name or 'the model'} ({type(layer).__name__}) cannot be hooked: {problem}")
         elif layer.ep_size > 1:
             hooked[name] = cls(name, layer, traffic)
-    hosts, groups = agree(problems, hooked)
+    hosts, groups = agree(problems, hooked, [type(callback).__qualname__ for callback in callbacks])
     for layer in hooked.values():
         connect(layer, groups[layer.ep_size], hosts)
     for layer in hooked.values():
         layer.attach()
+        for callback in callbacks:
+            layer.dispatcher.add_callback(callback)
     names = ", ".join(f"{name} ({layer.kind})" for name, layer in hooked.items())
     seams.say(f"hooked {names}" if hooked else f"no layer of {type(model).__name__} has experts' traffic to hide")
     return hooked
@@ -172,9 +175,11 @@ def type_of_hook(layer: nn.Module) -> Any:
     return hooked_autoep.HookedAutoEP
 
 
-def agree(problems: list[str], hooked: Mapping[str, HookedLayer]) -> tuple[list[str], dict[int, list[list[int]]]]:
+def agree(
+    problems: list[str], hooked: Mapping[str, HookedLayer], callbacks: list[str]
+) -> tuple[list[str], dict[int, list[list[int]]]]:
     """The hosts of all ranks, and all expert groups by ep_size, once the ranks agree. Collective over the world."""
-    own = [(name, layer.kind, dataclasses.asdict(layer.config)) for name, layer in hooked.items()]
+    own = [(name, layer.kind, {**vars(layer.config), "callbacks": callbacks}) for name, layer in hooked.items()]
     ranks = {layer.ep_size: dist.get_process_group_ranks(layer.group) for layer in hooked.values()}
     everyone = seams.gather((problems, own, ranks, socket.gethostname()))
     for rank, (theirs, *_) in enumerate(everyone):

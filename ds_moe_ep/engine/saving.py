@@ -16,6 +16,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,10 @@ class SafeSaver:
         self._agree(self._prepare(place))
         arguments = (str(place.save_dir), place.tag + SAVING, dict(client_state), False, without_frozen)
         problem = self._attempt(lambda: self._save(*arguments))
-        if problem:
-            self._attempt(comm.barrier)  # the others wait there
+        if problem:  # the others go on to DeepSpeed's last collectives
+            if self._engine._optimizer_has_ckpt_event_epilogue():
+                self._attempt(self._engine.optimizer.checkpoint_event_epilogue)
+            self._attempt(comm.barrier)
         try:
             self._agree(_report(place, problem))
         except EngineError:
@@ -131,14 +134,16 @@ class SafeSaver:
     def _prepare(self, place: Place) -> Report:
         """A folder that exists, without what a killed save has left, and what this rank needs and finds free there."""
 
+        free_bytes = 0
+
         def make_room() -> None:
+            nonlocal free_bytes
             place.save_dir.mkdir(parents=True, exist_ok=True)
             if self._leads:
                 remove(place.partial)
+            free_bytes = shutil.disk_usage(place.save_dir).free
 
-        problem = self._attempt(make_room)
-        free_bytes = 0 if problem else shutil.disk_usage(place.save_dir).free
-        return _report(place, problem, self._last_bytes, free_bytes)
+        return _report(place, self._attempt(make_room), self._last_bytes, free_bytes)
 
     def _publish(self, place: Place, save_latest: bool) -> None:
         publish(place.partial, place.folder)
@@ -184,6 +189,8 @@ def save_safely(engine: Any, watch: Watch) -> Callable[[], None]:
     watch says what is known of ranks that do not answer. A decoupled checkpoint engine writes after the call has
     returned: its saves stay as they are. Returns what gives the checkpoint engine its own method back.
     """
+    if engine.checkpoint_engine is None:
+        return lambda: None  # ZeRO-3 without an optimizer saves nothing
     if engine.checkpoint_engine.is_decoupled():
         seams.say("checkpoints: the decoupled engine saves in place; give every save a tag of its own")
         return lambda: None
@@ -265,7 +272,8 @@ def refusal_of(path: str) -> str:
     except OSError as error:
         return f"{error.strerror} "
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that is ill
+            probe.unlink(missing_ok=True)
     return ""
 
 

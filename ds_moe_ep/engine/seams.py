@@ -39,9 +39,20 @@ GROUP_NAMES = (
 
 # What the hooks use of layers that DeepSpeed made.
 MOE_LAYER_NAMES = ("gate", "experts.deepspeed_experts", "ep_group", "use_tutel", "timers", "wall_clock_breakdown")
-GATE_NAMES = ("wg.weight", "k", "drop_tokens", "capacity_factor", "eval_capacity_factor", "min_capacity")
+GATE_NAMES = (
+    "wg.weight",
+    "k",
+    "drop_tokens",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "min_capacity",
+    "use_rts",
+    "noisy_gate_policy",
+    "top2_2nd_expert_sampling",
+)
 AUTOEP_NAMES = (
-    "router",
+    "router.score_func",
+    "router.route_norm",
     "expert_bias",
     "tokens_per_expert",
     "num_experts",
@@ -121,7 +132,10 @@ def expert_group(ep_size: int, data_before_expert: bool) -> tuple[dist.ProcessGr
 
 
 def lanes_beside(group: dist.ProcessGroup, all_groups: list[list[int]], timeout_s: float) -> LaneGroups:
-    """The lanes beside DeepSpeed's `group`; the first call opens them, collective over the world."""
+    """The lanes beside DeepSpeed's `group`; the first call opens them, collective over the world.
+
+    The first call's time limit holds for all. Lanes that a failure has closed stay closed.
+    """
     if group not in _LANES:
         _LANES[group] = open_lanes(all_groups, timeout_s, watch_of_world(timeout_s))
     return _LANES[group]

@@ -72,9 +72,14 @@ def initialize(
     layers: dict[str, OverlappedLayer] = {**own, **hooked}
     if not layers:
         raise EngineError(f"model={type(model).__name__}: no layer shares its experts over ranks; set ep_size above 1")
-    if not own:  # with layers of the package, the section speaks of theirs
-        check_routing(section, hooked)
-    Company(engine, layers)
+    try:
+        if not own:  # with layers of the package, the section speaks of theirs
+            check_routing(section, hooked)
+        Company(engine, layers)
+    except BaseException:
+        for each in hooked.values():
+            each.remove()
+        raise
     first = next(iter(layers.values())).config
     seams.say(
         f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ds_moe_ep.comm.watch import Watch
@@ -61,9 +62,9 @@ def explained(error: Exception, where: str, watch: Watch) -> PeerError:
 def is_collective(error: Exception) -> bool:
     """Whether an error came out of a collective, and so from another rank's end or silence."""
     frames = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, RuntimeError) and any(
-        str(frame.f_globals.get("__name__", "")).startswith(_COLLECTIVES) for frame, _ in frames
-    )
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+        return False
+    return any(str(frame.f_globals.get("__name__", "")).startswith(_COLLECTIVES) for frame, _ in frames)
 
 
 def first_line(error: Exception) -> str:

@@ -148,14 +148,16 @@ class Dispatcher:
         return self.links
 
     @contextmanager
-    def announcing(self, device: torch.device, training: bool) -> Iterator[None]:
-        """A scope before the exchange of counts: what fails in it is told to the peers, who wait there, and raised.
+    def announcing(
+        self, device: torch.device, training: bool, kind: type[BaseException] = BaseException
+    ) -> Iterator[None]:
+        """A scope before the exchange of counts: a failure of this kind is told to the peers, who wait there.
 
         With a capacity on CUDA there is no exchange: the peers wait for rows until the group's time limit.
         """
         try:
             yield
-        except BaseException:
+        except kind:
             self._num_calls += 1  # as the peers, for whom this call has begun
             if device.type == "cpu" or self.config.capacity(1, training) is None:
                 with suppress(EngineError):  # the first failure is the one to tell

@@ -7,7 +7,8 @@ they do not depend on how the rows arrived.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +39,12 @@ class ExpertPass(Protocol):
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
         """Adds the part of these rows to the gradients of the expert's parameters; after the rows' own gradients."""
 
+    def let_go(self) -> None:
+        """Forgets the weights between forward and backward: only what the autograd function saves can be freed then."""
+
+    def take_weights(self, weights: Sequence[Tensor]) -> None:
+        """Takes the weights back, in the order of the experts' parameters."""
+
     def weight_grads(self, expert: int) -> list[Tensor | None]:
         """The sums, in the order of the expert's parameters; once, after the parts of all its rows, each added once."""
 
@@ -60,6 +67,18 @@ class KeptRows:
         self.saved = [width_like_FD.new_empty(stop - start, width) for start, stop in spans for _ in range(num_kept)]
         self.may_overwrite = False
         self._gradients: dict[int, list[Tensor]] = {}
+        self._names = [[name for name, weight in named.items() if weight is not None] for named in weights]
+
+    def let_go(self) -> None:
+        """Forgets the weights; ZeRO-3 frees them, and recomputation makes them anew."""
+        self.take_weights([])
+
+    def take_weights(self, weights: Sequence[Tensor]) -> None:
+        """Takes the weights back, in the order of `expert_parameters`."""
+        rest = iter(weights)
+        self._weights = [dict(zip(names, rest, strict=False)) for names in self._names] if weights else []
+        for sums, named in zip(self._sums, self._weights or [{} for _ in self._sums], strict=True):
+            sums.weights = named
 
     def of(self, expert: int) -> list[Tensor]:
         """All rows that the expert keeps."""
@@ -103,7 +122,8 @@ class GradSums:
     """The gradients of one expert's weights, summed block by block, at least in fp32. None for what is frozen."""
 
     def __init__(self, weights: Weights) -> None:
-        self._weights = weights
+        self.weights = weights
+        self._trained = {name for name, weight in weights.items() if weight is not None and weight.requires_grad}
         self._sums: dict[str, Tensor | None] = {}
 
     def add(self, part: str, x_nI: Tensor, dy_nO: Tensor) -> None:
@@ -111,8 +131,8 @@ class GradSums:
         if not len(x_nI):
             return
         for name in (f"{part}.weight", f"{part}.bias"):
-            weight = self._weights.get(name)
-            if weight is None or not weight.requires_grad:
+            weight = self.weights.get(name)
+            if weight is None or name not in self._trained:
                 continue
             total = self._sums.get(name)
             if total is not None and name.endswith("weight") and weight.dtype == total.dtype == _summed_in(weight):
@@ -123,18 +143,20 @@ class GradSums:
     def take(self) -> list[Tensor | None]:
         """The sums in the weights' own type and order."""
         sums, self._sums = self._sums, {}
-        return [None if w is None else _in_type_of(w, sums.get(name)) for name, w in self._weights.items()]
+        return [
+            _in_type_of(w, sums.get(name), name in self._trained) for name, w in self.weights.items() if w is not None
+        ]
 
 
 def _summed_in(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _in_type_of(weight: Tensor, grad: Tensor | None) -> Tensor | None:
+def _in_type_of(weight: Tensor, grad: Tensor | None, is_trained: bool) -> Tensor | None:
     """A parameter's gradient in its own type: zeros where no row gave one, None where it is frozen."""
     if grad is not None:
         return grad.to(weight.dtype)
-    return torch.zeros_like(weight) if weight.requires_grad else None
+    return torch.zeros_like(weight) if is_trained else None
 
 
 def blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -259,7 +281,10 @@ class OpaquePass:
         run, retain = (expert, rows.start, rows.stop), not self.may_overwrite
         leaf_ND, out_ND = self._graphs[run] if retain else self._graphs.pop(run)
         trained = [p for p in self._experts[expert].parameters if p.requires_grad]
-        dx_ND, *grads = torch.autograd.grad(out_ND, [leaf_ND, *trained], dy_nD, retain_graph=retain, allow_unused=True)
+        with hooks_off(trained):
+            dx_ND, *grads = torch.autograd.grad(
+                out_ND, [leaf_ND, *trained], dy_nD, retain_graph=retain, allow_unused=True
+            )
         dx_nD.copy_(torch.zeros_like(dx_nD) if dx_ND is None else dx_ND)
         known = self._grads.get(expert, [None] * len(grads))
         self._grads[expert] = [_sum(old, new) for old, new in zip(known, grads, strict=True)]
@@ -271,7 +296,26 @@ class OpaquePass:
         parameters = self._experts[expert].parameters
         trained = [p for p in parameters if p.requires_grad]
         grads = dict(zip(map(id, trained), self._grads.pop(expert, [None] * len(trained)), strict=True))
-        return [_in_type_of(p, grads.get(id(p))) for p in parameters]
+        return [_in_type_of(p, grads.get(id(p)), p.requires_grad) for p in parameters]
+
+    def let_go(self) -> None:
+        """Nothing: the graphs hold the parameters."""
+
+    def take_weights(self, weights: Sequence[Tensor]) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def hooks_off(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Keeps the parameters' hooks for the outer backward pass, which calls them once, with the whole gradient."""
+    kept = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    for parameter, _ in kept:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in kept:
+            parameter._backward_hooks = hooks
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:

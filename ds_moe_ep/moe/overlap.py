@@ -89,8 +89,11 @@ class _RunExperts(torch.autograd.Function):
         ctx.route, ctx.passes = route, [p for p in (expert_pass, shared_pass) if p is not None]
         ctx.num_saved = [len(each.saved) for each in ctx.passes]
         ctx.save_for_backward(buffers.inputs_RD, x_TD, *(t for each in ctx.passes for t in each.saved), *parameters)
+        num_shared = 0 if shared is None else len(list(shared.module.parameters()))
+        ctx.num_weights = [len(parameters) - num_shared, num_shared]
         for each in ctx.passes:
             each.saved = []
+            each.let_go()
         return buffers.results_ND, shared_TD
 
     @staticmethod
@@ -126,6 +129,7 @@ class _RunExperts(torch.autograd.Function):
         run(route.backward, route, buffers, Steps("backward", compute, weights))
         for each in ctx.passes:
             each.saved = []
+            each.let_go()
         return buffers.results_ND, dx_TD, None, None, None, None, *grads, *shared_grads
 
 
@@ -138,6 +142,9 @@ def _take_saved(ctx: Any) -> tuple[Tensor, Tensor]:
     is_retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
     for each, num_saved in zip(ctx.passes, ctx.num_saved, strict=True):
         each.saved, rest, each.may_overwrite = rest[:num_saved], rest[num_saved:], not is_retained
+    for each, num_weights in zip(ctx.passes, ctx.num_weights, strict=False):
+        each.take_weights(rest[:num_weights])
+        rest = rest[num_weights:]
     if not is_retained:
         ctx.maybe_clear_saved_tensors()
     return inputs_RD, x_TD
