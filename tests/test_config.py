@@ -49,7 +49,7 @@ def test_every_knob_takes_each_of_its_choices_or_refuses_values_below_its_minimu
     [
         ({"topk": 2}, "moe_ep.topk=2: unknown key; did you mean 'top_k'?"),
         ({"capacity": 1.0}, "did you mean 'min_capacity'|did you mean 'capacity_factor'"),
-        ({"zzz": 1}, "moe_ep.zzz=1: unknown key; known keys: aux_loss_weight, "),
+        ({"zzz": 1}, "moe_ep.zzz=1: unknown key; known keys: attach, aux_loss_weight, "),
         ({"num_experts": 60, "ep_size": 16}, "num_experts=60 cannot be shared by ep_size=16: .*64"),
         ({"num_experts": 4, "top_k": 5}, "top_k=5: a token cannot visit more experts than num_experts=4"),
         ({"drop_policy": "random", "top_k": 2}, "drop_policy='random' with top_k=2"),

@@ -68,24 +68,30 @@ def initialize(
         args = copy.copy(args)
         args.deepspeed_config = None  # DeepSpeed takes one of the two; it was read into `config` above
     engine, *others = deepspeed.initialize(args=args, model=model, config=ds_config, **kwargs)
+    join(engine, own, section)
+    return (engine, *others)
+
+
+def join(engine: Any, own: Mapping[str, MoE], section: Section) -> None:
+    """Hooks what the section says, and gives the engine its company. Collective over the world."""
     hooked = hook(engine.module, traffic_of(section.moe)) if section.moe.attach else {}
     layers: dict[str, OverlappedLayer] = {**own, **hooked}
     if not layers:
-        raise EngineError(f"model={type(model).__name__}: no layer shares its experts over ranks; set ep_size above 1")
+        name = type(engine.module).__name__
+        raise EngineError(f"model={name}: no layer shares its experts over ranks; set ep_size above 1")
     try:
         if not own:  # with layers of the package, the section speaks of theirs
             check_routing(section, hooked)
         Company(engine, layers)
     except BaseException:
-        for each in hooked.values():
-            each.remove()
+        for layer in hooked.values():
+            layer.remove()
         raise
     first = next(iter(layers.values())).config
     seams.say(
         f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "
         f"{first.schedule!r} with depth {first.depth}, transport {first.transport!r}"
     )
-    return (engine, *others)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
