@@ -25,14 +25,15 @@ def chain(teller: Teller) -> Callable[[], None]:
     """Puts the teller behind sys.excepthook, which runs first; returns what takes it away again.
 
     Destructors of communicators may wait for transfers that no peer answers, up to the group's time limit: the process
-    is ended by SIGALRM when it takes longer than 15 s, unless the program has a use for that signal.
+    is ended by SIGALRM when it takes longer than 15 s, unless the program has a use for that signal. An interactive
+    interpreter survives its exceptions: there nothing is told.
     """
     previous, own, pid = sys.excepthook, weakref.ref(teller), os.getpid()
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         previous(kind, error, trace)
         teller = own()
-        if teller is not None and os.getpid() == pid:
+        if teller is not None and os.getpid() == pid and not (sys.flags.interactive or hasattr(sys, "ps1")):
             _bound_the_end()
             teller.dies(error)
 
@@ -45,6 +46,8 @@ def chain(teller: Teller) -> Callable[[], None]:
 
 
 def _bound_the_end() -> None:
+    if not hasattr(signal, "SIGALRM"):
+        return
     is_free = signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL)[0] == 0
     if is_free and threading.current_thread() is threading.main_thread():
         signal.alarm(LONGEST_END_S)

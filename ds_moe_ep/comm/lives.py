@@ -27,6 +27,8 @@ def identify() -> Identity:
     try:
         boot = (_PROCESSES / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         machine = f"{boot} {os.readlink(_PROCESSES / 'self/ns/pid')}"  # the kernel's boot and the container
+        if os.readlink(_PROCESSES / "self") != str(pid):
+            machine = ""  # /proc shows another container's processes
         return Identity(host, machine, pid, _read(pid)[1])
     except OSError:
         return Identity(host, "", pid, 0)

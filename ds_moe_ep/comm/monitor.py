@@ -1,10 +1,11 @@
 """The monitor: a thread that looks at what the rank knows of the others and acts on it. It never blocks.
 
-1. A rank that failed or went: the use of the lanes that it stands on ends, which wakes whoever waits on them here. One
-   line says who and why, since the launcher may end this process before its own error is out.
+1. A rank that failed, or that went without a goodbye while this one waits for it: the use of the lanes that it stands
+   on ends, which wakes whoever waits on them here. One line says who and why, since the launcher may end this process
+   before its own error is out. A rank that went and that no transfer waits for may just be done: lanes stay in use.
 2. A step that takes 10 times the median: one rank's line says which ranks are where; again at each doubling.
-3. A process that is stuck in a collective that is not this package's, for a rank that is gone or silent: it is ended
-   after the time limit. A rank that shows signs of life is never the reason, however slow it is.
+3. A process that is stuck in a call of the engine's, for a rank that is gone or silent: it is ended after the time
+   limit. A rank that shows signs of life is never the reason, however slow it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 
+from ds_moe_ep.comm.lives import Life
 from ds_moe_ep.comm.pulse import Pulse
 from ds_moe_ep.comm.verdict import View, explain, is_gone, is_silent, slow_step, troubles
 
@@ -25,7 +27,8 @@ MANY_TIMES = 10  # the median: from there on a step is slow
 SHORTEST_SLOW_S = 3.0
 FEWEST_STEPS = 5  # before there is a median to speak of
 SOON_S = 0.1  # to the next look where a process went
-LATEST_S = 0.5  # for its goodbye to be read
+LATEST_S = 10.0  # for its goodbye to be read
+ENDING_S = 5.0  # for the last line to be written
 MARGIN_S = 3.0  # in which a transfer that is late for the same reason says so itself
 EXIT_CODE = 70  # "internal software error" of sysexits.h
 
@@ -36,7 +39,11 @@ class Monitor:
     def __init__(self, pulse: Pulse, timeout_s: float, interval_s: float) -> None:
         self._pulse, self._timeout_s, self._interval_s = pulse, timeout_s, interval_s
         self._known: set[int] = set()  # who has failed or gone
-        self._gone_since: dict[int, float] = {}  # without a goodbye as yet
+        self._told: set[int] = set()  # who went, and was named in a line
+        self._is_checking = False  # whether somebody who went said goodbye
+        self._gone_since: dict[int, tuple[float, int]] = {}  # and the look that would read a goodbye
+        self._num_read = 0
+        self._looked_s = time.monotonic()
         self._in_trouble_since: dict[int, float] = {}
         self._next_line_s = 0.0  # of the running step
         self._step = -1
@@ -48,34 +55,47 @@ class Monitor:
         self._end.set()
 
     def _run(self) -> None:
-        while not self._end.wait(SOON_S if self._gone_since.keys() - self._known else self._interval_s):
-            view = self._pulse.view()
-            self._see_the_fallen(view)
-            self._see_the_step(view)
-            self._see_whether_stuck(view)
+        while not self._end.wait(SOON_S if self._is_checking else self._interval_s):
+            try:
+                self._num_read = self._pulse.board.num_read  # before the view, which must not be older
+                view = self._pulse.view()
+                self._see_the_fallen(view)
+                self._see_the_step(view)
+                self._see_whether_stuck(view)
+            except Exception:
+                logger.exception("ds_moe_ep: rank %d: a look at the other ranks failed", self._pulse.rank)
 
     def _see_the_fallen(self, view: View) -> None:
-        fallen = {rank for rank in view.seen if rank != view.own and self._has_fallen(view, rank)}
-        new = fallen - self._known
-        self._known |= new
-        if not new or self._end.is_set():
+        self._is_checking = False
+        others = [rank for rank in view.seen if rank != view.own and rank not in self._known]
+        gone = {rank for rank in others if self._has_gone(view, rank)}
+        fallen = {rank for rank in others if _has_failed(view, rank)} | (gone & self._pulse.awaited())
+        missed = gone - self._told if self._pulse.inside else set()
+        if self._end.is_set() or not fallen | missed:
             return
-        text = explain(view, new)
-        for standing in list(self._pulse.standings):
-            if new & set(standing.ranks):
+        text = explain(view, fallen | missed)
+        for standing in self._pulse.guarded():
+            if fallen & set(standing.ranks):
                 standing.end(text)
-        logger.error("ds_moe_ep: rank %d sees: %s", view.own, text)
+        if not fallen <= self._told or missed:
+            logger.error("ds_moe_ep: rank %d sees: %s", view.own, text)
+        self._known |= fallen
+        self._told |= missed
 
-    def _has_fallen(self, view: View, rank: int) -> bool:
-        """Whether a rank failed by itself, or went without a goodbye, which may be unread for a moment."""
-        fault = view.seen[rank].sign.fault
-        if fault is not None or view.seen[rank].sign.has_left or not is_gone(view, rank):
-            return fault is not None and not fault.is_echo
+    def _has_gone(self, view: View, rank: int) -> bool:
+        """Whether a rank told of no fault and went without a goodbye, which may be unread for a moment."""
+        sign, board = view.seen[rank].sign, self._pulse.board
+        if sign.fault is not None or sign.has_left or not is_gone(view, rank):
+            self._gone_since.pop(rank, None)
+            return False
+        if board.is_lost:
+            return sign.serves_store  # of the others no goodbye can be read
         if rank not in self._gone_since:
-            self._gone_since[rank] = time.monotonic()
-            self._pulse.board.hurry()
-        since_s = self._gone_since[rank]
-        return view.seen[rank].read_s > since_s + SOON_S or time.monotonic() > since_s + LATEST_S
+            self._gone_since[rank] = (time.monotonic(), board.hurry())
+        since_s, number = self._gone_since[rank]
+        is_sure = self._num_read >= number or time.monotonic() > since_s + LATEST_S
+        self._is_checking |= not is_sure
+        return is_sure
 
     def _see_the_step(self, view: View) -> None:
         pulse = self._pulse
@@ -94,23 +114,37 @@ class Monitor:
 
     def _see_whether_stuck(self, view: View) -> None:
         now_s, pulse = time.monotonic(), self._pulse
+        was_paused, self._looked_s = now_s - self._looked_s > view.silence_s, now_s
+        if was_paused:  # as the other ranks may have been: nobody's silence counts
+            self._in_trouble_since.clear()
+            pulse.moved_s = now_s
+            return
         wrong = [rank for rank in view.seen if is_gone(view, rank) or is_silent(view, rank)]
         if view.store_silent_s > view.silence_s:
-            wrong += [rank for rank, seen in view.seen.items() if seen.sign.serves_store]
+            servers = [rank for rank, seen in view.seen.items() if seen.sign.serves_store]
+            wrong += [rank for rank in servers if view.lives.get(rank) is not Life.RUNS]
         self._in_trouble_since = {rank: self._in_trouble_since.get(rank, now_s) for rank in wrong if rank != view.own}
         longest_s = max((now_s - since_s for since_s in self._in_trouble_since.values()), default=0.0)
         stuck_s = now_s - pulse.moved_s
-        is_among_others = pulse.is_in_step or pulse.is_saving
-        if is_among_others and min(longest_s, stuck_s) > self._timeout_s + MARGIN_S:
-            what = "a checkpoint" if pulse.is_saving else f"step {pulse.step}"
+        inside = pulse.inside.copy()
+        if inside and min(longest_s, stuck_s) > self._timeout_s + MARGIN_S:
             _end_process(
-                f"ds_moe_ep: rank {view.own} has waited for {stuck_s:.0f} s in {what}, in "
+                f"ds_moe_ep: rank {view.own} has waited for {stuck_s:.0f} s in {inside[0]}, in "
                 f"{pulse.sign().place}: {explain(view, self._in_trouble_since)}; the process ends. "
                 "moe_ep.timeout_s sets the limit\n"
             )
 
 
+def _has_failed(view: View, rank: int) -> bool:
+    """Whether a rank told of a fault of its own."""
+    fault = view.seen[rank].sign.fault
+    return fault is not None and not fault.is_echo
+
+
 def _end_process(text: str) -> None:
+    timer = threading.Timer(ENDING_S, os._exit, (EXIT_CODE,))  # whoever reads stderr may not, and then it blocks
+    timer.daemon = True
+    timer.start()
     sys.stderr.write(text)
     sys.stderr.flush()
     os._exit(EXIT_CODE)

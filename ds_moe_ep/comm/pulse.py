@@ -8,6 +8,8 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch.distributed.distributed_c10d import Store
 
@@ -34,9 +36,11 @@ class Pulse:
         self.last: Place | None = None
         self.moved_s = time.monotonic()  # when the rank began or ended something last
         self.step, self.step_began_s = -1, 0.0
-        self.is_in_step = self.is_saving = False
+        self.is_in_step = False
+        self.inside: list[str] = []  # the calls of the main thread that need the other ranks
         self.durations_s: deque[float] = deque(maxlen=NUM_STEPS)
-        self.standings: weakref.WeakSet[Standing] = weakref.WeakSet()
+        self._standings: weakref.WeakSet[Standing] = weakref.WeakSet()
+        self._standings_lock = threading.Lock()
         self.fault: Fault | None = None
         self.has_left = False
         self._serves_store = serves_store
@@ -74,16 +78,50 @@ class Pulse:
         silent_s = time.monotonic() - self.board.read_s
         return View(self.rank, seen, lives, silent_s, self.silence_s)
 
+    def awaited(self) -> set[int]:
+        """The ranks that a transfer of this rank waits for now."""
+        return {rank for place in self.places.copy().values() for rank in place.waits_for}
+
+    @contextmanager
+    def among_others(self, what: str) -> Iterator[None]:
+        """A scope in which the main thread needs the other ranks."""
+        self.inside.append(what)
+        self.moved_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.inside.pop()
+            self.moved_s = time.monotonic()
+
+    def guard(self, standing: Standing) -> None:
+        """Adds lanes to those whose use ends with a rank."""
+        with self._standings_lock:
+            self._standings.add(standing)
+
+    def guarded(self) -> list[Standing]:
+        """The lanes that somebody still holds."""
+        with self._standings_lock:
+            return list(self._standings)
+
     def fail(self, error: BaseException, place: str) -> None:
-        """Publishes the first exception that ends a pass here, or the process."""
-        if self.fault is None:
-            self.fault = fault_of(error, place)
-            self.board.ask(POSTING_S)
+        """Publishes the first exception that ends a pass here; a fault of this rank's own counts before echoes."""
+        new, old = fault_of(error, place), self.fault
+        if old is None or (old.is_echo and not new.is_echo):
+            self._publish(new)
+
+    def _publish(self, fault: Fault) -> None:
+        self.fault = fault
+        self.board.ask(POSTING_S)
 
     def dies(self, error: BaseException) -> None:
-        """Publishes an exception that nobody caught, and ends the use of all lanes, which wakes the peers."""
-        self.fail(error, "the process, which ends")
-        for standing in list(self.standings):
+        """Publishes an exception that nobody caught, and ends the use of all lanes, which wakes the peers.
+
+        It takes the place of one that was caught; the same one keeps the place where it was raised.
+        """
+        new, old = fault_of(error, "the process, which ends"), self.fault
+        if old is None or not (new.is_echo or (new.type_name, new.text) == (old.type_name, old.text)):
+            self._publish(new)
+        for standing in self.guarded():
             standing.end(f"the process ends: {type(error).__name__}: {error}")
         if self._serves_store:
             time.sleep(POSTING_S)  # the peers that were woken read the board, which ends with this process
@@ -97,7 +135,7 @@ class Pulse:
             return
         self.has_left, end_s = True, time.monotonic() + LEAVING_S
         while self._serves_store and time.monotonic() < end_s:
-            self.board.ask(self.board.interval_s)
+            self.board.ask(min(self.board.interval_s, end_s - time.monotonic()))
             view = self.view()
             if all(is_gone(view, rank) for rank in view.seen if rank != self.rank):
                 break

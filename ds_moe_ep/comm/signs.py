@@ -83,12 +83,20 @@ class Sign:
         )
 
 
-ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "pair closure", "Timed out waiting")
+ECHOES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "pair closure",
+    "Timed out waiting",
+    "ncclRemoteError",
+    "refused its input: its own error says why",  # of a plan
+)
 
 
 def is_echo(error: BaseException) -> bool:
-    """Whether an exception only tells that another rank went or did not answer: this package's, or gloo's own."""
-    is_of_group = isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in ECHOES)
+    """Whether an exception only tells of another rank: this package's, or a communicator's own."""
+    is_of_group = isinstance(error, RuntimeError) and any(text in str(error) for text in ECHOES)
     return isinstance(error, PeerError) or is_of_group
 
 

@@ -8,17 +8,19 @@ board's, which may block on the store, and the monitor's (`monitor.py`), which n
 from __future__ import annotations
 
 import logging
+import multiprocessing.util
+import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
-from ds_moe_ep.comm.board import open_store, serves
+from ds_moe_ep.comm.board import innermost, open_store, serves
 from ds_moe_ep.comm.last_words import chain
 from ds_moe_ep.comm.monitor import Monitor
 from ds_moe_ep.comm.pulse import Pulse
@@ -56,11 +58,11 @@ class Watch(Protocol):
     def step_begins(self, number: int) -> None:
         """A step begins, unless this one runs already."""
 
-    def step_ends(self) -> None:
-        """The step is done: the line about slow steps and the end of stuck processes are off until the next."""
+    def step_ends(self, is_done: bool = True) -> None:
+        """The step is done, or given up: no line about a slow step until the next."""
 
-    def saving(self) -> AbstractContextManager[None]:
-        """A scope in which ranks wait for each other to save: one that is stuck there is ended as in a step."""
+    def among_others(self, what: str) -> AbstractContextManager[None]:
+        """A scope in which ranks need each other: a process that is stuck there is ended, and says in what it was."""
 
     def end(self) -> None:
         """Says goodbye and ends the threads; the end of the process does it too."""
@@ -90,10 +92,10 @@ class Unwatched:
     def step_begins(self, number: int) -> None:
         return None
 
-    def step_ends(self) -> None:
+    def step_ends(self, is_done: bool = True) -> None:
         return None
 
-    def saving(self) -> AbstractContextManager[None]:
+    def among_others(self, what: str) -> AbstractContextManager[None]:
         return nullcontext()
 
     def end(self) -> None:
@@ -108,6 +110,7 @@ class RankWatch:
     ) -> None:
         self._pulse = pulse = Pulse(store, rank, size, interval_s, serves_store)
         self._finalizer = weakref.finalize(self, _end, pulse, Monitor(pulse, timeout_s, interval_s), chain(pulse))
+        multiprocessing.util.Finalize(self, self._finalizer, exitpriority=1)  # its children end without atexit
 
     def enters(self, place: Place) -> None:
         self._pulse.places[threading.get_ident()] = place
@@ -118,7 +121,7 @@ class RankWatch:
         pulse.moved_s = time.monotonic()
 
     def guards(self, standing: Standing) -> None:
-        self._pulse.standings.add(standing)
+        self._pulse.guard(standing)
 
     def report(self, error: BaseException, place: str) -> None:
         self._pulse.fail(error, place)
@@ -130,7 +133,7 @@ class RankWatch:
             is_clear = first_fault(view) or troubles(view) or view.store_silent_s > view.silence_s
             if is_clear or _all_show_life(view, first, suspects):
                 break
-            time.sleep(0.1)
+            time.sleep(max(0.1, self._pulse.board.interval_s / 10))
             view = self._fresh_view()
         return explain(view, suspects)
 
@@ -152,20 +155,15 @@ class RankWatch:
         pulse.step, pulse.step_began_s = number, time.monotonic()
         pulse.moved_s, pulse.is_in_step = pulse.step_began_s, True
 
-    def step_ends(self) -> None:
+    def step_ends(self, is_done: bool = True) -> None:
         pulse = self._pulse
         if pulse.is_in_step:
             pulse.moved_s, pulse.is_in_step = time.monotonic(), False
-            pulse.durations_s.append(pulse.moved_s - pulse.step_began_s)
+            if is_done:
+                pulse.durations_s.append(pulse.moved_s - pulse.step_began_s)
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        pulse = self._pulse
-        pulse.moved_s, pulse.is_saving = time.monotonic(), True
-        try:
-            yield
-        finally:
-            pulse.moved_s, pulse.is_saving = time.monotonic(), False
+    def among_others(self, what: str) -> AbstractContextManager[None]:
+        return self._pulse.among_others(what)
 
     def end(self) -> None:
         self._finalizer()
@@ -180,6 +178,8 @@ def _all_show_life(view: View, before: View, suspects: Iterable[int]) -> bool:
 
 
 def _end(pulse: Pulse, monitor: Monitor, unchain: Callable[[], None]) -> None:
+    if os.getpid() != pulse.identity.pid:
+        return  # a forked child, which has neither threads nor a say
     monitor.end()
     unchain()
     pulse.say_goodbye()
@@ -189,11 +189,21 @@ def open_watch(timeout_s: float, interval_s: float = INTERVAL_S) -> Watch:
     """The watch of this rank over the world of torch.distributed's default group.
 
     Every rank opens its watches in the same order; none waits for another here. `timeout_s` is for how long a rank may
-    be gone or silent before a process that waits for it inside a step is ended.
+    be gone or silent before a process that waits for it inside a call of the engine's is ended.
     """
     default = _get_default_store()
     if not hasattr(default, "clone"):  # torch before 2.8
-        logger.warning("ds_moe_ep: no rank watches the others: this torch has no Store.clone; errors name fewer causes")
-        return Unwatched()
+        return _unwatched("this torch has no Store.clone")
+    if not isinstance(innermost(default), dist.TCPStore):  # type: ignore[attr-defined] # missing in the stubs
+        return _unwatched(f"the ranks meet at a {type(innermost(default)).__name__}, which is no TCPStore")
     rank, size = dist.get_rank(), dist.get_world_size()
-    return RankWatch(open_store(default, rank), rank, size, timeout_s, interval_s, serves(default))
+    try:
+        store = open_store(default, rank)
+    except RuntimeError as error:
+        return _unwatched(f"the ranks' store takes no second connection ({error})")
+    return RankWatch(store, rank, size, timeout_s, interval_s, serves(default))
+
+
+def _unwatched(reason: str) -> Unwatched:
+    logger.warning("ds_moe_ep: no rank watches the others: %s; errors name fewer causes", reason)
+    return Unwatched()

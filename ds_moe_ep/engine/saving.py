@@ -207,7 +207,7 @@ def save_safely(engine: Any, watch: Watch) -> Callable[[], None]:
         if not save_dir:
             raise ConfigError(f"save_dir={save_dir!r}: a checkpoint needs a folder; name one")
         place = Place(Path(save_dir), f"global_step{engine.global_steps}" if tag is None else str(tag))
-        with watch.saving():
+        with watch.among_others("a checkpoint"):
             saver.save(place, client_state or {}, save_latest, exclude_frozen_parameters)
         return True
 

@@ -23,7 +23,7 @@ _COLLECTIVES = ("deepspeed.comm", "torch.distributed")
 
 
 def supervise(engine: Any, watch: Watch) -> None:
-    """Wraps the engine's forward, backward and step: the watch hears of each step of training, and errors name causes.
+    """Wraps the engine's forward, backward and step: the watch hears of steps and calls, and errors name causes.
 
     A failed collective of DeepSpeed's becomes a PeerError that says which rank is gone, stopped or failed first.
     """
@@ -36,14 +36,17 @@ def _supervised(engine: Any, name: str, watch: Watch) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if engine.module.training:
-            watch.step_begins(engine.global_steps)
+        step = engine.global_steps
+        if engine.module.training and torch.is_grad_enabled():
+            watch.step_begins(step)
         try:
-            result = method(*args, **kwargs)
-        except RuntimeError as error:
+            with watch.among_others(f"step {step}"):
+                result = method(*args, **kwargs)
+        except BaseException as error:
+            watch.step_ends(is_done=False)
             if isinstance(error, MoEError) or not is_collective(error):
                 raise
-            raise explained(error, f"engine.{name}, step {engine.global_steps}", watch) from error
+            raise explained(error, f"engine.{name}, step {step}", watch) from error
         if name == "step":
             watch.step_ends()
         return result
@@ -51,7 +54,7 @@ def _supervised(engine: Any, name: str, watch: Watch) -> Callable[..., Any]:
     return call
 
 
-def explained(error: Exception, where: str, watch: Watch) -> PeerError:
+def explained(error: BaseException, where: str, watch: Watch) -> PeerError:
     """The error of a collective with what the watch knows. May take seconds."""
     own = dist.get_rank()
     why = watch.explain([rank for rank in range(dist.get_world_size()) if rank != own])
@@ -59,7 +62,7 @@ def explained(error: Exception, where: str, watch: Watch) -> PeerError:
     return PeerError(f"{text}; {why}" if why else f"{text}; look for the first error of another rank")
 
 
-def is_collective(error: Exception) -> bool:
+def is_collective(error: BaseException) -> bool:
     """Whether an error came out of a collective, and so from another rank's end or silence."""
     frames = traceback.walk_tb(error.__traceback__)
     if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
@@ -67,7 +70,7 @@ def is_collective(error: Exception) -> bool:
     return any(str(frame.f_globals.get("__name__", "")).startswith(_COLLECTIVES) for frame, _ in frames)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, without a communicator's place in its source and its advice."""
     line = (str(error).strip().splitlines() or [""])[0]
     return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". This is ")[0][:300]

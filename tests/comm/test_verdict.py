@@ -11,7 +11,7 @@ from ds_moe_ep.comm.board import Seen
 from ds_moe_ep.comm.lives import Life
 from ds_moe_ep.comm.signs import Fault, Identity, Place, Sign, fault_of
 from ds_moe_ep.comm.verdict import View, culprits, explain, ranks_named, slow_step, troubles
-from ds_moe_ep.errors import PeerError
+from ds_moe_ep.errors import EngineError, PeerError
 from ds_moe_ep.timeline import Tags
 
 PLACE = "layers.1.moe: forward dispatch"
@@ -121,6 +121,8 @@ def test_places_and_faults_read_as_text() -> None:
         (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:5525"), True),  # of DeepSpeed's all-reduce
         (RuntimeError("CUDA error"), False),
         (ValueError("Connection closed by peer"), False),
+        (BrokenPipeError(32, "Broken pipe"), False),  # of a data loader's, say
+        (EngineError("layers.1.moe: rank 3 refused its input: its own error says why"), True),
     ],
 )
 def test_an_error_of_somebody_elses_collective_is_an_echo_too(error: Exception, echo: bool) -> None:
