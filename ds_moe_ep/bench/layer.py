@@ -17,11 +17,11 @@ from rich.console import Console
 
 from ds_moe_ep.bench.cases import CASES
 from ds_moe_ep.bench.findings import Findings
-from ds_moe_ep.bench.processes import Finding, follow, free_port, started_ranks
+from ds_moe_ep.bench.processes import Finding, follow, free_port, on_console, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.ranks import SIDES, Plan, run_rank
 from ds_moe_ep.bench.table import markdown_table, terminal_table
-from ds_moe_ep.errors import ConfigError, EngineError, nearest
+from ds_moe_ep.errors import ConfigError, nearest
 from ds_moe_ep.record import write_whole
 
 LINE_WIDTH = 110
@@ -29,19 +29,18 @@ LINE_WIDTH = 110
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(width=None if sys.stdout.isatty() else LINE_WIDTH)
-    try:
-        parsed = _parser().parse_args(words)
-        plan = _plan(parsed)
-        machine = hardware(plan.device, plan.num_ranks)
-        found = Findings(plan, command("ds_moe_ep.bench.layer", words), commit(), machine)
-        status = _race(plan, found, console, parsed.out)
-        if status == 0 and not parsed.no_memory:
-            status = _race(replace(plan, measure="memory", port=free_port()), found, console, parsed.out)
-    except (ConfigError, EngineError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
-        return 1
+    return on_console(_run, arguments, LINE_WIDTH)
+
+
+def _run(words: list[str], console: Console) -> int:
+    """The benchmark of a command line, and its tables."""
+    parsed = _parser().parse_args(words)
+    plan = _plan(parsed)
+    machine = hardware(plan.device, plan.num_ranks)
+    found = Findings(plan, command("ds_moe_ep.bench.layer", words), commit(), machine)
+    status = _race(plan, found, console, parsed.out)
+    if status == 0 and not parsed.no_memory:
+        status = _race(replace(plan, measure="memory", port=free_port()), found, console, parsed.out)
     records = found.records()
     console.print(terminal_table(records))
     console.print(markdown_table(records), markup=False, highlight=False, soft_wrap=True)

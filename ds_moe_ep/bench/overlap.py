@@ -22,10 +22,10 @@ from rich.console import Console
 from ds_moe_ep.bench.cases import CASES
 from ds_moe_ep.bench.overlap_findings import OverlapFindings, link_mbit, markdown_tables
 from ds_moe_ep.bench.overlap_ranks import PHASES, SIDES, OverlapPlan, Shaping, run_overlap_rank
-from ds_moe_ep.bench.processes import Finding, follow, free_port, started_ranks
+from ds_moe_ep.bench.processes import Finding, follow, free_port, on_console, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.testbed import open_testbed, parse_rate
-from ds_moe_ep.errors import ConfigError, EngineError, nearest
+from ds_moe_ep.errors import ConfigError, nearest
 from ds_moe_ep.record import write_whole
 
 RATIOS = (0.3, 0.6, 1.0, 2.0)
@@ -34,20 +34,19 @@ PORT = 29500  # inside the namespaces, where nobody else listens
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    try:
-        parsed = _parser().parse_args(words)
-        with ExitStack() as stack:
-            plan = _plan(parsed)
-            if not parsed.no_testbed:
-                plan = replace(plan, bed=stack.enter_context(open_testbed(plan.num_nodes)))
-            machine = hardware("cpu", plan.num_ranks)
-            found = OverlapFindings(plan, command("ds_moe_ep.bench.overlap", words), commit(), machine)
-            status = _race(plan, found, console, parsed.out)
-    except (ConfigError, EngineError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
-        return 1
+    return on_console(_run, arguments, 110)
+
+
+def _run(words: list[str], console: Console) -> int:
+    """The benchmark of a command line, and its tables."""
+    parsed = _parser().parse_args(words)
+    with ExitStack() as stack:
+        plan = _plan(parsed)
+        if not parsed.no_testbed:
+            plan = replace(plan, bed=stack.enter_context(open_testbed(plan.num_nodes)))
+        machine = hardware("cpu", plan.num_ranks)
+        found = OverlapFindings(plan, command("ds_moe_ep.bench.overlap", words), commit(), machine)
+        status = _race(plan, found, console, parsed.out)
     console.print(markdown_tables(found.records()), markup=False, highlight=False, soft_wrap=True)
     return status
 

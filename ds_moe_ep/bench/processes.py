@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ds_moe_ep.errors import EngineError
+from ds_moe_ep.errors import ConfigError, EngineError
 
 POLL_S = 0.5
 END_S = 10.0
@@ -110,6 +111,20 @@ def started_ranks(
             if process.is_alive():
                 process.terminate()
                 process.join(END_S)
+
+
+def on_console(run: Callable[[list[str], Console], int], arguments: Sequence[str] | None, width: int) -> int:
+    """The status of `run(words, console)` on a command line, sys.argv's by default; 1 for an error, told in red.
+
+    The console is as wide as the terminal, and `width` columns where there is none.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(width=None if sys.stdout.isatty() else width)
+    try:
+        return run(words, console)
+    except (ConfigError, EngineError) as error:
+        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
+        return 1
 
 
 def follow(

@@ -24,12 +24,12 @@ from rich.table import Table
 
 from ds_moe_ep.bench.laws import fit
 from ds_moe_ep.bench.method import summarize
-from ds_moe_ep.bench.processes import Finding, follow, free_port, started_ranks
+from ds_moe_ep.bench.processes import Finding, follow, free_port, on_console, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.systems_plan import EMULATED_MODEL, Bed, SystemsPlan, link_mbit
 from ds_moe_ep.bench.systems_ranks import run_systems_rank
 from ds_moe_ep.bench.testbed import open_testbed
-from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.evidence import LAWS, TOTALS
 from ds_moe_ep.figures import cluster_traffic_ratio
 from ds_moe_ep.record import Record, write_whole
@@ -133,28 +133,27 @@ def plan_of(plan: SystemsPlan, point: Point) -> SystemsPlan:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    try:
-        parsed = make_parser().parse_args(words)
-        if parsed.rounds < 1 or parsed.warm_ups < 1:
-            raise ConfigError(f"bench.rounds={parsed.rounds}, warm_ups={parsed.warm_ups}: give one of each at least")
-        plan = SystemsPlan(
-            systems=(SYSTEM,),
-            modes=("training",),
-            beds=(Bed("unshaped", None),),
-            device="emulated",
-            model=EMULATED_MODEL,
-            schedule="peers",
-            step_compute_s=parsed.compute_s,
-            rounds=parsed.rounds,
-            warm_ups=parsed.warm_ups,
-        )
-        found = Scaling(plan, command("ds_moe_ep", ["bench", "scaling", *words]), commit())
-        status = run_all(plan, found, console, parsed)
-    except (ConfigError, EngineError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
-        return 1
+    return on_console(run, arguments, 110)
+
+
+def run(words: list[str], console: Console) -> int:
+    """The benchmark of a command line, and its tables."""
+    parsed = make_parser().parse_args(words)
+    if parsed.rounds < 1 or parsed.warm_ups < 1:
+        raise ConfigError(f"bench.rounds={parsed.rounds}, warm_ups={parsed.warm_ups}: give one of each at least")
+    plan = SystemsPlan(
+        systems=(SYSTEM,),
+        modes=("training",),
+        beds=(Bed("unshaped", None),),
+        device="emulated",
+        model=EMULATED_MODEL,
+        schedule="peers",
+        step_compute_s=parsed.compute_s,
+        rounds=parsed.rounds,
+        warm_ups=parsed.warm_ups,
+    )
+    found = Scaling(plan, command("ds_moe_ep", ["bench", "scaling", *words]), commit())
+    status = run_all(plan, found, console, parsed)
     console.print(table_of(found.records()))
     return status
 

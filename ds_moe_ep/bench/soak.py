@@ -21,12 +21,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ds_moe_ep.bench.processes import Finding, follow, free_port, started_ranks
+from ds_moe_ep.bench.processes import Finding, follow, free_port, on_console, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.soak_findings import SoakFindings
 from ds_moe_ep.bench.soak_plan import SoakPlan
 from ds_moe_ep.bench.soak_ranks import run_soak_rank
-from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.evidence import SOAK_VERDICTS
 from ds_moe_ep.record import Record, write_whole
 
@@ -35,17 +35,16 @@ PROGRAM = "ds_moe_ep bench soak"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the soak; 0 when every verdict holds, 3 when one does not, 130 after Ctrl-C, 1 for an error."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        parsed = make_parser().parse_args(words)
-        plan = make_plan(parsed)
-        machine = hardware("cpu", plan.num_ranks)
-        found = SoakFindings(plan, parsed.runs, command("ds_moe_ep", ["bench", "soak", *words]), commit(), machine)
-        status = soak_all(plan, parsed.runs, found, console, parsed.out)
-    except (ConfigError, EngineError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
-        return 1
+    return on_console(run, arguments, 120)
+
+
+def run(words: list[str], console: Console) -> int:
+    """The soak of a command line, and its verdicts."""
+    parsed = make_parser().parse_args(words)
+    plan = make_plan(parsed)
+    machine = hardware("cpu", plan.num_ranks)
+    found = SoakFindings(plan, parsed.runs, command("ds_moe_ep", ["bench", "soak", *words]), commit(), machine)
+    status = soak_all(plan, parsed.runs, found, console, parsed.out)
     records = {record.name: record for record in found.records()}
     console.print(table_of(records))
     if parsed.out is not None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ds_moe_ep.bench.processes import Finding, follow, free_port, started_ranks
+from ds_moe_ep.bench.processes import Finding, follow, free_port, on_console, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.systems_findings import SystemFindings
 from ds_moe_ep.bench.systems_plan import EMULATED_MODEL, Bed, SystemsPlan, link_mbit
@@ -30,7 +30,7 @@ from ds_moe_ep.bench.systems_ranks import run_systems_rank
 from ds_moe_ep.bench.systems_table import summary_tables
 from ds_moe_ep.bench.testbed import open_testbed
 from ds_moe_ep.config import MODELS
-from ds_moe_ep.errors import ConfigError, EngineError, nearest
+from ds_moe_ep.errors import ConfigError, nearest
 from ds_moe_ep.evidence import MODES, SYSTEMS, bed_title
 from ds_moe_ep.figures import cluster_traffic_ratio
 from ds_moe_ep.record import write_whole
@@ -41,24 +41,23 @@ PROGRAM = "ds_moe_ep bench systems"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        parsed = make_parser().parse_args(words)
-        plan = make_plan(parsed)
-        with ExitStack() as stack:
-            if plan.is_emulated and plan.beds[0].rate_mbit is not None:
-                plan = replace(plan, testbed=stack.enter_context(open_testbed(plan.num_nodes)))
-            found = SystemFindings(
-                plan,
-                command("ds_moe_ep", ["bench", "systems", *words]),
-                commit(),
-                hardware("cuda" if plan.device == "cuda" else "cpu", plan.num_ranks),
-            )
-            status = race(plan, found, console, parsed.out)
-    except (ConfigError, EngineError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
-        return 1
+    return on_console(run, arguments, 120)
+
+
+def run(words: list[str], console: Console) -> int:
+    """The benchmark of a command line, and its tables."""
+    parsed = make_parser().parse_args(words)
+    plan = make_plan(parsed)
+    with ExitStack() as stack:
+        if plan.is_emulated and plan.beds[0].rate_mbit is not None:
+            plan = replace(plan, testbed=stack.enter_context(open_testbed(plan.num_nodes)))
+        found = SystemFindings(
+            plan,
+            command("ds_moe_ep", ["bench", "systems", *words]),
+            commit(),
+            hardware("cuda" if plan.device == "cuda" else "cpu", plan.num_ranks),
+        )
+        status = race(plan, found, console, parsed.out)
     for table in summary_tables(found.records()):
         console.print(table)
     if parsed.out is not None:
