@@ -88,8 +88,7 @@ class Collective(GroupTransport):
     def _owed(self, receives: Sequence[Message], sends: Sequence[Message]) -> Bytes:
         """All that is not this rank's own, from any rank: an all-to-all does not tell who holds it up."""
         receives, sends = ([m for m in messages if m.peer != self.rank] for messages in (receives, sends))
-        others = [peer for peer in range(self.size) if peer != self.rank]
-        return replace(Bytes.of(receives, sends), peers=others, is_joint=True)
+        return replace(Bytes.of(receives, sends), peers=self.others, is_joint=True)
 
     def _splits(self, messages: Sequence[Message]) -> list[int]:
         splits = [0] * self.size

@@ -48,6 +48,7 @@ class GroupTransport:
         self.rank = groups.rank
         self.size = groups.size
         self.ranks: Sequence[int] = groups.ranks
+        self.others = tuple(peer for peer in range(groups.size) if peer != groups.rank)
         self.watch = groups.watch
         self._groups = groups
         self._timeout_s = timeout_s
@@ -70,14 +71,13 @@ class GroupTransport:
     def _joined(self, tags: Tags, op: str, values: Tensor) -> Iterator[None]:
         """A small collective of the whole group, whose limit is the group's own."""
         place = self.begin(tags, op)
-        others = [peer for peer in range(self.size) if peer != self.rank]
-        place.waits_for = self.members(others)
+        place.waits_for = self.members(self.others)
         self.watch.enters(place)
         try:
             yield
         except RuntimeError as error:
             num_bytes = values.numel() * values.element_size()
-            raise self.failure(place, error, Bytes(others, num_bytes, num_bytes, is_joint=True)) from error
+            raise self.failure(place, error, Bytes(self.others, num_bytes, num_bytes, is_joint=True)) from error
         finally:
             self.watch.leaves()
 

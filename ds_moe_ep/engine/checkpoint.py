@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,9 @@ def guard_loading(engine: Any, ep_size: int) -> None:
 
     @functools.wraps(load)
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        options = dict(zip(OPTIONS, args, strict=False)) | kwargs
-        wants_states = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
-        wants_states = wants_states and not engine.load_universal_checkpoint()
-        saved = saved_ep_size(load_dir, tag)
-        if wants_states and saved is not None and saved != ep_size:
+        is_cut = wants_states(args, kwargs) and not engine.load_universal_checkpoint()
+        saved = saved_ep_size(load_dir, tag) if is_cut else None
+        if saved is not None and saved != ep_size:
             raise EngineError(
                 f"{load_dir}: saved with ep_size={saved}, this run has ep_size={ep_size}; DeepSpeed cannot divide the "
                 "experts' optimizer states anew. Load the weights alone: load_checkpoint(..., load_module_only=True)"
@@ -45,18 +44,31 @@ def guard_loading(engine: Any, ep_size: int) -> None:
     engine.load_checkpoint = load_checkpoint
 
 
+def wants_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of load_checkpoint, by what follows its tag, loads optimizer states."""
+    options = {**dict(zip(OPTIONS, args, strict=False)), **kwargs}
+    return bool(options.get("load_optimizer_states", True) and not options.get("load_module_only", False))
+
+
+def folder_to_load(load_dir: Path, tag: str | None) -> Path | None:
+    """The folder of a tag, or of the one that `latest` names; None where nothing is named."""
+    latest = load_dir / "latest"
+    if tag is None:
+        if not latest.is_file():
+            return None
+        tag = latest.read_text().strip()
+    return load_dir / str(tag)
+
+
 def saved_ep_size(load_dir: str, tag: str | None = None) -> int | None:
     """The ep_size of a checkpoint, or None where it does not tell. Reads names and shapes, no weights.
 
     Without ZeRO there is an optimizer file an expert-parallel rank. With ZeRO the model file lists the parameters of
     one rank, and so the number of experts that it had.
     """
-    latest = Path(load_dir) / "latest"
-    if tag is None:
-        if not latest.is_file():
-            return None
-        tag = latest.read_text().strip()
-    folder = Path(load_dir) / str(tag)
+    folder = folder_to_load(Path(load_dir), tag)
+    if folder is None:
+        return None
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     ranks = [int(match[1]) for name in names if (match := _OPTIMIZER_FILE.fullmatch(name))]
     if ranks:

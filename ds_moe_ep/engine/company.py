@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deepspeed.moe.layer import MoE as DeepSpeedMoE
-
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.after_step import after_each_step
 from ds_moe_ep.engine.checkpoint import guard_loading
@@ -53,10 +51,11 @@ class Company:
         after_each_step(engine, layers)
         watch = seams.watch_of_world(config.timeout_s)
         self._undo.append(save_safely(engine, watch))
-        sizes = {layer.ep_size for layer in engine.module.modules() if is_moe(layer)}
+        numbered = [module for module in engine.module.modules() if seams.is_moe_layer(module)]
+        sizes = {layer.ep_size for layer in numbered}
         if len(sizes) == 1:  # of several sizes, files do not tell which layer had which
             guard_loading(engine, *sizes)
-        refuse_incomplete(engine, [layer.num_experts for layer in engine.module.modules() if is_moe(layer)])
+        refuse_incomplete(engine, [layer.num_experts for layer in numbered])
         keep_choices(engine, layers)
         supervise(engine, watch)
         self._undo.append(lambda: watch.step_ends(is_done=False))  # a step that nobody ended
@@ -68,8 +67,3 @@ class Company:
         for name in (*METHODS, *ATTRIBUTES):
             vars(self._engine).pop(name, None)
         vars(self._engine).update(self._before)
-
-
-def is_moe(module: Any) -> bool:
-    """Whether a module is an MoE layer to DeepSpeed, which numbers them in its checkpoints."""
-    return isinstance(module, DeepSpeedMoE) or bool(getattr(module, "_is_autoep_layer", False))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.utils import log_dist
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
@@ -85,8 +84,8 @@ def tell_skips(engine: Any) -> Callable[[], None]:
         result = step(*args, **kwargs)
         if is_boundary:
             if not engine.was_step_applied():
-                text = f"ds_moe_ep: step {number} was skipped: {summary(seams.gather(sums.findings()))}"
-                log_dist(text, ranks=[0], level=logging.WARNING)
+                found = summary(seams.gather(sums.findings()))
+                seams.say(f"step {number} was skipped: {found}", logging.WARNING)
             sums.restart()
         return result
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint import OPTIONS
+from ds_moe_ep.engine.checkpoint import folder_to_load, wants_states
 from ds_moe_ep.errors import EngineError
 
 SAVING, OLD = ".saving", ".old"
@@ -87,10 +87,8 @@ def refuse_incomplete(engine: Any, num_experts: Iterable[int]) -> None:
 
     @functools.wraps(load)
     def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        options = dict(zip(OPTIONS, args, strict=False)) | kwargs
-        wants_states = options.get("load_optimizer_states", True) and not options.get("load_module_only", False)
         if not engine.load_universal_checkpoint():
-            num_ranks = dist.get_world_size(seams.data_parallel_group()) if wants_states else 0
+            num_ranks = dist.get_world_size(seams.data_parallel_group()) if wants_states(args, kwargs) else 0
             _agree(_problem(Path(load_dir), tag, experts, num_ranks))
         return load(load_dir, tag, *args, **kwargs)
 
@@ -105,12 +103,9 @@ def _agree(problem: str) -> None:
 
 def _problem(load_dir: Path, tag: str | None, experts: set[tuple[int, int]], num_ranks: int) -> str:
     """Why a checkpoint cannot be loaded, or an empty string."""
-    latest = load_dir / "latest"
-    if tag is None:
-        if not latest.is_file():
-            return ""  # DeepSpeed says that there is none
-        tag = latest.read_text().strip()
-    folder = load_dir / str(tag)
+    folder = folder_to_load(load_dir, tag)
+    if folder is None:
+        return ""  # DeepSpeed says that there is none
     missing = (
         "it was not saved to the end" if folder.name.endswith(SAVING) else missing_files(folder, experts, num_ranks)
     )

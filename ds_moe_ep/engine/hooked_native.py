@@ -24,7 +24,7 @@ from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_wid
 from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
 from ds_moe_ep.moe.experts import LocalExperts, first_output
 from ds_moe_ep.moe.forms import Opaque
-from ds_moe_ep.moe.recognise import recognise
+from ds_moe_ep.moe.recognise import has_hooks, recognise
 from ds_moe_ep.moe.router import Routes
 
 
@@ -170,12 +170,6 @@ def dropless_routes(experts_KT: Tensor, weights_KT: Tensor, may_leave_out: bool)
     """
     ids_TK = experts_KT.t().long()
     return Routes(expert_ids_TK=ids_TK, weights_TK=weights_KT.t(), is_used_TK=ids_TK >= 0 if may_leave_out else None)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module would call somebody's hooks."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
 
 
 def call_as_deepspeed(expert: nn.Module, rows_nD: Tensor) -> Tensor:

@@ -156,8 +156,7 @@ def hook(
 def candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and module of every MoE layer that DeepSpeed made; the package's own overlap already."""
     for name, module in model.named_modules():
-        is_native = isinstance(module, DeepSpeedMoE) and not isinstance(module, MoE)
-        if is_native or getattr(module, "_is_autoep_layer", False):
+        if seams.is_moe_layer(module) and not isinstance(module, MoE):
             yield name, module
 
 

@@ -26,7 +26,7 @@ from deepspeed import comm
 from ds_moe_ep.comm.watch import Watch
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.folders import SAVING, publish, remove, write_latest
-from ds_moe_ep.engine.supervision import first_line, is_collective
+from ds_moe_ep.engine.supervision import cause, first_line, is_collective
 from ds_moe_ep.errors import ConfigError, EngineError
 
 
@@ -176,9 +176,7 @@ class SafeSaver:
             raise EngineError(f"{report.place.folder}: not saved, {problem}. {_still_good(report.place)}")
 
     def _left_alone(self, error: Exception) -> EngineError:
-        others = [rank for rank in range(comm.get_world_size()) if rank != comm.get_rank()]
-        why = self._watch.explain(others) or "look for the first error of another rank"
-        words = f"not saved, a rank ended or stalled meanwhile ({first_line(error)}): {why}"
+        words = f"not saved, a rank ended or stalled meanwhile ({first_line(error)}): {cause(self._watch)}"
         return EngineError(f"{self._place.folder}: {words}. {_still_good(self._place)}")
 
 

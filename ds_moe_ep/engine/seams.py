@@ -7,6 +7,7 @@ EngineError that says which. A test reads this file's names from the installed r
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 import os
 import socket
@@ -18,6 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime import compiler
 from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
@@ -150,6 +152,11 @@ def watch_of_world(timeout_s: float) -> Watch:
     return _WATCHES[world]
 
 
+def is_moe_layer(module: Any) -> bool:
+    """Whether DeepSpeed takes a module for an MoE layer, as it numbers them in checkpoints."""
+    return isinstance(module, MoE) or bool(getattr(module, "_is_autoep_layer", False))
+
+
 def missing_of(layer: object, names: Sequence[str]) -> str:
     """Why a layer is not as in the tested releases, or an empty string."""
     missing = [name for name in names if not _has(layer, name)]
@@ -217,9 +224,9 @@ def compare_ranks(what: str, fingerprint: str) -> list[str]:
     return [host for _, host in gathered]
 
 
-def say(message: str) -> None:
+def say(message: str, level: int = logging.INFO) -> None:
     """One log line on rank 0."""
-    log_dist(f"ds_moe_ep: {message}", ranks=[0])
+    log_dist(f"ds_moe_ep: {message}", ranks=[0], level=level)
 
 
 def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:

@@ -56,10 +56,14 @@ def _supervised(engine: Any, name: str, watch: Watch) -> Callable[..., Any]:
 
 def explained(error: BaseException, where: str, watch: Watch) -> PeerError:
     """The error of a collective with what the watch knows. May take seconds."""
-    own = dist.get_rank()
-    why = watch.explain([rank for rank in range(dist.get_world_size()) if rank != own])
-    text = f"{where}: a collective of DeepSpeed's failed on rank {own} ({first_line(error)})"
-    return PeerError(f"{text}; {why}" if why else f"{text}; look for the first error of another rank")
+    text = f"{where}: a collective of DeepSpeed's failed on rank {dist.get_rank()} ({first_line(error)})"
+    return PeerError(f"{text}; {cause(watch)}")
+
+
+def cause(watch: Watch) -> str:
+    """What the watch knows of the other ranks, or where to look. May take seconds."""
+    others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    return watch.explain(others) or "look for the first error of another rank"
 
 
 def is_collective(error: BaseException) -> bool:

@@ -40,7 +40,7 @@ def recognise(template: nn.Module) -> Form | None:
     Reads the traced graph, so that a class of any name is found, and anything beside it (dropout, hooks, a second
     output, a buffer) sends the module through autograd instead.
     """
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in template.modules()):
+    if any(has_hooks(module) for module in template.modules()):
         return None
     if any(True for _ in template.buffers()):
         return None
@@ -60,6 +60,12 @@ def recognise(template: nn.Module) -> Form | None:
         return None
     owned = {f"{linear}.{leaf}" for linear in form.linears.values() for leaf in ("weight", "bias")}
     return form if names <= owned else None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module would call somebody's hooks."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def _gelu_form(template: nn.Module, output: Any) -> Form | None:

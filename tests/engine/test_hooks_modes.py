@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ds_moe_ep.comm.callbacks import TransferMessage
+from tests.comm.test_callbacks import HalfTheBytes
 from tests.engine.hooked_layers import KNOBS, hooked, rank
 from tests.engine.small_model import BATCH, Job, batches, make_engine, make_model
 from tests.moe.layer_cases import D, OddExpert
@@ -215,25 +217,16 @@ def test_what_cannot_be_hooked_is_refused_by_name_on_every_rank() -> None:
             assert all(word in error for word in words), error
 
 
-class Halved:
-    """Rows cross the wire in bf16, and are counted."""
+class Halved(HalfTheBytes):
+    """Counts the bytes besides; spoils what goes to one rank where it is told to."""
 
     def __init__(self, spoils: bool = False) -> None:
         self.num_bytes, self.spoils = 0, spoils
 
-    def before_send(self, message: Any) -> Tensor:
+    def before_send(self, message: TransferMessage) -> Tensor:
         self.num_bytes += message.rows.nbytes
-        wire = message.rows.to(torch.bfloat16)
+        wire = super().before_send(message)
         return wire * 2 if self.spoils and message.peer == 2 and message.phase == "forward" else wire
-
-    def after_send(self, message: Any) -> None:
-        return None
-
-    def before_receive(self, message: Any) -> Tensor:
-        return torch.empty_like(message.rows, dtype=torch.bfloat16)
-
-    def after_receive(self, message: Any, wire: Tensor) -> None:
-        message.rows.copy_(wire)
 
 
 def through_callbacks() -> list[float]:

@@ -13,7 +13,6 @@ import multiprocessing.connection
 import os
 import pathlib
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from ds_moe_ep.bench.processes import free_port
 from tests.faults.outcomes import NUM_RANKS, Outcome
 from tests.ranks import _fork_server, _keep_shm_op_out
 
@@ -50,13 +50,6 @@ def run_forked(folder: pathlib.Path, *arguments: str, limit_s: float = 90.0) -> 
                 process.kill()
             process.join(10)
     return Outcome(folder, tuple(p.exitcode for p in processes), tuple(ended), seconds)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _is_stopped(pid: int | None) -> bool:
