@@ -20,6 +20,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -138,6 +139,14 @@ def run_ranks(
             return [pickle.loads(answers[rank]) for rank in range(world_size)]
         finally:
             _release(pipes, processes)
+
+
+def signal_itself(number: signal.Signals) -> None:
+    """Sends this process a signal that takes effect before the call returns.
+
+    os.kill may leave it to another thread, and the calling one goes on for a moment before it is stopped.
+    """
+    signal.pthread_kill(threading.get_ident(), number)
 
 
 def _collect(pipes: list[Any], processes: list[Any], deadline: float) -> dict[int, bytes | RankFailure]:

@@ -22,6 +22,7 @@ from ds_moe_ep.comm.signs import Sign
 logger = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S = 30.0
+MEETING_S = 0.1  # between looks until every rank has posted
 RETRY_S = 5.0  # from a failure of the store to the next attempt
 RETRY_BROKEN_S = 60.0  # where its server has most likely gone: each attempt fills torch's log
 MOST_CHECKS = 32  # of ranks that have not posted yet, in one look
@@ -112,7 +113,8 @@ class Board:
             logger.debug("ds_moe_ep: the ranks' store failed", exc_info=True)
             self.is_lost = True
             return RETRY_BROKEN_S if isinstance(error, dist.DistNetworkError) else RETRY_S
-        return self.interval_s
+        # Nobody knows the process of a rank whose first sign it has not read, and may soon need to.
+        return min(MEETING_S, self.interval_s) if self._missing else self.interval_s
 
     def _read(self) -> None:
         """Reads the signs of all ranks that have posted one. After a loss of the store their silence counts anew."""

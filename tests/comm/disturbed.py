@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.timeline import Tags
 from ds_moe_ep.topology import Torus
 from tests.moe.faulty_transports import Wrapper
+from tests.ranks import signal_itself
 
 VICTIM = 1
 D = 8
@@ -48,7 +50,7 @@ def disturbance(how: str) -> Callable[[], None]:
         raise ValueError("bad luck")
 
     signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-    return (lambda: os.kill(os.getpid(), signals[how])) if how in signals else fail
+    return partial(signal_itself, signals[how]) if how in signals else fail
 
 
 def make_layer(transport: Transport, config: MoEConfig) -> ExpertParallel:

@@ -7,7 +7,6 @@ gradients) and `save` (between two files of a checkpoint).
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 import resource
@@ -16,12 +15,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tests.engine.small_model import Job
+from tests.ranks import signal_itself
 
 LANES = {"dispatch": ("dispatch", "forward"), "combine": ("combine", "forward"), "backward": ("dispatch", "backward")}
 LAYER = "layers.1"  # where faults are
@@ -143,10 +144,6 @@ def before_second_file(engine: Any, is_time: Callable[[], bool], act: Callable[[
     engine.checkpoint_engine.save = write_or_act
 
 
-def _signal(number: signal.Signals) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
-
-
 def _fill_the_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.RLIM_INFINITY))
 
@@ -168,8 +165,8 @@ def _with_narrower_tokens(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 ACTIONS: dict[str, Callable[[], Any]] = {
-    "kill": _signal(signal.SIGKILL),
-    "stop": _signal(signal.SIGSTOP),
+    "kill": partial(signal_itself, signal.SIGKILL),
+    "stop": partial(signal_itself, signal.SIGSTOP),
     "disk": _fill_the_disk,
     "leave": lambda: sys.exit(0),
 }
