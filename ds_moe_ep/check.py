@@ -138,7 +138,7 @@ def check_config(
 def _check_model(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> ModelCheck:
     memory = count_memory(model, moe, training, budget.load)
     if memory.peak > budget.free_bytes:
-        raise ConfigError(_does_not_fit(memory, budget, _memory_way_out(model, moe, training, budget)))
+        raise ConfigError(_does_not_fit(memory, budget, memory_way_out(model, moe, training, budget)))
     tokens = tokens_of_rank(model, training)
     return ModelCheck(
         model=model,
@@ -164,6 +164,11 @@ def _check_pipeline(model: ModelConfig, moe: MoEConfig, training: Training, budg
 
 
 def _does_not_fit(memory: Memory, budget: Budget, way_out: str) -> str:
+    return f"gpu_gb={budget.gpu_gb:g}: {needs(memory)} beside a reserve of {budget.reserve_gb:g}; {way_out}"
+
+
+def needs(memory: Memory) -> str:
+    """What a GPU needs, for the error of one that has less."""
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -171,13 +176,12 @@ def _does_not_fit(memory: Memory, budget: Budget, way_out: str) -> str:
         "activations and buffers": memory.peak - memory.persistent,
     }
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    return (
-        f"gpu_gb={budget.gpu_gb:g}: a GPU needs {memory.peak / 1e9:.1f} GB ({listed}) beside a reserve of "
-        f"{budget.reserve_gb:g}; {way_out}"
-    )
+    return f"a GPU needs {memory.peak / 1e9:.1f} GB ({listed})"
 
 
-def _memory_way_out(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> str:
+def memory_way_out(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> str:
+    """What makes a model that is too large for a GPU fit, or at least smaller."""
+
     def fits(smaller: Training) -> bool:
         return count_memory(model, moe, smaller, budget.load).peak <= budget.free_bytes
 

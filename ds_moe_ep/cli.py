@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_moe_ep import __version__
+from ds_moe_ep.cli_simulate import add_audit, add_plan
 from ds_moe_ep.errors import MoEError
 
 BENCHMARKS = {
@@ -16,13 +17,15 @@ BENCHMARKS = {
     "scaling": "EP = 1, 2, 4, 8, 16, and the specification's scaling laws",
     "layer": "one layer against DeepSpeed's own and the matmuls alone",
     "overlap": "schedules of one layer on shaped links",
+    "probe": "a device and its links, in two minutes, for calibrate",
     "soak": "many steps whose routing drifts and bursts: memory, handles, determinism",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of `ds-moe-ep ARGUMENTS`: 0, or 2 with the error's text on stderr."""
-    parsed = make_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parsed = make_parser().parse_args(given, argparse.Namespace(given=given))
     try:
         code: int = parsed.run(parsed)
         return code
@@ -57,6 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Prints the specification's figures beside what its shapes and links imply.",
     )
     figures.set_defaults(run=run_figures)
+    add_audit(commands)
+    add_plan(commands)
+    _add_calibrate(commands)
     _add_report(commands)
     _add_convert(commands)
     _add_bench(commands)
@@ -130,6 +136,31 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     doctor.add_argument("--no-links", action="store_true", help="start no ranks and send nothing")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     doctor.set_defaults(run=run_doctor)
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="fit a cluster's numbers to Records of runs",
+        description=(
+            "Fits the numbers of a cluster to Records of `bench probe`, of `bench overlap`, or of both, and prints "
+            "what it fitted and the error on the runs that it held out. What was not measured stays as the file has it."
+        ),
+        epilog="example: python -m ds_moe_ep calibrate probe.jsonl --cluster ds_configs/clusters/h100_4x4.json "
+        "--out mine.json",
+    )
+    calibrate.add_argument("records", metavar="RECORDS", nargs="+", help="files of Records, one line of JSON each")
+    calibrate.add_argument("--cluster", metavar="FILE", required=True, help="the cluster that the numbers are put into")
+    calibrate.add_argument("--out", metavar="FILE", help="where to write the calibrated cluster (default: nowhere)")
+    calibrate.add_argument(
+        "--hold-out", type=float, default=0.5, metavar="SHARE", help="of the runs, kept out of the fit (default: 0.5)"
+    )
+    calibrate.add_argument(
+        "--precision",
+        choices=("bf16", "fp16", "fp32"),
+        help="whose products the efficiency is of (default: the fastest one's)",
+    )
+    calibrate.set_defaults(run=run_calibrate)
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -239,6 +270,22 @@ def run_figures(parsed: argparse.Namespace) -> int:
     from ds_moe_ep.tables import figure_table
 
     print(figure_table(stated_and_derived()))
+    return 0
+
+
+def run_calibrate(parsed: argparse.Namespace) -> int:
+    """Prints the calibration, and writes its cluster where that is asked for."""
+    from rich.console import Console
+
+    from ds_moe_ep.simulate.calibrate import calibrate_files
+    from ds_moe_ep.simulate.calibrate_tables import print_calibration
+
+    found = calibrate_files(
+        parsed.records, parsed.cluster, parsed.out, hold_out=parsed.hold_out, precision=parsed.precision
+    )
+    print_calibration(found, Console(width=None if sys.stdout.isatty() else 120))
+    if parsed.out:
+        print(f"cluster in {parsed.out}; plan on it: python -m ds_moe_ep plan --config ... --cluster {parsed.out}")
     return 0
 
 

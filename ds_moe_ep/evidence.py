@@ -1,4 +1,4 @@
-"""What the benchmarks of whole systems call their Records, and what a reader may call it.
+"""What the benchmarks of whole systems, and the probe, call their Records, and what a reader may call it.
 
 A name is a dotted path; its parts are slugs without dots. Bench writes these names, report reads them.
 
@@ -11,12 +11,21 @@ A name is a dotted path; its parts are slugs without dots. Bench writes these na
     system.<bed>.traffic.<what>                   ratio (of EP16's traffic alone to its compute), compute, link
     scaling.<total>.ep<n>.<what>                  tps, tpot, busy, memory_per_expert
     scaling.<total>.fit.<law>.<what>              r2, coefficient
+    sweep.<bed>.<total>.ep<n>.dp<m>.<what>        tps, tpot, busy, memory_per_expert, mfu, hidden, memory (simulated)
+    sweep.<bed>.<total>.fit.<law>.<what>          r2, coefficient; of the points with the fewest copies
+    audit.<bed>.<figure>.<what>.<column>          stated, derived, simulated; the report has no place for them
     soak.run<r>.memory.step<n>                    resident bytes, the middle of the ranks between the least and the most
     soak.run<r>.<what>                            peak.memory, growth.<held>; <count>.start, .steady, .end, .after
     soak.load.step<n>, soak.fullest.step<n>       fullest expert's rows over the mean, and which expert that is
     soak.loss.step<n>, soak.hash.step<n>          loss; how many runs have the first run's hash of all that was computed
     soak.weather.<what>                           how often routing burst, ranks idled, experts led
     soak.verdict.<what>                           1 where it holds; its note says of what and by how much
+    probe.matmul.<precision>.rows<n>              GFLOP/s of an expert's two products on so many rows
+    probe.attention.<precision>, probe.memory     GFLOP/s of causal attention, both ways; GB/s of elementwise work
+    probe.launch, probe.sync                      us of the host, to issue a kernel and to read its number
+    probe.<way>.<load>.bytes<n>                   us of an exchange; way near or far, load one (pair) or all
+    probe.<way>.senders                           ranks of a node that send at once under load all
+    probe.host.<what>                             cores; core time of a message: pairwise, collective (us), byte (us/MB)
 
 Units: tps in tokens/s; tpot in us (of a token); step and breakdown in ms; memory in bytes; load in rows; loss in nats;
 busy, hidden, traffic's ratio, ratio_to and r2 in ratio (1 is all, or equal). A coefficient has its law's unit. Readers
@@ -71,8 +80,13 @@ SOAK_VERDICTS: Mapping[str, str] = {
 }
 
 
+SIMULATED = "simulated_"  # beds that were never built: this, and the name of a cluster's file
+
+
 def bed_title(bed: str) -> str:
-    """What a reader may call a bed: `loopback`, `unshaped`, `cluster`, or `traffic<percent>`."""
+    """What a reader may call a bed: `loopback`, `unshaped`, `cluster`, `traffic<percent>` or `simulated_<cluster>`."""
+    if bed.startswith(SIMULATED):
+        return f"simulated on {bed.removeprefix(SIMULATED)}, not measured"
     if bed == "loopback":
         return "loopback, real compute"
     if bed == "unshaped":

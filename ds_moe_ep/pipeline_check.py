@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_moe_ep import figures
+from ds_moe_ep import specified
 from ds_moe_ep.config import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.footprint import Memory, Parameters, count_parameters
 from ds_moe_ep.pipeline_footprint import (
@@ -113,18 +113,18 @@ def is_specified(model: ModelConfig, moe: MoEConfig, layout: Layout) -> bool:
 def has_specified_shapes(model: ModelConfig) -> bool:
     """Whether the model has the specification's sizes."""
     same = ("num_layers", "hidden_size", "num_heads", "expert_width", "expert", "sequence_length")
-    return all(getattr(model, name) == getattr(figures.MODEL, name) for name in same)
+    return all(getattr(model, name) == getattr(specified.MODEL, name) for name in same)
 
 
 def _specified_batch(model: ModelConfig, moe: MoEConfig, training: Training) -> Iterator[str]:
     """Why the specification's batch is no step of its 4 micro-batches."""
-    batch = figures.BATCH_SEQUENCES // training.num_copies
+    batch = specified.BATCH_SEQUENCES // training.num_copies
     micro_batch = batch // SPECIFIED_MICRO_BATCHES
     whole = dataclasses.replace(training, micro_batch=micro_batch, accumulation=SPECIFIED_MICRO_BATCHES)
     memory = fullest_stage(model, moe, whole).memory
     cut = dataclasses.replace(training, accumulation=-(-batch // training.micro_batch))
     yield (
-        f"the specification's batch of {figures.BATCH_SEQUENCES:,} sequences in {SPECIFIED_MICRO_BATCHES} "
+        f"the specification's batch of {specified.BATCH_SEQUENCES:,} sequences in {SPECIFIED_MICRO_BATCHES} "
         f"micro-batches ({micro_batch} sequences each) cannot fit: it would take {memory.peak / 1e9:,.0f} GB on a GPU, "
         f"{memory.activations / 1e9:,.0f} of them activations; in micro-batches of {training.micro_batch} it takes "
         f"{cut.accumulation} of them, with a bubble of {100 * bubble(cut):.1f} %"

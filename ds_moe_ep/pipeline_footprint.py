@@ -21,7 +21,7 @@ from ds_moe_ep.footprint import (
     tokens_of_rank,
     training_flops,
 )
-from ds_moe_ep.training import BYTES, Training
+from ds_moe_ep.training import BYTES, Training, most_sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +148,7 @@ def largest_micro_batch(model: ModelConfig, moe: MoEConfig, training: Training, 
     def fits(micro_batch: int) -> bool:
         return fullest_stage(model, moe, replace(training, micro_batch=micro_batch)).memory.peak <= free_bytes
 
-    smallest_refused = 1
-    while fits(smallest_refused):
-        smallest_refused *= 2
-    largest = smallest_refused // 2
-    while smallest_refused - largest > 1:
-        middle = (largest + smallest_refused) // 2
-        largest, smallest_refused = (middle, smallest_refused) if fits(middle) else (largest, middle)
-    return largest
+    return most_sequences(fits)
 
 
 def count_work(model: ModelConfig, moe: MoEConfig, training: Training) -> PipelineWork:

@@ -1,24 +1,28 @@
 """What a schedule will take, from measured costs: a few events a pass, no clock.
 
 1. A piece's compute takes its share of the rows' time; weight gradients likewise.
-2. A lane is first in, first out, with one transfer on the wire (the host keeps a second one behind it). A transfer
-   takes a latency, then its near rows and its far rows at full speed, one after the other.
+2. A lane is first in, first out, with one transfer on the wire (the host keeps a second one behind it). Near and far
+   rows leave side by side, and are there a latency later, which holds up nobody else.
 3. Dispatch and combine leave by the same link: while far rows of both are on their way, each goes at half the speed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ds_moe_ep.config import MoEConfig
-from ds_moe_ep.schedule import Kind, Piece, Schedule, backward_schedule, forward_schedule, weight_blocks
+from ds_moe_ep.events import Phase
+from ds_moe_ep.program import START, Load, Program, add_pass
+from ds_moe_ep.schedule import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, weight_blocks
+from ds_moe_ep.timeline import Tags
 from ds_moe_ep.topology import Torus
 
-EPSILON_US = 1e-6
-MANY_NODES = 8  # beyond them groups of two nodes are worth a look
+LINK = ((0, 1.0),)  # the one resource here: the way from this rank to other nodes, whose unit is a microsecond alone
+MANY_NODES = 8  # beyond them groups of several nodes are worth a look: of two,
+FEW_GROUPS = (8, 4)  # and as many as make so many groups, since each costs a latency and a small product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,8 @@ def candidates(torus: Torus) -> list[dict[str, Any]]:
     if whole > 3:
         peers.append({"schedule": "peers", "peer_group_size": whole // 2, "row_cuts": 1})
     if torus.num_nodes > MANY_NODES:
-        peers.append({"schedule": "peers", "peer_group_size": 2 * whole, "row_cuts": 1})
+        nodes = {2, *(-(-(torus.num_nodes - 1) // groups) for groups in FEW_GROUPS)} - {1}
+        peers += [{"schedule": "peers", "peer_group_size": num * whole, "row_cuts": 1} for num in sorted(nodes)]
     chunks: list[dict[str, Any]] = [{"schedule": "chunks", "chunks": chunks} for chunks in (2, 4, 8)]
     return [{"schedule": "serial"}, *peers, *chunks]
 
@@ -68,60 +73,18 @@ def price_pass(schedule: Schedule, costs: Costs, compute_us: float) -> float:
     far = [_share(piece.offsets, schedule.torus, far=True) / piece.num_cuts for piece in schedule.pieces]
     rows = [_rows(piece.offsets, schedule.torus) / piece.num_cuts for piece in schedule.pieces]
     blocks = [_rows(block, schedule.torus) for block in weight_blocks(schedule.torus)]
-    left: list[_Left] = []
-    for op in schedule.ops:
+
+    def load(op: Op) -> Load:
         if op.kind is Kind.COMPUTE:
-            left.append(_Left(alone_us=rows[op.piece] * compute_us))
-        elif op.kind is Kind.WEIGHTS:
-            left.append(_Left(alone_us=blocks[op.piece] * costs.weight_grad_us))
-        else:
-            alone_us = costs.latency_us + near[op.piece] * costs.near_us
-            left.append(_Left(alone_us=alone_us, far_us=far[op.piece] * costs.far_us))
-    return _run([op.kind.lane for op in schedule.ops], [op.after for op in schedule.ops], left)
+            return Load((Phase(rows[op.piece] * compute_us),))
+        if op.kind is Kind.WEIGHTS:
+            return Load((Phase(blocks[op.piece] * costs.weight_grad_us),))
+        rows_us = near[op.piece] * costs.near_us, far[op.piece] * costs.far_us
+        return Load(beside=((Phase(rows_us[0]),), (Phase(rows_us[1], uses=LINK),)), delay_us=costs.latency_us)
 
-
-@dataclass
-class _Left:
-    """What is left of an op: time of its own, then time on the shared link."""
-
-    alone_us: float
-    far_us: float = 0.0
-
-    def step_us(self, num_on_link: int) -> float:
-        """How long until this op's next event."""
-        return self.alone_us if self.alone_us > EPSILON_US else self.far_us * num_on_link
-
-    def is_on_link(self) -> bool:
-        return self.alone_us <= EPSILON_US and self.far_us > EPSILON_US
-
-    def advance(self, by_us: float, num_on_link: int) -> None:
-        if self.alone_us > EPSILON_US:
-            self.alone_us -= by_us
-        else:
-            self.far_us -= by_us / num_on_link
-
-    def is_done(self) -> bool:
-        return self.alone_us <= EPSILON_US and self.far_us <= EPSILON_US
-
-
-def _run(lanes: Sequence[str], afters: Sequence[Iterable[int]], left: Sequence[_Left]) -> float:
-    waiting = {lane: [i for i, other in enumerate(lanes) if other == lane] for lane in dict.fromkeys(lanes)}
-    done: set[int] = set()
-    now_us = 0.0
-    while any(waiting.values()):
-        heads = [queue[0] for queue in waiting.values() if queue and done.issuperset(afters[queue[0]])]
-        finished = [i for i in heads if left[i].is_done()]
-        if not finished:
-            num_on_link = max(sum(left[i].is_on_link() for i in heads), 1)
-            step_us = min(left[i].step_us(num_on_link) for i in heads)
-            for i in heads:
-                left[i].advance(step_us, num_on_link)
-            now_us += step_us
-            finished = [i for i in heads if left[i].is_done()]
-        for i in finished:
-            done.add(i)
-            waiting[lanes[i]].remove(i)
-    return now_us
+    program = Program()
+    add_pass(program, schedule, [load], START, Tags())
+    return program.run([1.0]).makespan_us
 
 
 def _rows(offsets: Sequence[tuple[int, int]], torus: Torus) -> float:
@@ -131,8 +94,9 @@ def _rows(offsets: Sequence[tuple[int, int]], torus: Torus) -> float:
 
 def _share(offsets: Sequence[tuple[int, int]], torus: Torus, *, far: bool) -> float:
     """The share of the near rows that cross a wire, or of the far rows, that goes to these offsets."""
-    of_kind = [offset for offset in torus.offsets() if offset != (0, 0) and is_far(offset, torus) == far]
-    return sum(offset in of_kind for offset in offsets) / max(len(of_kind), 1)
+    near = torus.node_size if torus.num_nodes > 1 else 1  # offsets at which rows stay near, the rank's own with them
+    of_kind = torus.size - near if far else near - 1
+    return sum(offset != (0, 0) and is_far(offset, torus) == far for offset in offsets) / max(of_kind, 1)
 
 
 def is_far(offset: tuple[int, int], torus: Torus) -> bool:

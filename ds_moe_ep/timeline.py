@@ -36,6 +36,9 @@ class Tags:
         return Tags(self.layer, self.phase, self.peers.partition(" (")[0])
 
 
+NO_TAGS = Tags()
+
+
 @dataclass(frozen=True)
 class Span:
     """One piece of work: `name` on `lane` of `rank`, from start to stop in microseconds of that rank's clock."""

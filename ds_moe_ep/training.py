@@ -109,6 +109,18 @@ def micro_batch_way_out(training: Training, fits: Callable[[Training], bool]) ->
     return None
 
 
+def most_sequences(fits: Callable[[int], bool]) -> int:
+    """The largest number of sequences that fits, where fewer fit as well; 0 when one does not."""
+    smallest_refused = 1
+    while fits(smallest_refused):
+        smallest_refused *= 2
+    largest = smallest_refused // 2
+    while smallest_refused - largest > 1:
+        middle = (largest + smallest_refused) // 2
+        largest, smallest_refused = (middle, smallest_refused) if fits(middle) else (largest, middle)
+    return largest
+
+
 def _check_keys(ds_config: Mapping[str, Any]) -> None:
     """Refuses keys that DeepSpeed has removed and those that are close to one it knows.
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from ds_moe_ep import figures
 from ds_moe_ep.config import MODELS, SPECIFICATION, ModelConfig, MoEConfig
 from ds_moe_ep.footprint import (
     activation_bytes,
@@ -162,34 +161,6 @@ def test_arithmetic_of_a_token_is_that_of_its_matrices() -> None:
     assert forward_flops(TINY, moe) == 2 * layer + 2 * 10 * 8
     assert training_flops(TINY, moe) == 3 * forward_flops(TINY, moe)
     assert forward_flops(SPECIFICATION, EP16) == pytest.approx(7.10e9, rel=1e-3)
-
-
-# The derived numbers as the specification's checked figures give them, worked out by hand.
-DERIVED = {
-    "one expert": ("536.9 M", "1,074 MB"),
-    "memory of a GPU, EP16": ("39.5 GB",),
-    "memory of a GPU, TP8/PP2": ("4.43 GB",),
-    "activations of one batch at one expert": ("41.9 GB",),
-    "tokens of an expert": ("640,000",),
-    "distribution of tokens": ("26.2 ms", "39.3 ms", "157 ms"),
-    "expert computation": ("695 ms",),
-    "communication hidden": ("10 %",),
-    "tokens a second, TP8/PP2 and EP16": ("2.23 M", "743 k", "7.10", "21.3"),
-    "batches a second": ("0.0117", "0.0439"),
-    "time of a token (TPOT)": ("8.33", "2.22 us"),
-    "latency pieces, EP16": ("0.75 ms",),
-    "gain in GPU efficiency": ("50.8 %",),
-    "bytes of a GPU and layer, forward, TP8 and EP16": ("587 GB", "19.7 GB"),
-    "pipeline bubble, 2 stages, 4 micro-batches": ("20 %",),
-}
-
-
-def test_every_derived_figure_is_the_one_worked_out_by_hand() -> None:
-    found = {figure.name: figure.derived for figure in figures.stated_and_derived()}
-    assert found.keys() == DERIVED.keys()
-    for name, numbers in DERIVED.items():
-        for number in numbers:
-            assert number in found[name], name
 
 
 def test_a_model_fits_or_not_by_its_peak_alone() -> None:

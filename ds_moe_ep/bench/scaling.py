@@ -22,7 +22,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ds_moe_ep.bench.laws import fit
 from ds_moe_ep.bench.method import summarize
 from ds_moe_ep.bench.processes import Finding, follow, free_port, on_console, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
@@ -32,6 +31,7 @@ from ds_moe_ep.bench.testbed import open_testbed
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.evidence import LAWS, TOTALS
 from ds_moe_ep.figures import cluster_traffic_ratio
+from ds_moe_ep.laws import fit
 from ds_moe_ep.record import Record, write_whole
 
 PROGRAM = "ds_moe_ep bench scaling"

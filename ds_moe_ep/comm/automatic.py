@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ds_moe_ep.comm.collective import Collective
 from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.pairwise import Pairwise
-from ds_moe_ep.comm.transport import NO_TAGS, Message, Transfer
-from ds_moe_ep.timeline import Tags
+from ds_moe_ep.comm.transport import Message, Transfer
+from ds_moe_ep.timeline import NO_TAGS, Tags
 
 
 class Automatic(Pairwise):

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ds_moe_ep.comm.transport import NO_TAGS, Message, Transfer, Transport
+from ds_moe_ep.comm.transport import Message, Transfer, Transport
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.timeline import Tags
+from ds_moe_ep.timeline import NO_TAGS, Tags
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from ds_moe_ep.comm.group_transport import SHORT, Bytes, GroupTransport, wait_for
 from ds_moe_ep.comm.signs import Place
 from ds_moe_ep.comm.standing import CLOSING_TAG
-from ds_moe_ep.comm.transport import NO_TAGS, Done, Message, Transfer
-from ds_moe_ep.timeline import Tags
+from ds_moe_ep.comm.transport import Done, Message, Transfer
+from ds_moe_ep.timeline import NO_TAGS, Tags
 
 
 class Works:

@@ -13,10 +13,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ds_moe_ep.timeline import Tags
+from ds_moe_ep.timeline import NO_TAGS, Tags
 
 LANES = ("dispatch", "combine")
-NO_TAGS = Tags()
 
 
 @dataclass(frozen=True)

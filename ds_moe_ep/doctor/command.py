@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from ds_moe_ep.bench.launched import World, launched
 from ds_moe_ep.doctor.facts import Facts
 from ds_moe_ep.doctor.gather import gather
 from ds_moe_ep.doctor.job import Job, job_without_config, judge_job
@@ -18,7 +19,7 @@ from ds_moe_ep.doctor.local_ranks import try_local_links
 from ds_moe_ep.doctor.machine import judge_machine
 from ds_moe_ep.doctor.packages import judge_packages
 from ds_moe_ep.doctor.show import print_verdicts
-from ds_moe_ep.doctor.trial import Trial, World, launched
+from ds_moe_ep.doctor.trial import Trial
 from ds_moe_ep.doctor.variables import Run, judge_variables
 from ds_moe_ep.doctor.verdicts import GROUPS, Verdict, to_dict, worst
 from ds_moe_ep.errors import ConfigError, EngineError, TopologyError

@@ -24,10 +24,11 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from ds_moe_ep.bench.launched import World
 from ds_moe_ep.doctor.gather import installed
 from ds_moe_ep.doctor.links import Link, Outcome, Presence, pairs_to_try, reaches
 from ds_moe_ep.doctor.probe import named
-from ds_moe_ep.doctor.trial import Trial, World
+from ds_moe_ep.doctor.trial import Trial
 
 # What every rank should have alike.
 RELEASES = ("torch", "deepspeed", "ds-moe-ep")

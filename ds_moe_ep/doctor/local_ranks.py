@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from ds_moe_ep.bench.launched import launched
 from ds_moe_ep.bench.processes import Finding, die_with_parent, free_port, loopback_environment, started_ranks
 from ds_moe_ep.doctor.links import Outcome, Presence, outcome_from
-from ds_moe_ep.doctor.trial import Trial, launched
+from ds_moe_ep.doctor.trial import Trial
 
 POLL_S = 0.2
 

@@ -66,6 +66,11 @@ class Findings:
         """The beds in the order of a page."""
         return tuple(sorted({bed for bed, *_ in self._system_names}, key=bed_order))
 
+    @cached_property
+    def swept(self) -> tuple[str, ...]:
+        """The beds on which a sweep was simulated."""
+        return tuple(sorted({name.split(".")[1] for name in self.by_name if name.startswith("sweep.")}, key=bed_order))
+
     def places(self, *whats: str) -> list[tuple[str, str]]:
         """(bed, mode) of each place where a system has a Record `what` or below `what`, in the order of a page."""
         found = {(bed, mode) for bed, mode, _, what in self._system_names if what in whats}

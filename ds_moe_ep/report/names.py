@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ds_moe_ep.evidence import KINDS, LAWS, MODES, PARTS, SOAK_VERDICTS, SYSTEMS, TOTALS
+from ds_moe_ep.evidence import KINDS, LAWS, MODES, PARTS, SIMULATED, SOAK_VERDICTS, SYSTEMS, TOTALS
 
 
 def _one_of(words: Iterable[str]) -> str:
     return "(?:" + "|".join(map(re.escape, words)) + ")"
 
 
-_BED = r"(?:loopback|unshaped|cluster|traffic\d+)"
+_SIMULATED = rf"{SIMULATED}[a-z0-9_]+"
+_BED = rf"(?:loopback|unshaped|cluster|traffic\d+|{_SIMULATED})"
 _SYSTEM = _one_of(SYSTEMS)
 _WHAT = "|".join(
     (
@@ -29,6 +30,8 @@ _KNOWN = (
     re.compile(rf"system\.{_BED}\.traffic\.(?:ratio|compute|link)"),
     re.compile(rf"scaling\.{_one_of(TOTALS)}\.ep\d+\.{_one_of(LAWS)}"),
     re.compile(rf"scaling\.{_one_of(TOTALS)}\.fit\.{_one_of(LAWS)}\.(?:r2|coefficient)"),
+    re.compile(rf"sweep\.{_SIMULATED}\.{_one_of(TOTALS)}\.ep\d+\.dp\d+\.(?:{_one_of(LAWS)}|mfu|hidden|memory)"),
+    re.compile(rf"sweep\.{_SIMULATED}\.{_one_of(TOTALS)}\.fit\.{_one_of(LAWS)}\.(?:r2|coefficient)"),
     re.compile(r"soak\.run\d+\.(?:memory\.step\d+|peak\.memory|growth\.(?:memory|allocated|tensors|objects))"),
     re.compile(r"soak\.run\d+\.(?:handles|sockets|threads)\.(?:start|steady|end|after)"),
     re.compile(r"soak\.(?:load|fullest|loss|hash)\.step\d+"),
@@ -48,7 +51,7 @@ def place_of(name: str) -> str:
     first, second = name.split(".")[:2]
     if first == "soak":
         return "soak"
-    return short_bed(second) if first == "system" else TOTALS[second]
+    return TOTALS[second] if first == "scaling" else short_bed(second)
 
 
 def number_in(part: str, word: str) -> int:
@@ -56,14 +59,18 @@ def number_in(part: str, word: str) -> int:
     return int(part.removeprefix(word))
 
 
-def bed_order(bed: str) -> tuple[int, int]:
-    """Sorts beds: loopback, unshaped, cluster, then shaped links by growing traffic."""
+def bed_order(bed: str) -> tuple[int, int, str]:
+    """Sorts beds: loopback, unshaped, cluster, shaped links by growing traffic, then what is simulated by name."""
     fixed = ("loopback", "unshaped", "cluster")
-    return (fixed.index(bed), 0) if bed in fixed else (len(fixed), number_in(bed, "traffic"))
+    if bed.startswith(SIMULATED):
+        return len(fixed) + 1, 0, bed
+    return (fixed.index(bed), 0, "") if bed in fixed else (len(fixed), number_in(bed, "traffic"), "")
 
 
 def short_bed(bed: str) -> str:
     """A bed in few words, for panels and cells."""
+    if bed.startswith(SIMULATED):
+        return f"simulated {bed.removeprefix(SIMULATED)}"
     if bed.startswith("traffic"):
         return f"traffic {number_in(bed, 'traffic') / 100:g} \u00d7 compute"
     return {"loopback": "loopback", "unshaped": "unshaped", "cluster": "cluster's links"}[bed]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from ds_moe_ep.evidence import LAWS, STATED_R2, TOTALS
+from ds_moe_ep.laws import SHAPES
 from ds_moe_ep.record import Record
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.names import number_in
@@ -12,12 +13,6 @@ from ds_moe_ep.report.page import Picture, Section, Table, basis_of
 from ds_moe_ep.report.plots_lines import LawPanel, draw_scaling
 from ds_moe_ep.report.quantities import NONE, SCALES, SPELLINGS, Quantity, convert, number
 
-SHAPES: Mapping[str, Callable[[float], float]] = {  # of EP; a law is its shape times a coefficient
-    "tps": lambda ep: ep,
-    "tpot": lambda ep: 1 / ep,
-    "busy": lambda ep: 1 - 1 / ep,
-    "memory_per_expert": lambda ep: 1 / ep,
-}
 UNITS: Mapping[str, tuple[str, str]] = {  # what Records are converted to, and how an axis calls it
     "tps": ("tokens/s", "tokens a second"),
     "tpot": ("us", "\u00b5s a token"),

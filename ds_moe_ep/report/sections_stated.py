@@ -1,33 +1,34 @@
-"""The section that answers the specification: stated, derived, measured here."""
+"""The section that answers the specification: stated, derived, measured here, simulated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ds_moe_ep.evidence import KINDS, LAWS, MODES, PARTS, STATED_R2, TOTALS
-from ds_moe_ep.figures import STATED_TPS, stated_and_derived
+from ds_moe_ep.evidence import KINDS, LAWS, MODES, PARTS, SIMULATED, TOTALS
+from ds_moe_ep.figures import RATIO, stated_and_derived
 from ds_moe_ep.record import Record
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.names import short_bed
 from ds_moe_ep.report.page import Prose, Section, Table, emulation_of
-from ds_moe_ep.report.quantities import convert, number
+from ds_moe_ep.report.quantities import NONE, convert, number
 from ds_moe_ep.report.sections_scaling import r2_of
 
 NOT_MEASURED = "not measured"
-RATIO = "tokens a second, EP16 over TP8/PP2"
 
 Found = tuple[str, str, Sequence[Record]]  # where, what was measured there, and the Records that say so
 Answer = Callable[[Findings], Iterator[Found]]
 
 
 def stated(findings: Findings) -> Section | None:
-    """The specification's figures beside what follows from its shapes and what was measured."""
+    """The specification's figures beside what follows from its shapes, what was measured and what was simulated."""
     used: list[Record] = []
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, as_stated, derived, verdict, answer in _questions():
         found = list(answer(findings)) if answer else []
         used += [record for *_, records in found for record in records]
-        rows.append((name, as_stated, derived, _told(found), verdict))
+        simulated = [its for its in found if any(map(_is_simulated, its[-1]))]
+        measured = [its for its in found if its not in simulated]
+        rows.append((name, as_stated, derived, _told(measured) or NOT_MEASURED, _told(simulated) or NONE, verdict))
     if not used:
         return None
     explained = Prose(
@@ -35,30 +36,30 @@ def stated(findings: Findings) -> Section | None:
         "on the hardware named above, which need not be the specification's: compare ratios and shares. Values are of "
         "training where it was measured, and of forward passes elsewhere; of pieces, those that are not 0."
     )
-    head = ("figure", "stated", "derived", "measured here", "remarks")
+    head: tuple[str, ...] = ("figure", "stated", "derived", "measured here", "simulated", "remarks")
+    if not any(map(_is_simulated, used)):
+        head, rows = (*head[:4], *head[5:]), [(*row[:4], *row[5:]) for row in rows]
     return Section(
         "The specification's figures", (explained, Table("", head, tuple(rows), emulation_of(used), len(head)))
     )
 
 
+def _is_simulated(record: Record) -> bool:
+    return record.name.split(".")[1].startswith(SIMULATED)
+
+
 def _told(found: Sequence[Found]) -> str:
-    """A line for each answer, with the places where it was the same."""
+    """A line for each answer, with the places where it was the same; nothing where there is none."""
     places_of: dict[str, list[str]] = {}
     for place, text, _ in found:
         places_of.setdefault(text, []).append(place)
-    return "\n".join(f"{', '.join(places)}: {text}" for text, places in places_of.items()) or NOT_MEASURED
+    return "\n".join(f"{', '.join(places)}: {text}" for text, places in places_of.items())
 
 
 def _questions() -> Iterator[tuple[str, str, str, str, Answer | None]]:
     """(name, stated, derived, remark, what answers it from the findings) of each row."""
     for figure in stated_and_derived():
-        answer = ANSWERS.get(figure.name)
-        verdict = "" if answer and figure.verdict == "to be measured" else figure.verdict
-        yield figure.name, figure.stated, figure.derived, verdict, answer
-        if figure.name.startswith("tokens a second"):
-            yield RATIO, f"{STATED_TPS['EP16'] / STATED_TPS['TP8/PP2']:.2f}", "-", "", ANSWERS[RATIO]
-    for law, title in LAWS.items():
-        yield f"R\u00b2 of {title}", f"{STATED_R2[law]:g}", "-", "", _fit(law)
+        yield figure.name, figure.stated, figure.derived, figure.verdict, ANSWERS.get(figure.name)
 
 
 def _values(systems: Sequence[str], whats: Mapping[str, str], unit: str, end: str = "") -> Answer:
@@ -96,6 +97,11 @@ def _fit(law: str) -> Answer:
             record = r2_of(findings, total, law)
             if record is not None:
                 yield title, number(record.value), [record]
+        for bed in findings.swept:
+            for total, title in TOTALS.items():
+                record = findings.get("sweep", bed, total, "fit", law, "r2")
+                if record is not None:
+                    yield f"{short_bed(bed)}, {title}", number(record.value), [record]
 
     return answer
 
@@ -132,4 +138,5 @@ ANSWERS: Mapping[str, Answer] = {
     "pipeline bubble, 2 stages, 4 micro-batches": _values(
         ["tp8_pp2"], {"breakdown.pipeline": "waiting", "step": "step"}, "ms", " ms"
     ),
+    **{f"R\u00b2 of {title}": _fit(law) for law, title in LAWS.items()},
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ds_moe_ep.evidence import BASELINE, KINDS, MODES, PARTS, SYSTEMS, bed_title
+from ds_moe_ep.evidence import BASELINE, KINDS, MODES, PARTS, SIMULATED, SYSTEMS, bed_title
 from ds_moe_ep.record import Record
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.names import short_bed
@@ -17,6 +17,10 @@ OURS = "ep16"
 HEADLINE = ("tps", "tpot", "step", "busy", "hidden")
 DECOMPOSITION = (("ep16_serial", "tp8_pp2"), ("ep16", "ep16_serial"), ("ep16", "tp8_pp2"))
 REFERENCES = ("native_ep16", "autoep_ep16")
+SIMULATION = (
+    " Of a simulated bed nothing was measured: its brackets and whiskers hold what the simulation gives where all of "
+    "the cluster's ranges are at their slower ends, and where all are at their faster ones."
+)
 
 
 def throughput(findings: Findings) -> Section | None:
@@ -32,6 +36,7 @@ def throughput(findings: Findings) -> Section | None:
         f"throughput over that of {SYSTEMS[BASELINE]}: above 1 is faster. Busy is the share of a step in which "
         "a device works: emulated compute, processor time on a CPU that ranks share, utilization.gpu on a GPU. Hidden "
         "is the share of the experts' traffic that ran behind compute."
+        + (SIMULATION if any(bed.startswith(SIMULATED) for bed in findings.beds) else "")
     )
     bars = _throughput_bars(findings)
     return Section("Throughput", (explained, *([bars] if bars else []), *blocks))

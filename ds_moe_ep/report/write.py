@@ -14,6 +14,7 @@ from ds_moe_ep.report.sections_scaling import scaling
 from ds_moe_ep.report.sections_soak import soak
 from ds_moe_ep.report.sections_sources import head, sources
 from ds_moe_ep.report.sections_stated import stated
+from ds_moe_ep.report.sections_sweep import simulated_scaling
 from ds_moe_ep.report.sections_systems import latency, memory, throughput
 from ds_moe_ep.report.sections_timeline import timeline
 from ds_moe_ep.report.sections_training import load, loss
@@ -26,6 +27,7 @@ SECTIONS: dict[str, Callable[[Findings], Section | None]] = {  # by what a reade
     "load of the experts": load,
     "memory": memory,
     "scaling": scaling,
+    "simulated scaling": simulated_scaling,
     "loss": loss,
     "soak": soak,
     "the specification's figures": stated,

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from ds_moe_ep.comm.groups import open_transport
-from ds_moe_ep.comm.transport import NO_TAGS, Message, Transfer, Transport
+from ds_moe_ep.comm.transport import Message, Transfer, Transport
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.timeline import Tags
+from ds_moe_ep.timeline import NO_TAGS, Tags
 from ds_moe_ep.topology import Torus
 from tests.moe.faulty_transports import Wrapper
 from tests.ranks import signal_itself

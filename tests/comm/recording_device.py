@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_moe_ep.comm.transport import NO_TAGS, Message
-from ds_moe_ep.timeline import Tags, union, without
+from ds_moe_ep.comm.transport import Message
+from ds_moe_ep.timeline import NO_TAGS, Tags, union, without
 
 Clock = dict[str, int]
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from ds_moe_ep.comm.transport import NO_TAGS, Message, Transfer
+from ds_moe_ep.comm.transport import Message, Transfer
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.timeline import Tags
+from ds_moe_ep.timeline import NO_TAGS, Tags
 from ds_moe_ep.topology import Torus
 from tests.comm.test_host_lanes import FakeTransfer
 

@@ -7,9 +7,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ds_moe_ep.bench.launched import World
 from ds_moe_ep.bench.processes import free_port
 from ds_moe_ep.doctor.links import Outcome, judge_links
-from ds_moe_ep.doctor.trial import Trial, World
+from ds_moe_ep.doctor.trial import Trial
 from tests.doctor.machines import named
 from tests.ranks import _fork_server
 

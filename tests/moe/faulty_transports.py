@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ds_moe_ep.comm.transport import NO_TAGS, Message, Transfer, Transport
-from ds_moe_ep.timeline import Tags
+from ds_moe_ep.comm.transport import Message, Transfer, Transport
+from ds_moe_ep.timeline import NO_TAGS, Tags
 
 
 class Wrapper:

@@ -23,6 +23,7 @@ SHARES = {  # of a step: compute, experts_traffic, tensor_traffic, pipeline, gra
 PARTS = ("compute", "experts_traffic", "tensor_traffic", "pipeline", "gradients", "rest")
 KINDS = {"weights": 96e6, "gradients": 96e6, "optimizer": 384e6, "activations": 71e6, "buffers": 22e6}
 STEP_TOKENS = 16384
+SWEPT = ((1, 1), (4, 1), (16, 1), (16, 4), (16, 16), (64, 1), (1024, 1))  # EP and copies
 HARDWARE = "Some CPU, 64 cores, 256 GiB; 16 gloo ranks of one thread; torch 2.13.0, deepspeed 0.19.8, python 3.11.7"
 
 
@@ -117,6 +118,28 @@ def scaling_records(
             yield record(f"scaling.{total}.fit.{what}.coefficient", coefficient, units[what], emulated=True)
 
 
+def sweep_records(bed: str = "simulated_some", sizes: Sequence[tuple[int, int]] = SWEPT) -> Iterator[Record]:
+    """Simulated points by (EP, copies), and the fits of the laws."""
+    units = {"tps": "tokens/s", "tpot": "us", "busy": "ratio", "memory_per_expert": "bytes", "mfu": "ratio"}
+    for total in ("constant_rank", "constant_total"):
+        for ep, dp in sizes:
+            values = {
+                "tps": 2e4 * ep * dp,
+                "tpot": 50 / ep / dp,
+                "busy": 0.97,
+                "memory_per_expert": 36e9 / ep,
+                "mfu": 0.43,
+            }
+            for what, value in values.items():
+                yield record(f"sweep.{bed}.{total}.ep{ep}.dp{dp}.{what}", value, units[what], 0.1, emulated=True)
+            yield record(f"sweep.{bed}.{total}.ep{ep}.dp{dp}.memory", 46e9, "bytes", emulated=True)
+            if ep > 1:
+                yield record(f"sweep.{bed}.{total}.ep{ep}.dp{dp}.hidden", 0.98, "ratio", emulated=True)
+        for law, coefficient in (("tps", 2e4), ("tpot", 50.0), ("busy", 1.05), ("memory_per_expert", 36e9)):
+            yield record(f"sweep.{bed}.{total}.fit.{law}.r2", 0.991, "ratio", emulated=True)
+            yield record(f"sweep.{bed}.{total}.fit.{law}.coefficient", coefficient, units[law], emulated=True)
+
+
 def soak_records(steps: int = 40, ranks: int = 16) -> Iterator[Record]:
     """Two runs whose memory is flat, bursts among drifting steps, and the verdicts."""
     for run in (1, 2):
@@ -136,7 +159,8 @@ def soak_records(steps: int = 40, ranks: int = 16) -> Iterator[Record]:
 
 def every_record() -> list[Record]:
     """Records of all kinds."""
-    return [*system_records(), *loss_records(), *load_records(), *scaling_records(), *soak_records()]
+    simulated = sweep_records()
+    return [*system_records(), *loss_records(), *load_records(), *scaling_records(), *simulated, *soak_records()]
 
 
 def spans(layer: str = "layers.0.feed_forward", ranks: Sequence[int] = (0, 5)) -> list[Span]:

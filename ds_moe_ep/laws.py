@@ -43,10 +43,10 @@ def fit(law: str, values: Mapping[int, float]) -> Fit:
     Raises ConfigError for an unknown law, fewer than two EP sizes, or one below 1.
     """
     if law not in SHAPES:
-        raise ConfigError(f"bench.law={law!r}: not a law of the specification; {nearest(law, SHAPES)}")
+        raise ConfigError(f"law={law!r}: not a law of the specification; {nearest(law, SHAPES)}")
     if len(values) < 2 or min(values) < 1:
         raise ConfigError(
-            f"bench.scaling={sorted(values)}: a law is fitted to two EP sizes or more, of 1 or more; measure more sizes"
+            f"law.sizes={sorted(values)}: a law is fitted to two EP sizes or more, of 1 or more; measure more sizes"
         )
     shape = [SHAPES[law](ep) for ep in values]
     measured = list(values.values())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ds_moe_ep.bench.laws import SHAPES, fit
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.evidence import LAWS
+from ds_moe_ep.laws import SHAPES, fit
 
 SIZES = (1, 2, 4, 8, 16)
 

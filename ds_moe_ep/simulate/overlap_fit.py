@@ -1,0 +1,107 @@
+"""Fits a host's costs to Records of the overlap benchmark, and tells the error on those held out of the fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.record import Record
+from ds_moe_ep.simulate.cluster import Cluster
+from ds_moe_ep.simulate.overlap_case import PHASES, WIRE, OverlapCase, overlap_cases, pairs_in_order, simulate_case
+from ds_moe_ep.simulate.search import Parameters, compass_search
+
+START = {  # by the path of the number; where the search begins
+    "host.forward_us": 1e3,
+    "host.backward_us": 1e3,
+    "host.pairwise_us": 200.0,
+    "host.collective_us": 200.0,
+    "host.transfer_us": 300.0,
+    "host.byte_us": 3e-3,
+    "far.efficiency": 0.9,
+    "device.peak_fp32": 5e4,
+    "device.half_rows": 8.0,
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One case: microseconds of a step, simulated and measured."""
+
+    case: OverlapCase
+    simulated_us: float
+
+    @property
+    def measured_us(self) -> float:
+        return self.case.measured_us["step"]
+
+    @property
+    def error(self) -> float:
+        """Relative to what was measured; positive where the simulation is slower."""
+        return self.simulated_us / self.measured_us - 1
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A cluster with fitted costs, what each number is, and how it does on the cases fitted and on those held out."""
+
+    cluster: Cluster
+    parameters: Parameters
+    fitted: tuple[Prediction, ...]
+    held_out: tuple[Prediction, ...]
+    pairs: int  # of held-out cases on one shaping whose steps differ by more than their spreads
+    pairs_in_order: int
+
+
+def fit_overlap(cluster: Cluster, records: Iterable[Record], held_out: Callable[[OverlapCase], bool]) -> Fit:
+    """The cluster whose host and, where experts were real, device explain the cases that are not held out.
+
+    The loss is the sum over forward and backward passes of log(simulated / measured)^2: relative errors count alike for
+    fast and slow cases. Raises ConfigError where there are no cases, or none left to fit.
+    """
+    cases = overlap_cases(records)
+    mine = [case for case in cases if not held_out(case)]
+    if not mine:
+        raise ConfigError(
+            f"records: {len(cases)} cases of the overlap benchmark, none of them left to fit; measure with "
+            "python -m ds_moe_ep bench overlap --out overlap.jsonl, or hold out fewer"
+        )
+    found = compass_search(lambda values: _loss(mine, with_parameters(cluster, values)), _start(mine))
+    fitted = with_parameters(cluster, found)
+    others = [case for case in cases if held_out(case)]
+    ordered = [right for _, _, right in pairs_in_order(others, fitted)]
+    return Fit(fitted, found, predictions(mine, fitted), predictions(others, fitted), len(ordered), sum(ordered))
+
+
+def predictions(cases: Sequence[OverlapCase], cluster: Cluster) -> tuple[Prediction, ...]:
+    """Every case's step on a cluster."""
+    return tuple(Prediction(case, simulate_case(case, cluster)["step"]) for case in cases)
+
+
+def with_parameters(cluster: Cluster, values: Parameters) -> Cluster:
+    """The cluster with these numbers, by their paths; a share of a link stays a share."""
+    changed: dict[str, dict[str, float]] = {}
+    for path, value in values.items():
+        part, name = path.split(".")
+        changed.setdefault(part, {})[name] = min(value, 1.0) if name == "efficiency" else value
+    return dataclasses.replace(
+        cluster, **{part: dataclasses.replace(getattr(cluster, part), **numbers) for part, numbers in changed.items()}
+    )
+
+
+def _start(cases: Sequence[OverlapCase]) -> Parameters:
+    """What the cases tell of: links where some are shaped, devices where some are real."""
+    is_shaped = any(case.bandwidth is not None for case in cases)
+    is_real = any(case.device == "real" and case.side != WIRE for case in cases)
+    told = {"host": True, "far": is_shaped, "device": is_real}
+    return {path: value for path, value in START.items() if told[path.split(".")[0]]}
+
+
+def _loss(cases: Sequence[OverlapCase], cluster: Cluster) -> float:
+    total = 0.0
+    for case in cases:
+        simulated = simulate_case(case, cluster)
+        total += sum(math.log(simulated[phase] / case.measured_us[phase]) ** 2 for phase in PHASES)
+    return total

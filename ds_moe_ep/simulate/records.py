@@ -1,0 +1,155 @@
+"""Plans as Records and spans: the types of measured runs, named by `evidence`, on a bed that is called simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.evidence import KINDS, SIMULATED
+from ds_moe_ep.record import Record, write_whole
+from ds_moe_ep.schedule import Kind
+from ds_moe_ep.simulate.jobs import title_of
+from ds_moe_ep.simulate.measures import measures, parts
+from ds_moe_ep.simulate.plan import Comparison, Plan
+from ds_moe_ep.simulate.predict import Estimate, Prediction
+from ds_moe_ep.timeline import LANES, Span, Tags, chrome_trace, write_spans
+from ds_moe_ep.training import WHOLE
+
+HEADLINE = {"tps", "tpot", "step", "busy", "hidden"}  # what the names of systems have of `measures`
+NOTE = "simulated, not measured; spread: all ranges of the cluster at their slower and at their faster ends"
+REPEATED = "recompute"  # phase of a forward pass that the backward pass repeats
+COUNTED = "counted from shapes, not measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the Records of a plan come from."""
+
+    bed: str
+    command: str
+    commit: str
+    hardware: str
+
+    def record(self, name: str, estimate: Estimate, unit: str, notes: str = NOTE) -> Record:
+        """One number of this bed."""
+        return Record(
+            name=f"system.{self.bed}.{name}",
+            value=estimate.value,
+            unit=unit,
+            spread=(estimate.low, estimate.high),
+            n=1,
+            command=self.command,
+            commit=self.commit,
+            hardware=self.hardware,
+            emulated=True,
+            notes=notes,
+        )
+
+
+def source_of(plan: Plan, cluster_path: str, nodes: int | None, command: str, commit: str) -> Source:
+    """The bed is named for the cluster's file, and for its nodes where they are not the file's."""
+    cluster = plan.job.setup.cluster
+    return Source(
+        bed=SIMULATED + slug(Path(cluster_path).stem + (f"_{nodes}_nodes" if nodes is not None else "")),
+        command=command,
+        commit=commit,
+        hardware=f"simulated: {cluster.name} ({cluster.num_nodes} x {cluster.node_size} devices)",
+    )
+
+
+def slug(text: str) -> str:
+    """The text as a part of a name: lower case, digits and underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "cluster"
+
+
+def plan_records(plan: Plan, source: Source) -> Iterator[Record]:
+    """The plan of one job, and of its serial twin; memory, where it trains."""
+    mode, system = plan.job.setup.mode, plan.system
+    yield from _prediction(plan.prediction, f"{mode}.{system}", source)
+    if plan.serial is not None:
+        yield from _prediction(plan.serial, f"{mode}.{system}_serial", source)
+        yield from _ratios(source, mode, (system, plan.prediction), (f"{system}_serial", plan.serial))
+    if mode == "training":
+        for kind in KINDS:
+            num_bytes = float(getattr(plan.fit.memory, kind))
+            counted = Estimate(num_bytes, num_bytes, num_bytes)
+            yield source.record(f"{mode}.{system}.memory.{kind}", counted, "bytes", COUNTED)
+
+
+def comparison_records(comparison: Comparison, source: Source) -> Iterator[Record]:
+    """Both plans and the ratios of their throughputs, the serial twin's too.
+
+    Raises ConfigError for two jobs of one name: their Records would replace each other.
+    """
+    ours, theirs = comparison.ours, comparison.theirs
+    if ours.system == theirs.system:
+        raise ConfigError(
+            f"compare={theirs.job.path}: both jobs are {title_of(ours.system)}, and Records are named for it; write "
+            "them into two files, one plan each"
+        )
+    yield from plan_records(ours, source)
+    yield from plan_records(theirs, source)
+    mode = ours.job.setup.mode
+    yield from _ratios(source, mode, (ours.system, ours.prediction), (theirs.system, theirs.prediction))
+    if ours.serial is not None:
+        serial = f"{ours.system}_serial", ours.serial
+        yield from _ratios(source, mode, serial, (theirs.system, theirs.prediction))
+
+
+def _prediction(prediction: Prediction, start: str, source: Source) -> Iterator[Record]:
+    for measure in measures(prediction):
+        if measure.name in HEADLINE:
+            yield source.record(f"{start}.{measure.name}", measure.estimate, measure.unit)
+    for part in parts(prediction):
+        yield source.record(f"{start}.breakdown.{part.name}", part.estimate, part.unit)
+
+
+Named = tuple[str, Prediction]
+
+
+def _ratios(source: Source, mode: str, *both: Named) -> Iterator[Record]:
+    """Each over the other, at the same end."""
+    for (system, prediction), (other, its) in (both, both[::-1]):
+        yield source.record(f"{mode}.{system}.ratio_to_{other}", prediction.over(its), "ratio")
+
+
+def plan_spans(plan: Plan) -> list[Span]:
+    """One micro-batch of the job and of its serial twin, as the report's timeline of experts' rows expects it.
+
+    What concerns rows and experts has its layer named for its system, and a forward pass that is repeated is a phase of
+    its own. Spans of a layout keep their names.
+    """
+    if plan.job.setup.training.layout != WHOLE:
+        return list(plan.prediction.step.spans)
+    twins = [(plan.system, plan.prediction)]
+    if plan.serial is not None:
+        twins.append((f"{plan.system}_serial", plan.serial))
+    return [span for system, prediction in twins for span in _named(prediction.step.spans, system)]
+
+
+def _named(spans: Sequence[Span], system: str) -> Iterator[Span]:
+    turn_us = min((span.start_us for span in spans if span.tags.phase == "backward"), default=math.inf)
+    for span in spans:
+        tags = span.tags
+        of_experts = span.lane in LANES and (tags.peers or span.name.startswith(Kind.WEIGHTS.value))
+        layer = f"{system}/{tags.layer}" if of_experts else tags.layer
+        phase = REPEATED if tags.phase == "forward" and span.start_us >= turn_us else tags.phase
+        yield dataclasses.replace(span, tags=Tags(layer, phase, tags.peers))
+
+
+def write_plan(path: Path, records: Sequence[Record], plan: Plan) -> None:
+    """Replaces the file of Records, and the spans of the plan beside it, x.spans.jsonl of x.jsonl."""
+    write_whole(records, path)
+    write_spans(path.with_name(path.name.removesuffix(".jsonl") + ".spans.jsonl"), plan_spans(plan))
+
+
+def write_trace(path: Path, plan: Plan) -> None:
+    """Replaces the file by a Chrome trace of one micro-batch and of what the step does once behind it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(chrome_trace(plan.prediction.step.spans), encoding="utf-8")
+    part.replace(path)

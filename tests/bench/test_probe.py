@@ -1,0 +1,125 @@
+"""The probe: what it compares, what it refuses, and real gloo ranks whose Records make a cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ds_moe_ep.bench import probe
+from ds_moe_ep.bench.launched import World
+from ds_moe_ep.bench.probe import make_parser, make_plan
+from ds_moe_ep.bench.probe_findings import ProbeFindings
+from ds_moe_ep.bench.probe_links import ways_of
+from ds_moe_ep.bench.processes import Finding
+from ds_moe_ep.record import Record, read_records
+from ds_moe_ep.simulate.calibrate import Calibration, calibrate, errors_of
+from ds_moe_ep.simulate.cluster import Cluster, Device, Link, read_cluster
+from ds_moe_ep.simulate.write_cluster import cluster_values
+from tests.ranks import run_ranks
+
+SMALL = ["--device", "cpu", "--hidden-size", "64", "--expert-width", "256", "--seconds", "2"]
+BASE = Cluster(
+    name="here", num_nodes=2, node_size=2, device=Device(memory_bytes=1e9), near=Link(), far=Link(), computes_on="host"
+)
+WIDE = 1.0  # a held-out run may take twice its time, or half of it: the machine does other things as well
+
+
+@pytest.mark.parametrize(
+    ("nodes", "near", "far"),
+    [
+        ([0], [], []),
+        ([0, 0], [(0, 1)], []),
+        ([0, 1], [], [(0, 1)]),
+        ([0, 0, 0], [(0, 1)], []),
+        ([0, 0, 1, 1], [(0, 1), (2, 3)], [(0, 2), (1, 3)]),
+        ([0, 1, 0, 1], [(0, 2), (1, 3)], [(0, 1), (2, 3)]),
+        ([0, 0, 1, 2, 2, 3], [(0, 1), (3, 4)], [(0, 2), (3, 5)]),
+    ],
+)
+def test_pairs_are_disjoint_and_near_or_far(
+    nodes: list[int], near: list[tuple[int, int]], far: list[tuple[int, int]]
+) -> None:
+    assert ways_of(nodes) == {"near": near, "far": far}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seconds", "0"], "bench.seconds=0"),
+        (["--ranks", "-1"], "bench.ranks=-1"),
+        (["--device", "cpu", "--ranks", "3", "--node-size", "2"], "does not divide 3 ranks"),
+        (["--device", "cpu", "--hidden-size", "100"], "shared by 8 heads"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert probe.main(words) == 1
+    assert message in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_job_gives_the_ranks_and_a_cpu_never_sees_fp16() -> None:
+    world = World(rank=3, size=8, local_rank=3, local_size=8, address="a", port=1, serves_store=False, wants_gpu=False)
+    plan = make_plan(make_parser().parse_args(["--ranks", "2"]), world)
+    assert (plan.num_ranks, plan.device, plan.port) == (8, "cpu", 0)
+    assert list(plan.precisions) == ["fp32", "bf16"]
+    assert list(dataclasses.replace(plan, device="cuda").precisions) == ["bf16", "fp16", "fp32"]
+
+
+def test_findings_become_records_that_say_what_was_shaped() -> None:
+    found = ProbeFindings("a command", "abc", "2 cores", is_shaped=True)
+    found.add(Finding("", "", "device", text="nodes of 2, 2 ranks"))
+    for value in (3.0, 1.0, 2.0):
+        found.add(Finding("far.one.bytes8", "", "us", (value,)))
+    found.add(Finding("matmul.fp32.rows8", "", "GFLOP/s", (5.0, 5.0)))
+    far, matmul = found.records()
+    assert (far.name, far.value, far.unit, far.spread, far.n) == ("probe.far.one.bytes8", 2.0, "us", (1.5, 2.5), 3)
+    assert far.emulated and not matmul.emulated
+    assert far.hardware == "2 cores; nodes of 2, 2 ranks"
+
+
+def calibrated(records: list[Record]) -> Calibration:
+    """A cluster made of the Records, with what every machine must show."""
+    found = calibrate(records, BASE)
+    assert read_cluster(cluster_values(found.cluster)).device.half_rows == found.cluster.device.half_rows
+    held_out = errors_of(p for p in found.points if p.is_held_out and p.group == "products in fp32")
+    assert held_out is not None and held_out.number >= 3
+    assert held_out.median < WIDE
+    device, host = found.cluster.device, found.cluster.host
+    assert 1e2 < device.peak_fp32 < 1e7, "between 0.1 and 10,000 GFLOP/s"
+    assert 1e2 < device.memory_bandwidth < 1e7, "between 0.1 GB/s and 10 TB/s"
+    assert 0 < device.attention_efficiency <= 1
+    assert host.cores >= 1 and 1 < host.pairwise_us < 1e5 and 0 < host.collective_us < 1e5
+    return found
+
+
+def test_two_ranks_of_this_machine_make_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "probe.jsonl"
+    assert probe.main([*SMALL, "--ranks", "2", "--out", str(out)]) == 0
+    records = list(read_records(out))
+    names = {record.name for record in records}
+    assert {"probe.matmul.fp32.rows8", "probe.memory", "probe.near.one.bytes8", "probe.host.pairwise"} <= names
+    assert not any(".far." in name or "fp16" in name for name in names)
+    assert all(record.n >= 3 or record.spread == (record.value, record.value) for record in records)
+    found = calibrated(records)
+    assert found.cluster.far == BASE.far
+    assert "matmul.fp32.rows8" in capsys.readouterr().out
+
+
+def in_a_job(out: str) -> int:
+    """What a launcher starts on every rank."""
+    return probe.main([*SMALL, "--node-size", "2", "--shaped", "--out", out])
+
+
+def test_ranks_of_a_job_try_near_and_far_links(tmp_path: Path) -> None:
+    out = tmp_path / "probe.jsonl"
+    store = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the tests serve it
+    assert run_ranks(4, in_a_job, str(out), process_group=False, env=store) == [0, 0, 0, 0]
+    records = {record.name: record for record in read_records(out)}
+    for way in ("near", "far"):
+        assert records[f"probe.{way}.senders"].value == 2
+        assert records[f"probe.{way}.one.bytes8"].value > 0 and records[f"probe.{way}.all.bytes8"].value > 0
+    assert records["probe.far.one.bytes8"].emulated and not records["probe.memory"].emulated
+    found = calibrated(list(records.values()))
+    assert {"far.latency_us", "near.latency_us"} <= set(found.fitted)
+    assert [path.name for path in tmp_path.iterdir()] == ["probe.jsonl"]

@@ -1,0 +1,148 @@
+"""An expert-parallel step respects what no machine can beat, and is what arithmetic by hand says where that is easy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_moe_ep.events import critical_path_us
+from ds_moe_ep.footprint import dispatch_bytes, forward_flops, training_flops
+from ds_moe_ep.price import candidates
+from ds_moe_ep.simulate.cluster import Cluster, Device, Host
+from ds_moe_ep.simulate.ep_step import EpJob, ep_step
+from ds_moe_ep.simulate.step import Setup
+from ds_moe_ep.topology import Torus
+from tests.simulate.jobs_for_tests import FREE, MODEL, cluster, setup, slow_link
+
+SCHEDULES = st.sampled_from(candidates(Torus(4, 4)))
+RATES = st.floats(0.1, 1e4)
+
+
+def with_links(on: Cluster, near: float, far: float) -> Cluster:
+    return dataclasses.replace(on, near=slow_link(near), far=slow_link(far, shared_by=4.0, latency_us=3.0))
+
+
+def compute_us(job: Setup) -> float:
+    """What the model's arithmetic takes at the peak; attention's backward pass computes its scores again."""
+    flops = forward_flops if job.mode == "forward" else training_flops
+    tokens = job.micro_batch_tokens * job.training.accumulation
+    again = 0.5 * 2 * MODEL.sequence_length * MODEL.hidden_size * MODEL.num_layers * (job.mode == "training")
+    gates = 2 * MODEL.hidden_size * job.moe.num_experts * MODEL.num_layers * (1 if job.mode == "forward" else 3)
+    return tokens * (flops(MODEL, job.moe) + again - gates) / job.cluster.device.peak_fp16
+
+
+@given(knobs=SCHEDULES, mode=st.sampled_from(["forward", "training"]), accumulation=st.integers(1, 3))
+def test_without_costs_of_communication_a_step_is_exactly_its_compute(
+    knobs: dict[str, Any], mode: str, accumulation: int
+) -> None:
+    job = setup(cluster(), accumulation=accumulation, mode=mode, **knobs)
+    step = ep_step(job)
+    assert step.step_us == pytest.approx(compute_us(job), rel=1e-9)
+    assert (step.traffic_us, step.exposed_us) == (0.0, 0.0)
+    slower = setup(with_links(job.cluster, 1.0, 1.0), accumulation=accumulation, mode=mode, **knobs)
+    assert ep_step(slower).step_us > 1.01 * compute_us(job), "links that cost nothing would hide the control"
+
+
+@settings(deadline=None)
+@given(knobs=SCHEDULES, near=RATES, far=RATES)
+def test_no_step_beats_its_arithmetic_its_bytes_or_its_longest_chain(
+    knobs: dict[str, Any], near: float, far: float
+) -> None:
+    job = setup(with_links(cluster(), near, far), mode="forward", **knobs)
+    step = ep_step(job)
+    assert step.step_us >= compute_us(job) * (1 - 1e-9)
+    exchanges = 2 * MODEL.num_layers
+    leaving = dispatch_bytes(job.micro_batch_tokens, MODEL, job.moe, "fp16")
+    far_bytes, near_bytes = leaving * 12 / 15, leaving * 3 / 15
+    assert step.step_us >= exchanges * far_bytes / (far / 4) * (1 - 1e-9)
+    assert step.step_us >= exchanges * near_bytes / near * (1 - 1e-9)
+    parts = EpJob(job)
+    program, _ = parts.micro_batch()
+    assert step.step_us >= critical_path_us(program.tasks, parts.machine.capacities) * (1 - 1e-9)
+
+
+@settings(deadline=None)
+@given(knobs=SCHEDULES, near=RATES, far=RATES, faster=st.floats(1.0, 50.0), which=st.sampled_from(["near", "far"]))
+def test_more_bandwidth_never_makes_a_step_slower(
+    knobs: dict[str, Any], near: float, far: float, faster: float, which: str
+) -> None:
+    slow = ep_step(setup(with_links(cluster(), near, far), **knobs))
+    better = {"near": near, "far": far, which: faster * (near if which == "near" else far)}
+    fast = ep_step(setup(with_links(cluster(), better["near"], better["far"]), **knobs))
+    assert fast.step_us <= slow.step_us * (1 + 1e-9)
+
+
+@settings(deadline=None)
+@given(knobs=SCHEDULES, near=RATES, far=RATES)
+def test_parts_sum_to_the_step_and_shares_are_shares(knobs: dict[str, Any], near: float, far: float) -> None:
+    step = ep_step(setup(with_links(cluster(), near, far), **knobs))
+    assert sum(step.parts_us.values()) == pytest.approx(step.step_us)
+    assert 0 < step.busy <= 1 + 1e-9 and 0 < step.mfu <= 1 + 1e-9
+    assert 0 <= step.exposed_us <= step.traffic_us <= 2 * step.step_us
+
+
+@pytest.mark.parametrize("knobs", candidates(Torus(4, 4)), ids=str)
+def test_one_rank_stands_for_sixteen_with_equal_loads(knobs: dict[str, Any]) -> None:
+    on = with_links(cluster(), 50.0, 40.0)
+    one, all_of_them = (ep_step(setup(on, loads=loads, **knobs)) for loads in ((), (1.0,) * 16))
+    assert all_of_them.step_us == pytest.approx(one.step_us, rel=1e-9)
+    assert all_of_them.exposed_us == pytest.approx(one.exposed_us, rel=1e-6, abs=1e-3)
+    skewed = ep_step(setup(on, loads=(2.5,) + (0.9,) * 15, **knobs))
+    assert skewed.step_us > 1.05 * one.step_us
+
+
+def test_a_full_rank_adds_its_own_rows_where_links_cost_nothing() -> None:
+    on, loads = cluster(), (3.0, *(13 / 15,) * 15)
+    even, skewed = ep_step(setup(on)), ep_step(setup(on, loads=loads))
+    rows = even.setup.micro_batch_tokens
+    experts_us = 3 * MODEL.num_layers * rows * 2 * MODEL.expert_params / 1e3
+    assert skewed.step_us - even.step_us == pytest.approx(2 * experts_us)
+
+
+def test_the_serial_schedule_exposes_every_exchange() -> None:
+    job = setup(with_links(cluster(), 1e9, 40.0), schedule="serial")
+    step = ep_step(job)
+    each_us = job.micro_batch_tokens * 64 * 2 * 12 / 16 / 10.0 + 3.0  # far rows, a quarter of 40 bytes/us
+    exchanges = 4 * MODEL.num_layers
+    assert step.exposed_us == pytest.approx(exchanges * each_us)
+    assert step.hidden == pytest.approx(0.0)
+
+
+def test_recomputation_sends_rows_again() -> None:
+    on = with_links(cluster(), 100.0, 40.0)
+    stored, again = (setup(on, dataclasses.replace(MODEL, recompute=recompute)) for recompute in (False, True))
+    assert ep_step(again).traffic_us > 1.4 * ep_step(stored).traffic_us
+
+
+def test_micro_batches_follow_one_another_and_the_end_comes_once() -> None:
+    on = with_links(cluster(), 100.0, 40.0)
+    one, three = (ep_step(setup(on, accumulation=times)) for times in (1, 3))
+    end_us = one.parts_us["gradients"]
+    assert end_us > 0
+    assert three.step_us == pytest.approx(3 * (one.step_us - end_us) + end_us)
+    assert max(span.stop_us for span in one.spans) == pytest.approx(one.step_us)
+
+
+def test_what_a_host_shares_by_sixteen_costs_sixteen_times() -> None:
+    """One layer's own work on two cores for sixteen ranks: eight times as long as on a core of its own."""
+    free = cluster(near=FREE, far=FREE)
+    host = dataclasses.replace(free, host=Host(cores=2.0, forward_us=100.0))
+    difference_us = ep_step(setup(host, mode="forward")).step_us - ep_step(setup(free, mode="forward")).step_us
+    assert difference_us == pytest.approx(MODEL.num_layers * 8 * 100.0)
+    on_cores = dataclasses.replace(host, computes_on="host", host=Host(cores=2.0))
+    assert ep_step(setup(on_cores, mode="forward")).step_us == pytest.approx(
+        8 * ep_step(setup(free, mode="forward")).step_us
+    )
+
+
+def test_a_device_with_few_rows_an_expert_is_slower() -> None:
+    def step_us(half_rows: float, chunks: int) -> float:
+        device = Device(memory_bytes=80e9, peak_fp16=1e3, half_rows=half_rows)
+        return ep_step(setup(cluster(device=device), mode="forward", schedule="chunks", chunks=chunks)).step_us
+
+    assert step_us(0.0, 8) == pytest.approx(step_us(0.0, 1))
+    assert step_us(64.0, 8) > 1.2 * step_us(64.0, 1)
