@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_moe_ep import __version__
-from ds_moe_ep.cli_simulate import add_audit, add_plan
+from ds_moe_ep.cli_simulate import add_audit, add_calibrate, add_plan
 from ds_moe_ep.errors import MoEError
 
 BENCHMARKS = {
@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     figures.set_defaults(run=run_figures)
     add_audit(commands)
     add_plan(commands)
-    _add_calibrate(commands)
+    add_calibrate(commands)
     _add_report(commands)
     _add_convert(commands)
     _add_bench(commands)
@@ -136,31 +136,6 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     doctor.add_argument("--no-links", action="store_true", help="start no ranks and send nothing")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     doctor.set_defaults(run=run_doctor)
-
-
-def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    calibrate = commands.add_parser(
-        "calibrate",
-        help="fit a cluster's numbers to Records of runs",
-        description=(
-            "Fits the numbers of a cluster to Records of `bench probe`, of `bench overlap`, or of both, and prints "
-            "what it fitted and the error on the runs that it held out. What was not measured stays as the file has it."
-        ),
-        epilog="example: python -m ds_moe_ep calibrate probe.jsonl --cluster ds_configs/clusters/h100_4x4.json "
-        "--out mine.json",
-    )
-    calibrate.add_argument("records", metavar="RECORDS", nargs="+", help="files of Records, one line of JSON each")
-    calibrate.add_argument("--cluster", metavar="FILE", required=True, help="the cluster that the numbers are put into")
-    calibrate.add_argument("--out", metavar="FILE", help="where to write the calibrated cluster (default: nowhere)")
-    calibrate.add_argument(
-        "--hold-out", type=float, default=0.5, metavar="SHARE", help="of the runs, kept out of the fit (default: 0.5)"
-    )
-    calibrate.add_argument(
-        "--precision",
-        choices=("bf16", "fp16", "fp32"),
-        help="whose products the efficiency is of (default: the fastest one's)",
-    )
-    calibrate.set_defaults(run=run_calibrate)
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -270,22 +245,6 @@ def run_figures(parsed: argparse.Namespace) -> int:
     from ds_moe_ep.tables import figure_table
 
     print(figure_table(stated_and_derived()))
-    return 0
-
-
-def run_calibrate(parsed: argparse.Namespace) -> int:
-    """Prints the calibration, and writes its cluster where that is asked for."""
-    from rich.console import Console
-
-    from ds_moe_ep.simulate.calibrate import calibrate_files
-    from ds_moe_ep.simulate.calibrate_tables import print_calibration
-
-    found = calibrate_files(
-        parsed.records, parsed.cluster, parsed.out, hold_out=parsed.hold_out, precision=parsed.precision
-    )
-    print_calibration(found, Console(width=None if sys.stdout.isatty() else 120))
-    if parsed.out:
-        print(f"cluster in {parsed.out}; plan on it: python -m ds_moe_ep plan --config ... --cluster {parsed.out}")
     return 0
 
 

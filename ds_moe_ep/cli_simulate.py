@@ -6,9 +6,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ds_moe_ep.errors import ConfigError
+if TYPE_CHECKING:
+    from rich.console import Console
 
+PAPER_WIDTH = 120  # columns
 SPECIFIED_CLUSTER = "ds_configs/clusters/h100_4x4.json"
 
 
@@ -33,8 +36,8 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--micro-batch",
         type=_micro_batch,
         metavar="N|largest",
-        help="sequences of a micro-batch of --config, or in both jobs the largest that fits; the batch stays, "
-        "accumulation adapts (default: as the files say)",
+        help="sequences of a micro-batch of --config; with `largest` as many as fit, in the job of --compare too. The "
+        "batch stays, accumulation adapts (default: as the files say)",
     )
     plan.add_argument(
         "--load",
@@ -47,12 +50,24 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--nodes", type=int, metavar="N", help="as many nodes as this (default: as the cluster's file says)"
     )
     plan.add_argument(
-        "--sweep", metavar="ep=1..1024", help="scale out instead: the curve and the fits of the four laws"
+        "--sweep",
+        metavar="SIZES",
+        help="scale out instead: ep=1..1024 (doubling), ep=1,4,16, or 'ep=16 dp=1..64' (copies of the experts). Prints "
+        "the curve and how well the specification's four laws fit it; with --out also draws it",
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    plan.add_argument("--out", metavar="FILE", help="write Records, and spans beside them, for `report`")
-    plan.add_argument("--trace", metavar="FILE", help="write a Chrome trace of one micro-batch of --config")
+    plan.add_argument(
+        "--out", type=_file, metavar="FILE", help="write Records for `report`, and spans or pictures beside them"
+    )
+    plan.add_argument("--trace", type=_file, metavar="FILE", help="write a Chrome trace of one micro-batch of --config")
     plan.set_defaults(run=run_plan)
+
+
+def _file(text: str) -> str:
+    """An argument that names a file to write."""
+    if not Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text!r}: give the name of a file")
+    return text
 
 
 def _micro_batch(text: str) -> int | str:
@@ -85,14 +100,47 @@ def add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     form = audit.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")
     form.add_argument("--json", action="store_true", help="print JSON, with the numbers behind each text")
-    audit.add_argument("--out", metavar="FILE", help="write every number as a Record")
+    audit.add_argument("--out", type=_file, metavar="FILE", help="write every number as a Record")
     audit.set_defaults(run=run_audit)
 
 
+def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command `calibrate`."""
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="fit a cluster's numbers to Records of runs",
+        description=(
+            "Fits the numbers of a cluster to Records of `bench probe`, of `bench overlap`, or of both, and prints "
+            "what it fitted and the error on the runs that it held out. What was not measured stays as the file has it."
+        ),
+        epilog="example: python -m ds_moe_ep calibrate probe.jsonl --cluster ds_configs/clusters/h100_4x4.json "
+        "--out mine.json",
+    )
+    calibrate.add_argument("records", metavar="RECORDS", nargs="+", help="files of Records, one line of JSON each")
+    calibrate.add_argument("--cluster", metavar="FILE", required=True, help="the cluster to begin with (JSON)")
+    calibrate.add_argument(
+        "--out", type=_file, metavar="FILE", help="where to write the calibrated cluster (default: nowhere)"
+    )
+    calibrate.add_argument(
+        "--hold-out",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="share of the runs that stays out of the fit and tells its error (default: 0.5)",
+    )
+    calibrate.add_argument(
+        "--precision",
+        choices=("bf16", "fp16", "fp32"),
+        help="precision whose products tell the efficiency (default: the fastest one's)",
+    )
+    calibrate.set_defaults(run=run_calibrate)
+
+
 def run_plan(parsed: argparse.Namespace) -> int:
-    """Prints the plan of `parsed.config`, beside that of `parsed.compare`, and writes what is asked for."""
+    """Prints the plan of `parsed.config`, beside that of `parsed.compare`, and writes what is asked for; 0."""
     from ds_moe_ep.bench.provenance import command, commit
-    from ds_moe_ep.simulate.plan_command import PlanOptions, run
+    from ds_moe_ep.simulate.plan_command import run
+    from ds_moe_ep.simulate.plan_options import PlanOptions
 
     options = PlanOptions(
         config=parsed.config,
@@ -108,7 +156,7 @@ def run_plan(parsed: argparse.Namespace) -> int:
         trace=parsed.trace,
         command=command("ds_moe_ep", parsed.given),
     )
-    code = run(options, commit)
+    code = run(options, commit, _console())
     if parsed.sweep is not None and parsed.out is not None:
         from ds_moe_ep.report.sections_sweep import draw_curves
 
@@ -119,33 +167,45 @@ def run_plan(parsed: argparse.Namespace) -> int:
 
 def run_audit(parsed: argparse.Namespace) -> int:
     """Prints the audit on the cluster of `parsed.cluster`, and writes its Records where asked; 0."""
-    from ds_moe_ep.simulate.audit import audit
+    from ds_moe_ep.simulate.audit import HEAD, audit
     from ds_moe_ep.simulate.audit_records import audit_records, audit_values
+    from ds_moe_ep.simulate.audit_tables import print_audit
     from ds_moe_ep.simulate.cluster import load_cluster
-    from ds_moe_ep.tables import audit_table, print_audit
+    from ds_moe_ep.tables import markdown
 
     cluster = load_cluster(parsed.cluster)
     rows = audit(cluster)
     if parsed.out is not None:
         from ds_moe_ep.bench.provenance import command, commit
-        from ds_moe_ep.evidence import SIMULATED
-        from ds_moe_ep.record import write_whole
-        from ds_moe_ep.simulate.records import Source, slug
+        from ds_moe_ep.simulate.source import source_of, write_out
 
-        source = Source(
-            bed=SIMULATED + slug(Path(parsed.cluster).stem),
-            command=command("ds_moe_ep", parsed.given),
-            commit=commit(),
-            hardware=f"simulated: {cluster.name} ({cluster.num_nodes} x {cluster.node_size} devices)",
-        )
-        try:
-            write_whole(audit_records(rows, source), Path(parsed.out))
-        except OSError as error:
-            raise ConfigError(f"out={parsed.out}: cannot be written ({error}); name a file of your own") from error
+        source = source_of(cluster, parsed.cluster, None, command("ds_moe_ep", parsed.given), commit())
+        write_out(audit_records(rows, source), parsed.out)
     if parsed.json:
         print(json.dumps(audit_values(rows), indent=2, ensure_ascii=False, allow_nan=False))
     elif parsed.markdown:
-        print(audit_table(rows))
+        print(markdown(HEAD, [row.cells for row in rows]))
     else:
-        print_audit(rows, cluster.name)
+        print_audit(rows, cluster.name, _console())
     return 0
+
+
+def run_calibrate(parsed: argparse.Namespace) -> int:
+    """Prints the calibration, and writes its cluster where that is asked for; 0."""
+    from ds_moe_ep.simulate.calibrate import calibrate_files
+    from ds_moe_ep.simulate.calibrate_tables import print_calibration
+
+    found = calibrate_files(
+        parsed.records, parsed.cluster, parsed.out, hold_out=parsed.hold_out, precision=parsed.precision
+    )
+    print_calibration(found, _console())
+    if parsed.out:
+        print(f"cluster in {parsed.out}; plan on it: python -m ds_moe_ep plan --config ... --cluster {parsed.out}")
+    return 0
+
+
+def _console() -> Console:
+    """The terminal as wide as it is; PAPER_WIDTH columns where the output goes elsewhere."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PAPER_WIDTH)

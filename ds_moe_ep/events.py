@@ -4,8 +4,7 @@
 2. It goes through its phases one by one. A phase is an amount that leaves at `rate` a microsecond at most: microseconds
    of a device at rate 1, bytes at a link's rate, core-microseconds of a host at one core.
 3. Phases on one resource share it by max-min fairness: all rise alike until a resource is full or a phase has its own
-   rate (Bertsekas, Gallager: Data Networks, section 6.5.2). A task that was posted behind another one rises by half of
-   that while the other one flows.
+   rate (Bertsekas, Gallager: Data Networks, section 6.5.2).
 4. The clock jumps to the next end of a phase. No step is sampled, nothing is drawn: equal input gives equal times.
 
 `price.py` prices one pass for the tuner with it, `simulate/` whole training steps.
@@ -15,13 +14,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_moe_ep.timeline import NO_TAGS, Tags
 
 REST = 1e-9  # share of an amount that rounding may leave
-BEHIND = 0.5  # how fast a flow rises beside the one that it was posted behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Work on `lane` of `rank`. `after` are the indices of tasks that must have stopped before; see 3. for `behind`."""
+    """Work on `lane` of `rank`. `after` are the indices of tasks that must have stopped before."""
 
     name: str
     rank: int
@@ -46,7 +44,6 @@ class Task:
     phases: tuple[Phase, ...]
     after: tuple[int, ...] = ()
     tags: Tags = NO_TAGS
-    behind: int | None = None
 
 
 Times = list[tuple[float, float]]
@@ -142,8 +139,7 @@ class _Run:
         """Moves the clock to the next end of a phase; the tasks whose phases end there."""
         if self._left and not self._rates:
             flowing = {index: self._tasks[index].phases[self._phase[index]] for index in self._left}
-            behind = {index for index in flowing if self._tasks[index].behind in flowing}
-            self._rates = fair_rates(flowing, self._capacities, behind)
+            self._rates = fair_rates(flowing, self._capacities)
         next_us = min((left / self._rates[index] for index, left in self._left.items()), default=math.inf)
         stop = min(self._now + next_us, self._timed[0][0] if self._timed else math.inf)
         step_us = next_us if stop == self._now + next_us else stop - self._now
@@ -164,25 +160,22 @@ class _Run:
         return ended
 
 
-def fair_rates(
-    phases: Mapping[int, Phase], capacities: Sequence[float], behind: Collection[int] = ()
-) -> dict[int, float]:
+def fair_rates(phases: Mapping[int, Phase], capacities: Sequence[float]) -> dict[int, float]:
     """The max-min fair rate of each phase: all rise alike until one has its own, or a resource of its is full.
 
-    Those `behind` others rise by BEHIND of that. A resource that moves infinitely much bounds nobody; a phase that
-    nothing bounds moves at once.
+    A resource that moves infinitely much bounds nobody; a phase that nothing bounds moves at once.
     """
     free = list(capacities)
     rates: dict[int, float] = {}
-    rising = {index: (phase, BEHIND if index in behind else 1.0) for index, phase in phases.items()}
+    rising = dict(phases)
     level = 0.0
     while rising:
         demand: dict[int, float] = {}
-        for phase, weight in rising.values():
+        for phase in rising.values():
             for resource, use in phase.uses:
-                demand[resource] = demand.get(resource, 0.0) + weight * use
+                demand[resource] = demand.get(resource, 0.0) + use
         steps = {resource: free[resource] / use for resource, use in demand.items() if use > 0}
-        own = min(phase.rate / weight for phase, weight in rising.values())
+        own = min(phase.rate for phase in rising.values())
         step = min(min(steps.values(), default=math.inf), own - level)
         if math.isinf(step):
             return rates | dict.fromkeys(rising, math.inf)
@@ -190,9 +183,9 @@ def fair_rates(
         full = {resource for resource, its in steps.items() if its <= step * (1 + REST)}
         for resource, use in demand.items():
             free[resource] = 0.0 if resource in full else free[resource] - step * use
-        for index, (phase, weight) in list(rising.items()):
-            has_own = phase.rate <= weight * level * (1 + REST)
+        for index, phase in list(rising.items()):
+            has_own = phase.rate <= level * (1 + REST)
             if has_own or any(resource in full and use > 0 for resource, use in phase.uses):
-                rates[index] = weight * level
+                rates[index] = level
                 del rising[index]
     return rates

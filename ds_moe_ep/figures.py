@@ -64,7 +64,6 @@ class Figure:
 
 
 RATIO = "tokens a second, EP16 over TP8/PP2"
-STATED_TPS = dict(zip(("TP8/PP2", "EP16"), STATED.tps, strict=True))
 
 
 def stated_and_derived(stated: Stated = STATED, hardware: Hardware = HARDWARE) -> tuple[Figure, ...]:

@@ -73,26 +73,15 @@ class Program:
         return self.add_apart(name, rank, lane, load, after, tags)[1]
 
     def add_apart(
-        self,
-        name: str,
-        rank: int,
-        lane: str,
-        load: Load,
-        after: Mark = START,
-        tags: Tags = NO_TAGS,
-        behind: Mark = (),
+        self, name: str, rank: int, lane: str, load: Load, after: Mark = START, tags: Tags = NO_TAGS
     ) -> tuple[Mark, Mark]:
-        """The marks of an op: its lane is free, and it is done. Its chains flow behind those of the mark `behind`."""
+        """The marks of an op: its lane is free, and it is done."""
         first, chains = load.first, load.beside or ((),)
         head: Mark = ()
         if first and len(chains) > 1:
             head = (self._task(name, rank, lane, first, after, tags),)
             first, after = (), head
-        ahead = behind if len(behind) == len(chains) else (None,) * len(chains)
-        free = tuple(
-            self._task(name, rank, lane, first + chain, after, tags, before)
-            for chain, before in zip(chains, ahead, strict=True)
-        )
+        free = tuple(self._task(name, rank, lane, first + chain, after, tags) for chain in chains)
         done = free
         if load.delay_us:
             done = (self._task(name, rank, lane, (Phase(load.delay_us),), free, tags),)
@@ -102,23 +91,14 @@ class Program:
     def join(self, marks: Iterable[Mark]) -> Mark:
         """A mark of one task, which takes no time, behind all the marks."""
         after = tuple(dict.fromkeys(index for mark in marks for index in mark))
-        return after if len(after) <= 1 else (self._task("join", 0, "", (), after, Tags()),)
+        return after if len(after) <= 1 else (self._task("join", 0, "", (), after, NO_TAGS),)
 
     def run(self, capacities: Sequence[float] = ()) -> Outcome:
         """When everything happens."""
         return Outcome(self, events.run(self.tasks, capacities))
 
-    def _task(
-        self,
-        name: str,
-        rank: int,
-        lane: str,
-        phases: tuple[Phase, ...],
-        after: Mark,
-        tags: Tags,
-        behind: int | None = None,
-    ) -> int:
-        self.tasks.append(Task(name, rank, lane, phases, after, tags, behind))
+    def _task(self, name: str, rank: int, lane: str, phases: tuple[Phase, ...], after: Mark, tags: Tags) -> int:
+        self.tasks.append(Task(name, rank, lane, phases, after, tags))
         return len(self.tasks) - 1
 
 
@@ -137,8 +117,7 @@ def add_pass(
 
     `loads` has one entry, for a rank that stands for all, or one for each rank of the torus. A transfer is over when
     the rank's own rows have left and arrived, and every rank that it receives from has sent. Of a lane's transfers
-    `in_flight` are on their way at once, each behind the one before: one on a stream of NCCL's, two on threads of a
-    host's.
+    `in_flight` are on their way at once: one on a stream of NCCL's, two on the threads of a host.
     """
     ranks = range(len(loads))
     marks: list[list[Mark]] = [[] for _ in ranks]
@@ -152,8 +131,7 @@ def add_pass(
             queue = queues[rank].setdefault(lane, [])
             waits = [marks[rank][index] for index in op.after] + queue[-width : len(queue) - width + 1]
             after = tuple(dict.fromkeys(index for mark in waits for index in mark)) or start
-            behind = queue[-1] if width > 1 and queue else ()
-            added.append(program.add_apart(str(op), rank, lane, load_of(op), after, tagged, behind))
+            added.append(program.add_apart(str(op), rank, lane, load_of(op), after, tagged))
             queue.append(added[rank][0])
         for rank in ranks:
             peers = _heard_from(op, rank, schedule) if len(loads) > 1 else ()

@@ -18,7 +18,6 @@ from ds_moe_ep.figures import Figure
 from ds_moe_ep.footprint import Memory, Parameters
 from ds_moe_ep.pipeline_check import PipelineCheck
 from ds_moe_ep.pipeline_footprint import bubble
-from ds_moe_ep.simulate.audit import HEAD, Row
 
 ROWS_OF_MEMORY = {
     "weights": "weights",
@@ -66,24 +65,6 @@ def figure_table(figures: Iterable[Figure]) -> str:
     """The figures as a Markdown table."""
     rows = [(f.name, f.stated, f.derived, f.verdict) for f in figures]
     return markdown(("figure", "stated", "derived", "verdict"), rows)
-
-
-def audit_table(rows: Iterable[Row]) -> str:
-    """The audit as a Markdown table."""
-    return markdown(HEAD, [row.cells for row in rows])
-
-
-def print_audit(rows: Iterable[Row], cluster_name: str, console: Console | None = None) -> None:
-    """Prints the audit for people: the section of the document stands behind what it states."""
-    console = console or Console()
-    table = Table(title=f"The specification's figures on {cluster_name}", box=SIMPLE_HEAD, show_lines=True)
-    for column in ("figure", "stated (section)", "derived", "simulated", "verdict"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        name, section, stated, *others = row.cells
-        table.add_row(name, stated if stated == "-" else f"{stated} ({section})", *others)
-    console.print(table)
-    console.print(Text("Simulated, not measured; in brackets: all of the cluster's ranges at both ends.", style="dim"))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moe_ep import events
 from ds_moe_ep.events import Phase, Task
-from tests.simulate.slow_simulator import Sharing, bottleneck_rates, equal_split, simulate
+from tests.simulate.slow_simulator import Sharing, equal_split, simulate
 
 AMOUNT = st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 7.0, 10.0])
 RATE = st.sampled_from([0.25, 1.0, 1.0, 2.0, 3.0, math.inf])
@@ -21,6 +21,7 @@ USE = st.sampled_from([0.0, 0.5, 1.0, 1.0, 1.0, 2.0])
 CAPACITY = st.sampled_from([0.5, 1.0, 1.0, 3.0, math.inf])
 NUM_RESOURCES = 3
 ONE = Fraction(1)
+FEWER = settings(max_examples=40)  # where the exact simulator, with all its examples, says more
 
 
 def phases_of() -> st.SearchStrategy[Phase]:
@@ -36,9 +37,8 @@ def programs(draw: st.DrawFn, largest: int = 9) -> tuple[Task, ...]:
     tasks = []
     for index in range(draw(st.integers(0, largest))):
         after = draw(st.lists(st.integers(0, index - 1), max_size=2)) if index else []
-        behind = draw(st.none() | st.integers(0, index - 1)) if index else None
         phases = draw(st.lists(phases_of(), max_size=3))
-        tasks.append(Task(f"task {index}", 0, "lane", tuple(phases), tuple(after), behind=behind))
+        tasks.append(Task(f"task {index}", 0, "lane", tuple(phases), tuple(after)))
     return tuple(tasks)
 
 
@@ -88,16 +88,8 @@ def test_a_flow_that_joins_another_one_halves_it_from_then_on() -> None:
     assert events.run(tasks, [1.0]) == [(0.0, 14.0), (0.0, 20.0)]
 
 
-def test_a_flow_behind_another_one_has_half_of_what_that_one_has_until_it_is_through() -> None:
-    # By hand: 2/3 and 1/3 until the first one's 4 are through at 6; the other one's last 2 then flow alone.
-    tasks = [alone(flow(4.0, 0)), dataclasses.replace(alone(flow(4.0, 0)), behind=0)]
-    assert [stop for _, stop in events.run(tasks, [1.0])] == pytest.approx([6.0, 8.0])
-    assert not agrees(
-        tasks, [1.0], lambda active, sizes, _: bottleneck_rates(active, sizes, dict.fromkeys(active, ONE))
-    )
-
-
 @given(tasks=programs(), capacities=CAPACITIES)
+@FEWER
 def test_no_task_starts_before_all_that_it_waits_for_have_stopped(
     tasks: tuple[Task, ...], capacities: tuple[float, ...]
 ) -> None:
@@ -108,6 +100,7 @@ def test_no_task_starts_before_all_that_it_waits_for_have_stopped(
 
 
 @given(tasks=programs(), capacities=CAPACITIES)
+@FEWER
 def test_no_run_beats_its_critical_path_or_the_work_of_a_resource(
     tasks: tuple[Task, ...], capacities: tuple[float, ...]
 ) -> None:
@@ -118,6 +111,7 @@ def test_no_run_beats_its_critical_path_or_the_work_of_a_resource(
 
 
 @given(tasks=programs(), capacities=CAPACITIES)
+@FEWER
 def test_no_run_is_longer_than_all_its_tasks_one_after_the_other(
     tasks: tuple[Task, ...], capacities: tuple[float, ...]
 ) -> None:
@@ -173,6 +167,7 @@ def test_a_link_never_rests_while_something_waits_for_it(flows: list[tuple[float
 
 
 @given(tasks=programs(), capacities=CAPACITIES, factor=st.sampled_from([0.125, 0.3, 2.0, 10.0]))
+@FEWER
 def test_a_machine_that_is_faster_in_everything_is_faster_by_just_that(
     tasks: tuple[Task, ...], capacities: tuple[float, ...], factor: float
 ) -> None:
@@ -186,11 +181,13 @@ def test_a_machine_that_is_faster_in_everything_is_faster_by_just_that(
 
 
 @given(tasks=programs(), capacities=CAPACITIES)
+@FEWER
 def test_equal_tasks_have_equal_times_to_the_last_bit(tasks: tuple[Task, ...], capacities: tuple[float, ...]) -> None:
     assert events.run(tasks, capacities) == events.run(list(tasks), list(capacities))
 
 
 @given(tasks=programs(), capacities=CAPACITIES)
+@FEWER
 def test_without_limits_on_resources_the_critical_path_is_what_it_takes(
     tasks: tuple[Task, ...], capacities: tuple[float, ...]
 ) -> None:
@@ -199,6 +196,7 @@ def test_without_limits_on_resources_the_critical_path_is_what_it_takes(
 
 
 @given(tasks=programs())
+@FEWER
 def test_communication_that_costs_nothing_leaves_exactly_the_compute(tasks: tuple[Task, ...]) -> None:
     free = [_without_limits(task) for task in tasks]
     compute = [dataclasses.replace(task, phases=tuple(p for p in task.phases if not p.uses)) for task in tasks]

@@ -234,7 +234,7 @@ def curve(
     ),
     name=st.sampled_from(["near_us", "far_us", "latency_us"]),
 )
-@settings(max_examples=150)
+@settings(max_examples=75)
 def test_a_faster_link_never_makes_a_price_higher(torus: Torus, knobs: int, costs: dict[str, float], name: str) -> None:
     found = candidates(torus)
     top = {"near_us": 1000.0, "far_us": 3000.0, "latency_us": 100.0}[name]

@@ -75,16 +75,42 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m ds_moe_ep bench probe",
         description="Measures products, memory and links, for `python -m ds_moe_ep calibrate`. In a job of a launcher "
         "(deepspeed --module, torchrun -m, mpirun) the job's ranks are taken.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=120.0, help="time that all of it takes, about")
-    parser.add_argument("--ranks", type=int, default=0, help="ranks started here (0: one on each GPU, two on a CPU)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="one device a rank")
-    parser.add_argument("--node-size", type=int, default=0, help="ranks of a node (0: by the hosts' names)")
-    parser.add_argument("--hidden-size", type=int, default=0, help="width of a token (0: 256 on a CPU, 8192 on a GPU)")
-    parser.add_argument("--expert-width", type=int, default=0, help="inner width (0: 1024 on a CPU, 32768 on a GPU)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time that all of it takes, about (default: 120)")
+    parser.add_argument(
+        "--ranks", type=int, default=0, metavar="N", help="ranks started here (default: one on each GPU, two on a CPU)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what a rank computes on (default: auto, a GPU where there is one)",
+    )
+    parser.add_argument(
+        "--node-size", type=int, default=0, metavar="N", help="ranks of a node (default: by the hosts' names)"
+    )
+    parser.add_argument(
+        "--hidden-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="width of a token (default: 256 on a CPU, 8192 on a GPU)",
+    )
+    parser.add_argument(
+        "--expert-width",
+        type=int,
+        default=0,
+        metavar="N",
+        help="inner width of an expert (default: 1024 on a CPU, 32768 on a GPU)",
+    )
     parser.add_argument("--shaped", action="store_true", help="say in the records that the links were shaped")
-    parser.add_argument("--out", type=Path, default=None, help="file for the records, one JSON line each")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="file for the records, one JSON line each (default: none)",
+    )
     return parser
 
 

@@ -35,7 +35,8 @@ def scaling(findings: Findings) -> Section | None:
         return None
     caption = "Each law is its shape times one fitted coefficient. R\u00b2: here, and as the specification states it."
     picture = Picture("scaling", "Scaling with EP", caption, draw_scaling(panels), basis_of(used))
-    table = _table(findings)
+    fits = {(law, total): fit for law in LAWS for total in TOTALS if (fit := r2_of(findings, total, law))}
+    table = fits_table("How well the laws fit", "here", fits)
     return Section("Scaling", (picture, *([table] if table else [])))
 
 
@@ -74,14 +75,16 @@ def _coefficient(findings: Findings, total: str, law: str, point: Record) -> flo
     return record.value * scale if scale is not None else convert(record, unit).value
 
 
-def _table(findings: Findings) -> Table | None:
-    rows = []
-    for law, title in LAWS.items():
-        fits = [r2_of(findings, total, law) for total in TOTALS]
-        if any(fits):
-            rows.append((title, f"{STATED_R2[law]:g}", *(number(fit.value) if fit else NONE for fit in fits)))
-    if not rows:
-        return None
-    head = ("law", "R\u00b2 stated", *(f"R\u00b2 here, {title}" for title in TOTALS.values()))
-    used = [fit for law in LAWS for total in TOTALS if (fit := r2_of(findings, total, law))]
-    return Table("How well the laws fit", head, tuple(rows), basis_of(used))
+def fits_table(title: str, here: str, fits: Mapping[tuple[str, str], Record]) -> Table | None:
+    """A row for each law that has a fit: the R2 that is stated, and those of `fits`, by law and total."""
+    rows = [
+        (
+            name,
+            f"{STATED_R2[law]:g}",
+            *(number(fits[law, total].value) if (law, total) in fits else NONE for total in TOTALS),
+        )
+        for law, name in LAWS.items()
+        if any((law, total) in fits for total in TOTALS)
+    ]
+    head = ("law", "R\u00b2 stated", *(f"R\u00b2 {here}, {total}" for total in TOTALS.values()))
+    return Table(title, head, tuple(rows), basis_of(list(fits.values()))) if rows else None

@@ -14,8 +14,8 @@ from ds_moe_ep.report.findings import Findings, read_findings
 from ds_moe_ep.report.names import number_in, short_bed
 from ds_moe_ep.report.page import Block, Picture, Section, Table, basis_of
 from ds_moe_ep.report.plots_sweep import Line, SweepPanel, draw_sweep
-from ds_moe_ep.report.quantities import NONE, Quantity, cell, convert, number
-from ds_moe_ep.report.sections_scaling import UNITS
+from ds_moe_ep.report.quantities import Quantity, cell, convert, number
+from ds_moe_ep.report.sections_scaling import UNITS, fits_table
 
 PROPORTION = "in proportion to devices"
 OVER_EP = "EP (ranks that share the experts)"
@@ -125,14 +125,14 @@ def _points_tables(findings: Findings, bed: str) -> list[Table]:
 
 
 def _fits_table(findings: Findings, bed: str) -> list[Table]:
-    rows, used = [], []
-    for law, title in LAWS.items():
-        fits = [findings.get("sweep", bed, total, "fit", law, "r2") for total in TOTALS]
-        used += [fit for fit in fits if fit]
-        if any(fits):
-            rows.append((title, f"{STATED_R2[law]:g}", *(number(fit.value) if fit else NONE for fit in fits)))
-    head = ("law", "R\u00b2 stated", *(f"R\u00b2 simulated, {title}" for title in TOTALS.values()))
-    return [Table(f"How well the laws fit, {short_bed(bed)}", head, tuple(rows), basis_of(used))] if rows else []
+    fits = {
+        (law, total): fit
+        for law in LAWS
+        for total in TOTALS
+        if (fit := findings.get("sweep", bed, total, "fit", law, "r2"))
+    }
+    table = fits_table(f"How well the laws fit, {short_bed(bed)}", "simulated", fits)
+    return [table] if table else []
 
 
 def draw_curves(records: Path) -> list[Path]:

@@ -16,7 +16,6 @@ from ds_moe_ep.evidence import LAWS, PARTS, TOTALS
 from ds_moe_ep.figures import Figure, stated_and_derived
 from ds_moe_ep.footprint import Memory
 from ds_moe_ep.simulate.audit_runs import Runs, hardware_of
-from ds_moe_ep.simulate.bar_record import exactly
 from ds_moe_ep.simulate.cluster import Cluster
 from ds_moe_ep.simulate.fit_memory import memory_of
 from ds_moe_ep.simulate.predict import Estimate, Prediction
@@ -84,7 +83,7 @@ def _memory(runs: Runs, which: str) -> Simulated:
     memory: Memory = memory_of(setup, setup.training)
     sequences = setup.training.micro_batch
     text = f"{memory.peak / 1e9:.1f} GB with activations of {sequences} sequence{'s' * (sequences > 1)} and buffers"
-    return Simulated(text=text, numbers={"peak": (exactly(memory.peak), "bytes")})
+    return Simulated(text=text, numbers={"peak": (Estimate.exactly(memory.peak), "bytes")})
 
 
 def _distribution(runs: Runs, stated: Stated) -> Simulated:
@@ -167,7 +166,7 @@ def _pieces(prediction: Prediction) -> Simulated:
     tokens, parts_us = prediction.step.setup.batch_tokens, prediction.step.parts_us
     parts = {part: parts_us[part] / tokens for part in PARTS if parts_us.get(part)}
     text = f"{' + '.join(f'{us:.2g} {PARTS[part]}' for part, us in parts.items())} us a token"
-    return Simulated(text=text, numbers={part: (exactly(us), "us") for part, us in parts.items()})
+    return Simulated(text=text, numbers={part: (Estimate.exactly(us), "us") for part, us in parts.items()})
 
 
 def _gain(runs: Runs, stated: Stated) -> Simulated:
@@ -204,11 +203,11 @@ def _bubble(runs: Runs, stated: Stated) -> Simulated:
 
 def _law(law: str) -> Answer:
     def answer(runs: Runs, stated: Stated) -> Simulated:
-        fits = {total: its for total in TOTALS for its in runs.scaling.fits(total) if its.law == law}
+        fits = {total: its for total in TOTALS for its in runs.scaling.law_fits(total) if its.law == law}
         least, values = dict(zip(LAWS, stated.r2, strict=True))[law], {}
         for total, its in fits.items():
             if its.r2 is not None:
-                values[total] = (exactly(its.r2), "ratio")
+                values[total] = (Estimate.exactly(its.r2), "ratio")
         text = ", ".join(f"{r2.value:.3f} {TOTALS[total]}" for total, (r2, _) in values.items()) or "nothing varies"
         holds = values and min(r2.value for r2, _ in values.values()) >= least
         verdict = "holds" if holds else "does not hold"

@@ -7,8 +7,8 @@ from typing import Any
 
 from ds_moe_ep.record import Record
 from ds_moe_ep.simulate.audit import HEAD, Row
-from ds_moe_ep.simulate.bar_record import bar_record, exactly
-from ds_moe_ep.simulate.records import NOTE, Source
+from ds_moe_ep.simulate.predict import Estimate
+from ds_moe_ep.simulate.source import Source
 
 DERIVED = "derived from shapes, peaks and links, not measured"
 
@@ -26,9 +26,9 @@ def audit_records(rows: Sequence[Row], source: Source) -> Iterator[Record]:
             for column, (value, note) in columns.items():
                 if value is not None:
                     name = f"{start}.{number.what}.{column}"
-                    yield bar_record(source, name, exactly(value), number.unit, note)
+                    yield source.record(name, Estimate.exactly(value), number.unit, note)
         for what, (estimate, unit) in row.numbers.items():
-            yield bar_record(source, f"{start}.{what}.simulated", estimate, unit, NOTE)
+            yield source.record(f"{start}.{what}.simulated", estimate, unit)
 
 
 def audit_values(rows: Sequence[Row]) -> list[dict[str, Any]]:

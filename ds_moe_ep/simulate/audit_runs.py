@@ -69,18 +69,22 @@ class Runs:
 
     @cached_property
     def ep16(self) -> Prediction:
+        """EP16's training step."""
         return predict(self.ep16_setup)
 
     @cached_property
     def base(self) -> Prediction:
+        """TP8/PP2's training step."""
         return predict(self.base_setup)
 
     @cached_property
     def ep16_forward(self) -> Prediction:
+        """EP16's forward passes alone."""
         return predict(dataclasses.replace(self.ep16_setup, mode="forward"))
 
     @cached_property
     def base_forward(self) -> Prediction:
+        """TP8/PP2's forward passes alone."""
         return predict(dataclasses.replace(self.base_setup, mode="forward"))
 
     @cached_property

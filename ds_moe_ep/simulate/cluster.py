@@ -113,6 +113,7 @@ class Cluster:
 
     @property
     def num_ranks(self) -> int:
+        """Devices of all nodes, a rank each."""
         return self.num_nodes * self.node_size
 
     def with_nodes(self, num_nodes: int) -> Cluster:
@@ -122,10 +123,6 @@ class Cluster:
     def with_far(self, **changes: float) -> Cluster:
         """The same with another link between nodes."""
         return dataclasses.replace(self, far=dataclasses.replace(self.far, **changes))
-
-    def with_host(self, **changes: float) -> Cluster:
-        """The same with other costs of the host."""
-        return dataclasses.replace(self, host=dataclasses.replace(self.host, **changes))
 
     def ends(self) -> tuple[Cluster, Cluster]:
         """The cluster with every number at the slower end of its range, and at the faster one."""

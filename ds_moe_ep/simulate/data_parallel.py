@@ -1,8 +1,9 @@
 """What an expert-parallel step does once, behind its micro-batches: gradients, their norm, the optimizer, weights.
 
-Dense gradients are reduced over all ranks and experts' over those that hold the same, each to the rank that updates it
-under ZeRO and to all of them without; then all ranks agree on the norm, each updates its part, and under ZeRO the
-updated weights go back to those that hold them.
+Dense gradients are summed over all ranks and experts' over those that hold the same. Under ZeRO, too, each rank gets
+all of the sums and keeps its part: DeepSpeed's buckets go by all-reduce, not by reduce-scatter (average_tensor in
+zero/stage_1_and_2.py, with use_multi_rank_bucket_allreduce, its default). ZeRO-2 sums behind every micro-batch. Then
+all ranks agree on the norm, each updates its part, and under ZeRO the updated weights go back to those that hold them.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def finish_step(setup: Setup, costs: Costs) -> Outcome:
         if load != Load():
             mark = program.add(name, 0, lane, load, mark, STEP)
 
-    for name, group, parameters in shares:
-        add(f"reduce gradients, {name}", "gradients", _reduce(setup, group, parameters))
+    for _ in range(training.accumulation if training.zero_stage == 2 else 1):
+        for name, group, parameters in shares:
+            add(f"reduce gradients, {name}", "gradients", reduce_load(setup, group, parameters, training.world_size))
     add("norm of gradients", "gradients", all_reduce_load(cluster, everyone, 4.0, training.world_size, setup.algorithm))
     add("optimizer", "compute", _optimizer(setup, costs, sum(_partition(setup, *share[1:]) for share in shares)))
     for name, group, parameters in shares if training.zero_stage else ():
@@ -48,11 +50,10 @@ def _partition(setup: Setup, group: Group, parameters: int) -> float:
     return parameters / group.size if setup.training.zero_stage else float(parameters)
 
 
-def _reduce(setup: Setup, group: Group, parameters: int) -> Load:
-    num_bytes, world = float(parameters * BYTES[setup.training.gradient_precision]), setup.training.world_size
-    if setup.training.zero_stage:
-        return gather_load(setup.cluster, group, num_bytes, world)
-    return all_reduce_load(setup.cluster, group, num_bytes, world, setup.algorithm)
+def reduce_load(setup: Setup, group: Group, parameters: int, num_ranks: int) -> Load:
+    """The sum of so many gradients over a group, in `num_ranks` ranks at the same moment, under ZeRO as without."""
+    num_bytes = float(parameters * BYTES[setup.training.gradient_precision])
+    return all_reduce_load(setup.cluster, group, num_bytes, num_ranks, setup.algorithm)
 
 
 def _optimizer(setup: Setup, costs: Costs, parameters: float) -> Load:

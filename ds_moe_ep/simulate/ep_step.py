@@ -10,6 +10,7 @@ Nothing of one micro-batch runs beside another's, so one of them is simulated an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,11 +36,14 @@ class EpJob:
 
     @cached_property
     def torus(self) -> Torus:
-        """The ranks of one expert group."""
-        return torus_of(range(self.setup.moe.ep_size), self.setup.cluster.node_size)
+        """The ranks of one expert group, of that with the fewest on a node where groups lie on nodes differently."""
+        size, node_size = self.setup.moe.ep_size, self.setup.cluster.node_size
+        starts = range(0, min(math.lcm(size, node_size), self.setup.training.world_size), size)
+        return max((torus_of(range(i, i + size), node_size) for i in starts), key=lambda torus: torus.num_nodes)
 
     @cached_property
     def costs(self) -> Costs:
+        """What the parts of the model take to compute."""
         setup = self.setup
         return Costs(setup.model, setup.moe, setup.cluster.device, setup.training.precision)
 
@@ -50,8 +54,11 @@ class EpJob:
 
     @cached_property
     def machine(self) -> Machine:
+        """The resources of the ranks that are simulated."""
         cluster = self.setup.cluster
-        return machine_for_one(cluster) if len(self.rows.ranks) == 1 else machine_for_group(cluster, self.torus)
+        if len(self.rows.ranks) > 1:
+            return machine_for_group(cluster, self.torus)
+        return machine_for_one(cluster, self.rows.share_of_arrivals(cluster.far.shared_by))
 
     @cached_property
     def layer(self) -> LayerPass:

@@ -37,6 +37,7 @@ class Fit:
 
     @property
     def fits(self) -> bool:
+        """Whether a device has room for all of it."""
         return self.spare_bytes >= 0
 
     def to_dict(self) -> dict[str, Any]:

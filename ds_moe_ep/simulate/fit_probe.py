@@ -53,6 +53,7 @@ class Number:
         return Number(value, low, high, self.source)
 
     def rounded(self) -> Number:
+        """The number with DIGITS digits, and a range that still holds it."""
         value, low, high = (float(f"{x:.{DIGITS}g}") for x in (self.value, self.low, self.high))
         return Number(value, min(low, value), max(value, high), self.source)
 

@@ -22,7 +22,7 @@ ACCUMULATION = "gradient_accumulation_steps"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A ds_config on a cluster. Notes say where it is not as its file has it."""
+    """A ds_config on a cluster. Notes say where it is not as its file has it, and what is not simulated."""
 
     path: str
     setup: Setup
@@ -85,7 +85,7 @@ def _has_all(ds_config: Mapping[str, Any]) -> bool:
 
 
 def _notes(ds_config: Mapping[str, Any], training: Training, load: str) -> list[str]:
-    """Where the job is not as its file has it."""
+    """Where the job is not as its file has it, or its simulation leaves something out."""
     values = {BATCH_KEYS[1]: training.micro_batch, ACCUMULATION: training.accumulation}
     changed = [
         f"{key} is {value}, not {ds_config[key]}" for key, value in values.items() if ds_config.get(key, value) != value
@@ -93,4 +93,8 @@ def _notes(ds_config: Mapping[str, Any], training: Training, load: str) -> list[
     notes = [f"{' and '.join(changed)}: the batch stays {training.batch:,} sequences"] if changed else []
     if load != "even" and training.layout != WHOLE:
         notes.append(f"load {load!r} changes nothing here: each rank computes its share of every expert")
+    if training.offload:
+        notes.append("offload_optimizer is simulated without the host: its memory and bus make a step longer")
+    if ds_config.get("use_data_before_expert_parallelism") and training.num_replicas > 1:
+        notes.append("use_data_before_expert_parallelism is not simulated: an expert group has consecutive ranks here")
     return notes

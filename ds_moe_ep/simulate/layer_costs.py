@@ -41,10 +41,16 @@ class Costs:
         return projections + attention_us(self.device, self.precision, scores) + elementwise
 
     def gate(self, tokens: int, backward: bool = False) -> float:
-        """Norm, logits in fp32 (T*D*(b + 4) bytes decide, not 2*D*E flops), scores, top-k, sort and counters."""
-        D, E = self.model.hidden_size, self.moe.num_experts
+        """Norm, logits in fp32, scores, top-k, sort and counters.
+
+        T*(D*(4 + 2*b) + 8*E) bytes and 2*D*E flops a token, twice backward; bytes decide until experts are many. The
+        flops go at the peak of fp32, or of the step's precision where the device's file gives none.
+        """
+        D, E, times = self.model.hidden_size, self.moe.num_experts, 2 if backward else 1
         num_bytes = tokens * (D * (4 + 2 * self._b) + 8 * E)
-        return memory_us(self.device, (2 if backward else 1) * num_bytes, 16)
+        precision = "fp32" if self.device.peak_fp32 else self.precision
+        logits = times * matmul_us(self.device, precision, 2 * D * E * tokens, tokens)
+        return logits + memory_us(self.device, times * num_bytes, 16)
 
     def permute(self, rows: float) -> float:
         """One gather of rows: 2*N*D*b bytes."""

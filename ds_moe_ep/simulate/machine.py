@@ -15,7 +15,7 @@ from ds_moe_ep.program import Load
 from ds_moe_ep.simulate.cluster import Cluster, Link
 from ds_moe_ep.topology import Torus
 
-CORES = 0  # the host's cores; behind it four resources a rank, of which ranks on one far link share two
+CORES = 0  # the host's cores; behind it two resources of each link
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Volume:
 
     @property
     def messages(self) -> int:
+        """Messages that the rank sends in all."""
         return self.near_messages + self.far_messages
 
 
@@ -52,9 +53,11 @@ class Machine:
     cluster: Cluster
     capacities: tuple[float, ...]
     ways: tuple[Ways, ...]
+    share: float = 1.0  # what a rank that stands for all has of its far link, over an equal part
 
     @property
     def num_actors(self) -> int:
+        """Ranks that are simulated: one, or each of a group."""
         return len(self.ways)
 
     @property
@@ -81,7 +84,7 @@ class Machine:
             return Load()
         message_us = host.collective_us if volume.is_joint else host.pairwise_us
         near = _flow(((ways.near_out, volume.near_out), (ways.near_in, volume.near_in)), self.num_actors)
-        far = _flow(((ways.far_out, volume.far_out), (ways.far_in, volume.far_in)), self.num_actors)
+        far = _flow(((ways.far_out, volume.far_out), (ways.far_in, volume.far_in)), self.num_actors, self.share)
         posts = self.host(volume.messages * message_us + (volume.near_out + volume.far_out) * host.byte_us)
         delay_us = max(
             _latency_us(self.cluster.near, volume.near_messages), _latency_us(self.cluster.far, volume.far_messages)
@@ -89,36 +92,54 @@ class Machine:
         return Load(self.host(host.transfer_us), (*near, *far, *((posts,) if posts else ())), delay_us)
 
 
-def _flow(flows: Sequence[tuple[int, float]], num_actors: int) -> list[tuple[Phase, ...]]:
-    """Bytes over resources, those that there are. For one rank they go side by side: the larger number counts."""
+def _flow(flows: Sequence[tuple[int, float]], num_actors: int, share: float = 1.0) -> list[tuple[Phase, ...]]:
+    """Bytes over resources, those that leave and those that arrive.
+
+    One rank that stands for all has `share` times an equal part of its link for the larger number, and an equal part
+    for the smaller one, which its node's ranks have as well. Equal numbers flow side by side: one counts.
+    """
+    uses = [1.0, 1.0]
     if num_actors == 1:
-        flows = [(flows[0][0], max(num_bytes for _, num_bytes in flows))]
-    return [(Phase(num_bytes, math.inf, ((way, 1.0),)),) for way, num_bytes in flows if num_bytes > 0]
+        (_, leaving), (_, arriving) = flows
+        flows = flows[:1] if leaving == arriving else flows
+        uses = [share if num_bytes < max(leaving, arriving) else 1.0 for _, num_bytes in flows]
+    return [
+        (Phase(num_bytes, math.inf, ((way, use),)),)
+        for (way, num_bytes), use in zip(flows, uses, strict=True)
+        if num_bytes > 0
+    ]
 
 
 def _latency_us(link: Link, messages: int) -> float:
     return link.latency_us + (messages - 1) * link.message_us if messages else 0.0
 
 
-def machine_for_one(cluster: Cluster) -> Machine:
-    """One rank with its equal share of everything."""
+def machine_for_one(cluster: Cluster, share: float = 1.0) -> Machine:
+    """One rank with its equal part of everything, and `share` times that of its far link where others need it less."""
     far = cluster.far.rate / cluster.far.shared_by
     near = cluster.near.rate / cluster.near.shared_by
     cores = cluster.host.cores / cluster.num_ranks
-    return Machine(cluster, (cores, near, near, far, far), (Ways(1, 2, 3, 4),))
+    return Machine(cluster, (cores, near, near, far * share, far * share), (Ways(1, 2, 3, 4),), share)
 
 
 def machine_for_group(cluster: Cluster, torus: Torus) -> Machine:
     """Every rank of one expert group, which shares the host's cores with the other groups evenly."""
-    share = torus.size / cluster.num_ranks
-    capacities = [cluster.host.cores * share]
-    ways, links = [], {}
-    for rank in range(torus.size):
+    capacities = [cluster.host.cores * torus.size / cluster.num_ranks]
+    links: dict[tuple[str, int, int], int] = {}
+
+    def out_and_in(kind: str, link: Link, rank: int) -> tuple[int, int]:
+        """The rank's link; it brings its share of what the link moves, and other groups' ranks keep theirs."""
         node, place = divmod(rank, torus.node_size)
-        link = (node, int(place // cluster.far.shared_by))
-        if link not in links:
-            links[link] = len(capacities)
-            capacities += [cluster.far.rate, cluster.far.rate]
-        capacities += [cluster.near.rate, cluster.near.rate]
-        ways.append(Ways(len(capacities) - 2, len(capacities) - 1, links[link], links[link] + 1))
+        key = (kind, node, int(place // link.shared_by))
+        if key not in links:
+            links[key] = len(capacities)
+            capacities.extend((0.0, 0.0))
+        for way in (links[key], links[key] + 1):
+            capacities[way] += link.rate / link.shared_by
+        return links[key], links[key] + 1
+
+    ways = [
+        Ways(*out_and_in("near", cluster.near, rank), *out_and_in("far", cluster.far, rank))
+        for rank in range(torus.size)
+    ]
     return Machine(cluster, tuple(capacities), tuple(ways))

@@ -17,7 +17,7 @@ from ds_moe_ep.simulate.machine import Machine, Volume
 from ds_moe_ep.timeline import Tags
 from ds_moe_ep.topology import Torus
 
-MAX_RANKS = 64  # of a group with unequal loads that are simulated one by one; beyond, the fullest stands for all
+MAX_RANKS = 32  # of a group with unequal loads that are simulated one by one; beyond, the fullest stands for all
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,16 @@ class Rows:
         if self.torus.size > MAX_RANKS:
             return (self.loads.index(max(self.loads)),)
         return tuple(range(self.torus.size))
+
+    def share_of_arrivals(self, shared_by: float) -> float:
+        """What the one rank has of a link over which `shared_by` ranks receive, over its equal share: by loads."""
+        if not self.loads:
+            return 1.0
+        rank = self.ranks[0]
+        first = rank - rank % self.torus.node_size
+        mates = self.loads[first : first + self.torus.node_size]
+        mean = sum(mates) / len(mates)
+        return min(max(self.loads[rank] / mean, 1.0), shared_by) if mean else 1.0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from ds_moe_ep.evidence import PARTS
 from ds_moe_ep.pipeline_footprint import count_stage_parameters, message_numbers
 from ds_moe_ep.program import START, Load, Mark, Outcome, Program
 from ds_moe_ep.simulate.all_reduce import (
-    Group,
     all_reduce_load,
     broadcasts_load,
     gather_load,
@@ -26,6 +25,7 @@ from ds_moe_ep.simulate.all_reduce import (
     on_host,
     send_us,
 )
+from ds_moe_ep.simulate.data_parallel import reduce_load
 from ds_moe_ep.simulate.layer_costs import Costs
 from ds_moe_ep.simulate.pipeline_schedule import Act, forward_order, in_order, training_order
 from ds_moe_ep.simulate.step import Setup, Step
@@ -183,7 +183,8 @@ class _Builder:
         copies = group_of(self.cluster, training.num_copies, stride=self.layout.tp_size)
         everyone = group_of(self.cluster, training.world_size)
         for stage in stages:
-            self._add("reduce gradients", stage, "gradients", self._reduce_gradients(copies, held[stage]), STEP)
+            gradients = reduce_load(setup, copies, held[stage], self.stage_ranks)
+            self._add("reduce gradients", stage, "gradients", gradients, STEP)
         self._meet()
         for stage in stages:
             norm = all_reduce_load(self.cluster, everyone, 4.0, self.stage_ranks, setup.algorithm)
@@ -199,10 +200,3 @@ class _Builder:
 
     def _meet(self) -> None:
         self.at = [self.program.join(self.at)] * len(self.at)
-
-    def _reduce_gradients(self, copies: Group, num_parameters: int) -> Load:
-        """What brings each copy the sums that it updates: all of them, or its part under ZeRO."""
-        num_bytes = float(num_parameters * BYTES[self.setup.training.gradient_precision])
-        if self.setup.training.zero_stage:
-            return gather_load(self.cluster, copies, num_bytes, self.stage_ranks)
-        return all_reduce_load(self.cluster, copies, num_bytes, self.stage_ranks, self.setup.algorithm)

@@ -26,18 +26,16 @@ from ds_moe_ep.simulate.choose import Choice, choose_schedule, with_knobs
 from ds_moe_ep.simulate.cluster import Cluster
 from ds_moe_ep.simulate.fit_memory import Fit, fit_memory, refuse_what_does_not_fit
 from ds_moe_ep.simulate.jobs import Job, Mode, read_job, title_of
-from ds_moe_ep.simulate.predict import Estimate, Prediction, on, predict, simulate_step
+from ds_moe_ep.simulate.predict import Estimate, Prediction, on, predict
 from ds_moe_ep.simulate.step import Setup
 from ds_moe_ep.specified import STATED
 from ds_moe_ep.training import WHOLE
-
-__all__ = ["Plan", "Stated", "make_plan", "simulate_step"]
 
 SERIAL: Mapping[str, Any] = {"schedule": "serial"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stated:
+class StatedThroughput:
     """The throughput that the specification states, and the share of the devices' peak that it takes here."""
 
     tps: float
@@ -48,7 +46,7 @@ class Stated:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that is foretold of one job."""
+    """Everything that is predicted of one job."""
 
     job: Job
     fit: Fit
@@ -58,7 +56,7 @@ class Plan:
     at_ends: tuple[Mapping[str, Any], ...]  # what is best at the slower and at the faster end
     bounds: tuple[Bound, ...]
     others: tuple[Alternative, ...]
-    stated: Stated | None
+    stated: StatedThroughput | None
     name: str = ""  # for a reader, where the system's own would not tell it apart
 
     @property
@@ -80,7 +78,7 @@ def make_plan(
     load: str = "even",
     mode: Mode = "training",
 ) -> Plan:
-    """What is foretold of a ds_config on the cluster.
+    """What is predicted of a ds_config on the cluster.
 
     Raises ConfigError or TopologyError for what cannot work, and for what does not fit with the way out.
     """
@@ -125,7 +123,7 @@ def _serial(job: Job) -> Prediction | None:
     return predict(with_knobs(setup, SERIAL))
 
 
-def stated_for(job: Job) -> Stated | None:
+def stated_for(job: Job) -> StatedThroughput | None:
     """What the specification states, where this is its model and system on as many devices."""
     setup = job.setup
     index = {"tp8_pp2": 0, "ep16": 1, "ep16_serial": 1}.get(job.system)
@@ -137,7 +135,7 @@ def stated_for(job: Job) -> Stated | None:
     training = tps * training_flops(setup.model, setup.moe) / peak_per_s
     forward = tps * forward_flops(setup.model, setup.moe) / peak_per_s
     repeated = training + forward * setup.model.recompute
-    return Stated(tps=tps, training=training, repeated=repeated, forward=forward)
+    return StatedThroughput(tps=tps, training=training, repeated=repeated, forward=forward)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,43 +12,23 @@ from rich.console import Console
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.simulate.audit import audit
 from ds_moe_ep.simulate.cluster import Cluster, load_cluster
-from ds_moe_ep.simulate.jobs import Mode
 from ds_moe_ep.simulate.plan import Comparison, Plan, compare, make_plan
+from ds_moe_ep.simulate.plan_options import PlanOptions
+from ds_moe_ep.simulate.plan_records import comparison_records, plan_records, write_plan, write_trace
 from ds_moe_ep.simulate.plan_tables import print_comparison, print_plan
 from ds_moe_ep.simulate.plan_values import comparison_values, plan_values
-from ds_moe_ep.simulate.records import comparison_records, plan_records, source_of, write_plan, write_trace
-
-PAPER_WIDTH = 120  # columns, where the output is no terminal
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """What the command line says; `command` is all of it, to be typed again."""
-
-    config: str
-    cluster: str
-    command: str
-    compare: str | None = None
-    micro_batch: int | Literal["largest"] | None = None
-    load: str = "even"
-    mode: Mode = "training"
-    nodes: int | None = None
-    sweep: str | None = None
-    json: bool = False
-    out: str | None = None
-    trace: str | None = None
+from ds_moe_ep.simulate.source import source_of
+from ds_moe_ep.simulate.sweep_command import run_sweep
 
 
-def run(options: PlanOptions, commit: Callable[[], str]) -> int:
+def run(options: PlanOptions, commit: Callable[[], str], console: Console) -> int:
     """Prints and writes; 0. `commit` tells the revision of the sources, and is asked where Records are written.
 
     Raises ConfigError or TopologyError for a job that cannot work or does not fit, and for a file that it cannot write.
     """
     cluster = _cluster(options)
     if options.sweep is not None:
-        from ds_moe_ep.simulate.sweep_command import run_sweep
-
-        return run_sweep(options, cluster, commit)
+        return run_sweep(options, cluster, commit, console)
     plan = make_plan(options.config, cluster, micro_batch=options.micro_batch, load=options.load, mode=options.mode)
     comparison = _comparison(options, plan, cluster) if options.compare else None
     figures = audit(cluster) if plan.stated else ()
@@ -59,7 +37,6 @@ def run(options: PlanOptions, commit: Callable[[], str]) -> int:
         values["figures"] = [{"figure": row.figure.name, "verdict": row.verdict} for row in figures]
         print(json.dumps(values, indent=2, allow_nan=False))
     else:
-        console = Console(width=None if sys.stdout.isatty() else PAPER_WIDTH)
         print_comparison(comparison, figures, console) if comparison else print_plan(plan, figures, console)
     try:
         _write(options, plan, comparison, commit)
@@ -90,6 +67,7 @@ def _write(options: PlanOptions, plan: Plan, comparison: Comparison | None, comm
     if options.trace is not None:
         write_trace(Path(options.trace), plan)
     if options.out is not None:
-        source = source_of(plan, options.cluster, options.nodes, options.command, commit())
+        cluster = plan.job.setup.cluster
+        source = source_of(cluster, options.cluster, options.nodes, options.command, commit())
         records = comparison_records(comparison, source) if comparison else plan_records(plan, source)
         write_plan(Path(options.out), list(records), plan)

@@ -74,16 +74,16 @@ def _stated(plan: Plan) -> str:
     if needed > 1:
         verdict = "beyond the peak"
     elif stated.tps > tps.high:
-        verdict = "more than is foretold"
+        verdict = "more than is predicted"
     elif stated.tps < tps.low:
-        verdict = "less than is foretold"
+        verdict = "less than is predicted"
     else:
-        verdict = "within the bar of what is foretold"
+        verdict = "within the bar of what is predicted"
     repeated = f" ({100 * stated.repeated:.0f} % with recomputation)" if stated.repeated > stated.training else ""
     return (
         f"The specification states {stated.tps:,.0f} tokens/s for {plan.title}: {100 * stated.training:.0f} % of the "
         f"peak of {setup.training.world_size} devices when training{repeated}, {100 * stated.forward:.0f} % forward. "
-        f"Foretold for {MODES[setup.mode]}: {with_bar(tps)} tokens/s, {_percent(mfu)} of the peak. "
+        f"Predicted for {MODES[setup.mode]}: {with_bar(tps)} tokens/s, {_percent(mfu)} of the peak. "
         f"What is stated is {verdict}."
     )
 

@@ -33,6 +33,11 @@ class Estimate:
         """The value with its bar from what it is at the slower and at the faster end."""
         return cls(value, min(value, slow, fast), max(value, slow, fast))
 
+    @classmethod
+    def exactly(cls, value: float) -> Estimate:
+        """A number that no range of the cluster changes."""
+        return cls(value, value, value)
+
     def scaled(self, factor: float) -> Estimate:
         """The same in another unit."""
         return Estimate(factor * self.value, factor * self.low, factor * self.high)

@@ -38,9 +38,6 @@ class Line:
     slopes: tuple[float, float]
     residual: float  # the median of what the line leaves, relative
 
-    def at(self, x: float) -> float:
-        return self.start + self.slope * x
-
 
 def samples_below(records: Iterable[Record], prefix: str, kind: str) -> list[Sample]:
     """The samples whose names begin with `probe.<prefix>`, by size; of two of one name the later one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def zipf(num_experts: int, exponent: float) -> list[float]:
 def loads_of(rows: Sequence[float], ep_size: int) -> tuple[float, ...]:
     """What each rank receives over the mean, from the rows of each expert. Consecutive experts lie on one rank."""
     total, local = sum(rows), len(rows) // ep_size
-    if total <= 0 or min(rows) < 0:
+    if not 0 < total < math.inf or min(rows) < 0:
         raise ConfigError(f"load={list(rows)!r}: rows are not negative and some expert has one; {WAY_OUT}")
     return tuple(sum(rows[i : i + local]) * ep_size / total for i in range(0, len(rows), local))
 

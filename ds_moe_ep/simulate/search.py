@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 Parameters = dict[str, float]
+BETTER = 1e-4  # share of the loss by which a step must lower it: a parameter that nothing tells of stays where it is
 
 
 def compass_search(
@@ -16,8 +17,8 @@ def compass_search(
 ) -> Parameters:
     """Positive parameters at a local minimum of `loss` (Kolda, Lewis, Torczon, SIAM Review 45, 2003, section 1.1).
 
-    Each is multiplied and divided by a factor in turn; a better value is kept. Where none is better the factor becomes
-    its square root, until it is below `tolerance`. Deterministic; a start of 0 stays 0.
+    Each is multiplied and divided by a factor in turn; a value that is clearly better is kept. Where none is, the
+    factor becomes its square root, until it is below `tolerance`. Deterministic; a start of 0 stays 0.
     """
     best, lowest = dict(start), loss(dict(start))
     while factor > tolerance:
@@ -26,7 +27,7 @@ def compass_search(
             for step in (factor, 1 / factor):
                 tried = {**best, name: best[name] * step}
                 found = loss(tried)
-                if found < lowest:
+                if found < lowest * (1 - BETTER):
                     best, lowest, improved = tried, found, True
                     break
         if not improved:

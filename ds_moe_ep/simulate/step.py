@@ -97,8 +97,10 @@ class Step:
     @property
     def mfu(self) -> float:
         """Model-flop utilization: the step's arithmetic over what all devices could do in its time at their peak."""
-        peak = self.setup.cluster.device.peak(self.setup.training.precision)
-        return self.setup.flops / (self.setup.training.world_size * peak * self.step_us)
+        cluster, training = self.setup.cluster, self.setup.training
+        on_cores = cluster.computes_on == "host"
+        devices = min(cluster.host.cores, training.world_size) if on_cores else training.world_size
+        return self.setup.flops / (devices * cluster.device.peak(training.precision) * self.step_us)
 
     @property
     def busy(self) -> float:

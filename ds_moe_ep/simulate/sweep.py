@@ -51,6 +51,7 @@ class Point:
 
     @property
     def setup(self) -> Setup:
+        """The job at this size."""
         return self.prediction.step.setup
 
     @property
@@ -63,7 +64,7 @@ class Point:
         """What a law of the specification speaks of: tokens/s, microseconds a token, busy share, bytes an expert."""
         if law == "memory_per_expert":
             held = self.memory.persistent / self.setup.moe.num_experts
-            return Estimate(held, held, held)
+            return Estimate.exactly(held)
         return self.prediction.estimate(lambda step: getattr(step, "tpot_us" if law == "tpot" else law))
 
 
@@ -78,7 +79,7 @@ class Sweep:
         """The points with this held constant."""
         return tuple(point for point in self.points if point.total == total)
 
-    def fits(self, total: str) -> tuple[Fit, ...]:
+    def law_fits(self, total: str) -> tuple[Fit, ...]:
         """The specification's laws fitted to the points of the fewest copies; none where EP does not vary."""
         points = self.of(total)
         least = min((point.dp for point in points), default=1)

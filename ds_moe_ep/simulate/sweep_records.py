@@ -1,23 +1,17 @@
-"""A sweep as Records, by the names of `evidence`, and as a table."""
+"""A sweep as Records, by the names of `evidence`, and as plain values for JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Iterator
+from typing import Any
 
 from ds_moe_ep.evidence import LAWS, STATED_R2, TOTALS
 from ds_moe_ep.record import Record
-from ds_moe_ep.simulate.bar_record import bar_record, exactly
 from ds_moe_ep.simulate.predict import Estimate
-from ds_moe_ep.simulate.records import COUNTED, NOTE, Source
+from ds_moe_ep.simulate.source import COUNTED, NOTE, Source
 from ds_moe_ep.simulate.sweep import Point, Sweep
 
 UNITS = {"tps": "tokens/s", "tpot": "us", "busy": "ratio", "memory_per_expert": "bytes"}  # of the laws' values
-FOOT = "Simulated; nothing was measured. The bar: all of the cluster's ranges at their slower and at their faster ends."
 
 
 def sweep_records(sweep: Sweep, source: Source) -> Iterator[Record]:
@@ -26,14 +20,14 @@ def sweep_records(sweep: Sweep, source: Source) -> Iterator[Record]:
         start = f"sweep.{source.bed}.{total}"
         for point in sweep.of(total):
             yield from _point(point, f"{start}.ep{point.ep}.dp{point.dp}", source)
-        fits = sweep.fits(total)
+        fits = sweep.law_fits(total)
         sizes = ", ".join(str(size) for size in sorted({point.ep for point in sweep.of(total)}))
         note = f"least squares over what is simulated at EP = {sizes}"
         for its in fits:
             name = f"{start}.fit.{its.law}"
-            yield bar_record(source, f"{name}.coefficient", exactly(its.coefficient), UNITS[its.law], note, its.n)
+            yield source.record(f"{name}.coefficient", Estimate.exactly(its.coefficient), UNITS[its.law], note, its.n)
             if its.r2 is not None:
-                yield bar_record(source, f"{name}.r2", exactly(its.r2), "ratio", note, its.n)
+                yield source.record(f"{name}.r2", Estimate.exactly(its.r2), "ratio", note, its.n)
 
 
 def _point(point: Point, start: str, source: Source) -> Iterator[Record]:
@@ -42,13 +36,13 @@ def _point(point: Point, start: str, source: Source) -> Iterator[Record]:
     where = f"{NOTE}; {cluster.num_nodes} nodes of {cluster.node_size}{schedule}"
     for law in LAWS:
         notes = COUNTED if law == "memory_per_expert" else where
-        yield bar_record(source, f"{start}.{law}", point.value(law), UNITS[law], notes)
+        yield source.record(f"{start}.{law}", point.value(law), UNITS[law], notes)
     mfu = prediction.estimate(lambda step: step.mfu)
-    yield bar_record(source, f"{start}.mfu", mfu, "ratio", where)
+    yield source.record(f"{start}.mfu", mfu, "ratio", where)
     if prediction.hidden is not None:
-        yield bar_record(source, f"{start}.hidden", prediction.hidden, "ratio", where)
+        yield source.record(f"{start}.hidden", prediction.hidden, "ratio", where)
     fits = "fits" if point.fits else "does not fit, and times are of devices with enough"
-    yield bar_record(source, f"{start}.memory", exactly(float(point.memory.peak)), "bytes", f"{COUNTED}; {fits}")
+    yield source.record(f"{start}.memory", Estimate.exactly(float(point.memory.peak)), "bytes", f"{COUNTED}; {fits}")
 
 
 def schedule_of(point: Point) -> str:
@@ -60,70 +54,27 @@ def schedule_of(point: Point) -> str:
     return f"peers{size}" + (f" x {moe.row_cuts}" if moe.row_cuts > 1 else "")
 
 
-def print_sweep(sweep: Sweep, console: Console | None = None) -> None:
-    """Prints the points of a sweep, the laws' fits beside what the specification states, and what it means."""
-    console = console or Console()
-    for total, title in TOTALS.items():
-        if points := sweep.of(total):
-            console.print(_points(title, points))
-    if any(sweep.fits(total) for total in TOTALS):
-        console.print(_fits(sweep))
-    for note in sweep.notes:
-        console.print(Text(f"note: {note}", style="yellow"))
-    if not all(point.fits for point in sweep.points):
-        console.print(Text("* more memory than a device has: times are of devices with enough", style="yellow"))
-    console.print(Text(FOOT, style="dim"))
-
-
-def _points(title: str, points: Sequence[Point]) -> Table:
-    table = _table(title, "EP", "schedule", "tokens/s", "bar", "us/token", "busy", "MFU", "hidden", "GB")
-    for point in points:
-        hidden, tps = point.prediction.step.hidden, point.value("tps")
-        table.add_row(
-            f"{point.ep} x {point.dp}" if point.dp > 1 else f"{point.ep}",
-            schedule_of(point),
-            _short(tps.value),
-            _range(tps),
-            f"{point.value('tpot').value:.3g}",
-            _percent(point.value("busy").value),
-            _percent(point.prediction.step.mfu),
-            "-" if hidden is None else _percent(hidden),
-            f"{point.memory.peak / 1e9:.3g}{'' if point.fits else '*'}",
-        )
-    return table
-
-
-def _fits(sweep: Sweep) -> Table:
-    table = _table("R2 of the specification's laws", "law", "stated", *TOTALS.values())
-    fits = {total: {its.law: its for its in sweep.fits(total)} for total in TOTALS}
-    for law, title in LAWS.items():
-        found = [fits[total].get(law) for total in TOTALS]
-        cells = ("-" if its is None or its.r2 is None else f"{its.r2:.3f}" for its in found)
-        table.add_row(title, f"{STATED_R2[law]:g}", *cells)
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("law", "schedule") else "right", no_wrap=column == "bar")
-    return table
-
-
-def _range(tps: Estimate) -> str:
-    """The bar with its unit once: 261-379 k."""
-    low, high = _short(tps.low), _short(tps.high)
-    if low == high:
-        return "-"
-    return f"{low.removesuffix(high[-2:])}-{high}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _short(value: float) -> str:
-    """Tokens a second: 18.7 k, 322 k, 1.29 M, 20.6 M."""
-    scale, letter = (1e6, "M") if value >= 1e6 else (1e3, "k")
-    size = value / scale
-    return f"{size:,.{2 if size < 10 else 1 if size < 100 else 0}f} {letter}"
+def sweep_values(found: Sweep) -> dict[str, Any]:
+    """The sweep as plain values, for JSON; a bar is [value, low, high]."""
+    points = [
+        {
+            "held_constant": point.total,
+            "ep": point.ep,
+            "dp": point.dp,
+            "num_nodes": point.setup.cluster.num_nodes,
+            "num_experts": point.setup.moe.num_experts,
+            "schedule": schedule_of(point),
+            "memory_bytes": point.memory.peak,
+            "fits": point.fits,
+            "hidden_ratio": point.prediction.step.hidden,
+            "mfu_ratio": point.prediction.step.mfu,
+            **{law: [bar.value, bar.low, bar.high] for law in LAWS for bar in (point.value(law),)},
+        }
+        for point in found.points
+    ]
+    fits = [
+        {"held_constant": total, **vars(its), "r2_stated": STATED_R2[its.law]}
+        for total in TOTALS
+        for its in found.law_fits(total)
+    ]
+    return {"units": UNITS, "points": points, "fits": fits, "notes": list(found.notes)}

@@ -14,8 +14,7 @@ from math import inf
 from ds_moe_ep.events import Phase, Task
 
 Rate = Fraction | None  # None is infinite
-Weights = Mapping[int, Fraction]  # how fast each task rises beside the others
-Sharing = Callable[[Mapping[int, Phase], Sequence[float], Weights], dict[int, Rate]]
+Sharing = Callable[[Mapping[int, Phase], Sequence[float]], dict[int, Rate]]
 
 
 def simulate(
@@ -33,9 +32,7 @@ def simulate(
                 start[index] = now
                 rest[index] = [(phase, Fraction(phase.amount)) for phase in task.phases]
         active = {index: phases[0][0] for index, phases in rest.items() if phases}
-        flows = {index for index, phase in active.items() if phase.uses and rest[index][0][1]}
-        weights = {index: Fraction(1, 2 if index in flows and tasks[index].behind in flows else 1) for index in active}
-        rates = share(active, capacities, weights)
+        rates = share(active, capacities)
         over = [index for index in active if rates[index] is None or not rest[index][0][1]]
         done = [index for index, phases in rest.items() if not phases]
         if not over and not done:
@@ -54,7 +51,7 @@ def simulate(
     return [(start[index], stop[index]) for index in range(len(tasks))]
 
 
-def bottleneck_rates(active: Mapping[int, Phase], capacities: Sequence[float], weights: Weights) -> dict[int, Rate]:
+def bottleneck_rates(active: Mapping[int, Phase], capacities: Sequence[float]) -> dict[int, Rate]:
     """Max-min fair rates."""
     uses = {index: _uses(index, phase, capacities) for index, phase in active.items()}
     free: dict[object, Fraction] = {i: Fraction(size) for i, size in enumerate(capacities) if size != inf}
@@ -64,7 +61,7 @@ def bottleneck_rates(active: Mapping[int, Phase], capacities: Sequence[float], w
         open_ones = [index for index in active if index not in rates]
         offers = {}
         for resource, size in free.items():
-            used = sum((weights[i] * uses[i].get(resource, Fraction(0)) for i in open_ones), Fraction(0))
+            used = sum((uses[i].get(resource, Fraction(0)) for i in open_ones), Fraction(0))
             if used:
                 offers[resource] = size / used
         if not offers:
@@ -72,13 +69,13 @@ def bottleneck_rates(active: Mapping[int, Phase], capacities: Sequence[float], w
         least = min(offers, key=lambda resource: offers[resource])
         for index in open_ones:
             if uses[index].get(least):
-                rates[index] = rate = weights[index] * offers[least]
+                rates[index] = rate = offers[least]
                 for resource, use in uses[index].items():
                     free[resource] -= rate * use
     return rates
 
 
-def equal_split(active: Mapping[int, Phase], capacities: Sequence[float], weights: Weights) -> dict[int, Rate]:
+def equal_split(active: Mapping[int, Phase], capacities: Sequence[float]) -> dict[int, Rate]:
     """A mistake to find: what one phase cannot take is not given to the others."""
     rates: dict[int, Rate] = {}
     uses = {index: _uses(index, phase, capacities) for index, phase in active.items()}

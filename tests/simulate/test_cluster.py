@@ -136,11 +136,10 @@ def test_without_ranges_both_ends_are_the_cluster() -> None:
     assert cluster.ends() == (cluster, cluster)
 
 
-def test_more_nodes_another_link_and_another_host_leave_the_rest_alone() -> None:
+def test_more_nodes_and_another_link_leave_the_rest_alone() -> None:
     cluster = read_cluster(small())
     assert cluster.with_nodes(8).num_ranks == 32
     assert cluster.with_far(latency_us=9.0).far == dataclasses.replace(cluster.far, latency_us=9.0)
-    assert cluster.with_host(cores=2.0).host.cores == 2.0
     assert cluster.with_nodes(8).with_nodes(2) == cluster
 
 

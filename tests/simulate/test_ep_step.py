@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ds_moe_ep.events import critical_path_us
 from ds_moe_ep.footprint import dispatch_bytes, forward_flops, training_flops
 from ds_moe_ep.price import candidates
+from ds_moe_ep.simulate import moe_pass
 from ds_moe_ep.simulate.cluster import Cluster, Device, Host
 from ds_moe_ep.simulate.ep_step import EpJob, ep_step
 from ds_moe_ep.simulate.step import Setup
@@ -31,10 +32,10 @@ def compute_us(job: Setup) -> float:
     flops = forward_flops if job.mode == "forward" else training_flops
     tokens = job.micro_batch_tokens * job.training.accumulation
     again = 0.5 * 2 * MODEL.sequence_length * MODEL.hidden_size * MODEL.num_layers * (job.mode == "training")
-    gates = 2 * MODEL.hidden_size * job.moe.num_experts * MODEL.num_layers * (1 if job.mode == "forward" else 3)
-    return tokens * (flops(MODEL, job.moe) + again - gates) / job.cluster.device.peak_fp16
+    return tokens * (flops(MODEL, job.moe) + again) / job.cluster.device.peak_fp16
 
 
+@settings(deadline=None)
 @given(knobs=SCHEDULES, mode=st.sampled_from(["forward", "training"]), accumulation=st.integers(1, 3))
 def test_without_costs_of_communication_a_step_is_exactly_its_compute(
     knobs: dict[str, Any], mode: str, accumulation: int
@@ -146,3 +147,42 @@ def test_a_device_with_few_rows_an_expert_is_slower() -> None:
 
     assert step_us(0.0, 8) == pytest.approx(step_us(0.0, 1))
     assert step_us(64.0, 8) > 1.2 * step_us(64.0, 1)
+
+
+@pytest.mark.parametrize("far", [4.0, 40.0, 400.0])
+@pytest.mark.parametrize(
+    "loads",
+    [(3.0, *(13 / 15,) * 15), (4.0, 2.0, *(10 / 14,) * 14), (13.0, *(3 / 15,) * 15)],
+    ids=["one", "two", "most"],
+)
+def test_the_fullest_rank_stands_for_many_about_as_all_of_them_would(
+    loads: tuple[float, ...], far: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows nothing of when its peers send, which is worth a fifth where links alone count."""
+    job = setup(with_links(cluster(), 1e4, far), loads=loads)
+    each = ep_step(job)
+    monkeypatch.setattr(moe_pass, "MAX_RANKS", 8)
+    alone = ep_step(job)
+    assert alone.step_us == pytest.approx(each.step_us, rel=0.2)
+    even = ep_step(setup(with_links(cluster(), 1e4, far)))
+    assert alone.step_us > 1.2 * even.step_us
+
+
+@given(num_experts=st.sampled_from([16, 256, 1024]), memory=st.sampled_from([1e2, 1e9]))
+def test_a_gate_with_many_experts_costs_its_products_in_fp32(num_experts: int, memory: float) -> None:
+    device = Device(memory_bytes=80e9, peak_fp16=1e3, peak_fp32=10.0, memory_bandwidth=memory)
+    gates = [
+        ep_step(setup(cluster(device=on), mode="forward", num_experts=num_experts))
+        for on in (device, dataclasses.replace(device, peak_fp32=1e300))
+    ]
+    tokens = gates[0].setup.micro_batch_tokens
+    products_us = MODEL.num_layers * tokens * 2 * MODEL.hidden_size * num_experts / 10.0
+    assert gates[0].step_us - gates[1].step_us == pytest.approx(products_us)
+
+
+def test_utilization_counts_the_cores_where_the_host_computes() -> None:
+    """Two cores for sixteen ranks, which do nothing but products at the peak of a core."""
+    job = setup(dataclasses.replace(cluster(), computes_on="host", host=Host(cores=2.0)), mode="forward")
+    assert ep_step(job).mfu == pytest.approx(1.0)
+    many = dataclasses.replace(job.cluster, host=Host(cores=64.0))
+    assert ep_step(dataclasses.replace(job, cluster=many)).mfu == pytest.approx(1.0), "a rank has one thread"

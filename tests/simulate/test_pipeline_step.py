@@ -190,7 +190,8 @@ def test_copies_reduce_their_gradients_over_the_links_that_they_share(zero_stage
     one = 2 * (4 * 64 * 64 // 4 + 64 * 16 + 4 * 64 + 16 * 2 * 64 * 512 // 4)  # parameters of two layers
     first, last = one + 256 * 64, one + 2 * 64 + 256 * 64  # with embedding; with final norm and head
     norm_us = 2 * 15 / 16 * 4 / 10
-    per_parameter_us = 2 * 0.5 * 4 / 2.5  # reduced and gathered: half of 4 bytes each, at a quarter of the link
+    halves = 3 if zero_stage else 2  # of 4 bytes: an all-reduce is two of them, and ZeRO gathers the weights
+    per_parameter_us = halves * 0.5 * 4 / 2.5  # at a quarter of the link
     step = pipeline_step(job)
     assert step.parts_us["gradients"] == pytest.approx(per_parameter_us * (first + last) / 2 + norm_us)
 
@@ -212,7 +213,7 @@ def test_no_step_is_faster_than_flops_bytes_or_its_longest_chain(
     work, step = count_work(model, MOE, job.training), pipeline_step(job)
     peak = job.cluster.device.peak_fp32
     waits = (micro_batches + layout[1] - 1) / micro_batches
-    assert step.step_us >= 0.98 * job.flops / peak / job.training.world_size  # the gate's 2 % are bytes here
+    assert step.step_us * (1 + 1e-9) >= job.flops / peak / job.training.world_size
     assert step.step_us * (1 + 1e-9) >= waits * step.parts_us["compute"] * 0.9  # stages differ by the head
     assert step.step_us * (1 + 1e-9) >= waits * work.step_all_reduce_bytes / (near + far)
     assert sum(step.parts_us.values()) == pytest.approx(step.step_us)

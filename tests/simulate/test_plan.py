@@ -128,6 +128,14 @@ def test_more_nodes_keep_the_batch_and_accumulate_less(cluster: Cluster) -> None
     assert read_job(EP16, cluster).notes == ()
 
 
+def test_what_is_not_simulated_is_said(cluster: Cluster) -> None:
+    ds_config = json.loads(Path(EP16).read_text(encoding="utf-8")) | {"use_data_before_expert_parallelism": True}
+    ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    offload, order = read_job(ds_config, cluster.with_nodes(8)).notes[1:]
+    assert "without the host" in offload and "consecutive ranks" in order
+    assert len(read_job(ds_config, cluster).notes) == 1, "one group of experts has no order"
+
+
 @pytest.mark.parametrize(
     ("changes", "nodes", "error", "words"),
     [
@@ -376,6 +384,13 @@ def test_the_command_exits_with_2_and_a_reason(
 ) -> None:
     assert main(["plan", "--config", EP16, "--cluster", CLUSTER_PATH, *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--out", "--trace"])
+def test_a_folder_is_no_file_to_write(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", EP16, "--cluster", CLUSTER_PATH, option, "."])
+    assert "give the name of a file" in capsys.readouterr().err
 
 
 def test_numbers_have_the_digits_that_a_bar_leaves_them() -> None:

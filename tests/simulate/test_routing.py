@@ -68,6 +68,7 @@ def test_anything_else_is_refused_with_the_way_out(text: str, words: str) -> Non
 
 def test_files_of_another_layer_are_refused(tmp_path: Path) -> None:
     refused = {"[1, 2]": "rows of 2 experts", "[0, 0, 0, 0]": "some expert has one", "[1, ": "no JSON"}
+    refused |= {"[1, 2, NaN, 4]": "some expert has one", "[1, 2, 1e999, 4]": "some expert has one"}
     for content, words in refused.items():
         (tmp_path / "rows.json").write_text(content, encoding="utf-8")
         with pytest.raises(ConfigError, match=words):

@@ -4,81 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.evidence import KINDS, SIMULATED
+from ds_moe_ep.evidence import KINDS
 from ds_moe_ep.record import Record, write_whole
 from ds_moe_ep.schedule import Kind
 from ds_moe_ep.simulate.jobs import title_of
 from ds_moe_ep.simulate.measures import measures, parts
 from ds_moe_ep.simulate.plan import Comparison, Plan
 from ds_moe_ep.simulate.predict import Estimate, Prediction
+from ds_moe_ep.simulate.source import COUNTED, Source
 from ds_moe_ep.timeline import LANES, Span, Tags, chrome_trace, write_spans
 from ds_moe_ep.training import WHOLE
 
 HEADLINE = {"tps", "tpot", "step", "busy", "hidden"}  # what the names of systems have of `measures`
-NOTE = "simulated, not measured; spread: all ranges of the cluster at their slower and at their faster ends"
 REPEATED = "recompute"  # phase of a forward pass that the backward pass repeats
-COUNTED = "counted from shapes, not measured"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where the Records of a plan come from."""
-
-    bed: str
-    command: str
-    commit: str
-    hardware: str
-
-    def record(self, name: str, estimate: Estimate, unit: str, notes: str = NOTE) -> Record:
-        """One number of this bed."""
-        return Record(
-            name=f"system.{self.bed}.{name}",
-            value=estimate.value,
-            unit=unit,
-            spread=(estimate.low, estimate.high),
-            n=1,
-            command=self.command,
-            commit=self.commit,
-            hardware=self.hardware,
-            emulated=True,
-            notes=notes,
-        )
-
-
-def source_of(plan: Plan, cluster_path: str, nodes: int | None, command: str, commit: str) -> Source:
-    """The bed is named for the cluster's file, and for its nodes where they are not the file's."""
-    cluster = plan.job.setup.cluster
-    return Source(
-        bed=SIMULATED + slug(Path(cluster_path).stem + (f"_{nodes}_nodes" if nodes is not None else "")),
-        command=command,
-        commit=commit,
-        hardware=f"simulated: {cluster.name} ({cluster.num_nodes} x {cluster.node_size} devices)",
-    )
-
-
-def slug(text: str) -> str:
-    """The text as a part of a name: lower case, digits and underscores."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "cluster"
 
 
 def plan_records(plan: Plan, source: Source) -> Iterator[Record]:
     """The plan of one job, and of its serial twin; memory, where it trains."""
-    mode, system = plan.job.setup.mode, plan.system
-    yield from _prediction(plan.prediction, f"{mode}.{system}", source)
+    start, system = _start(plan, source), plan.system
+    yield from _prediction(plan.prediction, f"{start}.{system}", source)
     if plan.serial is not None:
-        yield from _prediction(plan.serial, f"{mode}.{system}_serial", source)
-        yield from _ratios(source, mode, (system, plan.prediction), (f"{system}_serial", plan.serial))
-    if mode == "training":
+        yield from _prediction(plan.serial, f"{start}.{system}_serial", source)
+        yield from _ratios(source, start, (system, plan.prediction), (f"{system}_serial", plan.serial))
+    if plan.job.setup.mode == "training":
         for kind in KINDS:
-            num_bytes = float(getattr(plan.fit.memory, kind))
-            counted = Estimate(num_bytes, num_bytes, num_bytes)
-            yield source.record(f"{mode}.{system}.memory.{kind}", counted, "bytes", COUNTED)
+            counted = Estimate.exactly(float(getattr(plan.fit.memory, kind)))
+            yield source.record(f"{start}.{system}.memory.{kind}", counted, "bytes", COUNTED)
+
+
+def _start(plan: Plan, source: Source) -> str:
+    """What the names of a plan's Records begin with, those of measured systems likewise."""
+    return f"system.{source.bed}.{plan.job.setup.mode}"
 
 
 def comparison_records(comparison: Comparison, source: Source) -> Iterator[Record]:
@@ -94,11 +54,11 @@ def comparison_records(comparison: Comparison, source: Source) -> Iterator[Recor
         )
     yield from plan_records(ours, source)
     yield from plan_records(theirs, source)
-    mode = ours.job.setup.mode
-    yield from _ratios(source, mode, (ours.system, ours.prediction), (theirs.system, theirs.prediction))
+    start = _start(ours, source)
+    yield from _ratios(source, start, (ours.system, ours.prediction), (theirs.system, theirs.prediction))
     if ours.serial is not None:
         serial = f"{ours.system}_serial", ours.serial
-        yield from _ratios(source, mode, serial, (theirs.system, theirs.prediction))
+        yield from _ratios(source, start, serial, (theirs.system, theirs.prediction))
 
 
 def _prediction(prediction: Prediction, start: str, source: Source) -> Iterator[Record]:
@@ -112,10 +72,10 @@ def _prediction(prediction: Prediction, start: str, source: Source) -> Iterator[
 Named = tuple[str, Prediction]
 
 
-def _ratios(source: Source, mode: str, *both: Named) -> Iterator[Record]:
+def _ratios(source: Source, start: str, *both: Named) -> Iterator[Record]:
     """Each over the other, at the same end."""
     for (system, prediction), (other, its) in (both, both[::-1]):
-        yield source.record(f"{mode}.{system}.ratio_to_{other}", prediction.over(its), "ratio")
+        yield source.record(f"{start}.{system}.ratio_to_{other}", prediction.over(its), "ratio")
 
 
 def plan_spans(plan: Plan) -> list[Span]:

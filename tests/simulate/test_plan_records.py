@@ -16,16 +16,8 @@ from ds_moe_ep.report.names import bed_order, is_known, place_of
 from ds_moe_ep.report.write import write_report
 from ds_moe_ep.simulate.cluster import load_cluster
 from ds_moe_ep.simulate.plan import Comparison, Plan, compare, make_plan
-from ds_moe_ep.simulate.records import (
-    REPEATED,
-    Source,
-    comparison_records,
-    plan_records,
-    plan_spans,
-    slug,
-    source_of,
-    write_trace,
-)
+from ds_moe_ep.simulate.plan_records import REPEATED, comparison_records, plan_records, plan_spans, write_trace
+from ds_moe_ep.simulate.source import Source, slug, source_of
 from ds_moe_ep.timeline import accounts, read_spans
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -42,7 +34,7 @@ def comparison() -> Comparison:
 
 @pytest.fixture(scope="module")
 def source(comparison: Comparison) -> Source:
-    return source_of(comparison.ours, CLUSTER, None, "python -m ds_moe_ep plan", "0123abc")
+    return source_of(load_cluster(CLUSTER), CLUSTER, None, "python -m ds_moe_ep plan", "0123abc")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +96,7 @@ def test_two_jobs_of_one_name_cannot_share_a_file(comparison: Comparison, source
 
 
 def test_other_nodes_are_another_bed(comparison: Comparison) -> None:
-    assert source_of(comparison.ours, CLUSTER, 8, "typed", "0123abc").bed == "simulated_h100_4x4_8_nodes"
+    assert source_of(load_cluster(CLUSTER), CLUSTER, 8, "typed", "0123abc").bed == "simulated_h100_4x4_8_nodes"
     assert [slug(text) for text in ("My Cluster-2.v3", "...", "a")] == ["my_cluster_2_v3", "cluster", "a"]
 
 
