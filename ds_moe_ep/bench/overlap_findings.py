@@ -6,12 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ds_moe_ep.bench.findings import Collected
 from ds_moe_ep.bench.method import summarize
-from ds_moe_ep.bench.overlap_ranks import PHASES, WIRE, OverlapPlan
-from ds_moe_ep.bench.testbed import HEADERS
+from ds_moe_ep.bench.overlap_ranks import PHASES, OverlapPlan
 from ds_moe_ep.record import Record
+from ds_moe_ep.shaping import COMPUTES, WIRE, link_rate
 
-COMPUTE_OF = {"forward": 1, "backward": 2, "step": 3}  # in emulated forward passes
-EXCHANGES_OF = {"forward": 2, "backward": 2, "step": 4}
 SPREAD = "lowest and highest 5 % dropped (from 20 rounds on), quartiles"
 NOTES = {
     "time": f"slowest rank, {SPREAD}",
@@ -34,13 +32,12 @@ def exchange_bytes(plan: OverlapPlan) -> float:
 
 def compute_ms(plan: OverlapPlan, phase: str) -> float:
     """What emulated experts take for the mean rows of a rank."""
-    return COMPUTE_OF[phase] * plan.case.num_rows * plan.row_us / 1e3
+    return COMPUTES[phase] * plan.case.num_rows * plan.row_us / 1e3
 
 
 def link_mbit(plan: OverlapPlan, ratio: float, phase: str) -> float:
     """The link over which the traffic of `phase` takes `ratio` times its emulated compute."""
-    seconds = ratio * compute_ms(plan, phase) / 1e3
-    return EXCHANGES_OF[phase] * exchange_bytes(plan) * HEADERS * 8 / seconds / 1e6
+    return 8 * link_rate(ratio, phase, exchange_bytes(plan), 1e3 * compute_ms(plan, "forward"))
 
 
 class OverlapFindings(Collected):

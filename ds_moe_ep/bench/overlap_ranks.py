@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,19 +24,12 @@ from ds_moe_ep.bench.processes import Finding, live_as_rank
 from ds_moe_ep.bench.testbed import TestBed, take_place
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.recorder import HostRecorder
+from ds_moe_ep.shaping import SCHEDULES, WIRE
 from ds_moe_ep.timeline import overlap
 
-OURS: dict[str, dict[str, Any]] = {
-    "auto": {"schedule": "auto"},
-    "peers": {"schedule": "peers"},
-    "peers, 2 cuts": {"schedule": "peers", "row_cuts": 2},
-    "2 chunks": {"schedule": "chunks", "chunks": 2},
-    "4 chunks": {"schedule": "chunks", "chunks": 4},
-    "8 chunks": {"schedule": "chunks", "chunks": 8},
-    "serial": {"schedule": "serial"},
-}
+OURS: Mapping[str, Mapping[str, Any]] = {"auto": {"schedule": "auto"}, **SCHEDULES}
 HOOKED = "hooked native"  # DeepSpeed's own layer with the hooks, on the schedule "peers, 2 cuts"
-NATIVE, AUTOEP, WIRE = "native", "autoep", "wire"  # wire: serial with experts that take no time
+NATIVE, AUTOEP = "native", "autoep"
 SIDES = (*OURS, HOOKED, NATIVE, AUTOEP, WIRE)
 PHASES = ("forward", "backward", "step")
 START_TIMEOUT_S = 300.0

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ds_moe_ep.bench.testbed import HEADERS, TestBed
+from ds_moe_ep.bench.testbed import TestBed
 from ds_moe_ep.config import SMALL, Layout, ModelConfig, MoEConfig
 from ds_moe_ep.evidence import BASELINE, SYSTEMS
+from ds_moe_ep.shaping import HEADERS
 
 BURST_BYTES = 64e3  # of each exchange, which the link's bucket lets pass at once
 SEEN = 0.87  # of the time that a node's link needs for an exchange, the mean rank waits: some have their rows earlier

@@ -32,7 +32,6 @@ from ds_moe_ep.errors import EngineError
 TOOLS = ("ip", "tc", "nsenter", "unshare", "sysctl")
 DEVICE = "eth0"  # every node's one interface beside its loopback
 SUBNET = "10.77.0"
-HEADERS = 1.08  # bytes on the link over bytes of rows: Ethernet, IP and TCP, acknowledgements of the other way
 BURST = "64kb"  # the largest packet that a veth hands over at once
 QUEUE = "16mb"  # holds all that the senders' sockets do: a link delays, it drops nothing
 # A queue of seconds must not make TCP send again what still waits in it; a fabric for GPUs has no slow start either.

@@ -19,7 +19,7 @@ from ds_moe_ep.record import Record, read_records
 from ds_moe_ep.simulate.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.fit_probe import Point, fit_probe
 from ds_moe_ep.simulate.overlap_case import OverlapCase, overlap_cases
-from ds_moe_ep.simulate.overlap_fit import Prediction, fit_overlap
+from ds_moe_ep.simulate.overlap_fit import CasePrediction, fit_overlap
 from ds_moe_ep.simulate.probe_samples import PREFIX
 from ds_moe_ep.simulate.write_cluster import write_cluster
 
@@ -126,7 +126,7 @@ def held_out_cases(cases: Iterable[OverlapCase], share: float) -> set[str]:
     return set(names[: int(share * len(names))])
 
 
-def _points(predictions: Iterable[Prediction], *, is_held_out: bool) -> list[Point]:
+def _points(predictions: Iterable[CasePrediction], *, is_held_out: bool) -> list[Point]:
     return [
         Point(
             f"overlap benchmark, {prediction.case.device} devices",

@@ -97,4 +97,6 @@ def _notes(ds_config: Mapping[str, Any], training: Training, load: str) -> list[
         notes.append("offload_optimizer is simulated without the host: its memory and bus make a step longer")
     if ds_config.get("use_data_before_expert_parallelism") and training.num_replicas > 1:
         notes.append("use_data_before_expert_parallelism is not simulated: an expert group has consecutive ranks here")
+    if ds_config["moe_ep"].get("capacity_factor") is not None:
+        notes.append("capacity_factor drops nothing here: with unequal loads a step may be shorter than simulated")
     return notes

@@ -13,32 +13,20 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from ds_moe_ep.config import ModelConfig, MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.program import START, Mark, Program
 from ds_moe_ep.record import Record
+from ds_moe_ep.shaping import EXCHANGES, SCHEDULES, WIRE, link_rate
 from ds_moe_ep.simulate.cluster import Cluster
 from ds_moe_ep.simulate.ep_step import EpJob
 from ds_moe_ep.simulate.step import Setup
 from ds_moe_ep.timeline import Span, Tags
 from ds_moe_ep.training import Training
 
-SIDES: Mapping[str, Mapping[str, Any]] = {  # the benchmark's names of our schedules
-    "peers": {"schedule": "peers"},
-    "peers, 2 cuts": {"schedule": "peers", "row_cuts": 2},
-    "2 chunks": {"schedule": "chunks", "chunks": 2},
-    "4 chunks": {"schedule": "chunks", "chunks": 4},
-    "8 chunks": {"schedule": "chunks", "chunks": 8},
-    "serial": {"schedule": "serial"},
-}
-WIRE = "wire"  # serial with experts that take no time
 PHASES = ("forward", "backward")
 NUM_EXPERTS, TOKENS, WIDTH, EXPERT_WIDTH = 16, 1024, 256, 1024  # of the benchmark's cases, on every rank
-EXCHANGES = {"forward": 2, "backward": 2, "step": 4}
-COMPUTE = {"forward": 1, "backward": 2, "step": 3}  # in emulated forward passes
-HEADERS = 1.08  # bytes on the bed's links over bytes of rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class OverlapCase:
 
     @cached_property
     def moe(self) -> MoEConfig:
-        knobs = dict(SIDES.get(self.side, SIDES["serial"]))
+        knobs = dict(SCHEDULES.get(self.side, SCHEDULES["serial"]))
         size = self.num_nodes * self.node_size
         return MoEConfig(num_experts=NUM_EXPERTS, ep_size=size, node_size=self.node_size, top_k=self.top_k, **knobs)
 
@@ -151,7 +139,7 @@ def overlap_cases(records: Iterable[Record]) -> list[OverlapCase]:
             continue
         _, device, rest = record.name.split(".", 2)
         shaping, side, phase, _ = rest.rsplit(".", 3)
-        if side in SIDES or side == WIRE:
+        if side in SCHEDULES or side == WIRE:
             found.setdefault((device, shaping, side), {})[phase] = record
     return [_case(*key, measured) for key, measured in found.items() if {*PHASES, "step"} <= set(measured)]
 
@@ -204,8 +192,7 @@ def _bandwidth(shaping: str, options: argparse.Namespace, top_k: int, compute_us
         raise ConfigError(f"record.name: shaping {shaping!r} is none of the overlap benchmark's; measure again")
     far_share = (options.nodes - 1) / options.nodes
     exchange_bytes = TOKENS * top_k * options.ranks * far_share * WIDTH * 4
-    bandwidth: float = EXCHANGES[phase] * exchange_bytes * HEADERS / (float(number) * COMPUTE[phase] * compute_us)
-    return bandwidth
+    return link_rate(float(number), phase, exchange_bytes, compute_us)
 
 
 def pairs_in_order(cases: Iterable[OverlapCase], cluster: Cluster) -> Iterator[tuple[OverlapCase, OverlapCase, bool]]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.record import Record
+from ds_moe_ep.shaping import WIRE
 from ds_moe_ep.simulate.cluster import Cluster
-from ds_moe_ep.simulate.overlap_case import PHASES, WIRE, OverlapCase, overlap_cases, pairs_in_order, simulate_case
+from ds_moe_ep.simulate.overlap_case import PHASES, OverlapCase, overlap_cases, pairs_in_order, simulate_case
 from ds_moe_ep.simulate.search import Parameters, compass_search
 
 START = {  # by the path of the number; where the search begins
@@ -27,7 +28,7 @@ START = {  # by the path of the number; where the search begins
 
 
 @dataclass(frozen=True)
-class Prediction:
+class CasePrediction:
     """One case: microseconds of a step, simulated and measured."""
 
     case: OverlapCase
@@ -44,18 +45,18 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Fit:
+class OverlapFit:
     """A cluster with fitted costs, what each number is, and how it does on the cases fitted and on those held out."""
 
     cluster: Cluster
     parameters: Parameters
-    fitted: tuple[Prediction, ...]
-    held_out: tuple[Prediction, ...]
+    fitted: tuple[CasePrediction, ...]
+    held_out: tuple[CasePrediction, ...]
     pairs: int  # of held-out cases on one shaping whose steps differ by more than their spreads
     pairs_in_order: int
 
 
-def fit_overlap(cluster: Cluster, records: Iterable[Record], held_out: Callable[[OverlapCase], bool]) -> Fit:
+def fit_overlap(cluster: Cluster, records: Iterable[Record], held_out: Callable[[OverlapCase], bool]) -> OverlapFit:
     """The cluster whose host and, where experts were real, device explain the cases that are not held out.
 
     The loss is the sum over forward and backward passes of log(simulated / measured)^2: relative errors count alike for
@@ -72,12 +73,12 @@ def fit_overlap(cluster: Cluster, records: Iterable[Record], held_out: Callable[
     fitted = with_parameters(cluster, found)
     others = [case for case in cases if held_out(case)]
     ordered = [right for _, _, right in pairs_in_order(others, fitted)]
-    return Fit(fitted, found, predictions(mine, fitted), predictions(others, fitted), len(ordered), sum(ordered))
+    return OverlapFit(fitted, found, predictions(mine, fitted), predictions(others, fitted), len(ordered), sum(ordered))
 
 
-def predictions(cases: Sequence[OverlapCase], cluster: Cluster) -> tuple[Prediction, ...]:
+def predictions(cases: Sequence[OverlapCase], cluster: Cluster) -> tuple[CasePrediction, ...]:
     """Every case's step on a cluster."""
-    return tuple(Prediction(case, simulate_case(case, cluster)["step"]) for case in cases)
+    return tuple(CasePrediction(case, simulate_case(case, cluster)["step"]) for case in cases)
 
 
 def with_parameters(cluster: Cluster, values: Parameters) -> Cluster:

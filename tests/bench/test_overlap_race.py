@@ -9,10 +9,11 @@ import pytest
 
 from ds_moe_ep.bench import overlap
 from ds_moe_ep.bench.cases import CASES
-from ds_moe_ep.bench.overlap_findings import HEADERS, OverlapFindings, compute_ms, link_mbit, markdown_tables
+from ds_moe_ep.bench.overlap_findings import OverlapFindings, compute_ms, link_mbit, markdown_tables
 from ds_moe_ep.bench.overlap_ranks import OverlapPlan, Shaping
 from ds_moe_ep.bench.processes import Finding
 from ds_moe_ep.record import read_records
+from ds_moe_ep.shaping import HEADERS
 
 PLAN = OverlapPlan(
     case=next(case for case in CASES if case.name == "k1_even"),

@@ -134,6 +134,8 @@ def test_what_is_not_simulated_is_said(cluster: Cluster) -> None:
     offload, order = read_job(ds_config, cluster.with_nodes(8)).notes[1:]
     assert "without the host" in offload and "consecutive ranks" in order
     assert len(read_job(ds_config, cluster).notes) == 1, "one group of experts has no order"
+    ds_config["moe_ep"]["capacity_factor"] = 1.25
+    assert "drops nothing here" in read_job(ds_config, cluster).notes[-1]
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,10 @@ import pytest
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.record import Record, read_records
+from ds_moe_ep.shaping import WIRE
 from ds_moe_ep.simulate.calibrate import calibrate, held_out_cases
 from ds_moe_ep.simulate.cluster import Cluster, Host, load_cluster
-from ds_moe_ep.simulate.overlap_case import (
-    WIRE,
-    OverlapCase,
-    case_spans,
-    overlap_cases,
-    pairs_in_order,
-    simulate_case,
-)
+from ds_moe_ep.simulate.overlap_case import OverlapCase, case_spans, overlap_cases, pairs_in_order, simulate_case
 from ds_moe_ep.simulate.overlap_fit import fit_overlap, predictions
 from ds_moe_ep.timeline import overlap
 from tests.policy.sources import ROOT
