@@ -58,7 +58,7 @@ class EpJob:
         cluster = self.setup.cluster
         if len(self.rows.ranks) > 1:
             return machine_for_group(cluster, self.torus)
-        return machine_for_one(cluster, self.rows.share_of_arrivals(cluster.far.shared_by))
+        return machine_for_one(cluster, self.rows.far_share(cluster.far.shared_by))
 
     @cached_property
     def layer(self) -> LayerPass:

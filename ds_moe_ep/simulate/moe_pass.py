@@ -46,8 +46,8 @@ class Rows:
             return (self.loads.index(max(self.loads)),)
         return tuple(range(self.torus.size))
 
-    def share_of_arrivals(self, shared_by: float) -> float:
-        """What the one rank has of a link over which `shared_by` ranks receive, over its equal share: by loads."""
+    def far_share(self, shared_by: float) -> float:
+        """What the one rank has of the far link that `shared_by` ranks share, over its equal part: by their loads."""
         if not self.loads:
             return 1.0
         rank = self.ranks[0]

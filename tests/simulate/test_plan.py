@@ -121,23 +121,6 @@ def test_a_rank_with_more_rows_needs_more_memory(cluster: Cluster) -> None:
 # the job
 
 
-def test_more_nodes_keep_the_batch_and_accumulate_less(cluster: Cluster) -> None:
-    job = read_job(EP16, cluster.with_nodes(8))
-    assert (job.setup.training.batch, job.setup.training.accumulation) == (1024, 32)
-    assert job.notes == ("gradient_accumulation_steps is 32, not 64: the batch stays 1,024 sequences",)
-    assert read_job(EP16, cluster).notes == ()
-
-
-def test_what_is_not_simulated_is_said(cluster: Cluster) -> None:
-    ds_config = json.loads(Path(EP16).read_text(encoding="utf-8")) | {"use_data_before_expert_parallelism": True}
-    ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    offload, order = read_job(ds_config, cluster.with_nodes(8)).notes[1:]
-    assert "without the host" in offload and "consecutive ranks" in order
-    assert len(read_job(ds_config, cluster).notes) == 1, "one group of experts has no order"
-    ds_config["moe_ep"]["capacity_factor"] = 1.25
-    assert "drops nothing here" in read_job(ds_config, cluster).notes[-1]
-
-
 @pytest.mark.parametrize(
     ("changes", "nodes", "error", "words"),
     [
