@@ -83,6 +83,8 @@ def _memory(runs: Runs, which: str) -> Simulated:
     memory: Memory = memory_of(setup, setup.training)
     sequences = setup.training.micro_batch
     text = f"{memory.peak / 1e9:.1f} GB with activations of {sequences} sequence{'s' * (sequences > 1)} and buffers"
+    if memory.peak > runs.free_bytes:
+        text += f": does not fit, times are of devices with more than {runs.free_bytes / 1e9:.1f} GB free"
     return Simulated(text=text, numbers={"peak": (Estimate.exactly(memory.peak), "bytes")})
 
 

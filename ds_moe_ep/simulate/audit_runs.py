@@ -58,13 +58,14 @@ class Runs:
     def _base(self, model: ModelConfig) -> Setup:
         moe = dataclasses.replace(EP16, ep_size=1)
         cut = dataclasses.replace(TRAINING, layout=BASELINE, ep_size=1, accumulation=STATED.micro_batches)
-        largest = largest_micro_batch(model, moe, cut, int(self._free_bytes))
+        largest = largest_micro_batch(model, moe, cut, int(self.free_bytes))
         whole = largest - largest % BASELINE.tp_size
         training = dataclasses.replace(cut, micro_batch=max(whole or largest, 1))
         return Setup(model=model, moe=moe, training=training, cluster=self.cluster)
 
     @property
-    def _free_bytes(self) -> float:
+    def free_bytes(self) -> float:
+        """Memory of a device, without its reserve."""
         return self.cluster.device.memory_bytes - self.cluster.device.reserve_bytes
 
     @cached_property
@@ -98,7 +99,7 @@ class Runs:
         return self._predicted(self._base(KEEPING))
 
     def _predicted(self, setup: Setup) -> Prediction | None:
-        return predict(setup) if memory_of(setup, setup.training).peak <= self._free_bytes else None
+        return predict(setup) if memory_of(setup, setup.training).peak <= self.free_bytes else None
 
     @cached_property
     def serial(self) -> Prediction:

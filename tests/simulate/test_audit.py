@@ -129,6 +129,13 @@ def test_what_needs_no_recomputation_is_simulated_without_it_only_where_it_fits(
     assert Runs(dataclasses.replace(CLUSTER, device=device)).ep16_kept is None
 
 
+@pytest.mark.parametrize(("memory_bytes", "fits"), [(80e9, True), (40e9, False)])
+def test_memory_says_where_a_job_does_not_fit(memory_bytes: float, fits: bool) -> None:
+    device = dataclasses.replace(CLUSTER.device, memory_bytes=memory_bytes)
+    found = ANSWERS["memory_ep16"](Runs(dataclasses.replace(CLUSTER, device=device)), STATED)
+    assert ("does not fit, times are of devices with more than 36.0 GB free" not in found.text) == fits
+
+
 def test_another_number_of_devices_is_refused() -> None:
     with pytest.raises(ConfigError, match="jobs are of 16 devices"):
         audit(CLUSTER.with_nodes(8))
