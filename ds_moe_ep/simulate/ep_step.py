@@ -93,7 +93,7 @@ class EpJob:
         after = costs.permute(rows) + costs.gate(tokens, backward=True) + costs.attention(tokens, backward=True)
         return self._compute(program, "attention, gate", after, mark, Tags(name, "backward"))
 
-    def micro_batch(self) -> tuple[Program, Mark]:
+    def micro_batch(self) -> Program:
         """The whole model on one micro-batch: forward, and backward where the job trains."""
         setup, program, mark = self.setup, Program(), START
         names = [f"layers.{index}" for index in range(setup.model.num_layers)]
@@ -102,14 +102,14 @@ class EpJob:
         head = self.costs.head(setup.micro_batch_tokens)
         mark = self._compute(program, "head", head, mark, Tags("head", "forward"))
         if setup.mode == "forward":
-            return program, mark
+            return program
         head = self.costs.head(setup.micro_batch_tokens, backward=True)
         mark = self._compute(program, "head", head, mark, Tags("head", "backward"))
         for name in reversed(names):
             if setup.model.recompute:
                 mark = self.forward(program, mark, name)
             mark = self.backward(program, mark, name)
-        return program, mark
+        return program
 
     def _compute(self, program: Program, name: str, time_us: float, start: Mark, tags: Tags) -> Mark:
         """The same work on every rank that is simulated."""
@@ -151,8 +151,7 @@ class EpJob:
 def ep_step(setup: Setup) -> Step:
     """One step of the job: its time, its parts and its spans."""
     job = EpJob(setup)
-    program, _ = job.micro_batch()
-    outcome = program.run(job.machine.capacities)
+    outcome = job.micro_batch().run(job.machine.capacities)
     spans, times, micro_us = outcome.spans(), setup.training.accumulation, outcome.makespan_us
     mine = _busiest(spans)
     traffic = overlap(span for span in mine if span.lane in LANES)

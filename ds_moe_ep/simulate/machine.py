@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_moe_ep.events import Phase
 from ds_moe_ep.program import Load
@@ -44,6 +44,11 @@ class Volume:
     def messages(self) -> int:
         """Messages that the rank sends in all."""
         return self.near_messages + self.far_messages
+
+    @property
+    def back(self) -> Volume:
+        """The same rows on their way back."""
+        return replace(self, near_out=self.near_in, near_in=self.near_out, far_out=self.far_in, far_in=self.far_out)
 
 
 @dataclass(frozen=True)

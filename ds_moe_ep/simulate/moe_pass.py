@@ -6,13 +6,13 @@ between all ranks are one all-to-all on a host and grouped sends and receives on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.program import Load, LoadOf, Mark, Program, add_pass
-from ds_moe_ep.schedule import Kind, Op, Schedule, backward_schedule, forward_schedule, weight_blocks
+from ds_moe_ep.schedule import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, weight_blocks
 from ds_moe_ep.simulate.machine import Machine, Volume
 from ds_moe_ep.timeline import Tags
 from ds_moe_ep.topology import Torus
@@ -100,69 +100,34 @@ class LayerPass:
     def _loads(self, schedule: Schedule, compute_us: Callable[[float], float], actor: int) -> LoadOf:
         """What each op takes for one rank."""
         rank = self.rows.ranks[actor]
-        pieces = [_PieceVolumes.of(piece.offsets, piece.num_cuts, self.rows, rank) for piece in schedule.pieces]
-        blocks = [len(block) for block in weight_blocks(schedule.torus)]
+        volumes = [_volume(piece, self.rows, rank, self.row_bytes) for piece in schedule.pieces]
         from_each = self.rows.to(rank)
+        rows = [len(piece.offsets) * from_each / piece.num_cuts for piece in schedule.pieces]
+        blocks = [len(block) * from_each for block in weight_blocks(schedule.torus)]
 
         def load(op: Op) -> Load:
             if op.kind is Kind.WEIGHTS:
-                return Load((self.machine.compute(self.times.weight_grads(blocks[op.piece] * from_each)),))
+                return Load((self.machine.compute(self.times.weight_grads(blocks[op.piece])),))
             if op.kind is Kind.COMPUTE:
-                return Load((self.machine.compute(compute_us(pieces[op.piece].rows)),))
-            volume = pieces[op.piece].volume(self.row_bytes, self.rows.torus.size)
-            return self.machine.transfer(actor, volume if op.kind is Kind.DISPATCH else _back(volume))
+                return Load((self.machine.compute(compute_us(rows[op.piece])),))
+            volume = volumes[op.piece]
+            return self.machine.transfer(actor, volume if op.kind is Kind.DISPATCH else volume.back)
 
         return load
 
 
-@dataclass(frozen=True)
-class _PieceVolumes:
-    """Rows of one piece as one rank sees it: that it computes, sends and receives, near and far."""
-
-    rows: float
-    near_out: float
-    near_in: float
-    far_out: float
-    far_in: float
-    near_messages: int
-    far_messages: int
-
-    @classmethod
-    def of(cls, offsets: Sequence[tuple[int, int]], num_cuts: int, rows: Rows, rank: int) -> _PieceVolumes:
-        near = [offset for offset in offsets if offset[0] == 0 and offset != (0, 0)]
-        far = [offset for offset in offsets if offset[0] != 0]
-        from_each = rows.to(rank) / num_cuts
-        out = [sum(rows.to(rows.torus.target(rank, o)) for o in some) / num_cuts for some in (near, far)]
-        return cls(
-            rows=len(offsets) * from_each,
-            near_out=out[0],
-            near_in=len(near) * from_each,
-            far_out=out[1],
-            far_in=len(far) * from_each,
-            near_messages=len(near),
-            far_messages=len(far),
-        )
-
-    def volume(self, row_bytes: float, num_ranks: int) -> Volume:
-        return Volume(
-            near_out=self.near_out * row_bytes,
-            near_in=self.near_in * row_bytes,
-            far_out=self.far_out * row_bytes,
-            far_in=self.far_in * row_bytes,
-            near_messages=self.near_messages,
-            far_messages=self.far_messages,
-            is_joint=self.near_messages + self.far_messages == num_ranks - 1,
-        )
-
-
-def _back(volume: Volume) -> Volume:
-    """The same rows on their way back."""
+def _volume(piece: Piece, rows: Rows, rank: int, row_bytes: float) -> Volume:
+    """What `rank` sends and receives when a piece is dispatched."""
+    near = [offset for offset in piece.offsets if offset[0] == 0 and offset != (0, 0)]
+    far = [offset for offset in piece.offsets if offset[0] != 0]
+    each_bytes = row_bytes / piece.num_cuts
+    near_out, far_out = (sum(rows.to(rows.torus.target(rank, o)) for o in offsets) for offsets in (near, far))
     return Volume(
-        near_out=volume.near_in,
-        near_in=volume.near_out,
-        far_out=volume.far_in,
-        far_in=volume.far_out,
-        near_messages=volume.near_messages,
-        far_messages=volume.far_messages,
-        is_joint=volume.is_joint,
+        near_out=near_out * each_bytes,
+        near_in=len(near) * rows.to(rank) * each_bytes,
+        far_out=far_out * each_bytes,
+        far_in=len(far) * rows.to(rank) * each_bytes,
+        near_messages=len(near),
+        far_messages=len(far),
+        is_joint=len(near) + len(far) == rows.torus.size - 1,
     )

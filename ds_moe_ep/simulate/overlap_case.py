@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -193,17 +193,3 @@ def _bandwidth(shaping: str, options: argparse.Namespace, top_k: int, compute_us
     far_share = (options.nodes - 1) / options.nodes
     exchange_bytes = TOKENS * top_k * options.ranks * far_share * WIDTH * 4
     return link_rate(float(number), phase, exchange_bytes, compute_us)
-
-
-def pairs_in_order(cases: Iterable[OverlapCase], cluster: Cluster) -> Iterator[tuple[OverlapCase, OverlapCase, bool]]:
-    """Pairs of sides on one shaping that differ by more than their spreads, and whether they are predicted so."""
-    places: dict[tuple[str, str], list[tuple[OverlapCase, float]]] = {}
-    for case in cases:
-        if case.side != WIRE:
-            places.setdefault((case.device, case.shaping), []).append((case, simulate_case(case, cluster)["step"]))
-    for here in places.values():
-        for index, (one, one_us) in enumerate(here):
-            for other, other_us in here[index + 1 :]:
-                mine, its = one.measured["step"], other.measured["step"]
-                if mine.spread[1] < its.spread[0] or its.spread[1] < mine.spread[0]:
-                    yield one, other, (one_us < other_us) == (mine.value < its.value)

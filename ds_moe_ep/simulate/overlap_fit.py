@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.record import Record
 from ds_moe_ep.shaping import WIRE
 from ds_moe_ep.simulate.cluster import Cluster
-from ds_moe_ep.simulate.overlap_case import PHASES, OverlapCase, overlap_cases, pairs_in_order, simulate_case
+from ds_moe_ep.simulate.overlap_case import PHASES, OverlapCase, overlap_cases, simulate_case
 from ds_moe_ep.simulate.search import Parameters, compass_search
 
 START = {  # by the path of the number; where the search begins
@@ -71,14 +72,28 @@ def fit_overlap(cluster: Cluster, records: Iterable[Record], held_out: Callable[
         )
     found = compass_search(lambda values: _loss(mine, with_parameters(cluster, values)), _start(mine))
     fitted = with_parameters(cluster, found)
-    others = [case for case in cases if held_out(case)]
-    ordered = [right for _, _, right in pairs_in_order(others, fitted)]
-    return OverlapFit(fitted, found, predictions(mine, fitted), predictions(others, fitted), len(ordered), sum(ordered))
+    others = predictions([case for case in cases if held_out(case)], fitted)
+    ordered = [is_right for _, _, is_right in pairs_in_order(others)]
+    return OverlapFit(fitted, found, predictions(mine, fitted), others, len(ordered), sum(ordered))
 
 
 def predictions(cases: Sequence[OverlapCase], cluster: Cluster) -> tuple[CasePrediction, ...]:
     """Every case's step on a cluster."""
     return tuple(CasePrediction(case, simulate_case(case, cluster)["step"]) for case in cases)
+
+
+def pairs_in_order(found: Iterable[CasePrediction]) -> Iterator[tuple[OverlapCase, OverlapCase, bool]]:
+    """Pairs of sides on one shaping that differ by more than their spreads, and whether they are predicted so."""
+    places: dict[tuple[str, str], list[CasePrediction]] = {}
+    for prediction in found:
+        if prediction.case.side != WIRE:
+            places.setdefault((prediction.case.device, prediction.case.shaping), []).append(prediction)
+    for here in places.values():
+        for one, other in combinations(here, 2):
+            mine, its = one.case.measured["step"], other.case.measured["step"]
+            if mine.spread[1] < its.spread[0] or its.spread[1] < mine.spread[0]:
+                is_right = (one.simulated_us < other.simulated_us) == (mine.value < its.value)
+                yield one.case, other.case, is_right
 
 
 def with_parameters(cluster: Cluster, values: Parameters) -> Cluster:

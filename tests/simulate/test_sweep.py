@@ -248,8 +248,7 @@ def test_the_command_prints_the_curve_writes_its_records_and_draws_it(
 def num_tasks(ep: int, **knobs: object) -> int:
     setup = setup_at(SETUP, "constant_rank", ep, 1)
     assert setup is not None
-    program, _ = EpJob(with_knobs(setup, knobs)).micro_batch()
-    return len(program.tasks)
+    return len(EpJob(with_knobs(setup, knobs)).micro_batch().tasks)
 
 
 def test_the_number_of_tasks_grows_no_faster_than_the_ranks() -> None:
