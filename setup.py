@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+DATA = {"ds_moe_ep.configs": "ds_configs", "ds_moe_ep.configs.clusters": "ds_configs/clusters"}  # package: its folder
 HUGGING_FACE = ["transformers>=5.0,<5.23", "accelerate>=1.15"]  # AutoEP of DeepSpeed 0.19.8 fails with 5.23 and 5.24
 
 
@@ -26,8 +27,9 @@ setup(
     description="Expert-parallel MoE layers for DeepSpeed, with traffic hidden behind compute",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["ds_moe_ep", "ds_moe_ep.*"]),
-    package_data={"ds_moe_ep": ["ARCHITECTURE.md", "py.typed"]},
+    packages=[*find_packages(include=["ds_moe_ep", "ds_moe_ep.*"]), *DATA],
+    package_dir=DATA,
+    package_data={"ds_moe_ep": ["ARCHITECTURE.md", "py.typed"], **{name: ["*.json"] for name in DATA}},
     python_requires=">=3.10",
     install_requires=["torch", "deepspeed>=0.19.8,<0.20", "rich", "psutil", "matplotlib>=3.10"],
     extras_require={

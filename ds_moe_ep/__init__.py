@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ds_moe_ep.comm.callbacks import TransferCallback, TransferMessage
     from ds_moe_ep.comm.groups import open_transport
-    from ds_moe_ep.config import MODELS, SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
+    from ds_moe_ep.config import MEDIUM, MODELS, SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
     from ds_moe_ep.engine.hooks import OverlapHandle, attach_overlap
     from ds_moe_ep.engine.layer import MoE
     from ds_moe_ep.engine.pipeline import Pipeline, build_pipeline
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ds_moe_ep.topology import RankGrid
 
 __all__ = [
+    "MEDIUM",
     "MODELS",
     "SMALL",
     "SPECIFICATION",
@@ -66,7 +67,7 @@ __all__ = [
 _HOMES = {
     "comm.callbacks": ("TransferCallback", "TransferMessage"),
     "comm.groups": ("open_transport",),
-    "config": ("MODELS", "SMALL", "SPECIFICATION", "Layout", "ModelConfig", "MoEConfig"),
+    "config": ("MEDIUM", "MODELS", "SMALL", "SPECIFICATION", "Layout", "ModelConfig", "MoEConfig"),
     "engine.hooks": ("OverlapHandle", "attach_overlap"),
     "engine.layer": ("MoE",),
     "engine.pipeline": ("Pipeline", "build_pipeline"),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ds_moe_ep import __version__
 from ds_moe_ep.cli_simulate import add_audit, add_calibrate, add_plan
 from ds_moe_ep.errors import MoEError
+from ds_moe_ep.shipped import shipped_ds_configs
 
 BENCHMARKS = {
     "systems": "EP16 overlapped and serial, TP8/PP2, DeepSpeed's MoE and AutoEP, training one model",
@@ -78,9 +79,10 @@ def _add_check_config(commands: argparse._SubParsersAction[argparse.ArgumentPars
             "traffic, arithmetic. All numbers are derived from shapes; none is measured. Exits with 2 where "
             "the configuration cannot work, with the reason and the way out."
         ),
-        epilog="example: python -m ds_moe_ep check-config ds_configs/ep16.json --world-size 16 --gpu-gb 80",
+        epilog="example: python -m ds_moe_ep check-config ep16 --world-size 16 --gpu-gb 80",
     )
-    check.add_argument("path", metavar="DS_CONFIG", help="a ds_config (JSON) with a section moe_ep")
+    shipped = f"a ds_config (JSON) with a section moe_ep; these ship: {', '.join(shipped_ds_configs())}"
+    check.add_argument("path", metavar="DS_CONFIG", help=shipped)
     check.add_argument(
         "--world-size",
         type=int,

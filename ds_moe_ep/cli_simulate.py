@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_moe_ep.shipped import shipped_clusters, shipped_ds_configs
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 PAPER_WIDTH = 120  # columns
-SPECIFIED_CLUSTER = "ds_configs/clusters/h100_4x4.json"
+SPECIFIED_CLUSTER = "h100_4x4"
+CLUSTERS = f"these ship: {', '.join(shipped_clusters())}"
 
 
 def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,11 +29,11 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
             "bounds it. Nothing is started and nothing measured; every number has a bar, from the ranges of the "
             "cluster's numbers. Exits with 2 where the job cannot work or does not fit, with the way out."
         ),
-        epilog="example: python -m ds_moe_ep plan --config ds_configs/ep16.json --cluster "
-        "ds_configs/clusters/h100_4x4.json --compare ds_configs/tp8_pp2.json",
+        epilog="example: python -m ds_moe_ep plan --config ep16 --cluster h100_4x4 --compare tp8_pp2",
     )
-    plan.add_argument("--config", metavar="DS_CONFIG", required=True, help="the job: a ds_config that names its model")
-    plan.add_argument("--cluster", metavar="FILE", required=True, help="the cluster (JSON; see ds_configs/clusters)")
+    job = f"the job: a ds_config that names its model; these ship: {', '.join(shipped_ds_configs())}"
+    plan.add_argument("--config", metavar="DS_CONFIG", required=True, help=job)
+    plan.add_argument("--cluster", metavar="FILE", required=True, help=f"the cluster (JSON; {CLUSTERS})")
     plan.add_argument("--compare", metavar="DS_CONFIG", help="another job on the same cluster, side by side")
     plan.add_argument(
         "--micro-batch",
@@ -95,7 +98,7 @@ def add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--cluster",
         metavar="FILE",
         default=SPECIFIED_CLUSTER,
-        help=f"the cluster (JSON; default: the specification's, {SPECIFIED_CLUSTER})",
+        help=f"the cluster (JSON; {CLUSTERS}; default: the specification's, {SPECIFIED_CLUSTER})",
     )
     form = audit.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -113,11 +116,12 @@ def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
             "Fits the numbers of a cluster to Records of `bench probe`, of `bench overlap`, or of both, and prints "
             "what it fitted and the error on the runs that it held out. What was not measured stays as the file has it."
         ),
-        epilog="example: python -m ds_moe_ep calibrate probe.jsonl --cluster ds_configs/clusters/h100_4x4.json "
-        "--out mine.json",
+        epilog="example: python -m ds_moe_ep calibrate probe.jsonl --cluster h100_4x4 --out mine.json",
     )
     calibrate.add_argument("records", metavar="RECORDS", nargs="+", help="files of Records, one line of JSON each")
-    calibrate.add_argument("--cluster", metavar="FILE", required=True, help="the cluster to begin with (JSON)")
+    calibrate.add_argument(
+        "--cluster", metavar="FILE", required=True, help=f"the cluster to begin with (JSON; {CLUSTERS})"
+    )
     calibrate.add_argument(
         "--out", type=_file, metavar="FILE", help="where to write the calibrated cluster (default: nowhere)"
     )

@@ -298,4 +298,7 @@ def _has_kind(value: Any, kinds: tuple[type, ...]) -> bool:
 
 SPECIFICATION = ModelConfig()
 SMALL = ModelConfig(hidden_size=128, num_heads=8, expert_width=512, sequence_length=128, recompute=False)
-MODELS: dict[str, ModelConfig] = {"specification": SPECIFICATION, "small": SMALL}
+MEDIUM = ModelConfig(  # the widths of DeepSeekMoE 16B (arXiv 2401.06066), whose routed experts are these
+    num_layers=24, hidden_size=2048, num_heads=16, expert_width=1408, expert="swiglu", sequence_length=2048
+)
+MODELS: dict[str, ModelConfig] = {"specification": SPECIFICATION, "medium": MEDIUM, "small": SMALL}

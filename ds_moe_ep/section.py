@@ -11,11 +11,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ds_moe_ep.config import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.shipped import path_of, shipped_ds_configs, way_to
 
 SECTION = "moe_ep"
 
@@ -31,19 +31,18 @@ class Section:
 
 
 def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """The ds_config as a dict of its own, from a JSON file or a mapping.
+    """The ds_config as a dict of its own, from a JSON file, one that ships (by its name, `ep16`), or a mapping.
 
     Raises ConfigError where the file is missing, is not JSON, or gives a key twice.
     """
     if isinstance(source, Mapping):
         return dict(source)
-    path = Path(source)
+    shipped = shipped_ds_configs()
+    path = path_of(source, shipped)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            f"config={str(path)!r}: cannot be read ({error.strerror}); give the path of a ds_config"
-        ) from None
+        raise ConfigError(f"config={str(path)!r}: cannot be read ({error.strerror}); {way_to(path, shipped)}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"config={str(path)!r}: is not UTF-8 text ({error.reason}); save it as such") from None
     try:

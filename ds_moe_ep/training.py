@@ -12,6 +12,8 @@ from typing import Any, Literal
 from ds_moe_ep import deepspeed_keys
 from ds_moe_ep.config import Layout
 from ds_moe_ep.errors import ConfigError, TopologyError, nearest
+from ds_moe_ep.section import load_ds_config, read_section
+from ds_moe_ep.shipped import shipped_ds_configs
 from ds_moe_ep.topology import RankGrid
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -71,9 +73,16 @@ def read_training(
     _check_keys(ds_config)
     if world_size is None:
         world_size = (_implied_copies(ds_config) or ep_size) * layout.size
-    num_copies = _count_copies(world_size, layout)
-    RankGrid(world_size=num_copies, ep_size=ep_size)
-    micro_batch, accumulation = _read_batch(ds_config, num_copies, "ranks" if layout == WHOLE else "copies")
+    try:
+        num_copies = _count_copies(world_size, layout)
+        RankGrid(world_size=num_copies, ep_size=ep_size)
+        micro_batch, accumulation = _read_batch(ds_config, num_copies, "ranks" if layout == WHOLE else "copies")
+    except (ConfigError, TopologyError) as error:
+        implied = _implied_copies(ds_config)
+        is_about_world = isinstance(error, TopologyError) or implied is not None
+        if not is_about_world or implied == world_size // layout.size:
+            raise
+        raise type(error)(f"{error}{_shipped_for(world_size)}") from None
     precision = _read_precision(ds_config)
     zero = _section(ds_config, "zero_optimization")
     _check_engine(ds_config, zero, layout)
@@ -169,6 +178,25 @@ def _count_copies(world_size: int, layout: Layout) -> int:
             f"{layout.size}; start {layout.size} processes or change the layout"
         )
     return world_size // layout.size
+
+
+def _shipped_for(world_size: int) -> str:
+    """A clause that names the shipped ds_configs for so many ranks; empty where there are none."""
+    fitting = [f"{name}.json" for name, ranks in shipped_sizes().items() if ranks == world_size]
+    if not fitting:
+        return ""
+    verb, noun = "fits" if len(fitting) == 1 else "fit", "rank" if world_size == 1 else "ranks"
+    return f", or take {' or '.join(fitting)}, which {verb} {world_size} {noun}"
+
+
+def shipped_sizes() -> dict[str, int]:
+    """The ranks that each shipped ds_config is for, by its name."""
+    sizes: dict[str, int] = {}
+    for name, path in shipped_ds_configs().items():
+        ds_config = load_ds_config(path)
+        section = read_section(ds_config)
+        sizes[name] = (_implied_copies(ds_config) or section.moe.ep_size) * section.layout.size
+    return sizes
 
 
 def _implied_copies(ds_config: Mapping[str, Any]) -> int | None:

@@ -18,12 +18,14 @@ from world import set_up_process, start_from
 
 import ds_moe_ep
 from ds_moe_ep.text import Corpus, training_batch, validation_batch
+from ds_moe_ep.training import read_training
 
 
 def main() -> None:
     args = parse_arguments(__doc__)
     set_up_process()
     ds_config, section = read_settings(args)
+    read_training(ds_config, section.moe.ep_size, dist.get_world_size())  # refuses a world of another size
     corpus = read_corpus(args)
     model = make_model(section, args.seed)
     engine, *_ = ds_moe_ep.initialize(model=model, config=ds_config)

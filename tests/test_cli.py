@@ -137,8 +137,8 @@ def test_what_is_legal_but_worth_knowing_is_a_note(changes: dict[str, Any], note
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
-def test_every_ds_config_of_the_repository_can_run_on_16_gpus(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check-config", str(path), "--world-size", "16"]) == 0
+def test_every_ds_config_of_the_repository_can_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-config", str(path)]) == 0
     assert "can run" in capsys.readouterr().out
 
 

@@ -14,11 +14,12 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from ds_moe_ep.errors import ConfigError, nearest
+from ds_moe_ep.shipped import FOLDER, path_of, shipped_clusters, way_to
 
+EXAMPLES = f"see those in {FOLDER / 'clusters'}"
 SCALES: Mapping[str, Mapping[str, float]] = {  # unit -> factor to what the fields below hold
     "bytes": {"bytes": 1.0, "GB": 1e9, "GiB": 2.0**30},
     "bytes/us": {"GB/s": 1e3, "TB/s": 1e6, "MB/s": 1.0, "Mbit/s": 0.125, "Gbit/s": 125.0},
@@ -149,21 +150,26 @@ def _parts(cluster: Cluster) -> Iterator[tuple[str, Any]]:
 
 
 def load_cluster(path: str | os.PathLike[str]) -> Cluster:
-    """The cluster that a JSON file describes. Raises ConfigError for a file or a number that cannot be."""
-    where = os.fspath(path)
+    """The cluster that a JSON file describes, or one that ships, by its name (`h100_4x4`).
+
+    Raises ConfigError for a file or a number that cannot be.
+    """
+    shipped = shipped_clusters()
+    where = path_of(path, shipped)
     try:
-        values = json.loads(Path(where).read_text(encoding="utf-8"))
+        values = json.loads(where.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cluster={where!r}: cannot be read ({error.strerror}); see ds_configs/clusters") from error
+        message = f"cluster={str(where)!r}: cannot be read ({error.strerror}); {way_to(where, shipped)}"
+        raise ConfigError(message) from error
     except ValueError as error:
-        raise ConfigError(f"cluster={where!r}: no JSON ({error}); see ds_configs/clusters") from error
+        raise ConfigError(f"cluster={str(where)!r}: no JSON ({error}); {EXAMPLES}") from error
     return read_cluster(values)
 
 
 def read_cluster(values: Any) -> Cluster:
     """The cluster of plain values: name, num_nodes, node_size and the parts. Raises ConfigError."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"cluster={values!r}: expected an object; see ds_configs/clusters")
+        raise ConfigError(f"cluster={values!r}: expected an object; {EXAMPLES}")
     known = {"name", "num_nodes", "node_size", "notes", "computes_on", *PARTS}
     for key in values:
         if key not in known:

@@ -15,7 +15,7 @@ TEXT = {"", ".py", ".sh", ".md", ".json", ".txt", ".toml", ".ini", ".cfg"}
 def own_files() -> Iterator[Path]:
     """Every text file of the project: its folders, and the files at the top level."""
     found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
-    found += list(ROOT.iterdir())
+    found += [path for path in ROOT.iterdir() if path.name != ".git"]  # in a worktree of git it is a file
     for path in sorted(found):
         if path.is_file() and path.suffix in TEXT and "__pycache__" not in path.parts:
             yield path

@@ -10,7 +10,7 @@ import pytest
 import ds_moe_ep
 from tests.policy.sources import PACKAGE
 
-CONSTANTS = {"MODELS", "SMALL", "SPECIFICATION", "__version__"}
+CONSTANTS = {"MEDIUM", "MODELS", "SMALL", "SPECIFICATION", "__version__"}
 
 
 @pytest.mark.parametrize("name", ds_moe_ep.__all__)
