@@ -21,11 +21,13 @@ from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
 from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, output_dtype, splits_by_hand
+from ds_moe_ep.errors import EngineError
 from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
 from ds_moe_ep.moe.experts import LocalExperts, first_output
 from ds_moe_ep.moe.forms import Opaque
-from ds_moe_ep.moe.recognise import has_hooks, recognise
+from ds_moe_ep.moe.recognise import ExpertForms, Form
 from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.snapshot import has_hooks
 
 
 class HookedNative(HookedLayer):
@@ -46,9 +48,7 @@ class HookedNative(HookedLayer):
         super().__init__("deepspeed.moe.layer.MoE", name, config)
         self.group = moe.deepspeed_moe.ep_group
         self._layer: MOELayer = moe.deepspeed_moe
-        experts = list(self._layer.experts.deepspeed_experts)
-        forms = [recognise(expert) for expert in experts]
-        self.form = forms[0] if all(form == forms[0] for form in forms) else None
+        self.forms = ExpertForms()
         self._layer.time_falltoall = self._layer.time_salltoall = 0.0  # nothing waits there
 
     @staticmethod
@@ -64,11 +64,8 @@ class HookedNative(HookedLayer):
         missing = seams.missing_of(layer, seams.MOE_LAYER_NAMES) or seams.missing_of(layer.gate, seams.GATE_NAMES)
         if missing:
             return missing
-        experts = layer.experts
-        if type(experts) is not Experts or "forward" in vars(experts):
-            return f"its experts are a {type(experts).__name__} with a forward of their own; hook plain layers"
-        if has_hooks(experts):
-            return "hooks of modules hang on its `experts`, which is not called here; put them on each expert"
+        if problem := problem_of_container(layer.experts):
+            return problem
         if layer.use_tutel:
             return "use_tutel=True: Tutel packs its rows; make the layer with use_tutel=False"
         if seams.tensor_parallel_size() > 1:
@@ -102,6 +99,8 @@ class OverlappedMOELayer(MOELayer):
             # the exchange of counts; DeepSpeed's assertions come behind it.
             is_local = self.gate.drop_tokens
             with hooked.dispatcher.announcing(x.device, self.training, BaseException if is_local else AssertionError):
+                if problem := problem_of_container(self.experts):
+                    raise EngineError(f"{name}: {problem}")
                 check_width(x, self.gate.wg.weight.shape[1], name)
                 x_TD = x.reshape(-1, x.shape[-1])
                 answer = self.gate(x_TD, used_token, True, False)
@@ -112,14 +111,13 @@ class OverlappedMOELayer(MOELayer):
                 may_leave_out = used_token is not None or (self.gate.k == 1 and self.gate.use_rts)
                 routes = dropless_routes(experts_KT, weights_KT, may_leave_out)
             hooked.last_counts_E = self.exp_counts.to(torch.int64)
-            y_TD, _ = hooked.dispatcher(x_TD, routes, self._local_experts(x), self.training)
-            return y_TD.to(output_dtype(x, hooked.form is not None)).reshape(x.shape)
+            experts = list(self.experts.deepspeed_experts)
+            form = hooked.forms.common(experts)
+            y_TD, _ = hooked.dispatcher(x_TD, routes, self._local_experts(x, experts, form), self.training)
+            return y_TD.to(output_dtype(x, form is not None)).reshape(x.shape)
 
-    def _local_experts(self, x: Tensor) -> LocalExperts:
-        experts = list(self.experts.deepspeed_experts)
-        form, parameter = self.overlap.form, next(self.experts.parameters(), None)
-        is_hooked = any(has_hooks(module) for expert in experts for module in expert.modules())
-        if form is not None and not is_hooked and parameter is not None and splits_by_hand(x, parameter):
+    def _local_experts(self, x: Tensor, experts: list[nn.Module], form: Form | None) -> LocalExperts:
+        if form is not None and splits_by_hand(x, next(self.experts.parameters())):
             return KnownExperts(form, [form.weights_of(expert) for expert in experts])
         opaque = [Opaque(partial(call_as_deepspeed, expert), list(expert.parameters())) for expert in experts]
         return OpaqueExperts(opaque, list(self.experts.buffers()))
@@ -139,6 +137,15 @@ class _Timer(AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         self._layer.timers(MOE_TIMER).stop()
         self._layer.time_moe = self._layer.timers(MOE_TIMER).elapsed(reset=False)
+
+
+def problem_of_container(experts: nn.Module) -> str:
+    """Why the module that holds the experts, which is not called here, may not be left out; or an empty string."""
+    if type(experts) is not Experts or "forward" in vars(experts):
+        return f"its experts are a {type(experts).__name__} with a forward of their own; hook plain layers"
+    if has_hooks(experts):
+        return "hooks of modules hang on its `experts`, which is not called here; put them on each expert"
+    return ""
 
 
 def routes_of(experts_KT: Tensor, places_KT: Tensor, weights_KT: Tensor, capacity: int) -> Routes:

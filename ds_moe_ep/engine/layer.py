@@ -78,9 +78,7 @@ class MoE(DeepSpeedMoE):
         self.num_local_experts = config.num_local_experts
         self.expert_group_name = f"ep_size_{config.ep_size}"
         self.deepspeed_moe = ExpertParallel(hidden_size, expert, config, shared)
-        for parameter in self.deepspeed_moe.experts.parameters():
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+        self.mark_experts()
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
@@ -109,6 +107,20 @@ class MoE(DeepSpeedMoE):
     def last_counts_E(self) -> Tensor:
         """This rank's choices an expert in the last forward pass."""
         return self.deepspeed_moe.last_counts_E
+
+    def mark_experts(self) -> list[str]:
+        """Puts DeepSpeed's marks on the experts' parameters; returns the names of those that had none.
+
+        Parameters that came later (adapters) would be averaged over ranks that hold other experts. Local. Call it
+        before parameters are sorted into groups for an optimizer; `set_deepspeed_parallelism` does so too.
+        """
+        found = []
+        for name, parameter in self.deepspeed_moe.experts.named_parameters():
+            if getattr(parameter, "allreduce", True):
+                found.append(name)
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+        return found
 
     def configure(self, config: MoEConfig, path: str = "moe_ep") -> None:
         """Gives the layer other knobs. Local; before the groups are made.
@@ -146,6 +158,7 @@ class MoE(DeepSpeedMoE):
                 f"pipeline stages={seams.num_pipeline_stages()}: the layer's groups span the data-parallel world, and "
                 "stages would wait for each other; use one stage, and give the ranks to ep_size"
             )
+        self.mark_experts()
         hosts = seams.compare_ranks("moe_ep and the MoE layer", self.fingerprint())
         grid = RankGrid(
             world_size=len(hosts), ep_size=self.ep_size, data_before_expert=use_data_before_expert_parallel_

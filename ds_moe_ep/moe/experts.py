@@ -19,8 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.forms import ExpertPass, GeluPass, Opaque, OpaquePass, Span, SwiGLUPass, Weights
-from ds_moe_ep.moe.recognise import Form, recognise
+from ds_moe_ep.moe.recognise import ExpertForms, Form
+from ds_moe_ep.moe.snapshot import has_hooks
 
 
 class GeluMLP(nn.Module):
@@ -70,14 +72,22 @@ class Experts(nn.Module):
     def __init__(self, template: nn.Module, num_local_experts: int) -> None:
         super().__init__()
         self.deepspeed_experts = nn.ModuleList(copy.deepcopy(template) for _ in range(num_local_experts))
-        self.form = recognise(template)
+        self._forms = ExpertForms()
 
     def __len__(self) -> int:
         return len(self.deepspeed_experts)
 
     def expert_parameters(self) -> list[Tensor]:
         """All parameters, expert by expert: the order in which a pass returns their gradients."""
-        return list(self.deepspeed_experts.parameters())
+        return [parameter for expert in self.deepspeed_experts for parameter in expert.parameters()]
+
+    def check(self) -> None:
+        """Raises ConfigError for hooks and forwards that would never be called: rows go to each expert by itself."""
+        if has_hooks(self) or "forward" in vars(self):
+            raise ConfigError(
+                "MoE.deepspeed_moe.experts: hooks, or a forward of its own, hang on the module that holds the experts, "
+                "which is not called: rows go to each expert by itself; put them on each of its deepspeed_experts"
+            )
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -87,9 +97,10 @@ class Experts(nn.Module):
     def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
         """A pass over each expert's span of stacked rows; `keep_graph`: modules of unknown form may go backward."""
         experts = list(self.deepspeed_experts)
-        if self.form is None:
+        form = self._forms.common(experts)
+        if form is None:
             return OpaquePass([opaque(expert) for expert in experts], keep_graph)
-        return start_pass(self.form, [self.form.weights_of(expert) for expert in experts], spans)
+        return start_pass(form, [form.weights_of(expert) for expert in experts], spans)
 
 
 def opaque(expert: nn.Module) -> Opaque:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.linear import linear_grad_rows, linear_rows
 
 Weights = dict[str, Tensor | None]
@@ -274,6 +275,7 @@ class OpaquePass:
         # Saved as they are: a surrounding recomputation must not unpack this graph's tensors.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
             out_ND = self._experts[expert].call(leaf_ND)
+        refuse_foreign(out_ND, [leaf_ND, *self._experts[expert].parameters])
         y_nD.copy_(out_ND.detach())
         self._graphs[expert, rows.start, rows.stop] = (leaf_ND, out_ND)
 
@@ -303,6 +305,31 @@ class OpaquePass:
 
     def take_weights(self, weights: Sequence[Tensor]) -> None:
         """Nothing."""
+
+
+def refuse_foreign(output: Tensor, known: Sequence[Tensor]) -> None:
+    """Raises EngineError where the output's graph reaches a tensor that needs a gradient and is none of the known.
+
+    An expert's gradients travel as those of its rows and of its parameters: another tensor's would be lost in silence.
+    """
+    ends = {node for tensor in known if tensor.requires_grad if (node := gradient_edge(tensor)) is not None}
+    nodes, seen = [output.grad_fn], set(ends)
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            raise EngineError(
+                f"an expert reads a tensor of shape {tuple(leaf.shape)} that needs a gradient and is no parameter of "
+                "it, so that its gradient would be lost: register it on the expert (nn.Parameter), or detach it"
+            )
+        nodes.extend(next_node for next_node, _ in node.next_functions)
+
+
+def gradient_edge(tensor: Tensor) -> Any:
+    """The node of autograd's graph at which a tensor's gradient arrives."""
+    return torch.autograd.graph.get_gradient_edge(tensor).node
 
 
 @contextmanager

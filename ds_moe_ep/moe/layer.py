@@ -19,7 +19,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.balance import router_loss
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.experts import Experts, SharedExpert
-from ds_moe_ep.moe.recognise import recognise
+from ds_moe_ep.moe.recognise import ExpertForms
 from ds_moe_ep.moe.router import Router, Routing
 from ds_moe_ep.topology import Torus
 
@@ -58,7 +58,7 @@ class ExpertParallel(nn.Module):
         self.gate = Router(hidden_size, config)
         self.experts = Experts(expert, config.num_local_experts)
         self.shared = shared
-        self._shared_form = None if shared is None else recognise(shared)
+        self._shared_forms = ExpertForms()
         self.region: Region = Whole()
         self.dispatcher = Dispatcher(config)
         self.last_counts_E = torch.zeros(config.num_experts, dtype=torch.int64)
@@ -67,6 +67,11 @@ class ExpertParallel(nn.Module):
     def config(self) -> MoEConfig:
         """The layer's knobs as they are in force."""
         return self.dispatcher.config
+
+    @property
+    def _device(self) -> torch.device:
+        """The device of the gate, and so of the layer."""
+        return next(self.gate.wg.parameters()).device
 
     def configure(self, config: MoEConfig) -> None:
         """Gives the layer other knobs than it was made with. Local; the number of experts and ep_size stay."""
@@ -88,7 +93,8 @@ class ExpertParallel(nn.Module):
         their output is zero.
         """
         links = self.dispatcher.checked_links()
-        with self.dispatcher.announcing(self.gate.wg.weight.device, self.training):
+        with self.dispatcher.announcing(self._device, self.training):
+            self.experts.check()
             self._check_input(x, used_token)
             x_TD = x.reshape(-1, self.hidden_size)
             routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
@@ -99,9 +105,8 @@ class ExpertParallel(nn.Module):
         return y_TD.view(x.shape), loss, self.last_counts_E
 
     def _dispatch(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        shared = None
-        if self.shared is not None and self._shared_form is not None:
-            shared = SharedExpert(self._shared_form, self.shared, x_TD)
+        form = None if self.shared is None else self._shared_forms.common([self.shared])
+        shared = None if self.shared is None or form is None else SharedExpert(form, self.shared, x_TD)
         y_TD, shared_TD = self.dispatcher(x_TD, routing, self.experts, self.training, shared)
         if self.shared is None:
             return y_TD
@@ -115,10 +120,8 @@ class ExpertParallel(nn.Module):
                 f"input.shape={tuple(x.shape)}: the layer was made for hidden_size={self.hidden_size}; the last "
                 "dimension must be that"
             )
-        if x.device != self.gate.wg.weight.device:
-            raise ConfigError(
-                f"input.device={x.device}: the layer is on {self.gate.wg.weight.device}; move the input there"
-            )
+        if x.device != self._device:
+            raise ConfigError(f"input.device={x.device}: the layer is on {self._device}; move the input there")
         if x.dtype != dtype:
             raise ConfigError(
                 f"input.dtype={x.dtype}: the experts' parameters are {dtype}; cast the input or the model (inside "

@@ -1,8 +1,13 @@
-"""Which known mathematics an expert module computes, read from its traced graph and never guessed from its class."""
+"""Which known mathematics an expert module computes, read from its traced graph and never guessed from its class.
+
+What was read holds as long as nothing has changed that it was read from (`snapshot.py`): each pass asks `ExpertForms`,
+which compares and reads again, so that a layer computes what `expert(x)` computes whenever an expert was changed.
+"""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,10 +15,14 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ds_moe_ep.moe.forms import Weights
+from ds_moe_ep.moe.snapshot import Snapshot, has_global_hooks, has_hooks
 
 _PRODUCTS = (torch.mul, operator.mul)
+_LEAVES = (nn.Linear, nn.GELU, nn.SiLU)
+_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,11 @@ def recognise(template: nn.Module) -> Form | None:
     Reads the traced graph, so that a class of any name is found, and anything beside it (dropout, hooks, a second
     output, a buffer) sends the module through autograd instead.
     """
-    if any(has_hooks(module) for module in template.modules()):
-        return None
-    if any(True for _ in template.buffers()):
+    if not _leaves_are_torch() or not all(is_plain(module) for module in template.modules()):
         return None
     try:
-        graph = torch.fx.symbolic_trace(template).graph
+        with _NoConstants():
+            graph = torch.fx.symbolic_trace(template).graph
     except Exception:  # tracing runs the user's forward on symbols, which may fail in any way
         return None
     output = next(node for node in graph.nodes if node.op == "output").args[0]
@@ -62,10 +70,69 @@ def recognise(template: nn.Module) -> Form | None:
     return form if names <= owned else None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module would call somebody's hooks."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+class ExpertForms:
+    """The form that modules have in common, read again when anything that it was read from has changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[bool, tuple[Snapshot, Form | None]] = {}  # by mode: training or evaluation
+
+    def common(self, modules: Sequence[nn.Module]) -> Form | None:
+        """The form of all modules as they are now; None where they have none in common."""
+        if not modules or has_global_hooks():
+            return None
+        mode = modules[0].training
+        known = self._known.get(mode)
+        if known is None or not known[0].holds(modules):
+            known = self._known[mode] = _read(modules)
+        return known[1]
+
+    def __deepcopy__(self, memo: object) -> ExpertForms:
+        return ExpertForms()  # a copy of the modules is read by itself
+
+    def __reduce__(self) -> tuple[type[ExpertForms], tuple[()]]:
+        return ExpertForms, ()
+
+
+def _read(modules: Sequence[nn.Module]) -> tuple[Snapshot, Form | None]:
+    snapshot = Snapshot(modules)
+    forms = [recognise(module) if snapshot.is_complete else None for module in modules]
+    return snapshot, forms[0] if all(form == forms[0] for form in forms) else None
+
+
+class _NoConstants(TorchFunctionMode):
+    """Ends a trace in which torch computes something from no input: chance, or a tensor that may change later."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        values = (*args, *(kwargs or {}).values())
+        if not any(isinstance(value, torch.fx.Proxy) for value in values):
+            raise TypeError(f"{function} reads no input of the module")
+        return function(*args, **(kwargs or {}))
+
+
+def _leaves_are_torch() -> bool:
+    """Whether the modules that a form is made of compute what torch says: nobody has replaced their code."""
+    functionals = ((F.linear, torch._C._nn.linear), (F.gelu, torch._C._nn.gelu))
+    return all(cls.forward.__module__ == cls.__module__ for cls in _LEAVES) and all(a is b for a, b in functionals)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else, on parameters of torch's own type."""
+    own = vars(module)
+    return not (
+        has_hooks(module)
+        or any(getattr(type(module), name) is not getattr(nn.Module, name) for name in _CALLS)
+        or own["_buffers"]
+        or own.get("_compiled_call_impl") is not None
+        or any(callable(getattr(type(module), name, None)) for name in own)  # "forward", set on this module alone
+        or not {type(parameter) for parameter in own["_parameters"].values()} <= {nn.Parameter, type(None)}
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is the product with its weight, and nothing else."""
+    return type(module) is nn.Linear and vars(module)["_parameters"]["bias"] is None and is_plain(module)
 
 
 def _gelu_form(template: nn.Module, output: Any) -> Form | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.moe.balance import BiasBalance
+from ds_moe_ep.moe.recognise import is_plain_linear
 
 JITTER = 1e-2  # relative width of the input noise, as DeepSpeed and Switch (arXiv 2101.03961) have it
 
@@ -118,7 +119,10 @@ class Router(nn.Module):
         if noise == "jitter":
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - JITTER, 1 + JITTER)
         with torch.autocast(x_TD.device.type, enabled=False):  # scores stay in fp32 whatever surrounds the layer
-            logits_TE = F.linear(x_TD, self.wg.weight.to(wide))
+            if is_plain_linear(self.wg):
+                logits_TE = F.linear(x_TD, self.wg.weight.to(wide))
+            else:  # adapted, hooked or replaced: whatever it computes now
+                logits_TE = self.wg(x_TD.to(next(self.wg.parameters()).dtype)).to(wide)
         return logits_TE, logits_TE + gumbel_like(logits_TE) if noise == "rsample" else logits_TE
 
     def _choose(self, logits_TE: Tensor) -> Tensor:
