@@ -1,20 +1,27 @@
 # Sourced by tests/run.sh and examples/quickstart.sh: makes the virtual environment and installs the pinned versions.
+# An environment that it did not make is not changed: it is checked, and what it lacks is said.
 #
 #   ensure_environment [EXTRAS]   EXTRAS is a comma-separated list of extras of setup.py, for example "test,mpi".
 #
 # Reads  VENV    the environment's folder (default: .venv beside this repository's setup.py)
 #        PYTHON  the interpreter that makes it (default: python3; 3.10 or newer)
-# Sets   ROOT    the repository,  VENV  its environment,  PYTHON  the environment's interpreter.
+# Sets   ROOT    the repository,  VENV  its environment,  PYTHON  the environment's interpreter; for an environment that
+#        was not made here, PYTHONPATH, so that it runs this checkout.
 #
 # Nothing is installed again until setup.py or .constraints.txt changes.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+MADE_HERE=.made-by-ds-moe-ep # a file in each environment that was
 
 ensure_environment() {
     local extras=${1:-} base=${PYTHON:-python3} stamp wanted
     VENV=${VENV:-$ROOT/.venv}
     [[ $VENV == /* ]] || VENV=$PWD/$VENV
     PYTHON=$VENV/bin/python
+    if [[ -n $(ls -A "$VENV" 2>/dev/null) && ! -e $VENV/$MADE_HERE ]]; then
+        check_environment "$extras"
+        return
+    fi
     # An environment whose making was interrupted has an interpreter but no pip: it is made again.
     "$PYTHON" -c 'import pip' 2>/dev/null || make_environment "$base" || return
     stamp=$VENV/.installed-${extras//,/-}
@@ -31,20 +38,34 @@ ensure_environment() {
     echo "$wanted" >"$stamp"
 }
 
+check_environment() {
+    if [[ ! -x $PYTHON ]]; then
+        echo "error: VENV=$VENV is a folder without bin/python: name an environment, or a folder that does not exist" >&2
+        return 1
+    fi
+    is_new_enough "$PYTHON" VENV || return
+    export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+    PYTHONDONTWRITEBYTECODE=1 "$PYTHON" "$ROOT/tests/missing.py" "$1"
+}
+
+is_new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' && return
+    echo "error: $2=$1 is $("$1" --version 2>&1): Python 3.10 or newer is needed; name one by $2=..." >&2
+    return 1
+}
+
 make_environment() {
     local base=$1
     if ! command -v "$base" >/dev/null; then
         echo "error: PYTHON=$base is no command: install Python 3.10 or newer, or name one by PYTHON=..." >&2
         return 1
     fi
-    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "error: PYTHON=$base is $("$base" --version 2>&1): Python 3.10 or newer is needed; name one by PYTHON=..." >&2
-        return 1
-    fi
+    is_new_enough "$base" PYTHON || return
     if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then
         echo "error: $base has no venv module: on Debian and Ubuntu install the package python3-venv, then run this again" >&2
         return 1
     fi
+    mkdir -p "$VENV" && touch "$VENV/$MADE_HERE" || return # first: one that was interrupted is made again
     "$base" -m venv "$VENV"
 }
 
