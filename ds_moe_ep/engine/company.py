@@ -1,4 +1,4 @@
-"""What goes along with an engine: the watch, the meter, the balancing bias, choices in log and checkpoints, safe saves.
+"""What goes along with an engine: the watch, the meter, the balancing bias, whole norms, choices kept, safe saves.
 
 All of it wraps methods of the one engine; `leave` gives the engine its own ones back.
 """
@@ -12,9 +12,11 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.after_step import after_each_step
 from ds_moe_ep.engine.checkpoint import guard_loading
 from ds_moe_ep.engine.choices import keep_choices
+from ds_moe_ep.engine.clipping import clip_by_whole_norm
 from ds_moe_ep.engine.finite import tell_skips
 from ds_moe_ep.engine.folders import refuse_incomplete
 from ds_moe_ep.engine.layers import OverlappedLayer
+from ds_moe_ep.engine.loss_scale import scale_losses
 from ds_moe_ep.engine.meter import OverlapMeter
 from ds_moe_ep.engine.saving import save_safely
 from ds_moe_ep.engine.supervision import supervise
@@ -47,7 +49,9 @@ class Company:
         if config.meter_every:
             engine.moe_ep_meter = OverlapMeter(layers, engine.device, config.meter_every)
         engine.moe_ep_layers = layers
+        self._undo.append(scale_losses(engine))
         self._undo.append(tell_skips(engine))
+        self._undo.append(clip_by_whole_norm(engine))
         after_each_step(engine, layers)
         watch = seams.watch_of_world(config.timeout_s)
         self._undo.append(save_safely(engine, watch))

@@ -13,13 +13,14 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime import compiler
 from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
@@ -35,6 +36,7 @@ GROUP_NAMES = (
     "_get_expert_parallel_group",
     "_get_expert_parallel_group_dict",
     "_get_expert_parallel_group_ranks",
+    "_get_expert_data_parallel_world_size",
     "_get_data_parallel_group",
     "mpu",
 )
@@ -75,6 +77,9 @@ AUTOEP_NAMES = (
     "experts.activation_alpha",
     "experts.activation_limit",
 )
+
+# Methods of the wrappers of fp16 and bf16 optimizers that clip.
+WRAPPER_NAMES = ("step", "unscale_and_clip_grads")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -193,6 +198,33 @@ def num_pipeline_stages() -> int:
         if hasattr(groups.mpu, name):
             return int(getattr(groups.mpu, name)())
     return 1
+
+
+def clipping_of(engine: Any) -> Literal["whole", "gradients", "wrapper"]:
+    """Whose norm clips: one of all experts, the engine's of fp32 gradients, or that of the optimizer's wrapper."""
+    if engine.optimizer is None or engine.zero_optimization():
+        return "whole"
+    if all(hasattr(engine.optimizer, name) for name in WRAPPER_NAMES):
+        return "wrapper"
+    return "whole" if engine.fp16_enabled() or engine.bfloat16_enabled() else "gradients"
+
+
+def scales_loss(engine: Any) -> bool:
+    """Whether gradients reach the optimizer with the loss scale that it divides them by."""
+    is_divided = clipping_of(engine) == "wrapper" and engine.fp16_enabled()
+    return not is_divided or hasattr(engine, "_do_optimizer_backward")  # the wrapper's own backward, until 0.17
+
+
+def report_norm(owner: Any, norm: torch.Tensor | float) -> None:
+    """Makes a norm the one that the engine, or its optimizer, reports for the step."""
+    owner._global_grad_norm = norm
+
+
+def num_holders(parameter: torch.nn.Parameter) -> int:
+    """Ranks of the world that hold the parameter, where there is no tensor and no pipeline parallelism."""
+    if is_moe_param(parameter):
+        return int(groups._get_expert_data_parallel_world_size(parameter.group_name))  # type: ignore[attr-defined]
+    return dist.get_world_size()
 
 
 def data_parallel_group() -> dist.ProcessGroup:
