@@ -60,6 +60,7 @@ def whole_norm(parameters: Iterable[nn.Parameter], device: torch.device | str) -
 def _clip_gradients(engine: Any) -> Callable[[], None]:
     """fp32: the engine scales the gradients themselves."""
 
+    @torch.no_grad()
     def clip() -> None:
         parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = whole_norm(parameters, engine.device)
