@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ds_moe_ep.comm.callbacks import TransferCallback, TransferMessage
     from ds_moe_ep.comm.groups import open_transport
     from ds_moe_ep.config import MEDIUM, MODELS, SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
-    from ds_moe_ep.engine.hooks import OverlapHandle, attach_overlap
+    from ds_moe_ep.engine.attach import OverlapHandle, attach_overlap
     from ds_moe_ep.engine.layer import MoE
     from ds_moe_ep.engine.pipeline import Pipeline, build_pipeline
     from ds_moe_ep.engine.seams import init_distributed
@@ -68,7 +68,7 @@ _HOMES = {
     "comm.callbacks": ("TransferCallback", "TransferMessage"),
     "comm.groups": ("open_transport",),
     "config": ("MEDIUM", "MODELS", "SMALL", "SPECIFICATION", "Layout", "ModelConfig", "MoEConfig"),
-    "engine.hooks": ("OverlapHandle", "attach_overlap"),
+    "engine.attach": ("OverlapHandle", "attach_overlap"),
     "engine.layer": ("MoE",),
     "engine.pipeline": ("Pipeline", "build_pipeline"),
     "engine.seams": ("init_distributed",),

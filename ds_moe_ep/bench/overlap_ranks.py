@@ -167,7 +167,7 @@ def _layer(name: str, plan: OverlapPlan) -> nn.Module:
     is_emulated = plan.device == "emulated" or name == WIRE
     if name in (NATIVE, HOOKED):
         from ds_moe_ep.bench.native import native_layer
-        from ds_moe_ep.engine.hooks import attach_overlap
+        from ds_moe_ep.engine.attach import attach_overlap
 
         layer = native_layer(case, plan.num_ranks, EmulatedExpert(row_us) if is_emulated else None)
         if name == HOOKED:

@@ -1,4 +1,4 @@
-"""What happens after each optimizer step: the balancing bias moves, the monitor hears of load and communication."""
+"""What the company does after each optimizer step: the monitor hears of load and communication, the log of choices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ds_moe_ep.engine.meter import OverlapMeter
 
 
 def after_each_step(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
-    """Wraps `engine.step` so that it ends with the layers' own step, where parameters were updated."""
+    """Wraps `engine.step` so that it ends with the reports, where parameters were updated."""
     engine_step = engine.step
     meter: OverlapMeter | None = getattr(engine, "moe_ep_meter", None)
     choices = ChoiceLog(layers)
@@ -25,10 +25,7 @@ def after_each_step(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
     def step(*args: Any, **kwargs: Any) -> Any:
         is_boundary = engine.is_gradient_accumulation_boundary()
         result = engine_step(*args, **kwargs)
-        if is_boundary and not engine.was_step_applied():  # an overflow under loss scaling
-            forget_load(layers)
         if engine.was_step_applied():
-            step_balance(layers)
             report_load(engine, layers)
             choices.tell()
         if meter is not None and (is_boundary or engine.was_step_applied()):
@@ -36,20 +33,6 @@ def after_each_step(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
         return result
 
     engine.step = step
-
-
-def step_balance(layers: Mapping[str, OverlappedLayer]) -> None:
-    """Moves the expert bias of every layer that has one. Collective over the data-parallel ranks."""
-    for layer in layers.values():
-        if layer.balance is not None:
-            layer.balance.step(seams.sum_over_data_parallel)
-
-
-def forget_load(layers: Mapping[str, OverlappedLayer]) -> None:
-    """Drops the load of a batch that moved no parameter: it moves no bias either. Local."""
-    for layer in layers.values():
-        if layer.balance is not None:
-            layer.balance.load_E.zero_()
 
 
 def report_load(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:

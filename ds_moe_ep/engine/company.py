@@ -1,6 +1,7 @@
-"""What goes along with an engine: the watch, the meter, the balancing bias, whole norms, choices kept, safe saves.
+"""What goes along with an engine: the watch, the meter, whole norms, choices in log and checkpoints, safe saves.
 
-All of it wraps methods of the one engine; `leave` gives the engine its own ones back.
+All of it wraps methods of the one engine; `leave` gives the engine its own ones back. The balancing bias needs no
+company: it follows the steps of any engine (`own_layers.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ds_moe_ep.engine.folders import refuse_incomplete
 from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.loss_scale import scale_losses
 from ds_moe_ep.engine.meter import OverlapMeter
+from ds_moe_ep.engine.own_layers import follow_steps
 from ds_moe_ep.engine.saving import save_safely
 from ds_moe_ep.engine.supervision import supervise
 from ds_moe_ep.errors import EngineError
@@ -30,11 +32,7 @@ class Company:
     """The company of one engine and its layers. Every rank makes it; local, but for what the wrapped methods do."""
 
     def __init__(self, engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
-        if "moe_ep_layers" in vars(engine):
-            raise EngineError(
-                f"engine.moe_ep_layers={list(engine.moe_ep_layers)}: the engine has the company of these layers; "
-                'remove their hooks first, or give ds_moe_ep.initialize all layers at once ("attach": true)'
-            )
+        refuse_second(engine)
         self._engine = engine
         self._before = {name: vars(engine)[name] for name in METHODS if name in vars(engine)}
         self._undo: list[Callable[[], None]] = []
@@ -47,11 +45,13 @@ class Company:
     def _join(self, engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
         config = next(iter(layers.values())).config
         if config.meter_every:
-            engine.moe_ep_meter = OverlapMeter(layers, engine.device, config.meter_every)
+            meter = engine.moe_ep_meter = OverlapMeter(layers, engine.device, config.meter_every)
+            self._undo.append(meter.end)
         engine.moe_ep_layers = layers
         self._undo.append(scale_losses(engine))
         self._undo.append(tell_skips(engine))
         self._undo.append(clip_by_whole_norm(engine))
+        follow_steps(engine, layers)
         after_each_step(engine, layers)
         watch = seams.watch_of_world(config.timeout_s)
         self._undo.append(save_safely(engine, watch))
@@ -71,3 +71,13 @@ class Company:
         for name in (*METHODS, *ATTRIBUTES):
             vars(self._engine).pop(name, None)
         vars(self._engine).update(self._before)
+
+
+def refuse_second(engine: Any) -> None:
+    """Raises EngineError for an engine that has its company. Local, alike on all ranks."""
+    if "moe_ep_layers" in vars(engine):
+        raise EngineError(
+            f"engine.moe_ep_layers={list(engine.moe_ep_layers)}: the engine has all that attach_overlap gives, from "
+            "ds_moe_ep.initialize or an earlier attach_overlap; leave this one out, or remove() the earlier handle "
+            'first (to hook DeepSpeed\'s layers too, give ds_moe_ep.initialize "attach": true)'
+        )

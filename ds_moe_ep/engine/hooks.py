@@ -1,4 +1,4 @@
-"""`attach_overlap`: overlapping send/recv for MoE layers that a model already has.
+"""Overlapping send/recv for MoE layers that DeepSpeed or AutoEP made.
 
 1. Find the layers: `deepspeed.moe.layer.MoE` and AutoEP's. What cannot be hooked is refused by name, on every rank.
 2. Agree: all ranks of an expert group hook the same layers with the same knobs.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import deepspeed
@@ -20,110 +19,11 @@ from torch import nn
 
 from ds_moe_ep.comm.callbacks import TransferCallback
 from ds_moe_ep.comm.groups import transport_over
-from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import hooked_native, seams
-from ds_moe_ep.engine.company import Company
-from ds_moe_ep.engine.hooked import TRAFFIC, HookedLayer, traffic_of
+from ds_moe_ep.engine.hooked import HookedLayer
 from ds_moe_ep.engine.layer import MoE
-from ds_moe_ep.errors import ConfigError, EngineError, nearest
+from ds_moe_ep.errors import EngineError
 from ds_moe_ep.topology import even_share, torus_of
-
-
-class OverlapHandle:
-    """The hooked layers by name, and the way back. As a context manager it removes the hooks at the end."""
-
-    def __init__(self, layers: Mapping[str, HookedLayer], company: Company | None) -> None:
-        self.layers = dict(layers)
-        self._company = company
-
-    def remove(self) -> None:
-        """Makes the model and the engine what they were. Local; between passes. A second call does nothing.
-
-        A wrapper that somebody else put on a method of the engine since then goes with ours.
-        """
-        for layer in self.layers.values():
-            layer.remove()
-        if self._company is not None:
-            self._company.leave()
-        self.layers, self._company = {}, None
-
-    def __enter__(self) -> OverlapHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
-    def add_callback(self, callback: TransferCallback) -> None:
-        """Puts a callback around each message of all hooked layers, behind those that are there. Between passes.
-
-        Every rank adds the same ones in the same order.
-        """
-        for layer in self.layers.values():
-            layer.dispatcher.add_callback(callback)
-
-    def remove_callback(self, callback: TransferCallback) -> None:
-        """Takes a callback away again. Between passes, on every rank."""
-        for layer in self.layers.values():
-            layer.dispatcher.remove_callback(callback)
-
-    def __str__(self) -> str:
-        lines = [f"{name}: {layer.kind}, {_schedule_of(layer)}" for name, layer in self.layers.items()]
-        return "\n".join(lines) or "no layer is hooked"
-
-
-def _schedule_of(layer: HookedLayer) -> str:
-    return str(layer.choice) if layer.choice is not None else f"schedule {layer.config.schedule!r}"
-
-
-def attach_overlap(
-    engine_or_model: nn.Module,
-    config: MoEConfig | Mapping[str, Any] | None = None,
-    callbacks: Sequence[TransferCallback] = (),
-) -> OverlapHandle:
-    """Hides the experts' traffic of layers that exist, in place; parameters and checkpoints stay as they are.
-
-    `engine_or_model` is what deepspeed.initialize returned, or a module that holds the layers, whose groups are made.
-    An engine gets the company of `ds_moe_ep.initialize` too: the watch, the meter (`meter_every`), safe checkpoints.
-    `config` says how rows move (`hooked.TRAFFIC`): a MoEConfig, or a mapping of such knobs. Layers with ep_size 1 have
-    no traffic and stay as they are. An expert must map each row by itself, whatever rows stand beside it. `callbacks`
-    act on each message that crosses a wire, the same on every rank.
-
-    Collective over the world. Raises EngineError on every rank, with the layers' names, where one cannot be hooked or
-    ranks differ, and ConfigError for knobs that are not the hooks' to set.
-    """
-    if isinstance(engine_or_model, deepspeed.PipelineEngine):
-        raise EngineError("engine=PipelineEngine: stages would wait for each other's groups; hook a plain engine")
-    is_engine = isinstance(engine_or_model, deepspeed.DeepSpeedEngine)
-    model: nn.Module = engine_or_model.module if is_engine else engine_or_model  # type: ignore[assignment]
-    if not any(True for _ in candidates(model)):
-        raise EngineError(
-            f"model={type(model).__name__} has no deepspeed.moe.layer.MoE and no AutoEP layer: hook the model that "
-            'deepspeed.initialize returned (AutoEP replaces layers there, where "expert_parallel" is enabled)'
-        )
-    layers = hook(model, read_traffic(config), callbacks)
-    company = None
-    if is_engine and layers:
-        try:
-            company = Company(engine_or_model, layers)
-        except BaseException:
-            OverlapHandle(layers, None).remove()
-            raise
-    return OverlapHandle(layers, company)
-
-
-def read_traffic(config: MoEConfig | Mapping[str, Any] | None) -> dict[str, Any]:
-    """The knobs of `config` that say how rows move. Raises ConfigError for others in a mapping."""
-    if config is None or isinstance(config, MoEConfig):
-        return traffic_of(config or MoEConfig())
-    for name, value in config.items():
-        if name not in TRAFFIC:
-            raise ConfigError(
-                f"attach_overlap: config.{name}={value!r}: not a knob of the traffic, and the layer's own gate and "
-                f"experts say all else; {nearest(name, TRAFFIC)}"
-            )
-    return traffic_of(MoEConfig.from_dict(config, "attach_overlap: config"))
 
 
 def hook(

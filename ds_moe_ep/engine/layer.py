@@ -8,7 +8,6 @@ world, which is the gradient of the global batch's mean for every ep_size: the l
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from ds_moe_ep.comm.transport import Loopback
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
+from ds_moe_ep.engine.own_layers import meet
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
@@ -84,6 +84,11 @@ class MoE(DeepSpeedMoE):
             self.coefficient = nn.Linear(hidden_size, 2)
 
     @property
+    def kind(self) -> str:
+        """What made it, beside the kinds of hooked layers."""
+        return "ds_moe_ep.MoE"
+
+    @property
     def config(self) -> MoEConfig:
         """The layer's knobs as they are in force."""
         return self.deepspeed_moe.config
@@ -145,8 +150,9 @@ class MoE(DeepSpeedMoE):
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Makes the expert-parallel groups, or finds them, and connects the layer. DeepSpeed's engine calls it.
 
-        Collective over the world. Raises EngineError on every rank where ranks differ in configuration or model, and
-        TopologyError where ep_size does not fit the world.
+        Its section "moe_ep" reaches its layers first. Collective over the world. Raises EngineError on every rank where
+        ranks differ in configuration or model, ConfigError where the section cannot work, and TopologyError where
+        ep_size does not fit the world.
         """
         if not dist.is_initialized():
             raise EngineError(
@@ -158,6 +164,9 @@ class MoE(DeepSpeedMoE):
                 f"pipeline stages={seams.num_pipeline_stages()}: the layer's groups span the data-parallel world, and "
                 "stages would wait for each other; use one stage, and give the ranks to ep_size"
             )
+        engine = seams.engine_being_made()
+        if engine is not None:
+            meet(engine, moe_layers(engine.module))
         self.mark_experts()
         hosts = seams.compare_ranks("moe_ep and the MoE layer", self.fingerprint())
         grid = RankGrid(
@@ -187,15 +196,6 @@ class MoE(DeepSpeedMoE):
         return output, l_aux, exp_counts
 
 
-def with_given_knobs(config: MoEConfig, section: MoEConfig, given: frozenset[str]) -> MoEConfig:
-    """`config` with the knobs that a ds_config's section names.
-
-    A top_k that the section changes takes with it what only the old one allowed and the section does not name.
-    """
-    changes = {name: getattr(section, name) for name in given}
-    top_k = changes.get("top_k", config.top_k)
-    if config.drop_policy == "random" and top_k != 1:
-        changes.setdefault("drop_policy", "position" if top_k == 2 else "score")
-    if config.sample_second and top_k != 2:
-        changes.setdefault("sample_second", False)
-    return dataclasses.replace(config, **changes)
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The package's MoE layers in a model, by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}

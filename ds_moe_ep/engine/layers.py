@@ -16,6 +16,10 @@ class OverlappedLayer(Protocol):
     """A layer whose experts' traffic the package moves."""
 
     @property
+    def kind(self) -> str:
+        """What made it."""
+
+    @property
     def ep_size(self) -> int:
         """Ranks that share its experts."""
 

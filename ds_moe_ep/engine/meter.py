@@ -108,6 +108,11 @@ class OverlapMeter:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(chrome_trace(span for spans in gathered for span in spans), encoding="utf-8")
 
+    def end(self) -> None:
+        """Gives the layers the recorder that is off. Local; the last measurement stays."""
+        for layer in self._layers.values():
+            layer.recorder, layer.blocking = Off(), False
+
     def _begin_step(self) -> None:
         is_control_due = self.control is None or self._measured_since_control >= MEASUREMENTS_A_CONTROL
         self._role = role_of(self._step, self._every, is_control_due)

@@ -11,8 +11,10 @@ import logging
 import operator
 import os
 import socket
+import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import deepspeed
@@ -27,7 +29,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
 from ds_moe_ep.comm.watch import Unwatched, Watch, open_watch
-from ds_moe_ep.errors import EngineError
+from ds_moe_ep.errors import EngineError, MoEError
 
 TESTED = ("0.19.8",)
 
@@ -181,6 +183,54 @@ def _has(owner: object, path: str) -> bool:
     return True
 
 
+def engine_being_made() -> Any:
+    """The engine whose constructor calls from further up the stack, or None.
+
+    DeepSpeed calls a layer's `set_deepspeed_parallelism` from there and does not say for which engine.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(owner := frame.f_locals.get("self"), deepspeed.DeepSpeedEngine):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def ds_config_of(engine: Any) -> Mapping[str, Any]:
+    """The ds_config that an engine was made with, keys that DeepSpeed does not know included."""
+    if not _has(engine, "_config._param_dict"):
+        raise EngineError(
+            f"deepspeed={deepspeed.__version__}: engine._config has no _param_dict to read a section from; install a "
+            f"tested release ({', '.join(TESTED)})"
+        )
+    found: Mapping[str, Any] = engine._config._param_dict
+    return found
+
+
+def has_data_before_experts(engine: Any) -> bool:
+    """Whether an engine's expert-parallel groups hold ranks that are apart, as its ds_config says."""
+    return bool(engine._config.use_data_before_expert_parallel_)
+
+
+def after_model_step(engine: Any, then: Callable[[bool], None]) -> None:
+    """Calls `then` after each step of the engine's optimizer, with whether it moved the parameters.
+
+    A plain engine's `step` and a pipeline engine's `train_batch` both come through the method wrapped here.
+    """
+    take_model_step = engine._take_model_step
+
+    @functools.wraps(take_model_step)
+    def take_and_tell(*args: Any, **kwargs: Any) -> Any:
+        scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)  # it skips a step and tells nobody
+        scale = scaler.get_scale() if scaler is not None else 0.0
+        result = take_model_step(*args, **kwargs)
+        is_skipped = not engine.was_step_applied() or (scaler is not None and scaler.get_scale() < scale)
+        then(not is_skipped)
+        return result
+
+    engine._take_model_step = take_and_tell
+
+
 def not_compiled(function: F) -> F:
     """The function as torch.compile leaves it out of what it compiles around it."""
     left_out: F = compiler.lazy_disable(function)
@@ -240,6 +290,13 @@ def gather(value: Any) -> list[Any]:
     return gathered
 
 
+def settle(error: MoEError | None) -> None:
+    """Raises, on every rank, the error of the first rank that has one. Collective over the world."""
+    for theirs in gather(error):
+        if theirs is not None:
+            raise theirs
+
+
 def compare_ranks(what: str, fingerprint: str) -> list[str]:
     """The host names of all ranks, once all ranks gave the same fingerprint. Collective over the world.
 
@@ -259,6 +316,13 @@ def compare_ranks(what: str, fingerprint: str) -> list[str]:
 def say(message: str, level: int = logging.INFO) -> None:
     """One log line on rank 0."""
     log_dist(f"ds_moe_ep: {message}", ranks=[0], level=level)
+
+
+def sum_over_batch(engine: Any, values: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks whose tokens make up the engine's batch. Collective, without gradient."""
+    total = values.clone()
+    dist.all_reduce(total, group=engine.seq_data_parallel_group)
+    return total
 
 
 def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,13 @@ import deepspeed
 from torch import nn
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.company import Company
-from ds_moe_ep.engine.hooked import TRAFFIC, HookedLayer, traffic_of
+from ds_moe_ep.engine.attach import accompany
+from ds_moe_ep.engine.hooked import traffic_of
 from ds_moe_ep.engine.hooks import hook
-from ds_moe_ep.engine.layer import MoE, with_given_knobs
-from ds_moe_ep.engine.layers import OverlappedLayer
+from ds_moe_ep.engine.layer import MoE, moe_layers
+from ds_moe_ep.engine.own_layers import give_knobs
 from ds_moe_ep.errors import ConfigError, EngineError
-from ds_moe_ep.section import SECTION, Section, load_ds_config, read_section
+from ds_moe_ep.section import Section, load_ds_config, read_section
 from ds_moe_ep.training import read_training
 
 
@@ -57,9 +57,7 @@ def initialize(
             f"model={type(model).__name__} has no ds_moe_ep.MoE layer: build it with one, hook the MoE layers that it "
             'has ("attach": true in the section), or call deepspeed.initialize for a dense model'
         )
-    for name, layer in own.items():
-        layer.configure(with_given_knobs(layer.config, section.moe, section.given), f"{SECTION} ({name})")
-        layer.deepspeed_moe.dispatcher.name = name
+    give_knobs(own, section)  # DeepSpeed's engine does it too, later: what cannot work is refused before it starts
     seams.init_distributed()
     if kwargs.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
         for layer in own.values():
@@ -75,37 +73,12 @@ def initialize(
 def join(engine: Any, own: Mapping[str, MoE], section: Section) -> None:
     """Hooks what the section says, and gives the engine its company. Collective over the world."""
     hooked = hook(engine.module, traffic_of(section.moe)) if section.moe.attach else {}
-    layers: dict[str, OverlappedLayer] = {**own, **hooked}
-    if not layers:
-        name = type(engine.module).__name__
-        raise EngineError(f"model={name}: no layer shares its experts over ranks; set ep_size above 1")
     try:
-        if not own:  # with layers of the package, the section speaks of theirs
-            check_routing(section, hooked)
-        Company(engine, layers)
+        if not own and not hooked:
+            name = type(engine.module).__name__
+            raise EngineError(f"model={name}: no layer shares its experts over ranks; set ep_size above 1")
+        accompany(engine, own, hooked, section)
     except BaseException:
         for layer in hooked.values():
             layer.remove()
         raise
-    first = next(iter(layers.values())).config
-    seams.say(
-        f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "
-        f"{first.schedule!r} with depth {first.depth}, transport {first.transport!r}"
-    )
-
-
-def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """The package's MoE layers in a model, by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-
-
-def check_routing(section: Section, hooked: Mapping[str, HookedLayer]) -> None:
-    """Raises ConfigError for a knob of the section that a hooked layer's own gate and experts contradict."""
-    for name, layer in hooked.items():
-        for knob in sorted(section.given - {*TRAFFIC, "attach"}):
-            value, actual = getattr(section.moe, knob), getattr(layer.config, knob)
-            if value != actual:
-                raise ConfigError(
-                    f"{SECTION}.{knob}={value!r}: the hooked layer {name} has {actual!r}, which hooks do not change; "
-                    "leave the knob out, or change the layer"
-                )

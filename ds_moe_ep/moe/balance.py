@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from ds_moe_ep.config import MoEConfig
 
 if TYPE_CHECKING:
     from ds_moe_ep.moe.router import Routing
+
+logger = logging.getLogger(__name__)
 
 
 def router_loss(routing: Routing, config: MoEConfig, sum_over_group: Callable[[Tensor], Tensor], size: int) -> Tensor:
@@ -77,6 +80,8 @@ class BiasBalance(nn.Module):
         self.step_size = config.bias_step
         self.register_buffer("steps_E", torch.zeros(config.num_experts, dtype=torch.int64))
         self.register_buffer("load_E", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+        self._first_version: int | None = None  # of the gate's weight, in the first pass that was observed
+        self._is_looked_after = False  # somebody steps it, or it was said that nobody does
 
     @property
     def bias_E(self) -> Tensor:
@@ -84,16 +89,35 @@ class BiasBalance(nn.Module):
         return self.steps_E.float() * self.step_size
 
     @torch.no_grad()
-    def observe(self, chosen_TE: Tensor) -> None:
-        """Adds the choices of one forward pass to the load.
+    def observe(self, chosen_TE: Tensor, weight: Tensor) -> None:
+        """Adds the choices of one forward pass to the load; `weight` is the gate's.
 
         A pass that is recomputed counts twice, which changes no sign: the step looks at nothing else.
         """
         self.load_E += chosen_TE.sum(0).to(torch.int64)
+        if not self._is_looked_after and not weight.is_inference():
+            self._look_for_a_step(weight._version)
+
+    def _look_for_a_step(self, version: int) -> None:
+        """Says once that nobody moves the bias: an optimizer has stepped (it wrote the weight), and the load stayed."""
+        if self._first_version is None:
+            self._first_version = version
+        elif version != self._first_version:
+            self._is_looked_after = True
+            logger.warning(
+                'moe_ep.balance="bias": the optimizer has stepped and nobody moved the bias, which stays as it is. '
+                "An engine made by deepspeed.initialize moves it; in a training loop without one, call "
+                "layer.gate.balance.step(sum_over_ranks) after each optimizer step"
+            )
 
     @torch.no_grad()
     def step(self, sum_over_world: Callable[[Tensor], Tensor]) -> None:
         """Moves the bias against the load since the last step. Collective through `sum_over_world`."""
         load_E = sum_over_world(self.load_E)
         self.steps_E += torch.sign(load_E.sum() - load_E * len(load_E))
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops the load since the last step: that batch moves nothing. Local."""
         self.load_E.zero_()
+        self._is_looked_after = True

@@ -93,6 +93,11 @@ class Dispatcher:
         """Where the ranks of the layer's group stand; one rank before it is connected."""
         return Torus(1, 1) if self.links is None else self.links.forward.torus
 
+    @property
+    def bare_transport(self) -> Transport | None:
+        """What it was connected with: the links' transport without the callbacks."""
+        return self._bare
+
     def connect(self, transport: Transport, torus: Torus | None = None) -> None:
         """Takes its links. Local. `torus` places the group's ranks on nodes; by default all share one.
 

@@ -109,7 +109,7 @@ class Router(nn.Module):
             capacity=capacity,
         )
         if self.balance is not None and self.training:
-            self.balance.observe(routing.chosen_TE())
+            self.balance.observe(routing.chosen_TE(), self.wg.weight)
         return routing
 
     def _logits(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
