@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from ds_moe_ep import __version__
 from ds_moe_ep.cli_simulate import add_audit, add_calibrate, add_plan
-from ds_moe_ep.errors import MoEError
+from ds_moe_ep.command_line import INTERRUPTED, Parser, number, refused, whole
+from ds_moe_ep.errors import EngineError, MoEError
 from ds_moe_ep.shipped import shipped_ds_configs
 
 BENCHMARKS = {
@@ -24,23 +25,28 @@ BENCHMARKS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of `ds-moe-ep ARGUMENTS`: 0, or 2 with the error's text on stderr."""
+    """The exit code of `ds-moe-ep ARGUMENTS`: 0, or 2 with the error's text on stderr; with --json it is an object
+    on stdout. 130 after Ctrl-C."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    parsed = make_parser().parse_args(given, argparse.Namespace(given=given))
     try:
+        parsed = make_parser().parse_args(given, argparse.Namespace(given=given))
         code: int = parsed.run(parsed)
         return code
     except MoEError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return refused(error, as_json="--json" in given)
     except BrokenPipeError:  # the reader, for example `head`, has seen enough
         sys.stderr.close()
         return 0
+    except OSError as error:
+        where = error.filename if error.filename is not None else "the system"
+        return refused(EngineError(f"{where}: {error.strerror}; see to it and try again"), as_json="--json" in given)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser; each command stores its function as `run`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ds-moe-ep",
         description="Expert-parallel MoE layers for DeepSpeed. No command here needs a device.",
     )
@@ -70,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_check_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_check_config(commands: argparse._SubParsersAction[Parser]) -> None:
     check = commands.add_parser(
         "check-config",
         help="tell what a ds_config would run, or why it cannot",
@@ -85,27 +91,27 @@ def _add_check_config(commands: argparse._SubParsersAction[argparse.ArgumentPars
     check.add_argument("path", metavar="DS_CONFIG", help=shipped)
     check.add_argument(
         "--world-size",
-        type=int,
+        type=whole(1),
         metavar="RANKS",
         help="ranks of the job (default: what the batch sizes imply, else ep_size)",
     )
     check.add_argument(
         "--gpu-gb",
-        type=float,
+        type=number(above=0),
         default=80.0,
         metavar="GB",
         help="memory of one GPU in 1e9 bytes (default: 80)",
     )
     check.add_argument(
         "--reserve-gb",
-        type=float,
+        type=number(0),
         default=4.0,
         metavar="GB",
         help="part of it left to CUDA's context, NCCL and fragmentation (default: 4)",
     )
     check.add_argument(
         "--load",
-        type=float,
+        type=number(1),
         default=1.0,
         metavar="TIMES",
         help="rows of the fullest rank over the mean, for its activations (default: 1, even routing)",
@@ -114,7 +120,7 @@ def _add_check_config(commands: argparse._SubParsersAction[argparse.ArgumentPars
     check.set_defaults(run=run_check_config)
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="tell what is installed and usable here, and how the links between ranks do",
@@ -127,20 +133,21 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="example: deepspeed --hostfile hosts --module ds_moe_ep doctor --config ds_configs/ep16.json",
     )
     doctor.add_argument("--config", metavar="DS_CONFIG", help="a ds_config whose run should work here")
-    doctor.add_argument("--world-size", type=int, metavar="RANKS", help="ranks of its job, as in check-config")
+    doctor.add_argument("--world-size", type=whole(1), metavar="RANKS", help="ranks of its job, as in check-config")
     doctor.add_argument(
-        "--ranks", type=int, help="ranks started here for links (default: ep_size of the config, up to 4)"
+        "--ranks", type=whole(1), help="ranks started here for links (default: ep_size of the config, up to 4)"
     )
-    doctor.add_argument("--seconds", type=float, default=5.0, help="time that all links together take (default: 5)")
+    seconds = number(above=0, most=3600)
+    doctor.add_argument("--seconds", type=seconds, default=5.0, help="time that all links together take (default: 5)")
     doctor.add_argument(
-        "--wait", type=float, default=60.0, metavar="SECONDS", help="time for ranks to come up (default: 60)"
+        "--wait", type=seconds, default=60.0, metavar="SECONDS", help="time for ranks to come up (default: 60)"
     )
     doctor.add_argument("--no-links", action="store_true", help="start no ranks and send nothing")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     doctor.set_defaults(run=run_doctor)
 
 
-def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
     report = commands.add_parser(
         "report",
         help="turn measured records into a page with figures",
@@ -157,7 +164,7 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     report.set_defaults(run=run_report)
 
 
-def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_convert(commands: argparse._SubParsersAction[Parser]) -> None:
     convert = commands.add_parser(
         "convert",
         help="carry a checkpoint's weights to another layout",
@@ -176,7 +183,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     convert.set_defaults(run=run_convert)
 
 
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     bench = commands.add_parser(
         "bench",
         help="measure, and write Records",
@@ -214,7 +221,7 @@ def run_check_config(parsed: argparse.Namespace) -> int:
 
 
 def run_doctor(parsed: argparse.Namespace) -> int:
-    """Prints the doctor's verdicts; 1 where there is a problem, 130 after Ctrl-C."""
+    """Prints the doctor's verdicts; 1 where there is a problem."""
     from ds_moe_ep.doctor.command import Options, run
 
     options = Options(
@@ -226,10 +233,7 @@ def run_doctor(parsed: argparse.Namespace) -> int:
         links=not parsed.no_links,
         json=parsed.json,
     )
-    try:
-        return run(options)
-    except KeyboardInterrupt:
-        return 130
+    return run(options)
 
 
 def run_knobs(parsed: argparse.Namespace) -> int:

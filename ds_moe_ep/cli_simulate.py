@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_moe_ep.command_line import Parser, number, output_file, whole
 from ds_moe_ep.shipped import shipped_clusters, shipped_ds_configs
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ SPECIFIED_CLUSTER = "h100_4x4"
 CLUSTERS = f"these ship: {', '.join(shipped_clusters())}"
 
 
-def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     """Adds the command `plan`."""
     plan = commands.add_parser(
         "plan",
@@ -50,7 +50,7 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     plan.add_argument("--forward", action="store_true", help="forward passes alone instead of training")
     plan.add_argument(
-        "--nodes", type=int, metavar="N", help="as many nodes as this (default: as the cluster's file says)"
+        "--nodes", type=whole(1), metavar="N", help="as many nodes as this (default: as the cluster's file says)"
     )
     plan.add_argument(
         "--sweep",
@@ -60,17 +60,12 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
     plan.add_argument(
-        "--out", type=_file, metavar="FILE", help="write Records for `report`, and spans or pictures beside them"
+        "--out", type=output_file, metavar="FILE", help="write Records for `report`, and spans or pictures beside them"
     )
-    plan.add_argument("--trace", type=_file, metavar="FILE", help="write a Chrome trace of one micro-batch of --config")
+    plan.add_argument(
+        "--trace", type=output_file, metavar="FILE", help="write a Chrome trace of one micro-batch of --config"
+    )
     plan.set_defaults(run=run_plan)
-
-
-def _file(text: str) -> str:
-    """An argument that names a file to write."""
-    if not Path(text).name:
-        raise argparse.ArgumentTypeError(f"{text!r}: give the name of a file")
-    return text
 
 
 def _micro_batch(text: str) -> int | str:
@@ -78,11 +73,11 @@ def _micro_batch(text: str) -> int | str:
     if text == "largest":
         return text
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number of sequences, or largest")
+        raise argparse.ArgumentTypeError(f"={text}: give a number of sequences, or largest")
     return int(text)
 
 
-def add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_audit(commands: argparse._SubParsersAction[Parser]) -> None:
     """Adds the command `audit`."""
     audit = commands.add_parser(
         "audit",
@@ -103,11 +98,11 @@ def add_audit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     form = audit.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")
     form.add_argument("--json", action="store_true", help="print JSON, with the numbers behind each text")
-    audit.add_argument("--out", type=_file, metavar="FILE", help="write every number as a Record")
+    audit.add_argument("--out", type=output_file, metavar="FILE", help="write every number as a Record")
     audit.set_defaults(run=run_audit)
 
 
-def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_calibrate(commands: argparse._SubParsersAction[Parser]) -> None:
     """Adds the command `calibrate`."""
     calibrate = commands.add_parser(
         "calibrate",
@@ -123,11 +118,11 @@ def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--cluster", metavar="FILE", required=True, help=f"the cluster to begin with (JSON; {CLUSTERS})"
     )
     calibrate.add_argument(
-        "--out", type=_file, metavar="FILE", help="where to write the calibrated cluster (default: nowhere)"
+        "--out", type=output_file, metavar="FILE", help="where to write the calibrated cluster (default: nowhere)"
     )
     calibrate.add_argument(
         "--hold-out",
-        type=float,
+        type=number(0, 1),
         default=0.5,
         metavar="SHARE",
         help="share of the runs that stays out of the fit and tells its error (default: 0.5)",
@@ -164,7 +159,7 @@ def run_plan(parsed: argparse.Namespace) -> int:
     if parsed.sweep is not None and parsed.out is not None:
         from ds_moe_ep.report.sections_sweep import draw_curves
 
-        for path in draw_curves(Path(parsed.out)):
+        for path in draw_curves(parsed.out):
             print(path, file=sys.stderr)
     return code
 

@@ -35,11 +35,11 @@ class PeerError(EngineError):
     """Another rank did not answer, went, or failed: the message says which one, in what, and why."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest known name, or the list of all when none is close."""
+def nearest(name: str, known: Iterable[str], kind: str = "keys") -> str:
+    """`"did you mean 'x'?"` for the closest known name, or the list of all, called `kind`, when none is close."""
     names = sorted(known)
     close = closest(name, names)
-    return f"did you mean {close!r}?" if close else f"known keys: {', '.join(names)}"
+    return f"did you mean {close!r}?" if close else f"known {kind}: {', '.join(names)}"
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

@@ -58,7 +58,7 @@ def test_check_config_prints_json_that_agrees_with_the_check(
         ({}, ["--world-size", "6"], "TopologyError: moe_ep.ep_size=4 does not divide"),
         ({}, ["--world-size", "8", "--gpu-gb", "0.001", "--reserve-gb", "0"], "ConfigError: gpu_gb=0.001"),
         ({}, ["--gpu-gb", "2"], "ConfigError: gpu_gb=2 with reserve_gb=4"),
-        ({}, ["--load", "0.5"], "ConfigError: load=0.5"),
+        ({}, ["--load", "0.5"], "ConfigError: --load=0.5: give a number that is at least 1"),
     ],
 )
 def test_what_cannot_work_exits_with_2_and_says_why(

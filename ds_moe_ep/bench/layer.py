@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from ds_moe_ep.bench.cases import CASES
@@ -21,14 +22,15 @@ from ds_moe_ep.bench.processes import Finding, follow, free_port, on_console, st
 from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.ranks import SIDES, Plan, run_rank
 from ds_moe_ep.bench.table import markdown_table, terminal_table
-from ds_moe_ep.errors import ConfigError, nearest
+from ds_moe_ep.command_line import Parser, output_file, whole
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.record import write_whole
 
 LINE_WIDTH = 110
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
+    """Runs the benchmark; 0 when it ran through, 1 when it failed, 2 when it was refused, 130 after Ctrl-C."""
     return on_console(_run, arguments, LINE_WIDTH)
 
 
@@ -47,32 +49,34 @@ def _run(words: list[str], console: Console) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m ds_moe_ep.bench.layer",
         description="Races one layer, forward and backward, against DeepSpeed's own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     cases = [case.name for case in CASES]
-    parser.add_argument("--ranks", type=int, default=4, help="processes, and the expert-parallel size")
-    parser.add_argument("--rounds", type=int, default=20, help="measured rounds a case")
-    parser.add_argument("--warm-ups", type=int, default=3, help="rounds before them")
-    parser.add_argument("--cases", nargs="+", default=cases, help="cases by name")
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), help="sides by name")
+    parser.add_argument("--ranks", type=whole(2), default=4, help="processes, and the expert-parallel size")
+    parser.add_argument("--rounds", type=whole(1), default=20, help="measured rounds a case")
+    parser.add_argument("--warm-ups", type=whole(0), default=3, help="rounds before them")
+    parser.add_argument(
+        "--cases", nargs="+", choices=cases, metavar="CASE", default=cases, help=f"of {', '.join(cases)}"
+    )
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, metavar="SIDE", default=list(SIDES), help=f"of {', '.join(SIDES)}"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="one device a rank")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--out", type=Path, default=None, help="file for the records, one JSON line each")
+    parser.add_argument("--out", type=output_file, default=None, help="file for the records, one JSON line each")
     return parser
 
 
 def _plan(parsed: argparse.Namespace) -> Plan:
     cases = {case.name: case for case in CASES}
-    for kind, names, known in (("cases", parsed.cases, cases), ("sides", parsed.sides, SIDES)):
-        for name in names:
-            if name not in known:
-                raise ConfigError(f"bench.{kind}={name!r} is not known; {nearest(name, known)}")
-    if parsed.ranks < 2 or any(cases[name].num_experts % parsed.ranks for name in parsed.cases):
+    if any(cases[name].num_experts % parsed.ranks for name in parsed.cases):
         raise ConfigError(f"bench.ranks={parsed.ranks} must divide the layer's 16 experts: use 2, 4, 8 or 16")
+    if parsed.device == "cuda" and (gpus := torch.cuda.device_count()) < parsed.ranks:
+        raise ConfigError(f"bench.device='cuda': {parsed.ranks} ranks need a GPU each, and torch sees {gpus} here")
     return Plan(
         cases=tuple(cases[name] for name in parsed.cases),
         sides=tuple(name for name in SIDES if name in parsed.sides),

@@ -25,7 +25,8 @@ from ds_moe_ep.bench.overlap_ranks import PHASES, SIDES, OverlapPlan, Shaping, r
 from ds_moe_ep.bench.processes import Finding, follow, free_port, on_console, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.testbed import open_testbed, parse_rate
-from ds_moe_ep.errors import ConfigError, nearest
+from ds_moe_ep.command_line import Parser, number, output_file, whole
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.record import write_whole
 
 RATIOS = (0.3, 0.6, 1.0, 2.0)
@@ -33,7 +34,7 @@ PORT = 29500  # inside the namespaces, where nobody else listens
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
+    """Runs the benchmark; 0 when it ran through, 1 when it failed, 2 when it was refused, 130 after Ctrl-C."""
     return on_console(_run, arguments, 110)
 
 
@@ -51,40 +52,41 @@ def _run(words: list[str], console: Console) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m ds_moe_ep.bench.overlap",
         description="Races schedules of one layer on nodes that are joined by shaped links.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--device", choices=("emulated", "real"), default="emulated", help="what computes experts")
     parser.add_argument("--case", default="k1_even", choices=[case.name for case in CASES], help="routing, and top-k")
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), help="sides by name")
-    parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS), help="traffic over emulated compute")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, metavar="SIDE", default=list(SIDES), help=f"of {', '.join(SIDES)}"
+    )
+    parser.add_argument(
+        "--ratios", nargs="+", type=number(above=0), default=list(RATIOS), help="traffic over emulated compute"
+    )
     parser.add_argument("--of", choices=PHASES, default="step", help="the pass that --ratios are of")
     parser.add_argument("--links", nargs="+", type=parse_rate, help="rates instead of ratios, like 100mbit, or none")
-    parser.add_argument("--compute-s", type=float, default=1.0, help="an emulated expert's forward pass in seconds")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds a shaping")
-    parser.add_argument("--warm-ups", type=int, default=1, help="rounds before them")
-    parser.add_argument("--nodes", type=int, default=4, help="network namespaces")
-    parser.add_argument("--ranks", type=int, default=4, help="ranks of a node")
+    parser.add_argument(
+        "--compute-s", type=number(above=0), default=1.0, help="an emulated expert's forward pass in seconds"
+    )
+    parser.add_argument("--rounds", type=whole(1), default=5, help="measured rounds a shaping")
+    parser.add_argument("--warm-ups", type=whole(1), default=1, help="rounds before them, in which 'auto' is chosen")
+    parser.add_argument("--nodes", type=whole(1), default=4, help="network namespaces")
+    parser.add_argument("--ranks", type=whole(1), default=4, help="ranks of a node")
     parser.add_argument("--no-testbed", action="store_true", help="over the loopback, without namespaces")
-    parser.add_argument("--out", type=Path, default=None, help="file for the records, one JSON line each")
+    parser.add_argument("--out", type=output_file, default=None, help="file for the records, one JSON line each")
     return parser
 
 
 def _plan(parsed: argparse.Namespace) -> OverlapPlan:
     case = next(case for case in CASES if case.name == parsed.case)
-    for name in parsed.sides:
-        if name not in SIDES:
-            raise ConfigError(f"bench.sides={name!r} is not known; {nearest(name, SIDES)}")
     if parsed.nodes * parsed.ranks != case.num_experts:
         raise ConfigError(
             f"bench.nodes={parsed.nodes} x ranks={parsed.ranks}: the layer has {case.num_experts} experts, one a rank; "
             f"give numbers whose product is {case.num_experts}"
         )
-    if parsed.warm_ups < 1:
-        raise ConfigError("bench.warm_ups=0: the schedule 'auto' is chosen in the first pass; give 1 or more")
     if parsed.device == "real" and parsed.links is None:
         raise ConfigError("bench.device='real': --ratios are of emulated compute; give --links 100mbit 400mbit none")
     if parsed.no_testbed and parsed.links != [None]:

@@ -27,6 +27,7 @@ from ds_moe_ep.bench.probe_findings import ProbeFindings, probe_table
 from ds_moe_ep.bench.probe_ranks import run_probe, run_probe_rank
 from ds_moe_ep.bench.processes import Finding, follow, free_port, on_console, started_ranks
 from ds_moe_ep.bench.provenance import command, commit, hardware
+from ds_moe_ep.command_line import Parser, number, whole, writable_file
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.record import write_whole
 
@@ -40,7 +41,7 @@ SIZES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the probe; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
+    """Runs the probe; 0 when it ran through, 1 when it failed, 2 when it was refused, 130 after Ctrl-C."""
     return on_console(run, arguments, LINE_WIDTH)
 
 
@@ -52,6 +53,8 @@ def run(words: list[str], console: Console) -> int:
     if world is not None and world.rank > 0:
         run_probe(plan, world.rank, world.local_rank, _silent)
         return 0
+    if parsed.out is not None:  # rank 0's own: the others may have no such folder
+        writable_file(parsed.out)
     found = ProbeFindings(
         command("ds_moe_ep", ["bench", "probe", *words]),
         commit(),
@@ -69,16 +72,25 @@ def run(words: list[str], console: Console) -> int:
     return status
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line of the probe."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m ds_moe_ep bench probe",
         description="Measures products, memory and links, for `python -m ds_moe_ep calibrate`. In a job of a launcher "
         "(deepspeed --module, torchrun -m, mpirun) the job's ranks are taken.",
     )
-    parser.add_argument("--seconds", type=float, default=120.0, help="time that all of it takes, about (default: 120)")
     parser.add_argument(
-        "--ranks", type=int, default=0, metavar="N", help="ranks started here (default: one on each GPU, two on a CPU)"
+        "--seconds",
+        type=number(above=0, most=3600),
+        default=120.0,
+        help="time that all of it takes, about (default: 120)",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="ranks started here (default: one on each GPU, two on a CPU)",
     )
     parser.add_argument(
         "--device",
@@ -87,18 +99,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="what a rank computes on (default: auto, a GPU where there is one)",
     )
     parser.add_argument(
-        "--node-size", type=int, default=0, metavar="N", help="ranks of a node (default: by the hosts' names)"
+        "--node-size", type=whole(0), default=0, metavar="N", help="ranks of a node (default: by the hosts' names)"
     )
     parser.add_argument(
         "--hidden-size",
-        type=int,
+        type=whole(0),
         default=0,
         metavar="N",
         help="width of a token (default: 256 on a CPU, 8192 on a GPU)",
     )
     parser.add_argument(
         "--expert-width",
-        type=int,
+        type=whole(0),
         default=0,
         metavar="N",
         help="inner width of an expert (default: 1024 on a CPU, 32768 on a GPU)",
@@ -116,11 +128,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def make_plan(parsed: argparse.Namespace, world: World | None) -> ProbePlan:
     """The plan that the command line describes. Raises ConfigError for what cannot be measured here."""
-    if not 0 < parsed.seconds <= 3600:
-        raise ConfigError(f"bench.seconds={parsed.seconds:g}: more than 0 and at most an hour; two minutes are enough")
-    for name in ("ranks", "node_size", "hidden_size", "expert_width"):
-        if getattr(parsed, name) < 0:
-            raise ConfigError(f"bench.{name}={getattr(parsed, name)}: no negative number; leave it out")
     device = _device(parsed.device, world)
     num_ranks = world.size if world is not None else _num_ranks(parsed.ranks, device)
     sizes = dict(SIZES[device])

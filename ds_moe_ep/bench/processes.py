@@ -20,11 +20,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.command_line import refused
+from ds_moe_ep.errors import EngineError, MoEError
 
 POLL_S = 0.5
 END_S = 10.0
 PR_SET_PDEATHSIG = 1
+FAILED = 1  # the exit code of a benchmark that did not come to its end
 
 
 @dataclass(frozen=True)
@@ -114,17 +116,20 @@ def started_ranks(
 
 
 def on_console(run: Callable[[list[str], Console], int], arguments: Sequence[str] | None, width: int) -> int:
-    """The status of `run(words, console)` on a command line, sys.argv's by default; 1 for an error, told in red.
+    """The status of `run(words, console)` on a command line, sys.argv's by default; an error is told on stderr.
 
-    The console is as wide as the terminal, and `width` columns where there is none.
+    2 where the command line cannot be, before any rank starts; 1 for what failed while it ran. The console is as wide
+    as the terminal, and `width` columns where there is none.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     console = Console(width=None if sys.stdout.isatty() else width)
     try:
         return run(words, console)
-    except (ConfigError, EngineError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
-        return 1
+    except EngineError as error:
+        refused(error)
+        return FAILED
+    except MoEError as error:
+        return refused(error)
 
 
 def follow(

@@ -28,7 +28,7 @@ from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.systems_plan import EMULATED_MODEL, Bed, SystemsPlan, link_mbit
 from ds_moe_ep.bench.systems_ranks import run_systems_rank
 from ds_moe_ep.bench.testbed import open_testbed
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.command_line import Parser, number, output_file, whole
 from ds_moe_ep.evidence import LAWS, TOTALS
 from ds_moe_ep.figures import cluster_traffic_ratio
 from ds_moe_ep.laws import fit
@@ -132,15 +132,13 @@ def plan_of(plan: SystemsPlan, point: Point) -> SystemsPlan:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
+    """Runs the benchmark; 0 when it ran through, 1 when it failed, 2 when it was refused, 130 after Ctrl-C."""
     return on_console(run, arguments, 110)
 
 
 def run(words: list[str], console: Console) -> int:
     """The benchmark of a command line, and its tables."""
     parsed = make_parser().parse_args(words)
-    if parsed.rounds < 1 or parsed.warm_ups < 1:
-        raise ConfigError(f"bench.rounds={parsed.rounds}, warm_ups={parsed.warm_ups}: give one of each at least")
     plan = SystemsPlan(
         systems=(SYSTEM,),
         modes=("training",),
@@ -158,21 +156,21 @@ def run(words: list[str], console: Console) -> int:
     return status
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}",
         description="Measures how throughput, latency, busy fraction and memory scale with the ranks of EP.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--link", action="store_true", help="join the nodes by shaped links (as root)")
     parser.add_argument(
-        "--compute-s", type=float, default=1.0, help="emulated compute of a rank's step, at constant rank"
+        "--compute-s", type=number(above=0), default=1.0, help="emulated compute of a rank's step, at constant rank"
     )
-    parser.add_argument("--rounds", type=int, default=20, help="measured steps of a world")
-    parser.add_argument("--warm-ups", type=int, default=2, help="steps before them")
+    parser.add_argument("--rounds", type=whole(1), default=20, help="measured steps of a world")
+    parser.add_argument("--warm-ups", type=whole(1), default=2, help="steps before them")
     parser.add_argument("--no-memory", action="store_true", help="leave memory out")
-    parser.add_argument("--out", type=Path, default=None, help="file for the records, one JSON line each")
+    parser.add_argument("--out", type=output_file, default=None, help="file for the records, one JSON line each")
     return parser
 
 

@@ -26,6 +26,7 @@ from ds_moe_ep.bench.provenance import command, commit, hardware
 from ds_moe_ep.bench.soak_findings import SoakFindings
 from ds_moe_ep.bench.soak_plan import SoakPlan
 from ds_moe_ep.bench.soak_ranks import run_soak_rank
+from ds_moe_ep.command_line import Parser, output_file, whole
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.evidence import SOAK_VERDICTS
 from ds_moe_ep.record import Record, write_whole
@@ -34,7 +35,7 @@ PROGRAM = "ds_moe_ep bench soak"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the soak; 0 when every verdict holds, 3 when one does not, 130 after Ctrl-C, 1 for an error."""
+    """Runs the soak; 0 when every verdict holds, 3 when one does not; else as the other benchmarks."""
     return on_console(run, arguments, 120)
 
 
@@ -53,37 +54,38 @@ def run(words: list[str], console: Console) -> int:
     return status or (0 if all_hold else 3)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line of the soak."""
     plan = SoakPlan()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}",
         description="Trains many steps under routing that drifts and bursts; judges memory, handles and determinism.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--ranks", type=int, default=plan.num_ranks, help="processes, and the expert-parallel size")
-    parser.add_argument("--steps", type=int, default=plan.steps, help="optimizer steps of a run")
-    parser.add_argument("--runs", type=int, default=3, help="runs with the same seed, each in processes of its own")
-    parser.add_argument("--sample-every", type=int, default=plan.sample_every, help="steps between looks at processes")
-    parser.add_argument("--hash-every", type=int, default=plan.hash_every, help="steps between hashes")
-    parser.add_argument("--tokens", type=int, default=plan.num_tokens, help="tokens of the mean rank in a step")
+    parser.add_argument(
+        "--ranks", type=whole(2), default=plan.num_ranks, help="processes, and the expert-parallel size"
+    )
+    parser.add_argument("--steps", type=whole(1), default=plan.steps, help="optimizer steps of a run")
+    parser.add_argument(
+        "--runs", type=whole(1), default=3, help="runs with the same seed, each in processes of its own"
+    )
+    parser.add_argument(
+        "--sample-every", type=whole(1), default=plan.sample_every, help="steps between looks at processes"
+    )
+    parser.add_argument("--hash-every", type=whole(1), default=plan.hash_every, help="steps between hashes")
+    parser.add_argument("--tokens", type=whole(1), default=plan.num_tokens, help="tokens of the mean rank in a step")
     parser.add_argument(
         "--no-caches",
         action="store_true",
         help="switch off torch's two caches that fill up in the first hundreds of steps",
     )
-    parser.add_argument("--seed", type=int, default=plan.seed, help="of weights, tokens, drift and bursts")
-    parser.add_argument("--out", type=Path, default=None, help="file for the records, one JSON line each")
+    parser.add_argument("--seed", type=whole(0), default=plan.seed, help="of weights, tokens, drift and bursts")
+    parser.add_argument("--out", type=output_file, default=None, help="file for the records, one JSON line each")
     return parser
 
 
 def make_plan(parsed: argparse.Namespace) -> SoakPlan:
     """The plan that the command line describes. Raises ConfigError for what cannot be judged."""
-    if parsed.ranks < 2:
-        raise ConfigError(f"bench.ranks={parsed.ranks}: one rank sends nothing; use two or more")
-    for name in ("runs", "sample_every", "hash_every", "tokens"):
-        if getattr(parsed, name) < 1:
-            raise ConfigError(f"bench.{name}={getattr(parsed, name)}: one at least")
     if parsed.steps < 4 * parsed.sample_every:
         raise ConfigError(
             f"bench.steps={parsed.steps} with sample_every={parsed.sample_every}: memory is judged by three samples "

@@ -29,8 +29,9 @@ from ds_moe_ep.bench.systems_plan import EMULATED_MODEL, Bed, SystemsPlan, link_
 from ds_moe_ep.bench.systems_ranks import run_systems_rank
 from ds_moe_ep.bench.systems_table import summary_tables
 from ds_moe_ep.bench.testbed import open_testbed
+from ds_moe_ep.command_line import Parser, number, output_file, whole
 from ds_moe_ep.config import MODELS
-from ds_moe_ep.errors import ConfigError, nearest
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.evidence import MODES, SYSTEMS, bed_title
 from ds_moe_ep.figures import cluster_traffic_ratio
 from ds_moe_ep.record import write_whole
@@ -40,7 +41,7 @@ PROGRAM = "ds_moe_ep bench systems"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; 0 when it ran through, 130 after Ctrl-C, 1 for an error."""
+    """Runs the benchmark; 0 when it ran through, 1 when it failed, 2 when it was refused, 130 after Ctrl-C."""
     return on_console(run, arguments, 120)
 
 
@@ -65,14 +66,21 @@ def run(words: list[str], console: Console) -> int:
     return status
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}",
         description="Compares whole training systems in one run, on the loopback or on shaped links.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help=f"of {', '.join(SYSTEMS)}")
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        choices=list(SYSTEMS),
+        metavar="SYSTEM",
+        default=list(SYSTEMS),
+        help=f"of {', '.join(SYSTEMS)}",
+    )
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="what is timed")
     parser.add_argument(
         "--device", choices=("cpu", "cuda", "emulated"), default="cpu", help="what computes: emulated ones wait"
@@ -88,28 +96,22 @@ def make_parser() -> argparse.ArgumentParser:
         "--model", default="small", choices=list(MODELS), help="what is trained, where it is not emulated"
     )
     parser.add_argument("--schedule", default="auto", choices=("auto", "peers", "chunks"), help="of the system ep16")
-    parser.add_argument("--compute-s", type=float, default=8.0, help="emulated compute of a training step in seconds")
-    parser.add_argument("--sequences", type=int, default=0, help="of a step (0: 64; emulated 128)")
-    parser.add_argument("--rounds", type=int, default=100, help="measured rounds")
-    parser.add_argument("--warm-ups", type=int, default=10, help="rounds before them")
+    parser.add_argument(
+        "--compute-s", type=number(above=0), default=8.0, help="emulated compute of a training step in seconds"
+    )
+    parser.add_argument("--sequences", type=whole(0), default=0, help="of a step (0: 64; emulated 128)")
+    parser.add_argument("--rounds", type=whole(1), default=100, help="measured rounds")
+    parser.add_argument("--warm-ups", type=whole(1), default=10, help="rounds before them")
     parser.add_argument(
         "--memory", action="store_true", help="bytes by kind instead of times, in processes of their own"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the text")
-    parser.add_argument("--out", type=Path, default=None, help="file for the records; spans go beside it")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the first weights and of the text")
+    parser.add_argument("--out", type=output_file, default=None, help="file for the records; spans go beside it")
     return parser
 
 
 def make_plan(parsed: argparse.Namespace) -> SystemsPlan:
     """The plan that the command line describes. Raises ConfigError for what cannot be compared."""
-    for name in parsed.systems:
-        if name not in SYSTEMS:
-            raise ConfigError(f"bench.systems={name!r} is not known; {nearest(name, SYSTEMS)}")
-    if parsed.rounds < 1 or parsed.warm_ups < 1:
-        raise ConfigError(
-            f"bench.rounds={parsed.rounds}, warm_ups={parsed.warm_ups}: one of each at least; the first step of a "
-            "system makes its optimizer's states, and 'auto' chooses its schedule in it"
-        )
     is_emulated = parsed.device == "emulated"
     if parsed.memory and is_emulated:
         raise ConfigError("bench.memory with device='emulated': emulated experts have no weights; leave --device out")

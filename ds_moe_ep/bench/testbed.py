@@ -27,7 +27,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from ds_moe_ep.bench.processes import END_S, POLL_S, die_with_parent, loopback_environment
-from ds_moe_ep.errors import EngineError
+from ds_moe_ep.command_line import Parser, number, refused, whole
+from ds_moe_ep.errors import EngineError, MoEError
 
 TOOLS = ("ip", "tc", "nsenter", "unshare", "sysctl")
 DEVICE = "eth0"  # every node's one interface beside its loopback
@@ -174,33 +175,40 @@ def parse_rate(text: str) -> float | None:
     """Mbit/s of a rate like 100mbit or 2gbit; None for `none`."""
     for suffix, scale in (("gbit", 1e3), ("mbit", 1.0), ("kbit", 1e-3)):
         if text.endswith(suffix):
-            return float(text.removesuffix(suffix)) * scale
+            return number(above=0)(text.removesuffix(suffix)) * scale
     if text == "none":
         return None
-    raise argparse.ArgumentTypeError(f"{text!r}: write a rate like 100mbit or 2gbit, or none")
+    raise argparse.ArgumentTypeError(f"={text}: write a rate like 100mbit or 2gbit, or none")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command once a rank; the first exit code that is not 0, or 0."""
-    parser = argparse.ArgumentParser(
+    try:
+        parsed, words = _read(arguments)
+        with open_testbed(parsed.nodes, parsed.rate) as bed:
+            return _run_everywhere(bed, parsed.ranks, parsed.port, words)
+    except MoEError as error:
+        return refused(error)
+
+
+def _read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the words of the command that every rank runs."""
+    parser = Parser(
         prog="python -m ds_moe_ep.bench.testbed",
         description="Runs a command once a rank, on nodes of this machine that are joined by shaped links.",
     )
-    parser.add_argument("--nodes", type=int, default=4, help="network namespaces (default: 4)")
-    parser.add_argument("--ranks", type=int, default=4, help="processes in each of them (default: 4)")
+    parser.add_argument("--nodes", type=whole(1, 200), default=4, help="network namespaces (default: 4)")
+    parser.add_argument("--ranks", type=whole(1), default=4, help="processes in each of them (default: 4)")
     parser.add_argument("--rate", type=parse_rate, help="of every node's link, like 100mbit (default: no limit)")
-    parser.add_argument("--port", type=int, default=29500, help="of the store that the ranks meet at (default: 29500)")
+    parser.add_argument(
+        "--port", type=whole(1, 65535), default=29500, help="of the store that the ranks meet at (default: 29500)"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every rank runs")
     parsed = parser.parse_args(arguments)
     words = parsed.command[1:] if parsed.command[:1] == ["--"] else parsed.command
     if not words:
         parser.error("no command: write it behind --")
-    try:
-        with open_testbed(parsed.nodes, parsed.rate) as bed:
-            return _run_everywhere(bed, parsed.ranks, parsed.port, words)
-    except EngineError as error:
-        print(f"EngineError: {error}", file=sys.stderr)
-        return 2
+    return parsed, words
 
 
 def _run_everywhere(bed: TestBed, ranks_per_node: int, port: int, words: Sequence[str]) -> int:

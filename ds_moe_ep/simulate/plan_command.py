@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -65,9 +64,9 @@ def _comparison(options: PlanOptions, plan: Plan, cluster: Cluster) -> Compariso
 
 def _write(options: PlanOptions, plan: Plan, comparison: Comparison | None, commit: Callable[[], str]) -> None:
     if options.trace is not None:
-        write_trace(Path(options.trace), plan)
+        write_trace(options.trace, plan)
     if options.out is not None:
         cluster = plan.job.setup.cluster
         source = source_of(cluster, options.cluster, options.nodes, options.command, commit())
         records = comparison_records(comparison, source) if comparison else plan_records(plan, source)
-        write_plan(Path(options.out), list(records), plan)
+        write_plan(options.out, list(records), plan)

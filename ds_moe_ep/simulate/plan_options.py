@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ds_moe_ep.simulate.jobs import Mode
@@ -22,5 +23,5 @@ class PlanOptions:
     nodes: int | None = None
     sweep: str | None = None
     json: bool = False
-    out: str | None = None
-    trace: str | None = None
+    out: Path | None = None
+    trace: Path | None = None

@@ -60,9 +60,9 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "cluster"
 
 
-def write_out(records: Iterable[Record], path: str) -> None:
+def write_out(records: Iterable[Record], path: Path) -> None:
     """Replaces the file that --out names. Raises ConfigError where it cannot be written."""
     try:
-        write_whole(records, Path(path))
+        write_whole(records, path)
     except OSError as error:
         raise ConfigError(f"out={path}: cannot be written ({error}); name a file of your own") from error

@@ -93,9 +93,9 @@ def test_in_a_job_the_jobs_ranks_are_tried_and_rank_0_prints() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ranks", "1"], "EngineError: doctor.ranks=1: a link needs two ranks"),
-        (["--seconds", "0"], "EngineError: doctor.seconds=0: must be more than 0"),
-        (["--wait", "-3"], "EngineError: doctor.wait=-3: must be more than 0"),
+        (["--ranks", "1"], "ConfigError: doctor.ranks=1: a link needs two ranks"),
+        (["--seconds", "0"], "ConfigError: --seconds=0: give a number that is more than 0"),
+        (["--wait", "-3"], "ConfigError: --wait=-3: give a number that is more than 0"),
     ],
 )
 def test_options_that_have_no_meaning_exit_with_2(
