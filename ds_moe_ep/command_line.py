@@ -32,8 +32,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse's, which calls it for each command; refuses what neither the parser nor the command knows."""
         words: list[str] = list(sys.argv[1:] if args is None else args)
-        if not any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
-            self._refuse_unknown(words)  # before an option that is missing for the same mistake is
+        self._refuse_unknown(self._own_words(words))  # before an option that is missing for the same mistake is
         parsed, others = super().parse_known_args(words, namespace)
         self._refuse_unknown(others)
         if others:
@@ -51,10 +50,15 @@ class Parser(argparse.ArgumentParser):
             known = nearest(str(value), map(str, action.choices), "values")
             raise argparse.ArgumentError(action, f"={value}: {known}")
 
+    def _own_words(self, words: Sequence[str]) -> Sequence[str]:
+        """The words up to those of a command, or of what stands behind "--": their options are not this parser's."""
+        passes_on = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
+        ends = (index for index, word in enumerate(words) if word == "--" or (passes_on and word[:1] != "-"))
+        return words[: next(ends, len(words))]
+
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         """Raises ConfigError for the first option of which this parser knows nothing."""
-        own = words[: words.index("--")] if "--" in words else words
-        for word in own:
+        for word in words:
             name = word.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 options = [option for option in self._option_string_actions if option.startswith("--")]
@@ -107,30 +111,30 @@ def number(least: float = -math.inf, most: float = math.inf, *, above: float = -
 def output_file(text: str) -> Path:
     """The type of an option that names a file to write: it is tried, and nothing is left of the trial."""
     try:
-        return writable_file(Path(text))
+        return writable_file(Path(text), "")
     except ConfigError as error:  # a ValueError, of which argparse would tell its own words
-        raise argparse.ArgumentTypeError(f"={error}") from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def writable_file(path: Path) -> Path:
-    """`path`, where a whole file can be put in its place later. Raises ConfigError where it cannot.
+def writable_file(path: Path, name: str) -> Path:
+    """`path`, where a whole file can be put in its place later. Raises ConfigError in the name of the option `name`.
 
     Only ordinary files can: a device would be replaced by one.
     """
     try:
         if path.is_dir() or not path.name:
-            raise ConfigError(f"{path}: a folder; give the name of a file in it")
+            raise ConfigError(f"{name}={path}: a folder; give the name of a file in it")
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: no ordinary file; leave the option out, or give the name of one")
+            raise ConfigError(f"{name}={path}: no ordinary file; leave the option out, or give the name of one")
         if not path.parent.is_dir():
-            raise ConfigError(f"{path}: there is no folder {path.parent}; make it first")
+            raise ConfigError(f"{name}={path}: there is no folder {path.parent}; make it first")
         part = path.with_name(path.name + ".part")  # as writers of whole files call it
         with part.open("ab"):
             pass
         if part.stat().st_size == 0:
             part.unlink()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give a file of your own") from None
+        raise ConfigError(f"{name}={path}: cannot be written ({error.strerror}); give a file of your own") from None
     return path
 
 

@@ -13,13 +13,18 @@ A name is a dotted path; its parts are slugs without dots. Bench and simulate wr
     scaling.<total>.fit.<law>.<what>              r2, coefficient
     sweep.<bed>.<total>.ep<n>.dp<m>.<what>        tps, tpot, busy, memory_per_expert, mfu, hidden, memory (simulated)
     sweep.<bed>.<total>.fit.<law>.<what>          r2, coefficient; of the points with the fewest copies
-    audit.<bed>.<figure>.<what>.<column>          stated, derived, simulated; the report has no place for them
+    audit.<bed>.<figure>.<what>.<column>          stated, derived, simulated
+    layer.<case>.<side>.<what>                    one layer against DeepSpeed's; with audit's and the probe's, what the
+                                                  report has no place for
     soak.run<r>.memory.step<n>                    resident bytes, the middle of the ranks between the least and the most
     soak.run<r>.<what>                            peak.memory, growth.<held>; <count>.start, .steady, .end, .after
     soak.load.step<n>, soak.fullest.step<n>       fullest expert's rows over the mean, and which expert that is
     soak.loss.step<n>, soak.hash.step<n>          loss; how many runs have the first run's hash of all that was computed
     soak.weather.<what>                           how often routing burst, ranks idled, experts led
     soak.verdict.<what>                           1 where it holds; its note says of what and by how much
+    overlap.<device>.<shaping>.<side>.<phase>.<what>   of one layer; shaping is "<ratio> of <phase>", "<rate> mbit" or
+                                                  "unshaped", phase forward, backward or step; what time (ms), hidden,
+                                                  to_serial, to_native, traffic, traffic_ratio, over_limit
     probe.matmul.<precision>.rows<n>              GFLOP/s of an expert's two products on so many rows
     probe.attention.<precision>, probe.memory     GFLOP/s of causal attention, both ways; GB/s of elementwise work
     probe.launch, probe.sync                      us of the host, to issue a kernel and to read its number
@@ -79,6 +84,22 @@ SOAK_VERDICTS: Mapping[str, str] = {
     "handles": "no handle, socket or thread is left open",
     "same": "all runs computed the same bits",
     "finite": "every loss is a number",
+}
+
+
+DEVICES: Mapping[str, str] = {"emulated": "emulated devices", "real": "real compute"}  # of the overlap benchmark
+SIDES: Mapping[str, str] = {
+    "serial": "serial",
+    "auto": "auto",
+    "peers": "peers",
+    "peers, 2 cuts": "peers, 2 cuts",
+    "2 chunks": "2 chunks",
+    "4 chunks": "4 chunks",
+    "8 chunks": "8 chunks",
+    "hooked native": "DeepSpeed's layer, hooked",
+    "native": "DeepSpeed's layer",
+    "autoep": "DeepSpeed's AutoEP",
+    "wire": "traffic alone",
 }
 
 

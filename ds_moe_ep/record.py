@@ -57,7 +57,7 @@ class Record:
         """The record that `line` holds. Raises ConfigError for a broken line or an unknown key."""
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}={line[:40]!r}: not a line of JSON ({error}); drop the line") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}={line[:40]!r}: a record is an object; write {{...}}")
@@ -68,7 +68,10 @@ class Record:
         for name, declared in fields.items():
             if name not in values and declared.default is dataclasses.MISSING:
                 raise ConfigError(f"{path}.{name}: missing; a record states all of {', '.join(fields)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
 
 def _check_numbers(value: Any, spread: Any) -> None:

@@ -52,6 +52,8 @@ def load_ds_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[s
             f"config={str(path)!r}: line {error.lineno}, column {error.colno} is not JSON ({error.msg}); "
             "remove comments and trailing commas"
         ) from None
+    except RecursionError:
+        raise ConfigError(f"config={str(path)!r}: nested too deeply; a ds_config has a few levels") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config={str(path)!r}: holds a {type(values).__name__}; a ds_config is an object {{...}}")
     return values

@@ -232,7 +232,7 @@ def span_of(line: str, where: str) -> Span:
     try:
         values: Any = json.loads(line)
         span = Span(**{**values, "tags": Tags(**values["tags"])})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"{where}={line[:40]!r}: not a span ({error}); {way_out}") from error
     texts = (span.name, span.lane, span.tags.layer, span.tags.phase, span.tags.peers)
     if type(span.rank) is not int or not all(isinstance(text, str) for text in texts):

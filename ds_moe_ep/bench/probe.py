@@ -54,7 +54,7 @@ def run(words: list[str], console: Console) -> int:
         run_probe(plan, world.rank, world.local_rank, _silent)
         return 0
     if parsed.out is not None:  # rank 0's own: the others may have no such folder
-        writable_file(parsed.out)
+        writable_file(parsed.out, "--out")
     found = ProbeFindings(
         command("ds_moe_ep", ["bench", "probe", *words]),
         commit(),

@@ -14,6 +14,11 @@ from ds_moe_ep.record import Record, read_records
 from ds_moe_ep.report.names import bed_order, is_known
 from ds_moe_ep.timeline import Span, read_spans
 
+OTHERS = {  # what Records of other names are, by the first part
+    "layer": "`bench layer`'s, which prints its tables itself",
+    "probe": "`bench probe`'s, for `calibrate`",
+    "audit": "`audit`'s, which prints its table itself",
+}
 WAY_OUT = "measure first and name the files that a benchmark wrote: python -m ds_moe_ep report runs/*.jsonl -o out"
 
 
@@ -102,6 +107,14 @@ def read_findings(paths: Sequence[Path]) -> Findings:
     if repeated:
         raise ConfigError(f"records={', '.join(repeated)}: given twice; name each file once")
     return Findings(sources)
+
+
+def undrawn(findings: Findings) -> str:
+    """What the Records are of which nothing can be drawn, as an error's text."""
+    paths = ", ".join(str(source.path) for source in findings.sources)
+    kinds = Counter(record.name.split(".")[0] for source in findings.sources for record in source.records)
+    listed = [f"{times:,} {kind}.*" + (f" ({OTHERS[kind]})" if kind in OTHERS else "") for kind, times in kinds.items()]
+    return f"records={paths}: the report draws none of {', '.join(listed)}; {WAY_OUT}"
 
 
 def spans_path(path: Path) -> Path:

@@ -67,7 +67,7 @@ def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.drawing.svg).decode()
     image = f'<img alt="{html.escape(picture.title)}" src="data:image/svg+xml;base64,{data}">'
     caption = f"<figcaption>{_text(picture.caption)}{_basis(picture.basis)}</figcaption>"
-    return f'<figure id="figure-{picture.key}">{image}{caption}</figure>'
+    return f'<figure id="figure-{picture.key}"><div class="wide">{image}</div>{caption}</figure>'
 
 
 def _basis(lines: Sequence[str]) -> str:

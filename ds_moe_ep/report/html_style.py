@@ -28,6 +28,7 @@ tr.strong td { font-weight: 650; background: var(--shade) }
 figure { margin: 1.5rem 0 }
 figure img { display: block; width: 100%; padding: .6rem;
   background: #fff; border: 1px solid var(--line); border-radius: 6px }
+@media (max-width: 40rem) { figure img { min-width: 40rem } }
 figcaption { font-size: .92rem; margin-top: .5rem }
 @media print {
   :root { --ground: #fff; --ink: #000; --faint: #444; --line: #ccc; --shade: #f4f4f4; --mark: #000 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ds_moe_ep.evidence import KINDS, LAWS, MODES, PARTS, SIMULATED, SOAK_VERDICTS, SYSTEMS, TOTALS
+from ds_moe_ep.evidence import DEVICES, KINDS, LAWS, MODES, PARTS, SIDES, SIMULATED, SOAK_VERDICTS, SYSTEMS, TOTALS
 
 
 def _one_of(words: Iterable[str]) -> str:
@@ -15,6 +15,7 @@ def _one_of(words: Iterable[str]) -> str:
 _SIMULATED = rf"{SIMULATED}[a-z0-9_]+"
 _BED = rf"(?:loopback|unshaped|cluster|traffic\d+|{_SIMULATED})"
 _SYSTEM = _one_of(SYSTEMS)
+_SHAPING = r"(?:[\d.e+]+ (?:mbit|of (?:forward|backward|step))|unshaped)"
 _WHAT = "|".join(
     (
         "tps|tpot|step|busy|hidden",
@@ -32,6 +33,10 @@ _KNOWN = (
     re.compile(rf"scaling\.{_one_of(TOTALS)}\.fit\.{_one_of(LAWS)}\.(?:r2|coefficient)"),
     re.compile(rf"sweep\.{_SIMULATED}\.{_one_of(TOTALS)}\.ep\d+\.dp\d+\.(?:{_one_of(LAWS)}|mfu|hidden|memory)"),
     re.compile(rf"sweep\.{_SIMULATED}\.{_one_of(TOTALS)}\.fit\.{_one_of(LAWS)}\.(?:r2|coefficient)"),
+    re.compile(
+        rf"overlap\.{_one_of(DEVICES)}\.{_SHAPING}\.{_one_of(SIDES)}\.(?:forward|backward|step)\."
+        r"(?:time|hidden|to_serial|to_native|traffic|traffic_ratio|over_limit)"
+    ),
     re.compile(r"soak\.run\d+\.(?:memory\.step\d+|peak\.memory|growth\.(?:memory|allocated|tensors|objects))"),
     re.compile(r"soak\.run\d+\.(?:handles|sockets|threads)\.(?:start|steady|end|after)"),
     re.compile(r"soak\.(?:load|fullest|loss|hash)\.step\d+"),
@@ -47,10 +52,12 @@ def is_known(name: str) -> bool:
 
 
 def place_of(name: str) -> str:
-    """Where a known Record was measured, in few words: the bed, the total that was kept while EP grew, or the soak."""
+    """Where a known Record was measured, in few words: the bed, what was kept while EP grew, the devices, the soak."""
     first, second = name.split(".")[:2]
     if first == "soak":
         return "soak"
+    if first == "overlap":
+        return f"schedules, {DEVICES[second]}"
     return TOTALS[second] if first == "scaling" else short_bed(second)
 
 
@@ -65,6 +72,12 @@ def bed_order(bed: str) -> tuple[int, int, str]:
     if bed.startswith(SIMULATED):
         return len(fixed) + 1, 0, bed
     return (fixed.index(bed), 0, "") if bed in fixed else (len(fixed), number_in(bed, "traffic"), "")
+
+
+def shaping_order(shaping: str) -> tuple[bool, float]:
+    """Sorts the overlap benchmark's links: growing ratios or rates, then those without a limit."""
+    first = shaping.split(" ")[0]
+    return (True, 0.0) if first == "unshaped" else (False, float(first))
 
 
 def short_bed(bed: str) -> str:

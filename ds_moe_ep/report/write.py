@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ds_moe_ep.command_line import writable_folder
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.report.findings import Findings, read_findings
+from ds_moe_ep.report.findings import Findings, read_findings, undrawn
 from ds_moe_ep.report.html_page import to_html
 from ds_moe_ep.report.markdown_page import to_markdown
 from ds_moe_ep.report.page import Page, Section
+from ds_moe_ep.report.sections_overlap import overlap
 from ds_moe_ep.report.sections_scaling import scaling
 from ds_moe_ep.report.sections_soak import soak
 from ds_moe_ep.report.sections_sources import head, sources
@@ -26,6 +28,7 @@ SECTIONS: dict[str, Callable[[Findings], Section | None]] = {  # by what a reade
     "timeline of a layer": timeline,
     "load of the experts": load,
     "memory": memory,
+    "schedules over links": overlap,
     "scaling": scaling,
     "simulated scaling": simulated_scaling,
     "loss": loss,
@@ -37,9 +40,10 @@ SECTIONS: dict[str, Callable[[Findings], Section | None]] = {  # by what a reade
 def write_report(paths: Sequence[Path], folder: Path) -> list[Path]:
     """The files written under `folder`: report.html (which stands alone), report.md, and its figures.
 
-    Raises ConfigError for Records or spans that cannot be read, and where there are none.
+    Raises ConfigError for Records or spans that cannot be read, and where there are none that it draws.
     """
-    page = make_page(read_findings(paths))
+    findings = read_findings(paths)
+    page = make_page(findings, try_folder=lambda: writable_folder(folder, "out"))
     contents: dict[Path, bytes] = {
         folder / "report.html": to_html(page).encode(),
         folder / "report.md": to_markdown(page).encode(),
@@ -56,9 +60,17 @@ def write_report(paths: Sequence[Path], folder: Path) -> list[Path]:
     return list(contents)
 
 
-def make_page(findings: Findings) -> Page:
-    """The page of everything that the findings hold."""
+def make_page(findings: Findings, try_folder: Callable[[], object] = lambda: None) -> Page:
+    """The page of everything that the findings hold; `try_folder` is called before the drawing, which takes seconds.
+
+    Raises ConfigError where nothing would be drawn.
+    """
+    if not findings.by_name:
+        raise ConfigError(undrawn(findings))
+    try_folder()
     made = {name: make(findings) for name, make in SECTIONS.items()}
+    if not any(made.values()):
+        raise ConfigError(undrawn(findings))
     absent = [name for name, section in made.items() if section is None]
     present = [section for section in made.values() if section is not None]
     return Page(TITLE, (head(findings, absent), *present, sources(findings)))

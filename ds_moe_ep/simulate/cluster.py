@@ -161,7 +161,7 @@ def load_cluster(path: str | os.PathLike[str]) -> Cluster:
     except OSError as error:
         message = f"cluster={str(where)!r}: cannot be read ({error.strerror}); {way_to(where, shipped)}"
         raise ConfigError(message) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"cluster={str(where)!r}: no JSON ({error}); {EXAMPLES}") from error
     return read_cluster(values)
 

@@ -58,7 +58,7 @@ def _recorded(path: Path) -> list[float]:
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"load={str(path)!r}: no JSON ({error}); {WAY_OUT}") from error
         if not values or not all(type(value) in (int, float) for value in values):
             raise ConfigError(f"load={str(path)!r}: needs a list of numbers; {WAY_OUT}")

@@ -73,6 +73,17 @@ def _one_system(start: str, name: str, tps: float, spread: float) -> Iterator[Re
         yield record(f"{start}.memory.{kind}", size, "bytes")
 
 
+def overlap_records() -> Iterator[Record]:
+    """Two shapings of emulated devices and two of real ones, by three sides."""
+    for device, shapings in (("emulated", ("2 of step", "0.3 of step")), ("real", ("unshaped", "400 mbit"))):
+        for place, shaping in enumerate(shapings):
+            for side, time_ms, hidden in (("serial", 4000.0, 0.0), ("peers", 3100.0, 95.0), ("wire", 1050.0, None)):
+                start = f"overlap.{device}.{shaping}.{side}.step"
+                yield record(f"{start}.time", time_ms + 100 * place, "ms", 0.02)
+                if hidden is not None:
+                    yield record(f"{start}.hidden", hidden, "%")
+
+
 def loss_records(systems: Sequence[str] = tuple(SYSTEMS), steps: int = 60, bed: str = "loopback") -> Iterator[Record]:
     """Losses that fall alike, up to a little rounding that grows."""
     for place, name in enumerate(systems):
@@ -159,8 +170,8 @@ def soak_records(steps: int = 40, ranks: int = 16) -> Iterator[Record]:
 
 def every_record() -> list[Record]:
     """Records of all kinds."""
-    simulated = sweep_records()
-    return [*system_records(), *loss_records(), *load_records(), *scaling_records(), *simulated, *soak_records()]
+    systems = [*system_records(), *loss_records(), *load_records()]
+    return [*systems, *overlap_records(), *scaling_records(), *sweep_records(), *soak_records()]
 
 
 def spans(layer: str = "layers.0.feed_forward", ranks: Sequence[int] = (0, 5)) -> list[Span]:

@@ -46,13 +46,17 @@ def test_a_later_record_of_the_same_name_counts_and_the_replaced_one_is_told() -
     assert findings.num_replaced == 1
 
 
-def test_other_records_are_counted_and_never_a_crash(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    write_records(
-        path, [record("layer.k1_even.native.time", 1.0, "ms"), record("overlap.cluster.hidden", 0.9, "ratio")]
-    )
+def test_other_records_are_counted_and_never_a_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is nothing else to draw they are an error, which says what they are."""
+    path, others = tmp_path / "x.jsonl", [record("layer.k1_even.native.time", 1.0, "ms"), record("probe.x", 0.9, "us")]
+    write_records(path, [*others, record(LOSS, 3.0, "loss")])
     assert main(["report", str(path), "-o", str(tmp_path / "out")]) == 0
     assert "2 other records were not used." in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    write_records(path, [*others, record("overlap.cluster.hidden", 0.9, "ratio")])
+    assert main(["report", str(path), "-o", str(tmp_path / "none")]) == 2
+    told = capsys.readouterr().err
+    assert "draws none of 1 layer.* (`bench layer`'s" in told and "1 probe.* (`bench probe`'s, for `calibrate`)" in told
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

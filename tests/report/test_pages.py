@@ -23,6 +23,7 @@ from ds_moe_ep.timeline import write_spans
 from tests.report.sample_records import (
     load_records,
     loss_records,
+    overlap_records,
     record,
     scaling_records,
     soak_records,
@@ -38,6 +39,7 @@ FIGURES = (
     "load_loopback",
     "load_of_systems_loopback",
     "memory",
+    "overlap",
     "scaling",
     "sweep_simulated_some",
     "sweep_copies_simulated_some",
@@ -51,7 +53,7 @@ def small_records() -> list[Record]:
     """All kinds, of one real and one emulated bed."""
     short = {"steps": 4, "layers": 1}
     records = [*system_records(("loopback", "cluster")), *loss_records(steps=4), *load_records(**short)]
-    return [*records, *scaling_records(("constant_rank",)), *sweep_records(), *soak_records()]
+    return [*records, *scaling_records(("constant_rank",)), *sweep_records(), *soak_records(), *overlap_records()]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,8 @@ def test_all_sections_and_figures_are_written_when_all_records_exist(report: Pat
     titles = re.findall(r"^## (.+)$", markdown, re.MULTILINE)
     assert titles == [
         "What was measured", "Throughput", "Where the time goes", "What hides what", "Load of the experts", "Memory",
-        "Scaling", "Scaling, simulated", "Loss", "Soak", "The specification's figures", "Records and commands",
+        "Schedules over links", "Scaling", "Scaling, simulated", "Loss", "Soak", "The specification's figures",
+        "Records and commands",
     ]  # fmt: skip
     assert "Absent" not in markdown
     written = {path.name for path in (report / "figures").iterdir()}
