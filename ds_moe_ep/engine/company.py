@@ -20,6 +20,7 @@ from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.loss_scale import scale_losses
 from ds_moe_ep.engine.meter import OverlapMeter
 from ds_moe_ep.engine.own_layers import follow_steps
+from ds_moe_ep.engine.param_groups import refuse_misplaced
 from ds_moe_ep.engine.saving import save_safely
 from ds_moe_ep.engine.supervision import supervise
 from ds_moe_ep.errors import EngineError
@@ -43,6 +44,7 @@ class Company:
             raise
 
     def _join(self, engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
+        refuse_misplaced(engine)
         config = next(iter(layers.values())).config
         if config.meter_every:
             meter = engine.moe_ep_meter = OverlapMeter(layers, engine.device, config.meter_every)

@@ -7,6 +7,7 @@ of all ranks, which is not sent here.
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -49,7 +50,20 @@ class HookedNative(HookedLayer):
         self.group = moe.deepspeed_moe.ep_group
         self._layer: MOELayer = moe.deepspeed_moe
         self.forms = ExpertForms()
+        self._tell_unmarked()
         self._layer.time_falltoall = self._layer.time_salltoall = 0.0  # nothing waits there
+
+    def _tell_unmarked(self) -> None:
+        """Says where DeepSpeed would average gradients of different experts: adapters that came after its layer."""
+        trained = [(name, p) for name, p in self._layer.experts.named_parameters() if p.requires_grad]
+        unmarked = [name for name, parameter in trained if not seams.is_expert_parameter(parameter)]
+        if unmarked:
+            seams.say(
+                f"{self.dispatcher.name}: {len(unmarked)} parameters of its experts ({unmarked[0]}) lack DeepSpeed's "
+                "marks (allreduce, group_name): it averages their gradients over ranks that hold other experts; "
+                "mark them before deepspeed.initialize",
+                logging.WARNING,
+            )
 
     @staticmethod
     def problem_of(moe: DeepSpeedMoE) -> str:

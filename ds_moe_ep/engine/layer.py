@@ -121,7 +121,7 @@ class MoE(DeepSpeedMoE):
         """
         found = []
         for name, parameter in self.deepspeed_moe.experts.named_parameters():
-            if getattr(parameter, "allreduce", True):
+            if not seams.is_expert_parameter(parameter):
                 found.append(name)
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]

@@ -164,6 +164,18 @@ def is_moe_layer(module: Any) -> bool:
     return isinstance(module, MoE) or bool(getattr(module, "_is_autoep_layer", False))
 
 
+def is_expert_parameter(parameter: torch.Tensor) -> bool:
+    """Whether DeepSpeed averages a parameter's gradient over the replicas of one expert, and not over all ranks."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def zero_groups(optimizer: Any) -> list[tuple[list[torch.Tensor], bool]]:
+    """The parameters of each group that ZeRO made, and whether it is an experts' group; nothing without ZeRO."""
+    made = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None) or []
+    kinds = [bool(group.get("moe")) for group in optimizer.optimizer.param_groups] if made else []
+    return list(zip(made, kinds, strict=False))
+
+
 def missing_of(layer: object, names: Sequence[str]) -> str:
     """Why a layer is not as in the tested releases, or an empty string."""
     missing = [name for name in names if not _has(layer, name)]

@@ -1,0 +1,80 @@
+"""LoRA adapters of the peft library on experts: trained as on one device, and as in DeepSpeed's own layer."""
+
+from __future__ import annotations
+
+import deepspeed
+import torch
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+import ds_moe_ep
+from ds_moe_ep import MoE
+from tests.engine.lora_models import Adapted, adapt, reference_adapted, run_adapted
+from tests.engine.small_model import Job, SmallModel, distance, make_layer, merged
+from tests.ranks import run_ranks
+
+OURS = [
+    Job(ep_size=ep_size, stage=stage, door=door)
+    for ep_size, stage, door in ((2, 0, "ds_moe_ep"), (4, 1, "deepspeed"), (2, 2, "ds_moe_ep"), (4, 0, "deepspeed"))
+]
+NATIVE = [Job(layer="native", ep_size=2, stage=stage) for stage in (0, 2)]
+
+
+def test_adapters_on_experts_train_as_on_one_device_and_as_in_deepspeeds_layer() -> None:
+    by_rank = run_ranks(4, run_adapted, [*OURS, *NATIVE], timeout_s=200)
+    losses, weights = reference_adapted(OURS[0])
+    for index, job in enumerate([*OURS, *NATIVE]):
+        runs: list[Adapted] = [results[index] for results in by_rank]
+        trained = merged([run.weights for run in runs])
+        assert distance(trained, weights) < 2e-5, job
+        assert torch.allclose(torch.tensor(runs[0].losses), torch.tensor(losses), atol=1e-5), job
+        moved = [name for name in trained if "lora_" in name]
+        assert len(moved) == 2 * 8 * 4  # layers, experts, two Linears with A and B each
+        for run in runs:
+            assert all(torch.equal(run.weights[name], value) for name, value in run.base_before.items()), job
+            for name in ("merged", "unmerged", "merged for good"):
+                assert torch.allclose(run.outputs[name], run.outputs["adapted"], atol=1e-5), (job, name)
+        if job.layer == "ours":
+            assert all(run.forms == (False, True) for run in runs)
+
+
+def test_adapters_without_deepspeeds_marks_would_be_averaged_over_other_experts() -> None:
+    """The control: DeepSpeed's layer does not mark adapters that came after it was made."""
+    job = NATIVE[0]
+    runs = [results[0] for results in run_ranks(4, run_adapted, [job], False, timeout_s=100)]
+    _, weights = reference_adapted(job)
+    own = {name: weight for name, weight in runs[0].weights.items() if "lora_" in name}
+    assert distance(own, {name: weights[name] for name in own}) > 1e-2
+
+
+def test_adapters_that_were_sorted_before_they_had_marks_are_refused_under_zero() -> None:
+    for answer in run_ranks(2, sorted_too_early, timeout_s=100):
+        unmarked, marked = answer
+        assert unmarked.startswith("ConfigError: optimizer: 8 parameters of experts") and "mark_experts()" in unmarked
+        assert marked == "trains"
+
+
+def sorted_too_early() -> list[str]:
+    answers = []
+    for calls_mark in (False, True):
+        try:
+            answers.append(start_with_early_groups(calls_mark))
+        except ds_moe_ep.ConfigError as error:
+            answers.append(f"ConfigError: {error}")
+    return answers
+
+
+def start_with_early_groups(calls_mark: bool) -> str:
+    """ZeRO over groups that were sorted by hand behind get_peft_model, with one expert weight that trains too."""
+    job = Job(world_size=2, ep_size=2, num_experts=2, stage=1)
+    deepspeed.init_distributed("gloo")
+    model = adapt(SmallModel(lambda: make_layer(job)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("fc2.base_layer.bias"):
+            parameter.requires_grad_(True)
+    if calls_mark:
+        assert sum(len(module.mark_experts()) for module in model.modules() if isinstance(module, MoE)) == 8
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": trained, "name": "all"})
+    config = {name: value for name, value in job.ds_config.items() if name != "optimizer"}
+    ds_moe_ep.initialize(model=model, config=config, optimizer=torch.optim.Adam(groups))
+    return "trains"
