@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 DATA = {"ds_moe_ep.configs": "ds_configs", "ds_moe_ep.configs.clusters": "ds_configs/clusters"}  # package: its folder
-HUGGING_FACE = ["transformers>=5.0,<5.23", "accelerate>=1.15"]  # AutoEP of DeepSpeed 0.19.8 fails with 5.23 and 5.24
+HUGGING_FACE = ["transformers>=5.0,<5.25", "accelerate>=1.15"]
 
 
 def read_version() -> str:
@@ -31,7 +31,7 @@ setup(
     package_dir=DATA,
     package_data={"ds_moe_ep": ["ARCHITECTURE.md", "py.typed"], **{name: ["*.json"] for name in DATA}},
     python_requires=">=3.10",
-    install_requires=["torch", "deepspeed>=0.19.8,<0.20", "rich", "psutil", "matplotlib>=3.10"],
+    install_requires=["torch", "deepspeed>=0.17.6,<0.20", "rich", "psutil", "matplotlib>=3.10"],
     extras_require={
         "hf": HUGGING_FACE,
         "test": ["pytest>=9", "pytest-timeout", "hypothesis", "ruff", "mypy", "peft", *HUGGING_FACE],

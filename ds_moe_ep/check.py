@@ -202,9 +202,11 @@ def memory_way_out(model: ModelConfig, moe: MoEConfig, training: Training, budge
 def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -> Iterator[str]:
     """What a reader should know, though nothing forbids it."""
     moe, model = section.moe, section.model
+    release = deepspeed_keys.installed_release()
+    known = deepspeed_keys.keys_of(deepspeed_keys.TOP_LEVEL, release).known
     for key in ds_config:
-        if key not in deepspeed_keys.TOP_LEVEL and key != "moe_ep":
-            yield f"{key}: DeepSpeed 0.19.8 does not know this key and ignores it"
+        if key not in known and key != "moe_ep":
+            yield f"{key}: DeepSpeed {release} does not know this key and ignores it"
     if model is None:
         yield 'moe_ep.model is not given: memory, traffic and arithmetic need it; add "model": "small"'
     if training.precision == "fp16":

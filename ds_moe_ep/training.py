@@ -70,7 +70,7 @@ def read_training(
 
     Raises ConfigError or TopologyError for what cannot work.
     """
-    _check_keys(ds_config)
+    check_keys(ds_config, deepspeed_keys.installed_release())
     if world_size is None:
         world_size = (_implied_copies(ds_config) or ep_size) * layout.size
     try:
@@ -130,27 +130,45 @@ def most_sequences(fits: Callable[[int], bool]) -> int:
     return largest
 
 
-def _check_keys(ds_config: Mapping[str, Any]) -> None:
-    """Refuses keys that DeepSpeed has removed and those that are close to one it knows.
+def check_keys(ds_config: Mapping[str, Any], release: str) -> None:
+    """Refuses keys that a release of DeepSpeed has removed or does not read yet, and those close to one it knows.
 
     Others pass: DeepSpeed ignores them, and another library may read them.
     """
-    known = deepspeed_keys.TOP_LEVEL | {"moe_ep"}
+    keys = deepspeed_keys.keys_of(deepspeed_keys.TOP_LEVEL, release)
+    known = keys.known | {"moe_ep"}
     for key, value in ds_config.items():
-        if key in deepspeed_keys.REMOVED:
-            raise ConfigError(f"{key}={value!r}: DeepSpeed 0.19 has removed this section; delete it")
+        _check_release(key, key, value, keys, release)
         hint = nearest(key, known)
-        if key not in known and hint.startswith("did you mean"):
+        if key not in known and key not in keys.later and hint.startswith("did you mean"):
             raise ConfigError(f"{key}={value!r}: DeepSpeed would ignore this unknown key; {hint}")
+    keys = deepspeed_keys.keys_of(deepspeed_keys.ZERO, release)
     for key, value in _section(ds_config, "zero_optimization").items():
-        if key not in deepspeed_keys.ZERO and not key.startswith("stage3_"):
-            hint = nearest(key, deepspeed_keys.ZERO)
-            raise ConfigError(f"zero_optimization.{key}={value!r}: unknown key; {hint}")
+        name = f"zero_optimization.{key}"
+        _check_release(name, key, value, keys, release)
+        if key not in keys.known and not key.startswith("stage3_"):
+            hint = nearest(key, keys.known)
+            raise ConfigError(f"{name}={value!r}: unknown key; {hint}")
     if _section(ds_config, "autotuning").get("enabled"):
         raise ConfigError(
             "autotuning.enabled=true: the autotuner restarts the job with other batch sizes and ZeRO stages, "
             "among them stage 3, which refuses MoE layers; set it to false"
         )
+
+
+def _check_release(path: str, key: str, value: Any, keys: deepspeed_keys.Keys, release: str) -> None:
+    """Refuses a key that other releases read."""
+    if key in keys.removed:
+        raise ConfigError(f"{path}={value!r}: DeepSpeed {release} has removed this; delete it")
+    if key in keys.later and not _is_off(value):
+        raise ConfigError(
+            f"{path}={value!r}: DeepSpeed {release} does not read it, and {keys.later[key]} does; "
+            f"pip install 'deepspeed>={keys.later[key]}', or delete it"
+        )
+
+
+def _is_off(value: Any) -> bool:
+    return value is False or (isinstance(value, Mapping) and not value.get("enabled", True))
 
 
 def _check_engine(ds_config: Mapping[str, Any], zero: Mapping[str, Any], layout: Layout) -> None:

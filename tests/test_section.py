@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ds_moe_ep import deepspeed_keys
 from ds_moe_ep.config import SMALL, SPECIFICATION, Layout, MoEConfig
 from ds_moe_ep.errors import ConfigError, TopologyError
 from ds_moe_ep.section import load_ds_config, read_section
-from ds_moe_ep.training import read_training
+from ds_moe_ep.training import check_keys, read_training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -183,7 +184,7 @@ def test_a_layouts_batch_counts_copies_of_the_model_and_not_ranks() -> None:
         ({"zero_optimization": {"overlap_com": 1}}, "overlap_com=1: unknown key; did you mean 'overlap_comm'?"),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": 0}}, "reduce_bucket_size=0: needs"),
         ({"zero_optimisation": {}}, "zero_optimisation={}: .*did you mean 'zero_optimization'?"),
-        ({"elasticity": {}}, "elasticity={}: DeepSpeed 0.19 has removed"),
+        ({"elasticity": {}}, r"elasticity={}: DeepSpeed 0\.19\.8 has removed this"),
         ({"autotuning": {"enabled": True}}, "autotuning.enabled=true: .*set it to false"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled=true with bf16.enabled=true"),
         ({"fp16": {"enabled": "auto"}}, "fp16.enabled='auto': needs true or false"),
@@ -224,21 +225,71 @@ def test_an_optimizers_states_are_counted(ds_config: dict[str, Any], states: int
     assert training.optimizer_states == states
 
 
+@pytest.mark.parametrize(
+    ("release", "key", "where"),
+    [
+        ("0.17.6", "elasticity", "known"),
+        ("0.17.6", "datastates_ckpt", "later"),
+        ("0.17.6", "quantize_training", "unknown"),
+        ("0.18.0", "datastates_ckpt", "known"),  # it may have it: what either neighbour knows passes
+        ("0.18.9+local", "datastates_ckpt", "known"),
+        ("0.18.9", "expert_parallel", "later"),
+        ("0.19.3", "expert_parallel", "known"),
+        ("0.19.3", "elasticity", "known"),  # it may have it still
+        ("0.19.8", "elasticity", "removed"),
+        ("0.19.8", "quantize_training", "removed"),
+        ("0.20.0", "elasticity", "removed"),
+        ("0.20.0", "expert_parallel", "known"),
+    ],
+)
+def test_a_key_is_known_by_the_releases_that_read_it(release: str, key: str, where: str) -> None:
+    keys = deepspeed_keys.keys_of(deepspeed_keys.TOP_LEVEL, release)
+    places = {"known": keys.known, "later": keys.later, "removed": keys.removed}
+    assert [name for name, found in places.items() if key in found] == ([] if where == "unknown" else [where])
+
+
+@pytest.mark.parametrize(
+    ("release", "changes", "message"),
+    [
+        ("0.18.9", {"expert_parallel": {"enabled": True}}, r"0\.18\.9 does not read it.*'deepspeed>=0\.19\.8'"),
+        ("0.17.6", {"gradient_allreduce_op": "sum"}, r"gradient_allreduce_op='sum': DeepSpeed 0\.17\.6 does not read"),
+        ("0.17.6", {"zero_optimization": {"leaf_module": {}}}, r"zero_optimization.leaf_module=.*0\.18\.9 does"),
+        ("0.19.8", {"zero_optimization": {"mics_shard_size": 2}}, r"mics_shard_size=2: DeepSpeed 0\.19\.8 has removed"),
+        ("0.17.6", {"zero_optimization": {"mics_shard_sise": 2}}, "did you mean 'mics_shard_size'"),
+        ("0.17.6", {"expert_parallel": {"enabled": False}}, None),
+        ("0.17.6", {"elasticity": {}, "zero_optimization": {"mics_shard_size": 2}}, None),
+        ("0.19.8", {"expert_parallel": {"enabled": True}}, None),
+    ],
+)
+def test_a_key_is_refused_by_the_release_that_is_installed(
+    release: str, changes: dict[str, Any], message: str | None
+) -> None:
+    if message is None:
+        check_keys(changes, release)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_keys(changes, release)
+
+
 def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
     """Read from DeepSpeed's sources, since importing it takes seconds."""
     found = importlib.util.find_spec("deepspeed")
     if found is None or found.origin is None:
         pytest.skip("deepspeed is not installed")
     root = Path(found.origin).parent
+    release = deepspeed_keys.installed_release()
+    top_keys, zero_keys = (
+        deepspeed_keys.keys_of(table, release) for table in (deepspeed_keys.TOP_LEVEL, deepspeed_keys.ZERO)
+    )
     top = ast.parse((root / "runtime/config.py").read_text())
-    removed = next(
-        ast.literal_eval(ast.Tuple(node.value.keys, ast.Load()))
+    removed = [
+        set(ast.literal_eval(ast.Tuple(node.value.keys, ast.Load())))
         for node in top.body
         if isinstance(node, ast.Assign)
-        and ast.unparse(node.targets[0]) == "_REMOVED_TOP_LEVEL_CONFIG_KEYS"
+        and ast.unparse(node.targets[0]) in ("_REMOVED_TOP_LEVEL_CONFIG_KEYS", "_REMOVED_ZERO_CONFIG_KEYS")
         and isinstance(node.value, ast.Dict)
-    )
-    assert set(removed) == deepspeed_keys.REMOVED
+    ]
+    assert removed == [keys for keys in (top_keys.removed, zero_keys.removed) if keys]
     zero = ast.parse((root / "runtime/zero/config.py").read_text())
     names = {
         ast.unparse(field.target).removeprefix("stage3_")
@@ -247,7 +298,11 @@ def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
         for field in node.body
         if isinstance(field, ast.AnnAssign)
     }
-    assert names == deepspeed_keys.ZERO
+    assert names == zero_keys.known
     sources = "\n".join(path.read_text() for path in root.rglob("*.py"))
-    unread = [key for key in deepspeed_keys.TOP_LEVEL if f'"{key}"' not in sources and f"'{key}'" not in sources]
-    assert unread == []
+
+    def read(keys: Iterable[str]) -> list[str]:
+        return [key for key in keys if f'"{key}"' in sources or f"'{key}'" in sources]
+
+    assert sorted(read(top_keys.known)) == sorted(top_keys.known)
+    assert read(top_keys.later) == []

@@ -23,7 +23,7 @@ from ds_moe_ep.bench.cases import LayerCase, expert_weights, gate_weight
 from ds_moe_ep.engine import seams
 from ds_moe_ep.errors import EngineError, TopologyError
 
-ADVICE = f"install a tested release ({', '.join(seams.TESTED)})"
+ADVICE = f"pip install 'deepspeed>={seams.LATER['AutoEP'].since}'"
 
 try:
     from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec

@@ -10,9 +10,13 @@ from ds_moe_ep.doctor.verdicts import Status, Verdict
 OLDEST_PYTHON = (3, 10)
 # Releases whose AutoEP and Trainer were run with the DeepSpeed of engine/seams.py.
 TESTED: Mapping[str, tuple[str, ...]] = {
-    "transformers": ("5.0.0", "5.5.4", "5.15.1", "5.20.2", "5.22.2"),  # 5.23 and 5.24 fail inside DeepSpeed's AutoEP
+    "transformers": ("5.0.0", "5.5.4", "5.15.1", "5.20.2", "5.22.2"),
     "accelerate": ("1.15.0",),
 }
+DEEPSPEED = "deepspeed>=0.17.6,<0.20"  # what setup.py asks for
+AUTOEP_SINCE = "0.19.8"
+# Releases of transformers that end AutoEP's conversion; engine/recorders.py mends it.
+WITHOUT_NAMES = ("5.23", "5.24")
 HELPERS = {
     "psutil": "memory in benchmarks",
     "rich": "tables and progress",
@@ -28,7 +32,7 @@ def judge_packages(facts: Facts) -> list[Verdict]:
         judge_python(facts.python),
         *judge_torch(facts),
         *judge_deepspeed(facts.deepspeed),
-        *judge_hugging_face(facts.versions),
+        *judge_hugging_face(facts.versions, has_autoep=not (facts.deepspeed.error or facts.deepspeed.autoep)),
         judge_triton(facts.triton, facts.device == "cuda"),
         judge_apex(facts.apex, facts.device == "cuda"),
         judge_helpers(facts),
@@ -93,7 +97,7 @@ def _judge_peer_access(torch: TorchFacts) -> Iterator[Verdict]:
 def judge_deepspeed(deepspeed: DeepSpeedFacts) -> Iterator[Verdict]:
     """DeepSpeed against the tested releases, the private names that we use, and AutoEP."""
     if deepspeed.error:
-        way_out = "pip install 'deepspeed>=0.19.8,<0.20'"
+        way_out = f"pip install '{DEEPSPEED}'"
         yield _verdict("DeepSpeed", "problem", deepspeed.error, way_out)
         return
     tested = ", ".join(deepspeed.tested)
@@ -106,13 +110,14 @@ def judge_deepspeed(deepspeed: DeepSpeedFacts) -> Iterator[Verdict]:
         yield _verdict("DeepSpeed", "ok", f"{deepspeed.version}, tested")
     if deepspeed.autoep:
         found = f"its layer cannot be imported: {deepspeed.autoep}"
-        yield _verdict("AutoEP", "note", found, "only Hugging Face models need it; install a tested DeepSpeed for them")
+        way_out = f"only Hugging Face models need it; pip install 'deepspeed>={AUTOEP_SINCE}' for them"
+        yield _verdict("AutoEP", "note", found, way_out)
     else:
         yield _verdict("AutoEP", "ok", "its layer can be imported")
 
 
 def judge_hugging_face(
-    versions: Mapping[str, str | None], tested: Mapping[str, tuple[str, ...]] = TESTED
+    versions: Mapping[str, str | None], tested: Mapping[str, tuple[str, ...]] = TESTED, has_autoep: bool = True
 ) -> Iterator[Verdict]:
     """transformers and accelerate against the tested releases; nobody else's models need them."""
     for name, releases in tested.items():
@@ -120,6 +125,13 @@ def judge_hugging_face(
         if version is None:
             wish = f"{name}=={releases[-1]}" if releases else name
             yield _verdict(name, "ok", f"not installed; only Hugging Face models need it (pip install {wish})")
+        elif name == "transformers" and has_autoep and version.startswith(WITHOUT_NAMES):
+            found = f"{version} breaks AutoEP of DeepSpeed {AUTOEP_SINCE}: its registry of outputs takes no names"
+            way_out = (
+                "start with ds_moe_ep.initialize, or import ds_moe_ep.engine before deepspeed.initialize: both mend "
+                f"it; or pip install {name}=={releases[-1]}"
+            )
+            yield _verdict(name, "problem", found, way_out)
         elif version in releases:
             yield _verdict(name, "ok", f"{version}, tested")
         elif releases:

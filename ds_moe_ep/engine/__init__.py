@@ -1,6 +1,7 @@
 """The only door to DeepSpeed: the layer that its engine recognises, and the way in."""
 
-from ds_moe_ep.engine import seams
+from ds_moe_ep.engine import recorders, seams
 
-# On import, since a script may start its process groups before it makes its first layer.
+# On import, since a script may start its process groups, or its engine, before it makes its first layer.
 seams.keep_shm_build_away()
+recorders.mend_autoep()

@@ -24,6 +24,7 @@ from ds_moe_ep.engine.hooks import candidates, hook
 from ds_moe_ep.engine.layer import MoE, moe_layers
 from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.own_layers import with_given_knobs
+from ds_moe_ep.engine.unconverted import EXPERT_PARALLEL, refuse_unconverted, way_out
 from ds_moe_ep.errors import ConfigError, EngineError, MoEError, nearest
 from ds_moe_ep.section import SECTION, Section, read_section
 
@@ -112,7 +113,8 @@ def attach_overlap(
 def _nothing_to_hook(model: nn.Module) -> str:
     return (
         f"model={type(model).__name__} has no deepspeed.moe.layer.MoE and no AutoEP layer: hook the model that "
-        'deepspeed.initialize returned (AutoEP replaces layers there, where "expert_parallel" is enabled)'
+        f'deepspeed.initialize returned; where "{EXPERT_PARALLEL}" is enabled AutoEP replaces layers there: '
+        f"{way_out(model, {})}"
     )
 
 
@@ -121,6 +123,7 @@ def _attach_to_engine(
 ) -> OverlapHandle:
     refuse_second(engine)
     own = moe_layers(engine.module)
+    refuse_unconverted(engine.module, seams.ds_config_of(engine))
     if not own and not any(True for _ in candidates(engine.module)):
         raise EngineError(_nothing_to_hook(engine.module))
     problem: MoEError | None = None

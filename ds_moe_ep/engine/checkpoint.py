@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ds_moe_ep.engine import seams
 from ds_moe_ep.errors import EngineError
 
 OPTIONS = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
@@ -39,7 +40,16 @@ def guard_loading(engine: Any, ep_size: int) -> None:
                 f"{load_dir}: saved with ep_size={saved}, this run has ep_size={ep_size}; DeepSpeed cannot divide the "
                 "experts' optimizer states anew. Load the weights alone: load_checkpoint(..., load_module_only=True)"
             )
-        return load(load_dir, tag, *args, **kwargs)
+        try:
+            return load(load_dir, tag, *args, **kwargs)
+        except (KeyError, AttributeError) as error:  # as 0.17 and 0.18 end: they look into a file without states
+            if not is_cut or engine.zero_optimization():
+                raise
+            raise EngineError(
+                f"{load_dir}: DeepSpeed {seams.release()} does not load optimizer states of MoE layers without ZeRO "
+                f"({error!r}). Load the weights alone (load_checkpoint(..., load_module_only=True)), train with "
+                f"zero_optimization.stage=1, or pip install 'deepspeed>={seams.TESTED[-1]}', which loads this folder"
+            ) from error
 
     engine.load_checkpoint = load_checkpoint
 

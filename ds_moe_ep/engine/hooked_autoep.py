@@ -46,7 +46,7 @@ class HookedAutoEP(HookedLayer):
     @staticmethod
     def problem_of(layer: AutoEPMoELayer) -> str:
         """Why the layer cannot be hooked, or an empty string."""
-        missing = seams.missing_of(layer, seams.AUTOEP_NAMES)
+        missing = seams.missing_of(layer, seams.AUTOEP_NAMES, [seams.LATER["AutoEP"].since])
         if missing:
             return missing
         if isinstance(layer, OverlappedAutoEP):

@@ -117,18 +117,21 @@ class OverlappedMOELayer(MOELayer):
                     raise EngineError(f"{name}: {problem}")
                 check_width(x, self.gate.wg.weight.shape[1], name)
                 x_TD = x.reshape(-1, x.shape[-1])
-                answer = self.gate(x_TD, used_token, True, False)
+                answer = seams.sparse_routes(self.gate, x_TD, used_token)
             self.l_aux, capacity, _, experts_KT, places_KT, weights_KT, self.exp_counts = answer
             if is_local:
                 routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity))
             else:
-                may_leave_out = used_token is not None or (self.gate.k == 1 and self.gate.use_rts)
+                is_drawn = self.gate.k == 1 and self.gate.use_rts
+                may_leave_out = used_token is not None or is_drawn or not seams.has("sparse routes")
                 routes = dropless_routes(experts_KT, weights_KT, may_leave_out)
             hooked.last_counts_E = self.exp_counts.to(torch.int64)
             experts = list(self.experts.deepspeed_experts)
             form = hooked.forms.common(experts)
             y_TD, _ = hooked.dispatcher(x_TD, routes, self._local_experts(x, experts, form), self.training)
-            return y_TD.to(output_dtype(x, form is not None)).reshape(x.shape)
+            # Before sparse routes DeepSpeed weighs the results in a matrix product, which autocast casts.
+            ends_in_linear = form is not None or not seams.has("sparse routes")
+            return y_TD.to(output_dtype(x, ends_in_linear)).reshape(x.shape)
 
     def _local_experts(self, x: Tensor, experts: list[nn.Module], form: Form | None) -> LocalExperts:
         if form is not None and splits_by_hand(x, next(self.experts.parameters())):

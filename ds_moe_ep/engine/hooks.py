@@ -67,9 +67,10 @@ def type_of_hook(layer: nn.Module) -> Any:
     try:
         from ds_moe_ep.engine import hooked_autoep  # releases without AutoEP have no such layer
     except ImportError as error:
-        tested = ", ".join(seams.TESTED)
+        since = seams.LATER["AutoEP"].since
         raise EngineError(
-            f"deepspeed={deepspeed.__version__}: AutoEP is another one than tested ({error}); install {tested}"
+            f"deepspeed={deepspeed.__version__}: AutoEP is another one than tested ({error}); "
+            f"pip install 'deepspeed>={since}'"
         ) from error
     return hooked_autoep.HookedAutoEP
 

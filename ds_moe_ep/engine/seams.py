@@ -1,12 +1,14 @@
 """Every name of DeepSpeed that the package relies on without DeepSpeed promising it.
 
-Tested with the releases in TESTED. Another release is told about once in the log; a name that is gone raises an
-EngineError that says which. A test reads this file's names from the installed release.
+Tested with the releases in TESTED; releases.py says what stands in for names that the older ones lack. Another release
+is told about once in the log; a name that is gone raises an EngineError that says which. A test reads this file's names
+from the installed release.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import operator
 import os
@@ -22,16 +24,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE
+from deepspeed.moe.sharded_moe import TopKGate
 from deepspeed.moe.utils import is_moe_param
-from deepspeed.runtime import compiler
 from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
 from ds_moe_ep.comm.watch import Unwatched, Watch, open_watch
+from ds_moe_ep.deepspeed_keys import TESTED as TESTED
+from ds_moe_ep.engine.releases import LATER as LATER
+from ds_moe_ep.engine.releases import dense_routes
 from ds_moe_ep.errors import EngineError, MoEError
-
-TESTED = ("0.19.8",)
 
 GROUP_NAMES = (
     "_create_expert_and_data_parallel",
@@ -161,7 +164,7 @@ def watch_of_world(timeout_s: float) -> Watch:
 
 def is_moe_layer(module: Any) -> bool:
     """Whether DeepSpeed takes a module for an MoE layer, as it numbers them in checkpoints."""
-    return isinstance(module, MoE) or bool(getattr(module, "_is_autoep_layer", False))
+    return isinstance(module, MoE) or is_autoep_layer(module)
 
 
 def is_expert_parameter(parameter: torch.Tensor) -> bool:
@@ -176,14 +179,27 @@ def zero_groups(optimizer: Any) -> list[tuple[list[torch.Tensor], bool]]:
     return list(zip(made, kinds, strict=False))
 
 
-def missing_of(layer: object, names: Sequence[str]) -> str:
+def is_autoep_layer(module: Any) -> bool:
+    """Whether AutoEP put a module in the place of a block of experts."""
+    return bool(getattr(module, "_is_autoep_layer", False))
+
+
+def autoep_presets() -> list[str]:
+    """The families of models that AutoEP knows by name; none before AutoEP."""
+    if not has("AutoEP"):
+        return []
+    registry = importlib.import_module("deepspeed.module_inject.auto_ep_presets.registry")
+    return list(registry.PRESET_MODELS)
+
+
+def missing_of(layer: object, names: Sequence[str], tested: Sequence[str] = TESTED) -> str:
     """Why a layer is not as in the tested releases, or an empty string."""
     missing = [name for name in names if not _has(layer, name)]
     if not missing:
         return ""
     return (
         f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)} there; install a tested release "
-        f"({', '.join(TESTED)})"
+        f"({', '.join(tested)})"
     )
 
 
@@ -243,10 +259,31 @@ def after_model_step(engine: Any, then: Callable[[bool], None]) -> None:
     engine._take_model_step = take_and_tell
 
 
+def release() -> str:
+    """The installed release."""
+    return str(deepspeed.__version__)
+
+
+def has(name: str) -> bool:
+    """Whether the installed release has a name of `LATER`."""
+    return LATER[name].find() is not None
+
+
 def not_compiled(function: F) -> F:
     """The function as torch.compile leaves it out of what it compiles around it."""
-    left_out: F = compiler.lazy_disable(function)
+    left_out: F = LATER["not compiled"].get()(function)
     return left_out
+
+
+def sparse_routes(gate: TopKGate, x_TD: torch.Tensor, used_token: torch.Tensor | None) -> tuple[Any, ...]:
+    """(l_aux, capacity, number of experts, experts, places and weights [K, T], exp_counts) of a gate's pass.
+
+    An expert below 0 stands for a choice that is dropped, or left out. Collective where the gate has no capacity.
+    """
+    if has("sparse routes"):
+        answer: tuple[Any, ...] = gate(x_TD, used_token, sparse_routes=True)
+        return answer
+    return dense_routes(gate, x_TD, used_token)
 
 
 def tensor_parallel_size() -> int:

@@ -16,6 +16,7 @@ from ds_moe_ep.engine.hooked import traffic_of
 from ds_moe_ep.engine.hooks import hook
 from ds_moe_ep.engine.layer import MoE, moe_layers
 from ds_moe_ep.engine.own_layers import give_knobs
+from ds_moe_ep.engine.unconverted import refuse_unconverted
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.section import Section, load_ds_config, read_section
 from ds_moe_ep.training import read_training
@@ -72,6 +73,8 @@ def initialize(
 
 def join(engine: Any, own: Mapping[str, MoE], section: Section) -> None:
     """Hooks what the section says, and gives the engine its company. Collective over the world."""
+    if section.moe.attach:
+        refuse_unconverted(engine.module, seams.ds_config_of(engine))
     hooked = hook(engine.module, traffic_of(section.moe)) if section.moe.attach else {}
     try:
         if not own and not hooked:

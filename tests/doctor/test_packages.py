@@ -65,7 +65,7 @@ def test_an_old_python_is_a_problem() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "status"), [(None, "ok"), ("5.22.2", "ok"), ("5.24.0", "warning"), ("4.57.6", "warning")]
+    ("version", "status"), [(None, "ok"), ("5.22.2", "ok"), ("5.21.0", "warning"), ("4.57.6", "warning")]
 )
 def test_transformers_is_held_against_the_tested_releases(version: str | None, status: str) -> None:
     tested = {"transformers": ("5.0.0", "5.22.2")}
@@ -73,6 +73,17 @@ def test_transformers_is_held_against_the_tested_releases(version: str | None, s
     assert verdict.status == status
     if status == "warning":
         assert verdict.way_out == "pip install transformers==5.22.2"
+
+
+@pytest.mark.parametrize("version", ["5.23.0", "5.23.1", "5.24.0"])
+def test_a_transformers_that_breaks_autoep_is_a_problem_with_the_way_out(version: str) -> None:
+    facts = replace(CPU, versions={**CPU.versions, "transformers": version})
+    verdict = named(judge_packages(facts), "transformers")
+    assert verdict.status == "problem"
+    assert "breaks AutoEP" in verdict.found
+    assert "ds_moe_ep.initialize" in verdict.way_out and "pip install transformers==5.22.2" in verdict.way_out
+    without = replace(facts, deepspeed=replace(CPU.deepspeed, version="0.18.9", autoep="ImportError: x"))
+    assert named(judge_packages(without), "transformers").status == "warning", "nothing is there to break"
 
 
 @pytest.mark.parametrize(("parts", "is_nvidias"), [((), False), (("normalization",), True)])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_moe_ep.engine import seams
 from tests.engine.hooked_layers import (
     KNOBS,
     hooked,
@@ -104,14 +105,18 @@ def test_training_through_the_hooks_is_the_training_without_them() -> None:
 
 
 def compare(table: list[Job]) -> None:
-    """4 Adam steps: 1e-5 of a tensor's largest weight, 2e-6 of the loss; bf16: 1 % and half of one, a few roundings."""
+    """4 Adam steps: 1e-5 of a tensor's largest weight, 2e-6 of the loss; bf16: 1 % and half of one, a few roundings.
+
+    Before 0.19.8 DeepSpeed's own layer rounds the gate's weights to bf16 as well, hooked ones do not: 2 %.
+    """
+    coarse = 1e-2 if seams.has("sparse routes") else 2e-2
     both = [(job, knobs) for job, hooks in zip(table, KNOBS, strict=False) for knobs in (hooks, None)]
     by_rank = run_ranks(4, train_all, both, timeout_s=200)
     for index, job in enumerate(table):
         (losses, mine), (expected, plain) = (
             (by_rank[0][i][0], merged([results[i][1] for results in by_rank])) for i in (2 * index, 2 * index + 1)
         )
-        assert distance(mine, plain) <= (1e-2 if job.bf16 else 1e-5), job
+        assert distance(mine, plain) <= (coarse if job.bf16 else 1e-5), job
         assert losses == pytest.approx(expected, rel=5e-3 if job.bf16 else 2e-6), job
 
 
