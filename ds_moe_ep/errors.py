@@ -4,7 +4,8 @@
     ├── ConfigError      a knob has a value that cannot work        (also a ValueError)
     ├── TopologyError    ranks, groups and experts do not fit       (also a ValueError)
     └── EngineError      DeepSpeed, a group or a rank is not as the layer needs it  (also a RuntimeError)
-        └── PeerError    another rank did not answer, went, or failed
+        ├── PeerError    another rank did not answer, went, or failed
+        └── ExportError  a model file would not hold all experts    (also a ValueError)
 
 Every message has the form `path=value: the rule; the way out`.
 """
@@ -33,6 +34,10 @@ class EngineError(MoEError, RuntimeError):
 
 class PeerError(EngineError):
     """Another rank did not answer, went, or failed: the message says which one, in what, and why."""
+
+
+class ExportError(EngineError, ValueError):
+    """A model file would hold the experts of one rank in the place of all."""
 
 
 def nearest(name: str, known: Iterable[str], kind: str = "keys") -> str:

@@ -23,6 +23,7 @@ from ds_moe_ep.engine.hooked import TRAFFIC, HookedLayer, traffic_of
 from ds_moe_ep.engine.hooks import candidates, hook
 from ds_moe_ep.engine.layer import MoE, moe_layers
 from ds_moe_ep.engine.layers import OverlappedLayer
+from ds_moe_ep.engine.model_files import guard_model_files
 from ds_moe_ep.engine.own_layers import with_given_knobs
 from ds_moe_ep.engine.unconverted import EXPERT_PARALLEL, refuse_unconverted, way_out
 from ds_moe_ep.errors import ConfigError, EngineError, MoEError, nearest
@@ -107,7 +108,9 @@ def attach_overlap(
         raise EngineError(own if moe_layers(engine_or_model) else _nothing_to_hook(engine_or_model))
     traffic = traffic_of(MoEConfig()) | given_traffic(config)
     hooked = hook(engine_or_model, traffic, callbacks)
-    return OverlapHandle(hooked, [layer.remove for layer in hooked.values()])
+    return OverlapHandle(
+        hooked, [*(layer.remove for layer in hooked.values()), guard_model_files(engine_or_model, hooked)]
+    )
 
 
 def _nothing_to_hook(model: nn.Module) -> str:

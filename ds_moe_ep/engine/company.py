@@ -16,9 +16,11 @@ from ds_moe_ep.engine.choices import keep_choices
 from ds_moe_ep.engine.clipping import clip_by_whole_norm
 from ds_moe_ep.engine.finite import tell_skips
 from ds_moe_ep.engine.folders import refuse_incomplete
+from ds_moe_ep.engine.hooked import HookedLayer
 from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.loss_scale import scale_losses
 from ds_moe_ep.engine.meter import OverlapMeter
+from ds_moe_ep.engine.model_files import guard_model_files
 from ds_moe_ep.engine.own_layers import follow_steps
 from ds_moe_ep.engine.param_groups import refuse_misplaced
 from ds_moe_ep.engine.saving import save_safely
@@ -50,6 +52,8 @@ class Company:
             meter = engine.moe_ep_meter = OverlapMeter(layers, engine.device, config.meter_every)
             self._undo.append(meter.end)
         engine.moe_ep_layers = layers
+        made_by_deepspeed = [name for name, layer in layers.items() if isinstance(layer, HookedLayer)]
+        self._undo.append(guard_model_files(engine.module, made_by_deepspeed))  # the package's own see to it themselves
         self._undo.append(scale_losses(engine))
         self._undo.append(tell_skips(engine))
         self._undo.append(clip_by_whole_norm(engine))

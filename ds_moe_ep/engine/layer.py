@@ -20,6 +20,7 @@ from ds_moe_ep.comm.transport import Loopback
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
+from ds_moe_ep.engine.model_files import refuse_part_of_experts
 from ds_moe_ep.engine.own_layers import meet
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.balance import BiasBalance
@@ -79,6 +80,8 @@ class MoE(DeepSpeedMoE):
         self.expert_group_name = f"ep_size_{config.ep_size}"
         self.deepspeed_moe = ExpertParallel(hidden_size, expert, config, shared)
         self.mark_experts()
+        if self.num_local_experts < self.num_experts:
+            self.register_state_dict_pre_hook(refuse_part_of_experts)
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)

@@ -1,0 +1,188 @@
+"""A model file never holds some of the experts: refused where one rank's would be written, whole where it can be."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_moe_ep.errors import EngineError, ExportError
+from tests.engine.test_doors import E, Net, deepspeeds_layer, own_layer, plain_engine, refusal, tokens
+from tests.ranks import run_ranks
+
+EXPERTS = "layers.0.deepspeed_moe.experts.deepspeed_experts"
+
+
+def prepared(model: nn.Module) -> tuple[Any, Any]:
+    """An accelerator and the engine that it makes."""
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DummyOptim
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=copy.deepcopy(CONFIG)))
+    return accelerator, accelerator.prepare(model, DummyOptim(model.parameters()))[0]
+
+
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_accumulation_steps": 1,
+    "zero_optimization": {"stage": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+}
+
+
+def pretrained(*layers: nn.Module) -> Any:
+    """A transformers model around a Net."""
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    class Model(PreTrainedModel):
+        config_class = PretrainedConfig
+
+        def __init__(self, config: PretrainedConfig) -> None:
+            super().__init__(config)
+            self.net = Net(*layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            loss: Tensor = self.net(x)
+            return loss
+
+    return Model(PretrainedConfig())
+
+
+def refused_doors(accelerator: Any, engine: Any, folder: Path) -> dict[str, str]:
+    """What each writer of model files says, and who left a file all the same."""
+    import huggingface_hub
+    import safetensors.torch
+
+    model = engine.module
+    doors = {
+        "engine.save_16bit_model": lambda path: engine.save_16bit_model(path),
+        "accelerator.get_state_dict": lambda path: torch.save(accelerator.get_state_dict(engine), path / "x.bin"),
+        "accelerator.save_model": lambda path: accelerator.save_model(engine, path),
+        "model.save_pretrained": lambda path: accelerator.unwrap_model(engine).save_pretrained(path),
+        "safetensors.torch.save_model": lambda path: safetensors.torch.save_model(model, path / "x.safetensors"),
+        "huggingface_hub.save_torch_model": lambda path: huggingface_hub.save_torch_model(model, path),
+    }
+    said = {}
+    for name, save in doors.items():
+        path = folder / f"{name} {dist.get_rank()}"
+        path.mkdir()
+        said[name] = refusal(lambda save=save, path=path: save(path))
+        weights = [each.name for each in path.rglob("*") if each.suffix in (".bin", ".safetensors", ".pt")]
+        assert not weights, (name, weights)
+    return said
+
+
+def door_cases(folder: str) -> dict[str, Any]:
+    import deepspeed
+
+    import ds_moe_ep
+
+    deepspeed.init_distributed("gloo")
+    found: dict[str, Any] = {}
+    accelerator, engine = prepared(pretrained(own_layer(), own_layer()))
+    found["own"] = refused_doors(accelerator, engine, made(Path(folder) / "own"))
+    found["a rank's own use"] = uses_of_one_rank(engine)
+    accelerator, hooked = prepared(pretrained(deepspeeds_layer()))
+    with ds_moe_ep.attach_overlap(hooked):
+        found["hooked"] = refused_doors(accelerator, hooked, made(Path(folder) / "hooked"))
+    found["hooks removed"] = refusal(lambda: hooked.save_16bit_model(f"{folder}/unhooked{dist.get_rank()}"))
+    engine = plain_engine(own_layer(), stage=1)
+    engine.backward(engine(tokens(0)))
+    engine.step()
+    engine.save_checkpoint(f"{folder}/checkpoint")
+    state = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    return {**found, "state": state}
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def uses_of_one_rank(engine: Any) -> bool:
+    """What is no model file goes on: a state of one's own, copies, averages, pickles."""
+    own = engine.module.state_dict()
+    average = torch.optim.swa_utils.AveragedModel(engine.module.net.layers[0].deepspeed_moe.experts)
+    copied = copy.deepcopy(engine.module.net.layers[0].deepspeed_moe.gate)
+    return bool(own) and bool(average.state_dict()) and bool(copied.state_dict()) and bool(engine.module_state_dict())
+
+
+def whole_file(folder: str) -> dict[str, Tensor]:
+    """The way out that the refusal names: the checkpoint in one process, in the model made with ep_size=1."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    engine = plain_engine(own_layer_of_one())
+    engine.load_checkpoint(f"{folder}/checkpoint", load_module_only=True)
+    engine.save_16bit_model(folder, "whole.bin")
+    whole: dict[str, Tensor] = torch.load(f"{folder}/whole.bin")
+    return whole
+
+
+def own_layer_of_one() -> Any:
+    from ds_moe_ep import GeluMLP, MoE, MoEConfig
+
+    return MoE(8, GeluMLP(8, 16), config=MoEConfig(num_experts=E))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def found(folder: str) -> list[dict[str, Any]]:
+    return run_ranks(2, door_cases, folder, timeout_s=150)
+
+
+@pytest.mark.parametrize("kind", ["own", "hooked"])
+def test_every_writer_of_model_files_is_refused_by_name_on_every_rank(kind: str, found: list[dict[str, Any]]) -> None:
+    for by_rank in found:
+        for door, said in by_rank[kind].items():
+            assert said.startswith(f"ExportError: {door}: the experts of net.layers.0 lie on 2 ranks"), (door, said)
+            assert "engine.save_checkpoint(folder) saves all of them" in said
+
+
+def test_a_rank_may_use_its_own_state_and_hooks_that_are_gone_refuse_nothing(found: list[dict[str, Any]]) -> None:
+    for by_rank in found:
+        assert by_rank["a rank's own use"] and by_rank["hooks removed"] == "nothing was refused"
+
+
+def test_the_way_out_gives_a_file_of_all_experts(found: list[dict[str, Any]], folder: str) -> None:
+    (whole,) = run_ranks(1, whole_file, folder)
+    assert len({name.split(".")[5] for name in whole if name.startswith(EXPERTS)}) == E
+    for rank, by_rank in enumerate(found):
+        for name, value in by_rank["state"].items():
+            if name.startswith(EXPERTS):
+                local, leaf = name.removeprefix(EXPERTS + ".").split(".", 1)
+                name = f"{EXPERTS}.{2 * rank + int(local)}.{leaf}"
+            assert torch.equal(whole[name], value), name
+
+
+def test_the_error_is_one_that_the_trainer_takes_for_a_model_that_no_rank_has() -> None:
+    assert issubclass(ExportError, ValueError) and issubclass(ExportError, EngineError)
+    assert isinstance(pickle.loads(pickle.dumps(ExportError("words"))), ExportError)
+
+
+def test_adapters_of_dense_layers_are_written_and_those_of_experts_refused(tmp_path: Path) -> None:
+    import safetensors.torch
+    from peft import LoraConfig, get_peft_model
+
+    dense = get_peft_model(Net(own_layer()), LoraConfig(r=2, target_modules=["leave"]))
+    dense.save_pretrained(str(tmp_path / "dense"))
+    assert (tmp_path / "dense" / "adapter_model.safetensors").is_file()
+    with pytest.raises(ExportError, match=r"safetensors\.torch\.save_model"):  # the base weights would be in that file
+        safetensors.torch.save_model(dense, str(tmp_path / "all.safetensors"))
+    experts = get_peft_model(Net(own_layer()), LoraConfig(r=2, target_modules=["fc1", "leave"]))
+    with pytest.raises(ExportError, match=r"model\.save_pretrained: the experts of .*layers\.0"):
+        experts.save_pretrained(str(tmp_path / "experts"))
+    assert not list((tmp_path / "experts").glob("*.safetensors"))
