@@ -34,7 +34,7 @@ TOP_LEVEL = Table(
     flops_profiler wall_clock_breakdown memory_breakdown autotuning use_data_before_expert_parallelism
     hybrid_engine pipeline data_efficiency checkpoint aio dataloader_drop_last
     weight_quantization compile timers tensor_parallel steps_per_print
-    dump_state vocabulary_size sequence_parallel_size
+    dump_state vocabulary_size sequence_parallel_size data_parallel_size
     """,
     since={
         "0.18.9": "datastates_ckpt",

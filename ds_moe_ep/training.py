@@ -14,6 +14,7 @@ from ds_moe_ep.config import Layout
 from ds_moe_ep.errors import ConfigError, TopologyError, nearest
 from ds_moe_ep.section import load_ds_config, read_section
 from ds_moe_ep.shipped import shipped_ds_configs
+from ds_moe_ep.parallel_keys import refuse_shared_tokens
 from ds_moe_ep.topology import RankGrid
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -71,6 +72,7 @@ def read_training(
     Raises ConfigError or TopologyError for what cannot work.
     """
     check_keys(ds_config, deepspeed_keys.installed_release())
+    refuse_shared_tokens(ds_config, world_size)
     if world_size is None:
         world_size = (_implied_copies(ds_config) or ep_size) * layout.size
     try:

@@ -23,6 +23,7 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
 from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, output_dtype, splits_by_hand
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.engine.parallelism import problem_of_shared_tokens
 from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
 from ds_moe_ep.moe.experts import LocalExperts, first_output
 from ds_moe_ep.moe.forms import Opaque
@@ -82,11 +83,8 @@ class HookedNative(HookedLayer):
             return problem
         if layer.use_tutel:
             return "use_tutel=True: Tutel packs its rows; make the layer with use_tutel=False"
-        if seams.tensor_parallel_size() > 1:
-            return (
-                f"tensor parallelism over {seams.tensor_parallel_size()} ranks drops and gathers its tokens; hook "
-                "models without it"
-            )
+        if problem := problem_of_shared_tokens():
+            return problem
         if layer.ep_group is None:
             return "it has no expert-parallel group yet; call deepspeed.initialize first"
         return ""

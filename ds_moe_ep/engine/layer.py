@@ -22,6 +22,7 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
 from ds_moe_ep.engine.model_files import refuse_part_of_experts
 from ds_moe_ep.engine.own_layers import meet
+from ds_moe_ep.engine.parallelism import problem_of_parallelism
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
@@ -162,11 +163,8 @@ class MoE(DeepSpeedMoE):
                 f"moe_ep.ep_size={self.ep_size}: torch.distributed is not initialized, so no expert-parallel group "
                 "can be made; call deepspeed.init_distributed() first"
             )
-        if seams.num_pipeline_stages() > 1:
-            raise EngineError(
-                f"pipeline stages={seams.num_pipeline_stages()}: the layer's groups span the data-parallel world, and "
-                "stages would wait for each other; use one stage, and give the ranks to ep_size"
-            )
+        if problem := problem_of_parallelism():
+            raise EngineError(problem)
         engine = seams.engine_being_made()
         if engine is not None:
             meet(engine, moe_layers(engine.module))

@@ -43,6 +43,7 @@ GROUP_NAMES = (
     "_get_expert_parallel_group_ranks",
     "_get_expert_data_parallel_world_size",
     "_get_data_parallel_group",
+    "_get_sequence_parallel_world_size",
     "mpu",
 )
 
@@ -288,7 +289,14 @@ def sparse_routes(gate: TopKGate, x_TD: torch.Tensor, used_token: torch.Tensor |
 
 def tensor_parallel_size() -> int:
     """Ranks of the tensor group that DeepSpeed was given; 1 without one."""
-    return int(bwc_tensor_model_parallel_world_size(groups.mpu)) if groups.mpu is not None else 1
+    if groups.mpu is None or hasattr(groups.mpu, "initialize_sequence_parallel"):
+        return 1  # DeepSpeed's own unit of sequence parallelism calls its groups "model parallel"
+    return int(bwc_tensor_model_parallel_world_size(groups.mpu))
+
+
+def sequence_parallel_size() -> int:
+    """Ranks that share a sequence, by the mesh or the unit that DeepSpeed was given; 1 without one."""
+    return int(groups._get_sequence_parallel_world_size())
 
 
 def num_pipeline_stages() -> int:

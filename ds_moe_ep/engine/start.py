@@ -18,6 +18,7 @@ from ds_moe_ep.engine.layer import MoE, moe_layers
 from ds_moe_ep.engine.own_layers import give_knobs
 from ds_moe_ep.engine.unconverted import refuse_unconverted
 from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.parallel_keys import refuse_shared_sequences, refuse_shared_tokens
 from ds_moe_ep.section import Section, load_ds_config, read_section
 from ds_moe_ep.training import read_training
 
@@ -60,6 +61,9 @@ def initialize(
         )
     give_knobs(own, section)  # DeepSpeed's engine does it too, later: what cannot work is refused before it starts
     seams.init_distributed()
+    if own:
+        refuse_shared_tokens(ds_config, deepspeed.comm.get_world_size())
+        refuse_shared_sequences(kwargs.get("mesh_param"))
     if kwargs.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
         for layer in own.values():
             read_training(ds_config, layer.ep_size, deepspeed.comm.get_world_size())

@@ -14,7 +14,7 @@ from tests.policy.sources import PACKAGE, ROOT, imports_of, own_python
 GROUND = {
     "errors", "config", "topology", "schedule", "section", "training", "deepspeed_keys", "footprint", "figures",
     "check", "pipeline_check", "pipeline_footprint", "timeline", "record", "evidence", "price", "schedule_check",
-    "events", "program", "laws", "command_line", "verdicts", "specified", "shaping", "shipped",
+    "events", "program", "laws", "command_line", "verdicts", "specified", "shaping", "shipped", "parallel_keys",
 }  # fmt: skip
 FLOORS = {
     **dict.fromkeys(GROUND, 0),

@@ -1,0 +1,22 @@
+"""Parallelisms of DeepSpeed's beside which the experts' gradients or groups would be wrong, as the engine has them."""
+
+from __future__ import annotations
+
+from ds_moe_ep.engine import seams
+from ds_moe_ep.parallel_keys import SEQUENCE_RULE, STAGES_RULE, TENSOR_RULE, WAY_OUT
+
+
+def problem_of_parallelism() -> str:
+    """Why the layer cannot be connected in the engine's ranks, or an empty string. The same on every rank."""
+    return _problem("pipeline stages", seams.num_pipeline_stages(), STAGES_RULE) or problem_of_shared_tokens()
+
+
+def problem_of_shared_tokens() -> str:
+    """Why the engine's ranks, which share tokens or sequences, do not go with experts, or an empty string."""
+    return _problem("tensor parallel size", seams.tensor_parallel_size(), TENSOR_RULE) or _problem(
+        "sequence parallel size", seams.sequence_parallel_size(), SEQUENCE_RULE
+    )
+
+
+def _problem(name: str, size: int, rule: str) -> str:
+    return f"{name}={size}: {rule}; {WAY_OUT}" if size > 1 else ""

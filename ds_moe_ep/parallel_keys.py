@@ -1,0 +1,53 @@
+"""Parallelisms that change which tokens a rank has: why experts do not go with them, and the keys that ask for them.
+
+DeepSpeed 0.19 takes `sequence_parallel_size` beside `data_parallel_size` as the shape of a mesh of ranks, as it does the
+argument `mesh_param` of `deepspeed.initialize`; the batch is then counted over the data-parallel size. Each key of the
+two alone makes no groups: `sequence_parallel_size` divides the ranks that the batch is counted with, and
+`data_parallel_size` is read by nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ds_moe_ep.errors import ConfigError
+
+TENSOR_RULE = (
+    "the ranks of a tensor group have the same tokens, and each expert's gradient would be counted once per rank of them"
+)
+SEQUENCE_RULE = (
+    "DeepSpeed sums the gradients of dense parameters and of experts over different ranks there, and either comes out "
+    "wrong"
+)
+STAGES_RULE = "the layer's groups span the data-parallel world, and stages would wait for each other"
+WAY_OUT = "set it to 1, and give the ranks to ep_size"
+
+
+def refuse_shared_tokens(ds_config: Mapping[str, Any], world_size: int | None = None) -> None:
+    """Raises ConfigError for keys of DeepSpeed's under which ranks share tokens or sequences.
+
+    With a world's size, also for a `data_parallel_size` that is not it.
+    """
+    section = ds_config.get("tensor_parallel")
+    tensor = section.get("autotp_size") if isinstance(section, Mapping) else None
+    for path, value, rule in (
+        ("tensor_parallel.autotp_size", tensor, TENSOR_RULE),
+        ("sequence_parallel_size", ds_config.get("sequence_parallel_size"), SEQUENCE_RULE),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ConfigError(f"{path}={value!r}: a number of ranks; remove it, or set it to 1")
+        if value is not None and value > 1:
+            raise ConfigError(f"{path}={value}: {rule}; {WAY_OUT}")
+    copies = ds_config.get("data_parallel_size")
+    if "sequence_parallel_size" in ds_config and copies is not None and copies != (world_size or copies):
+        raise ConfigError(
+            f"data_parallel_size={copies!r} with sequence_parallel_size=1: DeepSpeed makes a mesh of the two sizes, "
+            f"which must hold the {world_size} ranks; set it to {world_size}, or remove both keys"
+        )
+
+
+def refuse_shared_sequences(mesh_param: Sequence[int] | None) -> None:
+    """Raises ConfigError for a mesh (data-parallel size, sequence-parallel size) whose ranks share sequences."""
+    if mesh_param and mesh_param[1] > 1:
+        raise ConfigError(f"mesh_param={tuple(mesh_param)}: {SEQUENCE_RULE}; leave it out, and give the ranks to ep_size")
