@@ -1,9 +1,9 @@
 """Parallelisms that change which tokens a rank has: why experts do not go with them, and the keys that ask for them.
 
-DeepSpeed 0.19 takes `sequence_parallel_size` beside `data_parallel_size` as the shape of a mesh of ranks, as it does the
-argument `mesh_param` of `deepspeed.initialize`; the batch is then counted over the data-parallel size. Each key of the
-two alone makes no groups: `sequence_parallel_size` divides the ranks that the batch is counted with, and
-`data_parallel_size` is read by nobody.
+DeepSpeed 0.19 takes `data_parallel_size` and `sequence_parallel_size` together as the shape of a mesh of ranks, as it
+does `mesh_param` of `deepspeed.initialize`, and counts the batch over the first. Alone neither makes groups:
+`sequence_parallel_size` only divides the number of ranks that the batch is counted with, and `data_parallel_size` is
+read by nobody.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from ds_moe_ep.errors import ConfigError
 
-TENSOR_RULE = (
-    "the ranks of a tensor group have the same tokens, and each expert's gradient would be counted once per rank of them"
+TENSOR_RULE = "the ranks of a tensor group have the same tokens, which an expert's gradient would count once per rank"
+    "the ranks of a tensor group have the same tokens, and each would count once per rank in an expert's gradient"
 )
 SEQUENCE_RULE = (
     "DeepSpeed sums the gradients of dense parameters and of experts over different ranks there, and either comes out "
@@ -30,13 +30,13 @@ def refuse_shared_tokens(ds_config: Mapping[str, Any], world_size: int | None = 
     With a world's size, also for a `data_parallel_size` that is not it.
     """
     section = ds_config.get("tensor_parallel")
-    tensor = section.get("autotp_size") if isinstance(section, Mapping) else None
-    for path, value, rule in (
-        ("tensor_parallel.autotp_size", tensor, TENSOR_RULE),
-        ("sequence_parallel_size", ds_config.get("sequence_parallel_size"), SEQUENCE_RULE),
+    autotp_size = section.get("autotp_size") if isinstance(section, Mapping) else None
+    for path, value, least, rule in (
+        ("tensor_parallel.autotp_size", autotp_size, 0, TENSOR_RULE),
+        ("sequence_parallel_size", ds_config.get("sequence_parallel_size"), 1, SEQUENCE_RULE),
     ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ConfigError(f"{path}={value!r}: a number of ranks; remove it, or set it to 1")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigError(f"{path}={value!r}: needs a number of ranks; set it to 1, or remove it")
         if value is not None and value > 1:
             raise ConfigError(f"{path}={value}: {rule}; {WAY_OUT}")
     copies = ds_config.get("data_parallel_size")
@@ -50,4 +50,6 @@ def refuse_shared_tokens(ds_config: Mapping[str, Any], world_size: int | None = 
 def refuse_shared_sequences(mesh_param: Sequence[int] | None) -> None:
     """Raises ConfigError for a mesh (data-parallel size, sequence-parallel size) whose ranks share sequences."""
     if mesh_param and mesh_param[1] > 1:
-        raise ConfigError(f"mesh_param={tuple(mesh_param)}: {SEQUENCE_RULE}; leave it out, and give the ranks to ep_size")
+        raise ConfigError(
+            f"mesh_param={tuple(mesh_param)}: {SEQUENCE_RULE}; leave it out, and give the ranks to ep_size"
+        )

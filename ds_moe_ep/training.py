@@ -12,9 +12,9 @@ from typing import Any, Literal
 from ds_moe_ep import deepspeed_keys
 from ds_moe_ep.config import Layout
 from ds_moe_ep.errors import ConfigError, TopologyError, nearest
+from ds_moe_ep.parallel_keys import refuse_shared_tokens
 from ds_moe_ep.section import load_ds_config, read_section
 from ds_moe_ep.shipped import shipped_ds_configs
-from ds_moe_ep.parallel_keys import refuse_shared_tokens
 from ds_moe_ep.topology import RankGrid
 
 Precision = Literal["fp16", "bf16", "fp32"]

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from ds_moe_ep.engine import seams
 
 EPSILON = 1e-6  # DeepSpeed's, beside the norm
+CLIPS = "moe_ep_clips"  # an engine's attribute: it clips by the whole norm already
 
 
 def clip_by_whole_norm(engine: Any) -> Callable[[], None]:
     """Makes the engine clip by the norm over all ranks' experts and report it. Returns what undoes that.
 
-    Nothing changes where DeepSpeed's norm is whole already.
+    Nothing changes where DeepSpeed's norm is whole, or in an engine that was changed before.
     """
     kind = seams.clipping_of(engine)
-    if kind == "whole":
+    if kind == "whole" or CLIPS in vars(engine):
         return lambda: None
     are_apart = any(seams.num_holders(parameter) < dist.get_world_size() for parameter in engine.module.parameters())
     if engine.gradient_clipping() > 0 and (are_apart or kind == "wrapper"):
@@ -36,7 +37,14 @@ def clip_by_whole_norm(engine: Any) -> Callable[[], None]:
             "without ZeRO, DeepSpeed's own does not, and its steps differ",
             logging.WARNING,
         )
-    return _clip_gradients(engine) if kind == "gradients" else _clip_in_wrapper(engine)
+    undo = _clip_gradients(engine) if kind == "gradients" else _clip_in_wrapper(engine)
+    setattr(engine, CLIPS, True)
+
+    def clip_as_before() -> None:
+        undo()
+        delattr(engine, CLIPS)
+
+    return clip_as_before
 
 
 def whole_norm(parameters: Iterable[nn.Parameter], device: torch.device | str) -> Tensor:

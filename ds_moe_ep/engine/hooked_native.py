@@ -22,8 +22,8 @@ from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
 from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, output_dtype, splits_by_hand
-from ds_moe_ep.errors import EngineError
 from ds_moe_ep.engine.parallelism import problem_of_shared_tokens
+from ds_moe_ep.errors import EngineError
 from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
 from ds_moe_ep.moe.experts import LocalExperts, first_output
 from ds_moe_ep.moe.forms import Opaque

@@ -12,10 +12,12 @@ from typing import Any
 
 from ds_moe_ep.engine import seams
 
+SCALES = "moe_ep_scales_losses"  # an engine's attribute: it does already
+
 
 def scale_losses(engine: Any) -> Callable[[], None]:
     """Makes `engine.backward` and `engine.scale` scale the loss where DeepSpeed does not. Returns what undoes that."""
-    if seams.scales_loss(engine):
+    if seams.scales_loss(engine) or SCALES in vars(engine):
         return lambda: None
     seams.say("fp16 without ZeRO: the loss is multiplied with the loss scale, which DeepSpeed divides gradients by")
     before = {name: vars(engine)[name] for name in ("backward", "scale") if name in vars(engine)}
@@ -31,9 +33,10 @@ def scale_losses(engine: Any) -> Callable[[], None]:
         return scale(loss.float() * engine.optimizer.loss_scale)
 
     def undo() -> None:
-        for name in ("backward", "scale"):
+        for name in ("backward", "scale", SCALES):
             vars(engine).pop(name, None)
         vars(engine).update(before)
 
     engine.backward, engine.scale = backward_scaled, scale_loss
+    setattr(engine, SCALES, True)
     return undo

@@ -1,4 +1,5 @@
-"""The package's layers in an engine, whoever made it: the section's knobs reach them, and their bias follows its steps.
+"""The package's layers in an engine, whoever made it: the section's knobs reach them, their bias follows its steps,
+which clip by the norm of all experts.
 
 DeepSpeed calls each layer while it makes an engine, and the first one called brings the engine here. So plain
 `deepspeed.initialize`, Trainer and Accelerate are doors like `ds_moe_ep.initialize`. What measures and guards an
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.clipping import clip_by_whole_norm
 from ds_moe_ep.engine.layers import OverlappedLayer
+from ds_moe_ep.engine.loss_scale import scale_losses
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.section import SECTION, Section, read_section
 
@@ -41,6 +44,13 @@ def meet(engine: Any, layers: Mapping[str, MoE]) -> None:
         problem = error
     seams.settle(problem)
     follow_steps(engine, layers)
+    seams.once_it_has_an_optimizer(engine, partial(make_steps_whole, engine))
+
+
+def make_steps_whole(engine: Any) -> None:
+    """Makes the engine's steps those of one device where DeepSpeed's are not. Local."""
+    scale_losses(engine)
+    clip_by_whole_norm(engine)
 
 
 def give_knobs(layers: Mapping[str, MoE], section: Section) -> None:

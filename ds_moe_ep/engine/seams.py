@@ -241,6 +241,19 @@ def has_data_before_experts(engine: Any) -> bool:
     return bool(engine._config.use_data_before_expert_parallel_)
 
 
+def once_it_has_an_optimizer(engine: Any, then: Callable[[], object]) -> None:
+    """Calls `then` when an engine that is being made has its optimizer; never where it gets none."""
+    configure = engine._configure_optimizer
+
+    @functools.wraps(configure)
+    def configure_and_tell(*args: Any, **kwargs: Any) -> None:
+        del engine._configure_optimizer  # it was this function
+        configure(*args, **kwargs)
+        then()
+
+    engine._configure_optimizer = configure_and_tell
+
+
 def after_model_step(engine: Any, then: Callable[[bool], None]) -> None:
     """Calls `then` after each step of the engine's optimizer, with whether it moved the parameters.
 

@@ -33,14 +33,11 @@ class Case:
     precision: str = "fp32"
     optimizer: str = "plain"  # or "fused", "legacy": which wrapper DeepSpeed takes for low precision
     is_hooked: bool = False
-    is_ours: bool = True  # False: DeepSpeed's layer under DeepSpeed's door
 
     def __str__(self) -> str:
-        kind = "hooked" if self.is_hooked else "ours" if self.is_ours else "DeepSpeed's"
-        job = self.job
-        return (
-            f"{kind}, ep_size {job.ep_size}, ZeRO {job.stage}, {self.precision}, {self.optimizer}, x{job.accumulation}"
-        )
+        job, hooks = self.job, " with hooks" if self.is_hooked else ""
+        optimizer = f"{self.precision} {self.optimizer}, x{job.accumulation}"
+        return f"{job.layer}{hooks}, {job.door}.initialize, ep_size {job.ep_size}, ZeRO {job.stage}, {optimizer}"
 
 
 def job_of(**values: Any) -> Job:
@@ -51,14 +48,16 @@ CASES = [
     *(Case(job_of(ep_size=ep_size, stage=stage, accumulation=accumulation))
       for ep_size, stage, accumulation in ((2, 0, 2), (4, 0, 1), (2, 1, 1), (2, 2, 2))),
     Case(job_of(ep_size=2, layer="native"), is_hooked=True),
+    Case(job_of(ep_size=4, door="deepspeed")),
+    Case(job_of(ep_size=2, door="deepspeed"), "fp16"),
     *(Case(job_of(stage=stage, ep_size=2), "bf16") for stage in (0, 1)),
     Case(job_of(ep_size=4), "fp16"),
     Case(job_of(ep_size=2), "bf16", "fused"),
     Case(job_of(ep_size=2), "fp16", "legacy"),
 ]  # fmt: skip
 CONTROLS = [
-    Case(job_of(ep_size=2, layer="native"), is_ours=False),
-    Case(job_of(ep_size=4, door="deepspeed"), "bf16", is_ours=False),
+    Case(job_of(ep_size=2, layer="native")),
+    Case(job_of(ep_size=4, layer="native"), "bf16"),
 ]
 
 
@@ -109,7 +108,7 @@ def make_clipping_engine(case: Case) -> Any:
     if case.precision == "fp16":
         config["fp16"] |= {"initial_scale_power": 8}
     model = make_model(case.job)
-    door = ds_moe_ep.initialize if case.job.layer == "ours" and case.is_ours else deepspeed.initialize
+    door = ds_moe_ep.initialize if case.job.layer == "ours" and case.job.door == "ds_moe_ep" else deepspeed.initialize
     arguments: dict[str, Any] = {"model_parameters": list(model.parameters())}
     if case.optimizer == "legacy":
         arguments = {"optimizer": LegacySGD(model.parameters(), lr=RATE)}

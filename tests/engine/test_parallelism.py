@@ -1,0 +1,221 @@
+"""Tensor and sequence parallelism beside the layer: refused by name on every rank, whatever door they come through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_moe_ep import ConfigError, GeluMLP, MoE
+from ds_moe_ep.parallel_keys import refuse_shared_tokens
+from ds_moe_ep.training import read_training
+from tests.ranks import run_ranks
+
+WIDTH = 8
+DS_CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 4,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "gradient_clipping": 0.01,
+    "steps_per_print": 10**9,
+}
+
+
+class Model(nn.Module):
+    def __init__(self, ep_size: int, make: Callable[..., nn.Module] = MoE) -> None:
+        super().__init__()
+        self.enter = nn.Linear(WIDTH, WIDTH)
+        self.moe = make(WIDTH, GeluMLP(WIDTH, 16), num_experts=4, ep_size=ep_size, drop_tokens=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.moe(self.enter(x))[0].square().mean()
+        return loss
+
+
+def mpu_of(tensor_size: int, prefix: str) -> Any:
+    """What a Megatron client passes, with the method names of one of its generations. Collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = [list(range(first, first + tensor_size)) for first in range(0, world, tensor_size)]
+    columns = [list(range(first, world, tensor_size)) for first in range(tensor_size)]
+    tensor, data = ([dist.new_group(ranks) for ranks in table] for table in (rows, columns))
+    methods: dict[str, Callable[[], Any]] = {
+        "data_parallel_rank": lambda: rank // tensor_size,
+        "data_parallel_world_size": lambda: world // tensor_size,
+        "data_parallel_group": lambda: data[rank % tensor_size],
+    }
+    for name in {"model_parallel", prefix}:
+        methods[f"{name}_rank"] = lambda: rank % tensor_size
+        methods[f"{name}_world_size"] = lambda: tensor_size
+        methods[f"{name}_group"] = lambda: tensor[rank // tensor_size]
+    return SimpleNamespace(**{f"get_{name}": method for name, method in methods.items()})
+
+
+def unit_of_sequences() -> Any:
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    parallel_state_sp.initialize_sequence_parallel(2)
+    return parallel_state_sp
+
+
+# How AutoTP cuts a model that it does not know: here a dense matrix alone.
+CUT = {"use_default_specs": False, "layer_specs": [{"patterns": [r".*enter\.weight$"], "partition_type": "column"}]}
+# Further keys of the ds_config, further arguments, what ds_moe_ep.initialize says, what the layer says elsewhere
+TENSOR, SEQUENCE = "tensor parallel size=2", "sequence parallel size=2"
+ROADS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str, str]] = {
+    "Megatron's mpu of old": ({}, lambda: {"mpu": mpu_of(2, "model_parallel")}, TENSOR, TENSOR),
+    "Megatron's mpu": ({}, lambda: {"mpu": mpu_of(2, "tensor_model_parallel")}, TENSOR, TENSOR),
+    "a grid of slices": ({}, lambda: {"mpu": mpu_of(2, "slice_parallel")}, TENSOR, TENSOR),
+    "AutoTP's section": (
+        {"tensor_parallel": {"autotp_size": 2, "partition_config": CUT}}, dict, "tensor_parallel.autotp_size=2", TENSOR
+    ),
+    "two keys": (
+        {"data_parallel_size": 2, "sequence_parallel_size": 2}, dict, "sequence_parallel_size=2", SEQUENCE
+    ),
+    "a mesh": ({}, lambda: {"mesh_param": (2, 2)}, "mesh_param=(2, 2)", SEQUENCE),
+    "a unit of sequences": ({}, lambda: {"mpu": unit_of_sequences()}, SEQUENCE, SEQUENCE),
+}  # fmt: skip
+
+
+def refusals() -> dict[tuple[str, str, int], str]:
+    """What each door says on this rank, by road, door and ep_size."""
+    import deepspeed
+
+    import ds_moe_ep
+
+    ds_moe_ep.init_distributed()
+    said = {}
+    for road, (keys, arguments, *_) in ROADS.items():
+        given = arguments()
+        for door, ep_size in ((ds_moe_ep.initialize, 2), (deepspeed.initialize, 1), (deepspeed.initialize, 2)):
+            try:
+                door(model=Model(ep_size), config=DS_CONFIG | keys, **given)
+                text = "nothing"
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+            said[road, door.__module__.split(".")[0], ep_size] = text
+            forget_groups()
+    said["tp_model_init", "deepspeed", 2] = refusal_after_tp_model_init()
+    return said
+
+
+def refusal_after_tp_model_init() -> str:
+    import deepspeed
+
+    model = deepspeed.tp_model_init(Model(2), tp_size=2, dtype=torch.float32)
+    try:
+        deepspeed.initialize(model=model, config=DS_CONFIG | {"tensor_parallel": {"partition_config": CUT}})
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def forget_groups() -> None:
+    """Takes back what an engine set in DeepSpeed for all that come after it."""
+    from deepspeed.utils import groups
+
+    groups.mpu = groups.mesh_device = None
+
+
+@pytest.fixture(scope="module")
+def said() -> list[dict[tuple[str, str, int], str]]:
+    return run_ranks(4, refusals, timeout_s=120)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_ranks_that_share_tokens_are_refused_on_every_rank_with_the_way_out(
+    said: list[dict[tuple[str, str, int], str]], road: str
+) -> None:
+    early, late = ROADS[road][2:]
+    for door, ep_size, begins in (("ds_moe_ep", 2, early), ("deepspeed", 1, late), ("deepspeed", 2, late)):
+        for rank, theirs in enumerate(said):
+            text = theirs[road, door, ep_size]
+            assert f"Error: {begins}: " in text, f"rank {rank}: {text}"
+            assert "give the ranks to ep_size" in text
+
+
+def test_tp_model_init_is_refused_like_the_section(said: list[dict[tuple[str, str, int], str]]) -> None:
+    for theirs in said:
+        assert theirs["tp_model_init", "deepspeed", 2].startswith(f"EngineError: {TENSOR}: ")
+
+
+def one_step_with(tensor_size: int | None, keys: dict[str, Any]) -> list[torch.Tensor]:
+    """This rank's parameters after a step, under an mpu where a tensor size is given."""
+    import ds_moe_ep
+
+    ds_moe_ep.init_distributed()
+    torch.manual_seed(0)
+    arguments = {} if tensor_size is None else {"mpu": mpu_of(tensor_size, "tensor_model_parallel")}
+    engine, *_ = ds_moe_ep.initialize(model=Model(2), config=DS_CONFIG | keys, **arguments)
+    x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank()))
+    engine.backward(engine(x))
+    engine.step()
+    forget_groups()
+    return [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+
+def steps() -> list[list[torch.Tensor]]:
+    mesh = {"data_parallel_size": 4, "sequence_parallel_size": 1}
+    return [one_step_with(None, {}), one_step_with(1, {}), one_step_with(None, mesh)]
+
+
+def test_groups_of_one_rank_train_as_without_them() -> None:
+    for plain, under_mpu, under_mesh in run_ranks(4, steps):
+        for first, second, third in zip(plain, under_mpu, under_mesh, strict=True):
+            assert torch.equal(first, second) and torch.equal(first, third)
+
+
+def attach_under_sequences() -> str:
+    import deepspeed
+    from deepspeed.moe.layer import MoE as Native
+
+    import ds_moe_ep
+
+    ds_moe_ep.init_distributed()
+    engine, *_ = deepspeed.initialize(model=Model(2, Native), config=DS_CONFIG, mpu=unit_of_sequences())
+    try:
+        ds_moe_ep.attach_overlap(engine, {"schedule": "peers"})
+    except ds_moe_ep.EngineError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_hooks_refuse_sequence_parallelism_by_its_own_name() -> None:
+    for text in run_ranks(4, attach_under_sequences):
+        assert SEQUENCE in text and "tensor parallel" not in text
+
+
+BATCH = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "begins"),
+    [
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size=2: "),
+        ({"sequence_parallel_size": 2, "data_parallel_size": 2}, "sequence_parallel_size=2: "),
+        ({"sequence_parallel_size": "2"}, "sequence_parallel_size='2': needs a number of ranks"),
+        ({"sequence_parallel_size": 0}, "sequence_parallel_size=0: needs a number of ranks"),
+        (
+            {"sequence_parallel_size": 1, "data_parallel_size": 2},
+            "data_parallel_size=2 with sequence_parallel_size=1: ",
+        ),
+        ({"tensor_parallel": {"autotp_size": 4}}, "tensor_parallel.autotp_size=4: "),
+    ],
+)
+def test_a_ds_config_that_shares_tokens_is_refused_before_its_batch_is_counted(
+    keys: dict[str, Any], begins: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_training(BATCH | keys, ep_size=2, world_size=4)
+    assert str(error.value).startswith(begins) and "; " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"data_parallel_size": 2}, {"sequence_parallel_size": 1, "data_parallel_size": 4}]
+)
+def test_keys_that_share_nothing_leave_the_batch_as_it_is(keys: dict[str, Any]) -> None:
+    assert read_training(BATCH | keys, ep_size=2, world_size=4).accumulation == 2
+    refuse_shared_tokens(keys)
