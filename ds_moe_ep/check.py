@@ -207,6 +207,8 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
     for key in ds_config:
         if key not in known and key != "moe_ep":
             yield f"{key}: DeepSpeed {release} does not know this key and ignores it"
+    if "data_parallel_size" in ds_config and "sequence_parallel_size" not in ds_config:
+        yield f"data_parallel_size: DeepSpeed {release} reads it beside sequence_parallel_size alone"
     if model is None:
         yield 'moe_ep.model is not given: memory, traffic and arithmetic need it; add "model": "small"'
     if training.precision == "fp16":

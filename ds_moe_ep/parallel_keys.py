@@ -14,8 +14,6 @@ from typing import Any
 from ds_moe_ep.errors import ConfigError
 
 TENSOR_RULE = "the ranks of a tensor group have the same tokens, which an expert's gradient would count once per rank"
-    "the ranks of a tensor group have the same tokens, and each would count once per rank in an expert's gradient"
-)
 SEQUENCE_RULE = (
     "DeepSpeed sums the gradients of dense parameters and of experts over different ranks there, and either comes out "
     "wrong"

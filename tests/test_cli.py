@@ -124,6 +124,10 @@ def test_the_way_out_that_is_offered_fits() -> None:
     [
         ({"fp16": {"enabled": True}}, "fp16 does not run on DeepSpeed's CPU accelerator"),
         ({"my_own_section": {}}, "my_own_section: DeepSpeed 0.19.8 does not know this key"),
+        (
+            {"data_parallel_size": 8},
+            "data_parallel_size: DeepSpeed 0.19.8 reads it beside sequence_parallel_size alone",
+        ),
         ({"moe_ep": {"ep_size": 4, "depth": 0}}, "every transfer blocks"),
         ({"moe_ep": {"ep_size": 4, "balance": "none"}}, "nothing keeps an expert from taking every row"),
         ({"moe_ep": {"model": "specification"}}, "heads of 512"),
