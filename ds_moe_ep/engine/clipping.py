@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moe_ep.engine import seams
+from ds_moe_ep.engine import seams, step_seams
 
 EPSILON = 1e-6  # DeepSpeed's, beside the norm
 CLIPS = "moe_ep_clips"  # an engine's attribute: it clips by the whole norm already
@@ -27,7 +27,7 @@ def clip_by_whole_norm(engine: Any) -> Callable[[], None]:
 
     Nothing changes where DeepSpeed's norm is whole, or in an engine that was changed before.
     """
-    kind = seams.clipping_of(engine)
+    kind = step_seams.clipping_of(engine)
     if kind == "whole" or CLIPS in vars(engine):
         return lambda: None
     are_apart = any(seams.num_holders(parameter) < dist.get_world_size() for parameter in engine.module.parameters())
@@ -75,7 +75,7 @@ def _clip_gradients(engine: Any) -> Callable[[], None]:
         coefficient = (engine.gradient_clipping() / (norm + EPSILON)).clamp(max=1.0)
         for parameter in parameters:
             parameter.grad.mul_(coefficient)
-        seams.report_norm(engine, norm)
+        step_seams.report_norm(engine, norm)
 
     engine.clip_fp32_gradients = clip
     return lambda: vars(engine).pop("clip_fp32_gradients", None)
@@ -84,7 +84,7 @@ def _clip_gradients(engine: Any) -> Callable[[], None]:
 def _clip_in_wrapper(engine: Any) -> Callable[[], None]:
     """fp16 and bf16: the optimizer's wrapper divides by a factor of the loss scale and the norm that it is given."""
     optimizer = engine.optimizer
-    before = {name: vars(optimizer)[name] for name in seams.WRAPPER_NAMES if name in vars(optimizer)}
+    before = {name: vars(optimizer)[name] for name in step_seams.WRAPPER_NAMES if name in vars(optimizer)}
     take_step, unscale = optimizer.step, optimizer.unscale_and_clip_grads
     norms: list[float] = []  # of the step that runs, with the loss scale
 
@@ -95,7 +95,7 @@ def _clip_in_wrapper(engine: Any) -> Callable[[], None]:
         try:
             result = take_step(*args, **kwargs)
             if not optimizer.overflow:
-                seams.report_norm(optimizer, norms[-1] / scale)
+                step_seams.report_norm(optimizer, norms[-1] / scale)
         finally:
             norms.clear()
         return result
@@ -105,7 +105,7 @@ def _clip_in_wrapper(engine: Any) -> Callable[[], None]:
         return unscale(*args[:-1], norms[-1], **kwargs)  # the norm is the last that DeepSpeed gives by position
 
     def undo() -> None:
-        for name in seams.WRAPPER_NAMES:
+        for name in step_seams.WRAPPER_NAMES:
             vars(optimizer).pop(name, None)
         vars(optimizer).update(before)
 

@@ -10,14 +10,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from ds_moe_ep.engine import seams
+from ds_moe_ep.engine import seams, step_seams
 
 SCALES = "moe_ep_scales_losses"  # an engine's attribute: it does already
 
 
 def scale_losses(engine: Any) -> Callable[[], None]:
     """Makes `engine.backward` and `engine.scale` scale the loss where DeepSpeed does not. Returns what undoes that."""
-    if seams.scales_loss(engine) or SCALES in vars(engine):
+    if step_seams.scales_loss(engine) or SCALES in vars(engine):
         return lambda: None
     seams.say("fp16 without ZeRO: the loss is multiplied with the loss scale, which DeepSpeed divides gradients by")
     before = {name: vars(engine)[name] for name in ("backward", "scale") if name in vars(engine)}

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ds_moe_ep.config import MoEConfig
-from ds_moe_ep.engine import seams
+from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.clipping import clip_by_whole_norm
 from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.loss_scale import scale_losses
@@ -44,7 +44,7 @@ def meet(engine: Any, layers: Mapping[str, MoE]) -> None:
         problem = error
     seams.settle(problem)
     follow_steps(engine, layers)
-    seams.once_it_has_an_optimizer(engine, partial(make_steps_whole, engine))
+    step_seams.once_it_has_an_optimizer(engine, partial(make_steps_whole, engine))
 
 
 def make_steps_whole(engine: Any) -> None:
@@ -98,7 +98,7 @@ def follow_steps(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
             untold.clear()
             tell_unheard(engine, layers)
 
-    seams.after_model_step(engine, end_step)
+    step_seams.after_model_step(engine, end_step)
 
 
 def step_balance(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:

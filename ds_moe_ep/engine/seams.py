@@ -17,7 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -25,7 +25,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate
-from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
@@ -83,9 +82,6 @@ AUTOEP_NAMES = (
     "experts.activation_alpha",
     "experts.activation_limit",
 )
-
-# Methods of the wrappers of fp16 and bf16 optimizers that clip.
-WRAPPER_NAMES = ("step", "unscale_and_clip_grads")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -241,38 +237,6 @@ def has_data_before_experts(engine: Any) -> bool:
     return bool(engine._config.use_data_before_expert_parallel_)
 
 
-def once_it_has_an_optimizer(engine: Any, then: Callable[[], object]) -> None:
-    """Calls `then` when an engine that is being made has its optimizer; never where it gets none."""
-    configure = engine._configure_optimizer
-
-    @functools.wraps(configure)
-    def configure_and_tell(*args: Any, **kwargs: Any) -> None:
-        del engine._configure_optimizer  # it was this function
-        configure(*args, **kwargs)
-        then()
-
-    engine._configure_optimizer = configure_and_tell
-
-
-def after_model_step(engine: Any, then: Callable[[bool], None]) -> None:
-    """Calls `then` after each step of the engine's optimizer, with whether it moved the parameters.
-
-    A plain engine's `step` and a pipeline engine's `train_batch` both come through the method wrapped here.
-    """
-    take_model_step = engine._take_model_step
-
-    @functools.wraps(take_model_step)
-    def take_and_tell(*args: Any, **kwargs: Any) -> Any:
-        scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)  # it skips a step and tells nobody
-        scale = scaler.get_scale() if scaler is not None else 0.0
-        result = take_model_step(*args, **kwargs)
-        is_skipped = not engine.was_step_applied() or (scaler is not None and scaler.get_scale() < scale)
-        then(not is_skipped)
-        return result
-
-    engine._take_model_step = take_and_tell
-
-
 def release() -> str:
     """The installed release."""
     return str(deepspeed.__version__)
@@ -320,29 +284,9 @@ def num_pipeline_stages() -> int:
     return 1
 
 
-def clipping_of(engine: Any) -> Literal["whole", "gradients", "wrapper"]:
-    """Whose norm clips: one of all experts, the engine's of fp32 gradients, or that of the optimizer's wrapper."""
-    if engine.optimizer is None or engine.zero_optimization():
-        return "whole"
-    if all(hasattr(engine.optimizer, name) for name in WRAPPER_NAMES):
-        return "wrapper"
-    return "whole" if engine.fp16_enabled() or engine.bfloat16_enabled() else "gradients"
-
-
-def scales_loss(engine: Any) -> bool:
-    """Whether gradients reach the optimizer with the loss scale that it divides them by."""
-    is_divided = clipping_of(engine) == "wrapper" and engine.fp16_enabled()
-    return not is_divided or hasattr(engine, "_do_optimizer_backward")  # the wrapper's own backward, until 0.17
-
-
-def report_norm(owner: Any, norm: torch.Tensor | float) -> None:
-    """Makes a norm the one that the engine, or its optimizer, reports for the step."""
-    owner._global_grad_norm = norm
-
-
 def num_holders(parameter: torch.nn.Parameter) -> int:
     """Ranks of the world that hold the parameter, where there is no tensor and no pipeline parallelism."""
-    if is_moe_param(parameter):
+    if is_expert_parameter(parameter):
         return int(groups._get_expert_data_parallel_world_size(parameter.group_name))  # type: ignore[attr-defined]
     return dist.get_world_size()
 

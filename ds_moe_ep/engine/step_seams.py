@@ -1,0 +1,67 @@
+"""What the package relies on in a step of DeepSpeed's engine: its optimizer's making, its clipping, its end.
+
+Part of `seams.py`, as to releases and private names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+# Methods of the wrappers of fp16 and bf16 optimizers that clip.
+WRAPPER_NAMES = ("step", "unscale_and_clip_grads")
+
+
+def once_it_has_an_optimizer(engine: Any, then: Callable[[], object]) -> None:
+    """Calls `then` when an engine that is being made has its optimizer; never where it gets none."""
+    configure = engine._configure_optimizer
+
+    @functools.wraps(configure)
+    def configure_and_tell(*args: Any, **kwargs: Any) -> None:
+        del engine._configure_optimizer  # it was this function
+        configure(*args, **kwargs)
+        then()
+
+    engine._configure_optimizer = configure_and_tell
+
+
+def after_model_step(engine: Any, then: Callable[[bool], None]) -> None:
+    """Calls `then` after each step of the engine's optimizer, with whether it moved the parameters.
+
+    A plain engine's `step` and a pipeline engine's `train_batch` both come through the method wrapped here.
+    """
+    take_model_step = engine._take_model_step
+
+    @functools.wraps(take_model_step)
+    def take_and_tell(*args: Any, **kwargs: Any) -> Any:
+        scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)  # it skips a step and tells nobody
+        scale = scaler.get_scale() if scaler is not None else 0.0
+        result = take_model_step(*args, **kwargs)
+        is_skipped = not engine.was_step_applied() or (scaler is not None and scaler.get_scale() < scale)
+        then(not is_skipped)
+        return result
+
+    engine._take_model_step = take_and_tell
+
+
+def clipping_of(engine: Any) -> Literal["whole", "gradients", "wrapper"]:
+    """Whose norm clips: one of all experts, the engine's of fp32 gradients, or that of the optimizer's wrapper."""
+    if engine.optimizer is None or engine.zero_optimization():
+        return "whole"
+    if all(hasattr(engine.optimizer, name) for name in WRAPPER_NAMES):
+        return "wrapper"
+    return "whole" if engine.fp16_enabled() or engine.bfloat16_enabled() else "gradients"
+
+
+def scales_loss(engine: Any) -> bool:
+    """Whether gradients reach the optimizer with the loss scale that it divides them by."""
+    is_divided = clipping_of(engine) == "wrapper" and engine.fp16_enabled()
+    return not is_divided or hasattr(engine, "_do_optimizer_backward")  # the wrapper's own backward, until 0.17
+
+
+def report_norm(owner: Any, norm: torch.Tensor | float) -> None:
+    """Makes a norm the one that the engine, or its optimizer, reports for the step."""
+    owner._global_grad_norm = norm
