@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,30 +14,37 @@ from typing import Any
 import deepspeed
 
 import ds_moe_ep
-from ds_moe_ep.text import Corpus, load_corpus
+from ds_moe_ep.command_line import Parser, whole
 
-OVERWRITTEN = ("--save", "--resume", "--steps", "--weights")
+OVERWRITTEN = ("--save", "--resume", "--steps", "--weights", "--local_rank")
+PATHS = ("--data", "--deepspeed_config", "--trace")
 # DeepSpeed counts local ranks in the order of ranks and refuses to start where Open MPI does not.
 MPI_MAPPING = ("--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none")
 TRACE_EVERY = 10  # steps between two measurements, where --trace has to turn the meter on
 LAUNCHER_ENV = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
-def parse_arguments(description: str | None, config: str = "ds_configs/ep16_cpu.json") -> argparse.Namespace:
-    """The settings of a run, whose ds_config is like `config`; `--deepspeed_config` is DeepSpeed's own option."""
-    parser = argparse.ArgumentParser(description=description)
+def parse_arguments(description: str | None, config: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of a run, whose ds_config is like `config`; `--deepspeed_config` is DeepSpeed's own option.
+
+    Raises ConfigError for what no run can have.
+    """
+    parser = Parser(description=description)
     parser.add_argument("--data", nargs="*", default=[], help="text files or folders; default: Python's library")
-    parser.add_argument("--steps", type=int, default=80, help="train until this optimizer step")
-    parser.add_argument("--save", metavar="DIR", help="where to save a DeepSpeed checkpoint at the end")
+    parser.add_argument("--steps", type=whole(1), default=80, help="train until this optimizer step")
+    parser.add_argument(
+        "--save", metavar="DIR", help="where to save a DeepSpeed checkpoint at the end, or after a signal"
+    )
+    parser.add_argument("--save-every", type=whole(1), metavar="N", help="save every N steps as well")
     parser.add_argument("--resume", metavar="DIR", help="a folder that --save wrote")
     parser.add_argument("--weights", metavar="DIR", help="a checkpoint to take weights from, such as `convert` writes")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
-    parser.add_argument("--eval-batches", type=int, default=4, help="validation micro-batches of a rank")
-    parser.add_argument("--report-every", type=int, default=10, help="steps between lines without a terminal")
+    parser.add_argument("--eval-batches", type=whole(1), default=4, help="validation micro-batches of a rank")
+    parser.add_argument("--report-every", type=whole(1), default=10, help="steps between lines without a terminal")
     trace = f"writes the last measured step as a Chrome trace; without meter_every, measures every {TRACE_EVERY} steps"
-    parser.add_argument("--trace", metavar="FILE", help=trace)
+    parser.add_argument("--trace", type=Path, metavar="FILE", help=trace)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    args = deepspeed.add_config_arguments(parser).parse_args()
+    args: argparse.Namespace = deepspeed.add_config_arguments(parser).parse_args(arguments)
     if args.deepspeed_config is None:
         parser.error(f"--deepspeed_config is missing; give for example {config}")
     return args
@@ -47,19 +55,26 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], ds_moe_ep.S
     ds_config = ds_moe_ep.load_ds_config(args.deepspeed_config)
     section = ds_moe_ep.read_section(ds_config)
     if section.model is None:
-        raise SystemExit(f'{args.deepspeed_config}: moe_ep.model is missing; add for example "model": "small"')
+        raise ds_moe_ep.ConfigError(
+            f'{args.deepspeed_config}: moe_ep.model is missing; add for example "model": "small"'
+        )
     if args.trace:
-        every = min(section.moe.meter_every or TRACE_EVERY, max(args.steps, 1))
+        every = min(section.moe.meter_every or TRACE_EVERY, args.steps)
         ds_config["moe_ep"] = {**ds_config.get("moe_ep", {}), "meter_every": every}
     return ds_config, section
 
 
-def read_corpus(args: argparse.Namespace) -> Corpus:
-    """The text of `--data`; ends the run where there is none."""
-    try:
-        return load_corpus(args.data)
-    except ds_moe_ep.ConfigError as error:
-        raise SystemExit(f"--data: {error}") from None
+def last_line(args: argparse.Namespace, step: int, stopped_by: signal.Signals | None) -> str:
+    """What a run says of its checkpoint at its end: where it lies, and the command that goes on from it."""
+    why = (
+        f"{stopped_by.name}: stopped after step {step} of {args.steps}"
+        if stopped_by
+        else f"step {step} of {args.steps}"
+    )
+    if not args.save:
+        return f"{why}; nothing is saved: give --save DIR"
+    num_steps = args.steps if stopped_by else 2 * args.steps
+    return f"{why}, checkpoint in {args.save}; to resume: {resume_command(args.save, num_steps)}"
 
 
 def resume_command(checkpoint: str, num_steps: int) -> str:
@@ -78,15 +93,21 @@ def without_options(arguments: Sequence[str]) -> list[str]:
     Paths become absolute, so that the command works from any folder.
     """
     kept: list[str] = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        name = argument.split("=", maxsplit=1)[0]
-        if name in (*OVERWRITTEN, "--local_rank"):
-            if "=" not in argument:
-                next(remaining, None)
-        else:
-            kept.append(str(Path(argument).resolve()) if Path(argument).exists() else argument)
+    name = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            argument = f"{name}={absolute(value)}" if equals and name in PATHS else argument
+        elif name in PATHS:
+            argument = absolute(argument)
+        if name not in OVERWRITTEN:
+            kept.append(argument)
     return kept
+
+
+def absolute(path: str) -> str:
+    """The path from the root, where there is such a file: a ds_config may also be named."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def launcher(environment: Mapping[str, str]) -> list[str]:

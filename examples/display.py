@@ -1,47 +1,81 @@
-"""What a run shows: a live line in a terminal, plain lines elsewhere, on one rank."""
+"""What a run shows: a few live lines in a terminal, plain lines elsewhere, on one rank."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 import ds_moe_ep
 
+SEPARATOR = " | "
+Hidden = tuple[float | None, float | None]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """The figures of one optimizer step, over all ranks."""
 
     step: int
     loss: float  # cross-entropy, nats a token
+    learning_rate: float
+    gradient_norm: float | None  # of all parameters, before clipping; None where DeepSpeed does not tell
     tokens_per_s: float
+    memory_bytes: float  # of the fullest rank, at its fullest moment: of the device, or resident on a CPU
     load: float  # rows of the fullest expert over the mean, in the layer where that is largest
-    hidden_percent: float | None  # communication that ran behind compute; None where it is not measured
-    blocking_percent: float | None  # the same of the blocking control: what the meter is off by
+    hidden: Hidden = (None, None)  # percent of communication behind compute, and of the blocking control
+
+    def figures(self) -> Iterator[str]:
+        """Each figure with its name."""
+        yield f"loss {self.loss:.3f}"
+        yield f"lr {self.learning_rate:.2e}"
+        yield f"grad norm {'n/a' if self.gradient_norm is None else f'{self.gradient_norm:.3g}'}"
+        yield f"{self.tokens_per_s:,.0f} tokens/s"
+        yield f"memory {self.memory_bytes / 1e9:.2f} GB"
+        yield f"expert load max/mean {self.load:.2f}"
+        hidden, blocking = map(percent, self.hidden)
+        yield "communication hidden " + ("n/a" if self.hidden[0] is None else f"{hidden} (blocking: {blocking})")
 
     def __str__(self) -> str:
-        hidden, blocking = percent(self.hidden_percent), percent(self.blocking_percent)
-        measured = "n/a" if self.hidden_percent is None else f"{hidden} (blocking: {blocking})"
-        return (
-            f"loss {self.loss:.3f} | {self.tokens_per_s:,.0f} tokens/s | "
-            f"expert load max/mean {self.load:.2f} | communication hidden {measured}"
-        )
+        return SEPARATOR.join(self.figures())
 
 
 def percent(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.0f} %"
 
 
-def communication_hidden(engine: Any) -> tuple[float | None, float | None]:
+def packed(words: Iterable[str], width: int) -> str:
+    """The words in lines of at most `width` columns, where no word is longer."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + len(SEPARATOR) + len(word) <= width:
+            lines[-1] += SEPARATOR + word
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def communication_hidden(engine: Any) -> Hidden:
     """The hidden share of the experts' traffic and that of the blocking control, in percent; None without a meter."""
     meter = getattr(engine, "moe_ep_meter", None)
     return (None, None) if meter is None else (meter.hidden_percent(), meter.control_percent())
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """The norm of the last step's gradients, inf after an overflow; None where DeepSpeed does not tell."""
+    norm = engine.get_global_grad_norm()
+    if norm is None:
+        return None
+    return float(norm) if float(norm) >= 0 else math.inf  # ZeRO marks an overflow by -1
 
 
 def schedules(engine: Any) -> list[str]:
@@ -69,12 +103,20 @@ class Progress:
         self.num_steps = num_steps
         self.every = every
         self.shown = shown
-        self.live: RichProgress | None = None
+        self.live: Live | None = None
+        self.figures: tuple[str, ...] = ("starting",)
+        console = Console()
         # mpirun gives every process a terminal of its own, whatever its own output is.
-        if shown and Console().is_terminal and "OMPI_COMM_WORLD_SIZE" not in os.environ:
-            columns = ("step", BarColumn(bar_width=20), MofNCompleteColumn(), "{task.description}")
-            self.live = RichProgress(*columns, TextColumn("|"), TimeRemainingColumn())
-            self.live.add_task("starting", total=num_steps)
+        if shown and console.is_terminal and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+            columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = RichProgress("step", *columns, console=console, expand=True, auto_refresh=False)
+            self.task = self.bar.add_task("", total=num_steps)
+            self.live = Live(get_renderable=self._picture, console=console, refresh_per_second=4)
+
+    def _picture(self) -> Group:
+        """The bar, and the figures under it in as many lines as the terminal's width asks for."""
+        assert self.live is not None
+        return Group(self.bar.get_renderable(), Text(packed(self.figures, self.live.console.width), overflow="fold"))
 
     def __enter__(self) -> Progress:
         if self.live is not None:
@@ -90,6 +132,7 @@ class Progress:
     def show(self, report: StepReport) -> None:
         """Shows one step."""
         if self.live is not None:
-            self.live.update(self.live.task_ids[0], completed=report.step, description=str(report))
+            self.figures = tuple(report.figures())
+            self.bar.update(self.task, completed=report.step)
         elif self.shown and (report.step % self.every == 0 or report.step in (1, self.num_steps)):
             print(f"step {report.step}/{self.num_steps} | {report}", flush=True)

@@ -5,43 +5,51 @@ One file for every start: the deepspeed launcher, torchrun, mpirun. See README.m
 
 from __future__ import annotations
 
-import argparse
+import ending
+
+ending.end_quietly()  # torch and deepspeed are a minute in coming where processes share cores
+
+import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from command import parse_arguments, read_corpus, read_settings, resume_command
+from checkpoints import Checkpoints
+from command import last_line
 from deepspeed.accelerator import get_accelerator
-from display import Progress, StepReport, communication_hidden, schedules, write_trace
-from world import set_up_process, start_from
+from display import Progress, StepReport, communication_hidden, gradient_norm, schedules, write_trace
+from preparation import Job, prepare
+from world import largest, load_weights
 
 import ds_moe_ep
-from ds_moe_ep.text import Corpus, training_batch, validation_batch
-from ds_moe_ep.training import read_training
+from ds_moe_ep.text import Corpus, fingerprint, training_batch, validation_batch
 
 
-def main() -> None:
-    args = parse_arguments(__doc__)
-    set_up_process()
-    ds_config, section = read_settings(args)
-    read_training(ds_config, section.moe.ep_size, dist.get_world_size())  # refuses a world of another size
-    corpus = read_corpus(args)
-    model = make_model(section, args.seed)
-    engine, *_ = ds_moe_ep.initialize(model=model, config=ds_config)
-    start_from(engine, args)
-    train(engine, corpus, args)
-    loss = evaluate(engine, corpus, args.eval_batches)
-    if args.save:
-        engine.save_checkpoint(args.save)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains; 0, or 128 + the number of the signal that ended it before its last step."""
+    job = prepare(__doc__, "ds_configs/ep16_cpu.json", arguments)
+    args = job.args
+    model = make_model(job.section, args.seed)
+    engine, *_ = ds_moe_ep.initialize(model=model, config=job.ds_config)
+    load_weights(engine, args)
+    checkpoints = Checkpoints(engine, args)
+    stopped_by = train(engine, job, checkpoints)
+    checkpoints.save()
+    if dist.get_rank() == 0 and (stopped_by or args.save):
+        print(last_line(args, engine.global_steps, stopped_by), flush=True)
+    if stopped_by:
+        dist.destroy_process_group()
+        return 128 + stopped_by
+    loss = evaluate(engine, job.corpus, args.eval_batches)
     trace_note = write_trace(engine, args.trace) if args.trace else None
     if dist.get_rank() == 0:
-        print(f"validation loss {loss:.3f} nats a byte, unigram entropy {corpus.unigram_entropy():.3f}")
+        print(f"validation loss {loss:.3f} nats a byte, unigram entropy {job.corpus.unigram_entropy():.3f}")
         if trace_note:
             print(trace_note)
-        if args.save:
-            print(f"checkpoint in {args.save}; to resume:\n  {resume_command(args.save, 2 * args.steps)}")
     dist.destroy_process_group()
+    return 0
 
 
 def make_model(section: ds_moe_ep.Section, seed: int) -> ds_moe_ep.Transformer:
@@ -55,29 +63,43 @@ def make_model(section: ds_moe_ep.Section, seed: int) -> ds_moe_ep.Transformer:
     return model
 
 
-def train(engine: Any, corpus: Corpus, args: argparse.Namespace) -> None:
-    """Trains until step `args.steps`; a resumed engine goes on at its own step."""
-    size, accumulation = batch_size(engine), engine.gradient_accumulation_steps()
+def train(engine: Any, job: Job, checkpoints: Checkpoints) -> signal.Signals | None:
+    """Trains until step `--steps`, or until a signal, which it returns; a resumed engine goes on at its own step."""
+    args, size, accumulation = job.args, batch_size(engine), engine.gradient_accumulation_steps()
     tokens_of_step = engine.train_batch_size() * size[1]
-    with Progress(args.steps, args.report_every, shown=dist.get_rank() == 0) as progress:
+    with Progress(args.steps, args.report_every, shown=dist.get_rank() == 0) as progress, ending.Stop() as stop:
         for step in range(start_step := engine.global_steps, args.steps):
             start, sums = time.perf_counter(), torch.zeros((), device=engine.device)
+            torch.manual_seed(fingerprint(args.seed, step, dist.get_rank()))  # of a router's noise
             for micro_step in range(accumulation):
                 place = micro_step * dist.get_world_size() + dist.get_rank()
                 share = {"first": place * size[0], "num_sequences": engine.train_batch_size()}
-                batch = training_batch(corpus.train, size, seed=args.seed, step=step, **share)
+                batch = training_batch(job.corpus.train, size, seed=args.seed, step=step, **share)
                 output = engine(*(ids.to(engine.device) for ids in batch))
                 engine.backward(output.loss)
                 engine.step()
                 sums = sums + torch.cat((output.cross_entropy[None], output.exp_counts_LE.flatten()))
             dist.all_reduce(sums)
-            loss = float(sums[0]) / (accumulation * dist.get_world_size())
-            load_LE = sums[1:].view_as(output.exp_counts_LE)
-            load = float((load_LE.amax(1) / load_LE.mean(1)).max())
-            tokens_per_s = tokens_of_step / (time.perf_counter() - start)
+            memory_bytes, *votes = largest([get_accelerator().max_memory_allocated(), *stop.votes()], engine.device)
             if step == start_step and dist.get_rank() == 0:
                 print(*schedules(engine), sep="\n", flush=True)
-            progress.show(StepReport(step + 1, loss, tokens_per_s, load, *communication_hidden(engine)))
+            load_LE = sums[1:].view_as(output.exp_counts_LE)
+            progress.show(
+                StepReport(
+                    step=step + 1,
+                    loss=float(sums[0]) / (accumulation * dist.get_world_size()),
+                    learning_rate=engine.get_lr()[0],
+                    gradient_norm=gradient_norm(engine),
+                    tokens_per_s=tokens_of_step / (time.perf_counter() - start),
+                    memory_bytes=memory_bytes,
+                    load=float((load_LE.amax(1) / load_LE.mean(1)).max()),
+                    hidden=communication_hidden(engine),
+                )
+            )
+            checkpoints.after_step()
+            if (stopped_by := stop.decided(votes)) and step + 1 < args.steps:
+                return stopped_by
+    return None
 
 
 @torch.no_grad()
@@ -99,4 +121,4 @@ def batch_size(engine: Any) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -5,53 +5,77 @@ TP=8, PP=2 (the specification, section 2) on DeepSpeed's pipeline engine. See RE
 
 from __future__ import annotations
 
+import ending
+
+ending.end_quietly()  # torch and deepspeed are a minute in coming where processes share cores
+
 import argparse
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from command import parse_arguments, read_corpus, read_settings, resume_command
-from display import Progress, StepReport
-from world import set_up_process, start_from
+from checkpoints import Checkpoints
+from command import last_line
+from deepspeed.accelerator import get_accelerator
+from display import Progress, StepReport, gradient_norm
+from preparation import Job, prepare
+from world import largest, load_weights
 
 import ds_moe_ep
-from ds_moe_ep.text import Batch, Corpus, training_batch, validation_batch
+from ds_moe_ep.text import Batch, Corpus, fingerprint, training_batch, validation_batch
 
 
-def main() -> None:
-    args = parse_arguments(__doc__, config="ds_configs/tp8_pp2_cpu.json")
-    if args.trace:
-        raise SystemExit("--trace: records the experts' traffic, of which a pipeline has none; leave it out")
-    set_up_process()
-    ds_config, section = read_settings(args)
-    corpus = read_corpus(args)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains; 0, or 128 + the number of the signal that ended it before its last step."""
+    job = prepare(__doc__, "ds_configs/tp8_pp2_cpu.json", arguments, traces=False)
+    args, section = job.args, job.section
     net = ds_moe_ep.build_pipeline(section.model, section.moe, section.layout, args.seed)
-    engine, *_ = deepspeed.initialize(model=net, config=ds_config)
-    start_from(engine, args)
-    train(engine, corpus, args, section.model.sequence_length)
-    loss = evaluate(engine, corpus, args, section.model.sequence_length)
-    if args.save:
-        engine.save_checkpoint(args.save)
+    engine, *_ = deepspeed.initialize(model=net, config=job.ds_config)
+    load_weights(engine, args)
+    checkpoints = Checkpoints(engine, args)
+    stopped_by = train(engine, job, checkpoints)
+    checkpoints.save()
+    if dist.get_rank() == 0 and (stopped_by or args.save):
+        print(last_line(args, engine.global_steps, stopped_by), flush=True)
+    if stopped_by:
+        dist.destroy_process_group()
+        return 128 + stopped_by
+    loss = evaluate(engine, job.corpus, args, section.model.sequence_length)
     if dist.get_rank() == 0:
-        print(f"validation loss {loss:.3f} nats a byte, unigram entropy {corpus.unigram_entropy():.3f}")
-        if args.save:
-            print(f"checkpoint in {args.save}; to resume:\n  {resume_command(args.save, 2 * args.steps)}")
+        print(f"validation loss {loss:.3f} nats a byte, unigram entropy {job.corpus.unigram_entropy():.3f}")
     dist.destroy_process_group()
+    return 0
 
 
-def train(engine: Any, corpus: Corpus, args: argparse.Namespace, num_tokens: int) -> None:
-    """Trains until step `args.steps` on sequences of `num_tokens`; a resumed engine goes on at its own step."""
-    with Progress(args.steps, args.report_every, shown=dist.get_rank() == 0) as progress:
+def train(engine: Any, job: Job, checkpoints: Checkpoints) -> signal.Signals | None:
+    """Trains until step `--steps`, or until a signal, which it returns; a resumed engine goes on at its own step."""
+    args, num_tokens = job.args, job.section.model.sequence_length
+    with Progress(args.steps, args.report_every, shown=dist.get_rank() == 0) as progress, ending.Stop() as stop:
         for step in range(engine.global_steps, args.steps):
             start = time.perf_counter()
-            engine.train_batch(micro_batches(engine, corpus, args.seed, step, num_tokens))
-            loss = float(engine.agg_additional_losses["cross_entropy"])
-            load = fullest_expert(engine)
-            tokens_per_s = engine.train_batch_size() * num_tokens / (time.perf_counter() - start)
-            progress.show(StepReport(step + 1, loss, tokens_per_s, load, None, None))
+            torch.manual_seed(fingerprint(args.seed, step, engine.grid.get_data_parallel_rank()))
+            engine.train_batch(micro_batches(engine, job.corpus, args.seed, step, num_tokens))
+            mine = [fullest_expert(engine), get_accelerator().max_memory_allocated(), *stop.votes()]
+            load, memory_bytes, *votes = largest(mine, engine.device)
+            progress.show(
+                StepReport(
+                    step=step + 1,
+                    loss=float(engine.agg_additional_losses["cross_entropy"]),
+                    learning_rate=engine.get_lr()[0],
+                    gradient_norm=gradient_norm(engine),
+                    tokens_per_s=engine.train_batch_size() * num_tokens / (time.perf_counter() - start),
+                    memory_bytes=memory_bytes,
+                    load=load,
+                )
+            )
+            checkpoints.after_step()
+            if (stopped_by := stop.decided(votes)) and step + 1 < args.steps:
+                return stopped_by
+    return None
 
 
 def micro_batches(engine: Any, corpus: Corpus, seed: int, step: int, num_tokens: int) -> Iterator[Batch]:
@@ -64,11 +88,9 @@ def micro_batches(engine: Any, corpus: Corpus, seed: int, step: int, num_tokens:
 
 
 def fullest_expert(engine: Any) -> float:
-    """Rows of the fullest expert over the mean, in the layer where that is largest. Collective."""
+    """Rows of the fullest expert over the mean, in the layer of this stage where that is largest."""
     counts = [block.take_counts().float() for block in engine.module.blocks]
-    load = torch.stack([counts_E.amax() / counts_E.mean() for counts_E in counts]).amax()
-    dist.all_reduce(load, op=dist.ReduceOp.MAX)
-    return float(load)
+    return float(torch.stack([counts_E.amax() / counts_E.mean() for counts_E in counts]).amax())
 
 
 def evaluate(engine: Any, corpus: Corpus, args: argparse.Namespace, num_tokens: int) -> float:
@@ -82,4 +104,4 @@ def evaluate(engine: Any, corpus: Corpus, args: argparse.Namespace, num_tokens: 
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

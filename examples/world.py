@@ -6,7 +6,8 @@ import argparse
 import logging
 import os
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import ds_moe_ep
+
+Result = TypeVar("Result")
 
 
 def set_up_process() -> None:
@@ -29,9 +32,40 @@ def set_up_process() -> None:
         torch.backends.cudnn.deterministic = False
 
 
-def start_from(engine: Any, args: argparse.Namespace) -> None:
-    """Loads the run that --resume names, or the weights that --weights names; ends the run where there are none."""
-    if args.resume and engine.load_checkpoint(args.resume)[0] is None:
-        raise SystemExit(f"--resume {args.resume}: no DeepSpeed checkpoint there; name the folder given to --save")
-    if args.weights and engine.load_checkpoint(args.weights, load_module_only=True)[0] is None:
-        raise SystemExit(f"--weights {args.weights}: no DeepSpeed checkpoint there; name a folder that --save wrote")
+def load_weights(engine: Any, args: argparse.Namespace) -> None:
+    """Loads the run that --resume names, or the weights that --weights names, whose folders were looked at before."""
+    if args.resume:
+        engine.load_checkpoint(args.resume)
+    if args.weights:
+        engine.load_checkpoint(args.weights, load_module_only=True)
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every rank, in their order. Collective over the world."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agreed(action: Callable[[], Result]) -> Result:
+    """What `action()` returns on this rank; the same ConfigError on every rank where it fails on one. Collective."""
+    result, problem = None, ""
+    try:
+        result = action()
+    except (ds_moe_ep.MoEError, OSError) as error:
+        problem = str(error)
+    problems = gather(problem)
+    first = next(filter(None, problems), "")
+    if first:
+        having = [str(rank) for rank, its in enumerate(problems) if its]
+        where = f" (ranks {', '.join(having)})" if len(having) < len(problems) else ""
+        raise ds_moe_ep.ConfigError(first + where)
+    assert result is not None
+    return result
+
+
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of each number over all ranks. Collective, and the step's only one beside the loss's."""
+    numbers = torch.tensor(list(values), device=device)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return [float(number) for number in numbers]

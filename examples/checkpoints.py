@@ -1,0 +1,87 @@
+"""Where a run keeps its checkpoints: tried before the first step, and written every so often and at the end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from world import gather
+
+from ds_moe_ep import ConfigError, Section
+from ds_moe_ep.footprint import count_parameters, optimizer_bytes
+from ds_moe_ep.training import BYTES, Training
+
+PROBE_BYTES = 1 << 16
+
+
+def try_place(folder: str) -> None:
+    """Makes the folder and writes a little into it, on this rank. Raises ConfigError where that cannot be."""
+    path = Path(folder)
+    probe = path / f".probe.{socket.gethostname()}.{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--save={folder}: cannot be written ({error.strerror}); name a folder of your own") from None
+
+
+def checkpoint_bytes(section: Section, training: Training) -> int:
+    """Bytes of a whole checkpoint: every weight and its optimizer states once."""
+    assert section.model is not None
+    weights = count_parameters(section.model, section.moe).total
+    return BYTES[training.precision] * weights + optimizer_bytes(training, weights)
+
+
+def check_room(folder: str, num_bytes: int) -> None:
+    """Raises ConfigError on every rank where a host has less free than its ranks write of a checkpoint. Collective.
+
+    Hosts may write to one disk: what does not fit one host's ranks cannot fit at all.
+    """
+    free = gather((socket.gethostname(), shutil.disk_usage(folder).free))
+    for host, num_ranks in Counter(host for host, _ in free).items():
+        most, needed = max(size for name, size in free if name == host), num_bytes * num_ranks // len(free)
+        if most < needed:
+            raise ConfigError(
+                f"--save={folder}: {host} has {most / 1e9:.1f} GB free there, and its {num_ranks} ranks write about "
+                f"{needed / 1e9:.1f} GB of a checkpoint; make room or name another folder"
+            )
+
+
+class Checkpoints:
+    """The checkpoints of a run: every `--save-every` steps, and the last one. Saving is collective."""
+
+    def __init__(self, engine: Any, args: argparse.Namespace) -> None:
+        self._engine, self._folder, self._every = engine, args.save, args.save_every
+        self._saved_at = engine.global_steps if args.resume and same(args.resume, args.save) else None
+
+    def after_step(self) -> None:
+        """Saves where it is time to."""
+        if self._every and self._engine.global_steps % self._every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Saves what was not saved yet, where a folder is named."""
+        if self._folder and self._saved_at != self._engine.global_steps:
+            self._engine.save_checkpoint(self._folder)
+            self._saved_at = self._engine.global_steps
+
+
+def same(one: str, other: str | None) -> bool:
+    """Whether two names are of one folder."""
+    return other is not None and Path(one).resolve() == Path(other).resolve()
+
+
+def check_resume(folder: str, name: str) -> None:
+    """Raises ConfigError where no checkpoint of DeepSpeed's lies in the folder that the option `name` gives."""
+    latest = Path(folder) / "latest"
+    if not latest.is_file():
+        raise ConfigError(f"{name}={folder}: no DeepSpeed checkpoint there; name the folder that was given to --save")
+    tag = latest.read_text(encoding="utf-8").strip()
+    if not (Path(folder) / tag).is_dir():
+        raise ConfigError(f"{name}={folder}: its file `latest` names {tag}, which is not there; restore the folder")

@@ -1,0 +1,90 @@
+"""What a run needs before its engine starts: read and checked on every rank, and refused once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from checkpoints import check_resume, check_room, checkpoint_bytes, try_place
+from command import parse_arguments, read_settings
+from world import agreed, gather, set_up_process
+
+from ds_moe_ep import ConfigError, Section
+from ds_moe_ep.command_line import writable_file
+from ds_moe_ep.text import Corpus, fingerprint, last_start, load_corpus
+from ds_moe_ep.training import Training, read_training
+
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+NOT_LAUNCHED = (
+    "RANK: no launcher has set it; start by one, such as `deepspeed --num_gpus 16 examples/train_ep16.py ...`"
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, as every rank knows it."""
+
+    args: argparse.Namespace
+    ds_config: dict[str, Any]
+    section: Section
+    training: Training
+    corpus: Corpus
+
+
+def prepare(
+    description: str | None, config: str, arguments: Sequence[str] | None = None, *, traces: bool = True
+) -> Job:
+    """The run that the command line names, in a world that has met. Collective.
+
+    Raises ConfigError, the same on every rank, for what cannot work on one of them. A ds_config is like `config`;
+    without `traces` there is nothing for --trace to show.
+    """
+    args: argparse.Namespace | ConfigError
+    try:
+        args = parse_arguments(description, config, arguments)
+    except ConfigError as error:
+        args = error
+    if not is_launched(os.environ):
+        raise args if isinstance(args, ConfigError) else ConfigError(NOT_LAUNCHED)
+    set_up_process()
+    job = agreed(lambda: read_job(args, traces=traces))
+    if len(set(gather(fingerprint(job.corpus.train.numpy().tobytes(), len(job.corpus.validation))))) > 1:
+        raise ConfigError("--data: the ranks read different text; give files that are the same on every host")
+    if job.args.save:
+        check_room(job.args.save, checkpoint_bytes(job.section, job.training))
+    return job
+
+
+def read_job(args: argparse.Namespace | ConfigError, *, traces: bool) -> Job:
+    """This rank's view of the run. Local. Raises ConfigError for what cannot work here."""
+    if isinstance(args, ConfigError):
+        raise args
+    if args.save_every and not args.save:
+        raise ConfigError(f"--save-every={args.save_every}: without --save there is nowhere to save; name a folder")
+    if args.resume and args.weights:
+        raise ConfigError(f"--weights={args.weights}: --resume brings its own weights; leave one of the two out")
+    if args.trace and not traces:
+        raise ConfigError("--trace: records the experts' traffic, of which a pipeline has none; leave it out")
+    for name in ("resume", "weights"):
+        if getattr(args, name):
+            check_resume(getattr(args, name), f"--{name}")
+    ds_config, section = read_settings(args)
+    assert section.model is not None
+    training = read_training(ds_config, section.moe.ep_size, dist.get_world_size(), section.layout)
+    corpus = load_corpus(args.data)
+    for text in (corpus.train, corpus.validation):
+        last_start(text, (1, section.model.sequence_length))
+    if args.save:
+        try_place(args.save)
+    if args.trace and dist.get_rank() == 0:
+        writable_file(args.trace, "--trace")
+    return Job(args, ds_config, section, training, corpus)
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has told this process its rank."""
+    return any(name in environment for name in RANK_VARIABLES)
