@@ -42,9 +42,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         "missing": Case([*config, "--data", str(folder / "none")]),
         "missing on one": Case(config, differently("--data", "text", "none")),
         "short": Case([*config, "--data", str(folder / "short")]),
-        "other text": Case(
-            config, ((0, ("--data", str(folder / "text"))), *on_rank_1("--data", str(folder / "other")))
-        ),
+        "other text": Case(config, differently("--data", "text", "other")),
         "no place on one": Case(usual, differently("--save", "ck", "text")),
         "every, nowhere": Case([*usual, "--save-every", "2"]),
         "nothing to resume": Case([*usual, "--resume", str(folder)]),
