@@ -111,12 +111,12 @@ class Progress:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = RichProgress("step", *columns, console=console, expand=True, auto_refresh=False)
             self.task = self.bar.add_task("", total=num_steps)
+            self.console = console
             self.live = Live(get_renderable=self._picture, console=console, refresh_per_second=4)
 
     def _picture(self) -> Group:
         """The bar, and the figures under it in as many lines as the terminal's width asks for."""
-        assert self.live is not None
-        return Group(self.bar.get_renderable(), Text(packed(self.figures, self.live.console.width), overflow="fold"))
+        return Group(self.bar.get_renderable(), Text(packed(self.figures, self.console.width), overflow="fold"))
 
     def __enter__(self) -> Progress:
         if self.live is not None:

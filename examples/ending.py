@@ -105,9 +105,9 @@ def tell(kind: type[BaseException], error: BaseException, trace: TracebackType |
         else:
             time.sleep(HEAD_START_S)
     elif isinstance(error, MoEError):
-        print(f"rank {rank}: {kind.__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"{kind.__name__}: {error}", file=sys.stderr, flush=True)  # torch puts the rank before it
     elif is_collective(error):
         words = f"a rank ended or stalled meanwhile ({first_line(error)}); look for the first error of another rank"
-        print(f"rank {rank}: {words}", file=sys.stderr, flush=True)
+        print(words, file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -1,16 +1,82 @@
-"""What a run shows of its communication, with and without a meter."""
+"""What a run shows: its figures whole in terminals of any width, and its communication with and without a meter."""
 
+import contextlib
+import fcntl
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
 import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from display import StepReport, communication_hidden, write_trace
+from display import StepReport, communication_hidden, gradient_norm, packed, write_trace
 
 import ds_moe_ep
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FIGURES = (
+    "loss 3.000", "lr 1.00e-03", "grad norm 0.123", "123,456 tokens/s", "memory 71.23 GB", "expert load max/mean 1.50",
+    "communication hidden 93 % (blocking: 0 %)",
+)  # fmt: skip
+
+
+def report(**changes: Any) -> StepReport:
+    """A step's report; a hidden share is in it."""
+    values = {"step": 1, "loss": 3.0, "learning_rate": 1e-3, "gradient_norm": 0.1234, "tokens_per_s": 123_456.4}
+    return StepReport(**(values | {"memory_bytes": 71.234e9, "load": 1.5, "hidden": (92.6, 0.0)} | changes))
+
+
+def shown_in_a_terminal(columns: int) -> str:
+    """What a process shows of two steps in a terminal of so many columns, as written to it."""
+    script = (
+        "from display import Progress\nfrom tests.examples.test_display import report\n"
+        "with Progress(1200, 10, shown=True) as progress:\n"
+        "    progress.show(report(step=1))\n    progress.show(report(step=2))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}", "TERM": "xterm", "COLUMNS": ""}
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdin=theirs, stdout=theirs)
+    os.close(theirs)
+    written = b""
+    with contextlib.suppress(OSError):  # the other side is closed
+        while part := os.read(ours, 65536):
+            written += part
+    os.close(ours)
+    assert process.wait() == 0
+    return written.decode()
+
+
+@pytest.mark.parametrize("columns", [132, 80, 40])
+def test_every_figure_the_step_and_the_remaining_time_stay_whole_in_a_terminal(columns: int) -> None:
+    picture = shown_in_a_terminal(columns).rsplit("\x1b[2K", 1)[-1]  # what was drawn last
+    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", picture).replace("\r", "").strip("\n").split("\n")
+    assert max(map(len, lines)) <= columns
+    assert re.search(r"^step .* +2/1200 \S*\d+:\d\d", lines[0])
+    words = " ".join(" ".join(lines[1:]).replace("|", " ").split())
+    assert [figure for figure in FIGURES if " ".join(figure.split()) not in words] == []
+    assert len(lines) <= 1 + {132: 2, 80: 2, 40: 7}[columns]
+
+
+def test_without_a_terminal_a_step_is_one_line_with_every_figure() -> None:
+    assert str(report()) == " | ".join(FIGURES)
+    assert packed(["ab", "cd", "ef"], 7).split("\n") == ["ab | cd", "ef"]
+
+
+def test_a_gradient_norm_that_deepspeed_does_not_tell_is_not_shown_and_an_overflow_is_infinite() -> None:
+    norms = [gradient_norm(SimpleNamespace(get_global_grad_norm=lambda norm=norm: norm)) for norm in (None, 2, -1.0)]
+    assert norms == [None, 2.0, math.inf]
+    assert "grad norm n/a" in str(report(gradient_norm=None))
 
 
 class Meter:
@@ -40,7 +106,7 @@ def test_the_hidden_share_is_shown_with_its_blocking_control(
     hidden: float | None, control: float | None, shown: str
 ) -> None:
     engine = SimpleNamespace(moe_ep_meter=Meter(hidden, control))
-    assert str(StepReport(1, 3.0, 100.0, 1.5, *communication_hidden(engine))).endswith(shown)
+    assert str(report(hidden=communication_hidden(engine))).endswith(shown)
 
 
 def test_an_engine_without_a_meter_shows_no_figure() -> None:
