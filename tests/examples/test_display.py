@@ -22,7 +22,6 @@ from display import StepReport, communication_hidden, gradient_norm, packed, wri
 
 import ds_moe_ep
 
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FIGURES = (
     "loss 3.000", "lr 1.00e-03", "grad norm 0.123", "123,456 tokens/s", "memory 71.23 GB", "expert load max/mean 1.50",
