@@ -133,6 +133,8 @@ def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
         epilog="example: deepspeed --hostfile hosts --module ds_moe_ep doctor --config ds_configs/ep16.json",
     )
     doctor.add_argument("--config", metavar="DS_CONFIG", help="a ds_config whose run should work here")
+    hosts = "a hostfile whose hosts are asked over ssh: names, versions, launchers, variables that would not reach them"
+    doctor.add_argument("--hostfile", metavar="FILE", help=hosts)
     doctor.add_argument("--world-size", type=whole(1), metavar="RANKS", help="ranks of its job, as in check-config")
     doctor.add_argument(
         "--ranks", type=whole(1), help="ranks started here for links (default: ep_size of the config, up to 4)"
@@ -226,6 +228,7 @@ def run_doctor(parsed: argparse.Namespace) -> int:
 
     options = Options(
         config=parsed.config,
+        hostfile=parsed.hostfile,
         world_size=parsed.world_size,
         ranks=parsed.ranks,
         seconds=parsed.seconds,

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from ds_moe_ep.bench.launched import World, launched
+from ds_moe_ep.doctor.ask_hosts import ask_hosts
 from ds_moe_ep.doctor.facts import Facts
 from ds_moe_ep.doctor.gather import gather
+from ds_moe_ep.doctor.hosts import judge_hosts, read_hostfile
 from ds_moe_ep.doctor.job import Job, job_without_config, judge_job
 from ds_moe_ep.doctor.links import Outcome, judge_links
 from ds_moe_ep.doctor.local_ranks import try_local_links
@@ -35,6 +37,7 @@ class Options:
     """What the command line says."""
 
     config: str | None = None
+    hostfile: str | None = None
     world_size: int | None = None
     ranks: int | None = None
     seconds: float = 5.0
@@ -46,7 +49,7 @@ class Options:
 def run(options: Options) -> int:
     """Runs the doctor. In a job every rank runs it, tries the links, and rank 0 prints; its exit code counts.
 
-    Raises ConfigError for one rank that shall try its links.
+    Raises ConfigError for one rank that shall try its links, and for a hostfile that no launcher takes.
     """
     _check(options)
     world = launched(os.environ)
@@ -71,6 +74,8 @@ def run(options: Options) -> int:
 def _check(options: Options) -> None:
     if options.ranks is not None and options.ranks < 2 and options.links:
         raise ConfigError(f"doctor.ranks={options.ranks}: a link needs two ranks; give 2 or more, or --no-links")
+    if options.hostfile is not None:
+        read_hostfile(options.hostfile)
 
 
 def judge(options: Options, facts: Facts, world: World | None) -> list[Verdict]:
@@ -81,6 +86,8 @@ def judge(options: Options, facts: Facts, world: World | None) -> list[Verdict]:
     about_job: list[Verdict] = []
     if options.config is not None:
         about_job, job = judge_job(options.config, facts, world_size, here)
+    if options.hostfile is not None:
+        about_job += judge_hosts(ask_hosts(options.hostfile, options.start_s))
     job = job or job_without_config(world_size or 1, here or world_size or 1)
     run_here = Run(num_ranks=job.ranks_here, num_nodes=job.num_nodes, depth=job.depth)
     verdicts = judge_packages(facts) + judge_machine(facts, job.ranks_here) + judge_variables(facts, run_here)
