@@ -32,6 +32,7 @@ class AutoEPJob:
     checkpointing: str = ""  # or "reentrant", "non-reentrant"
     router_logits: bool = False  # the loss contains Hugging Face's balance loss
     grouped_mm: bool = True
+    score_apply: str = "auto"  # or "pre": weights multiply the rows on their way to the experts; or "post"
     accumulation: int = 1
     clipping: float = 0.0
     steps: int = 3
@@ -54,6 +55,7 @@ class AutoEPJob:
                 "autoep_size": self.ep_size,
                 "preset_model": self.preset,
                 "use_grouped_mm": self.grouped_mm,
+                "score_apply": self.score_apply,
             }
         if self.bf16:
             config["bf16"] = {"enabled": True}

@@ -35,6 +35,7 @@ def jobs() -> list[AutoEPJob]:
         AutoEPJob(stage=3, ep_size=2, router_logits=True),
         AutoEPJob(stage=3, preset="qwen3_moe", checkpointing="non-reentrant"),
         AutoEPJob(stage=0, preset="qwen3_moe", top_k=1, checkpointing="non-reentrant"),
+        AutoEPJob(stage=1, ep_size=2, score_apply="pre"),
     ]
 
 
@@ -57,6 +58,13 @@ def test_training_through_the_hooks_is_the_training_without_them() -> None:
         mine, plain = ([results[index][side] for results in by_rank] for side in (0, 1))
         assert mine[0][0] == pytest.approx(plain[0][0], rel=LOSS), job
         assert distance(merged([w for _, w in mine]), merged([w for _, w in plain])) <= WEIGHTS, job
+
+
+def test_weights_on_the_rows_are_not_weights_on_the_results() -> None:
+    """The control for score_apply="pre": experts are not linear."""
+    pre, post = (AutoEPJob(world_size=2, ep_size=2, score_apply=kind, steps=1) for kind in ("pre", "post"))
+    for (mine, _), (_, plain) in run_ranks(2, train_both, [pre, post]):
+        assert abs(mine[0][0] - plain[0][0]) > 100 * LOSS * plain[0][0]
 
 
 def train_perturbed(job: AutoEPJob) -> tuple[list[float], list[float]]:
