@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, output_dtype, splits_by_hand
+from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
 from ds_moe_ep.moe.experts import LocalExperts
 from ds_moe_ep.moe.forms import Opaque
@@ -80,7 +81,7 @@ class OverlappedAutoEP(AutoEPMoELayer):
 
     overlap: HookedAutoEP
 
-    @seams.not_compiled
+    @not_compiled
     def _forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """What AutoEP's forward returns for [B, S, D]. Collective over the expert group."""
         hooked = self.overlap

@@ -24,6 +24,7 @@ from ds_moe_ep.engine.arguments import NOISE
 from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, output_dtype, splits_by_hand
 from ds_moe_ep.engine.parallelism import problem_of_shared_tokens
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
 from ds_moe_ep.moe.experts import LocalExperts, first_output
 from ds_moe_ep.moe.forms import Opaque
@@ -101,7 +102,7 @@ class OverlappedMOELayer(MOELayer):
 
     overlap: HookedNative
 
-    @seams.not_compiled
+    @not_compiled
     def forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
         """Tokens [..., D] to tokens [..., D]; sets `l_aux` and `exp_counts`. Collective over the expert group."""
         with self._timed():

@@ -58,9 +58,6 @@ def dense_routes(gate: TopKGate, x_TD: Tensor, used_token: Tensor | None) -> tup
 
 
 LATER = {
-    "not compiled": Later(
-        "0.19.8", "deepspeed.runtime.compiler", "lazy_disable", stand_in=torch.compiler.disable
-    ),  # the stand-in loads torch's compiler when a class is made, not when it is first called
     "sparse routes": Later("0.19.8", "deepspeed.moe.sharded_moe", "TopKGate.forward", "sparse_routes", dense_routes),
     "AutoEP": Later("0.19.8", "deepspeed.module_inject.auto_ep_layer", "AutoEPMoELayer"),
 }

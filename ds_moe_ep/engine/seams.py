@@ -17,7 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import torch
@@ -82,8 +82,6 @@ AUTOEP_NAMES = (
     "experts.activation_alpha",
     "experts.activation_limit",
 )
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 # Lanes live and die with the DeepSpeed group that they run beside; layers of one model share them.
 _LANES: weakref.WeakKeyDictionary[dist.ProcessGroup, LaneGroups] = weakref.WeakKeyDictionary()
@@ -245,12 +243,6 @@ def release() -> str:
 def has(name: str) -> bool:
     """Whether the installed release has a name of `LATER`."""
     return LATER[name].find() is not None
-
-
-def not_compiled(function: F) -> F:
-    """The function as torch.compile leaves it out of what it compiles around it."""
-    left_out: F = LATER["not compiled"].get()(function)
-    return left_out
 
 
 def sparse_routes(gate: TopKGate, x_TD: torch.Tensor, used_token: torch.Tensor | None) -> tuple[Any, ...]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_moe_ep.kernels.eager import not_compiled
+
 
 @dataclass(frozen=True)
 class RowMaps:
@@ -72,6 +74,7 @@ class _Permute(torch.autograd.Function):
         return gather_tokens(x_TD, maps)
 
     @staticmethod
+    @not_compiled
     def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor, None]:
         num_tokens, num_choices = ctx.maps.row_of_choice_TK.shape
         if len(d_rows_ND) == 0:
@@ -100,6 +103,7 @@ class _Unpermute(torch.autograd.Function):
         return y_TD.to(rows_ND.dtype)
 
     @staticmethod
+    @not_compiled
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_ND, weights_TK = ctx.saved_tensors
         maps: RowMaps = ctx.maps

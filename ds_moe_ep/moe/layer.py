@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.balance import router_loss
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.experts import Experts, SharedExpert
@@ -85,6 +86,7 @@ class ExpertParallel(nn.Module):
         """
         self.dispatcher.connect(transport, torus)
 
+    @not_compiled
     def forward(self, x: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Output [..., D], the weighted balance loss [], and this rank's choices an expert [E] for input [..., D].
 

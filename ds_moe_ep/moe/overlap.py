@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_moe_ep.comm.lanes import Lanes, Mark
 from ds_moe_ep.comm.transport import Message, Transport
+from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import Move, PieceRows, RowLayout
 from ds_moe_ep.recorder import NOT_RECORDED, Off, Recorder, Scope
@@ -98,6 +99,7 @@ class _RunExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @not_compiled
     def backward(ctx: Any, d_results_ND: Tensor, d_shared_TD: Tensor) -> tuple[Tensor | None, ...]:
         route, (expert_pass, *shared_passes) = ctx.route, ctx.passes
         inputs_RD, x_TD = _take_saved(ctx)
