@@ -74,17 +74,6 @@ def check_width(x: Tensor, width: int, name: str) -> None:
         )
 
 
-def splits_by_hand(x: Tensor, parameter: Tensor) -> bool:
-    """Whether experts of a known form may be computed as matrix products of our own: nothing casts on the way."""
-    return x.dtype == parameter.dtype and not torch.is_autocast_enabled(x.device.type)
-
-
-def output_dtype(x: Tensor, ends_in_linear: bool) -> torch.dtype:
-    """The type of the experts' outputs: under autocast a Linear's, where one is known to be the last step."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if ends_in_linear and torch.is_autocast_enabled(kind) else x.dtype
-
-
 def traffic_of(config: MoEConfig) -> dict[str, object]:
     """The knobs of a configuration that a hooked layer takes."""
     return {name: getattr(config, name) for name in TRAFFIC}

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, output_dtype, splits_by_hand
+from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width
 from ds_moe_ep.kernels.eager import not_compiled
-from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
-from ds_moe_ep.moe.experts import LocalExperts
+from ds_moe_ep.moe.autocast import autocast_type, known_experts
+from ds_moe_ep.moe.borrowed import OpaqueExperts
 from ds_moe_ep.moe.forms import Opaque
 from ds_moe_ep.moe.recognise import Form
 from ds_moe_ep.moe.router import Routes
@@ -107,15 +107,15 @@ class OverlappedGroupedExperts(GroupedExperts):
 
     def forward(self, x_TD: Tensor, routes: Routes) -> Tensor:
         """The weighted results [T, D]."""
-        y_TD, _ = self.overlap.dispatcher(x_TD, routes, self._local_experts(x_TD), self.training)
-        return y_TD.to(output_dtype(x_TD, ends_in_linear=True))
-
-    def _local_experts(self, x_TD: Tensor) -> LocalExperts:
-        each = zip(self.w1.unbind(), self.w3.unbind(), self.w2.unbind(), strict=True)
-        if self.activation == "swiglu" and splits_by_hand(x_TD, self.w1):
-            names = ("gate.weight", "up.weight", "down.weight")
-            return KnownExperts(SWIGLU, [dict(zip(names, weights, strict=True)) for weights in each])
-        return OpaqueExperts([Opaque(partial(self._call, weights), weights) for weights in each])
+        each = list(zip(self.w1.unbind(), self.w3.unbind(), self.w2.unbind(), strict=True))
+        names = ("gate.weight", "up.weight", "down.weight")
+        is_known = self.activation == "swiglu"
+        by_hand = is_known and known_experts(SWIGLU, [dict(zip(names, w, strict=True)) for w in each], x_TD)
+        if by_hand:
+            return self.overlap.dispatcher(by_hand[0], routes, by_hand[1], self.training)[0]
+        opaque = OpaqueExperts([Opaque(partial(self._call, weights), weights) for weights in each])
+        y_TD, _ = self.overlap.dispatcher(x_TD, routes, opaque, self.training)
+        return y_TD.to(autocast_type(x_TD, self.w1) or x_TD.dtype)  # they end in a product
 
     def _call(self, weights: tuple[Tensor, Tensor, Tensor], rows_nD: Tensor) -> Tensor:
         """One expert as AutoEP computes it."""

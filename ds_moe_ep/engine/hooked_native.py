@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
-from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, output_dtype, splits_by_hand
+from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width
 from ds_moe_ep.engine.parallelism import problem_of_shared_tokens
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.eager import not_compiled
-from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
-from ds_moe_ep.moe.experts import LocalExperts, first_output
+from ds_moe_ep.moe.autocast import autocast_type, known_experts
+from ds_moe_ep.moe.borrowed import OpaqueExperts
+from ds_moe_ep.moe.experts import first_output
 from ds_moe_ep.moe.forms import Opaque
-from ds_moe_ep.moe.recognise import ExpertForms, Form
+from ds_moe_ep.moe.recognise import ExpertForms
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.snapshot import has_hooks
 
@@ -52,6 +53,7 @@ class HookedNative(HookedLayer):
         self.group = moe.deepspeed_moe.ep_group
         self._layer: MOELayer = moe.deepspeed_moe
         self.forms = ExpertForms()
+        self.output_type: torch.dtype | None = None  # of experts of unknown form: what they gave last
         self._tell_unmarked()
         self._layer.time_falltoall = self._layer.time_salltoall = 0.0  # nothing waits there
 
@@ -125,18 +127,21 @@ class OverlappedMOELayer(MOELayer):
                 may_leave_out = used_token is not None or is_drawn or not seams.has("sparse routes")
                 routes = dropless_routes(experts_KT, weights_KT, may_leave_out)
             hooked.last_counts_E = self.exp_counts.to(torch.int64)
-            experts = list(self.experts.deepspeed_experts)
-            form = hooked.forms.common(experts)
-            y_TD, _ = hooked.dispatcher(x_TD, routes, self._local_experts(x, experts, form), self.training)
-            # Before sparse routes DeepSpeed weighs the results in a matrix product, which autocast casts.
-            ends_in_linear = form is not None or not seams.has("sparse routes")
-            return y_TD.to(output_dtype(x, ends_in_linear)).reshape(x.shape)
+            return self._through_experts(x_TD, routes).reshape(x.shape)
 
-    def _local_experts(self, x: Tensor, experts: list[nn.Module], form: Form | None) -> LocalExperts:
-        if form is not None and splits_by_hand(x, next(self.experts.parameters())):
-            return KnownExperts(form, [form.weights_of(expert) for expert in experts])
-        opaque = [Opaque(partial(call_as_deepspeed, expert), list(expert.parameters())) for expert in experts]
-        return OpaqueExperts(opaque, list(self.experts.buffers()))
+    def _through_experts(self, x_TD: Tensor, routes: Routes) -> Tensor:
+        hooked, experts = self.overlap, list(self.experts.deepspeed_experts)
+        form = hooked.forms.common(experts)
+        by_hand = form and known_experts(form, [form.weights_of(expert) for expert in experts], x_TD)
+        if by_hand:
+            return hooked.dispatcher(by_hand[0], routes, by_hand[1], self.training)[0]
+        calls = [Opaque(partial(call_as_deepspeed, expert), list(expert.parameters())) for expert in experts]
+        opaque = OpaqueExperts(calls, list(self.experts.buffers()), hooked.output_type)
+        y_TD, _ = hooked.dispatcher(x_TD, routes, opaque, self.training)
+        hooked.output_type = opaque.output_type
+        if not seams.has("sparse routes"):  # DeepSpeed weighs the results in a matrix product, which autocast casts
+            return y_TD.to(autocast_type(x_TD) or x_TD.dtype)
+        return y_TD.to(opaque.output_type or x_TD.dtype)
 
     def _timed(self) -> AbstractContextManager[Any]:
         """DeepSpeed's timer of the whole layer; the two of its exchanges stay 0, since nothing waits there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
+from torch._compile import _disable_dynamo
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,5 +16,5 @@ def not_compiled(function: F) -> F:
     The public `torch.compiler.disable` imports the compiler where it decorates, which takes a second of every import
     of this package. This form imports it with the first call, as torch's optimizers do when they are made.
     """
-    left_out: F = torch._disable_dynamo(function)
+    left_out: F = _disable_dynamo(function)  # type: ignore[assignment]
     return left_out

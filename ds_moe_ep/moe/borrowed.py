@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from ds_moe_ep.moe.experts import start_pass
@@ -28,16 +30,26 @@ class KnownExperts:
 
 
 class OpaqueExperts:
-    """Experts of unknown mathematics, and the state that calling them may change."""
+    """Experts of unknown mathematics, and the state that calling them may change.
 
-    def __init__(self, experts: Sequence[Opaque], buffers: Sequence[Tensor] = ()) -> None:
-        self._experts, self._buffers = experts, buffers
+    `output_type` is what they gave the last time that one of them was called: under autocast each may choose its own.
+    """
+
+    def __init__(
+        self, experts: Sequence[Opaque], buffers: Sequence[Tensor] = (), output_type: torch.dtype | None = None
+    ) -> None:
+        self._experts, self._buffers, self.output_type = experts, buffers, output_type
 
     def expert_parameters(self) -> list[Tensor]:
         return [parameter for expert in self._experts for parameter in expert.parameters]
 
     def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
-        return OpaquePass(self._experts, keep_graph)
+        return OpaquePass([Opaque(partial(self._call, each), each.parameters) for each in self._experts], keep_graph)
+
+    def _call(self, expert: Opaque, rows_nD: Tensor) -> Tensor:
+        y_nD = expert.call(rows_nD)
+        self.output_type = y_nD.dtype
+        return y_nD
 
     def buffers(self) -> Iterator[Tensor]:
         return iter(self._buffers)

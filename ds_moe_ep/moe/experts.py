@@ -73,6 +73,7 @@ class Experts(nn.Module):
         super().__init__()
         self.deepspeed_experts = nn.ModuleList(copy.deepcopy(template) for _ in range(num_local_experts))
         self._forms = ExpertForms()
+        self.output_type: torch.dtype | None = None  # under autocast, of experts of unknown form: what they gave last
 
     def __len__(self) -> int:
         return len(self.deepspeed_experts)
@@ -94,10 +95,14 @@ class Experts(nn.Module):
         """The parameters' type; None for experts without parameters."""
         return next((p.dtype for p in self.parameters()), None)
 
+    @property
+    def form(self) -> Form | None:
+        """The known mathematics that all of them have in common now; None where there is none."""
+        return self._forms.common(list(self.deepspeed_experts))
+
     def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
         """A pass over each expert's span of stacked rows; `keep_graph`: modules of unknown form may go backward."""
-        experts = list(self.deepspeed_experts)
-        form = self._forms.common(experts)
+        experts, form = list(self.deepspeed_experts), self.form
         if form is None:
             return OpaquePass([opaque(expert) for expert in experts], keep_graph)
         return start_pass(form, [form.weights_of(expert) for expert in experts], spans)
@@ -119,13 +124,12 @@ def first_output(expert: nn.Module, rows: Tensor) -> Tensor:
 class SharedExpert:
     """An expert that every token of this rank visits, and its tokens [T, D]: rows that no wire carries."""
 
-    form: Form
-    module: nn.Module
+    experts: LocalExperts  # one
     x_TD: Tensor
 
     def start(self) -> ExpertPass:
         """A pass over the tokens."""
-        return start_pass(self.form, [self.form.weights_of(self.module)], [(0, len(self.x_TD))])
+        return self.experts.start([(0, len(self.x_TD))], keep_graph=False)
 
 
 def start_pass(form: Form, weights: Sequence[Weights], spans: Sequence[Span]) -> ExpertPass:

@@ -17,9 +17,11 @@ from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.eager import not_compiled
+from ds_moe_ep.moe.autocast import autocast_type, local_experts, shared_expert
 from ds_moe_ep.moe.balance import router_loss
+from ds_moe_ep.moe.borrowed import OpaqueExperts
 from ds_moe_ep.moe.dispatcher import Dispatcher
-from ds_moe_ep.moe.experts import Experts, SharedExpert
+from ds_moe_ep.moe.experts import Experts
 from ds_moe_ep.moe.recognise import ExpertForms
 from ds_moe_ep.moe.router import Router, Routing
 from ds_moe_ep.topology import Torus
@@ -107,16 +109,19 @@ class ExpertParallel(nn.Module):
         return y_TD.view(x.shape), loss, self.last_counts_E
 
     def _dispatch(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        form = None if self.shared is None else self._shared_forms.common([self.shared])
-        shared = None if self.shared is None or form is None else SharedExpert(form, self.shared, x_TD)
-        y_TD, shared_TD = self.dispatcher(x_TD, routing, self.experts, self.training, shared)
+        rows_TD, experts = local_experts(self.experts, x_TD)
+        shared_form = None if self.shared is None else self._shared_forms.common([self.shared])
+        shared = None if self.shared is None or shared_form is None else shared_expert(shared_form, self.shared, x_TD)
+        y_TD, shared_TD = self.dispatcher(rows_TD, routing, experts, self.training, shared)
+        if isinstance(experts, OpaqueExperts):
+            self.experts.output_type = experts.output_type
+            y_TD = y_TD.to(experts.output_type or x_TD.dtype)
         if self.shared is None:
             return y_TD
         return y_TD + (self.shared(x_TD) if shared is None else shared_TD)
 
     def _check_input(self, x: Tensor, used_token: Tensor | None) -> None:
         """Raises ConfigError for an input that the layer cannot take."""
-        dtype = self.experts.dtype or x.dtype
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise ConfigError(
                 f"input.shape={tuple(x.shape)}: the layer was made for hidden_size={self.hidden_size}; the last "
@@ -124,10 +129,11 @@ class ExpertParallel(nn.Module):
             )
         if x.device != self._device:
             raise ConfigError(f"input.device={x.device}: the layer is on {self._device}; move the input there")
-        if x.dtype != dtype:
+        parameter = next(self.experts.parameters(), x)
+        if x.dtype != parameter.dtype and autocast_type(x, parameter) is None:
             raise ConfigError(
-                f"input.dtype={x.dtype}: the experts' parameters are {dtype}; cast the input or the model (inside "
-                "torch.autocast, call the layer outside of the region)"
+                f"input.dtype={x.dtype}: the experts' parameters are {parameter.dtype}; cast the input or the model, "
+                "or call the layer inside of torch.autocast, which casts every floating type but float64"
             )
         if used_token is not None and used_token.numel() != x.numel() // self.hidden_size:
             raise ConfigError(

@@ -54,7 +54,7 @@ def run_experts(
     """
     may_differentiate = torch.is_grad_enabled()
     x_TD = rows_ND.new_empty(0, rows_ND.shape[1]) if shared is None else shared.x_TD
-    parameters = experts.expert_parameters() + ([] if shared is None else list(shared.module.parameters()))
+    parameters = experts.expert_parameters() + ([] if shared is None else shared.experts.expert_parameters())
     outputs: tuple[Tensor, Tensor] = _RunExperts.apply(
         rows_ND, x_TD, experts, shared, route, may_differentiate, *parameters
     )  # type: ignore[no-untyped-call]
@@ -90,7 +90,7 @@ class _RunExperts(torch.autograd.Function):
         ctx.route, ctx.passes = route, [p for p in (expert_pass, shared_pass) if p is not None]
         ctx.num_saved = [len(each.saved) for each in ctx.passes]
         ctx.save_for_backward(buffers.inputs_RD, x_TD, *(t for each in ctx.passes for t in each.saved), *parameters)
-        num_shared = 0 if shared is None else len(list(shared.module.parameters()))
+        num_shared = 0 if shared is None else len(shared.experts.expert_parameters())
         ctx.num_weights = [len(parameters) - num_shared, num_shared]
         for each in ctx.passes:
             each.saved = []
@@ -128,7 +128,8 @@ class _RunExperts(torch.autograd.Function):
                 shared_pass.add_weight_grads(0, slice(0, len(x_TD)), x_TD, d_shared_TD)
                 shared_grads.extend(shared_pass.weight_grads(0))
 
-        run(route.backward, route, buffers, Steps("backward", compute, weights))
+        with torch.autocast(d_results_ND.device.type, enabled=False):  # whatever surrounds the caller's backward()
+            run(route.backward, route, buffers, Steps("backward", compute, weights))
         for each in ctx.passes:
             each.saved = []
             each.let_go()
