@@ -6,12 +6,15 @@ names and state-dict keys stay what they were, and so does the way back.
 
 from __future__ import annotations
 
+import copy
+from typing import Any, SupportsIndex
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.config import MoEConfig
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.tuner import Choice
@@ -30,6 +33,8 @@ TRAFFIC = (
     "timeout_s",
 )
 
+MARKS = ("allreduce", "group_name")  # DeepSpeed's, on parameters of experts
+
 
 class HookedLayer:
     """One hooked layer as the engine's company sees it (`layers.OverlappedLayer`)."""
@@ -41,6 +46,14 @@ class HookedLayer:
         self.kind = kind
         self.dispatcher = Dispatcher(config, name)
         self.last_counts_E = torch.zeros(config.num_experts, dtype=torch.int64)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedLayer:
+        """The hook of a copied layer: on the same links and groups, which are the process's."""
+        memo[id(self.group)] = self.group
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def attach(self) -> None:
         """Puts the hook in. Local."""
@@ -72,6 +85,33 @@ def check_width(x: Tensor, width: int, name: str) -> None:
             f"{name}: input.shape={tuple(x.shape)}: the layer was made for hidden_size={width}; the last dimension "
             "must be that"
         )
+
+
+def copied(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of a hooked layer for copy.deepcopy, hooked itself: parameters of its own, on the same process groups.
+
+    DeepSpeed's plain layers cannot be copied, since they hold process groups. Its marks on expert parameters, which
+    torch leaves out of copies, go along; the loss of the last pass stays without its graph.
+    """
+    for value in (value for module in layer.modules() for value in vars(module).values()):
+        if isinstance(value, dist.ProcessGroup) or type(value).__name__ == "FoldingGroupHandles":
+            memo[id(value)] = value
+        elif isinstance(value, Tensor) and value.grad_fn is not None:
+            memo[id(value)] = value.detach().clone()
+    twin = type(layer).__new__(type(layer))
+    memo[id(layer)] = twin
+    twin.__setstate__(copy.deepcopy(vars(layer), memo))
+    for theirs, mine in zip(layer.parameters(), twin.parameters(), strict=True):
+        vars(mine).update({name: vars(theirs)[name] for name in MARKS if name in vars(theirs)})
+    return twin
+
+
+def refuse_pickling(layer: nn.Module, protocol: SupportsIndex) -> str:
+    """Raises EngineError: a hooked layer holds communicators, and so does DeepSpeed's own."""
+    raise EngineError(
+        f"{type(layer).__name__} cannot be pickled: it holds communicators of this process, as DeepSpeed's own layer "
+        "does; save engine.module.state_dict() or call engine.save_checkpoint, or copy.deepcopy the model"
+    )
 
 
 def traffic_of(config: MoEConfig) -> dict[str, object]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width
+from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, copied, refuse_pickling
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
 from ds_moe_ep.moe.borrowed import OpaqueExperts
@@ -81,6 +81,8 @@ class OverlappedAutoEP(AutoEPMoELayer):
 
     overlap: HookedAutoEP
 
+    __deepcopy__, __reduce_ex__ = copied, refuse_pickling
+
     @not_compiled
     def _forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """What AutoEP's forward returns for [B, S, D]. Collective over the expert group."""
@@ -104,6 +106,8 @@ class OverlappedGroupedExperts(GroupedExperts):
     """`GroupedExperts` that rows travel to: its call is the whole way from tokens to tokens."""
 
     overlap: HookedAutoEP
+
+    __deepcopy__, __reduce_ex__ = copied, refuse_pickling
 
     def forward(self, x_TD: Tensor, routes: Routes) -> Tensor:
         """The weighted results [T, D]."""

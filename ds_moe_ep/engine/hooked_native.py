@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
-from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width
+from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, copied, refuse_pickling
 from ds_moe_ep.engine.parallelism import problem_of_shared_tokens
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.eager import not_compiled
@@ -103,6 +103,8 @@ class OverlappedMOELayer(MOELayer):
     """`MOELayer` whose exchange is a schedule."""
 
     overlap: HookedNative
+
+    __deepcopy__, __reduce_ex__ = copied, refuse_pickling
 
     @not_compiled
     def forward(self, *input: Tensor, **kwargs: Any) -> Tensor:

@@ -9,6 +9,7 @@ world, which is the gradient of the global batch's mean for every ep_size: the l
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,7 +44,8 @@ class MoE(DeepSpeedMoE):
 
     forward(hidden_states [..., D], used_token [...] or None) returns (output [..., D], l_aux [], exp_counts [E]).
     Collective over the expert-parallel group. The groups are made by deepspeed.initialize (or
-    `set_deepspeed_parallelism`). Raises ConfigError for arguments that cannot work or have no meaning here.
+    `set_deepspeed_parallelism`). copy.deepcopy shares them, and all ranks call an EMA copy alike; a pickled layer needs
+    `set_deepspeed_parallelism` again. Raises ConfigError for arguments that cannot work or have no meaning here.
     """
 
     def __init__(
@@ -86,6 +88,11 @@ class MoE(DeepSpeedMoE):
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes a copy of what copy.deepcopy or pickle kept; torch leaves attributes of parameters out of copies."""
+        super().__setstate__(state)
+        self.mark_experts()
 
     @property
     def kind(self) -> str:
@@ -163,6 +170,7 @@ class MoE(DeepSpeedMoE):
                 f"moe_ep.ep_size={self.ep_size}: torch.distributed is not initialized, so no expert-parallel group "
                 "can be made; call deepspeed.init_distributed() first"
             )
+        seams.init_distributed()  # torch's is up, and DeepSpeed's may not be
         if problem := problem_of_parallelism():
             raise EngineError(problem)
         engine = seams.engine_being_made()

@@ -132,7 +132,6 @@ def expert_group(ep_size: int, data_before_expert: bool) -> tuple[dist.ProcessGr
     Collective over the world on the first call for an ep_size.
     """
     check_release()
-    init_distributed()  # torch's may be up, and DeepSpeed's not
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)

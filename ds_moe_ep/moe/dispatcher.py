@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,20 @@ class Dispatcher:
         self._num_calls = 0
         self._bare: Transport | None = None  # the transport without the callbacks
         self._callbacks: list[TransferCallback] = []
+        self._num_copies = 0
+
+    def __deepcopy__(self, memo: object) -> Dispatcher:
+        """A dispatcher of its own over the same links: communicators, and who watches them, are the process's."""
+        self._num_copies += 1  # its name tells ranks that are in another copy
+        twin = Dispatcher(self.config, f"copy {self._num_copies} of {self.name or 'a layer'}")
+        twin.choice, twin._callbacks = self.choice, list(self._callbacks)
+        if self._bare is not None:
+            twin.connect(self._bare, self.torus)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What another process can use: all but the links."""
+        return Dispatcher, (self.config, self.name), {"choice": self.choice, "_callbacks": self._callbacks}
 
     def configure(self, config: MoEConfig) -> None:
         """Takes other knobs than it was made with. Local; the number of experts and ep_size stay."""
@@ -147,8 +162,9 @@ class Dispatcher:
         """The links. Raises EngineError before `connect`."""
         if self.links is None:
             raise EngineError(
-                f"moe_ep.ep_size={self.config.ep_size}: the layer has no expert-parallel group yet; pass the model "
-                "to deepspeed.initialize or ds_moe_ep.initialize, or call the layer's connect(transport)"
+                f"moe_ep.ep_size={self.config.ep_size}: the layer has no expert-parallel group yet (a pickled one "
+                "comes back without); pass the model to deepspeed.initialize or ds_moe_ep.initialize, or call the "
+                "layer's set_deepspeed_parallelism(), or its connect(transport) where there is no DeepSpeed"
             )
         return self.links
 

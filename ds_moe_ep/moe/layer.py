@@ -53,6 +53,9 @@ class ExpertParallel(nn.Module):
     `expert` is a template that is copied for each local expert and maps rows [n, D] to rows [n, D]; `shared` is an
     expert that every token visits, on its own rank. Before its first forward pass a layer with ep_size > 1 needs
     `connect`.
+
+    copy.deepcopy gives a layer with parameters of its own on the same links: all ranks of the group call it alike, as
+    any layer. A pickled layer comes back without links, and needs `connect` again.
     """
 
     def __init__(self, hidden_size: int, expert: nn.Module, config: MoEConfig, shared: nn.Module | None = None) -> None:
