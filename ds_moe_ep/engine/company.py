@@ -57,7 +57,8 @@ class Company:
         self._undo.append(scale_losses(engine))
         self._undo.append(tell_skips(engine))
         self._undo.append(clip_by_whole_norm(engine))
-        follow_steps(engine, layers)
+        if any(layer.balance is not None for layer in layers.values()):
+            follow_steps(engine, layers)
         after_each_step(engine, layers)
         watch = seams.watch_of_world(config.timeout_s)
         self._undo.append(save_safely(engine, watch))

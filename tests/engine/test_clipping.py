@@ -157,3 +157,33 @@ def test_the_norm_that_clips_is_one_devices_and_is_reported_alike_on_every_rank(
         assert min(expected_norms) > 4 * LIMIT, "every step is clipped"
         assert is_right, f"{case}: {norms[0]} for {expected_norms}"
         assert moved < WEIGHTS[case.precision], f"{case}: weights are off by {moved}"
+
+
+def norms_of_odd_gradients() -> tuple[list[float], int]:
+    """Norms of a dense, a sparse and no gradient, and the collectives that they took."""
+    from torch.distributed import all_reduce
+
+    from ds_moe_ep.engine import clipping
+
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return all_reduce(*args, **kwargs)
+
+    rows = torch.tensor([1, 1, 3])
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        for is_sparse in (False, True):
+            table = torch.nn.Embedding(4, 2, sparse=is_sparse)
+            (table(rows) * torch.tensor([3.0, 4.0])).sum().backward()
+            found.append(float(clipping.whole_norm(table.parameters(), "cpu")))
+        found.append(float(clipping.whole_norm(torch.nn.Linear(2, 2).parameters(), "cpu")))
+    return found, len(calls)
+
+
+def test_a_norm_takes_one_collective_whatever_the_gradients_are() -> None:
+    for found, num_calls in run_ranks(2, norms_of_odd_gradients):
+        assert found == pytest.approx([125**0.5, 125**0.5, 0.0])  # rows of (6, 8) and (3, 4)
+        assert num_calls == 3
