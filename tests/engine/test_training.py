@@ -90,9 +90,9 @@ def test_training_in_bf16_is_as_close_to_float64_as_with_deepspeeds_layer() -> N
         assert job.stage == 0 or off <= 0.03, job
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_clipped_training_equals_that_with_deepspeeds_layer(stage: int) -> None:
-    """DeepSpeed takes the norm over ranks in its own way with MoE parameters: it is the measure, not the reference."""
+@pytest.mark.parametrize("stage", [1, 2])
+def test_clipped_training_under_zero_equals_that_with_deepspeeds_layer(stage: int) -> None:
+    """Without ZeRO, DeepSpeed's own norm does not count all experts, and ours does (`test_clipping.py`)."""
     jobs = [Job(stage=stage, clipping=clipping, ep_size=2, layer=layer) for clipping, layer in CLIPPED]
     ours, native, unclipped = outcomes(jobs)
     assert distance(ours[1], native[1]) <= 2 * WEIGHTS
