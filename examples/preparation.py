@@ -35,13 +35,10 @@ class Job:
     corpus: Corpus
 
 
-def prepare(
-    description: str | None, config: str, arguments: Sequence[str] | None = None, *, traces: bool = True
-) -> Job:
+def prepare(description: str | None, config: str, arguments: Sequence[str] | None, *, is_pipeline: bool = False) -> Job:
     """The run that the command line names, in a world that has met. Collective.
 
-    Raises ConfigError, the same on every rank, for what cannot work on one of them. A ds_config is like `config`;
-    without `traces` there is nothing for --trace to show.
+    Raises ConfigError, the same on every rank, for what cannot work on one of them. A ds_config is like `config`.
     """
     args: argparse.Namespace | ConfigError
     try:
@@ -51,7 +48,7 @@ def prepare(
     if not is_launched(os.environ):
         raise args if isinstance(args, ConfigError) else ConfigError(NOT_LAUNCHED)
     set_up_process()
-    job = agreed(lambda: read_job(args, traces=traces))
+    job = agreed(lambda: read_job(args, is_pipeline))
     if len(set(gather(fingerprint(job.corpus.train.numpy().tobytes(), len(job.corpus.validation))))) > 1:
         raise ConfigError("--data: the ranks read different text; give files that are the same on every host")
     if job.args.save:
@@ -59,7 +56,7 @@ def prepare(
     return job
 
 
-def read_job(args: argparse.Namespace | ConfigError, *, traces: bool) -> Job:
+def read_job(args: argparse.Namespace | ConfigError, is_pipeline: bool) -> Job:
     """This rank's view of the run. Local. Raises ConfigError for what cannot work here."""
     if isinstance(args, ConfigError):
         raise args
@@ -67,13 +64,14 @@ def read_job(args: argparse.Namespace | ConfigError, *, traces: bool) -> Job:
         raise ConfigError(f"--save-every={args.save_every}: without --save there is nowhere to save; name a folder")
     if args.resume and args.weights:
         raise ConfigError(f"--weights={args.weights}: --resume brings its own weights; leave one of the two out")
-    if args.trace and not traces:
+    if args.trace and is_pipeline:
         raise ConfigError("--trace: records the experts' traffic, of which a pipeline has none; leave it out")
     for name in ("resume", "weights"):
         if getattr(args, name):
             check_resume(getattr(args, name), f"--{name}")
     ds_config, section = read_settings(args)
     assert section.model is not None
+    check_script(section, is_pipeline)
     training = read_training(ds_config, section.moe.ep_size, dist.get_world_size(), section.layout)
     corpus = load_corpus(args.data)
     for text in (corpus.train, corpus.validation):
@@ -83,6 +81,21 @@ def read_job(args: argparse.Namespace | ConfigError, *, traces: bool) -> Job:
     if args.trace and dist.get_rank() == 0:
         writable_file(args.trace, "--trace")
     return Job(args, ds_config, section, training, corpus)
+
+
+def check_script(section: Section, is_pipeline: bool) -> None:
+    """Raises ConfigError for a ds_config of the other script, part of which this one would not heed."""
+    layout, ep_size = section.layout, section.moe.ep_size
+    if layout.size > 1 and not is_pipeline:
+        raise ConfigError(
+            f"moe_ep.layout={layout.tp_size}x{layout.pp_size}: this script cuts no model by tensors and stages; "
+            "run examples/train_tp8_pp2.py, or leave the layout out"
+        )
+    if ep_size > 1 and is_pipeline:
+        raise ConfigError(
+            f"moe_ep.ep_size={ep_size}: in a pipeline every rank has its share of all experts; run "
+            "examples/train_ep16.py, or leave ep_size out"
+        )
 
 
 def is_launched(environment: Mapping[str, str]) -> bool:

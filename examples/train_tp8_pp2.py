@@ -31,7 +31,7 @@ from ds_moe_ep.text import Batch, Corpus, fingerprint, training_batch, validatio
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains; 0, or 128 + the number of the signal that ended it before its last step."""
-    job = prepare(__doc__, "ds_configs/tp8_pp2_cpu.json", arguments, traces=False)
+    job = prepare(__doc__, "ds_configs/tp8_pp2_cpu.json", arguments, is_pipeline=True)
     args, section = job.args, job.section
     net = ds_moe_ep.build_pipeline(section.model, section.moe, section.layout, args.seed)
     engine, *_ = deepspeed.initialize(model=net, config=job.ds_config)

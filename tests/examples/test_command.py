@@ -39,6 +39,17 @@ def test_a_resumed_run_keeps_every_setting_but_those_that_it_sets_anew() -> None
     assert without_options(arguments) == ["--seed", "7", "--data", "x/"]
 
 
+def test_a_value_that_is_also_a_files_name_stays_and_a_path_behind_an_equals_sign_becomes_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("7", "ds.json"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--seed", "7", "--deepspeed_config=ds.json", "--save-every", "7"]
+    expected = ["--seed", "7", f"--deepspeed_config={tmp_path / 'ds.json'}", "--save-every", "7"]
+    assert without_options(arguments) == expected
+
+
 def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ds.json").touch()
     monkeypatch.chdir(tmp_path)

@@ -21,10 +21,12 @@ RAW = "a text of many words, which repeat and repeat; " * 200
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
     """What all cases of a script come to, by rank; its folder is named in the words."""
     folder = tmp_path_factory.mktemp(request.param)
-    (folder / "ds.json").write_text(json.dumps(SCRIPTS[request.param]))
+    for script, other in SCRIPTS.items():
+        (folder / f"{script}.json").write_text(json.dumps(other))
+    [others] = set(SCRIPTS) - {request.param}
     for name, text in (("text", RAW), ("other", RAW.upper()), ("short", "short")):
         (folder / name).write_text(text)
-    config, data = ["--deepspeed_config", str(folder / "ds.json")], ["--data", str(folder / "text")]
+    config, data = ["--deepspeed_config", str(folder / f"{request.param}.json")], ["--data", str(folder / "text")]
     usual = [*config, *data, "--eval-batches", "1", "--report-every", "1"]
     to_end = [*usual, "--steps", str(STEPS)]
     checkpoint = str(folder / "ck")
@@ -45,6 +47,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         "other text": Case(config, differently("--data", "text", "other")),
         "no place on one": Case(usual, differently("--save", "ck", "text")),
         "every, nowhere": Case([*usual, "--save-every", "2"]),
+        "the other's": Case(["--deepspeed_config", str(folder / f"{others}.json"), *data]),
         "nothing to resume": Case([*usual, "--resume", str(folder)]),
     }
     return run_ranks(2, run_cases, request.param, cases, timeout_s=200)
@@ -91,6 +94,7 @@ def test_a_run_that_saves_nowhere_says_so_when_it_is_stopped(outcomes: list[dict
         ("other text", "--data: the ranks read different text"),
         ("no place on one", r"--save=.*text: cannot be written \(File exists\).* \(ranks 1\)"),
         ("every, nowhere", "--save-every=2: without --save there is nowhere to save"),
+        ("the other's", "moe_ep.(layout=1x2|ep_size=2): .*; run examples/train_"),
         ("nothing to resume", "--resume=.*: no DeepSpeed checkpoint there"),
     ],
 )
