@@ -76,8 +76,8 @@ class WithCallbacks:
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
         self._inner.abandon(error, tags)
 
-    def explain(self, peers: Sequence[int]) -> str:
-        return self._inner.explain(peers)
+    def check_open(self, tags: Tags = NO_TAGS) -> None:
+        self._inner.check_open(tags)
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         crossings: list[_Crossing] = []

@@ -86,8 +86,8 @@ class GroupTransport:
         self.watch.report(error, place)
         self._groups.standing.end(f"{place} ended with {type(error).__name__}: {error}")
 
-    def explain(self, peers: Sequence[int]) -> str:
-        return self.watch.explain(self.members(peers))
+    def check_open(self, tags: Tags = NO_TAGS) -> None:
+        self.begin(tags, "pass")
 
     def begin(self, tags: Tags, op: str) -> Place:
         """Where this rank is from now on. Raises PeerError where the lanes are not in use any more."""
@@ -116,10 +116,11 @@ class GroupTransport:
             what += f" within {self._timeout_s:g} s"
         elif first is None:
             what += f": {_reason(error)}"
-        why = first or self.explain(owed.peers)
+        why = first or self.watch.explain(self.members(owed.peers))
         text = f"{place}: {self._who(owed)} {what} ({owed})"
         text += f"; {why}" if why else ""
         failure = PeerError(text + (f"; moe_ep.timeout_s={self._timeout_s:g} sets the limit" if is_late else ""))
+        failure.is_echo = not is_late or first is not None or self.watch.knows_trouble()
         self.watch.report(failure, str(place))
         self._groups.standing.end(text)
         return failure

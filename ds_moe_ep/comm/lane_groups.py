@@ -11,14 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm.standing import Standing
-from ds_moe_ep.comm.transport import LANES
+from ds_moe_ep.comm.transport import CONTROL, LANES
 from ds_moe_ep.comm.watch import Watch, open_watch
 from ds_moe_ep.errors import EngineError, TopologyError
 
 
 @dataclass(frozen=True)
 class LaneGroups:
-    """One process group a lane, over the same ranks in the same order; whether they may be used, and who watches."""
+    """A process group per lane and one for control, over the same ranks in the same order; whether they may be used,
+    and who watches."""
 
     rank: int
     ranks: tuple[int, ...]
@@ -33,13 +34,13 @@ class LaneGroups:
     def exchange_counts(self, counts_PC: Tensor) -> Tensor:
         """The transpose of the counts over ranks: row p goes to rank p. Collective, blocks no host on CUDA."""
         received = torch.empty_like(counts_PC)
-        dist.all_to_all_single(received, counts_PC.contiguous(), group=self.lanes["dispatch"])
+        dist.all_to_all_single(received, counts_PC.contiguous(), group=self.lanes[CONTROL])
         return received
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the group. Collective."""
         total = values.clone()
-        dist.all_reduce(total, group=self.lanes["dispatch"])
+        dist.all_reduce(total, group=self.lanes[CONTROL])
         return total
 
 
@@ -65,7 +66,7 @@ def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float, watch: Watch |
     mine = next(tuple(group) for group in groups if rank in group)
     timeout = timedelta(seconds=timeout_s)
     lanes: dict[str, dist.ProcessGroup] = {}
-    for lane in LANES:
+    for lane in (*LANES, CONTROL):
         for group in groups:
             made = dist.new_group(list(group), timeout=timeout)
             if rank in group:

@@ -4,8 +4,9 @@
    on ends, which wakes whoever waits on them here. One line says who and why, since the launcher may end this process
    before its own error is out. A rank that went and that no transfer waits for may just be done: lanes stay in use.
 2. A step that takes 10 times the median: one rank's line says which ranks are where; again at each doubling.
-3. A process that is stuck in a call of the engine's, for a rank that is gone or silent: it is ended after the time
-   limit. A rank that shows signs of life is never the reason, however slow it is.
+3. A process that is stuck in a call of the engine's: it is ended after the time limit, where a rank is gone or silent
+   or has failed, or where all ranks wait for others and not in one place. A rank that moves is never the reason,
+   however slow it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import time
 
 from ds_moe_ep.comm.lives import Life
 from ds_moe_ep.comm.pulse import Pulse
-from ds_moe_ep.comm.verdict import View, explain, is_gone, is_silent, slow_step, troubles
+from ds_moe_ep.comm.verdict import View, explain, is_deadlocked, is_gone, is_silent, slow_step, spread, troubles
+from ds_moe_ep.errors import PeerError
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Monitor:
         self._num_read = 0
         self._looked_s = time.monotonic()
         self._in_trouble_since: dict[int, float] = {}
+        self._deadlocked_since: float | None = None
         self._next_line_s = 0.0  # of the running step
         self._step = -1
         self._end = threading.Event()
@@ -117,22 +120,34 @@ class Monitor:
         was_paused, self._looked_s = now_s - self._looked_s > view.silence_s, now_s
         if was_paused:  # as the other ranks may have been: nobody's silence counts
             self._in_trouble_since.clear()
+            self._deadlocked_since = None
             pulse.moved_s = now_s
             return
-        wrong = [rank for rank in view.seen if is_gone(view, rank) or is_silent(view, rank)]
+        wrong = [rank for rank in view.seen if is_gone(view, rank) or is_silent(view, rank) or _has_failed(view, rank)]
         if view.store_silent_s > view.silence_s:
             servers = [rank for rank, seen in view.seen.items() if seen.sign.serves_store]
             wrong += [rank for rank in servers if view.lives.get(rank) is not Life.RUNS]
         self._in_trouble_since = {rank: self._in_trouble_since.get(rank, now_s) for rank in wrong if rank != view.own}
-        longest_s = max((now_s - since_s for since_s in self._in_trouble_since.values()), default=0.0)
-        stuck_s = now_s - pulse.moved_s
-        inside = pulse.inside.copy()
-        if inside and min(longest_s, stuck_s) > self._timeout_s + MARGIN_S:
-            _end_process(
-                f"ds_moe_ep: rank {view.own} has waited for {stuck_s:.0f} s in {inside[0]}, in "
-                f"{pulse.sign().place}: {explain(view, self._in_trouble_since)}; the process ends. "
-                "moe_ep.timeout_s sets the limit\n"
-            )
+        own = pulse.sign()
+        is_deadlocked_now = is_deadlocked(view, own, MARGIN_S)
+        self._deadlocked_since = (self._deadlocked_since or now_s) if is_deadlocked_now else None
+        inside, stuck_s = pulse.inside.copy(), now_s - pulse.moved_s
+        if not inside or stuck_s <= self._timeout_s + MARGIN_S:
+            return
+        text = f"rank {view.own} has waited for {stuck_s:.0f} s in {inside[0]}, in {own.place}: "
+        if now_s - min(self._in_trouble_since.values(), default=now_s) > self._timeout_s + MARGIN_S:
+            self._end_process(text + explain(view, self._in_trouble_since))
+        elif now_s - (self._deadlocked_since or now_s) > self._timeout_s:
+            others = [rank for rank in view.seen if rank != view.own]
+            self._end_process(f"{text}no rank moves, and they wait for each other: {spread(view, others)}")
+
+    def _end_process(self, text: str) -> None:
+        """Tells the other ranks, and ends the process."""
+        error = PeerError(text)
+        error.is_echo = bool(self._in_trouble_since)
+        self._pulse.fail(error, "")
+        time.sleep(3 * self._interval_s)  # the peers read it before their connections close
+        _end_process(f"ds_moe_ep: {text}; the process ends. moe_ep.timeout_s sets the limit\n")
 
 
 def _has_failed(view: View, rank: int) -> bool:

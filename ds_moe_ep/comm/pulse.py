@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 import weakref
@@ -17,12 +16,12 @@ from ds_moe_ep.comm.board import Board
 from ds_moe_ep.comm.lives import identify, life_of
 from ds_moe_ep.comm.signs import Fault, Place, Sign, fault_of
 from ds_moe_ep.comm.standing import Standing
+from ds_moe_ep.comm.stillness import Stillness
 from ds_moe_ep.comm.verdict import View, is_gone
 
 SILENCE_S = 3.0  # who gives no sign for so long is in trouble
 POSTING_S = 1.0  # how long a fault, or the end of the process, waits for its sign to be posted
 LEAVING_S = 2.0  # how long whoever serves the store waits for the others to leave
-WAITERS = ("threading.py", "c10d_logger.py", "distributed_c10d.py")  # whose callers tell more of where a rank is
 NUM_STEPS = 32  # whose median is what a step takes
 
 
@@ -44,7 +43,7 @@ class Pulse:
         self.fault: Fault | None = None
         self.has_left = False
         self._serves_store = serves_store
-        self._main = threading.main_thread().ident or 0
+        self._stillness = Stillness()
         self._beat = 0
         self.board = Board(store, rank, size, interval_s, self.sign)
         self.silence_s = max(SILENCE_S, 6 * self.board.interval_s)
@@ -54,22 +53,17 @@ class Pulse:
         self._beat += 1
         now_s = time.monotonic()
         places = sorted(self.places.copy().values(), key=lambda place: place.since_s)
-        place = str(places[0]) if places else self._frame()
-        since_s, waits_for = (places[0].since_s, tuple(places[0].waits_for)) if places else (self.moved_s, ())
+        if places:
+            blocked_s = for_s = now_s - places[0].since_s
+            place, waits_for = str(places[0]), tuple(places[0].waits_for)
+        else:
+            place, blocked_s = self._stillness.look()
+            for_s, waits_for = now_s - self.moved_s, tuple[int, ...]()
+            place += f", behind {self.last}" if self.last is not None else ""
         return Sign(
-            self.rank, self.identity, self._beat, place, now_s - since_s, waits_for,
+            self.rank, self.identity, self._beat, place, for_s, waits_for, blocked_s,
             self.step, self.fault, self.has_left, self._serves_store,
         )  # fmt: skip
-
-    def _frame(self) -> str:
-        """What the main thread does, and behind which op."""
-        frame, last = sys._current_frames().get(self._main), self.last
-        while frame is not None and frame.f_back is not None and frame.f_code.co_filename.endswith(WAITERS):
-            frame = frame.f_back
-        text = "the process"
-        if frame is not None:
-            text = f"{frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
-        return text if last is None else f"{text}, behind {last}"
 
     def view(self) -> View:
         """What this rank knows of the others now. Never blocks."""

@@ -61,6 +61,7 @@ class Sign:
     place: str = ""  # where it is
     for_s: float = 0.0  # for how long
     waits_for: tuple[int, ...] = ()
+    blocked_s: float = 0.0  # for how long it has not moved in one wait for other ranks
     step: int = -1
     fault: Fault | None = None
     has_left: bool = False
@@ -96,8 +97,9 @@ ECHOES = (
 
 def is_echo(error: BaseException) -> bool:
     """Whether an exception only tells of another rank: this package's, or a communicator's own."""
-    is_of_group = isinstance(error, RuntimeError) and any(text in str(error) for text in ECHOES)
-    return isinstance(error, PeerError) or is_of_group
+    if isinstance(error, PeerError):
+        return error.is_echo
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ECHOES)
 
 
 def fault_of(error: BaseException, place: str) -> Fault:

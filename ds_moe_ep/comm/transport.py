@@ -1,7 +1,8 @@
 """What the interpreter of schedules asks of whatever moves rows.
 
 A transport belongs to one expert-parallel group. It has two lanes, "dispatch" and "combine", each a communicator of
-its own, so that results go back while rows still come. A transfer is started with all its messages and waited for
+its own, so that results go back while rows still come. Small collectives have a third one: what a rank tells before its
+rows move meets what the others tell, and never their rows. A transfer is started with all its messages and waited for
 exactly once.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ds_moe_ep.timeline import NO_TAGS, Tags
 
 LANES = ("dispatch", "combine")
+CONTROL = "control"  # the communicator of small collectives
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Transport(Protocol):
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
         """Ends the use of the lanes, since a pass ended with `error`; tells the peers. No retry reads its rows."""
 
-    def explain(self, peers: Sequence[int]) -> str:
-        """What is known of ranks of the group that answered amiss, or an empty string. May take seconds."""
+    def check_open(self, tags: Tags = NO_TAGS) -> None:
+        """Raises PeerError where a failure has ended the use of the lanes."""
 
 
 class Done:
@@ -106,5 +108,5 @@ class Loopback:
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
         return None
 
-    def explain(self, peers: Sequence[int]) -> str:
-        return ""
+    def check_open(self, tags: Tags = NO_TAGS) -> None:
+        return None

@@ -107,6 +107,15 @@ def spread(view: View, ranks: Iterable[int]) -> str:
     )
 
 
+def is_deadlocked(view: View, own: Sign, least_s: float) -> bool:
+    """Whether every rank that lives waits for others, in more than one place, and none has moved for so long.
+
+    Ranks in one place may be in a collective that is slow; a rank that waits for none may come yet.
+    """
+    signs = [own, *(seen.sign for seen in view.others() if not is_gone(view, seen.sign.rank))]
+    return len({sign.place for sign in signs}) > 1 and min(sign.blocked_s for sign in signs) > least_s
+
+
 def slow_step(view: View, own: Sign, took_s: float, median_s: float) -> str:
     """The line about a step that takes long: which ranks are where, and who is in trouble."""
     wrong = troubles(view)

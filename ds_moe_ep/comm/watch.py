@@ -55,6 +55,9 @@ class Watch(Protocol):
     def culprits(self, ranks: Iterable[int]) -> list[int]:
         """Those of the ranks that are gone or silent, or failed by themselves, as far as is known now."""
 
+    def knows_trouble(self) -> bool:
+        """Whether any rank is known now to be gone or silent, or to have failed by itself."""
+
     def step_begins(self, number: int) -> None:
         """A step begins, unless this one runs already."""
 
@@ -88,6 +91,9 @@ class Unwatched:
 
     def culprits(self, ranks: Iterable[int]) -> list[int]:
         return []
+
+    def knows_trouble(self) -> bool:
+        return False
 
     def step_begins(self, number: int) -> None:
         return None
@@ -139,6 +145,10 @@ class RankWatch:
 
     def culprits(self, ranks: Iterable[int]) -> list[int]:
         return culprits(self._pulse.view(), ranks)
+
+    def knows_trouble(self) -> bool:
+        view = self._pulse.view()
+        return bool(troubles(view)) or first_fault(view) is not None or view.store_silent_s > view.silence_s
 
     def _fresh_view(self) -> View:
         """The view behind a new look at the board, unless whoever serves the store is known to be in trouble."""

@@ -2,13 +2,14 @@
 
 The gate (`TopKGate`) is called as DeepSpeed calls it, its losses and counters are handed on, and its sparse routes are
 read. With a capacity, padded rows travel as DeepSpeed sends them; a dropless gate pads every expert to the fullest one
-of all ranks, which is not sent here.
+of all ranks, which is not sent here, and so the ranks need not ask each other for it.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -112,17 +113,14 @@ class OverlappedMOELayer(MOELayer):
         with self._timed():
             x, used_token = input[0], input[1] if len(input) > 1 else None
             hooked, name = self.overlap, self.overlap.dispatcher.name
-            # A dropless gate has an exchange of its own. Where it fails before that, its peers wait there, and not in
-            # the exchange of counts; DeepSpeed's assertions come behind it.
-            is_local = self.gate.drop_tokens
-            with hooked.dispatcher.announcing(x.device, self.training, BaseException if is_local else AssertionError):
+            with hooked.dispatcher.announcing(x.device, self.training), alone(self.gate):
                 if problem := problem_of_container(self.experts):
                     raise EngineError(f"{name}: {problem}")
                 check_width(x, self.gate.wg.weight.shape[1], name)
                 x_TD = x.reshape(-1, x.shape[-1])
                 answer = seams.sparse_routes(self.gate, x_TD, used_token)
             self.l_aux, capacity, _, experts_KT, places_KT, weights_KT, self.exp_counts = answer
-            if is_local:
+            if self.gate.drop_tokens:
                 routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity))
             else:
                 is_drawn = self.gate.k == 1 and self.gate.use_rts
@@ -169,6 +167,20 @@ def problem_of_container(experts: nn.Module) -> str:
     if has_hooks(experts):
         return "hooks of modules hang on its `experts`, which is not called here; put them on each expert"
     return ""
+
+
+@contextmanager
+def alone(gate: TopKGate) -> Iterator[None]:
+    """A scope in which a gate knows no other ranks.
+
+    A dropless one asks them, without a time limit, for the fullest expert, which sizes buffers that nobody makes here;
+    routes, weights and losses do not depend on it.
+    """
+    group, gate.ep_group = gate.ep_group, None
+    try:
+        yield
+    finally:
+        gate.ep_group = group
 
 
 def routes_of(experts_KT: Tensor, places_KT: Tensor, weights_KT: Tensor, capacity: int) -> Routes:

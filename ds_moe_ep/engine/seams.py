@@ -52,6 +52,7 @@ GATE_NAMES = (
     "wg.weight",
     "k",
     "drop_tokens",
+    "ep_group",
     "capacity_factor",
     "eval_capacity_factor",
     "min_capacity",

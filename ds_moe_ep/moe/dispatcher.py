@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -28,10 +29,11 @@ from ds_moe_ep.comm.transport import Loopback, Transport
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.kernels.permute import permute, unpermute
+from ds_moe_ep.moe.agreement import Agreement, Call, Mode, announce_bad_input
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.overlap import Route, run_experts
-from ds_moe_ep.moe.plan import Call, DispatchPlan, announce_bad_input, make_plan
+from ds_moe_ep.moe.plan import DispatchPlan, make_plan
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.tuner import Choice, Drift, Trial
 from ds_moe_ep.recorder import Off, Recorder
@@ -78,6 +80,7 @@ class Dispatcher:
         self.drift = Drift(config.retune_drift)
         self._device: torch.device | None = None
         self._num_calls = 0
+        self._history = 0  # a digest of the backward passes so far
         self._bare: Transport | None = None  # the transport without the callbacks
         self._callbacks: list[TransferCallback] = []
         self._num_copies = 0
@@ -169,16 +172,14 @@ class Dispatcher:
         return self.links
 
     @contextmanager
-    def announcing(
-        self, device: torch.device, training: bool, kind: type[BaseException] = BaseException
-    ) -> Iterator[None]:
-        """A scope before the exchange of counts: a failure of this kind is told to the peers, who wait there.
+    def announcing(self, device: torch.device, training: bool) -> Iterator[None]:
+        """A scope before the exchange of counts: a failure is told to the peers, who wait there.
 
         With a capacity on CUDA there is no exchange: the peers wait for rows until the group's time limit.
         """
         try:
             yield
-        except kind:
+        except BaseException:
             self._num_calls += 1  # as the peers, for whom this call has begun
             if device.type == "cpu" or self.config.capacity(1, training) is None:
                 with suppress(EngineError):  # the first failure is the one to tell
@@ -201,16 +202,28 @@ class Dispatcher:
         links = self.checked_links()
         row_type = (x_TD.shape[1], x_TD.dtype)
         sees_drift = self.drift.is_beyond_bound()
-        call = Call(self.name, self._num_calls, links.text)
+        call = Call(self.name, self._num_calls, links.text, Mode.of(training), self._history)
         self._num_calls += 1
-        plan = make_plan(routes, self.config.num_experts, links.transport, row_type, sees_drift, call)
+        needs = needs_gradient(x_TD, routes, experts, shared)
+        plan = make_plan(routes, self.config.num_experts, links.transport, row_type, sees_drift, call, needs)
         try:
             rows_ND, weights_TK, route = self._prepare(x_TD, routes, plan, experts, training, shared)
+            if plan.goes_backward and not needs:  # a peer's pass backward needs this rank's
+                rows_ND.requires_grad_()
+            route = replace(route, begin_backward=partial(self._begin_backward, call, row_type, x_TD.is_cuda))
+            results_ND, shared_TD = run_experts(rows_ND, experts, route, shared)
         except BaseException as error:  # the peers are about to send rows, and to wait for some
             links.transport.abandon(error, call.tags)
             raise
-        results_ND, shared_TD = run_experts(rows_ND, experts, route, shared)
         return unpermute(results_ND, weights_TK, plan.maps), shared_TD
+
+    def _begin_backward(self, call: Call, row_type: tuple[int, torch.dtype], is_cuda: bool) -> None:
+        """Makes sure that the group's ranks all begin the backward pass of a call; on CUDA the next call does."""
+        transport = self.checked_links().transport
+        if transport.size > 1 and not is_cuda:
+            now = replace(call, mode=Mode.BACKWARD, history=self._history)
+            Agreement(transport, now, self.config.num_experts, row_type).on_backward()
+        self._history = crc32(str(call.number).encode(), self._history)
 
     def _prepare(
         self,
@@ -254,3 +267,12 @@ class Dispatcher:
             self.take_choice(trial.choose())
             self.drift.restart()
         return self.links
+
+
+def needs_gradient(x_TD: Tensor, routes: Routes, experts: LocalExperts, shared: SharedExpert | None) -> bool:
+    """Whether something of this rank's needs the backward pass through the experts."""
+    if not torch.is_grad_enabled():
+        return False
+    parameters = [*experts.expert_parameters(), *(() if shared is None else shared.module.parameters())]
+    is_weighed = routes.weighs_rows and routes.weights_TK.requires_grad
+    return x_TD.requires_grad or is_weighed or any(parameter.requires_grad for parameter in parameters)

@@ -41,6 +41,7 @@ class Route:
     lanes: Lanes
     recorder: Recorder
     layer: str = ""  # its name, for the record and for errors; the same on every rank
+    begin_backward: Callable[[], None] = lambda: None  # raises where the group's ranks are not all there
 
 
 def run_experts(
@@ -102,9 +103,11 @@ class _RunExperts(torch.autograd.Function):
     @not_compiled
     def backward(ctx: Any, d_results_ND: Tensor, d_shared_TD: Tensor) -> tuple[Tensor | None, ...]:
         route, (expert_pass, *shared_passes) = ctx.route, ctx.passes
-        inputs_RD, x_TD = _take_saved(ctx)
-        buffers = Buffers.of(d_results_ND.contiguous(), route, returns_in_place=True)
-        d_shared_TD, dx_TD = d_shared_TD.contiguous(), torch.empty_like(x_TD)
+        route.begin_backward()
+        with telling(route, "backward"):
+            inputs_RD, x_TD = _take_saved(ctx)
+            buffers = Buffers.of(d_results_ND.contiguous(), route, returns_in_place=True)
+            d_shared_TD, dx_TD = d_shared_TD.contiguous(), torch.empty_like(x_TD)
         grads: list[Tensor | None] = []
         shared_grads: list[Tensor | None] = []
 
@@ -215,16 +218,26 @@ def run(schedule: Schedule, route: Route, buffers: Buffers, steps: Steps) -> Non
         lanes = lanes.blocking()
     entry = lanes.entry()
     marks: list[Mark] = []
+    with telling(route, steps.phase):
+        try:
+            for op in schedule.ops:
+                after = [marks[index] for index in op.after] or [entry]
+                tags = Tags(route.layer, steps.phase, "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece])
+                work = _work(op, route, buffers, steps, tags)
+                marks.append(lanes.issue(op.kind.lane, after, touched, work, _scope(op, route, tags)))
+            lanes.leave(marks, touched)
+        except BaseException:
+            lanes.abandon()
+            raise
+
+
+@contextmanager
+def telling(route: Route, phase: str) -> Iterator[None]:
+    """A scope behind the agreement of a pass: its error is told to the peers, which are about to send rows."""
     try:
-        for op in schedule.ops:
-            after = [marks[index] for index in op.after] or [entry]
-            tags = Tags(route.layer, steps.phase, "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece])
-            work = _work(op, route, buffers, steps, tags)
-            marks.append(lanes.issue(op.kind.lane, after, touched, work, _scope(op, route, tags)))
-        lanes.leave(marks, touched)
+        yield
     except BaseException as error:
-        lanes.abandon()
-        route.transport.abandon(error, Tags(route.layer, steps.phase))
+        route.transport.abandon(error, Tags(route.layer, phase))
         raise
 
 

@@ -1,7 +1,8 @@
 """From routing to rows: who sends which rows to whom, in what order.
 
 1. Sort the choices by expert, which sorts them by (destination rank, local expert), stable in token order.
-2. Count them, and exchange the counts in one small all-to-all, together with what the ranks must agree on.
+2. Count them, and exchange the counts in one small all-to-all, together with what the ranks must agree on
+   (`agreement.py`).
 3. Bring the counts to the host: the layer's only device sync, since message sizes are host integers. With a capacity
    every expert has the same number of rows, padded ones included, and nothing is synchronised.
 """
@@ -9,53 +10,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from ds_moe_ep.comm.transport import Transport
-from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.permute import RowMaps
+from ds_moe_ep.moe.agreement import NO_CALL, Agreement, Call
 from ds_moe_ep.moe.router import Routes
-from ds_moe_ep.timeline import Tags
 
 Counts = tuple[tuple[int, ...], ...]
-
-BAD_INPUT = -1  # what a rank announces in place of a width
-NUM_HEAD = 8  # columns before the counts: `Agreed`, and whether the rank sees drift
-ROW_COLUMNS = 32  # the exchange has a multiple of so many: ranks in different layers must get each other's heads
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Which call of which layer a plan is for. Ranks of a group must be in the same, and have chosen one schedule."""
-
-    layer: str = ""
-    number: int = 0
-    schedule: str = ""  # a text that is equal where the schedules are
-
-    @property
-    def tags(self) -> Tags:
-        """Where the exchange of counts is, for an error."""
-        return Tags(self.layer, "forward")
-
-
-NO_CALL = Call()
-
-
-class Agreed(NamedTuple):
-    """What all ranks must have alike before rows move."""
-
-    width: int
-    dtype: int
-    capacity: int
-    num_experts: int
-    layer: int
-    call: int
-    schedule: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +33,7 @@ class DispatchPlan:
     send_rows_PL: Counts
     recv_rows_PL: Counts
     is_drift_seen: bool = False  # by any rank of the group: all of them read the same
+    goes_backward: bool = False  # some rank of the group needs a gradient, and so all of them go backward
 
     @property
     def num_received(self) -> int:
@@ -82,16 +47,17 @@ def make_plan(
     row_type: tuple[int, torch.dtype],
     sees_drift: bool = False,
     call: Call = NO_CALL,
+    needs_gradient: bool = False,
 ) -> DispatchPlan:
     """The plan of this rank's tokens. Collective over the expert group; one device sync, none with a capacity.
 
-    `row_type` is the width and dtype of a row; `sees_drift` is told to all ranks. Raises EngineError on every rank when
-    ranks disagree on the type, the capacity or the call (on CUDA with a capacity the check would be a sync, and is left
-    out).
+    `row_type` is the width and dtype of a row; `sees_drift` and `needs_gradient` are told to all ranks. Raises
+    EngineError on every rank when ranks disagree on the type, the capacity or the call. On CUDA with a capacity the
+    exchange would be a sync, and is left out: no rank knows then what the others need, and each that may goes backward.
     """
-    exchange = _Exchange(transport, call, num_experts, row_type, sees_drift)
+    agreement = Agreement(transport, call, num_experts, row_type, sees_drift, needs_gradient)
     if routing.capacity is not None:
-        return _padded_plan(routing, num_experts, exchange)
+        return _padded_plan(routing, num_experts, agreement)
     num_choices = routing.expert_ids_TK.numel()
     ids_N = routing.expert_ids_TK.flatten()
     if routing.is_used_TK is not None:
@@ -99,20 +65,20 @@ def make_plan(
     choice_of_row_N = ids_N.argsort(stable=True)
     count_E = ids_N.new_zeros(num_experts + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))
     send_PL = count_E[:num_experts].view(transport.size, -1)
-    send, recv, is_drift_seen = exchange.run(send_PL)
+    answer = _ask(agreement, send_PL)
     row_of_choice_N = torch.empty_like(choice_of_row_N)
     row_of_choice_N[choice_of_row_N] = torch.arange(num_choices, device=ids_N.device)
     is_dropped_TK = None
     if routing.is_used_TK is not None:
-        num_rows = sum(map(sum, send))
+        num_rows = sum(map(sum, answer.send_PL))
         choice_of_row_N = choice_of_row_N[:num_rows]
         is_dropped_TK = ~routing.is_used_TK
         row_of_choice_N = row_of_choice_N.masked_fill(is_dropped_TK.flatten(), 0)
     maps = RowMaps(choice_of_row_N, row_of_choice_N.view_as(routing.expert_ids_TK), None, is_dropped_TK)
-    return DispatchPlan(maps, send, recv, is_drift_seen)
+    return DispatchPlan(maps, answer.send_PL, answer.recv_PL, answer.is_drift_seen, answer.goes_backward)
 
 
-def _padded_plan(routing: Routes, num_experts: int, exchange: _Exchange) -> DispatchPlan:
+def _padded_plan(routing: Routes, num_experts: int, agreement: Agreement) -> DispatchPlan:
     """Every expert gets `capacity` rows from every rank, padded where it was chosen less often."""
     capacity, is_kept_TK, place_TK = routing.capacity, routing.is_kept_TK, routing.place_TK
     assert capacity is not None and is_kept_TK is not None and place_TK is not None
@@ -126,87 +92,26 @@ def _padded_plan(routing: Routes, num_experts: int, exchange: _Exchange) -> Disp
     maps = RowMaps(
         choice_of_row_N[:num_rows], row_TK.masked_fill(is_dropped_TK, 0), is_padding_N[:num_rows], is_dropped_TK
     )
-    num_peers = exchange.transport.size
+    num_peers = agreement.transport.size
     counts = ((capacity,) * (num_experts // num_peers),) * num_peers
-    is_drift_seen = False
-    if ids_TK.device.type == "cpu":
-        *_, is_drift_seen = exchange.run(torch.tensor(counts), capacity)
-    return DispatchPlan(maps, counts, counts, is_drift_seen)
+    if ids_TK.device.type != "cpu":
+        goes_backward = agreement.needs_gradient or (num_peers > 1 and torch.is_grad_enabled())
+        return DispatchPlan(maps, counts, counts, goes_backward=goes_backward)
+    answer = _ask(agreement, torch.tensor(counts), capacity)
+    return DispatchPlan(maps, counts, counts, answer.is_drift_seen, answer.goes_backward)
 
 
 @dataclass(frozen=True)
-class _Exchange:
-    """The exchange of counts of one call."""
+class _Answer:
+    """What the exchange brings: rows by peer and local expert, and what any rank of the group told."""
 
-    transport: Transport
-    call: Call
-    num_experts: int
-    row_type: tuple[int, torch.dtype]
-    sees_drift: bool
-
-    def run(self, send_PL: Tensor, capacity: int = -1) -> tuple[Counts, Counts, bool]:
-        """Sent and received counts on the host, and whether any rank sees drift. Raises where the ranks disagree."""
-        width, dtype = self.row_type
-        layer, schedule = (crc32(text.encode()) for text in (self.call.layer, self.call.schedule))
-        own = Agreed(width, DTYPES.index(dtype), capacity, self.num_experts, layer, self.call.number, schedule)
-        num_peers, num_local = send_PL.shape
-        stop = NUM_HEAD + num_local
-        send_PC = send_PL.new_zeros(num_peers, num_columns(num_local))
-        send_PC[:, :NUM_HEAD] = send_PL.new_tensor((*own, int(self.sees_drift)))
-        send_PC[:, NUM_HEAD:stop] = send_PL
-        recv_PC = self.transport.exchange_counts(send_PC, self.call.tags)
-        both = torch.stack([send_PC, recv_PC]).tolist()  # the layer's only device sync
-        self._check(own, [Agreed(*row[: len(own)]) for row in both[1]])
-        send, recv = (tuple(tuple(row[NUM_HEAD:stop]) for row in rows) for rows in both)
-        return send, recv, any(row[NUM_HEAD - 1] for row in both[1])
-
-    def _check(self, own: Agreed, theirs: list[Agreed]) -> None:
-        """Raises EngineError where a peer refused its input, or has something else than this rank."""
-        layer, ranks = self.call.layer or "MoE layer", self.transport.ranks
-        for peer, agreed in enumerate(theirs):
-            if agreed.width == BAD_INPUT:
-                raise EngineError(f"{layer}: rank {ranks[peer]} refused its input: its own error says why")
-        odd = [peer for peer, agreed in enumerate(theirs) if agreed != own]
-        if odd:
-            differences = "; ".join(
-                f"{describe(own, theirs[peer])[0]} on rank {ranks[self.transport.rank]}, "
-                f"{describe(own, theirs[peer])[1]} on rank {ranks[peer]}"
-                for peer in odd[:3]
-            )
-            why = self.transport.explain(odd) if any(theirs[peer].layer != own.layer for peer in odd) else ""
-            raise EngineError(
-                f"{layer}: {differences}{f' ({why})' if why else ''}: all ranks of the group need the same; give every "
-                "rank the same model, call its layers in the same order and equally often, and, with a capacity, with "
-                "the same number of tokens"
-            )
+    send_PL: Counts
+    recv_PL: Counts
+    is_drift_seen: bool
+    goes_backward: bool
 
 
-def num_columns(num_local_experts: int) -> int:
-    """Columns of the exchange: the head and the counts, rounded up."""
-    return -(-(NUM_HEAD + num_local_experts) // ROW_COLUMNS) * ROW_COLUMNS
-
-
-def describe(own: Agreed, other: Agreed) -> tuple[str, str]:
-    """What two ranks have where they differ, for an error."""
-    if own.layer != other.layer:
-        return "this layer", "another layer"
-    odd = [name for name, a, b in zip(Agreed._fields, own, other, strict=True) if a != b]
-    values = [[f"{name}={_shown(name, getattr(agreed, name))}" for name in odd] for agreed in (own, other)]
-    return ", ".join(values[0]), ", ".join(values[1])
-
-
-def _shown(name: str, value: int) -> str:
-    if name == "dtype":
-        return str(DTYPES[value])
-    if name == "capacity" and value < 0:
-        return "none"
-    return f"{value:08x}" if name == "schedule" else str(value)
-
-
-def announce_bad_input(
-    transport: Transport, num_local_experts: int, device: torch.device, call: Call = NO_CALL
-) -> None:
-    """Tells the peers, which wait in their exchange of counts, that this rank is about to raise. Collective."""
-    counts_PC = torch.zeros(transport.size, num_columns(num_local_experts), dtype=torch.int64, device=device)
-    counts_PC[:, 0] = BAD_INPUT
-    transport.exchange_counts(counts_PC, call.tags)
+def _ask(agreement: Agreement, send_PL: Tensor, capacity: int = -1) -> _Answer:
+    sent, received, heads = agreement.on_counts(send_PL, capacity)
+    send, recv = (tuple(map(tuple, rows)) for rows in (sent, received))
+    return _Answer(send, recv, any(h.sees_drift for h in heads), any(h.needs_gradient for h in heads))

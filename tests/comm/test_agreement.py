@@ -13,16 +13,31 @@ import torch.distributed as dist
 from ds_moe_ep.comm.groups import open_transport
 from ds_moe_ep.comm.transport import Loopback, Message, Transport
 from ds_moe_ep.config import MoEConfig
-from ds_moe_ep.moe.plan import Call, make_plan
+from ds_moe_ep.moe.agreement import Call, Mode
+from ds_moe_ep.moe.plan import make_plan
 from ds_moe_ep.timeline import Tags
 from tests.comm.disturbed import caught, make_layer, run_pass
 from tests.ranks import run_ranks
 
 FINE: dict[str, Any] = {"num_experts": 4, "row": (8, torch.float32), "call": Call("layers.1.moe", 3, "serial")}
+HERE = r"rank 0 in the training pass of call 3 of layers\.1\.moe; rank 1 in the "
 ODD: list[tuple[dict[str, Any], str]] = [  # what rank 1 has, and what both ranks say
-    ({"call": Call("layers.2.moe", 3, "serial")}, r"this layer on rank \d, another layer on rank \d"),
-    ({"call": Call("layers.2.moe", 3, "serial"), "num_experts": 24}, r"another layer on rank"),
-    ({"call": Call("layers.1.moe", 4, "serial")}, r"call=[34] on rank \d, call=[34] on rank \d"),
+    ({"call": Call("layers.2.moe", 3, "serial")}, HERE + r"training pass of call 3 of layers\.2\.moe:"),
+    (
+        {"call": Call("layers.2.moe", 3, "serial"), "num_experts": 200},
+        HERE + r"training pass of call 3 of layers\.2\.moe",
+    ),
+    ({"call": Call("layers.1.moe", 4, "serial")}, HERE + r"training pass of call 4 of layers\.1\.moe:"),
+    ({"call": Call("layers.1.moe", 3, "serial", Mode.EVALUATION)}, HERE + "evaluation pass of call 3"),
+    (
+        {"call": Call("layers.1.moe", 3, "serial", Mode.EVALUATION_WITH_GRADIENT)},
+        HERE + "evaluation pass with gradient",
+    ),
+    ({"call": Call("layers.1.moe", 3, "serial", Mode.TRAINING_WITHOUT_GRADIENT)}, HERE + "training pass without grad"),
+    (
+        {"call": Call("layers.1.moe", 3, "serial", history=7)},
+        r"history=0000000[07] \(backward passes before\) on rank \d",
+    ),
     ({"call": Call("layers.1.moe", 3, "peers")}, r"schedule=\w{8} on rank \d, schedule=\w{8} on rank \d"),
     ({"row": (8, torch.bfloat16)}, r"dtype=torch\.\w+ on rank \d, dtype=torch\.\w+ on rank"),
     ({"row": (16, torch.float32), "num_experts": 8}, r"width=\d+, num_experts=\d on rank \d, width"),

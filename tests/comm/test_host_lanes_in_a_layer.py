@@ -35,8 +35,8 @@ class FailingTransport:
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
         return None
 
-    def explain(self, peers: Sequence[int]) -> str:
-        return ""
+    def check_open(self, tags: Tags = NO_TAGS) -> None:
+        return None
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         number, self.num_started = self.num_started, self.num_started + 1

@@ -10,7 +10,7 @@ import pytest
 from ds_moe_ep.comm.board import Seen
 from ds_moe_ep.comm.lives import Life
 from ds_moe_ep.comm.signs import Fault, Identity, Place, Sign, fault_of
-from ds_moe_ep.comm.verdict import View, culprits, explain, ranks_named, slow_step, troubles
+from ds_moe_ep.comm.verdict import View, culprits, explain, is_deadlocked, ranks_named, slow_step, troubles
 from ds_moe_ep.errors import EngineError, PeerError
 from ds_moe_ep.timeline import Tags
 
@@ -18,7 +18,7 @@ PLACE = "layers.1.moe: forward dispatch"
 
 
 def sign(rank: int, **words: Any) -> Sign:
-    return Sign(rank, Identity(f"n{rank // 2}", "", 100 + rank, 0), place=PLACE, **words)
+    return Sign(rank, Identity(f"n{rank // 2}", "", 100 + rank, 0), **({"place": PLACE} | words))
 
 
 def view(*signs: Sign, silent: dict[int, float] | None = None, lives: dict[int, Life] | None = None) -> View:
@@ -127,3 +127,25 @@ def test_places_and_faults_read_as_text() -> None:
 )
 def test_an_error_of_somebody_elses_collective_is_an_echo_too(error: Exception, echo: bool) -> None:
     assert fault_of(error, "").is_echo is echo
+
+
+def waiting(rank: int, place: str, blocked_s: float) -> Sign:
+    return sign(rank, place=place, blocked_s=blocked_s)
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "is_so"),
+    [
+        (("all_reduce", 9.0), [("barrier", 8.0), ("all_reduce", 8.0)], True),
+        (("all_reduce", 9.0), [("all_reduce", 9.0), ("all_reduce", 8.0)], False),  # a collective that is slow
+        (("all_reduce", 9.0), [("barrier", 8.0), ("compute", 0.0)], False),  # who computes may come
+        (("all_reduce", 9.0), [("barrier", 8.0), ("backward combine", 2.0)], False),  # who has just moved, too
+    ],
+)
+def test_only_ranks_that_all_wait_and_in_different_places_are_deadlocked(
+    own: tuple[str, float], others: list[tuple[str, float]], is_so: bool
+) -> None:
+    signs = [waiting(rank, *words) for rank, words in enumerate(others, start=1)]
+    assert is_deadlocked(view(*signs), waiting(0, *own), 3.0) is is_so
+    left = replace(waiting(9, "compute", 0.0), has_left=True)
+    assert is_deadlocked(view(*signs, left), waiting(0, *own), 3.0) is is_so

@@ -124,6 +124,46 @@ def test_a_process_that_a_stopped_rank_holds_up_inside_a_call_ends_with_an_error
     assert "the process ends" not in (tmp_path / "2").read_text() + (tmp_path / "3").read_text()
 
 
+def wait_apart(folder: str, how: str) -> None:
+    """Rank 0 waits in a call of the engine's; rank 1 waits for it in another place, in the same one, or comes late."""
+    rank, file = dist.get_rank(), open(f"{folder}/{dist.get_rank()}", "w")  # noqa: SIM115
+    watch, own = open_watch(1.0, QUICK_S), dist.new_group([0, 1])
+    meet(watch)
+    dist.barrier()
+    os.dup2(file.fileno(), 2)
+    with watch.among_others("step 5") if rank == 0 or how == "together" else nullcontext():
+        if how == "late" and rank == 1:
+            time.sleep(7.0)
+        if how == "together":
+            threading.Timer(7.0, os._exit, (0,)).start()
+            dist.recv(torch.zeros(1), 1 - rank)  # neither sends: to the watch, a collective that is slow
+        elif rank == 0 or how == "late":
+            dist.all_reduce(torch.zeros(1))
+        else:
+            dist.barrier(group=own)
+
+
+def test_of_ranks_that_wait_for_each_other_in_different_places_the_one_in_a_call_of_the_engines_ends_with_an_error(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, wait_apart, str(tmp_path), "apart", timeout_s=30)
+    messages = {rank: failure.message for rank, failure in caught.value.failures.items()}
+    assert messages[0].startswith(f"exit code {monitor.EXIT_CODE}")
+    assert "Connection closed by peer" in messages[1]
+    told = (tmp_path / "0").read_text()
+    assert "in step 5, in all_reduce, called from wait_apart (test_watch.py:" in told
+    assert "no rank moves, and they wait for each other: rank 1 is in barrier, called from wait_apart" in told
+    assert "first error: rank 0: PeerError: rank 0 has waited for" in (tmp_path / "1").read_text()
+
+
+def test_a_rank_that_comes_late_and_a_collective_that_is_slow_end_no_process(tmp_path: Path) -> None:
+    run_ranks(2, wait_apart, str(tmp_path), "late", timeout_s=30)
+    with pytest.raises(RankError, match="exit code 0, no answer"):
+        run_ranks(2, wait_apart, str(tmp_path), "together", timeout_s=30)
+    assert not any("the process ends" in (tmp_path / str(rank)).read_text() for rank in range(2))
+
+
 def stopped_store(folder: str) -> str:
     """Rank 0 serves a store and stops; rank 1 asks why it does not answer."""
     rank, limit = dist.get_rank(), timedelta(seconds=20)

@@ -31,8 +31,8 @@ class Wrapper:
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
         self.inner.abandon(error, tags)
 
-    def explain(self, peers: Sequence[int]) -> str:
-        return self.inner.explain(peers)
+    def check_open(self, tags: Tags = NO_TAGS) -> None:
+        self.inner.check_open(tags)
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         return self.inner.start(lane, sends, receives, tags)

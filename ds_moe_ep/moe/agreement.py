@@ -1,0 +1,238 @@
+"""What the ranks of a group agree on before rows move, and what they are told where they do not.
+
+1. A pass begins with one small all-to-all of heads, on a communicator that carries no rows. A forward pass adds its
+   counts of rows; a backward pass on the host is a head alone. So whatever passes the ranks are in, they meet here.
+2. All ranks read the same heads, and all of them raise where two differ. Ranks in different passes first tell each
+   other, in words, where they are.
+3. On CUDA a backward pass asks no rank, since the answer would be a device sync: the next head tells which backward
+   passes there were, and with a capacity nothing is exchanged at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from ds_moe_ep.comm.signs import LONGEST_TEXT
+from ds_moe_ep.comm.transport import Transport
+from ds_moe_ep.comm.verdict import ranks_named
+from ds_moe_ep.errors import EngineError
+from ds_moe_ep.timeline import Tags
+
+BAD_INPUT = -1  # what a rank announces in place of a width
+NUM_COLUMNS = 64  # of one exchange, whatever the layer: a message that is longer than expected would end the process
+SAME_PASSES = (
+    "every rank of the group calls the model's layers in the same order and equally often, in the same mode, and goes "
+    "backward through each call or through none; give a rank that is out of data another batch, evaluate on all ranks "
+    "or on none, and multiply a loss by 0 where it must not count"
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Mode(IntEnum):
+    """What kind of pass a rank is in."""
+
+    EVALUATION = 0
+    EVALUATION_WITH_GRADIENT = 1
+    TRAINING_WITHOUT_GRADIENT = 2
+    TRAINING = 3
+    BACKWARD = 4
+
+    @classmethod
+    def of(cls, training: bool) -> Mode:
+        """The mode of a forward pass that begins now."""
+        with_gradient = torch.is_grad_enabled()
+        if training:
+            return cls.TRAINING if with_gradient else cls.TRAINING_WITHOUT_GRADIENT
+        return cls.EVALUATION_WITH_GRADIENT if with_gradient else cls.EVALUATION
+
+    def __str__(self) -> str:
+        kind, _, rest = self.name.lower().partition("_")
+        return f"{kind} pass" + (f" {rest.replace('_', ' ')}" if rest else "")
+
+
+@dataclass(frozen=True)
+class Call:
+    """Which pass of which layer this is. Ranks of a group must be in the same, and have chosen one schedule."""
+
+    layer: str = ""
+    number: int = 0
+    schedule: str = ""  # a text that is equal where the schedules are
+    mode: Mode = Mode.TRAINING
+    history: int = 0  # a digest of the layer's backward passes before
+
+    @property
+    def tags(self) -> Tags:
+        """Where the exchange is, for an error."""
+        return Tags(self.layer, "backward" if self.mode is Mode.BACKWARD else "forward")
+
+    def __str__(self) -> str:
+        return f"the {self.mode} of call {self.number} of {self.layer or 'MoE layer'}"
+
+
+NO_CALL = Call()
+
+
+class Agreed(NamedTuple):
+    """What all ranks must have alike before rows move."""
+
+    width: int
+    dtype: int
+    capacity: int
+    num_experts: int
+    layer: int
+    call: int
+    mode: int
+    schedule: int
+    history: int
+
+
+class Head(NamedTuple):
+    """What a rank tells in front of its counts."""
+
+    agreed: Agreed
+    sees_drift: bool = False
+    needs_gradient: bool = False
+
+    def columns(self) -> tuple[int, ...]:
+        return *self.agreed, int(self.sees_drift), int(self.needs_gradient)
+
+    @classmethod
+    def read(cls, columns: Sequence[int]) -> Head:
+        num = len(Agreed._fields)
+        return cls(Agreed(*columns[:num]), bool(columns[num]), bool(columns[num + 1]))
+
+
+NUM_HEAD = len(Agreed._fields) + 2
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The exchange with which a pass begins."""
+
+    transport: Transport
+    call: Call
+    num_experts: int
+    row_type: tuple[int, torch.dtype]
+    sees_drift: bool = False
+    needs_gradient: bool = False
+
+    def on_counts(self, send_PL: Tensor, capacity: int = -1) -> tuple[list[list[int]], list[list[int]], list[Head]]:
+        """Counts sent [P][L] and received [P][L] on the host, and every rank's head. Collective.
+
+        One device sync. Raises EngineError on every rank where one refused its input or two are not alike.
+        """
+        num_local, head = send_PL.shape[1], self._head(capacity)
+        stop = NUM_HEAD + num_local
+        send_PC = send_PL.new_zeros(self.transport.size, num_columns(num_local))
+        send_PC[:, :NUM_HEAD] = send_PL.new_tensor(head.columns())
+        send_PC[:, NUM_HEAD:stop] = send_PL
+        recv_PC = self._exchange(send_PC, head)
+        both = torch.stack([send_PC, recv_PC]).tolist()  # the layer's only device sync
+        self.transport.check_open(self.call.tags)  # what a communicator that was aborted left there means nothing
+        heads = self._check(head, both[1], send_PL.device)
+        sent, received = ([row[NUM_HEAD:stop] for row in rows] for rows in both)
+        return sent, received, heads
+
+    def on_backward(self) -> None:
+        """Makes sure that all ranks begin this backward pass now. Collective, on the host; raises as `on_counts`."""
+        head = self._head(-1)
+        send_PC = torch.zeros(self.transport.size, NUM_COLUMNS, dtype=torch.int64)
+        send_PC[:, :NUM_HEAD] = torch.tensor(head.columns())
+        recv_PC = self.transport.exchange_counts(send_PC, self.call.tags)
+        self._check(head, recv_PC[:, :NUM_HEAD].tolist(), recv_PC.device)
+
+    def _head(self, capacity: int) -> Head:
+        call, (width, dtype) = self.call, self.row_type
+        layer, schedule = (crc32(text.encode()) for text in (call.layer, call.schedule))
+        kind, experts = DTYPES.index(dtype), self.num_experts
+        agreed = Agreed(width, kind, capacity, experts, layer, call.number, call.mode, schedule, call.history)
+        return Head(agreed, self.sees_drift, self.needs_gradient)
+
+    def _exchange(self, send_PC: Tensor, own: Head) -> Tensor:
+        """The exchange of heads and counts. Counts beyond its columns follow once the ranks know their number."""
+        tags = self.call.tags
+        recv_PC = self.transport.exchange_counts(send_PC[:, :NUM_COLUMNS], tags)
+        if send_PC.shape[1] == NUM_COLUMNS:
+            return recv_PC
+        if not recv_PC.is_cuda:  # there it would be another sync
+            self._check(own, recv_PC.tolist(), recv_PC.device)
+        return torch.cat([recv_PC, self.transport.exchange_counts(send_PC[:, NUM_COLUMNS:], tags)], dim=1)
+
+    def _check(self, own: Head, rows: list[list[int]], device: torch.device) -> list[Head]:
+        """Every rank's head. Raises EngineError where a peer refused its input, or is not like this rank."""
+        layer, ranks = self.call.layer or "MoE layer", self.transport.ranks
+        heads = [Head.read(row) for row in rows]
+        for rank, head in zip(ranks, heads, strict=True):
+            if head.agreed.width == BAD_INPUT:
+                raise EngineError(f"{layer}: rank {rank} refused its input: its own error says why")
+        odd = [peer for peer, head in enumerate(heads) if head.agreed != own.agreed]
+        if not odd:
+            return heads
+        if any(place_of(heads[peer]) != place_of(own) for peer in odd):
+            raise EngineError(f"{layer}: ranks are in different passes: {self._places(device)}: {SAME_PASSES}")
+        here = ranks[self.transport.rank]
+        differences = "; ".join(
+            f"{mine} on rank {here}, {theirs} on rank {ranks[peer]}"
+            for peer in odd[:3]
+            for mine, theirs in (describe(own.agreed, heads[peer].agreed),)
+        )
+        raise EngineError(
+            f"{layer}: {differences}: all ranks of the group need the same; give every rank the same model and, with a "
+            "capacity, the same number of tokens"
+        )
+
+    def _places(self, device: torch.device) -> str:
+        """Where each rank of the group is. Collective: all of them have read the same heads, and ask."""
+        own = str(self.call).encode()[:LONGEST_TEXT]
+        text_C = torch.frombuffer(bytearray(own.ljust(8 * NUM_COLUMNS)), dtype=torch.int64).to(device)
+        told_PC = self.transport.exchange_counts(text_C.repeat(self.transport.size, 1), self.call.tags).cpu()
+        at: dict[str, list[int]] = {}
+        for rank, row in zip(self.transport.ranks, told_PC, strict=True):
+            at.setdefault(bytes(row.view(torch.uint8).tolist()).decode(errors="replace").strip(), []).append(rank)
+        return "; ".join(f"{ranks_named(ranks)} in {place}" for place, ranks in at.items())
+
+
+def num_columns(num_local_experts: int) -> int:
+    """Columns of the exchange: the head and the counts, rounded up."""
+    return -(-(NUM_HEAD + num_local_experts) // NUM_COLUMNS) * NUM_COLUMNS
+
+
+def place_of(head: Head) -> tuple[int, int, int]:
+    """The pass that a rank is in."""
+    return head.agreed.layer, head.agreed.call, head.agreed.mode
+
+
+def describe(own: Agreed, other: Agreed) -> tuple[str, str]:
+    """What two ranks in the same pass have where they differ, for an error."""
+    odd = [name for name, a, b in zip(Agreed._fields, own, other, strict=True) if a != b]
+    mine, theirs = (
+        ", ".join(f"{name}={_shown(name, getattr(agreed, name))}" for name in odd) for agreed in (own, other)
+    )
+    return mine, theirs
+
+
+def _shown(name: str, value: int) -> str:
+    if name == "dtype":
+        return str(DTYPES[value])
+    if name == "capacity" and value < 0:
+        return "none"
+    if name == "history":
+        return f"{value:08x} (backward passes before)"
+    return f"{value:08x}" if name == "schedule" else str(value)
+
+
+def announce_bad_input(
+    transport: Transport, num_local_experts: int, device: torch.device, call: Call = NO_CALL
+) -> None:
+    """Tells the peers, which wait where their passes begin, that this rank is about to raise. Collective."""
+    columns_PC = torch.zeros(transport.size, num_columns(num_local_experts), dtype=torch.int64, device=device)
+    columns_PC[:, 0] = BAD_INPUT
+    for part_PC in columns_PC.split(NUM_COLUMNS, dim=1) if columns_PC.is_cuda else [columns_PC[:, :NUM_COLUMNS]]:
+        transport.exchange_counts(part_PC, call.tags)
