@@ -210,11 +210,11 @@ class Dispatcher:
             rows_ND, weights_TK, route = self._prepare(x_TD, routes, plan, experts, training, shared)
             if plan.goes_backward and not needs:  # a peer's pass backward needs this rank's
                 rows_ND.requires_grad_()
-            route = replace(route, begin_backward=partial(self._begin_backward, call, row_type, x_TD.is_cuda))
-            results_ND, shared_TD = run_experts(rows_ND, experts, route, shared)
         except BaseException as error:  # the peers are about to send rows, and to wait for some
             links.transport.abandon(error, call.tags)
             raise
+        route = replace(route, begin_backward=partial(self._begin_backward, call, row_type, x_TD.is_cuda))
+        results_ND, shared_TD = run_experts(rows_ND, experts, route, shared)
         return unpermute(results_ND, weights_TK, plan.maps), shared_TD
 
     def _begin_backward(self, call: Call, row_type: tuple[int, torch.dtype], is_cuda: bool) -> None:

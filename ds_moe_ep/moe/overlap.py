@@ -74,9 +74,10 @@ class _RunExperts(torch.autograd.Function):
         may_differentiate: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        expert_pass = experts.start(route.layout.expert_spans, may_differentiate)
-        shared_pass = None if shared is None else shared.start()
-        buffers, shared_TD = Buffers.of(rows_ND.contiguous(), route), torch.empty_like(x_TD)
+        with telling(route, "forward"):
+            expert_pass = experts.start(route.layout.expert_spans, may_differentiate)
+            shared_pass = None if shared is None else shared.start()
+            buffers, shared_TD = Buffers.of(rows_ND.contiguous(), route), torch.empty_like(x_TD)
 
         def compute(rows: PieceRows) -> None:
             for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
