@@ -273,6 +273,6 @@ def needs_gradient(x_TD: Tensor, routes: Routes, experts: LocalExperts, shared: 
     """Whether something of this rank's needs the backward pass through the experts."""
     if not torch.is_grad_enabled():
         return False
-    parameters = [*experts.expert_parameters(), *(() if shared is None else shared.module.parameters())]
+    parameters = [*experts.expert_parameters(), *(() if shared is None else shared.experts.expert_parameters())]
     is_weighed = routes.weighs_rows and routes.weights_TK.requires_grad
     return x_TD.requires_grad or is_weighed or any(parameter.requires_grad for parameter in parameters)
