@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from tests.examples.training_scripts import EXPERT_PARALLEL, PIPELINE, Case, Outcome, run_cases
+from tests.examples.training_scripts import EXPERT_PARALLEL, PIPELINE, Case, Outcome, room_for, run_cases
 from tests.ranks import run_ranks
 
 SCRIPTS = {"train_ep16": EXPERT_PARALLEL, "train_tp8_pp2": PIPELINE}
@@ -104,3 +104,9 @@ def test_what_one_rank_cannot_work_with_is_the_same_error_on_all_of_them(
     first, other = (of_rank[case] for of_rank in outcomes)
     assert first == other and first.code is None and first.printed == ""
     assert re.match(f"ConfigError: {told}", first.error), first.error
+
+
+def test_a_place_without_room_for_a_checkpoint_is_refused_on_every_rank(tmp_path: pathlib.Path) -> None:
+    first, other = run_ranks(2, room_for, str(tmp_path), (1000, 10**18))
+    assert first == other and first[0] == ""
+    assert re.match(r"--save=.*: \S+ has [\d.]+ GB free there, and its 2 ranks write about 1000000000\.0 GB", first[1])

@@ -100,3 +100,17 @@ def signalled(module: Any, case: Case) -> Iterator[None]:
     with mock.patch.object(module, "training_batch", draw_and_signal), mock.patch.object(dist, "destroy_process_group"):
         yield
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def room_for(folder: str, sizes: Sequence[int]) -> list[str]:
+    """What `check_room` says of checkpoints of these sizes; empty where they fit. Collective."""
+    sys.path.insert(0, str(EXAMPLES))
+    checkpoints: Any = importlib.import_module("checkpoints")
+    told = []
+    for size in sizes:
+        try:
+            checkpoints.check_room(folder, size)
+            told.append("")
+        except ValueError as error:
+            told.append(str(error))
+    return told
