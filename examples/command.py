@@ -83,8 +83,15 @@ def resume_command(checkpoint: str, num_steps: int) -> str:
     kept = without_options(sys.argv[1:])
     script = [str(Path(sys.argv[0]).resolve()), *kept]
     changed = ["--save", folder, "--resume", folder, "--steps", str(num_steps)]
-    settings = [f"{name}={os.environ[name]}" for name in LAUNCHER_ENV if name in os.environ]
+    settings = settings_of(os.environ)
+    if int(os.environ.get("CROSS_SIZE", 1)) > 1:  # ranks of other hosts get what .deepspeed_env in this folder says
+        settings = ["env", f"--chdir={Path.cwd()}", *settings]
     return shlex.join([*settings, *launcher(os.environ), *script, *changed])
+
+
+def settings_of(environment: Mapping[str, str], *others: str) -> list[str]:
+    """NAME=VALUE of the variables that a resumed run needs again, of those that are set."""
+    return [f"{name}={environment[name]}" for name in (*LAUNCHER_ENV, *others) if name in environment]
 
 
 def without_options(arguments: Sequence[str]) -> list[str]:
@@ -122,7 +129,10 @@ def launcher(environment: Mapping[str, str]) -> list[str]:
         nodes = ["--nnodes", str(size // of_node)] if of_node < size else []
         return [str(beside_python / "torchrun"), *nodes, "--nproc_per_node", str(of_node)]
     if "OMPI_COMM_WORLD_SIZE" in environment:
-        hosts = ["--hostfile", "HOSTFILE"] if int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]) < size else []
+        hosts: list[str] = []
+        if int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"]) < size:  # mpirun takes along what -x names alone
+            named = [word for setting in settings_of(environment, "PYTHONPATH") for word in ("-x", setting)]
+            hosts = ["--hostfile", "HOSTFILE", *named]
         as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
         return ["mpirun", *as_root, "-np", str(size), *hosts, *MPI_MAPPING, sys.executable]
     where = ["--hostfile", "HOSTFILE"] if int(environment.get("CROSS_SIZE", 1)) > 1 else ["--num_gpus", str(size)]

@@ -70,6 +70,10 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             {"WORLD_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"},
             "mpirun -np 4 --map-by slot:OVERSUBSCRIBE --bind-to none python",
         ),
+        (
+            {"WORLD_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            "mpirun -np 4 --hostfile HOSTFILE -x OMP_NUM_THREADS=1 --map-by slot:OVERSUBSCRIBE --bind-to none python",
+        ),
     ],
 )
 def test_the_command_starts_with_the_launcher_that_started_the_run(

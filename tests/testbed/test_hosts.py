@@ -50,15 +50,21 @@ def trains_saves_and_resumes(
     checkpoints = str(folder / "checkpoints")
     with open_hosts(num_hosts, folder) as hosts:
         first, second = folder / "first.log", folder / "second.log"
-        arguments = ["--deepspeed_config", config, "--save", checkpoints]
-        assert start(hosts, slots, first, launcher, *arguments, "--steps", "2").wait(limit_s) == 0, first.read_text()
-        assert f"--hostfile HOSTFILE {ROOT}" in first.read_text() or "--hostfile HOSTFILE --map-by" in first.read_text()
-        arguments += ["--resume", checkpoints, "--steps", "4"]
-        assert start(hosts, slots, second, launcher, *arguments).wait(limit_s) == 0, second.read_text()
+        arguments = ["--deepspeed_config", config, "--save", checkpoints, "--steps", "2"]
+        assert start(hosts, slots, first, launcher, *arguments).wait(limit_s) == 0, first.read_text()
+        resume = resume_command(first).replace("HOSTFILE", str(hosts.hostfile(slots)))
+        variables = {"PATH": HERE, "PYTHONPATH": str(ROOT), **PDSH}
+        assert hosts.start(0, ["bash", "-c", resume], second, **variables).wait(limit_s) == 0, second.read_text()
         assert [len(hosts.numbers(node)) for node in range(num_hosts)] == [1] * num_hosts, "the sshd alone is left"
     assert losses(first).keys() == {1, 2} and losses(second).keys() == {3, 4}
     assert losses(second)[4] < losses(first)[1] - 0.2
     assert Path(checkpoints, "latest").read_text() == "global_step4"
+
+
+def resume_command(log: Path) -> str:
+    """The command that the run printed, until step 4, as a user would type it from another folder."""
+    (printed,) = re.findall(r"to resume:\s+(?:node1: )?\s*(\S.*)", log.read_text(errors="replace"))
+    return f"cd / && {printed}"
 
 
 @needs_hosts
