@@ -8,12 +8,13 @@ from pathlib import Path
 
 import deepspeed
 import pytest
+import torch
 from deepspeed.moe import layer as native
 from deepspeed.moe.sharded_moe import MOELayer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 
-from ds_moe_ep.engine import arguments, seams
+from ds_moe_ep.engine import arguments, seams, step_seams
 from ds_moe_ep.engine.layer import MoE
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.moe.experts import GeluMLP
@@ -91,3 +92,37 @@ def test_what_the_hooks_use_of_the_native_layer_is_there_and_a_missing_name_is_t
 
 def test_the_shared_memory_build_stays_away_on_a_cpu() -> None:
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+class SteppedEngine:
+    """What `after_model_step` reads of an engine; torch's own scaler skips steps and tells nobody."""
+
+    def __init__(self, scaler: torch.amp.GradScaler | None, is_applied: bool = True) -> None:
+        self.torch_autocast_z0_gradscaler, self._is_applied = scaler, is_applied
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.optimizer = torch.optim.SGD([self.weight], lr=1.0)
+
+    def _take_model_step(self, lr_kwargs: None = None) -> None:
+        if self.torch_autocast_z0_gradscaler is not None:
+            self.torch_autocast_z0_gradscaler.step(self.optimizer)
+            self.torch_autocast_z0_gradscaler.update()
+
+    def was_step_applied(self) -> bool:
+        return self._is_applied
+
+
+def test_a_step_that_torchs_loss_scaler_skips_counts_as_skipped() -> None:
+    engine, told = SteppedEngine(torch.amp.GradScaler("cpu")), []
+    step_seams.after_model_step(engine, told.append)
+    for factor in (1.0, float("inf"), 1.0):
+        engine.torch_autocast_z0_gradscaler.scale(engine.weight.sum() * factor).backward()  # type: ignore[union-attr]
+        engine._take_model_step()
+        engine.optimizer.zero_grad()
+    assert told == [True, False, True] and engine.weight.tolist() == [-1.0, -1.0]
+
+
+def test_a_step_that_the_engine_says_it_did_not_apply_counts_as_skipped() -> None:
+    engine, told = SteppedEngine(None, is_applied=False), []
+    step_seams.after_model_step(engine, told.append)
+    engine._take_model_step()
+    assert told == [False]
