@@ -208,3 +208,13 @@ class MoE(DeepSpeedMoE):
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
     """The package's MoE layers in a model, by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+def connect_layers(model: nn.Module) -> None:
+    """Connects the package's layers that are not yet; DeepSpeed's inference engine asks for it. Collective."""
+    for layer in moe_layers(model).values():
+        if layer.dispatcher.links is None:
+            layer.set_deepspeed_parallelism()
+
+
+seams.at_init_inference(connect_layers)

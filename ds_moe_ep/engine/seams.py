@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -23,10 +23,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.inference.engine import InferenceEngine
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate
 from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+from torch import nn
 
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
 from ds_moe_ep.comm.watch import Unwatched, Watch, open_watch
@@ -156,6 +158,22 @@ def watch_of_world(timeout_s: float) -> Watch:
     if world not in _WATCHES:
         _WATCHES[world] = open_watch(timeout_s) if dist.get_world_size() > 1 else Unwatched()
     return _WATCHES[world]
+
+
+def at_init_inference(connect: Callable[[nn.Module], None]) -> None:
+    """Has deepspeed.init_inference call `connect` with the model where it makes groups for MoE layers.
+
+    It makes some that it gives to nobody: DeepSpeed's own layers exchange their rows over the whole world there. Once,
+    for all engines of the process; they do so where there are several ranks.
+    """
+    make_groups = InferenceEngine._create_ep_parallel_group
+
+    @functools.wraps(make_groups)
+    def make_and_connect(engine: Any, *sizes: Any, **others: Any) -> None:
+        make_groups(engine, *sizes, **others)
+        connect(engine.module)
+
+    InferenceEngine._create_ep_parallel_group = make_and_connect
 
 
 def is_moe_layer(module: Any) -> bool:
