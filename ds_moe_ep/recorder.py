@@ -7,7 +7,8 @@ does. A scope of the recorder that is off does nothing.
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -33,6 +34,29 @@ class Off:
 
     def scope(self, lane: str, name: str, tags: Tags) -> Scope:
         return NOT_RECORDED
+
+    def spans(self) -> list[Span]:
+        return []
+
+
+class Both:
+    """Two recorders of the same work; each hands out its own spans."""
+
+    def __init__(self, first: Recorder, second: Recorder) -> None:
+        self._recorders = (first, second)
+
+    @classmethod
+    def of(cls, first: Recorder, second: Recorder) -> Recorder:
+        """The one that is on, or both."""
+        if isinstance(second, Off):
+            return first
+        return second if isinstance(first, Off) else cls(first, second)
+
+    @contextmanager
+    def scope(self, lane: str, name: str, tags: Tags) -> Iterator[None]:
+        first, second = (recorder.scope(lane, name, tags) for recorder in self._recorders)
+        with first, second:
+            yield
 
     def spans(self) -> list[Span]:
         return []

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from deepspeed.moe.sharded_moe import MOE_TIMER, MOELayer, TopKGate
+from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from torch import Tensor, nn
 
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
+from ds_moe_ep.engine.clock import LayerClock, Timed
 from ds_moe_ep.engine.hooked import HookedLayer, become, become_again, check_width, copied, refuse_pickling
 from ds_moe_ep.engine.parallelism import problem_of_shared_tokens
 from ds_moe_ep.errors import EngineError
@@ -32,7 +33,7 @@ from ds_moe_ep.moe.experts import first_output
 from ds_moe_ep.moe.forms import Opaque
 from ds_moe_ep.moe.recognise import ExpertForms
 from ds_moe_ep.moe.router import Routes
-from ds_moe_ep.moe.snapshot import has_hooks
+from ds_moe_ep.moe.snapshot import has_foreign_hooks
 
 
 class HookedNative(HookedLayer):
@@ -56,7 +57,7 @@ class HookedNative(HookedLayer):
         self.forms = ExpertForms()
         self.output_type: torch.dtype | None = None  # of experts of unknown form: what they gave last
         self._tell_unmarked()
-        self._layer.time_falltoall = self._layer.time_salltoall = 0.0  # nothing waits there
+        self.clock = LayerClock()
 
     def _tell_unmarked(self) -> None:
         """Says where DeepSpeed would average gradients of different experts: adapters that came after its layer."""
@@ -100,7 +101,7 @@ class HookedNative(HookedLayer):
         become_again(self._layer, MOELayer)
 
 
-class OverlappedMOELayer(MOELayer):
+class OverlappedMOELayer(Timed, MOELayer):
     """`MOELayer` whose exchange is a schedule."""
 
     overlap: HookedNative
@@ -110,24 +111,29 @@ class OverlappedMOELayer(MOELayer):
     @not_compiled
     def forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
         """Tokens [..., D] to tokens [..., D]; sets `l_aux` and `exp_counts`. Collective over the expert group."""
-        with self._timed():
-            x, used_token = input[0], input[1] if len(input) > 1 else None
-            hooked, name = self.overlap, self.overlap.dispatcher.name
-            with hooked.dispatcher.announcing(x.device, self.training), alone(self.gate):
-                if problem := problem_of_container(self.experts):
-                    raise EngineError(f"{name}: {problem}")
-                check_width(x, self.gate.wg.weight.shape[1], name)
-                x_TD = x.reshape(-1, x.shape[-1])
-                answer = seams.sparse_routes(self.gate, x_TD, used_token)
-            self.l_aux, capacity, _, experts_KT, places_KT, weights_KT, self.exp_counts = answer
-            if self.gate.drop_tokens:
-                routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity))
-            else:
-                is_drawn = self.gate.k == 1 and self.gate.use_rts
-                may_leave_out = used_token is not None or is_drawn or not seams.has("sparse routes")
-                routes = dropless_routes(experts_KT, weights_KT, may_leave_out)
-            hooked.last_counts_E = self.exp_counts.to(torch.int64)
-            return self._through_experts(x_TD, routes).reshape(x.shape)
+        clock = self.overlap.clock
+        clock.begin(input[0].device, is_on=self.wall_clock_breakdown and self.training)
+        self.overlap.dispatcher.clock = clock.lanes
+        with clock.scope("moe"):
+            return self._routed(*input)
+
+    def _routed(self, x: Tensor, used_token: Tensor | None = None) -> Tensor:
+        hooked, name = self.overlap, self.overlap.dispatcher.name
+        with hooked.dispatcher.announcing(x.device, self.training), alone(self.gate):
+            if problem := problem_of_container(self.experts):
+                raise EngineError(f"{name}: {problem}")
+            check_width(x, self.gate.wg.weight.shape[1], name)
+            x_TD = x.reshape(-1, x.shape[-1])
+            answer = seams.sparse_routes(self.gate, x_TD, used_token)
+        self.l_aux, capacity, _, experts_KT, places_KT, weights_KT, self.exp_counts = answer
+        if self.gate.drop_tokens:
+            routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity))
+        else:
+            is_drawn = self.gate.k == 1 and self.gate.use_rts
+            may_leave_out = used_token is not None or is_drawn or not seams.has("sparse routes")
+            routes = dropless_routes(experts_KT, weights_KT, may_leave_out)
+        hooked.last_counts_E = self.exp_counts.to(torch.int64)
+        return self._through_experts(x_TD, routes).reshape(x.shape)
 
     def _through_experts(self, x_TD: Tensor, routes: Routes) -> Tensor:
         hooked, experts = self.overlap, list(self.experts.deepspeed_experts)
@@ -143,28 +149,15 @@ class OverlappedMOELayer(MOELayer):
             return y_TD.to(autocast_type(x_TD) or x_TD.dtype)
         return y_TD.to(opaque.output_type or x_TD.dtype)
 
-    def _timed(self) -> AbstractContextManager[Any]:
-        """DeepSpeed's timer of the whole layer; the two of its exchanges stay 0, since nothing waits there."""
-        return _Timer(self) if self.wall_clock_breakdown else nullcontext()
-
-
-class _Timer(AbstractContextManager[None]):
-    def __init__(self, layer: MOELayer) -> None:
-        self._layer = layer
-
-    def __enter__(self) -> None:
-        self._layer.timers(MOE_TIMER).start()
-
-    def __exit__(self, *_: object) -> None:
-        self._layer.timers(MOE_TIMER).stop()
-        self._layer.time_moe = self._layer.timers(MOE_TIMER).elapsed(reset=False)
+    def layer_clock(self) -> LayerClock:
+        return self.overlap.clock
 
 
 def problem_of_container(experts: nn.Module) -> str:
     """Why the module that holds the experts, which is not called here, may not be left out; or an empty string."""
     if type(experts) is not Experts or "forward" in vars(experts):
         return f"its experts are a {type(experts).__name__} with a forward of their own; hook plain layers"
-    if has_hooks(experts):
+    if has_foreign_hooks(experts):
         return "hooks of modules hang on its `experts`, which is not called here; put them on each expert"
     return ""
 

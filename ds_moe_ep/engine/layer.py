@@ -21,13 +21,13 @@ from ds_moe_ep.comm.transport import Loopback
 from ds_moe_ep.config import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
+from ds_moe_ep.engine.face import Layer
 from ds_moe_ep.engine.model_files import refuse_part_of_experts
 from ds_moe_ep.engine.own_layers import meet
 from ds_moe_ep.engine.parallelism import problem_of_parallelism
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
-from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.tuner import Choice
 from ds_moe_ep.topology import RankGrid, even_share, torus_of
 
@@ -81,7 +81,7 @@ class MoE(DeepSpeedMoE):
         self.num_experts = config.num_experts
         self.num_local_experts = config.num_local_experts
         self.expert_group_name = f"ep_size_{config.ep_size}"
-        self.deepspeed_moe = ExpertParallel(hidden_size, expert, config, shared)
+        self.deepspeed_moe = Layer(hidden_size, expert, config, shared)
         self.mark_experts()
         if self.num_local_experts < self.num_experts:
             self.register_state_dict_pre_hook(refuse_part_of_experts)

@@ -141,6 +141,12 @@ def expert_group(ep_size: int, data_before_expert: bool) -> tuple[dist.ProcessGr
     return groups._get_expert_parallel_group(name), list(groups._get_expert_parallel_group_ranks(name))
 
 
+def known_expert_group(ep_size: int) -> dist.ProcessGroup | None:
+    """DeepSpeed's expert-parallel group of an ep_size; None where it does not exist. Local."""
+    found: dist.ProcessGroup | None = groups._get_expert_parallel_group_dict().get(f"ep_size_{ep_size}")
+    return found
+
+
 def lanes_beside(group: dist.ProcessGroup, all_groups: list[list[int]], timeout_s: float) -> LaneGroups:
     """The lanes beside DeepSpeed's `group`; the first call opens them, collective over the world.
 

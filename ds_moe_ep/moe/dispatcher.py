@@ -36,7 +36,7 @@ from ds_moe_ep.moe.overlap import Route, run_experts
 from ds_moe_ep.moe.plan import DispatchPlan, make_plan
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.tuner import Choice, Drift, Trial
-from ds_moe_ep.recorder import Off, Recorder
+from ds_moe_ep.recorder import Both, Off, Recorder
 from ds_moe_ep.schedule import Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.topology import Torus
 
@@ -75,6 +75,7 @@ class Dispatcher:
         self.links = Links.of(config, Loopback(), Torus(1, 1)) if config.ep_size == 1 else None
         self.lanes: Lanes | None = None
         self.recorder: Recorder = Off()
+        self.clock: Recorder = Off()  # a second one, of whoever times the layer besides
         self.blocking = False  # runs the control: the same pieces, nothing hidden, the same results bit for bit
         self.choice: Choice | None = None  # of the schedule 'auto'
         self.drift = Drift(config.retune_drift)
@@ -250,7 +251,7 @@ class Dispatcher:
         forward, backward = (
             (links.control_forward, links.control_backward) if self.blocking else (links.forward, links.backward)
         )
-        recorder = self.recorder if training else Off()
+        recorder = Both.of(self.recorder, self.clock) if training else Off()
         return rows_ND, weights_TK, Route(layout, forward, backward, links.transport, self.lanes, recorder, self.name)
 
     def _tune(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.forms import ExpertPass, GeluPass, Opaque, OpaquePass, Span, SwiGLUPass, Weights
 from ds_moe_ep.moe.recognise import ExpertForms, Form
-from ds_moe_ep.moe.snapshot import has_hooks
+from ds_moe_ep.moe.snapshot import has_foreign_hooks
 
 
 class GeluMLP(nn.Module):
@@ -84,7 +84,7 @@ class Experts(nn.Module):
 
     def check(self) -> None:
         """Raises ConfigError for hooks and forwards that would never be called: rows go to each expert by itself."""
-        if has_hooks(self) or "forward" in vars(self):
+        if has_foreign_hooks(self) or "forward" in vars(self):
             raise ConfigError(
                 "MoE.deepspeed_moe.experts: hooks, or a forward of its own, hang on the module that holds the experts, "
                 "which is not called: rows go to each expert by itself; put them on each of its deepspeed_experts"

@@ -58,10 +58,12 @@ class ExpertParallel(nn.Module):
     any layer. A pickled layer comes back without links, and needs `connect` again.
     """
 
+    router_class: type[Router] = Router
+
     def __init__(self, hidden_size: int, expert: nn.Module, config: MoEConfig, shared: nn.Module | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a subclass may inherit from another layer's class too, whose constructor builds it
         self.hidden_size = hidden_size
-        self.gate = Router(hidden_size, config)
+        self.gate = self.router_class(hidden_size, config)
         self.experts = Experts(expert, config.num_local_experts)
         self.shared = shared
         self._shared_forms = ExpertForms()

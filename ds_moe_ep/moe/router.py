@@ -65,7 +65,7 @@ class Router(nn.Module):
     """
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # see ExpertParallel
         self.wg = nn.Linear(hidden_size, config.num_experts, bias=False)
         self.balance: BiasBalance | None = None
         self.configure(config)

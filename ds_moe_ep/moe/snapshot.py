@@ -21,6 +21,14 @@ from torch.nn.modules import module as torch_module
 CONSTANTS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl")  # what a call of any module runs through
 _FUNCTIONALS = ("linear", "gelu", "silu")  # what the known leaves call; profilers and quantizers put others there
+# Where DeepSpeed's flops profiler keeps the handles of the hooks that it hangs on every module.
+_PROFILER_HANDLES = (
+    "__pre_hook_handle__",
+    "__post_hook_handle__",
+    "__flops_handle__",
+    "__start_time_hook_handle__",
+    "__end_time_hook_handle__",
+)
 _PURE = ("builtins", "math", "_operator")
 _EFFECTS = {"print", "input", "open", "exec", "eval", "getattr", "setattr", "delattr", "vars", "globals", "locals"}
 _ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"}
@@ -32,6 +40,13 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module would call hooks of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
+
+
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether it has other hooks than a profiler's, which count and change nothing."""
+    profilers = {handle.id for name, handle in vars(module).items() if name in _PROFILER_HANDLES}
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(set(each) - profilers for each in hooks)
 
 
 def has_global_hooks() -> bool:
