@@ -130,7 +130,7 @@ def test_programs_read_the_true_knobs_of_a_gate() -> None:
     assert (gate.noisy_gate_policy, gate.ep_group, layer.ep_group, gate.gate_time) == ("Jitter", None, None, 0.0)
     assert (layer.ep_size, layer.num_local_experts, layer.ep_group_name, layer.use_tutel) == (1, 4, "ep_size_1", False)
     x = torch.randn(8, D)
-    output, l_aux, counts = layer(x)
+    _, l_aux, counts = layer(x)
     assert layer.l_aux is l_aux and layer.exp_counts is counts
     assert list(layer.state_dict()) == ["gate.wg.weight", *(f"experts.{n}" for n in layer.experts.state_dict())]
 
