@@ -24,7 +24,7 @@ JOBS: dict[str, Job] = {
     "ours on 2 ranks under deepspeed.initialize": Job(world_size=2, ep_size=2, door="deepspeed"),
     "hooked on 2 ranks": Job(world_size=2, ep_size=2, layer="native"),
     "ours on 4 ranks, ZeRO 1, clipped": Job(stage=1, ep_size=2, clipping=0.05),
-    "ours on 4 ranks, ZeRO 2, accumulating": Job(stage=2, accumulation=2, capacity_factor=1.0),
+    "ours on 4 ranks, ZeRO 2, accumulating": Job(stage=2, accumulation=2),
     "ours on 4 ranks under deepspeed.initialize": Job(stage=1, ep_size=2, door="deepspeed"),
     "hooked on 4 ranks, ZeRO 1": Job(stage=1, ep_size=2, layer="native", capacity_factor=1.0),
     "hooked on 4 ranks, ZeRO 2, clipped": Job(stage=2, ep_size=4, layer="native", clipping=0.05),
