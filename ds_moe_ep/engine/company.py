@@ -21,6 +21,7 @@ from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.loss_scale import scale_losses
 from ds_moe_ep.engine.meter import OverlapMeter
 from ds_moe_ep.engine.model_files import guard_model_files
+from ds_moe_ep.engine.older_engines import mend_older
 from ds_moe_ep.engine.own_layers import follow_steps
 from ds_moe_ep.engine.param_groups import refuse_misplaced
 from ds_moe_ep.engine.saving import save_safely
@@ -54,6 +55,7 @@ class Company:
         engine.moe_ep_layers = layers
         made_by_deepspeed = [name for name, layer in layers.items() if isinstance(layer, HookedLayer)]
         self._undo.append(guard_model_files(engine.module, made_by_deepspeed))  # the package's own see to it themselves
+        self._undo.append(mend_older(engine))
         self._undo.append(scale_losses(engine))
         self._undo.append(tell_skips(engine))
         self._undo.append(clip_by_whole_norm(engine))

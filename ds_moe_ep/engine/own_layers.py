@@ -19,6 +19,7 @@ from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.clipping import clip_by_whole_norm
 from ds_moe_ep.engine.layers import OverlappedLayer
 from ds_moe_ep.engine.loss_scale import scale_losses
+from ds_moe_ep.engine.older_engines import mend_older
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.section import SECTION, Section, read_section
 
@@ -49,6 +50,7 @@ def meet(engine: Any, layers: Mapping[str, MoE]) -> None:
 
 def make_steps_whole(engine: Any) -> None:
     """Makes the engine's steps those of one device where DeepSpeed's are not. Local."""
+    mend_older(engine)
     scale_losses(engine)
     clip_by_whole_norm(engine)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ds_moe_ep.deepspeed_keys import TESTED, number_of
-from tests.engine.release_job import JOBS, RESUMED, go_on
+from tests.engine.release_job import ACCUMULATING, JOBS, RESUMED, go_on
 from tests.engine.small_model import distance, merged, reference_job
 from tests.engine.test_training import LOSS, WEIGHTS, loss_distance
 from tests.ranks import run_ranks
@@ -24,7 +24,15 @@ from tests.venvs import python_with, run_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 OTHERS = [release for release in TESTED if release != deepspeed.__version__]
-SUITES = ("test_releases", "test_seams", "test_native_parity", "test_hooks_native", "test_initialize")
+# Without the package ZeRO of 0.18.9 does not step on torch 2.13: hooked training is compared with one device alone.
+SUITES = {
+    "test_releases": "",
+    "test_seams": "",
+    "test_native_parity": "",
+    "test_initialize": "",
+    "test_hooks_native": "hooked_layers or seen_through or leave_nothing",
+    "test_finite": "fp16-1",
+}
 
 
 @functools.cache
@@ -43,10 +51,13 @@ def results_of(release: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("release", TESTED)
-def test_a_release_trains_as_one_device_does(release: str) -> None:
+def test_a_release_trains_as_one_device_does_or_says_why_not(release: str) -> None:
     results = results_of(release)
+    refused = [name for name in JOBS if isinstance(results[name], str)]
+    assert refused == ([ACCUMULATING] if number_of(release) < (0, 18) else [])
+    assert all("keeps the last micro-batch's gradients alone; use stage 1" in results[name] for name in refused)
     for name, job in JOBS.items():
-        if not job.clipping:
+        if not job.clipping and name not in refused:
             expected = reference_job(job)
             assert distance(results[name][1], expected[1]) <= WEIGHTS, name
             assert loss_distance(results[name], expected) <= LOSS, name
@@ -61,6 +72,8 @@ def test_a_release_trains_as_one_device_does(release: str) -> None:
 def test_a_release_trains_as_the_installed_one(release: str) -> None:
     theirs, ours = results_of(release), results_of(deepspeed.__version__)
     for name, job in JOBS.items():
+        if isinstance(theirs[name], str):
+            continue
         assert distance(theirs[name][1], ours[name][1]) <= 2 * WEIGHTS, name
         assert loss_distance(theirs[name], ours[name]) <= 2 * LOSS, name
         if job.clipping:
@@ -91,5 +104,5 @@ def test_states_that_were_saved_without_zero_load_or_are_refused_by_name(release
 @pytest.mark.parametrize("release", OTHERS)
 def test_a_release_passes_the_tests_of_layers_hooks_and_doors(release: str, suite: str) -> None:
     python = python_with(f"deepspeed=={release}")
-    test = [f"tests/engine/{suite}.py", "-m", "not slow and not gpu"]
+    test = [f"tests/engine/{suite}.py", "-m", "not slow and not gpu", "-k", SUITES[suite]]
     assert " passed" in run_python(python, "-m", "pytest", "-q", *test, timeout_s=600)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -17,7 +18,9 @@ from torch import Tensor
 from ds_moe_ep.deepspeed_keys import TESTED, installed_release, number_of
 from ds_moe_ep.doctor import packages
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.older_engines import refuse_lost_micro_batches
 from ds_moe_ep.engine.releases import LATER, Later, dense_routes
+from ds_moe_ep.errors import EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS, WIDTH, EXPERTS = 24, 8, 6
@@ -105,6 +108,33 @@ def test_a_wrong_place_in_the_dense_weights_is_seen() -> None:
     knobs = {"k": 2, "capacity_factor": 0.6, "top2_2nd_expert_sampling": False}
     other = {**knobs, "capacity_factor": 2.0}
     assert not torch.equal(passed(knobs, False, is_dense=True)[1], passed(other, False, is_dense=False)[1])
+
+
+@pytest.mark.parametrize(
+    ("release", "stage", "steps", "offload", "is_refused"),
+    [
+        ("0.17.6", 2, 2, False, True),
+        ("0.17.6", 2, 1, False, False),
+        ("0.17.6", 1, 2, False, False),
+        ("0.17.6", 2, 2, True, False),
+        ("0.18.9", 2, 2, False, False),
+    ],
+)
+def test_zero_2_of_0_17_is_refused_where_it_would_lose_micro_batches(
+    release: str, stage: int, steps: int, offload: bool, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an engine three numbers are asked; the real one trains wrong (test_other_releases.py)."""
+    monkeypatch.setattr(seams, "release", lambda: release)
+    engine = SimpleNamespace(
+        gradient_accumulation_steps=lambda: steps,
+        zero_optimization_stage=lambda: stage,
+        optimizer=SimpleNamespace(cpu_offload=offload),
+    )
+    if is_refused:
+        with pytest.raises(EngineError, match="keeps the last micro-batch's gradients alone; use stage 1"):
+            refuse_lost_micro_batches(engine)
+    else:
+        refuse_lost_micro_batches(engine)
 
 
 def test_the_package_asks_for_releases_from_the_first_tested_one_on() -> None:
