@@ -21,20 +21,21 @@ import pytest
 VARIABLE = "DS_MOE_EP_TEST_VENVS"
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # DeepSpeed before 0.19 is built on installation: with this interpreter's torch and setuptools, and without its ops.
-INSTALL = ("-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-build-isolation")
+INSTALL = ("-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-build-isolation")
 BUILD = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu", "PIP_CONSTRAINT": ""}
 
 
-def python_with(*wishes: str) -> pathlib.Path:
+def python_with(*wishes: str, with_dependencies: bool = False) -> pathlib.Path:
     """An interpreter with these releases ("deepspeed==0.17.6") before this one's packages.
 
-    Skips the test by name where they cannot be installed.
+    `with_dependencies` installs what they need too, where this interpreter does not have it. Skips the test by name
+    where they cannot be installed.
     """
     name = "-".join([f"py{sysconfig.get_python_version()}", *wishes]).replace("==", "-")
     folder = pathlib.Path(os.environ.get(VARIABLE) or f"{tempfile.gettempdir()}/ds_moe_ep_venvs") / name
     python = folder / "bin" / "python"
     if not python.exists():
-        _make(folder, wishes)
+        _make(folder, wishes if with_dependencies else ("--no-deps", *wishes))
     return python
 
 

@@ -106,7 +106,7 @@ if __name__ == "__main__":
     import deepspeed
 
     path, folder = sys.argv[1:]
-    results = {"release": deepspeed.__version__}
+    results = {"release": deepspeed.__version__, "torch": str(torch.__version__)}
     for size in (2, 4):
         results |= whole(run_ranks(size, work, size, folder, timeout_s=300))
     torch.save(results, pathlib.Path(path))

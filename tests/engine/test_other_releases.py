@@ -6,6 +6,7 @@ Each trains as one device does in float64 (tests/engine/test_training.py tells t
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import tempfile
 from dataclasses import replace
@@ -23,6 +24,7 @@ from tests.ranks import run_ranks
 from tests.venvs import python_with, run_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+TORCH = "DS_MOE_EP_TEST_TORCH"
 OTHERS = [release for release in TESTED if release != deepspeed.__version__]
 # Without the package ZeRO of 0.18.9 does not step on torch 2.13: hooked training is compared with one device alone.
 SUITES = {
@@ -106,3 +108,18 @@ def test_a_release_passes_the_tests_of_layers_hooks_and_doors(release: str, suit
     python = python_with(f"deepspeed=={release}")
     test = [f"tests/engine/{suite}.py", "-m", "not slow and not gpu", "-k", SUITES[suite]]
     assert " passed" in run_python(python, "-m", "pytest", "-q", *test, timeout_s=600)
+
+
+@pytest.mark.parametrize("release", os.environ.get(TORCH, "").split() or ["none"])
+def test_another_torch_trains_as_one_device_does(release: str) -> None:
+    """Releases of torch that the variable names: each is a download of several gigabytes, CUDA's libraries included."""
+    if release == "none":
+        pytest.skip(f"{TORCH} names no releases of torch to download, such as '2.11.0 2.12.1'")
+    folder = folder_of(f"torch-{release}")
+    python = python_with(f"torch=={release}", with_dependencies=True)
+    run_python(python, "-m", "tests.engine.release_job", str(folder / "results.pt"), str(folder), timeout_s=800)
+    results = torch.load(folder / "results.pt", weights_only=False)
+    assert number_of(results["torch"]) == number_of(release)
+    for name, job in JOBS.items():
+        if not job.clipping:
+            assert distance(results[name][1], reference_job(job)[1]) <= WEIGHTS, name
