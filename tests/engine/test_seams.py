@@ -56,7 +56,7 @@ def test_the_engine_reads_what_the_layer_offers() -> None:
     assert "isinstance(module, MoE)" in engine
     assert ".deepspeed_moe.experts.deepspeed_experts." in engine
     layer = MoE(8, GeluMLP(8, 16), num_experts=4)
-    assert isinstance(layer, native.MoE) and not isinstance(layer.deepspeed_moe, MOELayer)
+    assert isinstance(layer, native.MoE) and isinstance(layer.deepspeed_moe, MOELayer)
     assert (layer.num_experts, layer.num_local_experts, layer.expert_group_name) == (4, 4, "ep_size_1")
 
 
