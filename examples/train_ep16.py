@@ -79,8 +79,9 @@ def train(engine: Any, job: Job, checkpoints: Checkpoints) -> signal.Signals | N
                 engine.backward(output.loss)
                 engine.step()
                 sums = sums + torch.cat((output.cross_entropy[None], output.exp_counts_LE.flatten()))
-            dist.all_reduce(sums)
-            memory_bytes, *votes = largest([get_accelerator().max_memory_allocated(), *stop.votes()], engine.device)
+            with engine.moe_ep_watch.among_others(f"the figures of step {step}"):  # collectives of this script's own
+                dist.all_reduce(sums)
+                memory_bytes, *votes = largest([get_accelerator().max_memory_allocated(), *stop.votes()], engine.device)
             if step == start_step and dist.get_rank() == 0:
                 print(*schedules(engine), sep="\n", flush=True)
             load_LE = sums[1:].view_as(output.exp_counts_LE)
@@ -111,7 +112,8 @@ def evaluate(engine: Any, corpus: Corpus, batches_of_rank: int) -> float:
     for index in range(dist.get_rank(), num_batches, dist.get_world_size()):
         batch = validation_batch(corpus.validation, batch_size(engine), index=index, num_batches=num_batches)
         total += engine(*(ids.to(engine.device) for ids in batch)).cross_entropy
-    dist.all_reduce(total)
+    with engine.moe_ep_watch.among_others("the validation loss"):
+        dist.all_reduce(total)
     return float(total) / num_batches
 
 

@@ -29,7 +29,7 @@ from ds_moe_ep.engine.supervision import supervise
 from ds_moe_ep.errors import EngineError
 
 METHODS = ("forward", "backward", "step", "save_checkpoint", "load_checkpoint")
-ATTRIBUTES = ("moe_ep_layers", "moe_ep_meter")
+ATTRIBUTES = ("moe_ep_layers", "moe_ep_meter", "moe_ep_watch")
 
 
 class Company:
@@ -62,7 +62,7 @@ class Company:
         if any(layer.balance is not None for layer in layers.values()):
             follow_steps(engine, layers)
         after_each_step(engine, layers)
-        watch = seams.watch_of_world(config.timeout_s)
+        watch = engine.moe_ep_watch = seams.watch_of_world(config.timeout_s)
         self._undo.append(save_safely(engine, watch))
         numbered = [module for module in engine.module.modules() if seams.is_moe_layer(module)]
         sizes = {layer.ep_size for layer in numbered}

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from ds_moe_ep.check import Budget, ModelCheck, check_config
 from ds_moe_ep.config import MEDIUM, ModelConfig
@@ -17,7 +22,7 @@ from ds_moe_ep.errors import MoEError, TopologyError
 from ds_moe_ep.section import load_ds_config, read_section
 from ds_moe_ep.shipped import shipped_ds_configs
 from ds_moe_ep.training import read_training, shipped_sizes
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks, signal_itself
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_STEPS = 6
@@ -122,3 +127,28 @@ def test_the_script_tells_a_world_of_another_size_what_is_wrong_before_it_builds
     for printed, ended in run_ranks(4, run_script, "ep16_cpu", str(tmp_path / "text.txt")):
         assert "ep4.json or ep4_cpu.json, which fit 4 ranks" in printed + ended
         assert "step" not in printed
+
+
+def train_until_rank_1_stops(text: str, config: str) -> None:
+    """Rank 1 stops where the script sums the figures of a step, in which the others wait for it."""
+    sys.path.insert(0, str(EXAMPLES))
+    import train_ep16
+
+    def stop_or(values: Sequence[float], device: torch.device) -> list[float]:
+        if dist.get_rank() == 1:
+            signal_itself(signal.SIGSTOP)
+        return largest(values, device)
+
+    largest, train_ep16.largest = train_ep16.largest, stop_or
+    train_ep16.main(["--deepspeed_config", config, "--data", text, "--steps", "3"])
+
+
+def test_a_rank_that_stops_between_steps_ends_the_others_within_the_limit(tmp_path: Path) -> None:
+    text, config = tmp_path / "text.txt", tmp_path / "ds.json"
+    text.write_text("some text. " * 4000)
+    values = load_ds_config("ep4_cpu")
+    config.write_text(json.dumps({**values, "moe_ep": {**values["moe_ep"], "timeout_s": 2, "schedule": "serial"}}))
+    with pytest.raises(RankError) as caught:
+        run_ranks(4, train_until_rank_1_stops, str(text), str(config), timeout_s=120)
+    ends = {rank: failure.message for rank, failure in caught.value.failures.items()}
+    assert {rank for rank, message in ends.items() if message.startswith("exit code 70")} == {0, 2, 3}
