@@ -4,6 +4,7 @@ The version stands in ds_moe_ep/__init__.py, the exact tested versions in .const
 """
 
 import ast
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -21,16 +22,42 @@ def read_version() -> str:
     raise SystemExit("ds_moe_ep/__init__.py: __version__ is missing; assign it a string")
 
 
+def for_index(text: str) -> str:
+    """A page without what a package index cannot show: pictures, and links into the repository, whose words stay.
+
+    Code stays as it is. A link that is whole (https://...) stays too.
+    """
+    parts = re.split(r"(^```.*?^```$|`[^`\n]+`)", text, flags=re.DOTALL | re.MULTILINE)
+    for at in range(0, len(parts), 2):
+        parts[at] = re.sub(r"<!--.*?-->\n?", "", parts[at], flags=re.DOTALL)
+        parts[at] = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", parts[at])
+        parts[at] = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", parts[at])
+    return "".join(parts)
+
+
 setup(
     name="ds-moe-ep",
     version=read_version(),
-    description="Expert-parallel MoE layers for DeepSpeed, with traffic hidden behind compute",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    description="Expert-parallel Mixture-of-Experts layers for DeepSpeed that hide their traffic behind compute",
+    long_description=for_index((ROOT / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=["ds_moe_ep", "ds_moe_ep.*"]), *DATA],
     package_dir=DATA,
-    package_data={"ds_moe_ep": ["ARCHITECTURE.md", "py.typed"], **{name: ["*.json"] for name in DATA}},
+    package_data={"ds_moe_ep": ["ARCHITECTURE.md", "py.typed", "docs/*.md"], **{name: ["*.json"] for name in DATA}},
     python_requires=">=3.10",
+    keywords="mixture of experts, MoE, expert parallelism, DeepSpeed, distributed training, overlap, all-to-all",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
+    ],
     install_requires=["torch", "deepspeed>=0.17.6,<0.20", "rich", "psutil", "matplotlib>=3.10"],
     extras_require={
         "hf": HUGGING_FACE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from email import message_from_string
+from email.message import Message
 from pathlib import Path
 
 import pytest
 
+from tests.policy.links import FENCE, prose
 from tests.policy.sources import ROOT
 
 SOURCES = ("setup.py", "README.md", "ds_moe_ep", "ds_configs")
@@ -79,7 +83,35 @@ def test_the_wheel_has_every_file_of_the_package_and_every_ds_config_and_cluster
     modules = {f"{path.relative_to(ROOT)}" for path in (ROOT / "ds_moe_ep").rglob("*.py")}
     data = {f"ds_moe_ep/configs/{path.relative_to(ROOT / 'ds_configs')}" for path in ROOT.glob("ds_configs/**/*.json")}
     assert len(data) >= 13
-    assert names_in(wheel) == modules | data | {"ds_moe_ep/ARCHITECTURE.md", "ds_moe_ep/py.typed"}
+    pages = {f"{path.relative_to(ROOT)}" for path in (ROOT / "ds_moe_ep" / "docs").glob("*.md")}
+    assert len(pages) >= 15
+    assert names_in(wheel) == modules | data | pages | {"ds_moe_ep/ARCHITECTURE.md", "ds_moe_ep/py.typed"}
+
+
+def metadata_of(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return message_from_string(archive.read(name).decode())
+
+
+def test_the_description_is_readme_with_links_that_work_on_an_index_page(wheel: Path) -> None:
+    metadata = metadata_of(wheel)
+    shown, readme = str(metadata.get_payload()), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert re.findall(r"\]\((?!https?:)", prose(readme)), "or this test says nothing"
+    assert re.findall(r"\]\((?!https?:)|<!--|!\[", prose(shown)) == []
+    assert re.findall(r"\]\(https?:[^)]+\)", shown) == re.findall(r"\]\(https?:[^)]+\)", readme)
+    assert re.findall(r"^#.*$", shown, re.MULTILINE) == re.findall(r"^#.*$", readme, re.MULTILINE)
+    assert FENCE.findall(shown) == FENCE.findall(readme)
+    assert "All, with the way out" in shown  # a link's words
+
+
+def test_the_wheel_says_what_it_is_for_and_what_it_needs(wheel: Path) -> None:
+    metadata = metadata_of(wheel)
+    (version,) = set(re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[:1])
+    assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == ("ds-moe-ep", version, ">=3.10")
+    assert {"Operating System :: POSIX :: Linux", "Typing :: Typed"} <= {*metadata.get_all("Classifier", [])}
+    assert "expert parallelism" in metadata["Keywords"]
 
 
 def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Links, anchors and commands of a Markdown page, as a reader on a code host finds them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+ELSEWHERE = ("http://", "https://", "mailto:")
+NOT_RUN = re.compile(r"<!-- not run: (.+) -->$")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of commands, and the reason why no test runs it."""
+
+    page: Path
+    text: str
+    not_run: str
+
+
+def prose(text: str) -> str:
+    """The page without code."""
+    return re.sub(r"`[^`\n]+`", "", FENCE.sub("", text))
+
+
+def links(path: Path) -> list[str]:
+    """Targets of the page's links that lead into the repository."""
+    return [to for to in LINK.findall(prose(path.read_text(encoding="utf-8"))) if not to.startswith(ELSEWHERE)]
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of the page's headings, as GitHub and GitLab make them."""
+    found: set[str] = set()
+    for title in re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower()
+        name = re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
+        number = 0
+        while (anchor := f"{name}-{number}" if number else name) in found:
+            number += 1
+        found.add(anchor)
+    return found
+
+
+def is_broken(path: Path, link: str) -> bool:
+    """Whether a link of the page leads nowhere."""
+    to, _, anchor = link.partition("#")
+    target = (path.parent / to).resolve() if to else path
+    return not target.exists() or bool(anchor and anchor not in anchors(target))
+
+
+def commands(path: Path) -> Iterator[Block]:
+    """The page's fenced blocks of commands."""
+    text = path.read_text(encoding="utf-8")
+    for match in FENCE.finditer(text):
+        if match[1] == "bash":
+            above = NOT_RUN.search(text[: match.start()].rstrip())
+            yield Block(path, match[2], above[1] if above else "")

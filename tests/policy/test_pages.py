@@ -1,0 +1,111 @@
+"""README and the pages agree with the code: generated parts, links, files, commands, lengths."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ds_moe_ep.cli import make_parser
+from ds_moe_ep.command_line import Parser
+from tests import pages
+from tests.policy.links import anchors, commands, is_broken, links
+from tests.policy.sources import PACKAGE, ROOT
+
+README = ROOT / "README.md"
+LINKED = (
+    *pages.PAGES,
+    ROOT / "CHANGELOG.md",
+    ROOT / "examples" / "README.md",
+    ROOT / "examples" / "report" / "report.md",
+    PACKAGE / "ARCHITECTURE.md",
+)
+ORDER = "adopt overlap reliability checkpoints planning measuring baseline knobs reference-job results troubleshooting"
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", pages.PAGES, ids=named)
+def test_generated_parts_are_what_the_code_makes(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert pages.page(text) == text, "run `python -m tests.pages`, and commit what it writes"
+
+
+def test_every_generated_part_stands_on_some_page() -> None:
+    parts = {part[2] for path in pages.PAGES for part in pages.PART.finditer(path.read_text(encoding="utf-8"))}
+    assert {*pages.MAKERS} <= parts
+    assert {part for part in parts if part.startswith(pages.COMMAND)}
+
+
+def test_a_part_that_was_changed_by_hand_is_made_again() -> None:
+    part = "<!-- made by: knobs of the layout -->\n{}\n<!-- end -->"
+    assert pages.page(part.format("| mine |")) == part.format(pages.MAKERS["knobs of the layout"]())
+
+
+@pytest.mark.parametrize("path", LINKED, ids=named)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    assert [link for link in links(path) if is_broken(path, link)] == []
+
+
+def test_a_missing_file_and_a_missing_anchor_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One `code` [word](x.md): two\n\n```\n# no heading ](no/link)\n```\n## Same\n## Same\n")
+    assert anchors(page) == {"one-code-word-two", "same", "same-1"}
+    assert [is_broken(page, link) for link in ("page.md#same-1", "#same", "page.md", "x.md", "#other")] == [
+        *[False] * 3,
+        *[True] * 2,
+    ]
+    assert links(page) == ["x.md"]
+
+
+def test_the_index_names_every_page_in_the_order_of_tasks() -> None:
+    found = [link for link in dict.fromkeys(links(pages.DOCS / "README.md")) if "#" not in link]
+    assert {*found} == {path.name for path in pages.DOCS.glob("*.md")} - {"README.md"}
+    rows = re.findall(r"^\| \[([\w-]+)\.md\]", (pages.DOCS / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [*ORDER.split(), "limits", "api", "contributing"]
+
+
+def test_readme_is_short_and_says_in_its_first_screen_what_has_not_run() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200
+    assert "not run on a GPU" in "\n".join(lines[:30])
+
+
+@pytest.mark.parametrize("command", ["bash examples/quickstart.sh", "bash tests/run.sh"])
+def test_readme_names_the_two_commands_and_their_files_exist(command: str) -> None:
+    assert command in README.read_text(encoding="utf-8")
+    assert (ROOT / command.split()[1]).is_file()
+
+
+@pytest.mark.parametrize("path", LINKED[: len(pages.PAGES)], ids=named)
+def test_every_file_that_a_page_names_exists_and_none_is_inside_the_package(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    files = set(re.findall(r"(?<![\w/.])(?:examples|ds_configs|tests)/[\w./-]*\w\.(?:py|sh|json|jsonl|md|png)\b", text))
+    assert [name for name in sorted(files) if not (ROOT / name).exists()] == []
+    inside = re.findall(r"\b(?:ds_moe_ep/)?(?:engine|moe|comm|simulate|kernels|bench)/\w+\.py\b", text)
+    assert inside == [], "name the public name or the command: files of the package move"
+
+
+@pytest.mark.parametrize("path", pages.PAGES, ids=named)
+def test_commands_of_the_package_have_the_options_that_a_page_gives_them(path: Path) -> None:
+    """What a slow test cannot run (GPUs, hosts, hours) is at least typed right."""
+    wrong = []
+    for block in commands(path):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = line.split("#")[0].split(" -m ds_moe_ep ")
+            if len(words) == 2 and not words[1].startswith("bench"):
+                options = {word.partition("=")[0] for word in words[1].split() if word.startswith("--")}
+                wrong += [option for option in options if option not in help_of(words[1].split()[0])]
+    assert wrong == []
+
+
+def help_of(name: str) -> str:
+    """The help of a command."""
+    (choices,) = (action.choices for action in make_parser()._actions if action.dest == "command")
+    assert choices is not None
+    parser = dict(choices)[name]  # type: ignore[call-overload]
+    assert isinstance(parser, Parser)
+    return parser.format_help()
