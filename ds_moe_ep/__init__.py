@@ -12,9 +12,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ds_moe_ep.comm.callbacks import TransferCallback, TransferMessage
-    from ds_moe_ep.comm.groups import open_transport
-    from ds_moe_ep.config import MEDIUM, MODELS, SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
-    from ds_moe_ep.engine.attach import OverlapHandle, attach_overlap
+    from ds_moe_ep.comm.open import open_transport
+    from ds_moe_ep.config.knobs import MEDIUM, MODELS, SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
+    from ds_moe_ep.config.section import Section, load_ds_config, read_section
+    from ds_moe_ep.config.topology import RankGrid
+    from ds_moe_ep.engine.hooks.attach import OverlapHandle, attach_overlap
     from ds_moe_ep.engine.layer import MoE
     from ds_moe_ep.engine.pipeline import Pipeline, build_pipeline
     from ds_moe_ep.engine.seams import init_distributed
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from ds_moe_ep.model.transformer import ModelOutput, Transformer, build_transformer
     from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
     from ds_moe_ep.moe.layer import ExpertParallel
-    from ds_moe_ep.section import Section, load_ds_config, read_section
-    from ds_moe_ep.topology import RankGrid
 
 __all__ = [
     "MEDIUM",
@@ -66,9 +66,9 @@ __all__ = [
 
 _HOMES = {
     "comm.callbacks": ("TransferCallback", "TransferMessage"),
-    "comm.groups": ("open_transport",),
-    "config": ("MEDIUM", "MODELS", "SMALL", "SPECIFICATION", "Layout", "ModelConfig", "MoEConfig"),
-    "engine.attach": ("OverlapHandle", "attach_overlap"),
+    "comm.open": ("open_transport",),
+    "config.knobs": ("MEDIUM", "MODELS", "SMALL", "SPECIFICATION", "Layout", "ModelConfig", "MoEConfig"),
+    "engine.hooks.attach": ("OverlapHandle", "attach_overlap"),
     "engine.layer": ("MoE",),
     "engine.pipeline": ("Pipeline", "build_pipeline"),
     "engine.seams": ("init_distributed",),
@@ -78,8 +78,8 @@ _HOMES = {
     "model.transformer": ("ModelOutput", "Transformer", "build_transformer"),
     "moe.experts": ("GeluMLP", "SwiGLU"),
     "moe.layer": ("ExpertParallel",),
-    "section": ("Section", "load_ds_config", "read_section"),
-    "topology": ("RankGrid",),
+    "config.section": ("Section", "load_ds_config", "read_section"),
+    "config.topology": ("RankGrid",),
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from ds_moe_ep.cli import main
+from ds_moe_ep.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

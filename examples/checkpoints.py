@@ -13,8 +13,8 @@ from typing import Any
 from world import gather
 
 from ds_moe_ep import ConfigError, Section
-from ds_moe_ep.footprint import count_parameters, optimizer_bytes
-from ds_moe_ep.training import BYTES, Training
+from ds_moe_ep.config.training import BYTES, Training
+from ds_moe_ep.sizing.footprint import count_parameters, optimizer_bytes
 
 PROBE_BYTES = 1 << 16
 

@@ -14,7 +14,7 @@ from typing import Any
 import deepspeed
 
 import ds_moe_ep
-from ds_moe_ep.command_line import Parser, whole
+from ds_moe_ep.config.command_line import Parser, whole
 
 OVERWRITTEN = ("--save", "--resume", "--steps", "--weights", "--local_rank")
 PATHS = ("--data", "--deepspeed_config", "--trace")

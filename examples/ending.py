@@ -95,7 +95,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Tells an error on stderr: in a line where it says all, and once where all ranks have it."""
-    from ds_moe_ep.engine.supervision import first_line, is_collective
+    from ds_moe_ep.engine.explain_errors import first_line, is_collective
     from ds_moe_ep.errors import MoEError
 
     rank = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))

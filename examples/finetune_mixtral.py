@@ -18,7 +18,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PrinterCallback, Tra
 from world import set_up_process
 
 import ds_moe_ep
-from ds_moe_ep.text import load_corpus, training_batch
+from ds_moe_ep.model.text import load_corpus, training_batch
 
 TOKENS = 64  # bytes of a sequence: a token is a byte
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from world import set_up_process
 
 import ds_moe_ep
-from ds_moe_ep.text import load_corpus
+from ds_moe_ep.model.text import load_corpus
 
 
 def main() -> None:

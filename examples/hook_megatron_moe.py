@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from world import set_up_process
 
 import ds_moe_ep
-from ds_moe_ep.text import load_corpus, training_batch
+from ds_moe_ep.model.text import load_corpus, training_batch
 
 DS_CONFIG = {
     "train_micro_batch_size_per_gpu": 4,

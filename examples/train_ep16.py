@@ -24,7 +24,7 @@ from preparation import Job, prepare
 from world import largest, load_weights
 
 import ds_moe_ep
-from ds_moe_ep.text import Corpus, fingerprint, training_batch, validation_batch
+from ds_moe_ep.model.text import Corpus, fingerprint, training_batch, validation_batch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from preparation import Job, prepare
 from world import largest, load_weights
 
 import ds_moe_ep
-from ds_moe_ep.text import Batch, Corpus, fingerprint, training_batch, validation_batch
+from ds_moe_ep.model.text import Batch, Corpus, fingerprint, training_batch, validation_batch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

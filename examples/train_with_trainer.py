@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 import ds_moe_ep
-from ds_moe_ep.text import load_corpus, training_batch
+from ds_moe_ep.model.text import load_corpus, training_batch
 
 TOKENS, WIDTH, NUM_EXPERTS = 32, 32, 8
 DS_CONFIG: dict[str, Any] = {

@@ -2,7 +2,7 @@
 # The project's one test command: environment, lint, types, tests.
 #
 #   bash tests/run.sh                        everything but the tests marked slow or gpu
-#   bash tests/run.sh tests/test_config.py   arguments go to pytest
+#   bash tests/run.sh tests/config            arguments go to pytest
 #   bash tests/run.sh -m slow                a marker of your own replaces "not slow and not gpu"
 #
 # VENV and PYTHON choose the environment (see tests/environment.sh). No test collected is a failure.

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from tests.reference import auxiliary_losses, choose, gelu_expert, keep, moe_reference, swiglu_expert
 
 SCORES = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.7, 0.2, 0.1], [0.2, 0.7, 0.1]], dtype=torch.float64)

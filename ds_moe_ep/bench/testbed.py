@@ -26,8 +26,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from ds_moe_ep.bench.processes import END_S, POLL_S, die_with_parent, loopback_environment
-from ds_moe_ep.command_line import Parser, number, refused, whole
+from ds_moe_ep.bench.harness.processes import END_S, POLL_S, die_with_parent, loopback_environment
+from ds_moe_ep.config.command_line import Parser, number, refused, whole
 from ds_moe_ep.errors import EngineError, MoEError
 
 TOOLS = ("ip", "tc", "nsenter", "unshare", "sysctl")

@@ -8,7 +8,7 @@ from ds_moe_ep.comm.collective import Collective
 from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.pairwise import Pairwise
 from ds_moe_ep.comm.transport import Message, Transfer
-from ds_moe_ep.timeline import NO_TAGS, Tags
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 
 class Automatic(Pairwise):

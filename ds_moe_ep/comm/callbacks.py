@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_moe_ep.comm.transport import Message, Transfer, Transport
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.timeline import NO_TAGS, Tags
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 
 @dataclass(frozen=True)

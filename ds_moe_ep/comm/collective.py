@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm.group_transport import Bytes, GroupTransport, wait_for
-from ds_moe_ep.comm.signs import Place
 from ds_moe_ep.comm.transport import Done, Message, Transfer
-from ds_moe_ep.timeline import NO_TAGS, Tags
+from ds_moe_ep.health.heartbeat import Place
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 
 class Exchange:

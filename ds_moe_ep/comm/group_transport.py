@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm.lane_groups import LaneGroups
-from ds_moe_ep.comm.signs import Place
 from ds_moe_ep.comm.transport import Message
-from ds_moe_ep.comm.verdict import ranks_named
 from ds_moe_ep.errors import PeerError
-from ds_moe_ep.timeline import NO_TAGS, Tags
+from ds_moe_ep.health.diagnosis import ranks_named
+from ds_moe_ep.health.heartbeat import Place
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 SHORT = timedelta(milliseconds=1)
 CLOCK_S = 0.05  # by how much a wait may end before its limit

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.comm.standing import Standing
 from ds_moe_ep.comm.transport import CONTROL, LANES
-from ds_moe_ep.comm.watch import Watch, open_watch
 from ds_moe_ep.errors import EngineError, TopologyError
+from ds_moe_ep.health.abort import Standing
+from ds_moe_ep.health.watch import Watch, open_watch
 
 
 @dataclass(frozen=True)

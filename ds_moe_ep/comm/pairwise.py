@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from ds_moe_ep.comm.group_transport import SHORT, Bytes, GroupTransport, wait_for
-from ds_moe_ep.comm.signs import Place
-from ds_moe_ep.comm.standing import CLOSING_TAG
 from ds_moe_ep.comm.transport import Done, Message, Transfer
-from ds_moe_ep.timeline import NO_TAGS, Tags
+from ds_moe_ep.health.abort import CLOSING_TAG
+from ds_moe_ep.health.heartbeat import Place
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 
 class Works:

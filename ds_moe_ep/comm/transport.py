@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ds_moe_ep.timeline import NO_TAGS, Tags
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 LANES = ("dispatch", "combine")
 CONTROL = "control"  # the communicator of small collectives

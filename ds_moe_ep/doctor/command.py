@@ -10,14 +10,16 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from ds_moe_ep.bench.launched import World, launched
+from ds_moe_ep.comm.launcher import World, launched
+from ds_moe_ep.config.section import load_ds_config, read_section
+from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.doctor.ask_hosts import ask_hosts
 from ds_moe_ep.doctor.facts import Facts
 from ds_moe_ep.doctor.gather import gather
 from ds_moe_ep.doctor.hosts import judge_hosts, read_hostfile
 from ds_moe_ep.doctor.job import Job, job_without_config, judge_job
-from ds_moe_ep.doctor.links import Outcome, judge_links
-from ds_moe_ep.doctor.local_ranks import try_local_links
+from ds_moe_ep.doctor.links.local_ranks import try_local_links
+from ds_moe_ep.doctor.links.verdicts import Outcome, judge_links
 from ds_moe_ep.doctor.machine import judge_machine
 from ds_moe_ep.doctor.packages import judge_packages
 from ds_moe_ep.doctor.show import print_verdicts
@@ -25,8 +27,6 @@ from ds_moe_ep.doctor.trial import Trial
 from ds_moe_ep.doctor.variables import Run, judge_variables
 from ds_moe_ep.doctor.verdicts import GROUPS, Verdict, to_dict, worst
 from ds_moe_ep.errors import ConfigError, TopologyError
-from ds_moe_ep.section import load_ds_config, read_section
-from ds_moe_ep.topology import RankGrid
 
 LOCAL_RANKS = 4  # at most, where --ranks is not given
 LINE_WIDTH = 110
@@ -107,7 +107,7 @@ def _try(options: Options, world: World | None) -> tuple[Outcome | None, tuple[t
     trial = Trial(groups=groups, node_size=node_size, seconds=options.seconds, start_s=options.start_s)
     if world is None:
         return try_local_links(size, trial), groups, node_size
-    from ds_moe_ep.doctor.link_ranks import try_links  # imports torch
+    from ds_moe_ep.doctor.links.ranks import try_links  # imports torch
 
     return try_links(world, trial), groups, node_size
 

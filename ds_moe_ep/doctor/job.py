@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ds_moe_ep.check import Budget, Check, check_config
-from ds_moe_ep.config import Layout
+from ds_moe_ep.check.config import Budget, Check, check_config
+from ds_moe_ep.config.knobs import Layout
 from ds_moe_ep.doctor.facts import Facts
 from ds_moe_ep.doctor.verdicts import Status, Verdict
 from ds_moe_ep.errors import ConfigError, TopologyError

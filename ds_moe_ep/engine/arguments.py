@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError, nearest
 
 NOISE = {None: "none", "None": "none", "Jitter": "jitter", "RSample": "rsample"}

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from ds_moe_ep.recorder import Off, Recorder, Scope, make_recorder
-from ds_moe_ep.timeline import Span, Tags, accounts_of_lanes
+from ds_moe_ep.comm.recorder import Off, Recorder, Scope, make_recorder
+from ds_moe_ep.schedule.spans import Span, Tags, accounts_of_lanes
 
 FORWARD = "forward"
 MAX_PASSES = 256  # kept for a reader that does not come

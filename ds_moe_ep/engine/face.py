@@ -13,11 +13,11 @@ import torch.distributed as dist
 from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from torch import Tensor
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
 from ds_moe_ep.engine.clock import LayerClock, Timed
-from ds_moe_ep.engine.hooked import copied
+from ds_moe_ep.engine.hooks.layer import copied
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.router import Router, Routing

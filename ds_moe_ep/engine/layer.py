@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor, nn
 
-from ds_moe_ep.comm.groups import transport_over
+from ds_moe_ep.comm.open import transport_over
 from ds_moe_ep.comm.transport import Loopback
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import RankGrid, even_share, torus_of
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
+from ds_moe_ep.engine.checkpoint.model_files import refuse_part_of_experts
 from ds_moe_ep.engine.face import Layer
-from ds_moe_ep.engine.model_files import refuse_part_of_experts
 from ds_moe_ep.engine.own_layers import meet
 from ds_moe_ep.engine.parallelism import problem_of_parallelism
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.tuner import Choice
-from ds_moe_ep.topology import RankGrid, even_share, torus_of
 
 SHAPING = ("num_experts", "ep_size")  # knobs that shape parameters and cannot change once a layer is made
 

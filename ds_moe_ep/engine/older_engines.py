@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ds_moe_ep.deepspeed_keys import number_of
+from ds_moe_ep.config.deepspeed_keys import number_of
 from ds_moe_ep.engine import seams
 from ds_moe_ep.errors import EngineError
 

@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.section import SECTION, Section, read_section
 from ds_moe_ep.engine import seams, step_seams
-from ds_moe_ep.engine.clipping import clip_by_whole_norm
-from ds_moe_ep.engine.layers import OverlappedLayer
-from ds_moe_ep.engine.loss_scale import scale_losses
+from ds_moe_ep.engine.extensions.clipping import clip_by_whole_norm
+from ds_moe_ep.engine.extensions.loss_scale import scale_losses
 from ds_moe_ep.engine.older_engines import mend_older
+from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.section import SECTION, Section, read_section
 
 if TYPE_CHECKING:
     from ds_moe_ep.engine.layer import MoE

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ds_moe_ep.config.parallel_keys import SEQUENCE_RULE, STAGES_RULE, TENSOR_RULE, WAY_OUT
 from ds_moe_ep.engine import seams
-from ds_moe_ep.parallel_keys import SEQUENCE_RULE, STAGES_RULE, TENSOR_RULE, WAY_OUT
 
 
 def problem_of_parallelism() -> str:

@@ -20,7 +20,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from ds_moe_ep.config import Layout, ModelConfig, MoEConfig
+from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.errors import EngineError, TopologyError
 from ds_moe_ep.model.initialize import first_value

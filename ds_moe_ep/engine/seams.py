@@ -31,11 +31,11 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
-from ds_moe_ep.comm.watch import Unwatched, Watch, open_watch
-from ds_moe_ep.deepspeed_keys import TESTED as TESTED
+from ds_moe_ep.config.deepspeed_keys import TESTED as TESTED
 from ds_moe_ep.engine.releases import LATER as LATER
 from ds_moe_ep.engine.releases import dense_routes
 from ds_moe_ep.errors import EngineError, MoEError
+from ds_moe_ep.health.watch import Unwatched, Watch, open_watch
 
 GROUP_NAMES = (
     "_create_expert_and_data_parallel",

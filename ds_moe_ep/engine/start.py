@@ -10,17 +10,17 @@ from typing import Any
 import deepspeed
 from torch import nn
 
+from ds_moe_ep.config.parallel_keys import refuse_shared_sequences, refuse_shared_tokens
+from ds_moe_ep.config.section import Section, load_ds_config, read_section
+from ds_moe_ep.config.training import read_training
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.attach import accompany
-from ds_moe_ep.engine.hooked import traffic_of
-from ds_moe_ep.engine.hooks import hook
+from ds_moe_ep.engine.hooks.attach import accompany
+from ds_moe_ep.engine.hooks.hook import hook
+from ds_moe_ep.engine.hooks.layer import traffic_of
+from ds_moe_ep.engine.hooks.unconverted import refuse_unconverted
 from ds_moe_ep.engine.layer import MoE, moe_layers
 from ds_moe_ep.engine.own_layers import give_knobs
-from ds_moe_ep.engine.unconverted import refuse_unconverted
 from ds_moe_ep.errors import ConfigError, EngineError
-from ds_moe_ep.parallel_keys import refuse_shared_sequences, refuse_shared_tokens
-from ds_moe_ep.section import Section, load_ds_config, read_section
-from ds_moe_ep.training import read_training
 
 
 def initialize(

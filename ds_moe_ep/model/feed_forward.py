@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ds_moe_ep.config import ModelConfig
+from ds_moe_ep.config.knobs import ModelConfig
 from ds_moe_ep.model import fused
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_moe_ep.config import ModelConfig, MoEConfig
+from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model.attention import CausalAttention, Rotation, rotation_of
 from ds_moe_ep.model.feed_forward import make_expert, make_shared_expert

@@ -19,11 +19,11 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from ds_moe_ep.comm.signs import LONGEST_TEXT
 from ds_moe_ep.comm.transport import Transport
-from ds_moe_ep.comm.verdict import ranks_named
 from ds_moe_ep.errors import EngineError
-from ds_moe_ep.timeline import Tags
+from ds_moe_ep.health.diagnosis import ranks_named
+from ds_moe_ep.health.heartbeat import LONGEST_TEXT
+from ds_moe_ep.schedule.spans import Tags
 
 BAD_INPUT = -1  # what a rank announces in place of a width
 NUM_COLUMNS = 64  # of one exchange, whatever the layer: a message that is longer than expected would end the process

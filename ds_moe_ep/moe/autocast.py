@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
 from ds_moe_ep.moe.experts import Experts, LocalExperts, SharedExpert, opaque
-from ds_moe_ep.moe.forms import Weights
 from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.split_experts import Weights
 
 
 def autocast_type(*tensors: Tensor) -> torch.dtype | None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.moe.experts import start_pass
-from ds_moe_ep.moe.forms import ExpertPass, Opaque, OpaquePass, Span, Weights
 from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.split_experts import ExpertPass, Opaque, OpaquePass, Span, Weights
 
 
 class KnownExperts:

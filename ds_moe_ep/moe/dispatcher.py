@@ -25,20 +25,20 @@ from torch import Tensor
 
 from ds_moe_ep.comm.callbacks import TransferCallback, with_callbacks
 from ds_moe_ep.comm.lanes import Lanes, make_lanes
+from ds_moe_ep.comm.recorder import Both, Off, Recorder
 from ds_moe_ep.comm.transport import Loopback, Transport
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.kernels.permute import permute, unpermute
 from ds_moe_ep.moe.agreement import Agreement, Call, Mode, announce_bad_input
+from ds_moe_ep.moe.dispatch_plan import DispatchPlan, make_plan
+from ds_moe_ep.moe.executor import Route, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
-from ds_moe_ep.moe.overlap import Route, run_experts
-from ds_moe_ep.moe.plan import DispatchPlan, make_plan
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.tuner import Choice, Drift, Trial
-from ds_moe_ep.recorder import Both, Off, Recorder
-from ds_moe_ep.schedule import Schedule, backward_schedule, forward_schedule
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.schedule.build import Schedule, backward_schedule, forward_schedule
 
 
 @dataclass(frozen=True)

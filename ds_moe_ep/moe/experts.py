@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.moe.forms import ExpertPass, GeluPass, Opaque, OpaquePass, Span, SwiGLUPass, Weights
 from ds_moe_ep.moe.recognise import ExpertForms, Form
 from ds_moe_ep.moe.snapshot import has_foreign_hooks
+from ds_moe_ep.moe.split_experts import ExpertPass, GeluPass, Opaque, OpaquePass, Span, SwiGLUPass, Weights
 
 
 class GeluMLP(nn.Module):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.comm.transport import Transport
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, local_experts, shared_expert
@@ -24,7 +25,6 @@ from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.experts import Experts
 from ds_moe_ep.moe.recognise import ExpertForms
 from ds_moe_ep.moe.router import Router, Routing
-from ds_moe_ep.topology import Torus
 
 
 class Region(Protocol):

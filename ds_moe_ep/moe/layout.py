@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from ds_moe_ep.moe.plan import DispatchPlan
-from ds_moe_ep.schedule import Offset, Piece, weight_blocks
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.moe.dispatch_plan import DispatchPlan
+from ds_moe_ep.schedule.build import Offset, Piece, weight_blocks
 
 Span = tuple[int, int]  # start, stop
 Run = tuple[int, Span]  # local expert, stacked span

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ds_moe_ep.moe.forms import Weights
 from ds_moe_ep.moe.snapshot import Snapshot, has_global_hooks, has_hooks
+from ds_moe_ep.moe.split_experts import Weights
 
 _PRODUCTS = (torch.mul, operator.mul)
 _LEAVES = (nn.Linear, nn.GELU, nn.SiLU)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.recognise import is_plain_linear
 

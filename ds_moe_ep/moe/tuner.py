@@ -28,19 +28,19 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.comm.lanes import Lanes
+from ds_moe_ep.comm.recorder import Off, make_recorder
 from ds_moe_ep.comm.transport import Transport
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.moe.dispatch_plan import DispatchPlan
+from ds_moe_ep.moe.executor import Buffers, Route, Steps, run, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
-from ds_moe_ep.moe.forms import keep
 from ds_moe_ep.moe.layout import lay_out
-from ds_moe_ep.moe.overlap import Buffers, Route, Steps, run, run_experts
-from ds_moe_ep.moe.plan import DispatchPlan
-from ds_moe_ep.price import Costs, probe_pieces, ranked
-from ds_moe_ep.recorder import Off, make_recorder
-from ds_moe_ep.schedule import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, pieces_of
-from ds_moe_ep.timeline import Span
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.moe.split_experts import keep
+from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, pieces_of
+from ds_moe_ep.schedule.price import Costs, probe_pieces, ranked
+from ds_moe_ep.schedule.spans import Span
 
 PROBES = 2  # measured runs of each probe, after one that warms up
 ROUNDS = 7

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.evidence import MODES, SYSTEMS
-from ds_moe_ep.record import Record, read_records
-from ds_moe_ep.report.names import bed_order, is_known
-from ds_moe_ep.timeline import Span, read_spans
+from ds_moe_ep.records.names import MODES, SYSTEMS
+from ds_moe_ep.records.record import Record, read_records
+from ds_moe_ep.report.known_names import bed_order, is_known
+from ds_moe_ep.schedule.spans import Span, read_spans
 
 OTHERS = {  # what Records of other names are, by the first part
     "layer": "`bench layer`'s, which prints its tables itself",

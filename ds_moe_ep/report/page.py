@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ds_moe_ep.record import Record
-from ds_moe_ep.report.names import place_of
+from ds_moe_ep.records.record import Record
+from ds_moe_ep.report.known_names import place_of
 
 MAX_NOTES = 3
 EMULATED = "Emulated: a device or a link was simulated or shaped."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.record import Record
+from ds_moe_ep.records.record import Record
 
 DASH, TIMES = "\u2013", "\u00d7"
 NONE = DASH  # a cell without a Record

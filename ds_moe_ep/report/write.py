@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ds_moe_ep.command_line import writable_folder
+from ds_moe_ep.config.command_line import writable_folder
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.report.findings import Findings, read_findings, undrawn
-from ds_moe_ep.report.html_page import to_html
-from ds_moe_ep.report.markdown_page import to_markdown
+from ds_moe_ep.report.html import to_html
+from ds_moe_ep.report.markdown import to_markdown
 from ds_moe_ep.report.page import Page, Section
-from ds_moe_ep.report.sections_overlap import overlap
-from ds_moe_ep.report.sections_scaling import scaling
-from ds_moe_ep.report.sections_soak import soak
-from ds_moe_ep.report.sections_sources import head, sources
-from ds_moe_ep.report.sections_stated import stated
-from ds_moe_ep.report.sections_sweep import simulated_scaling
-from ds_moe_ep.report.sections_systems import latency, memory, throughput
-from ds_moe_ep.report.sections_timeline import timeline
-from ds_moe_ep.report.sections_training import load, loss
+from ds_moe_ep.report.sections.overlap import overlap
+from ds_moe_ep.report.sections.scaling import scaling
+from ds_moe_ep.report.sections.soak import soak
+from ds_moe_ep.report.sections.sources import head, sources
+from ds_moe_ep.report.sections.stated import stated
+from ds_moe_ep.report.sections.sweep import simulated_scaling
+from ds_moe_ep.report.sections.systems import latency, memory, throughput
+from ds_moe_ep.report.sections.timeline import timeline
+from ds_moe_ep.report.sections.training import load, loss
 
 TITLE = "ds_moe_ep: what was measured"
 SECTIONS: dict[str, Callable[[Findings], Section | None]] = {  # by what a reader misses where there is none

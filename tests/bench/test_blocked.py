@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from ds_moe_ep.bench.blocked import METHODS, Blocked, Label, blocked, break_down
+from ds_moe_ep.bench.meters.blocked import METHODS, Blocked, Label, blocked, break_down
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.evidence import PARTS
+from ds_moe_ep.records.names import PARTS
 from tests.ranks import run_ranks
 
 LATE_S = 0.2

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ds_moe_ep.bench import busy
-from ds_moe_ep.bench.busy import busy_meter, elapsing_meter, percent_of
+from ds_moe_ep.bench.meters import busy
+from ds_moe_ep.bench.meters.busy import busy_meter, elapsing_meter, percent_of
 from ds_moe_ep.errors import EngineError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:1")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from ds_moe_ep.bench.cases import CASES, LayerCase, expert_ids, gate_weight, rows_per_expert, tokens
-from ds_moe_ep.bench.findings import Findings
-from ds_moe_ep.bench.processes import Finding
-from ds_moe_ep.bench.ranks import Plan
-from ds_moe_ep.bench.sides import Outcome, check_same, layer_side
-from ds_moe_ep.bench.table import markdown_table, rows_of
-from ds_moe_ep.bench.traffic import bytes_leaving
+from ds_moe_ep.bench.harness.processes import Finding
+from ds_moe_ep.bench.layer.findings import Findings
+from ds_moe_ep.bench.layer.ranks import Plan
+from ds_moe_ep.bench.layer.sides import Outcome, check_same, layer_side
+from ds_moe_ep.bench.layer.table import markdown_table, rows_of
+from ds_moe_ep.bench.meters.traffic import bytes_leaving
+from ds_moe_ep.bench.rivals.cases import CASES, LayerCase, expert_ids, gate_weight, rows_per_expert, tokens
 from ds_moe_ep.errors import EngineError
 
 CPU = torch.device("cpu")

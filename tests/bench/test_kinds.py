@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.bench import kinds
-from ds_moe_ep.bench.kinds import kinds_of_step, peak_of_step, storages, tensors_in
-from ds_moe_ep.evidence import KINDS
+from ds_moe_ep.bench.meters import memory_kinds as kinds
+from ds_moe_ep.bench.meters.memory_kinds import kinds_of_step, peak_of_step, storages, tensors_in
+from ds_moe_ep.records.names import KINDS
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def train_step(engine: Any) -> None:
 
 def kinds_job(configs: list[dict[str, Any]]) -> list[dict[str, int]]:
     """Kinds of an engine of each config; all engines are alive when the first is measured."""
-    from ds_moe_ep.bench.memory import return_freed_memory
+    from ds_moe_ep.bench.meters.memory import return_freed_memory
 
     return_freed_memory()
     engines = [make_engine(Holder(), config) for config in configs]
@@ -116,7 +116,7 @@ def test_without_zero_and_with_one_rank_adam_takes_16_bytes_a_parameter_exactly(
 
 
 def activation_job() -> tuple[Any, ...]:
-    from ds_moe_ep.bench.memory import return_freed_memory
+    from ds_moe_ep.bench.meters.memory import return_freed_memory
 
     return_freed_memory()
     engine, other = make_engine(Holder(), stage(0)), make_engine(Holder(), stage(0))

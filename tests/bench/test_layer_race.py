@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.record import Record, read_records
+from ds_moe_ep.records.record import Record, read_records
 
 COMMAND = [sys.executable, "-m", "ds_moe_ep.bench.layer", "--ranks", "2", "--cases", "k1_skewed", "--warm-ups", "1"]
 

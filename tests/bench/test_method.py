@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ds_moe_ep.bench.method import Ranks, Side, measure, ratios, rotation, summarize, times_of, trimmed
+from ds_moe_ep.bench.harness.method import Ranks, Side, measure, ratios, rotation, summarize, times_of, trimmed
 from ds_moe_ep.errors import ConfigError
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.bench import overlap
-from ds_moe_ep.bench.cases import CASES
-from ds_moe_ep.bench.overlap_findings import OverlapFindings, compute_ms, link_mbit, markdown_tables
-from ds_moe_ep.bench.overlap_ranks import OverlapPlan, Shaping
-from ds_moe_ep.bench.processes import Finding
-from ds_moe_ep.record import read_records
-from ds_moe_ep.shaping import HEADERS
+from ds_moe_ep.bench.harness.processes import Finding
+from ds_moe_ep.bench.overlap import command as overlap
+from ds_moe_ep.bench.overlap.findings import OverlapFindings, compute_ms, link_mbit, markdown_tables
+from ds_moe_ep.bench.overlap.ranks import OverlapPlan, Shaping
+from ds_moe_ep.bench.rivals.cases import CASES
+from ds_moe_ep.records.record import read_records
+from ds_moe_ep.schedule.shaping import HEADERS
 
 PLAN = OverlapPlan(
     case=next(case for case in CASES if case.name == "k1_even"),

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.bench import probe
-from ds_moe_ep.bench.launched import World
-from ds_moe_ep.bench.probe import make_parser, make_plan
-from ds_moe_ep.bench.probe_findings import ProbeFindings
-from ds_moe_ep.bench.probe_links import ways_of
-from ds_moe_ep.bench.processes import Finding
-from ds_moe_ep.record import Record, read_records
-from ds_moe_ep.simulate.calibrate import Calibration, calibrate, errors_of
-from ds_moe_ep.simulate.cluster import Cluster, Device, Link, read_cluster
-from ds_moe_ep.simulate.write_cluster import cluster_values
+from ds_moe_ep.bench.harness.processes import Finding
+from ds_moe_ep.bench.probe import command as probe
+from ds_moe_ep.bench.probe.command import make_parser, make_plan
+from ds_moe_ep.bench.probe.findings import ProbeFindings
+from ds_moe_ep.bench.probe.links import ways_of
+from ds_moe_ep.comm.launcher import World
+from ds_moe_ep.records.record import Record, read_records
+from ds_moe_ep.simulate.calibrate.calibrate import Calibration, calibrate, errors_of
+from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Link, read_cluster
+from ds_moe_ep.simulate.cluster.write import cluster_values
 from tests.ranks import run_ranks
 
 SMALL = ["--device", "cpu", "--hidden-size", "64", "--expert-width", "256", "--seconds", "2"]

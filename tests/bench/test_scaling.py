@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ds_moe_ep.bench.processes import Finding
-from ds_moe_ep.bench.scaling import SIZES, Point, Scaling, plan_of, table_of
-from ds_moe_ep.bench.systems_plan import EMULATED_MODEL, SystemsPlan
-from ds_moe_ep.evidence import LAWS, TOTALS
+from ds_moe_ep.bench.harness.processes import Finding
+from ds_moe_ep.bench.scaling.command import SIZES, Point, Scaling, plan_of, table_of
+from ds_moe_ep.bench.systems.plan import EMULATED_MODEL, SystemsPlan
+from ds_moe_ep.records.names import LAWS, TOTALS
 
 PLAN = SystemsPlan(systems=("ep16",), device="emulated", model=EMULATED_MODEL, step_compute_s=1.0)
 

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.bench import soak as soak_command
-from ds_moe_ep.bench.processes import Finding
-from ds_moe_ep.bench.soak_findings import SoakFindings, slope
-from ds_moe_ep.bench.soak_plan import SoakPlan
-from ds_moe_ep.bench.soak_ranks import soak
-from ds_moe_ep.evidence import SOAK_VERDICTS
-from ds_moe_ep.record import Record, read_records
-from ds_moe_ep.report.names import is_known
+from ds_moe_ep.bench.harness.processes import Finding
+from ds_moe_ep.bench.soak import command as soak_command
+from ds_moe_ep.bench.soak.findings import SoakFindings, slope
+from ds_moe_ep.bench.soak.plan import SoakPlan
+from ds_moe_ep.bench.soak.ranks import soak
+from ds_moe_ep.records.names import SOAK_VERDICTS
+from ds_moe_ep.records.record import Record, read_records
+from ds_moe_ep.report.known_names import is_known
 from tests.ranks import run_ranks
 
 PLAN = SoakPlan(num_ranks=2, steps=40, sample_every=5, hash_every=10, num_tokens=32, expert_width=64)
@@ -29,14 +29,14 @@ KEPT = 2**18  # numbers of fp32: 1 MiB
 
 
 def sound_model(plan: SoakPlan) -> Any:
-    from ds_moe_ep.bench.soak_model import SoakModel
+    from ds_moe_ep.bench.soak.model import SoakModel
 
     return SoakModel(plan)
 
 
 def faulty_model(plan: SoakPlan) -> Any:
     """Keeps a tensor and a socket of every step; once, on one rank, moves every number of a batch by its last bit."""
-    from ds_moe_ep.bench.soak_model import Output, SoakModel
+    from ds_moe_ep.bench.soak.model import Output, SoakModel
 
     class Faulty(SoakModel):
         kept: tuple[object, ...] = ()
@@ -142,7 +142,7 @@ def test_a_run_that_is_cut_short_keeps_what_is_complete(first_run: list[Finding]
 
 
 def test_the_weather_follows_from_seed_step_and_rank() -> None:
-    from ds_moe_ep.bench.soak_model import Weather
+    from ds_moe_ep.bench.soak.model import Weather
 
     plan = SoakPlan()
     first, second = Weather(plan), Weather(plan)

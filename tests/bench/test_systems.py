@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_moe_ep.bench import systems
-from ds_moe_ep.bench.even import even_embedding, even_gate, even_windows
-from ds_moe_ep.bench.processes import Finding, arriving, free_port, started_ranks
-from ds_moe_ep.bench.systems_findings import SystemFindings
-from ds_moe_ep.bench.systems_plan import BURST_BYTES, EMULATED_MODEL, SEEN, Bed, SystemsPlan, link_mbit
-from ds_moe_ep.bench.systems_ranks import run_systems_rank
-from ds_moe_ep.bench.systems_table import summary_tables
-from ds_moe_ep.config import Layout, MoEConfig
-from ds_moe_ep.evidence import PARTS, SYSTEMS
-from ds_moe_ep.record import Record
-from ds_moe_ep.shaping import HEADERS
+from ds_moe_ep.bench.harness.processes import Finding, arriving, free_port, started_ranks
+from ds_moe_ep.bench.rivals.even import even_embedding, even_gate, even_windows
+from ds_moe_ep.bench.systems import command as systems
+from ds_moe_ep.bench.systems.findings import SystemFindings
+from ds_moe_ep.bench.systems.plan import BURST_BYTES, EMULATED_MODEL, SEEN, Bed, SystemsPlan, link_mbit
+from ds_moe_ep.bench.systems.ranks import run_systems_rank
+from ds_moe_ep.bench.systems.table import summary_tables
+from ds_moe_ep.config.knobs import Layout, MoEConfig
+from ds_moe_ep.records.names import PARTS, SYSTEMS
+from ds_moe_ep.records.record import Record
+from ds_moe_ep.schedule.shaping import HEADERS
 
 EMULATED = SystemsPlan(device="emulated", model=EMULATED_MODEL, num_sequences=128, beds=(Bed("traffic30", 80.0),))
 SMALL_WORLD = SystemsPlan(

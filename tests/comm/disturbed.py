@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_moe_ep.comm.groups import open_transport
+from ds_moe_ep.comm.open import open_transport
 from ds_moe_ep.comm.transport import Message, Transfer, Transport
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.timeline import NO_TAGS, Tags
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 from tests.moe.faulty_transports import Wrapper
 from tests.ranks import signal_itself
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_moe_ep.comm.transport import Message
-from ds_moe_ep.timeline import NO_TAGS, Tags, union, without
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags, union, without
 
 Clock = dict[str, int]
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_moe_ep.comm.groups import open_transport
+from ds_moe_ep.comm.open import open_transport
 from ds_moe_ep.comm.transport import Loopback, Message, Transport
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.agreement import Call, Mode
-from ds_moe_ep.moe.plan import make_plan
-from ds_moe_ep.timeline import Tags
+from ds_moe_ep.moe.dispatch_plan import make_plan
+from ds_moe_ep.schedule.spans import Tags
 from tests.comm.disturbed import caught, make_layer, run_pass
 from tests.ranks import run_ranks
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ds_moe_ep.comm.automatic import Automatic
 from ds_moe_ep.comm.collective import Collective, side_by_side
-from ds_moe_ep.comm.groups import open_transport
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
+from ds_moe_ep.comm.open import open_transport
 from ds_moe_ep.comm.pairwise import Pairwise
 from ds_moe_ep.comm.transport import Message
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from tests.ranks import run_ranks
 
 

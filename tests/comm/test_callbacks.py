@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.comm.callbacks import TransferCallback, TransferMessage, WithCallbacks, with_callbacks
-from ds_moe_ep.comm.groups import open_transport
+from ds_moe_ep.comm.open import open_transport
 from ds_moe_ep.comm.transport import Loopback, Message, Transport
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from tests.comm.disturbed import D, caught, make_layer
 from tests.moe.faulty_transports import Counting
 from tests.ranks import run_ranks

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ds_moe_ep.comm import lanes
 from ds_moe_ep.comm.lanes import CudaLanes, Mark
-from ds_moe_ep.config import MoEConfig
-from ds_moe_ep.moe import overlap
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.moe import executor as overlap
 from ds_moe_ep.moe.dispatcher import Links
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.schedule import Kind, Schedule, backward_schedule, forward_schedule
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.schedule.build import Kind, Schedule, backward_schedule, forward_schedule
 from tests.comm.recording_device import HOST_METHODS, RecordingDevice, RecordingTransport, RecordingWork
 
 TORUS = Torus(2, 2)

@@ -12,11 +12,11 @@ import torch
 from ds_moe_ep.comm.group_transport import GroupTransport
 from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.pairwise import Works
-from ds_moe_ep.comm.standing import Standing
 from ds_moe_ep.comm.transport import Message
-from ds_moe_ep.comm.watch import Unwatched
 from ds_moe_ep.errors import PeerError
-from ds_moe_ep.timeline import Tags
+from ds_moe_ep.health.abort import Standing
+from ds_moe_ep.health.watch import Unwatched
+from ds_moe_ep.schedule.spans import Tags
 
 
 class FakeWork:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ds_moe_ep.comm.transport import Message, Transfer
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.timeline import NO_TAGS, Tags
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 from tests.comm.test_host_lanes import FakeTransfer
 
 

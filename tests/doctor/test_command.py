@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ds_moe_ep.bench.processes import free_port
-from ds_moe_ep.cli import main
+from ds_moe_ep.bench.harness.processes import free_port
+from ds_moe_ep.cli.main import main
 from ds_moe_ep.doctor.show import conclusion, print_verdicts
 from ds_moe_ep.doctor.variables import SPECIFIED
 from ds_moe_ep.doctor.verdicts import GROUPS, STATUSES, Verdict, to_dict, worst

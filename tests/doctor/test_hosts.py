@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.cli import main
+from ds_moe_ep.cli.main import main
 from ds_moe_ep.doctor.hosts import HostAnswer, HostsFacts, judge_hosts, read_hostfile
 from ds_moe_ep.errors import ConfigError
 

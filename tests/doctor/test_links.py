@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from ds_moe_ep.bench.launched import launched
-from ds_moe_ep.doctor.links import Link, Outcome, Presence, judge_links, outcome_from, pairs_to_try, reaches
+from ds_moe_ep.comm.launcher import launched
+from ds_moe_ep.doctor.links.verdicts import Link, Outcome, Presence, judge_links, outcome_from, pairs_to_try, reaches
 from ds_moe_ep.doctor.verdicts import worst
 from ds_moe_ep.errors import EngineError
 from tests.doctor.machines import named

@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ds_moe_ep.bench.launched import World
-from ds_moe_ep.bench.processes import free_port
-from ds_moe_ep.doctor.links import Outcome, judge_links
+from ds_moe_ep.bench.harness.processes import free_port
+from ds_moe_ep.comm.launcher import World
+from ds_moe_ep.doctor.links.verdicts import Outcome, judge_links
 from ds_moe_ep.doctor.trial import Trial
 from tests.doctor.machines import named
 from tests.ranks import _fork_server
@@ -19,7 +19,7 @@ PATIENCE_S = 6.0
 
 def live(rank: int, size: int, port: int, fault: str, start_s: float, pipe: Any) -> None:
     """The life of one rank; `fault` is what it does instead of following in a pair."""
-    from ds_moe_ep.doctor import link_ranks
+    from ds_moe_ep.doctor.links import ranks as link_ranks
 
     faults = {"dies": lambda *_: os._exit(9), "raises": lambda *_: 1 / 0, "hangs": lambda *_: time.sleep(1000)}
     if fault in faults:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.errors import EngineError
-from tests.engine.hooked_layers import KNOBS, hooked
+from tests.engine.hooks.hooked_layers import KNOBS, hooked
 from tests.engine.small_model import Job, batches, make_engine, merged, named_weights, train_steps
 from tests.ranks import run_ranks
 

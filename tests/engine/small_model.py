@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from tests.engine.native_layers import PlainGelu
 from tests.moe.layer_cases import D
 from tests.reference import moe_reference

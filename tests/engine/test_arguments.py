@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine.arguments import DEFAULTS, config_of_arguments
 from ds_moe_ep.engine.layer import MoE
 from ds_moe_ep.errors import ConfigError

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
-from tests.engine.hooked_layers import hooked
+from tests.engine.hooks.hooked_layers import hooked
 from tests.engine.native_layers import PlainGelu, PlainSwiGLU
 from tests.moe.layer_cases import D, OddExpert
 from tests.ranks import run_ranks

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.engine.hooked_layers import hooked
+from tests.engine.hooks.hooked_layers import hooked
 from tests.engine.small_model import BATCH, Job, make_layer
 from tests.moe.layer_cases import D
 from tests.ranks import run_ranks

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tests.engine import autoep_models
-from tests.engine.hooked_layers import hooked
+from tests.engine.hooks import autoep_models
+from tests.engine.hooks.hooked_layers import hooked
 from tests.engine.small_model import Job, batches, make_engine
 from tests.ranks import run_ranks
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine.face import Layer
 from ds_moe_ep.moe.experts import GeluMLP
-from tests.engine.hooked_layers import hooked
+from tests.engine.hooks.hooked_layers import hooked
 from tests.engine.small_model import Job, batches, make_model
 from tests.moe.layer_cases import D, F
 from tests.ranks import run_ranks

@@ -130,7 +130,7 @@ def silent_monitor_job(folder: str) -> None:
 
 
 def test_a_section_that_changes_top_k_takes_what_only_top_1_allows_with_it() -> None:
-    from ds_moe_ep.config import MoEConfig
+    from ds_moe_ep.config.knobs import MoEConfig
     from ds_moe_ep.engine.own_layers import with_given_knobs
 
     made = MoEConfig(num_experts=4, capacity_factor=1.0, drop_policy="random")

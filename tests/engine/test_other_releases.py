@@ -16,7 +16,7 @@ import deepspeed
 import pytest
 import torch
 
-from ds_moe_ep.deepspeed_keys import TESTED, number_of
+from ds_moe_ep.config.deepspeed_keys import TESTED, number_of
 from tests.engine.release_job import ACCUMULATING, JOBS, RESUMED, go_on
 from tests.engine.small_model import distance, merged, reference_job
 from tests.engine.test_training import LOSS, WEIGHTS, loss_distance

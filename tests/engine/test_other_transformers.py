@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ds_moe_ep.engine import recorders, seams
-from tests.engine.autoep_models import AutoEPJob, run_job
+from tests.engine.hooks.autoep_models import AutoEPJob, run_job
 from tests.ranks import run_ranks
 from tests.venvs import python_with, run_python
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_moe_ep import ConfigError, GeluMLP, MoE
-from ds_moe_ep.parallel_keys import refuse_shared_tokens
-from ds_moe_ep.training import read_training
+from ds_moe_ep.config.parallel_keys import refuse_shared_tokens
+from ds_moe_ep.config.training import read_training
 from tests.ranks import run_ranks
 
 WIDTH = 8

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_moe_ep.config import SMALL, Layout, MoEConfig
+from ds_moe_ep.config.knobs import SMALL, Layout, MoEConfig
 from ds_moe_ep.model.initialize import init_weights
 from ds_moe_ep.model.transformer import Transformer, build_transformer
 from ds_moe_ep.moe.layer import ExpertParallel

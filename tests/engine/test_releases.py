@@ -15,7 +15,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from deepspeed.runtime import compiler
 from torch import Tensor
 
-from ds_moe_ep.deepspeed_keys import TESTED, installed_release, number_of
+from ds_moe_ep.config.deepspeed_keys import TESTED, installed_release, number_of
 from ds_moe_ep.doctor import packages
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.older_engines import refuse_lost_micro_batches

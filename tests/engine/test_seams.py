@@ -61,7 +61,7 @@ def test_the_engine_reads_what_the_layer_offers() -> None:
 
 
 def test_no_key_but_the_experts_holds_the_word_that_the_engine_splits_by() -> None:
-    from ds_moe_ep.config import MoEConfig
+    from ds_moe_ep.config.knobs import MoEConfig
 
     layer = MoE(
         8, GeluMLP(8, 16), use_residual=True, config=MoEConfig(num_experts=4, balance="bias"), shared=GeluMLP(8, 16)

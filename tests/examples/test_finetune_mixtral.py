@@ -21,7 +21,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from ds_moe_ep.bench.processes import free_port
+from ds_moe_ep.bench.harness.processes import free_port
 from tests.ranks import REPOSITORY, SERVER_ENV, run_ranks
 
 EXAMPLES = REPOSITORY / "examples"

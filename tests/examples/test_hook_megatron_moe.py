@@ -22,7 +22,7 @@ def losses(is_hooked: bool, spoils: bool = False, num_steps: int = 3) -> list[fl
     import deepspeed
 
     import ds_moe_ep
-    from ds_moe_ep.text import load_corpus, training_batch
+    from ds_moe_ep.model.text import load_corpus, training_batch
 
     sys.path.insert(0, str(EXAMPLES))
     example: Any = importlib.import_module("hook_megatron_moe")

@@ -18,7 +18,7 @@ import threading
 
 import pytest
 
-from ds_moe_ep.bench.processes import free_port
+from ds_moe_ep.bench.harness.processes import free_port
 from tests.examples.training_scripts import EXAMPLES, EXPERT_PARALLEL
 from tests.ranks import REPOSITORY, SERVER_ENV
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_moe_ep.check import Budget, ModelCheck, check_config
-from ds_moe_ep.config import MEDIUM, ModelConfig
+from ds_moe_ep.check.config import Budget, ModelCheck, check_config
+from ds_moe_ep.config.knobs import MEDIUM, ModelConfig
+from ds_moe_ep.config.section import load_ds_config, read_section
+from ds_moe_ep.config.shipped import shipped_ds_configs
+from ds_moe_ep.config.training import read_training, shipped_sizes
 from ds_moe_ep.errors import MoEError, TopologyError
-from ds_moe_ep.section import load_ds_config, read_section
-from ds_moe_ep.shipped import shipped_ds_configs
-from ds_moe_ep.training import read_training, shipped_sizes
 from tests.ranks import RankError, run_ranks, signal_itself
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

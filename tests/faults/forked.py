@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from ds_moe_ep.bench.processes import free_port
+from ds_moe_ep.bench.harness.processes import free_port
 from tests.faults.outcomes import NUM_RANKS, Outcome
 from tests.ranks import _fork_server, _keep_shm_op_out
 

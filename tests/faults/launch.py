@@ -13,7 +13,7 @@ import uuid
 
 import psutil
 
-from ds_moe_ep.bench.processes import free_port
+from ds_moe_ep.bench.harness.processes import free_port
 from tests.faults.outcomes import NUM_RANKS, Outcome
 from tests.ranks import REPOSITORY, SERVER_ENV
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ds_moe_ep.config import ModelConfig, MoEConfig
+from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.model.initialize import init_weights
 from ds_moe_ep.model.transformer import Transformer, build_transformer
 from ds_moe_ep.moe.layer import ExpertParallel

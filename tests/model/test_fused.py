@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_moe_ep.config import ModelConfig
+from ds_moe_ep.config.knobs import ModelConfig
 from ds_moe_ep.model import feed_forward, fused
 from ds_moe_ep.model.feed_forward import FusedGeluMLP, make_shared_expert
 from ds_moe_ep.model.norm import layer_norm

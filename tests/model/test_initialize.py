@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model.initialize import EMBEDDING_STD, expert_index_of, global_name, init_weights
 from ds_moe_ep.model.transformer import Transformer, build_transformer

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_moe_ep.config import SMALL, SPECIFICATION, ModelConfig, MoEConfig
+from ds_moe_ep.config.knobs import SMALL, SPECIFICATION, ModelConfig, MoEConfig
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.footprint import count_parameters
 from ds_moe_ep.model.transformer import Transformer, build_transformer
 from ds_moe_ep.moe.layer import ExpertParallel
+from ds_moe_ep.sizing.footprint import count_parameters
 from tests.model.slots import FOUR_EXPERTS, TINY, tiny_transformer, token_ids
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ds_moe_ep.comm.transport import Message, Transfer, Transport
-from ds_moe_ep.timeline import NO_TAGS, Tags
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 
 class Wrapper:

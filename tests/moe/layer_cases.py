@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from tests.reference import Expert, gelu_expert, moe_reference, swiglu_expert
 
 D, F = 16, 32  # width of a token, inner width of an expert

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moe_ep.comm.groups import open_transport
+from ds_moe_ep.comm.open import open_transport
 from ds_moe_ep.comm.transport import Transport
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus, torus_of
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.topology import Torus, torus_of
 from tests.moe.faulty_transports import Lossy
 from tests.moe.layer_cases import CaseData, D, LayerCase, LayerResult, case_data, make_expert
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.layer import ExpertParallel
 

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.kernels.permute import RowMaps
+from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.layout import RowLayout, lay_out
-from ds_moe_ep.moe.plan import DispatchPlan
-from ds_moe_ep.schedule import forward_schedule, weight_blocks
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.schedule.build import forward_schedule, weight_blocks
 
 NO_MAPS = RowMaps(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64))
 

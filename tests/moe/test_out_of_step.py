@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.comm.groups import open_transport, transport_over
 from ds_moe_ep.comm.lane_groups import open_lanes
+from ds_moe_ep.comm.open import open_transport, transport_over
 from ds_moe_ep.comm.transport import Transport
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.topology import Torus
 from tests.comm.disturbed import caught
 from tests.ranks import run_ranks
 
@@ -280,7 +280,7 @@ def nobody_trains() -> list[bool]:
 @contextmanager
 def alone_with_its_needs() -> Iterator[None]:
     """The peers' needs are not read: what the agreement is there for."""
-    from ds_moe_ep.moe import plan
+    from ds_moe_ep.moe import dispatch_plan as plan
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "any", lambda _: False, raising=False)

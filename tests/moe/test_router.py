@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.router import Router, places
 
 

@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_moe_ep.comm.transport import Loopback
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.moe.dispatch_plan import make_plan
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.moe.plan import make_plan
 
 # What makes the host wait on CUDA: a value for Python, or a shape that depends on values.
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount", "aten::_unique2"}

@@ -14,15 +14,15 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
 
-from ds_moe_ep.bench.emulated import EmulatedExperts
-from ds_moe_ep.comm.groups import open_transport
-from ds_moe_ep.config import MoEConfig
+from ds_moe_ep.bench.rivals.emulated import EmulatedExperts
+from ds_moe_ep.comm.open import open_transport
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe import tuner
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.tuner import Choice, Drift
-from ds_moe_ep.topology import Torus
 from tests.moe.faulty_transports import Counting, Slow
 from tests.ranks import run_ranks
 

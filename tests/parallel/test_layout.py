@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ds_moe_ep.config import SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
+from ds_moe_ep.config.knobs import SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
+from ds_moe_ep.config.section import read_section
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.section import read_section
 
 CUT = {"tp_size": 2, "pp_size": 2}
 

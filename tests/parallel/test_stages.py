@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.config import ModelConfig, MoEConfig
+from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.model.initialize import init_weights
 from ds_moe_ep.model.transformer import Transformer, build_transformer

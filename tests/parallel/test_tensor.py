@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moe_ep.config import ModelConfig, MoEConfig
+from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.model.initialize import init_weights
 from ds_moe_ep.model.transformer import build_transformer
 from ds_moe_ep.moe.layer import ExpertParallel

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_moe_ep.config import Layout, ModelConfig, MoEConfig
+from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.parallel.tensor import Share
 from tests.parallel.outcomes import WHOLE, Outcome
 from tests.parallel.tampering import tampered

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.cli import make_parser
-from ds_moe_ep.command_line import Parser
+from ds_moe_ep.cli.main import make_parser
+from ds_moe_ep.config.command_line import Parser
 from tests import pages
 from tests.policy.links import anchors, commands, is_broken, links
 from tests.policy.sources import PACKAGE, ROOT

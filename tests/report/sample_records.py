@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ds_moe_ep.evidence import SOAK_VERDICTS, SYSTEMS
-from ds_moe_ep.record import Record, write_records
+from ds_moe_ep.records.names import SOAK_VERDICTS, SYSTEMS
+from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.report.findings import spans_path
-from ds_moe_ep.timeline import Span, Tags, write_spans
+from ds_moe_ep.schedule.spans import Span, Tags, write_spans
 
 BEDS = ("loopback", "cluster", "traffic65", "traffic130")
 TPS = {"tp8_pp2": 1180.0, "ep16_serial": 2450.0, "ep16": 3620.0, "native_ep16": 2210.0, "autoep_ep16": 2395.0}

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.cli import main
+from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.record import Record, write_records
+from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.report.findings import Findings, Source, read_findings, spans_path
-from ds_moe_ep.report.names import bed_order, is_known
-from ds_moe_ep.report.plots_timeline import exposed, rows_of
+from ds_moe_ep.report.known_names import bed_order, is_known
+from ds_moe_ep.report.plots.timeline import exposed, rows_of
 from ds_moe_ep.report.quantities import cell, convert, number
-from ds_moe_ep.timeline import Span, Tags, accounts, write_spans
+from ds_moe_ep.schedule.spans import Span, Tags, accounts, write_spans
 from tests.policy.sources import ROOT
 from tests.report.sample_records import every_record, record, spans, system_records
 
@@ -159,7 +159,7 @@ def test_the_command_prints_what_it_wrote(tmp_path: Path, capsys: pytest.Capture
 def test_help_of_the_command_loads_no_matplotlib_and_the_report_no_torch() -> None:
     script = (
         "import sys; sys.modules['torch'] = sys.modules['deepspeed'] = None\n"
-        "from ds_moe_ep.cli import main\n"
+        "from ds_moe_ep.cli.main import main\n"
         "try: main(['report', '--help'])\n"
         "except SystemExit: print('matplotlib' in sys.modules)\n"
         "import ds_moe_ep.report.write"
@@ -170,7 +170,7 @@ def test_help_of_the_command_loads_no_matplotlib_and_the_report_no_torch() -> No
 
 
 def test_only_the_plots_know_matplotlib() -> None:
-    files = list((ROOT / "ds_moe_ep" / "report").glob("*.py"))
-    knowing = {path.name for path in files if "matplotlib" in path.read_text(encoding="utf-8").partition('"""\n\n')[2]}
-    assert knowing
-    assert all(name.startswith("plots_") for name in knowing)
+    files = list((ROOT / "ds_moe_ep" / "report").rglob("*.py"))
+    code = {path: path.read_text(encoding="utf-8").partition('"""\n\n')[2] for path in files}
+    knowing = {path.parent.name for path in files if "matplotlib" in code[path]}
+    assert knowing == {"plots"}

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.record import read_records
-from ds_moe_ep.report import sections_overlap
+from ds_moe_ep.records.record import read_records
 from ds_moe_ep.report.findings import Findings, Source, read_findings
-from ds_moe_ep.report.names import is_known
+from ds_moe_ep.report.known_names import is_known
 from ds_moe_ep.report.page import Drawing, Picture, Table
-from ds_moe_ep.report.plots_overlap import LinkPanel
-from ds_moe_ep.report.sections_overlap import overlap
+from ds_moe_ep.report.plots.overlap import LinkPanel
+from ds_moe_ep.report.sections import overlap as sections_overlap
+from ds_moe_ep.report.sections.overlap import overlap
 from tests.policy.sources import ROOT
 from tests.report.sample_records import overlap_records, record
 

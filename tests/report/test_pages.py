@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.evidence import SYSTEMS
-from ds_moe_ep.figures import RATIO, stated_and_derived
-from ds_moe_ep.record import Record, write_records
+from ds_moe_ep.records.names import SYSTEMS
+from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.report.findings import Findings, Source, spans_path
 from ds_moe_ep.report.page import EMULATED, REAL, Page, Section, Table
 from ds_moe_ep.report.quantities import NONE
-from ds_moe_ep.report.sections_soak import soak
-from ds_moe_ep.report.sections_stated import ANSWERS, stated
-from ds_moe_ep.report.sections_systems import throughput
+from ds_moe_ep.report.sections.soak import soak
+from ds_moe_ep.report.sections.stated import ANSWERS, stated
+from ds_moe_ep.report.sections.systems import throughput
 from ds_moe_ep.report.write import make_page, write_report
-from ds_moe_ep.timeline import write_spans
+from ds_moe_ep.schedule.spans import write_spans
+from ds_moe_ep.specification.derived import RATIO, stated_and_derived
 from tests.report.sample_records import (
     load_records,
     loss_records,
@@ -232,7 +232,7 @@ def test_every_answer_belongs_to_a_figure_of_the_specification() -> None:
 
 
 def test_every_system_has_a_colour_of_its_own() -> None:
-    from ds_moe_ep.report.plots_style import SYSTEM_COLORS
+    from ds_moe_ep.report.plots.style import SYSTEM_COLORS
 
     assert set(SYSTEM_COLORS) == set(SYSTEMS)
     assert len(set(SYSTEM_COLORS.values())) == len(SYSTEMS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.timeline import Span, Tags, read_spans, write_spans
+from ds_moe_ep.schedule.spans import Span, Tags, read_spans, write_spans
 
 SPANS = [
     Span("dispatch 0", 3, "dispatch", 0.0, 9.5, Tags("ep16/layers.0.feed_forward", "forward", "node +1 (1/2)")),

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_moe_ep.evidence import LAWS
-from ds_moe_ep.record import Record, write_records
+from ds_moe_ep.records.names import LAWS
+from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.report.findings import Findings, Source
 from ds_moe_ep.report.page import EMULATED, Picture, Section, Table
-from ds_moe_ep.report.sections_stated import stated
-from ds_moe_ep.report.sections_sweep import draw_curves, simulated_scaling
+from ds_moe_ep.report.sections.stated import stated
+from ds_moe_ep.report.sections.sweep import draw_curves, simulated_scaling
 from tests.report.sample_records import SWEPT, scaling_records, sweep_records
 
 OVER_EP = [(ep, dp) for ep, dp in SWEPT if dp == 1]

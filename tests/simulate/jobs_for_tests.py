@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_moe_ep.config import ModelConfig, MoEConfig
-from ds_moe_ep.simulate.cluster import Cluster, Device, Host, Link
-from ds_moe_ep.simulate.step import Setup
-from ds_moe_ep.training import Training
+from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
+from ds_moe_ep.config.training import Training
+from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Host, Link
+from ds_moe_ep.simulate.step.setup import Setup
 
 FREE = Link()  # infinitely fast, without latency
 MODEL = ModelConfig(num_layers=2, hidden_size=64, num_heads=4, expert_width=256, sequence_length=128, recompute=False)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from math import inf
 
-from ds_moe_ep.events import Phase, Task
+from ds_moe_ep.schedule.events import Phase, Task
 
 Rate = Fraction | None  # None is infinite
 Sharing = Callable[[Mapping[int, Phase], Sequence[float]], dict[int, Rate]]

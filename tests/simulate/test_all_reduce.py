@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_moe_ep.events import Phase
-from ds_moe_ep.program import Load
-from ds_moe_ep.simulate.all_reduce import (
+from ds_moe_ep.schedule.events import Phase
+from ds_moe_ep.schedule.program import Load
+from ds_moe_ep.simulate.cluster.all_reduce import (
     WAYS,
     Group,
     all_reduce_load,
@@ -23,7 +23,7 @@ from ds_moe_ep.simulate.all_reduce import (
     send_us,
     tree_us,
 )
-from ds_moe_ep.simulate.cluster import Cluster, Device, Host, Link
+from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Host, Link
 
 RATE = st.floats(1.0, 1e6)
 CLUSTERS = st.builds(

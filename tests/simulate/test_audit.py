@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.cli import main
+from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.record import read_records
-from ds_moe_ep.simulate.audit import ANSWERS, HEAD, Row, audit
-from ds_moe_ep.simulate.audit_records import audit_values
-from ds_moe_ep.simulate.audit_runs import Runs, hardware_of
-from ds_moe_ep.simulate.cluster import load_cluster
-from ds_moe_ep.specified import BATCH_TOKENS, HARDWARE, STATED
+from ds_moe_ep.records.record import read_records
+from ds_moe_ep.simulate.audit.audit import ANSWERS, HEAD, Row, audit
+from ds_moe_ep.simulate.audit.records import audit_values
+from ds_moe_ep.simulate.audit.runs import Runs, hardware_of
+from ds_moe_ep.simulate.cluster.cluster import load_cluster
+from ds_moe_ep.specification.stated import BATCH_TOKENS, HARDWARE, STATED
 from tests.policy.sources import ROOT
 
 PATH = ROOT / "ds_configs" / "clusters" / "h100_4x4.json"

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.cli import main
+from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.record import Record, write_records
-from ds_moe_ep.simulate import overlap_fit
-from ds_moe_ep.simulate.calibrate import calibrate, calibrate_files, errors_of
-from ds_moe_ep.simulate.cluster import Cluster, Device, Host, Link, load_cluster, read_cluster
-from ds_moe_ep.simulate.fit_probe import fit_probe
-from ds_moe_ep.simulate.overlap_case import overlap_cases, simulate_case
-from ds_moe_ep.simulate.overlap_fit import with_parameters
-from ds_moe_ep.simulate.probe_samples import is_held_out, least_squares
-from ds_moe_ep.simulate.write_cluster import cluster_values, write_cluster
+from ds_moe_ep.records.record import Record, write_records
+from ds_moe_ep.simulate.calibrate import overlap_fit
+from ds_moe_ep.simulate.calibrate.calibrate import calibrate, calibrate_files, errors_of
+from ds_moe_ep.simulate.calibrate.overlap_case import overlap_cases, simulate_case
+from ds_moe_ep.simulate.calibrate.overlap_fit import with_parameters
+from ds_moe_ep.simulate.calibrate.probe_fit import fit_probe
+from ds_moe_ep.simulate.calibrate.probe_samples import is_held_out, least_squares
+from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Host, Link, load_cluster, read_cluster
+from ds_moe_ep.simulate.cluster.write import cluster_values, write_cluster
 
 ROWS = [2**n for n in range(3, 14)]
 BYTES = [8, *(2**n for n in range(10, 29, 2))]

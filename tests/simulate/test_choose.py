@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from ds_moe_ep import price
-from ds_moe_ep.simulate.choose import as_auto, choose_schedule, layer_us, with_knobs
-from ds_moe_ep.simulate.cluster import Cluster, load_cluster
-from ds_moe_ep.simulate.ep_step import EpJob
-from ds_moe_ep.simulate.step import Setup
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.schedule import price
+from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
+from ds_moe_ep.simulate.job.choose import as_auto, choose_schedule, layer_us, with_knobs
+from ds_moe_ep.simulate.step.ep_step import EpJob
+from ds_moe_ep.simulate.step.setup import Setup
 from tests.policy.sources import ROOT
 from tests.simulate.jobs_for_tests import cluster, setup, slow_link
 

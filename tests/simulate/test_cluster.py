@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.simulate.cluster import PARTS, SCALES, Device, Link, load_cluster, read_cluster
+from ds_moe_ep.simulate.cluster.cluster import PARTS, SCALES, Device, Link, load_cluster, read_cluster
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs" / "clusters").glob("*.json"))
 

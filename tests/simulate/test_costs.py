@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.simulate.cluster import Device, Link
-from ds_moe_ep.simulate.costs import attention_us, matmul_us, memory_us
+from ds_moe_ep.simulate.cluster.cluster import Device, Link
+from ds_moe_ep.simulate.step.formulas import attention_us, matmul_us, memory_us
 
 PERFECT = Device(memory_bytes=80e9, peak_bf16=1e9, memory_bandwidth=3e6)  # 1 PFLOP/s, 3 TB/s
 REAL = Device(

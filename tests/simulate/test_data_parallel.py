@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from ds_moe_ep.footprint import count_rank_parameters
-from ds_moe_ep.simulate.ep_step import ep_step
-from ds_moe_ep.simulate.step import Setup
+from ds_moe_ep.simulate.step.ep_step import ep_step
+from ds_moe_ep.simulate.step.setup import Setup
+from ds_moe_ep.sizing.footprint import count_rank_parameters
 from tests.simulate.jobs_for_tests import MODEL, cluster, setup, slow_link
 
 SHARE = 15 / 16 / 10.0  # microseconds a byte: a ring over 16 ranks whose nodes share links of 10 bytes/us

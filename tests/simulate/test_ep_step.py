@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_moe_ep.events import critical_path_us
-from ds_moe_ep.footprint import dispatch_bytes, forward_flops, training_flops
-from ds_moe_ep.price import candidates
-from ds_moe_ep.simulate import moe_pass
-from ds_moe_ep.simulate.cluster import Cluster, Device, Host
-from ds_moe_ep.simulate.ep_step import EpJob, ep_step
-from ds_moe_ep.simulate.step import Setup
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.schedule.events import critical_path_us
+from ds_moe_ep.schedule.price import candidates
+from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Host
+from ds_moe_ep.simulate.step import moe_pass
+from ds_moe_ep.simulate.step.ep_step import EpJob, ep_step
+from ds_moe_ep.simulate.step.setup import Setup
+from ds_moe_ep.sizing.footprint import dispatch_bytes, forward_flops, training_flops
 from tests.simulate.jobs_for_tests import FREE, MODEL, cluster, setup, slow_link
 
 SCHEDULES = st.sampled_from(candidates(Torus(4, 4)))

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from ds_moe_ep.simulate.cluster import Cluster, load_cluster
-from ds_moe_ep.simulate.jobs import read_job
+from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
+from ds_moe_ep.simulate.job.job import read_job
 from tests.policy.sources import ROOT
 
 EP16 = ROOT / "ds_configs" / "ep16.json"

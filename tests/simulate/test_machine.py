@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from ds_moe_ep.config import MoEConfig
-from ds_moe_ep.simulate.cluster import Cluster, Link
-from ds_moe_ep.simulate.ep_step import EpJob, ep_step
-from ds_moe_ep.simulate.machine import machine_for_group
-from ds_moe_ep.simulate.step import Setup
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.simulate.cluster.cluster import Cluster, Link
+from ds_moe_ep.simulate.cluster.machine import machine_for_group
+from ds_moe_ep.simulate.step.ep_step import EpJob, ep_step
+from ds_moe_ep.simulate.step.setup import Setup
 from tests.simulate.jobs_for_tests import cluster, setup, slow_link
 
 

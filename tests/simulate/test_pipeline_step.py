@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_moe_ep.config import Layout, ModelConfig, MoEConfig
-from ds_moe_ep.pipeline_footprint import bubble, count_work
-from ds_moe_ep.simulate.cluster import Cluster, Device, Host, Link
-from ds_moe_ep.simulate.layer_costs import Costs
-from ds_moe_ep.simulate.pipeline_schedule import Act, Instruction, forward_order, in_order, training_order
-from ds_moe_ep.simulate.pipeline_step import pipeline_step
-from ds_moe_ep.simulate.step import Algorithm, Setup
-from ds_moe_ep.timeline import LANES
-from ds_moe_ep.training import Training
+from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
+from ds_moe_ep.config.training import Training
+from ds_moe_ep.schedule.spans import LANES
+from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Host, Link
+from ds_moe_ep.simulate.step.costs import Costs
+from ds_moe_ep.simulate.step.pipeline_schedule import Act, Instruction, forward_order, in_order, training_order
+from ds_moe_ep.simulate.step.pipeline_step import pipeline_step
+from ds_moe_ep.simulate.step.setup import Algorithm, Setup
+from ds_moe_ep.sizing.pipeline import bubble, count_work
 
 MODEL = ModelConfig(hidden_size=64, num_heads=8, expert_width=512, sequence_length=128, recompute=False)
 MOE = MoEConfig(num_experts=16)

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from ds_moe_ep.cli import main
+from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError, TopologyError
-from ds_moe_ep.simulate.bounds import FAR, RESOURCES
-from ds_moe_ep.simulate.cluster import Cluster, load_cluster
-from ds_moe_ep.simulate.fit_memory import cuts_of_batch, fit_memory, with_micro_batch
-from ds_moe_ep.simulate.jobs import read_job, title_of
-from ds_moe_ep.simulate.measures import measures, parts
-from ds_moe_ep.simulate.plan import Plan, compare, make_plan
-from ds_moe_ep.simulate.plan_tables import digits, with_bar
-from ds_moe_ep.simulate.predict import Estimate, predict, simulate_step
+from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
+from ds_moe_ep.simulate.job.fit import cuts_of_batch, fit_memory, with_micro_batch
+from ds_moe_ep.simulate.job.job import read_job, title_of
+from ds_moe_ep.simulate.plan.bounds import FAR, RESOURCES
+from ds_moe_ep.simulate.plan.plan import Plan, compare, make_plan
+from ds_moe_ep.simulate.plan.tables import digits, with_bar
+from ds_moe_ep.simulate.step.measures import measures, parts
+from ds_moe_ep.simulate.step.predict import Estimate, predict, simulate_step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 EP16, TP8_PP2 = str(CONFIGS / "ep16.json"), str(CONFIGS / "tp8_pp2.json")

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.cli import main
+from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.evidence import KINDS, bed_title
-from ds_moe_ep.record import Record, read_records
+from ds_moe_ep.records.names import KINDS, bed_title
+from ds_moe_ep.records.record import Record, read_records
 from ds_moe_ep.report.findings import read_findings, spans_path
-from ds_moe_ep.report.names import bed_order, is_known, place_of
+from ds_moe_ep.report.known_names import bed_order, is_known, place_of
 from ds_moe_ep.report.write import write_report
-from ds_moe_ep.simulate.cluster import load_cluster
-from ds_moe_ep.simulate.plan import Comparison, Plan, compare, make_plan
-from ds_moe_ep.simulate.plan_records import REPEATED, comparison_records, plan_records, plan_spans, write_trace
-from ds_moe_ep.simulate.source import Source, slug, source_of
-from ds_moe_ep.timeline import accounts, read_spans
+from ds_moe_ep.schedule.spans import accounts, read_spans
+from ds_moe_ep.simulate.cluster.cluster import load_cluster
+from ds_moe_ep.simulate.plan.plan import Comparison, Plan, compare, make_plan
+from ds_moe_ep.simulate.plan.records import REPEATED, comparison_records, plan_records, plan_spans, write_trace
+from ds_moe_ep.simulate.step.source import Source, slug, source_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 EP16, TP8_PP2 = str(CONFIGS / "ep16.json"), str(CONFIGS / "tp8_pp2.json")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.config import Layout
-from ds_moe_ep.simulate.cluster import load_cluster
-from ds_moe_ep.simulate.jobs import Mode, read_job
-from ds_moe_ep.simulate.pipeline_step import pipeline_step
-from ds_moe_ep.simulate.predict import Estimate, simulate_step
-from ds_moe_ep.simulate.step import Setup
+from ds_moe_ep.config.knobs import Layout
+from ds_moe_ep.simulate.cluster.cluster import load_cluster
+from ds_moe_ep.simulate.job.job import Mode, read_job
+from ds_moe_ep.simulate.step.pipeline_step import pipeline_step
+from ds_moe_ep.simulate.step.predict import Estimate, simulate_step
+from ds_moe_ep.simulate.step.setup import Setup
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 

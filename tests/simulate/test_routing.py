@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.record import Record, write_records
-from ds_moe_ep.simulate.routing import loads_of, read_loads, zipf
+from ds_moe_ep.records.record import Record, write_records
+from ds_moe_ep.simulate.job.routing import loads_of, read_loads, zipf
 
 
 def test_even_is_no_load_at_all() -> None:

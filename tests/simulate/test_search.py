@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ds_moe_ep.simulate.search import compass_search
+from ds_moe_ep.simulate.calibrate.search import compass_search
 
 
 def test_it_finds_the_lowest_point_of_a_valley() -> None:

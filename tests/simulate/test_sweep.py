@@ -12,25 +12,25 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ds_moe_ep.cli import main
+from ds_moe_ep.cli.main import main
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.evidence import LAWS, TOTALS
-from ds_moe_ep.footprint import Memory
-from ds_moe_ep.laws import SHAPES
-from ds_moe_ep.price import candidates
-from ds_moe_ep.record import read_records
-from ds_moe_ep.report.names import is_known
-from ds_moe_ep.simulate.choose import with_knobs
-from ds_moe_ep.simulate.cluster import load_cluster
-from ds_moe_ep.simulate.ep_step import EpJob
-from ds_moe_ep.simulate.predict import Prediction
-from ds_moe_ep.simulate.source import Source
-from ds_moe_ep.simulate.step import Setup, Step
-from ds_moe_ep.simulate.sweep import Point, Sizes, Sweep, cluster_at, read_sizes, setup_at, simulate_point, sweep
-from ds_moe_ep.simulate.sweep_records import UNITS, sweep_records, sweep_values
-from ds_moe_ep.simulate.sweep_tables import print_sweep
-from ds_moe_ep.specified import BASELINE, EP16, MODEL, TRAINING
-from ds_moe_ep.topology import Torus
+from ds_moe_ep.records.names import LAWS, TOTALS
+from ds_moe_ep.records.record import read_records
+from ds_moe_ep.report.known_names import is_known
+from ds_moe_ep.schedule.price import candidates
+from ds_moe_ep.simulate.cluster.cluster import load_cluster
+from ds_moe_ep.simulate.job.choose import with_knobs
+from ds_moe_ep.simulate.step.ep_step import EpJob
+from ds_moe_ep.simulate.step.predict import Prediction
+from ds_moe_ep.simulate.step.setup import Setup, Step
+from ds_moe_ep.simulate.step.source import Source
+from ds_moe_ep.simulate.sweep.records import UNITS, sweep_records, sweep_values
+from ds_moe_ep.simulate.sweep.sweep import Point, Sizes, Sweep, cluster_at, read_sizes, setup_at, simulate_point, sweep
+from ds_moe_ep.simulate.sweep.tables import print_sweep
+from ds_moe_ep.sizing.footprint import Memory
+from ds_moe_ep.specification.laws import SHAPES
+from ds_moe_ep.specification.stated import BASELINE, EP16, MODEL, TRAINING
 from tests.policy.sources import ROOT
 
 PATH = ROOT / "ds_configs" / "clusters" / "h100_4x4.json"

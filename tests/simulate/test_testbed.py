@@ -9,13 +9,13 @@ from functools import cache
 import pytest
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.record import Record, read_records
-from ds_moe_ep.shaping import WIRE
-from ds_moe_ep.simulate.calibrate import calibrate, held_out_cases
-from ds_moe_ep.simulate.cluster import Cluster, Host, load_cluster
-from ds_moe_ep.simulate.overlap_case import OverlapCase, case_spans, overlap_cases, simulate_case
-from ds_moe_ep.simulate.overlap_fit import fit_overlap, pairs_in_order, predictions
-from ds_moe_ep.timeline import overlap
+from ds_moe_ep.records.record import Record, read_records
+from ds_moe_ep.schedule.shaping import WIRE
+from ds_moe_ep.schedule.spans import overlap
+from ds_moe_ep.simulate.calibrate.calibrate import calibrate, held_out_cases
+from ds_moe_ep.simulate.calibrate.overlap_case import OverlapCase, case_spans, overlap_cases, simulate_case
+from ds_moe_ep.simulate.calibrate.overlap_fit import fit_overlap, pairs_in_order, predictions
+from ds_moe_ep.simulate.cluster.cluster import Cluster, Host, load_cluster
 from tests.policy.sources import ROOT
 
 HOLD_OUT = 0.75  # as README's command says

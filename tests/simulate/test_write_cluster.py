@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.simulate.cluster import PARTS, Cluster, Device, Host, Link, load_cluster, read_cluster
-from ds_moe_ep.simulate.write_cluster import cluster_values, json_of, unit_of, write_cluster
+from ds_moe_ep.simulate.cluster.cluster import PARTS, Cluster, Device, Host, Link, load_cluster, read_cluster
+from ds_moe_ep.simulate.cluster.write import cluster_values, json_of, unit_of, write_cluster
 from tests.policy.sources import ROOT
 
 FILES = sorted((ROOT / "ds_configs" / "clusters").glob("*.json"))

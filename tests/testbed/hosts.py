@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_moe_ep.bench.processes import die_with_parent
+from ds_moe_ep.bench.harness.processes import die_with_parent
 from ds_moe_ep.bench.testbed import DEVICE, TestBed, open_testbed, why_not
 
 SSHD = "/usr/sbin/sshd"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.section import load_ds_config
+from ds_moe_ep.config.section import load_ds_config
 from tests.policy.sources import ROOT
 from tests.testbed.hosts import Hosts, open_hosts, why_no_hosts
 

@@ -1,0 +1,1 @@
+"""One layer against DeepSpeed's own."""

@@ -1,0 +1,1 @@
+"""Memory, traffic and busy time of a process."""

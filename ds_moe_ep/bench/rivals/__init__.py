@@ -1,0 +1,1 @@
+"""Layers that the benchmarks race: DeepSpeed's own, emulated ones."""

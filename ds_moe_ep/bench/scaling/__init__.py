@@ -1,0 +1,1 @@
+"""Expert parallelism of 1 to 16 ranks."""

@@ -1,0 +1,226 @@
+"""What each rank of a soak does: trains step after step, looks at its process now and then, hashes what it computed.
+
+1. What a process has open is counted before the engine is made, after every few steps, and after the engine and all
+   groups are gone. The group of the world, and the watch that lives with it, are there from before to after.
+2. Counts of Python objects, and peaks of memory, begin with the first sample: objects that are alive by then are put
+   aside (gc.freeze).
+3. Losses and loads are kept on the rank between samples, and exchanged with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from multiprocessing.queues import Queue
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_moe_ep.bench.harness.processes import Finding, live_as_rank, loopback_environment
+from ds_moe_ep.bench.meters.memory import HostMeter
+from ds_moe_ep.bench.soak.plan import SoakPlan
+
+START_TIMEOUT_S = 600.0
+PATIENCE_S = 10.0  # for threads that were told to end
+
+MALLINFO_FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+
+# Torch keeps the products of the last 1,024 shapes, and a record of the last 2,000 collectives: about 4 MB a rank that
+# come in the first hundreds of steps and are no leak.
+CACHES_OFF = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "TORCH_FR_BUFFER_SIZE": "0"}
+
+Tell = Callable[[Finding], object]
+
+
+def run_soak_rank(rank: int, plan: SoakPlan, findings: Queue[Finding]) -> None:
+    """The whole life of one rank."""
+    os.environ |= loopback_environment(rank, plan.num_ranks, plan.port)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if not plan.has_caches:
+        os.environ |= CACHES_OFF
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    torch.set_num_threads(1)
+    live_as_rank(rank, findings, partial(_run, plan))
+
+
+def _run(plan: SoakPlan, tell: Tell) -> None:
+    soak(plan, tell)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def soak(plan: SoakPlan, tell: Tell, make_model: Callable[[SoakPlan], nn.Module] | None = None) -> None:
+    """One run on this rank; `make_model` makes another model than the soak's own. Collective over the world.
+
+    `tell` hears of each step, and at every sample of what all ranks hold.
+    """
+    from ds_moe_ep.bench.rivals import native  # imports deepspeed, which reads DS_ACCELERATOR
+    from ds_moe_ep.bench.soak.model import SoakModel, build_engine
+    from ds_moe_ep.engine import seams
+
+    native.start_ranks("gloo", START_TIMEOUT_S)
+    tell(Finding(plan.case, "", "phase", text="building the engine"))
+    seams.watch_of_world(plan.moe(0).timeout_s)
+    dist.barrier()
+    before = opened()
+    tell_all(plan, "start", before, tell)
+    engine = build_engine(plan, make_model or SoakModel)
+    train(engine, plan, tell)
+    tell_all(plan, "peak", {"memory": HostMeter().peak()}, tell)
+    engine.destroy()
+    del engine
+    close_groups()
+    tell_all(plan, "after", left_open(before), tell)
+
+
+def train(engine: Any, plan: SoakPlan, tell: Tell) -> None:
+    """All steps of a run. Collective."""
+    from ds_moe_ep.bench.soak.model import Weather
+
+    weather, journal, rank = Weather(plan), Journal(plan), dist.get_rank()
+    samples, hashes = set(plan.samples()), set(plan.hashes())
+    for step in range(1, plan.steps + 1):
+        output = engine(*weather.batch(step, rank))
+        engine.backward(output.loss)
+        engine.step()
+        journal.note(output.loss, output.counts_E)
+        del output
+        if step in samples:
+            journal.tell_loads(step, tell)
+            if step == plan.samples()[0]:
+                gc.collect()
+                gc.freeze()
+                HostMeter().reset()  # the peak of building and of the first steps is not that of the bursts
+            tell_all(plan, f"step{step:05d}", {**held(), **opened()}, tell)
+        if step in hashes:
+            journal.tell_hash(step, engine.module, tell)
+        tell(Finding(plan.case, "", "phase", text=f"step {step}"))
+    gc.unfreeze()
+
+
+def held() -> Mapping[str, float]:
+    """What this process holds: resident bytes, bytes out of malloc, live tensors and Python objects.
+
+    Garbage that waits for the collector is collected first. Objects that were put aside do not count.
+    """
+    gc.collect()
+    objects = gc.get_objects()
+    return {
+        "memory": psutil.Process().memory_info().rss,
+        "allocated": malloc_bytes(),
+        "tensors": sum(issubclass(type(o), Tensor) for o in objects),
+        "objects": len(objects),
+    }
+
+
+def opened() -> Mapping[str, float]:
+    """What this process has open: handles, sockets among them, and threads."""
+    process = psutil.Process()
+    return {
+        "handles": process.num_fds(),
+        "sockets": len(process.net_connections(kind="all")),
+        "threads": process.num_threads(),
+    }
+
+
+def left_open(before: Mapping[str, float]) -> Mapping[str, float]:
+    """What is open once that is no more than before, or after some seconds: threads that end need a moment."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while any(now > before[what] for what, now in opened().items()) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    return opened()
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO_FIELDS]
+
+
+def malloc_bytes() -> float:
+    """Bytes that malloc has given out and not got back, in all arenas; 0 where the C library cannot tell."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return 0.0
+    libc.mallinfo2.restype = _MallInfo
+    info = libc.mallinfo2()
+    return float(info.uordblks + info.hblkhd)
+
+
+def tell_all(plan: SoakPlan, when: str, values: Mapping[str, float], tell: Tell) -> None:
+    """Tells the values of all ranks, in rank order. Collective."""
+    here = torch.tensor(list(values.values()), dtype=torch.float64)
+    for what, of_ranks in zip(values, gathered(here).t().tolist(), strict=True):
+        tell(Finding(plan.case, "", f"{what}.{when}", tuple(of_ranks)))
+
+
+def gathered(here: Tensor) -> Tensor:
+    """The values of all ranks [P, ...], in rank order. Collective."""
+    everywhere = [torch.empty_like(here) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, here)
+    return torch.stack(everywhere)
+
+
+class Journal:
+    """What this rank computed: a running hash of all of it, and what was not told yet."""
+
+    def __init__(self, plan: SoakPlan) -> None:
+        self._plan = plan
+        self._seen = hashlib.sha256()
+        self._losses: list[Tensor] = []
+        self._counts: list[Tensor] = []
+
+    def note(self, loss: Tensor, counts_E: Tensor) -> None:
+        """Takes in one step."""
+        self._losses.append(loss.detach())
+        self._counts.append(counts_E)
+        self._seen.update(bytes_of(loss) + bytes_of(counts_E))
+
+    def tell_loads(self, step: int, tell: Tell) -> None:
+        """Tells the rows of each expert and the mean loss, of all ranks, of each step not told yet. Collective."""
+        rows_SE, loss_S = torch.stack(self._counts), torch.stack(self._losses).double()
+        dist.all_reduce(rows_SE)
+        dist.all_reduce(loss_S)
+        first = step + 1 - len(self._counts)
+        self._losses, self._counts = [], []
+        for its_step, (rows_E, loss) in enumerate(zip(rows_SE.tolist(), loss_S.tolist(), strict=True), start=first):
+            tell(Finding(self._plan.case, "", f"rows.step{its_step:05d}", tuple(rows_E)))
+            tell(Finding(self._plan.case, "", f"loss.step{its_step:05d}", (loss / dist.get_world_size(),)))
+
+    def tell_hash(self, step: int, model: nn.Module, tell: Tell) -> None:
+        """Tells one hash of all losses and loads until now and of all parameters, on all ranks. Collective."""
+        here = self._seen.copy()
+        for parameter in model.parameters():
+            here.update(bytes_of(parameter))
+        digest = torch.frombuffer(bytearray(here.digest()), dtype=torch.uint8)
+        text = hashlib.sha256(bytes_of(gathered(digest))).hexdigest()
+        tell(Finding(self._plan.case, "", f"hash.step{step:05d}", text=text))
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The values of a tensor, bit by bit."""
+    return tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def close_groups() -> None:
+    """Closes every process group but the world's, with DeepSpeed's references to them. Collective.
+
+    DeepSpeed keeps groups, and with them our lanes, for the next engine; they end with the process or by this.
+    """
+    import deepspeed.comm
+    from torch.distributed import distributed_c10d
+
+    gc.collect()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            deepspeed.comm.destroy_process_group(group)
+    gc.collect()

@@ -1,0 +1,1 @@
+"""check-config: what a ds_config would run, or why it cannot."""

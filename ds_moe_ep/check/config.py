@@ -1,0 +1,250 @@
+"""`check-config`: what a ds_config would run, derived before anything is built or started."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_moe_ep.check.pipeline import (
+    PipelineCheck,
+    check_pipeline,
+    has_specified_shapes,
+    is_specified,
+    pipeline_notes,
+    pipeline_way_out,
+)
+from ds_moe_ep.config import deepspeed_keys
+from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
+from ds_moe_ep.config.section import Section, load_ds_config, read_section
+from ds_moe_ep.config.topology import RankGrid
+from ds_moe_ep.config.training import BYTES, WHOLE, Training, micro_batch_way_out, read_training
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.sizing.footprint import (
+    Memory,
+    Parameters,
+    count_memory,
+    count_parameters,
+    count_rank_parameters,
+    dispatch_bytes,
+    forward_flops,
+    largest_load,
+    tokens_of_batch,
+    tokens_of_rank,
+    training_flops,
+)
+from ds_moe_ep.specification import derived as figures
+
+FLASH_HEAD_SIZE = 256  # torch's flash attention ends at heads of this width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The memory of one GPU, and what is left to others in it."""
+
+    gpu_gb: float = 80.0
+    reserve_gb: float = 4.0  # CUDA's context, NCCL's buffers, fragmentation
+    load: float = 1.0  # rows of the fullest rank over the mean
+
+    def __post_init__(self) -> None:
+        if not self.gpu_gb > self.reserve_gb >= 0:
+            raise ConfigError(
+                f"gpu_gb={self.gpu_gb:g} with reserve_gb={self.reserve_gb:g}: the reserve is a part of the "
+                "GPU's memory; lower it or raise gpu_gb"
+            )
+        if not self.load >= 1:
+            raise ConfigError(f"load={self.load:g}: the fullest rank has at least the mean; give 1 or more")
+
+    @property
+    def free_bytes(self) -> int:
+        return int((self.gpu_gb - self.reserve_gb) * 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCheck:
+    """What follows once the model is known."""
+
+    model: ModelConfig
+    parameters: Parameters
+    rank_parameters: Parameters
+    memory: Memory
+    load_that_fits: float
+    micro_batch_tokens: int
+    batch_tokens: int
+    capacity_rows: int | None
+    dispatch_bytes: int
+    forward_flops: int
+    training_flops: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The check as plain values, for JSON."""
+        values = dataclasses.asdict(self)
+        for name in ("parameters", "rank_parameters", "memory"):
+            values[name] = getattr(self, name).to_dict()
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Everything that `check-config` tells; `details` is None for a ds_config that names no model."""
+
+    path: str
+    moe: MoEConfig
+    training: Training
+    budget: Budget
+    details: ModelCheck | PipelineCheck | None
+    notes: tuple[str, ...]
+    figures: tuple[figures.Figure, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The check as plain values, for JSON."""
+        values = dataclasses.asdict(self)
+        values["training"] |= {"batch": self.training.batch, "num_replicas": self.training.num_replicas}
+        if self.training.layout == WHOLE:
+            del values["training"]["layout"]
+        values["details"] = self.details.to_dict() if self.details is not None else None
+        return values
+
+
+def check_config(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    world_size: int | None = None,
+    budget: Budget | None = None,
+) -> Check:
+    """What `source` would run. Raises ConfigError or TopologyError for what cannot work."""
+    budget = budget or Budget()
+    ds_config = load_ds_config(source)
+    if "moe_ep" not in ds_config:
+        read_section(ds_config)  # names a misspelt section
+        raise ConfigError('moe_ep=null: the ds_config has no such section; add "moe_ep": {...}')
+    section = read_section(ds_config)
+    training = read_training(ds_config, section.moe.ep_size, world_size, section.layout)
+    details: ModelCheck | PipelineCheck | None = None
+    if section.model is not None:
+        check = _check_model if section.layout == WHOLE else _check_pipeline
+        details = check(section.model, section.moe, training, budget)
+    return Check(
+        path="ds_config" if isinstance(source, Mapping) else os.fspath(source),
+        moe=section.moe,
+        training=training,
+        budget=budget,
+        details=details,
+        notes=tuple(_notes(ds_config, section, training)),
+        figures=figures.stated_and_derived() if _is_the_specification(section) else (),
+    )
+
+
+def _check_model(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> ModelCheck:
+    memory = count_memory(model, moe, training, budget.load)
+    if memory.peak > budget.free_bytes:
+        raise ConfigError(_does_not_fit(memory, budget, memory_way_out(model, moe, training, budget)))
+    tokens = tokens_of_rank(model, training)
+    return ModelCheck(
+        model=model,
+        parameters=count_parameters(model, moe),
+        rank_parameters=count_rank_parameters(model, moe),
+        memory=memory,
+        load_that_fits=largest_load(model, moe, training, budget.free_bytes) or budget.load,
+        micro_batch_tokens=tokens,
+        batch_tokens=tokens_of_batch(model, training),
+        capacity_rows=moe.capacity(tokens, training=True),
+        dispatch_bytes=dispatch_bytes(tokens, model, moe, training.precision),
+        forward_flops=forward_flops(model, moe),
+        training_flops=training_flops(model, moe),
+    )
+
+
+def _check_pipeline(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> PipelineCheck:
+    details = check_pipeline(model, moe, training, budget.free_bytes)
+    if details.memory.peak > budget.free_bytes:
+        way_out = pipeline_way_out(model, moe, training, budget.free_bytes)
+        raise ConfigError(_does_not_fit(details.memory, budget, way_out))
+    return details
+
+
+def _does_not_fit(memory: Memory, budget: Budget, way_out: str) -> str:
+    return f"gpu_gb={budget.gpu_gb:g}: {needs(memory)} beside a reserve of {budget.reserve_gb:g}; {way_out}"
+
+
+def needs(memory: Memory) -> str:
+    """What a GPU needs, for the error of one that has less."""
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations and buffers": memory.peak - memory.persistent,
+    }
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    return f"a GPU needs {memory.peak / 1e9:.1f} GB ({listed})"
+
+
+def memory_way_out(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> str:
+    """What makes a model that is too large for a GPU fit, or at least smaller."""
+
+    def fits(smaller: Training) -> bool:
+        return count_memory(model, moe, smaller, budget.load).peak <= budget.free_bytes
+
+    smaller = micro_batch_way_out(training, fits)
+    if smaller:
+        return smaller
+    if not model.recompute:
+        return "set moe_ep.model.recompute to true"
+    if training.zero_stage == 0:
+        return "set zero_optimization.stage to 1"
+    if moe.ep_size < moe.num_experts:
+        return f"raise moe_ep.ep_size from {moe.ep_size}, so that a rank holds fewer experts"
+    if not training.offload:
+        return "move the optimizer to the host with zero_optimization.offload_optimizer"
+    return "make the model smaller"
+
+
+def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -> Iterator[str]:
+    """What a reader should know, though nothing forbids it."""
+    moe, model = section.moe, section.model
+    release = deepspeed_keys.installed_release()
+    known = deepspeed_keys.keys_of(deepspeed_keys.TOP_LEVEL, release).known
+    for key in ds_config:
+        if key not in known and key != "moe_ep":
+            yield f"{key}: DeepSpeed {release} does not know this key and ignores it"
+    if "data_parallel_size" in ds_config and "sequence_parallel_size" not in ds_config:
+        yield f"data_parallel_size: DeepSpeed {release} reads it beside sequence_parallel_size alone"
+    if model is None:
+        yield 'moe_ep.model is not given: memory, traffic and arithmetic need it; add "model": "small"'
+    if training.precision == "fp16":
+        yield "fp16 does not run on DeepSpeed's CPU accelerator: use bf16 or fp32 there"
+    if section.layout == WHOLE:
+        yield from _traffic_notes(moe, training)
+    else:
+        yield from pipeline_notes(ds_config, moe, model, training)
+    if moe.balance == "none" and moe.capacity_factor is None:
+        yield "balance='none' without a capacity: nothing keeps an expert from taking every row"
+    if model is not None and model.hidden_size // model.num_heads > FLASH_HEAD_SIZE:
+        head, S = model.hidden_size // model.num_heads, model.sequence_length
+        num_heads = model.num_heads // section.layout.tp_size
+        scores = training.micro_batch * num_heads * S * S * BYTES[training.precision]
+        yield (
+            f"heads of {head}: torch's flash attention ends at {FLASH_HEAD_SIZE}; the memory-efficient "
+            f"kernel must run, since the plain one would store {scores / 1e9:.1f} GB of scores"
+        )
+    if training.num_replicas > 1 and section.layout == WHOLE:
+        grid = RankGrid(world_size=training.world_size, ep_size=moe.ep_size)
+        others = grid.expert_data_groups()[0][1:]
+        yield f"{grid.num_replicas} expert groups: rank 0 and the ranks {others} hold the same experts"
+
+
+def _traffic_notes(moe: MoEConfig, training: Training) -> Iterator[str]:
+    """Notes on experts that are whole on their ranks."""
+    if training.zero_stage and training.num_replicas == 1:
+        yield "each expert has one owner (world_size = ep_size): ZeRO shares the dense optimizer states alone"
+    if moe.depth == 0 or moe.schedule == "serial":
+        yield f"schedule={moe.schedule!r}, depth={moe.depth}: every transfer blocks and nothing is hidden"
+
+
+def _is_the_specification(section: Section) -> bool:
+    model, moe = section.model, section.moe
+    if model is None:
+        return False
+    is_ep16 = (moe.num_experts, moe.ep_size, moe.top_k) == (16, 16, 1) and has_specified_shapes(model)
+    return is_ep16 or is_specified(model, moe, section.layout)

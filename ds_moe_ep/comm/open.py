@@ -1,0 +1,34 @@
+"""Opens the transport that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ds_moe_ep.comm.automatic import Automatic
+from ds_moe_ep.comm.collective import Collective
+from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
+from ds_moe_ep.comm.pairwise import Pairwise
+from ds_moe_ep.comm.transport import Loopback, Transport
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.health.watch import Watch
+
+
+def open_transport(groups: Sequence[Sequence[int]], config: MoEConfig, watch: Watch | None = None) -> Transport:
+    """The transport of this rank's expert-parallel group, on new communicators.
+
+    Collective over the world: every rank passes the same groups of global ranks, which partition the world. Groups of
+    one rank get a loopback and open nothing. Without a watch of the caller's (`open_watch`) the transport has its own.
+    """
+    if all(len(group) == 1 for group in groups):
+        return Loopback()
+    return transport_over(open_lanes(groups, config.timeout_s, watch), config)
+
+
+def transport_over(lanes: LaneGroups, config: MoEConfig) -> Transport:
+    """The transport that `config` names over communicators that exist. Local."""
+    kinds: dict[str, type[Pairwise | Collective]] = {
+        "auto": Automatic,
+        "pairwise": Pairwise,
+        "collective": Collective,
+    }
+    return kinds[config.transport](lanes, config.timeout_s)

@@ -1,0 +1,1 @@
+"""Every knob and every key, checked before anything is built."""

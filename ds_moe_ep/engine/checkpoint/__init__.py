@@ -1,0 +1,1 @@
+"""Checkpoints: safe saves, guarded loads, weights between layouts."""

@@ -1,0 +1,152 @@
+"""The folders of checkpoints: how a new one takes an old one's place, and which are complete.
+
+A folder whose name ends in `.saving` is not complete, or was replaced. One that ends in `.old` is a complete one on its
+way out, on a filesystem that cannot exchange folders; it is there for the moment of two renames.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.checkpoint.load import folder_to_load, wants_states
+from ds_moe_ep.errors import EngineError
+
+SAVING, OLD = ".saving", ".old"
+_CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+_MODEL_FILE = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
+_EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt")
+_ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Puts a complete folder in the place of `folder`, which is removed if it exists. Never is there none."""
+    if folder.exists():
+        exchange(partial, folder)
+        remove(partial)
+    else:
+        partial.rename(folder)
+    _flush_names(folder.parent)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchanges the names of two folders: at once on Linux, by three renames on a filesystem that cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = os.fsencode(one), os.fsencode(other)
+    if rename is not None and rename(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE) == 0:
+        return
+    aside = other.with_name(other.name + OLD)
+    remove(aside)
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder with all that is in it, if it exists."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def write_latest(save_dir: Path, tag: str) -> None:
+    """Lets `latest` name a tag: readers find the old name or the new one, never a part of it."""
+    fresh = save_dir / f"latest{SAVING}"
+    with fresh.open("w") as file:
+        file.write(tag)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(save_dir / "latest")
+    _flush_names(save_dir)
+
+
+def _flush_names(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def refuse_incomplete(engine: Any, num_experts: Iterable[int]) -> None:
+    """Wraps `engine.load_checkpoint` so that it refuses, on every rank, a checkpoint of which files are missing.
+
+    `num_experts` has one entry a MoE layer. The wrapped call raises EngineError before anything is loaded, and names
+    the complete checkpoints of the folder. Universal checkpoints have other files and are left to DeepSpeed.
+    """
+    load: Callable[..., Any] = engine.load_checkpoint
+    experts = {(layer, expert) for layer, size in enumerate(num_experts) for expert in range(size)}
+
+    @functools.wraps(load)
+    def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if not engine.load_universal_checkpoint():
+            num_ranks = dist.get_world_size(seams.data_parallel_group()) if wants_states(args, kwargs) else 0
+            _agree(_problem(Path(load_dir), tag, experts, num_ranks))
+        return load(load_dir, tag, *args, **kwargs)
+
+    engine.load_checkpoint = load_checkpoint
+
+
+def _agree(problem: str) -> None:
+    for rank, theirs in enumerate(seams.gather(problem)):
+        if theirs:
+            raise EngineError(f"{theirs} (found by rank {rank})")
+
+
+def _problem(load_dir: Path, tag: str | None, experts: set[tuple[int, int]], num_ranks: int) -> str:
+    """Why a checkpoint cannot be loaded, or an empty string."""
+    folder = folder_to_load(load_dir, tag)
+    if folder is None:
+        return ""  # DeepSpeed says that there is none
+    missing = (
+        "it was not saved to the end" if folder.name.endswith(SAVING) else missing_files(folder, experts, num_ranks)
+    )
+    if not missing:
+        return ""
+    complete = complete_tags(load_dir, experts, num_ranks)
+    if complete:
+        return f"{folder}: cannot be loaded, {missing}; load the last complete one with tag={complete[0]!r}"
+    aside = folder.with_name(folder.name + OLD)
+    hint = f"rename {aside.name} to {folder.name}" if aside.is_dir() else "save one first"
+    return f"{folder}: cannot be loaded, {missing}; no complete checkpoint lies beside it: {hint}"
+
+
+def complete_tags(load_dir: Path, experts: set[tuple[int, int]], num_ranks: int) -> list[str]:
+    """The complete checkpoints of a folder, the newest first."""
+    folders = [path for path in load_dir.iterdir() if path.is_dir() and not path.name.endswith((SAVING, OLD))]
+    complete = [path for path in folders if not missing_files(path, experts, num_ranks)]
+    return [path.name for path in sorted(complete, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def missing_files(folder: Path, experts: set[tuple[int, int]], num_ranks: int) -> str:
+    """What a checkpoint lacks, in words, or an empty string. Reads names alone.
+
+    `experts` has (layer, expert); with `num_ranks` > 0 the optimizer states of so many ranks are looked for, where
+    there are any of ZeRO's.
+    """
+    if not folder.is_dir():
+        return "the folder does not exist"
+    names = [path.name for path in folder.iterdir()]
+    if not any(_MODEL_FILE.fullmatch(name) for name in names):
+        return "it holds no mp_rank_*_model_states.pt"
+    found = {(int(m[1]), int(m[2])) for name in names if (m := _EXPERT_FILE.fullmatch(name))}
+    lacking = sorted(experts - found)
+    if found and lacking:
+        layer, expert = lacking[0]
+        return f"{len(lacking)} experts' files are missing, layer_{layer}_expert_{expert}_* first"
+    ranks = {int(m[1]) for name in names if (m := _ZERO_FILE.fullmatch(name))}
+    absent = sorted(set(range(num_ranks)) - ranks) if ranks else []
+    if absent:
+        return (
+            f"it has no optimizer states of data-parallel rank {absent[0]} of {num_ranks} (saved by fewer ranks, its "
+            "weights load with load_module_only=True)"
+        )
+    return ""

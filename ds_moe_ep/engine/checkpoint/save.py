@@ -1,0 +1,285 @@
+"""Checkpoints that survive: a save that fails or is killed leaves the last good checkpoint as it was.
+
+1. All ranks make sure that they save the same tag and that the disk has room for what the last save wrote.
+2. DeepSpeed saves into the folder `<tag>.saving`. A rank that fails still meets the others at DeepSpeed's last barrier,
+   where they would wait for it.
+3. All ranks tell how it went. Only where all succeeded does the folder take the place of `<tag>`, in one exchange, and
+   then `latest` moves, by a rename.
+
+So a folder that bears a tag is complete and one that ends in `.saving` is not; files and their names are DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm
+
+from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.checkpoint.folders import SAVING, publish, remove, write_latest
+from ds_moe_ep.engine.explain_errors import cause, first_line, is_collective
+from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.health.watch import Watch
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint will lie."""
+
+    save_dir: Path
+    tag: str
+
+    @property
+    def folder(self) -> Path:
+        return self.save_dir / self.tag
+
+    @property
+    def partial(self) -> Path:
+        return self.save_dir / (self.tag + SAVING)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank tells the others: `problem` is empty where all went well."""
+
+    place: Place
+    host: str
+    problem: str
+    needed_bytes: int = 0
+    free_bytes: int = 0
+
+
+class Written:
+    """What this rank writes: the file at hand, and the bytes of a save. Each file is on disk before the next begins."""
+
+    def __init__(self, checkpoint_engine: Any) -> None:
+        self.path = ""
+        self.num_bytes = 0
+        self._engine, self._before = checkpoint_engine, vars(checkpoint_engine).get("save")
+        write = checkpoint_engine.save
+
+        @functools.wraps(write)
+        def save(state_dict: Any, path: str) -> Any:
+            self.path = str(path)
+            result = write(state_dict, path)
+            if os.path.isfile(path):  # some engines write elsewhere, or not on this rank
+                self.num_bytes += _flush(self.path)
+            self.path = ""
+            return result
+
+        checkpoint_engine.save = save
+
+    def end(self) -> None:
+        """Takes the wrapper off the checkpoint engine."""
+        vars(self._engine).pop("save", None)
+        if self._before is not None:
+            self._engine.save = self._before
+
+    def restart(self) -> None:
+        """Begins a save."""
+        self.path, self.num_bytes = "", 0
+
+
+class SafeSaver:
+    """Saves an engine's checkpoints by the steps above."""
+
+    def __init__(self, engine: Any, watch: Watch) -> None:
+        self._engine = engine
+        self._save = engine.save_checkpoint
+        self._watch = watch
+        self._written = Written(engine.checkpoint_engine)
+        self._last_bytes = 0
+        self._place = Place(Path(), "")
+
+    def end(self) -> None:
+        """Gives the checkpoint engine its own method back."""
+        self._written.end()
+
+    def save(self, place: Place, client_state: Mapping[str, Any], save_latest: bool, without_frozen: bool) -> None:
+        """Saves, or raises EngineError on every rank. Collective over the world."""
+        self._place = place
+        self._written.restart()
+        self._agree(self._prepare(place))
+        arguments = (str(place.save_dir), place.tag + SAVING, dict(client_state), False, without_frozen)
+        problem = self._attempt(lambda: self._save(*arguments))
+        if problem:  # the others go on to DeepSpeed's last collectives
+            if self._engine._optimizer_has_ckpt_event_epilogue():
+                self._attempt(self._engine.optimizer.checkpoint_event_epilogue)
+            self._attempt(comm.barrier)
+        try:
+            self._agree(_report(place, problem))
+        except EngineError:
+            if self._leads:
+                remove(place.partial)
+            raise
+        self._last_bytes = self._written.num_bytes
+        problem = self._attempt(lambda: self._publish(place, save_latest)) if self._leads else ""
+        self._agree(_report(place, problem))
+
+    @property
+    def _leads(self) -> bool:
+        """Whether this rank arranges the folders of its storage: one rank, or one of each node that has its own."""
+        engine = self._engine
+        rank: int = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
+        return rank == 0
+
+    def _prepare(self, place: Place) -> Report:
+        """A folder that exists, without what a killed save has left, and what this rank needs and finds free there."""
+
+        free_bytes = 0
+
+        def make_room() -> None:
+            nonlocal free_bytes
+            place.save_dir.mkdir(parents=True, exist_ok=True)
+            if self._leads:
+                remove(place.partial)
+            free_bytes = shutil.disk_usage(place.save_dir).free
+
+        return _report(place, self._attempt(make_room), self._last_bytes, free_bytes)
+
+    def _publish(self, place: Place, save_latest: bool) -> None:
+        publish(place.partial, place.folder)
+        if save_latest and self._engine.global_rank == 0:
+            write_latest(place.save_dir, place.tag)
+
+    def _attempt(self, action: Callable[[], Any]) -> str:
+        """What went wrong on this rank, in words, or an empty string.
+
+        Raises EngineError where another rank broke a collective off: nobody is left then to agree with.
+        """
+        try:
+            action()
+        except Exception as error:
+            if is_collective(error):
+                raise self._left_alone(error) from error
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            path = self._written.path
+            return f"{path}: {refusal_of(path)}({reason})" if path else reason
+        return ""
+
+    def _agree(self, report: Report) -> None:
+        """Raises EngineError on every rank where one has a problem. Collective over the world."""
+        try:
+            reports: list[Report] = seams.gather(report)
+        except RuntimeError as error:
+            raise self._left_alone(error) from error
+        problem = disagreement(reports) or failures(reports) or shortage(reports)
+        if problem:
+            raise EngineError(f"{report.place.folder}: not saved, {problem}. {_still_good(report.place)}")
+
+    def _left_alone(self, error: Exception) -> EngineError:
+        words = f"not saved, a rank ended or stalled meanwhile ({first_line(error)}): {cause(self._watch)}"
+        return EngineError(f"{self._place.folder}: {words}. {_still_good(self._place)}")
+
+
+def save_safely(engine: Any, watch: Watch) -> Callable[[], None]:
+    """Wraps `engine.save_checkpoint` so that no failure of a rank damages a checkpoint that was complete.
+
+    The arguments are DeepSpeed's. It raises EngineError on every rank, naming path, rank and reason; the
+    watch says what is known of ranks that do not answer. A decoupled checkpoint engine writes after the call has
+    returned: its saves stay as they are. Returns what gives the checkpoint engine its own method back.
+    """
+    if engine.checkpoint_engine is None:
+        return lambda: None  # ZeRO-3 without an optimizer saves nothing
+    if engine.checkpoint_engine.is_decoupled():
+        seams.say("checkpoints: the decoupled engine saves in place; give every save a tag of its own")
+        return lambda: None
+    saver = SafeSaver(engine, watch)
+
+    @functools.wraps(engine.save_checkpoint)
+    def save_checkpoint(
+        save_dir: str,
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        if not save_dir:
+            raise ConfigError(f"save_dir={save_dir!r}: a checkpoint needs a folder; name one")
+        place = Place(Path(save_dir), f"global_step{engine.global_steps}" if tag is None else str(tag))
+        with watch.among_others("a checkpoint"):
+            saver.save(place, client_state or {}, save_latest, exclude_frozen_parameters)
+        return True
+
+    engine.save_checkpoint = save_checkpoint
+    return saver.end
+
+
+def disagreement(reports: Sequence[Report]) -> str:
+    """Which rank saves another tag or folder than rank 0, or an empty string."""
+    for rank, report in enumerate(reports):
+        if report.place != reports[0].place:
+            return f"rank {rank} saves {report.place.folder}, rank 0 {reports[0].place.folder}: give all the same tag"
+    return ""
+
+
+def failures(reports: Sequence[Report]) -> str:
+    """The ranks that failed and why; equal reasons together. An empty string where none did."""
+    reasons: dict[str, list[str]] = {}
+    for rank, report in enumerate(reports):
+        if report.problem:
+            reasons.setdefault(report.problem, []).append(str(rank))
+    return "; ".join(
+        f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} failed: {reason}" for reason, ranks in reasons.items()
+    )
+
+
+def shortage(reports: Sequence[Report]) -> str:
+    """The host whose ranks need more bytes than it has free, or an empty string.
+
+    Ranks of other hosts may write to the same disk: what does not fit one host's ranks cannot fit at all.
+    """
+    for host in {report.host: None for report in reports}:
+        here = [report for report in reports if report.host == host]
+        needed, free = sum(report.needed_bytes for report in here), max(report.free_bytes for report in here)
+        if needed > free:
+            return f"{host} has {free:,} bytes free there, and its {len(here)} ranks wrote {needed:,} the last time"
+    return ""
+
+
+def _report(place: Place, problem: str, needed_bytes: int = 0, free_bytes: int = 0) -> Report:
+    return Report(place, socket.gethostname(), problem, needed_bytes, free_bytes)
+
+
+def _still_good(place: Place) -> str:
+    """What is left to load, and the way out."""
+    latest = place.save_dir / "latest"
+    kept = f"'latest' still names {latest.read_text().strip()}" if latest.is_file() else "there is no earlier one"
+    return f"What was complete still is ({kept}); remove the cause and save again"
+
+
+def refusal_of(path: str) -> str:
+    """Why the disk under a file takes no more, by a small write beside it; an empty string where it does.
+
+    torch tells that a write failed and not why.
+    """
+    probe = Path(f"{path}.probe")
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f"{error.strerror} "
+    finally:
+        with suppress(OSError):  # of a disk that is ill
+            probe.unlink(missing_ok=True)
+    return ""
+
+
+def _flush(path: str) -> int:
+    """The bytes of a file, once they are on disk: some filesystems find out only then that it is full."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)

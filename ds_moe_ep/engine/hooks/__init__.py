@@ -1,0 +1,1 @@
+"""Layers that DeepSpeed made, with the package's traffic."""

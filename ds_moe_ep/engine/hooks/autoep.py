@@ -1,0 +1,129 @@
+"""AutoEP's layer, hooked: DeepSpeed's replacement of a Hugging Face block, with the package's traffic.
+
+Router, shared experts, counters and the output's shape stay AutoEP's. The exchange runs inside of the call of its
+`GroupedExperts`, so that whatever hangs on that module still happens: ZeRO-3 gathers its parameters before the call,
+and before the backward pass through it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.ep_experts import GroupedExperts, apply_expert_activation
+from torch import Tensor
+
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.hooks.layer import HookedLayer, become, become_again, check_width, copied, refuse_pickling
+from ds_moe_ep.kernels.eager import not_compiled
+from ds_moe_ep.moe.autocast import autocast_type, known_experts
+from ds_moe_ep.moe.borrowed import OpaqueExperts
+from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.split_experts import Opaque
+
+SWIGLU = Form("swiglu", {"gate": "w1", "up": "w3", "down": "w2"})
+
+
+class HookedAutoEP(HookedLayer):
+    """`AutoEPMoELayer` with the package's traffic."""
+
+    def __init__(self, name: str, layer: AutoEPMoELayer, traffic: dict[str, Any]) -> None:
+        config = MoEConfig(
+            num_experts=layer.num_experts,
+            ep_size=layer.ep_size,
+            top_k=layer.top_k,
+            score=layer.router.score_func,
+            renormalize=layer.router.route_norm,
+            **traffic,
+        )
+        super().__init__("AutoEPMoELayer", name, config)
+        self.group = layer.ep_group
+        self._layer = layer
+
+    @staticmethod
+    def problem_of(layer: AutoEPMoELayer) -> str:
+        """Why the layer cannot be hooked, or an empty string."""
+        missing = seams.missing_of(layer, seams.AUTOEP_NAMES, [seams.LATER["AutoEP"].since])
+        if missing:
+            return missing
+        if isinstance(layer, OverlappedAutoEP):
+            return "it is hooked already; call the handle's remove() first"
+        experts = layer.experts
+        for module, cls in ((layer, AutoEPMoELayer), (experts, GroupedExperts)):
+            if type(module) is not cls or {"forward", "_forward"} & set(vars(module)):
+                return f"its {cls.__name__} is a {type(module).__name__} with a forward of its own; hook plain layers"
+        if layer.comm_backend != "comm":
+            return f'comm_backend="{layer.comm_backend}" moves its own rows; set comm_backend to "comm"'
+        folding = layer.folding_group_handles
+        if folding is not None and folding.spec.tp_size > 1:
+            return f"it is folded over {folding.spec.tp_size} tensor-parallel ranks; set autotp_size to 1"
+        if layer.async_split_plan:
+            return "async_split_plan=true plans rows that the hooks plan themselves; leave it out"
+        if layer.ep_group is None and layer.ep_size > 1:
+            return "it has no expert-parallel group yet; call deepspeed.initialize first"
+        return ""
+
+    def attach(self) -> None:
+        become(self._layer.experts, OverlappedGroupedExperts, self)
+        become(self._layer, OverlappedAutoEP, self)
+
+    def remove(self) -> None:
+        become_again(self._layer, AutoEPMoELayer)
+        become_again(self._layer.experts, GroupedExperts)
+
+
+class OverlappedAutoEP(AutoEPMoELayer):
+    """`AutoEPMoELayer` whose exchange is a schedule."""
+
+    overlap: HookedAutoEP
+
+    __deepcopy__, __reduce_ex__ = copied, refuse_pickling
+
+    @not_compiled
+    def _forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What AutoEP's forward returns for [B, S, D]. Collective over the expert group."""
+        hooked = self.overlap
+        with hooked.dispatcher.announcing(hidden_states.device, self.training):
+            check_width(hidden_states, self.hidden_size, hooked.dispatcher.name)
+            x_TD = hidden_states.reshape(-1, self.hidden_size)
+            weights_TK, expert_ids_TK, counts_E = self.router(x_TD, self.expert_bias)
+        with torch.no_grad():
+            self.tokens_per_expert.add_(counts_E)
+        hooked.last_counts_E = counts_E.to(torch.int64)
+        routes = Routes(expert_ids_TK=expert_ids_TK, weights_TK=weights_TK, weighs_rows=self.score_apply == "pre")
+        y_TD = self.experts(x_TD, routes)
+        output: Tensor | tuple[Tensor, Tensor] = self._finalize_output(
+            y_TD.reshape(hidden_states.shape), x_TD, hidden_states, self.hidden_size
+        )
+        return output
+
+
+class OverlappedGroupedExperts(GroupedExperts):
+    """`GroupedExperts` that rows travel to: its call is the whole way from tokens to tokens."""
+
+    overlap: HookedAutoEP
+
+    __deepcopy__, __reduce_ex__ = copied, refuse_pickling
+
+    def forward(self, x_TD: Tensor, routes: Routes) -> Tensor:
+        """The weighted results [T, D]."""
+        each = list(zip(self.w1.unbind(), self.w3.unbind(), self.w2.unbind(), strict=True))
+        names = ("gate.weight", "up.weight", "down.weight")
+        is_known = self.activation == "swiglu"
+        by_hand = is_known and known_experts(SWIGLU, [dict(zip(names, w, strict=True)) for w in each], x_TD)
+        if by_hand:
+            return self.overlap.dispatcher(by_hand[0], routes, by_hand[1], self.training)[0]
+        opaque = OpaqueExperts([Opaque(partial(self._call, weights), weights) for weights in each])
+        y_TD, _ = self.overlap.dispatcher(x_TD, routes, opaque, self.training)
+        return y_TD.to(autocast_type(x_TD, self.w1) or x_TD.dtype)  # they end in a product
+
+    def _call(self, weights: tuple[Tensor, Tensor, Tensor], rows_nD: Tensor) -> Tensor:
+        """One expert as AutoEP computes it."""
+        gate, up, down = (weight.to(rows_nD.dtype).t() for weight in weights)
+        kind = (self.activation, self.activation_alpha, self.activation_limit)
+        y_nD: Tensor = apply_expert_activation(rows_nD @ gate, rows_nD @ up, *kind, fused=rows_nD.is_cuda) @ down
+        return y_nD

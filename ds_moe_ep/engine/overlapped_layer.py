@@ -1,0 +1,44 @@
+"""What the engine's company (meter, choices, monitor) asks of a layer, whether the package made it or hooked it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.moe.balance import BiasBalance
+from ds_moe_ep.moe.dispatcher import Dispatcher
+from ds_moe_ep.moe.tuner import Choice
+
+
+class OverlappedLayer(Protocol):
+    """A layer whose experts' traffic the package moves."""
+
+    @property
+    def kind(self) -> str:
+        """What made it."""
+
+    @property
+    def ep_size(self) -> int:
+        """Ranks that share its experts."""
+
+    @property
+    def config(self) -> MoEConfig:
+        """Its knobs as they are in force."""
+
+    @property
+    def choice(self) -> Choice | None:
+        """The schedule that 'auto' chose, the same on every rank; None before the first pass of training."""
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """What moves its rows."""
+
+    @property
+    def balance(self) -> BiasBalance | None:
+        """Its balancing bias, where the package routes and has one."""
+
+    @property
+    def last_counts_E(self) -> Tensor:
+        """This rank's choices an expert in the last forward pass."""

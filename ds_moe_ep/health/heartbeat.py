@@ -1,0 +1,109 @@
+"""What a rank tells the others about itself: where it is, what failed, that it lives."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from ds_moe_ep.errors import PeerError
+from ds_moe_ep.schedule.spans import Tags
+
+LONGEST_TEXT = 400  # of a fault; what an error quotes of another rank's
+
+
+@dataclass(slots=True)
+class Place:
+    """An op of a layer's pass that moves rows: when it began on this rank's clock, and which ranks it waits for."""
+
+    tags: Tags
+    op: str
+    since_s: float
+    waits_for: Sequence[int] = ()
+
+    def __str__(self) -> str:
+        layer, phase = self.tags.layer or "MoE layer", self.tags.phase
+        return f"{layer}: {phase} {self.op}" if phase else f"{layer}: {self.op}"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An exception that ended a pass, or the process. `is_echo`: it only tells of another rank's."""
+
+    type_name: str
+    text: str
+    place: str
+    is_echo: bool = False
+    at_s: float = 0.0  # of the host's calendar: orders faults of several ranks, and nothing hangs on it
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.text}" + (f" (in {self.place})" if self.place else "")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A process, told apart from another one that gets its number later. `machine` is where its number counts."""
+
+    host: str
+    machine: str
+    pid: int
+    born: int
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One rank's sign of life. `beat` grows with each; times are durations, since no two ranks' clocks agree."""
+
+    rank: int
+    identity: Identity
+    beat: int = 0
+    place: str = ""  # where it is
+    for_s: float = 0.0  # for how long
+    waits_for: tuple[int, ...] = ()
+    blocked_s: float = 0.0  # for how long it has not moved in one wait for other ranks
+    step: int = -1
+    fault: Fault | None = None
+    has_left: bool = False
+    serves_store: bool = False
+
+    def pack(self) -> str:
+        """The sign as text for the store."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def unpack(cls, text: bytes | str) -> Sign:
+        """The sign that `pack` made a text of."""
+        values = json.loads(text)
+        fault = values["fault"]
+        return replace(
+            cls(**values),
+            identity=Identity(**values["identity"]),
+            waits_for=tuple(values["waits_for"]),
+            fault=None if fault is None else Fault(**fault),
+        )
+
+
+ECHOES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "pair closure",
+    "Timed out waiting",
+    "ncclRemoteError",
+    "refused its input: its own error says why",  # of a plan
+)
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an exception only tells of another rank: this package's, or a communicator's own."""
+    if isinstance(error, PeerError):
+        return error.is_echo
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ECHOES)
+
+
+def fault_of(error: BaseException, place: str) -> Fault:
+    """An exception as the other ranks shall read it: its first line, cut where it is long."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    text = lines[0] if len(lines[0]) <= LONGEST_TEXT else lines[0][:LONGEST_TEXT] + "..."
+    return Fault(type(error).__name__, text, place, is_echo(error), time.time())

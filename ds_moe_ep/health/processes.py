@@ -1,0 +1,56 @@
+"""Whether a process lives, asked of the machine that it runs on: at once, without its help."""
+
+from __future__ import annotations
+
+import os
+import socket
+from enum import Enum
+from pathlib import Path
+
+from ds_moe_ep.health.heartbeat import Identity
+
+_PROCESSES = Path("/proc")
+
+
+class Life(Enum):
+    """What is known of a process."""
+
+    RUNS = "runs"
+    STOPPED = "is stopped"
+    GONE = "is gone"
+    UNKNOWN = "unknown"  # it runs on another machine, or this one does not tell
+
+
+def identify() -> Identity:
+    """This process."""
+    host, pid = socket.gethostname(), os.getpid()
+    try:
+        boot = (_PROCESSES / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        machine = f"{boot} {os.readlink(_PROCESSES / 'self/ns/pid')}"  # the kernel's boot and the container
+        if os.readlink(_PROCESSES / "self") != str(pid):
+            machine = ""  # /proc shows another container's processes
+        return Identity(host, machine, pid, _read(pid)[1])
+    except OSError:
+        return Identity(host, "", pid, 0)
+
+
+def life_of(identity: Identity, machine: str) -> Life:
+    """What this machine knows of a process. A zombie is gone."""
+    if not machine or identity.machine != machine:
+        return Life.UNKNOWN
+    try:
+        state, born = _read(identity.pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return Life.GONE
+    except OSError:
+        return Life.UNKNOWN
+    if born != identity.born or state in "ZXx":
+        return Life.GONE
+    return Life.STOPPED if state in "Tt" else Life.RUNS
+
+
+def _read(pid: int) -> tuple[str, int]:
+    """The state of a process and when it was born, in the kernel's ticks."""
+    text = (_PROCESSES / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    fields = text[text.rindex(")") + 2 :].split()  # behind its name, which may hold anything
+    return fields[0], int(fields[19])

@@ -1,0 +1,289 @@
+"""Runs a schedule: rows out, experts, results back, forward and backward, in one autograd function.
+
+The interpreter reads ops in issue order and hands each to its lane, with the marks that it must wait for; it leaves a
+mark behind. On CUDA a mark is an event and nothing blocks the host; on the CPU a lane's thread moves rows while the
+caller computes. Serial is the schedule of one piece and depth 0: there is no second code path.
+
+Parameters are inputs of the function and their gradients are its outputs, summed over all pieces: an engine's gradient
+hooks fire once a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_moe_ep.comm.lanes import Lanes, Mark
+from ds_moe_ep.comm.recorder import NOT_RECORDED, Off, Recorder, Scope
+from ds_moe_ep.comm.transport import Message, Transport
+from ds_moe_ep.kernels.eager import not_compiled
+from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
+from ds_moe_ep.moe.layout import Move, PieceRows, RowLayout
+from ds_moe_ep.schedule.build import Kind, Op, Schedule
+from ds_moe_ep.schedule.spans import Tags
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a pass needs besides rows and weights: layout, schedules, links."""
+
+    layout: RowLayout
+    forward: Schedule
+    backward: Schedule
+    transport: Transport
+    lanes: Lanes
+    recorder: Recorder
+    layer: str = ""  # its name, for the record and for errors; the same on every rank
+    begin_backward: Callable[[], None] = lambda: None  # raises where the group's ranks are not all there
+
+
+def run_experts(
+    rows_ND: Tensor, experts: LocalExperts, route: Route, shared: SharedExpert | None = None
+) -> tuple[Tensor, Tensor]:
+    """The experts' outputs [N, D] for rows in send order, in the same order, and the shared expert's [T, D].
+
+    Collective; differentiable. No host sync. Collective again in the backward pass, in the order in which autograd
+    visits the layers; the gradient of the results is used up there, so whoever consumes the results must give it away.
+    Without a shared expert the second tensor is empty.
+    """
+    may_differentiate = torch.is_grad_enabled()
+    x_TD = rows_ND.new_empty(0, rows_ND.shape[1]) if shared is None else shared.x_TD
+    parameters = experts.expert_parameters() + ([] if shared is None else shared.experts.expert_parameters())
+    outputs: tuple[Tensor, Tensor] = _RunExperts.apply(
+        rows_ND, x_TD, experts, shared, route, may_differentiate, *parameters
+    )  # type: ignore[no-untyped-call]
+    return outputs
+
+
+class _RunExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_ND: Tensor,
+        x_TD: Tensor,
+        experts: LocalExperts,
+        shared: SharedExpert | None,
+        route: Route,
+        may_differentiate: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        with telling(route, "forward"):
+            expert_pass = experts.start(route.layout.expert_spans, may_differentiate)
+            shared_pass = None if shared is None else shared.start()
+            buffers, shared_TD = Buffers.of(rows_ND.contiguous(), route), torch.empty_like(x_TD)
+
+        def compute(rows: PieceRows) -> None:
+            for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
+                here = slice(start, stop)
+                with buffers.outputs_of(here, moves) as out_nD:
+                    expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
+            if shared_pass is not None and rows.has_tokens:
+                here = slice(*rows.tokens)
+                shared_pass.compute(0, here, x_TD[here], shared_TD[here])
+
+        run(route.forward, route, buffers, Steps("forward", compute))
+        ctx.route, ctx.passes = route, [p for p in (expert_pass, shared_pass) if p is not None]
+        ctx.num_saved = [len(each.saved) for each in ctx.passes]
+        ctx.save_for_backward(buffers.inputs_RD, x_TD, *(t for each in ctx.passes for t in each.saved), *parameters)
+        num_shared = 0 if shared is None else len(shared.experts.expert_parameters())
+        ctx.num_weights = [len(parameters) - num_shared, num_shared]
+        for each in ctx.passes:
+            each.saved = []
+            each.let_go()
+        return buffers.results_ND, shared_TD
+
+    @staticmethod
+    @once_differentiable
+    @not_compiled
+    def backward(ctx: Any, d_results_ND: Tensor, d_shared_TD: Tensor) -> tuple[Tensor | None, ...]:
+        route, (expert_pass, *shared_passes) = ctx.route, ctx.passes
+        route.begin_backward()
+        with telling(route, "backward"):
+            inputs_RD, x_TD = _take_saved(ctx)
+            buffers = Buffers.of(d_results_ND.contiguous(), route, returns_in_place=True)
+            d_shared_TD, dx_TD = d_shared_TD.contiguous(), torch.empty_like(x_TD)
+        grads: list[Tensor | None] = []
+        shared_grads: list[Tensor | None] = []
+
+        def compute(rows: PieceRows) -> None:
+            for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
+                here = slice(start, stop)
+                with buffers.outputs_of(here, moves) as out_nD:
+                    expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)
+            for shared_pass in shared_passes if rows.has_tokens else ():
+                here = slice(*rows.tokens)
+                shared_pass.input_grads(0, here, d_shared_TD[here], dx_TD[here])
+
+        def weights(block: int) -> None:
+            is_last = block == len(route.layout.weight_runs) - 1
+            for expert in range(len(route.layout.expert_spans)):
+                for here in (slice(*span) for owner, span in route.layout.weight_runs[block] if owner == expert):
+                    expert_pass.add_weight_grads(expert, here, inputs_RD[here], buffers.inputs_RD[here])
+                if is_last:
+                    grads.extend(expert_pass.weight_grads(expert))
+            for shared_pass in shared_passes if block == 0 else ():  # the near rows' block
+                shared_pass.add_weight_grads(0, slice(0, len(x_TD)), x_TD, d_shared_TD)
+                shared_grads.extend(shared_pass.weight_grads(0))
+
+        with torch.autocast(d_results_ND.device.type, enabled=False):  # whatever surrounds the caller's backward()
+            run(route.backward, route, buffers, Steps("backward", compute, weights))
+        for each in ctx.passes:
+            each.saved = []
+            each.let_go()
+        return buffers.results_ND, dx_TD, None, None, None, None, *grads, *shared_grads
+
+
+def _take_saved(ctx: Any) -> tuple[Tensor, Tensor]:
+    """The experts' inputs and the tokens; gives the passes what they saved.
+
+    The passes may use their tensors up where nobody else will read them: unless the caller retains the graph.
+    """
+    inputs_RD, x_TD, *rest = ctx.saved_tensors
+    is_retained = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+    for each, num_saved in zip(ctx.passes, ctx.num_saved, strict=True):
+        each.saved, rest, each.may_overwrite = rest[:num_saved], rest[num_saved:], not is_retained
+    for each, num_weights in zip(ctx.passes, ctx.num_weights, strict=False):
+        each.take_weights(rest[:num_weights])
+        rest = rest[num_weights:]
+    if not is_retained:
+        ctx.maybe_clear_saved_tensors()
+    return inputs_RD, x_TD
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The rows of one pass. N sent and returned, R received.
+
+    `wire_in` and `wire_out` are what the transport writes and reads on the experts' side: the stacked rows
+    themselves, or, where received rows lie in another order, one staging buffer for both (a piece's results take the
+    places of its inputs, which are stacked by then; there is no buffer of stacked results, each run spreads its own).
+    With `returns_in_place` results come back over the sent rows: a piece's rows are gone when its results arrive.
+    """
+
+    sent_ND: Tensor
+    wire_in_RD: Tensor
+    inputs_RD: Tensor
+    outputs_RD: Tensor
+    wire_out_RD: Tensor
+    results_ND: Tensor
+
+    @classmethod
+    def of(cls, sent_ND: Tensor, route: Route, returns_in_place: bool = False) -> Buffers:
+        if route.transport.size == 1:  # every row stays, in its place
+            outputs_RD = torch.empty_like(sent_ND)
+            return cls(sent_ND, sent_ND, sent_ND, outputs_RD, outputs_RD, outputs_RD)
+        inputs_RD = sent_ND.new_empty(route.layout.num_received, sent_ND.shape[1])
+        results_ND = sent_ND if returns_in_place else torch.empty_like(sent_ND)
+        if route.layout.is_stacked_on_arrival:
+            outputs_RD = torch.empty_like(inputs_RD)
+            return cls(sent_ND, inputs_RD, inputs_RD, outputs_RD, outputs_RD, results_ND)
+        wire_RD = torch.empty_like(inputs_RD)
+        return cls(sent_ND, wire_RD, inputs_RD, wire_RD[:0], wire_RD, results_ND)
+
+    @contextmanager
+    def outputs_of(self, rows: slice, moves: Sequence[Move]) -> Iterator[Tensor]:
+        """A place to write the results of a run of stacked rows to; after the scope they lie on the wire."""
+        if not moves:
+            yield self.outputs_RD[rows]
+        elif len(moves) == 1:  # one peer's rows lie side by side on the wire too
+            yield self.wire_out_RD[moves[0][0] : moves[0][0] + moves[0][2]]
+        else:
+            scratch_nD = self.wire_out_RD.new_empty(rows.stop - rows.start, self.wire_out_RD.shape[1])
+            yield scratch_nD
+            _move([(place - rows.start, wire, n) for wire, place, n in moves], scratch_nD, self.wire_out_RD)
+
+    def everything(self) -> tuple[Tensor, ...]:
+        return self.sent_ND, self.wire_in_RD, self.inputs_RD, self.outputs_RD, self.wire_out_RD, self.results_ND
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a pass computes: a piece's rows, and a block of weight gradients."""
+
+    phase: str
+    compute: Callable[[PieceRows], None]
+    weights: Callable[[int], None] | None = None
+
+
+def run(schedule: Schedule, route: Route, buffers: Buffers, steps: Steps) -> None:
+    """Issues every op of the schedule and returns once the caller's lane is behind all of them."""
+    lanes, touched = route.lanes, buffers.everything()
+    if schedule.depth == 0:
+        lanes = lanes.blocking()
+    entry = lanes.entry()
+    marks: list[Mark] = []
+    with telling(route, steps.phase):
+        try:
+            for op in schedule.ops:
+                after = [marks[index] for index in op.after] or [entry]
+                tags = Tags(route.layer, steps.phase, "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece])
+                work = _work(op, route, buffers, steps, tags)
+                marks.append(lanes.issue(op.kind.lane, after, touched, work, _scope(op, route, tags)))
+            lanes.leave(marks, touched)
+        except BaseException:
+            lanes.abandon()
+            raise
+
+
+@contextmanager
+def telling(route: Route, phase: str) -> Iterator[None]:
+    """A scope behind the agreement of a pass: its error is told to the peers, which are about to send rows."""
+    try:
+        yield
+    except BaseException as error:
+        route.transport.abandon(error, Tags(route.layer, phase))
+        raise
+
+
+def _work(op: Op, route: Route, buffers: Buffers, steps: Steps, tags: Tags) -> Callable[[], Mark | None]:
+    """What an op does, to be called on its lane."""
+    if op.kind is Kind.WEIGHTS:
+        assert steps.weights is not None, "this pass has no weight gradients"
+        return partial(steps.weights, op.piece)
+    rows = route.layout.pieces[op.piece]
+    if op.kind is Kind.DISPATCH:
+        return partial(_dispatch, rows, route.transport, buffers, tags)
+    if op.kind is Kind.COMBINE:
+        return partial(_combine, rows, route.transport, buffers, tags)
+
+    def compute() -> None:
+        _move(rows.moves, buffers.wire_in_RD, buffers.inputs_RD)
+        steps.compute(rows)
+
+    return compute
+
+
+def _scope(op: Op, route: Route, tags: Tags) -> Scope:
+    """What records the op; free where nothing does."""
+    if isinstance(route.recorder, Off):
+        return NOT_RECORDED
+    return route.recorder.scope(op.kind.lane, str(op), tags)
+
+
+def _dispatch(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Mark:
+    return transport.start(
+        "dispatch", _messages(buffers.sent_ND, rows.sent), _messages(buffers.wire_in_RD, rows.received), tags
+    )
+
+
+def _combine(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Mark:
+    return transport.start(
+        "combine", _messages(buffers.wire_out_RD, rows.received), _messages(buffers.results_ND, rows.sent), tags
+    )
+
+
+def _messages(rows_RD: Tensor, spans: Sequence[tuple[int, tuple[int, int]]]) -> list[Message]:
+    return [Message(peer, rows_RD, start, stop) for peer, (start, stop) in spans]
+
+
+def _move(moves: Sequence[Move], from_RD: Tensor, to_RD: Tensor) -> None:
+    """Copies rows between wire order and stacked order: (from, to, number of rows) each."""
+    for start, to_start, num_rows in moves:
+        to_RD[to_start : to_start + num_rows] = from_RD[start : start + num_rows]

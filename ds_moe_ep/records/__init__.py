@@ -1,0 +1,1 @@
+"""Evidence: Records, their names, and where they come from."""

@@ -1,0 +1,57 @@
+"""The page's head and its end: what was measured on what, and how to measure it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ds_moe_ep.records.names import SYSTEMS, TOTALS, bed_title
+from ds_moe_ep.report.findings import Findings
+from ds_moe_ep.report.page import Block, Code, Lines, Prose, Section, Table, emulation_of
+
+MAX_LINES = 12
+
+
+def head(findings: Findings, absent: Sequence[str]) -> Section:
+    """What was measured, on what, by which revision; emulated or not; and which sections have no Records."""
+    records = list(findings.by_name.values())
+    named = {system for system in SYSTEMS for name in findings.by_name if f".{system}." in name}
+    systems = ", ".join(title for system, title in SYSTEMS.items() if system in named)
+    beds = "; ".join(map(bed_title, findings.beds))
+    totals = ", ".join(title for total, title in TOTALS.items() if findings.below("scaling", total))
+    items = [f"Systems: {systems}." if systems else "", f"Beds: {beds}." if beds else ""]
+    items += [f"Scaling with {totals}." if totals else ""]
+    items += [f"Hardware: {hardware}." for hardware in _first(_unique(record.hardware for record in records))]
+    commits = _unique(record.commit for record in records)
+    items += [f"Revision of the sources: {', '.join(f'`{commit}`' for commit in commits)}." if commits else ""]
+    items += (
+        [line for line in emulation_of(records) if "mulated" in line and not line.startswith("Note")] if records else []
+    )
+    items += [f"Absent for lack of Records: {'; '.join(absent)}."] if absent else []
+    if findings.num_others:
+        items.append(f"{findings.num_others} other records were not used.")
+    if findings.num_replaced:
+        items.append(f"{findings.num_replaced} records were replaced by later ones of the same name.")
+    return Section("What was measured", (Lines(tuple(filter(None, items))),))
+
+
+def sources(findings: Findings) -> Section:
+    """The files of Records and the commands that write them again."""
+    rows = [
+        (source.path.name, f"{len(source.records):,}", f"{len(source.known):,}", f"{len(source.spans):,}")
+        for source in findings.sources
+    ]
+    files = Table("Files", ("file", "records", "used", "spans"), tuple(rows))
+    commands = _unique(record.command for record in findings.by_name.values())
+    blocks: list[Block] = [files]
+    if commands:
+        blocks += [Prose("To measure the same again:"), Code(tuple(commands))]
+    return Section("Records and commands", tuple(blocks))
+
+
+def _unique(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+def _first(texts: Sequence[str]) -> list[str]:
+    left = len(texts) - MAX_LINES
+    return [*texts[:MAX_LINES], *([f"and {left} more"] if left > 0 else [])]

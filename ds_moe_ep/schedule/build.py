@@ -1,0 +1,230 @@
+"""The schedule of one pass through the experts, as data.
+
+A pass moves rows to the ranks of their experts (dispatch), computes there, and moves results back (combine). The
+work is cut into pieces; a piece is a set of offsets on the torus of ranks and a row cut of each. Ops name a piece
+and the ops that must be done before. Nothing here depends on the rank or on the routing: every rank holds the same
+schedule, issues the same communication in the same order, and so cannot deadlock.
+
+"peers", forward; near rows (the rank's own and its node's) bracket the far ones:
+
+    pieces     near/2   far 1   far 2   far 3   near/2
+    dispatch   D0 D1    D2      D3      D4
+    compute       E0      E1      E2      E3      E4
+    combine          C0      C1      C2      C3      C4
+
+and backward, where weight gradients (W), which no rank waits for, fill the time of the transfers at both ends:
+
+    compute       E0 E4 W0    E1      E2   W1   E3   W2   W3
+
+A lane is first in, first out: transfers start in issue order, so that the first group arrives first.
+`moe/overlap.py` runs a schedule, `price.py` tells what it will take, `timeline.py` accounts for what it hid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from itertools import pairwise
+
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
+
+Offset = tuple[int, int]
+
+MAX_WEIGHT_BLOCKS = 4  # more would cost more in small matrix products than they fill
+
+
+class Kind(Enum):
+    """What an op does with its piece; the value is the lane that it runs on."""
+
+    DISPATCH = "dispatch"
+    COMPUTE = "compute"
+    COMBINE = "combine"
+    WEIGHTS = "weights"
+
+    @property
+    def lane(self) -> str:
+        """The lane of the op: weight gradients share the compute lane."""
+        return "compute" if self is Kind.WEIGHTS else self.value
+
+
+@dataclass(frozen=True)
+class Piece:
+    """At each of `offsets`, the `cut`-th of `num_cuts` equal parts of the rows that go there."""
+
+    offsets: tuple[Offset, ...]
+    cut: int = 0
+    num_cuts: int = 1
+
+
+@dataclass(frozen=True)
+class Op:
+    """One step: `kind` on `piece`, once the ops at the indices `after` are done.
+
+    The piece of WEIGHTS is a block of `weight_blocks`: the rows from its offsets, in whatever pieces they came.
+    """
+
+    kind: Kind
+    piece: int
+    after: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} {self.piece}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Ops in issue order over pieces of the traffic between the ranks of one torus. Depth 0 blocks on each of them."""
+
+    name: str
+    torus: Torus
+    pieces: tuple[Piece, ...]
+    ops: tuple[Op, ...]
+    depth: int
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Whose rows each piece holds, for people: all peers, own, near, node +1, nodes +1 to +2 (1/2)."""
+        return tuple(_label(piece, self.torus) for piece in self.pieces)
+
+    def __str__(self) -> str:
+        letters = {Kind.DISPATCH: "D", Kind.COMPUTE: "E", Kind.COMBINE: "C", Kind.WEIGHTS: "W"}
+        return " ".join(f"{letters[op.kind]}{op.piece}" for op in self.ops)
+
+
+def _label(piece: Piece, torus: Torus) -> str:
+    nodes = sorted({node for node, _ in piece.offsets})
+    places = sorted({place for _, place in piece.offsets})
+    if len(piece.offsets) == torus.size:
+        label = "all peers"
+    elif piece.offsets == ((0, 0),):
+        label = "own"
+    elif nodes == [0] and torus.num_nodes > 1:
+        label = "near"
+    else:
+        label = _range("node", nodes) if nodes != [0] else ""
+        if len(piece.offsets) < len(nodes) * torus.node_size:
+            label = f"{label} {_range('rank', places)}".strip()
+    return label if piece.num_cuts == 1 else f"{label} ({piece.cut + 1}/{piece.num_cuts})"
+
+
+def _range(what: str, values: Sequence[int]) -> str:
+    return f"{what} +{values[0]}" if len(values) == 1 else f"{what}s +{values[0]} to +{values[-1]}"
+
+
+def forward_schedule(config: MoEConfig, torus: Torus) -> Schedule:
+    """The ops of a forward pass."""
+    return _schedule(config, torus, [])
+
+
+def backward_schedule(config: MoEConfig, torus: Torus) -> Schedule:
+    """The ops of a backward pass: gradients of the outputs go out, those of the inputs come back.
+
+    A block's weight gradients come one piece later than they could: under the transfers of the pieces around them.
+    """
+    return _schedule(config, torus, weight_blocks(torus))
+
+
+def pieces_of(config: MoEConfig, torus: Torus) -> tuple[Piece, ...]:
+    """The pieces in the order of their computation in a forward pass."""
+    everywhere = tuple(torus.offsets())
+    if config.is_serial or torus.size == 1:
+        return (Piece(everywhere),)
+    if config.schedule == "chunks":
+        return tuple(Piece(everywhere, cut, config.chunks) for cut in range(config.chunks))
+    near, groups = _near_and_far(torus, config.peer_group_size)
+    far = [Piece(group, cut, config.row_cuts) for group in groups for cut in range(config.row_cuts)]
+    if torus.num_nodes == 1:
+        return (Piece(near), *far)
+    return (Piece(near, 0, 2), *far, Piece(near, 1, 2))
+
+
+def weight_blocks(torus: Torus) -> list[tuple[Offset, ...]]:
+    """The rows that one product of a weight gradient takes together, as offsets that they come from.
+
+    The near rows, and the far nodes in as many blocks as may be. They depend on the torus alone: every schedule sums
+    the same products in the same order.
+    """
+    num_far = min(torus.num_nodes, MAX_WEIGHT_BLOCKS) - 1
+    bounds = [0, *(1 + (torus.num_nodes - 1) * block // max(num_far, 1) for block in range(num_far)), torus.num_nodes]
+    return [tuple(o for o in torus.offsets() if start <= o[0] < stop) for start, stop in pairwise(bounds)]
+
+
+def _near_and_far(torus: Torus, group_size: int) -> tuple[tuple[Offset, ...], list[tuple[Offset, ...]]]:
+    """Near offsets (the own rank, and its node where there are several) and the far ones in groups.
+
+    A group is one node's ranks by default. On one node every other rank is far, in one group: links there are
+    fast, and more pieces would cost more in small matrix products than they hide.
+    """
+    one_node = torus.num_nodes == 1
+    near = [o for o in torus.offsets() if o == (0, 0) or (o[0] == 0 and not one_node)]
+    far = [o for o in torus.offsets() if o not in near]
+    size = group_size or (len(far) if one_node else torus.node_size)
+    return tuple(near), [tuple(far[i : i + size]) for i in range(0, len(far), size)]
+
+
+def _schedule(config: MoEConfig, torus: Torus, blocks: Sequence[tuple[Offset, ...]]) -> Schedule:
+    pieces = pieces_of(config, torus)
+    depth = 0 if config.is_serial else config.depth
+    computes = _compute_order(pieces, blocks)
+    ops = tuple(_blocking(computes) if depth == 0 else _pipelined(computes, depth, pieces, blocks))
+    return Schedule(config.schedule, torus, pieces, ops, depth)
+
+
+Computes = list[tuple[Kind, int]]
+
+
+def _compute_order(pieces: Sequence[Piece], blocks: Sequence[tuple[Offset, ...]]) -> Computes:
+    """What the compute lane does: pieces, and each block's weight gradients one piece after its last one.
+
+    With weight gradients to fill the end, all near rows come first, under the first far dispatch, and theirs with them.
+    """
+    order = list(range(len(pieces)))
+    if blocks:
+        order.sort(key=lambda piece: (pieces[piece].offsets[0] != (0, 0), piece))
+    last_of = [max(i for i, piece in enumerate(order) if set(pieces[piece].offsets) & set(block)) for block in blocks]
+    computes: Computes = []
+    written = 0
+    for place, piece in enumerate(order):
+        computes.append((Kind.COMPUTE, piece))
+        while written < len(blocks) and last_of[written] + (written > 0) <= place:
+            computes.append((Kind.WEIGHTS, written))
+            written += 1
+    return computes + [(Kind.WEIGHTS, block) for block in range(written, len(blocks))]
+
+
+def _blocking(computes: Computes) -> Iterator[Op]:
+    """Each op waits for the one before: nothing is hidden. The control of every overlap figure."""
+    index = 0
+    for kind, piece in computes:
+        around = (Kind.DISPATCH, Kind.COMPUTE, Kind.COMBINE) if kind is Kind.COMPUTE else (kind,)
+        for step in around:
+            yield Op(step, piece, (index - 1,) if index else ())
+            index += 1
+
+
+def _pipelined(
+    computes: Computes, depth: int, pieces: Sequence[Piece], blocks: Sequence[tuple[Offset, ...]]
+) -> Iterator[Op]:
+    """Dispatches are issued `depth` pieces ahead; every transfer is issued before the compute that hides it."""
+    to_dispatch = [piece for kind, piece in computes if kind is Kind.COMPUTE]
+    index_of: dict[tuple[Kind, int], int] = {}
+
+    def op(kind: Kind, piece: int, after: Sequence[int] = ()) -> Op:
+        index_of[kind, piece] = len(index_of)
+        return Op(kind, piece, tuple(after))
+
+    dispatched = computed = 0
+    for kind, piece in computes:
+        if kind is Kind.WEIGHTS:
+            parts = [p for p in to_dispatch if set(pieces[p].offsets) & set(blocks[piece])]
+            yield op(kind, piece, [index_of[Kind.COMPUTE, part] for part in parts])
+            continue
+        while dispatched < min(computed + 1 + depth, len(to_dispatch)):
+            yield op(Kind.DISPATCH, to_dispatch[dispatched])
+            dispatched += 1
+        yield op(Kind.COMPUTE, piece, [index_of[Kind.DISPATCH, piece]])
+        yield op(Kind.COMBINE, piece, [index_of[Kind.COMPUTE, piece]])
+        computed += 1

@@ -1,0 +1,148 @@
+"""Tasks put together as ranks issue them: ops on lanes, what each waits for, and the spans that people see.
+
+    program = Program()
+    done = program.add("attention", rank, "compute", Load((Phase(80.0),)))
+    program.run(capacities).spans()
+
+An op is a chain of phases, then several chains side by side, then a delay: a transfer first costs the host some work,
+then rows for near and far peers leave at once, and a latency later they are there. Its lane is free when they have
+left: latency delays and occupies nothing (LogP: Culler et al., PPoPP 1993). `add_pass` puts a schedule's ops there, for
+one rank that stands for all (even routing: all do the same at the same moment) or for each rank of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.schedule import events
+from ds_moe_ep.schedule.build import Kind, Op, Schedule
+from ds_moe_ep.schedule.events import Phase, Task, Times
+from ds_moe_ep.schedule.spans import NO_TAGS, Span, Tags
+
+Mark = tuple[int, ...]  # tasks that must have stopped
+START: Mark = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an op takes: phases in a row, then chains of phases side by side, and a delay that leaves its lane free."""
+
+    first: tuple[Phase, ...] = ()
+    beside: tuple[tuple[Phase, ...], ...] = ()
+    delay_us: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A program that has run."""
+
+    program: Program
+    times: Times
+
+    @property
+    def makespan_us(self) -> float:
+        """When the last op stops."""
+        return events.makespan_us(self.times)
+
+    def stop_us(self, mark: Mark) -> float:
+        """When all of the mark is done."""
+        return max((self.times[index][1] for index in mark), default=0.0)
+
+    def spans(self) -> list[Span]:
+        """One span an op that takes time, in the order of their starts."""
+        found = []
+        for name, rank, lane, tags, tasks in self.program.ops:
+            start = min(self.times[index][0] for index in tasks)
+            stop = max(self.times[index][1] for index in tasks)
+            if stop > start:
+                found.append(Span(name, rank, lane, start, stop, tags))
+        return sorted(found, key=lambda span: (span.start_us, span.rank))
+
+
+@dataclass
+class Program:
+    """Tasks in an order in which each stands behind those that it waits for."""
+
+    tasks: list[Task] = field(default_factory=list)
+    ops: list[tuple[str, int, str, Tags, Mark]] = field(default_factory=list)
+
+    def add(self, name: str, rank: int, lane: str, load: Load, after: Mark = START, tags: Tags = NO_TAGS) -> Mark:
+        """The mark of an op that starts when `after` is done."""
+        return self.add_apart(name, rank, lane, load, after, tags)[1]
+
+    def add_apart(
+        self, name: str, rank: int, lane: str, load: Load, after: Mark = START, tags: Tags = NO_TAGS
+    ) -> tuple[Mark, Mark]:
+        """The marks of an op: its lane is free, and it is done."""
+        first, chains = load.first, load.beside or ((),)
+        head: Mark = ()
+        if first and len(chains) > 1:
+            head = (self._task(name, rank, lane, first, after, tags),)
+            first, after = (), head
+        free = tuple(self._task(name, rank, lane, first + chain, after, tags) for chain in chains)
+        done = free
+        if load.delay_us:
+            done = (self._task(name, rank, lane, (Phase(load.delay_us),), free, tags),)
+        self.ops.append((name, rank, lane, tags, tuple(dict.fromkeys(head + free + done))))
+        return free, done
+
+    def join(self, marks: Iterable[Mark]) -> Mark:
+        """A mark of one task, which takes no time, behind all the marks."""
+        after = tuple(dict.fromkeys(index for mark in marks for index in mark))
+        return after if len(after) <= 1 else (self._task("join", 0, "", (), after, NO_TAGS),)
+
+    def run(self, capacities: Sequence[float] = ()) -> Outcome:
+        """When everything happens."""
+        return Outcome(self, events.run(self.tasks, capacities))
+
+    def _task(self, name: str, rank: int, lane: str, phases: tuple[Phase, ...], after: Mark, tags: Tags) -> int:
+        self.tasks.append(Task(name, rank, lane, phases, after, tags))
+        return len(self.tasks) - 1
+
+
+LoadOf = Callable[[Op], Load]
+
+
+def add_pass(
+    program: Program,
+    schedule: Schedule,
+    loads: Sequence[LoadOf],
+    start: Mark,
+    tags: Tags,
+    in_flight: int = 1,
+) -> Mark:
+    """The mark of one pass through the experts: the ops of `schedule` on each rank's lanes.
+
+    `loads` has one entry, for a rank that stands for all, or one for each rank of the torus. A transfer is over when
+    the rank's own rows have left and arrived, and every rank that it receives from has sent. Of a lane's transfers
+    `in_flight` are on their way at once: one on a stream of NCCL's, two on the threads of a host.
+    """
+    ranks = range(len(loads))
+    marks: list[list[Mark]] = [[] for _ in ranks]
+    queues: list[dict[str, list[Mark]]] = [{} for _ in ranks]  # of a lane: when it was free for the next, op by op
+    for op in schedule.ops:
+        lane = op.kind.lane
+        width = 1 if lane == "compute" else in_flight
+        tagged = Tags(tags.layer, tags.phase, "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece])
+        added = []
+        for rank, load_of in enumerate(loads):
+            queue = queues[rank].setdefault(lane, [])
+            waits = [marks[rank][index] for index in op.after] + queue[-width : len(queue) - width + 1]
+            after = tuple(dict.fromkeys(index for mark in waits for index in mark)) or start
+            added.append(program.add_apart(str(op), rank, lane, load_of(op), after, tagged))
+            queue.append(added[rank][0])
+        for rank in ranks:
+            peers = _heard_from(op, rank, schedule) if len(loads) > 1 else ()
+            marks[rank].append(program.join([added[rank][1], *(added[peer][1] for peer in peers)]))
+    return program.join(mark for its in marks for mark in its)
+
+
+def _heard_from(op: Op, rank: int, schedule: Schedule) -> Iterable[int]:
+    """The ranks whose rows this transfer brings."""
+    if op.kind.lane == "compute":
+        return ()
+    torus: Torus = schedule.torus
+    of = torus.source if op.kind is Kind.DISPATCH else torus.target
+    return (of(rank, offset) for offset in schedule.pieces[op.piece].offsets)

@@ -1,0 +1,1 @@
+"""The reference job's figures, simulated and judged."""

@@ -1,0 +1,1 @@
+"""A cluster's numbers fitted to Records."""

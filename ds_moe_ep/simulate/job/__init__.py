@@ -1,0 +1,1 @@
+"""Jobs that are simulated: layout, batch, routing."""

@@ -1,0 +1,102 @@
+"""From a ds_config and a cluster to the job that is simulated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ds_moe_ep.config.section import load_ds_config, read_section
+from ds_moe_ep.config.training import BATCH_KEYS, WHOLE, Training, read_training
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.names import SYSTEMS
+from ds_moe_ep.simulate.cluster.cluster import Cluster
+from ds_moe_ep.simulate.job.fit import fit_memory, with_micro_batch
+from ds_moe_ep.simulate.job.routing import read_loads
+from ds_moe_ep.simulate.step.setup import Setup
+
+Mode = Literal["training", "forward"]
+ACCUMULATION = "gradient_accumulation_steps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A ds_config on a cluster. Notes say where it is not as its file has it, and what is not simulated."""
+
+    path: str
+    setup: Setup
+    notes: tuple[str, ...] = ()
+
+    @property
+    def system(self) -> str:
+        """What evidence calls it: `ep16`, `ep16_serial`, `tp8_pp2`, and alike for other sizes."""
+        layout, moe = self.setup.training.layout, self.setup.moe
+        if layout != WHOLE:
+            return f"tp{layout.tp_size}_pp{layout.pp_size}"
+        return f"ep{moe.ep_size}_serial" if moe.is_serial else f"ep{moe.ep_size}"
+
+
+def title_of(system: str) -> str:
+    """What a reader may call a system, also one of other sizes than the specification's."""
+    if system in SYSTEMS:
+        return SYSTEMS[system]
+    if system.startswith("tp"):
+        return system.upper().replace("_", "/")
+    size, _, serial = system.upper().partition("_")
+    return f"{size} {'serial' if serial else 'overlapped'}"
+
+
+def read_job(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    cluster: Cluster,
+    *,
+    micro_batch: int | Literal["largest"] | None = None,
+    load: str = "even",
+    mode: Mode = "training",
+) -> Job:
+    """The job of a ds_config with a rank on every device of the cluster.
+
+    Another micro-batch, or more ranks than the file was written for, keep train_batch_size: accumulation adapts.
+    Raises ConfigError or TopologyError for what cannot work.
+    """
+    path = "ds_config" if isinstance(source, Mapping) else os.fspath(source)
+    ds_config = load_ds_config(source)
+    section = read_section(ds_config)
+    if section.model is None:
+        raise ConfigError(
+            'moe_ep.model=null: time, traffic and memory follow from the model\'s shapes; add "model": "specification" '
+            "or an object of its knobs"
+        )
+    moe = section.moe
+    loads = read_loads(load, moe.num_experts, moe.ep_size) if section.layout == WHOLE else ()
+    given = {key: value for key, value in ds_config.items() if key != ACCUMULATION or not _has_all(ds_config)}
+    training = read_training(given, moe.ep_size, cluster.num_ranks, section.layout)
+    setup = Setup(model=section.model, moe=moe, training=training, cluster=cluster, loads=loads, mode=mode)
+    if micro_batch == "largest":
+        micro_batch = fit_memory(setup).largest_of_batch or None
+    if micro_batch is not None:
+        setup = replace(setup, training=with_micro_batch(training, micro_batch))
+    return Job(path=path, setup=setup, notes=tuple(_notes(ds_config, setup.training, load)))
+
+
+def _has_all(ds_config: Mapping[str, Any]) -> bool:
+    return all(ds_config.get(key) is not None for key in BATCH_KEYS)
+
+
+def _notes(ds_config: Mapping[str, Any], training: Training, load: str) -> list[str]:
+    """Where the job is not as its file has it, or its simulation leaves something out."""
+    values = {BATCH_KEYS[1]: training.micro_batch, ACCUMULATION: training.accumulation}
+    changed = [
+        f"{key} is {value}, not {ds_config[key]}" for key, value in values.items() if ds_config.get(key, value) != value
+    ]
+    notes = [f"{' and '.join(changed)}: the batch stays {training.batch:,} sequences"] if changed else []
+    if load != "even" and training.layout != WHOLE:
+        notes.append(f"load {load!r} changes nothing here: each rank computes its share of every expert")
+    if training.offload:
+        notes.append("offload_optimizer is simulated without the host: its memory and bus make a step longer")
+    if ds_config.get("use_data_before_expert_parallelism") and training.num_replicas > 1:
+        notes.append("use_data_before_expert_parallelism is not simulated: an expert group has consecutive ranks here")
+    if ds_config["moe_ep"].get("capacity_factor") is not None:
+        notes.append("capacity_factor drops nothing here: with unequal loads a step may be shorter than simulated")
+    return notes

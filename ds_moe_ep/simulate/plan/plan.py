@@ -1,0 +1,172 @@
+"""`plan`: what a ds_config will do on a cluster, before anybody rents it. Nothing is started and nothing measured.
+
+A plan has these parts:
+
+    fit         bytes of a device by kind, what is to spare, the largest micro-batch
+    prediction  a step with its bar: tokens a second, parts, what is hidden, utilization
+    choices     what the schedule "auto" would choose among, with what each makes of a layer
+    bounds      which resource bounds the step
+    others      what else fits, and how much faster it is
+    stated      the specification's throughput beside it, with the utilization that it needs
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ds_moe_ep.check.pipeline import has_specified_shapes
+from ds_moe_ep.config.training import WHOLE
+from ds_moe_ep.simulate.cluster.cluster import Cluster
+from ds_moe_ep.simulate.job.choose import Choice, choose_schedule, with_knobs
+from ds_moe_ep.simulate.job.fit import Fit, fit_memory, refuse_what_does_not_fit
+from ds_moe_ep.simulate.job.job import Job, Mode, read_job, title_of
+from ds_moe_ep.simulate.plan.alternatives import Alternative, alternatives
+from ds_moe_ep.simulate.plan.bounds import Bound, bounds
+from ds_moe_ep.simulate.step.predict import Estimate, Prediction, on, predict
+from ds_moe_ep.simulate.step.setup import Setup
+from ds_moe_ep.sizing.footprint import forward_flops, training_flops
+from ds_moe_ep.specification.stated import STATED
+
+SERIAL: Mapping[str, Any] = {"schedule": "serial"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedThroughput:
+    """The throughput that the specification states, and the share of the devices' peak that it takes here."""
+
+    tps: float
+    training: float
+    repeated: float  # training, with the forward passes that recomputation repeats
+    forward: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that is predicted of one job."""
+
+    job: Job
+    fit: Fit
+    prediction: Prediction
+    serial: Prediction | None  # the same where nothing is hidden; None where that is the job, or there are no peers
+    choices: tuple[Choice, ...]
+    at_ends: tuple[Mapping[str, Any], ...]  # what is best at the slower and at the faster end
+    bounds: tuple[Bound, ...]
+    others: tuple[Alternative, ...]
+    stated: StatedThroughput | None
+    name: str = ""  # for a reader, where the system's own would not tell it apart
+
+    @property
+    def system(self) -> str:
+        """What evidence calls the job."""
+        return self.job.system
+
+    @property
+    def title(self) -> str:
+        """What a reader may call it."""
+        return self.name or title_of(self.system)
+
+
+def make_plan(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    cluster: Cluster,
+    *,
+    micro_batch: int | Literal["largest"] | None = None,
+    load: str = "even",
+    mode: Mode = "training",
+) -> Plan:
+    """What is predicted of a ds_config on the cluster.
+
+    Raises ConfigError or TopologyError for what cannot work, and for what does not fit with the way out.
+    """
+    job = read_job(source, cluster, micro_batch=micro_batch, load=load, mode=mode)
+    fit = fit_memory(job.setup)
+    refuse_what_does_not_fit(job.path, job.setup, fit)
+    choices = _choices(job.setup)
+    at_ends = tuple(_choices(on(job.setup, end))[0][1] for end in cluster.ends() if choices)
+    job = _chosen(job, choices)
+    prediction = predict(job.setup)
+    return Plan(
+        job=job,
+        fit=fit,
+        prediction=prediction,
+        serial=_serial(job),
+        choices=choices,
+        at_ends=at_ends,
+        bounds=bounds(prediction),
+        others=alternatives(prediction, fit),
+        stated=stated_for(job),
+    )
+
+
+def _choices(setup: Setup) -> tuple[Choice, ...]:
+    """The schedules worth a look, the best first; none under a layout, and where a rank has no peers."""
+    if setup.training.layout != WHOLE or setup.moe.ep_size == 1:
+        return ()
+    return tuple(choose_schedule(setup))
+
+
+def _chosen(job: Job, choices: tuple[Choice, ...]) -> Job:
+    """The job with the schedule that "auto" takes; others keep theirs."""
+    if job.setup.moe.schedule != "auto":
+        return job
+    return replace(job, setup=with_knobs(job.setup, choices[0][1] if choices else SERIAL))
+
+
+def _serial(job: Job) -> Prediction | None:
+    setup = job.setup
+    if setup.training.layout != WHOLE or setup.moe.is_serial:
+        return None
+    return predict(with_knobs(setup, SERIAL))
+
+
+def stated_for(job: Job) -> StatedThroughput | None:
+    """What the specification states, where this is its model and system on as many devices."""
+    setup = job.setup
+    index = {"tp8_pp2": 0, "ep16": 1, "ep16_serial": 1}.get(job.system)
+    is_its = has_specified_shapes(setup.model) and (setup.moe.num_experts, setup.moe.top_k) == (16, 1)
+    if index is None or not is_its or setup.training.world_size != 16:
+        return None
+    peak_per_s = 1e6 * setup.training.world_size * setup.cluster.device.peak(setup.training.precision)
+    tps = STATED.tps[index]
+    training = tps * training_flops(setup.model, setup.moe) / peak_per_s
+    forward = tps * forward_flops(setup.model, setup.moe) / peak_per_s
+    repeated = training + forward * setup.model.recompute
+    return StatedThroughput(tps=tps, training=training, repeated=repeated, forward=forward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two plans side by side. Ratios are of tokens a second, both at the same end of the cluster's ranges."""
+
+    ours: Plan
+    theirs: Plan
+    ratio: Estimate
+    same_batch: Estimate | None  # the ratio where the other takes our batch; None where it does or cannot
+
+
+def compare(ours: Plan, theirs: Plan) -> Comparison:
+    """The first plan over the second. Two jobs of one system are called by their files, too."""
+    if ours.system == theirs.system:
+        ours, theirs = (
+            replace(plan, name=f"{title_of(plan.system)} ({Path(plan.job.path).name})") for plan in (ours, theirs)
+        )
+    return Comparison(
+        ours=ours,
+        theirs=theirs,
+        ratio=ours.prediction.over(theirs.prediction),
+        same_batch=_same_batch(ours, theirs),
+    )
+
+
+def _same_batch(ours: Plan, theirs: Plan) -> Estimate | None:
+    """The ratio where the other accumulates until its batch is ours: once a step counts alike then, and the bubble."""
+    wanted, training = ours.job.setup.training.batch, theirs.job.setup.training
+    each = training.micro_batch * training.num_copies
+    if wanted == training.batch or wanted % each:
+        return None
+    setup = replace(theirs.job.setup, training=replace(training, accumulation=wanted // each))
+    return ours.prediction.over(predict(setup))

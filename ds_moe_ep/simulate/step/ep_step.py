@@ -1,0 +1,192 @@
+"""A training step of an expert-parallel job on a cluster.
+
+    micro-batch   per layer: attention, gate, exchange of counts, rows out and experts and results back, then the head;
+                  backward in reverse, with each layer's forward pass again where it is recomputed
+    step          micro-batches one after the other, then gradients (dense ones over all ranks, experts' over those that
+                  hold the same), the optimizer, and under ZeRO the updated weights to all ranks
+
+Nothing of one micro-batch runs beside another's, so one of them is simulated and counts for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ds_moe_ep.config.topology import Torus, torus_of
+from ds_moe_ep.config.training import BYTES
+from ds_moe_ep.schedule.program import START, Load, Mark, Program
+from ds_moe_ep.schedule.spans import LANES, Span, Tags, length, overlap, union
+from ds_moe_ep.simulate.cluster.machine import Machine, Volume, machine_for_group, machine_for_one
+from ds_moe_ep.simulate.step.costs import Costs
+from ds_moe_ep.simulate.step.data_parallel import finish_step
+from ds_moe_ep.simulate.step.moe_pass import ExpertTimes, LayerPass, Rows
+from ds_moe_ep.simulate.step.setup import Setup, Step
+
+COUNT_BYTES = 8  # of one expert's count in the exchange before rows are posted
+
+
+@dataclass(frozen=True)
+class EpJob:
+    """The job of a Setup, as what its parts take and who is simulated."""
+
+    setup: Setup
+
+    @cached_property
+    def torus(self) -> Torus:
+        """The ranks of one expert group, of that with the fewest on a node where groups lie on nodes differently."""
+        size, node_size = self.setup.moe.ep_size, self.setup.cluster.node_size
+        starts = range(0, min(math.lcm(size, node_size), self.setup.training.world_size), size)
+        return max((torus_of(range(i, i + size), node_size) for i in starts), key=lambda torus: torus.num_nodes)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What the parts of the model take to compute."""
+        setup = self.setup
+        return Costs(setup.model, setup.moe, setup.cluster.device, setup.training.precision)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Rows of one exchange in a micro-batch."""
+        return Rows(self.torus, float(self.setup.micro_batch_tokens * self.setup.moe.top_k), self.setup.loads)
+
+    @cached_property
+    def machine(self) -> Machine:
+        """The resources of the ranks that are simulated."""
+        cluster = self.setup.cluster
+        if len(self.rows.ranks) > 1:
+            return machine_for_group(cluster, self.torus)
+        return machine_for_one(cluster, self.rows.far_share(cluster.far.shared_by))
+
+    @cached_property
+    def layer(self) -> LayerPass:
+        """The experts' part of a layer; `rows` of its times fall evenly on the rank's experts."""
+        setup, costs, local = self.setup, self.costs, self.setup.moe.num_local_experts
+        times = ExpertTimes(
+            forward=lambda rows: costs.experts(rows, local),
+            input_grads=lambda rows: costs.experts(rows, local),
+            weight_grads=lambda rows: costs.weight_grads(rows, local),
+        )
+        row_bytes = setup.model.hidden_size * BYTES[setup.training.precision]
+        return LayerPass(setup.moe, self.machine, self.rows, row_bytes, times)
+
+    def forward(self, program: Program, start: Mark, name: str) -> Mark:
+        """One layer forward."""
+        costs, tokens, rows = self.costs, self.setup.micro_batch_tokens, self.rows.sent
+        before = costs.attention(tokens) + costs.gate(tokens) + costs.permute(rows)
+        mark = self._compute(program, "attention, gate", before, start, Tags(name, "forward"))
+        mark = self.host(program, self.setup.cluster.host.forward_us, mark, Tags(name, "forward"))
+        mark = self.counts(program, mark, Tags(name, "forward"))
+        mark = self.layer.forward(program, mark, name)
+        after = costs.permute(2 * rows) + costs.shared_expert(tokens)
+        return self._compute(program, "unpermute", after, mark, Tags(name, "forward"))
+
+    def backward(self, program: Program, start: Mark, name: str) -> Mark:
+        """One layer backward."""
+        costs, tokens, rows = self.costs, self.setup.micro_batch_tokens, self.rows.sent
+        before = costs.permute(2 * rows) + costs.shared_expert(tokens, backward=True)
+        mark = self._compute(program, "unpermute", before, start, Tags(name, "backward"))
+        mark = self.host(program, self.setup.cluster.host.backward_us, mark, Tags(name, "backward"))
+        mark = self.layer.backward(program, mark, name)
+        after = costs.permute(rows) + costs.gate(tokens, backward=True) + costs.attention(tokens, backward=True)
+        return self._compute(program, "attention, gate", after, mark, Tags(name, "backward"))
+
+    def micro_batch(self) -> Program:
+        """The whole model on one micro-batch: forward, and backward where the job trains."""
+        setup, program, mark = self.setup, Program(), START
+        names = [f"layers.{index}" for index in range(setup.model.num_layers)]
+        for name in names:
+            mark = self.forward(program, mark, name)
+        head = self.costs.head(setup.micro_batch_tokens)
+        mark = self._compute(program, "head", head, mark, Tags("head", "forward"))
+        if setup.mode == "forward":
+            return program
+        head = self.costs.head(setup.micro_batch_tokens, backward=True)
+        mark = self._compute(program, "head", head, mark, Tags("head", "backward"))
+        for name in reversed(names):
+            if setup.model.recompute:
+                mark = self.forward(program, mark, name)
+            mark = self.backward(program, mark, name)
+        return program
+
+    def _compute(self, program: Program, name: str, time_us: float, start: Mark, tags: Tags) -> Mark:
+        """The same work on every rank that is simulated."""
+        load = Load((self.machine.compute(time_us),))
+        return program.join([program.add(name, rank, "compute", load, start, tags) for rank in self._actors])
+
+    def host(self, program: Program, core_us: float, start: Mark, tags: Tags) -> Mark:
+        """What a layer costs the host beside rows and experts."""
+        phases = self.machine.host(core_us)
+        if not phases:
+            return start
+        return program.join([program.add("host", rank, "host", Load(phases), start, tags) for rank in self._actors])
+
+    def counts(self, program: Program, start: Mark, tags: Tags) -> Mark:
+        """The small exchange of counts before rows are posted, and the sync that brings sizes to the host."""
+        near, far = self.torus.node_size - 1, (self.torus.num_nodes - 1) * self.torus.node_size
+        num_bytes = COUNT_BYTES * self.setup.moe.num_local_experts
+        volume = Volume(
+            near_out=near * num_bytes,
+            near_in=near * num_bytes,
+            far_out=far * num_bytes,
+            far_in=far * num_bytes,
+            near_messages=near,
+            far_messages=far,
+            is_joint=True,
+        )
+        marks = [
+            program.add("counts", rank, "counts", self.machine.transfer(rank, volume), start, tags)
+            for rank in self._actors
+        ]
+        sync = Load((self.machine.compute(self.setup.cluster.device.sync_us),))
+        return program.add("sizes", 0, "counts", sync, program.join(marks), tags)
+
+    @property
+    def _actors(self) -> range:
+        return range(self.machine.num_actors)
+
+
+def ep_step(setup: Setup) -> Step:
+    """One step of the job: its time, its parts and its spans."""
+    job = EpJob(setup)
+    outcome = job.micro_batch().run(job.machine.capacities)
+    spans, times, micro_us = outcome.spans(), setup.training.accumulation, outcome.makespan_us
+    mine = _busiest(spans)
+    traffic = overlap(span for span in mine if span.lane in LANES)
+    compute_us = times * _length(mine, "compute")
+    end = finish_step(setup, job.costs) if setup.mode == "training" else Program().run()
+    step_us = times * micro_us + end.makespan_us
+    parts = {
+        "compute": compute_us,
+        "experts_traffic": times * traffic.exposed_us,
+        "gradients": end.makespan_us,
+    }
+    return Step(
+        setup=setup,
+        step_us=step_us,
+        parts_us={**parts, "rest": max(step_us - sum(parts.values()), 0.0)},
+        traffic_us=times * traffic.total_us,
+        exposed_us=times * traffic.exposed_us,
+        busy_us=compute_us + _length(end.spans(), "compute"),
+        spans=[*spans, *(_later(span, micro_us) for span in end.spans())],
+    )
+
+
+def _busiest(spans: Sequence[Span]) -> list[Span]:
+    """The spans of the rank that computes longest: others wait for it."""
+    compute: dict[int, float] = {}
+    for span in spans:
+        compute[span.rank] = compute.get(span.rank, 0.0) + (span.stop_us - span.start_us) * (span.lane == "compute")
+    busiest = max(compute, key=lambda rank: compute[rank], default=0)
+    return [span for span in spans if span.rank == busiest]
+
+
+def _length(spans: Sequence[Span], lane: str) -> float:
+    """How long something of these spans is on the lane."""
+    return length(union([(span.start_us, span.stop_us) for span in spans if span.lane == lane]))
+
+
+def _later(span: Span, by_us: float) -> Span:
+    return replace(span, start_us=span.start_us + by_us, stop_us=span.stop_us + by_us)

@@ -1,0 +1,133 @@
+"""One pass of an expert-parallel layer on a cluster: what each op of its schedule takes, for each rank simulated.
+
+Rank r of P receives loads[r] times the mean; every rank sends each other the same rows, N/P * loads[target]. Transfers
+between all ranks are one all-to-all on a host and grouped sends and receives on devices (moe_ep.transport="auto").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, weight_blocks
+from ds_moe_ep.schedule.program import Load, LoadOf, Mark, Program, add_pass
+from ds_moe_ep.schedule.spans import Tags
+from ds_moe_ep.simulate.cluster.machine import Machine, Volume
+
+MAX_RANKS = 32  # of a group with unequal loads that are simulated one by one; beyond, the fullest stands for all
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one exchange: `sent` by a rank in all; `loads` is what each receives over the mean, () is even."""
+
+    torus: Torus
+    sent: float
+    loads: tuple[float, ...] = ()
+
+    def to(self, target: int) -> float:
+        """Rows that each rank sends to `target`."""
+        load = self.loads[target] if self.loads else 1.0
+        return self.sent / self.torus.size * load
+
+    def received(self, rank: int) -> float:
+        """Rows that `rank` computes in all."""
+        return self.torus.size * self.to(rank)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks to simulate: one where all are alike, else each of them, or the fullest where they are many."""
+        if not self.loads:
+            return (0,)
+        if self.torus.size > MAX_RANKS:
+            return (self.loads.index(max(self.loads)),)
+        return tuple(range(self.torus.size))
+
+    def far_share(self, shared_by: float) -> float:
+        """What the one rank has of the far link that `shared_by` ranks share, over its equal part: by their loads."""
+        if not self.loads:
+            return 1.0
+        rank = self.ranks[0]
+        first = rank - rank % self.torus.node_size
+        mates = self.loads[first : first + self.torus.node_size]
+        mean = sum(mates) / len(mates)
+        return min(max(self.loads[rank] / mean, 1.0), shared_by) if mean else 1.0
+
+
+@dataclass(frozen=True)
+class ExpertTimes:
+    """Microseconds that a rank's experts take for so many rows: forward, input gradients, weight gradients."""
+
+    forward: Callable[[float], float]
+    input_grads: Callable[[float], float]
+    weight_grads: Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """A layer whose passes can be put into a program."""
+
+    moe: MoEConfig
+    machine: Machine
+    rows: Rows
+    row_bytes: float
+    times: ExpertTimes
+
+    @cached_property
+    def schedules(self) -> tuple[Schedule, Schedule]:
+        """Forward and backward."""
+        return forward_schedule(self.moe, self.rows.torus), backward_schedule(self.moe, self.rows.torus)
+
+    def forward(self, program: Program, start: Mark, layer: str) -> Mark:
+        """Puts a forward pass behind `start`."""
+        schedule = self.schedules[0]
+        return self._add(program, schedule, self.times.forward, start, Tags(layer, "forward"))
+
+    def backward(self, program: Program, start: Mark, layer: str) -> Mark:
+        """Puts a backward pass behind `start`."""
+        schedule = self.schedules[1]
+        return self._add(program, schedule, self.times.input_grads, start, Tags(layer, "backward"))
+
+    def _add(
+        self, program: Program, schedule: Schedule, compute_us: Callable[[float], float], start: Mark, tags: Tags
+    ) -> Mark:
+        loads = [self._loads(schedule, compute_us, actor) for actor in range(self.machine.num_actors)]
+        return add_pass(program, schedule, loads, start, tags, self.machine.in_flight)
+
+    def _loads(self, schedule: Schedule, compute_us: Callable[[float], float], actor: int) -> LoadOf:
+        """What each op takes for one rank."""
+        rank = self.rows.ranks[actor]
+        volumes = [_volume(piece, self.rows, rank, self.row_bytes) for piece in schedule.pieces]
+        from_each = self.rows.to(rank)
+        rows = [len(piece.offsets) * from_each / piece.num_cuts for piece in schedule.pieces]
+        blocks = [len(block) * from_each for block in weight_blocks(schedule.torus)]
+
+        def load(op: Op) -> Load:
+            if op.kind is Kind.WEIGHTS:
+                return Load((self.machine.compute(self.times.weight_grads(blocks[op.piece])),))
+            if op.kind is Kind.COMPUTE:
+                return Load((self.machine.compute(compute_us(rows[op.piece])),))
+            volume = volumes[op.piece]
+            return self.machine.transfer(actor, volume if op.kind is Kind.DISPATCH else volume.back)
+
+        return load
+
+
+def _volume(piece: Piece, rows: Rows, rank: int, row_bytes: float) -> Volume:
+    """What `rank` sends and receives when a piece is dispatched."""
+    near = [offset for offset in piece.offsets if offset[0] == 0 and offset != (0, 0)]
+    far = [offset for offset in piece.offsets if offset[0] != 0]
+    each_bytes = row_bytes / piece.num_cuts
+    near_out, far_out = (sum(rows.to(rows.torus.target(rank, o)) for o in offsets) for offsets in (near, far))
+    return Volume(
+        near_out=near_out * each_bytes,
+        near_in=len(near) * rows.to(rank) * each_bytes,
+        far_out=far_out * each_bytes,
+        far_in=len(far) * rows.to(rank) * each_bytes,
+        near_messages=len(near),
+        far_messages=len(far),
+        is_joint=len(near) + len(far) == rows.torus.size - 1,
+    )

@@ -1,0 +1,209 @@
+"""How a job scales out: the same model on more and more devices of a cluster's kind, simulated size by size.
+
+nodes      as many as the ranks fill; below one node's ranks a node has fewer, and a shared link no more than those
+experts    those of the ds_config while EP is at most their number, one a rank beyond; the tokens' k stays
+tokens     twice: of a rank held constant, and of all ranks, where the batch of the ds_config is shared out until a
+           rank has one sequence
+copies     `dp` groups of experts side by side: they share the batch, the dense gradients, and their experts' ones
+schedule   where it is "auto", the one that the tuner would take at this size
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ds_moe_ep.config.training import WHOLE, Training
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.names import LAWS, TOTALS
+from ds_moe_ep.simulate.cluster.cluster import Cluster
+from ds_moe_ep.simulate.job.choose import as_auto
+from ds_moe_ep.simulate.job.routing import read_loads
+from ds_moe_ep.simulate.step.predict import Estimate, Prediction, predict
+from ds_moe_ep.simulate.step.setup import Setup
+from ds_moe_ep.sizing.footprint import Memory, count_memory
+from ds_moe_ep.specification.laws import Fit, fit
+
+WAY_OUT = "write ep=1..1024 (doubling), ep=1,4,16, or ep=16 dp=1..64"
+MAX_RANKS = 65_536  # beyond them a typing error is likelier than a cluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Ranks that share experts, and copies of such groups; every pair is a point."""
+
+    ep: tuple[int, ...]
+    dp: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One size, simulated on the cluster and at both ends of its ranges."""
+
+    total: str  # what is held constant, a key of evidence.TOTALS
+    ep: int
+    dp: int
+    prediction: Prediction
+    memory: Memory
+
+    @property
+    def setup(self) -> Setup:
+        """The job at this size."""
+        return self.prediction.step.setup
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has the memory; times are simulated where it has not, too."""
+        device = self.setup.cluster.device
+        return self.memory.peak <= device.memory_bytes - device.reserve_bytes
+
+    def value(self, law: str) -> Estimate:
+        """What a law of the specification speaks of: tokens/s, microseconds a token, busy share, bytes an expert."""
+        if law == "memory_per_expert":
+            held = self.memory.persistent / self.setup.moe.num_experts
+            return Estimate.exactly(held)
+        return self.prediction.estimate(lambda step: getattr(step, "tpot_us" if law == "tpot" else law))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """All points of a sweep. Notes say which sizes it leaves out, and why."""
+
+    points: tuple[Point, ...]
+    notes: tuple[str, ...] = ()
+
+    def of(self, total: str) -> tuple[Point, ...]:
+        """The points with this held constant."""
+        return tuple(point for point in self.points if point.total == total)
+
+    def law_fits(self, total: str) -> tuple[Fit, ...]:
+        """The specification's laws fitted to the points of the fewest copies; none where EP does not vary."""
+        points = self.of(total)
+        least = min((point.dp for point in points), default=1)
+        values = {law: {p.ep: p.value(law).value for p in points if p.dp == least} for law in LAWS}
+        return tuple(fit(law, its) for law, its in values.items() if len(its) > 1)
+
+
+def read_sizes(text: str) -> Sizes:
+    """Sizes from `ep=1..1024`, `ep=1,4,16` or `ep=16 dp=1..64`; a range doubles. Raises ConfigError."""
+    found: dict[str, tuple[int, ...]] = {}
+    for word in re.findall(r"\S+", text):
+        name, _, values = word.partition("=")
+        if name not in ("ep", "dp") or name in found:
+            raise ConfigError(f"sweep={text!r}: {word!r} is no size of its own; {WAY_OUT}")
+        found[name] = _numbers(values, text)
+    if "ep" not in found:
+        raise ConfigError(f"sweep={text!r}: names no ep; {WAY_OUT}")
+    sizes = Sizes(**found)
+    if max(sizes.ep) * max(sizes.dp) > MAX_RANKS:
+        raise ConfigError(f"sweep={text!r}: more than {MAX_RANKS:,} ranks; end the range earlier")
+    return sizes
+
+
+def _numbers(values: str, text: str) -> tuple[int, ...]:
+    first, dots, last = values.partition("..")
+    numbers = [first, last] if dots else values.split(",")
+    if not all(number.isdecimal() and int(number) >= 1 for number in numbers):
+        raise ConfigError(f"sweep={text!r}: sizes are whole numbers of at least 1; {WAY_OUT}")
+    if not dots:
+        return tuple(sorted({int(number) for number in numbers}))
+    size, doubled = int(first), []
+    while size <= int(last):
+        doubled.append(size)
+        size *= 2
+    if not doubled:
+        raise ConfigError(f"sweep={text!r}: the range {values} is empty; {WAY_OUT}")
+    return tuple(doubled)
+
+
+def sweep(
+    setup: Setup, sizes: Sizes, *, load: str = "even", see: Callable[[str, int, int], None] | None = None
+) -> Sweep:
+    """Every size under both totals. `load` is read anew for each; `see` hears of a point before it is simulated.
+
+    Raises ConfigError for a job under a layout, and for sizes that its experts cannot be shared by.
+    """
+    if setup.training.layout != WHOLE:
+        raise ConfigError(
+            "sweep: scales expert parallelism, and the ds_config has a layout (moe_ep.layout); give one without it"
+        )
+    points: list[Point] = []
+    notes: list[str] = []
+    for total in TOTALS:
+        for ep, dp in ((ep, dp) for ep in sizes.ep for dp in sizes.dp):
+            at = setup_at(setup, total, ep, dp, load)
+            if at is None:
+                notes.append(f"{TOTALS[total]}: no EP={ep} x {dp}, for {setup.training.batch} sequences are too few")
+                continue
+            if see is not None:
+                see(total, ep, dp)
+            points.append(simulate_point(at, total))
+    return Sweep(points=tuple(points), notes=tuple(notes))
+
+
+def simulate_point(setup: Setup, total: str) -> Point:
+    """One point, under the schedule that the job has or `auto` would take."""
+    chosen = as_auto(setup)
+    return Point(
+        total=total,
+        ep=setup.moe.ep_size,
+        dp=setup.training.num_replicas,
+        prediction=predict(chosen),
+        memory=count_memory(setup.model, setup.moe, setup.training, max(setup.loads, default=1.0)),
+    )
+
+
+def setup_at(setup: Setup, total: str, ep: int, dp: int, load: str = "even") -> Setup | None:
+    """The job with `dp` groups of `ep` ranks; None where the batch has no sequence for each of them."""
+    num_experts = setup.moe.num_experts
+    if ep < num_experts and num_experts % ep:
+        raise ConfigError(
+            f"sweep.ep={ep}: cannot share {num_experts} experts evenly; take a size that divides {num_experts}, or "
+            "one beyond it, which has one expert a rank"
+        )
+    moe = dataclasses.replace(setup.moe, num_experts=max(num_experts, ep), ep_size=ep, node_size=0)
+    training = _training_at(setup.training, total, ep, dp)
+    if training is None:
+        return None
+    return dataclasses.replace(
+        setup,
+        moe=moe,
+        training=training,
+        cluster=cluster_at(setup.cluster, ep * dp),
+        loads=read_loads(load, moe.num_experts, ep),
+    )
+
+
+def _training_at(training: Training, total: str, ep: int, dp: int) -> Training | None:
+    of_rank = training.micro_batch * training.accumulation
+    if total == "constant_total":
+        of_rank, left_over = divmod(training.batch, ep * dp)
+        if not of_rank or left_over:
+            return None
+    micro_batch = math.gcd(of_rank, training.micro_batch)
+    accumulation = of_rank // micro_batch
+    return dataclasses.replace(
+        training, world_size=ep * dp, ep_size=ep, micro_batch=micro_batch, accumulation=accumulation
+    )
+
+
+def cluster_at(cluster: Cluster, num_ranks: int) -> Cluster:
+    """Nodes of this kind for so many ranks. Raises ConfigError where they would not share the nodes evenly."""
+    num_nodes = -(-num_ranks // cluster.node_size)
+    if num_ranks % num_nodes:
+        raise ConfigError(
+            f"sweep.ranks={num_ranks}: nodes of {cluster.node_size} cannot hold as many each; take a multiple of "
+            f"{cluster.node_size}, or at most that"
+        )
+    node_size = num_ranks // num_nodes
+    near, far = (
+        dataclasses.replace(link, shared_by=min(link.shared_by, node_size)) for link in (cluster.near, cluster.far)
+    )
+    ranges = {
+        path: (min(low, node_size), min(high, node_size)) if path.endswith(".shared_by") else (low, high)
+        for path, (low, high) in cluster.ranges.items()
+    }
+    return dataclasses.replace(cluster, num_nodes=num_nodes, node_size=node_size, near=near, far=far, ranges=ranges)

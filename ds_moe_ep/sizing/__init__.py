@@ -1,0 +1,1 @@
+"""Bytes and flops of a job before anything is built."""

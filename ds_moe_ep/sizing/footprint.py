@@ -1,0 +1,217 @@
+"""What a model costs before it is built: parameters, bytes of a GPU, bytes on the wire, arithmetic.
+
+All of it is derived from shapes; nothing here is measured. Symbols: T tokens of a rank's micro-batch, D
+width, F expert width, E experts, L layers, k choices of a token, P ranks of an expert group, S sequence
+length, V vocabulary, m matrices of an expert (2 for GELU, 3 for SwiGLU), b bytes of a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
+from ds_moe_ep.config.training import BYTES, Training
+
+# DeepSpeed splits expert parameters into optimizer groups of at most this many (moe/utils.py)
+EXPERT_GROUP_ELEMENTS = 178_956_971
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Numbers of parameters by kind."""
+
+    embedding: int
+    attention: int
+    gate: int
+    experts: int
+    shared_experts: int
+    norms: int
+    head: int
+
+    @property
+    def dense(self) -> int:
+        """Parameters that every rank holds."""
+        return self.embedding + self.attention + self.gate + self.shared_experts + self.norms + self.head
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers by kind and their sums, for JSON."""
+        return {**vars(self), "dense": self.dense, "total": self.total}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one GPU by kind, at the moment when most of them are needed."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # of one micro-batch in its backward pass
+    buffers: int  # DeepSpeed's gradient buckets, beside the activations
+    step: int  # fp32 gradients of an optimizer step, when activations and buckets are gone
+    host_optimizer: int  # bytes in the host's memory, when the optimizer is offloaded
+
+    @property
+    def persistent(self) -> int:
+        """Bytes that stay from step to step."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """The largest sum that is alive at once: in the backward pass or in the optimizer step."""
+        return self.persistent + max(self.activations + self.buffers, self.step)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The bytes by kind and their sums, for JSON."""
+        return {**vars(self), "persistent": self.persistent, "peak": self.peak}
+
+
+def count_parameters(model: ModelConfig, moe: MoEConfig) -> Parameters:
+    """Parameters of the whole model.
+
+    Embedding V*D and head V*D (not tied). A layer has attention 4*D*D, gate D*E, norms 4*D and E experts of
+    m*D*F; one more norm of 2*D before the head. Positions are rotations and cost none.
+    """
+    L, D = model.num_layers, model.hidden_size
+    return Parameters(
+        embedding=model.vocab_size * D,
+        attention=L * 4 * D * D,
+        gate=L * D * moe.num_experts,
+        experts=L * moe.num_experts * model.expert_params,
+        shared_experts=L * _shared_params(model),
+        norms=L * 4 * D + 2 * D,
+        head=model.vocab_size * D,
+    )
+
+
+def count_rank_parameters(model: ModelConfig, moe: MoEConfig) -> Parameters:
+    """Parameters that one rank holds: everything dense and E/P experts of each layer."""
+    whole = count_parameters(model, moe)
+    experts = whole.experts // moe.ep_size
+    return Parameters(**{**vars(whole), "experts": experts})
+
+
+def count_memory(model: ModelConfig, moe: MoEConfig, training: Training, load: float = 1.0) -> Memory:
+    """Bytes of one GPU, for a rank that receives `load` times the mean number of rows.
+
+    weights     b * parameters of the rank
+    gradients   their precision's bytes * parameters; under ZeRO-2 divided like the optimizer's states
+    optimizer   4 * (master weight + states) * parameters. ZeRO divides it for dense parameters by the ranks,
+                for experts by the ranks that hold the same experts (world / ep_size), which may be one
+    buffers     2 or 4 bytes * reduce_bucket_size (twice with overlap_comm)
+    """
+    held = count_rank_parameters(model, moe)
+    stage = training.zero_stage
+    dense_cut, expert_cut = (training.world_size, training.num_replicas) if stage else (1, 1)
+    partition = -(-held.dense // dense_cut) + -(-held.experts // expert_cut)
+    gradient_bytes = BYTES[training.gradient_precision]
+    optimizer = optimizer_bytes(training, partition)
+    return Memory(
+        weights=BYTES[training.precision] * held.total,
+        gradients=gradient_bytes * (partition if stage == 2 else held.total),
+        optimizer=0 if training.offload else optimizer,
+        activations=activation_bytes(model, moe, training, load),
+        buffers=gradient_bytes * training.bucket_elements,
+        step=0 if training.offload else _step_bytes(model, held, training),
+        host_optimizer=optimizer if training.offload else 0,
+    )
+
+
+def optimizer_bytes(training: Training, num_parameters: int) -> int:
+    """Bytes of the master weights and optimizer states of so many parameters, in fp32."""
+    has_master = training.precision != "fp32" or training.zero_stage > 0
+    return 4 * (has_master + training.optimizer_states) * num_parameters
+
+
+def activation_bytes(model: ModelConfig, moe: MoEConfig, training: Training, load: float = 1.0) -> int:
+    """Bytes that one micro-batch keeps for its backward pass, at the moment of most.
+
+    attention of a layer   9*T*D*b: the norm's two ends, q, k, v, rotated q and k, the heads' output twice
+    experts of a layer     (3*T*D + 2*k*T*D)*b on the sender and load*k*T*(2*D + m*F)*b on the receiver
+    router of a layer      3*T*E*4
+    gradients              of the layer in work: load*k*T*(2*D + m*F)*b
+    loss                   T*V*(b + 12)
+
+    With recompute only the inputs of L layers (T*D*b each) and one layer's set are alive. The S x S scores
+    are not counted: torch's flash and memory-efficient kernels do not store them.
+    """
+    b = BYTES[training.precision]
+    T, D = tokens_of_rank(model, training), model.hidden_size
+    attention = 9 * T * D * b
+    rows = load * moe.top_k * T * (2 * D + model.expert_matrices * model.expert_width) * b
+    shared = model.expert_matrices * T * model.shared_expert_width * b
+    layer = attention + (3 + 2 * moe.top_k) * T * D * b + rows + shared + 3 * T * moe.num_experts * 4
+    loss = T * model.vocab_size * (b + 12)
+    kept = model.num_layers * T * D * b + layer if model.recompute else model.num_layers * layer
+    return int(kept + rows + loss)
+
+
+def largest_load(model: ModelConfig, moe: MoEConfig, training: Training, free_bytes: int) -> float | None:
+    """How many times the mean rows a rank may receive within `free_bytes`; None when 1 does not fit."""
+    even = count_memory(model, moe, training)
+    if even.peak > free_bytes:
+        return None
+    room = free_bytes - even.persistent - even.buffers - even.activations
+    slope = activation_bytes(model, moe, training, load=2.0) - even.activations
+    return 1 + room / slope
+
+
+def tokens_of_rank(model: ModelConfig, training: Training) -> int:
+    """Tokens of one rank in one micro-batch: T = sequences * S."""
+    return training.micro_batch * model.sequence_length
+
+
+def tokens_of_batch(model: ModelConfig, training: Training) -> int:
+    """Tokens of one optimizer step over all ranks."""
+    return training.batch * model.sequence_length
+
+
+def dispatch_bytes(tokens: int, model: ModelConfig, moe: MoEConfig, precision: str) -> int:
+    """Bytes that one rank sends to other ranks when it dispatches `tokens` of one layer, evenly routed.
+
+    k * T * D * b * (P - 1)/P; the combine sends as many back, and the backward pass does both again.
+    """
+    row_bytes = model.hidden_size * BYTES[precision]
+    return moe.top_k * tokens * row_bytes * (moe.ep_size - 1) // moe.ep_size
+
+
+def forward_flops(model: ModelConfig, moe: MoEConfig) -> int:
+    """Floating-point operations of one token forward; training takes three times as many.
+
+    A layer: 8*D*D for the projections, 2*S*D for causal scores and their sum over values (half of S each),
+    2*D*E for the gate and 2*k parameters of an expert; then 2*V*D for the head.
+    """
+    D = model.hidden_size
+    experts = 2 * moe.top_k * model.expert_matrices * D * model.expert_width
+    shared = 2 * model.expert_matrices * D * model.shared_expert_width
+    layer = 8 * D * D + 2 * model.sequence_length * D + 2 * D * moe.num_experts + experts + shared
+    return model.num_layers * layer + 2 * model.vocab_size * D
+
+
+def training_flops(model: ModelConfig, moe: MoEConfig) -> int:
+    """Operations of one token in training, without those that recomputation repeats."""
+    return 3 * forward_flops(model, moe)
+
+
+def _shared_params(model: ModelConfig) -> int:
+    width = model.shared_expert_width
+    if not width:
+        return 0
+    biases = width * (model.expert_matrices - 1) + model.hidden_size if model.expert_bias else 0
+    return model.expert_matrices * model.hidden_size * width + biases
+
+
+def _step_bytes(model: ModelConfig, held: Parameters, training: Training) -> int:
+    """Gradients in fp32 during a step: of one group after the other under ZeRO, of all without it.
+
+    DeepSpeed never splits one parameter, so an expert's matrix may be larger than its group's limit.
+    """
+    if training.zero_stage == 0:
+        return 4 * held.total if training.precision != "fp32" else 0
+    largest = max(model.hidden_size * model.expert_width, EXPERT_GROUP_ELEMENTS)
+    group = max(held.dense // training.world_size, min(held.experts, largest) // training.num_replicas)
+    return (4 + BYTES[training.gradient_precision]) * group

@@ -1,0 +1,1 @@
+"""The reference job: its figures as stated, as derived, and judged."""

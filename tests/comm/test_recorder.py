@@ -1,0 +1,91 @@
+"""The recorder times what runs on each lane, keeps its labels, and costs nothing when it is off."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from ds_moe_ep.comm.lanes import HostLanes, Lanes
+from ds_moe_ep.comm.recorder import HostRecorder, Off
+from ds_moe_ep.schedule.spans import Tags, overlap
+
+NEAR = Tags("moe", "forward", "near")
+
+
+class Sleep:
+    """A transfer that takes a while on its own."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end_s = time.perf_counter() + seconds
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self.end_s - time.perf_counter()))
+
+
+class Broken:
+    def wait(self) -> None:
+        raise ConnectionError("peer 3 has gone")
+
+
+def run_pass(lanes: Lanes, recorder: HostRecorder) -> None:
+    """A transfer of 40 ms is issued before 120 ms of compute that does not need it."""
+    entry = lanes.entry()
+    transfer = recorder.scope("dispatch", "dispatch 0", NEAR)
+    compute = recorder.scope("compute", "compute 0", NEAR)
+    marks = [
+        lanes.issue("dispatch", [entry], (), lambda: Sleep(0.04), transfer),
+        lanes.issue("compute", [entry], (), lambda: time.sleep(0.12), compute),
+    ]
+    lanes.leave(marks, ())
+
+
+def test_a_transfer_under_compute_is_hidden_and_a_blocking_one_is_not() -> None:
+    recorder, lanes = HostRecorder(rank=0), HostLanes()
+    run_pass(lanes, recorder)
+    assert (overlap(recorder.spans()).hidden_percent or 0) > 80
+    run_pass(lanes.blocking(), recorder)
+    assert overlap(recorder.spans()).hidden_percent == 0
+    assert recorder.spans() == []
+
+
+def test_spans_carry_the_rank_the_lane_and_the_labels() -> None:
+    recorder = HostRecorder(rank=5)
+    run_pass(HostLanes(), recorder)
+    spans = {span.lane: span for span in recorder.spans()}
+    assert set(spans) == {"dispatch", "compute"}
+    assert (spans["dispatch"].name, spans["dispatch"].rank, spans["dispatch"].tags) == ("dispatch 0", 5, NEAR)
+    assert 40_000 <= spans["dispatch"].stop_us - spans["dispatch"].start_us < 120_000
+    assert spans["compute"].stop_us - spans["compute"].start_us >= 120_000
+
+
+def test_lanes_of_several_threads_record_every_span() -> None:
+    recorder = HostRecorder(rank=0)
+
+    def record(lane: str) -> None:
+        for index in range(500):
+            with recorder.scope(lane, f"{lane} {index}", NEAR):
+                pass
+
+    threads = [threading.Thread(target=record, args=(lane,)) for lane in ("dispatch", "combine", "compute")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({span.name for span in recorder.spans()}) == 1500
+
+
+def test_the_error_of_a_recorded_transfer_reaches_the_waiter() -> None:
+    lanes, recorder = HostLanes(), HostRecorder(rank=0)
+    mark = lanes.issue("combine", [], (), Broken, recorder.scope("combine", "combine 2", NEAR))
+    with pytest.raises(ConnectionError, match="peer 3"):
+        mark.wait()
+
+
+def test_off_records_nothing_and_makes_no_scope_of_its_own() -> None:
+    off = Off()
+    scope = off.scope("dispatch", "dispatch 0", NEAR)
+    with scope:
+        pass
+    assert off.spans() == [] and off.scope("compute", "compute 1", Tags()) is scope

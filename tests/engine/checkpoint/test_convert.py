@@ -1,0 +1,187 @@
+"""Weights carried to another layout: DeepSpeed loads them, logits are equal, and the way back is exact.
+
+Two layouts add up the same products in another order: the logits of four fp32 layers differ by 2e-6 of the largest at
+most (measured: 2e-7; an expert or a slice in the wrong place: 0.07 and more). Weights are copied and never computed
+with: bit for bit.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_moe_ep.engine.checkpoint.convert import prepare
+from ds_moe_ep.parallel.tensor import Share
+from tests.engine.checkpoint.checkpoints import target_config, weights_in, write_experts
+from tests.parallel.training_runs import (
+    Run,
+    copies,
+    make_experts,
+    make_pipeline,
+    of_this_copy,
+    stage_parameters,
+)
+from tests.ranks import run_ranks
+
+LOGITS = 2e-6
+RUN = Run(steps=2, stage=1, top_k=2, model={"expert": "swiglu", "shared_expert_width": 16})
+TOKEN_IDS = torch.arange(4 * 8).view(4, 8) * 7 % 32
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rank has after training or loading."""
+
+    logits: Tensor | None  # of TOKEN_IDS; None before the last stage
+    weights: dict[str, Tensor]  # by their names on one device
+    share: Share
+
+
+def with_experts(run: Run, folder: str, loads: bool) -> Seen:
+    """Trains two steps and saves, or loads into another seed's model."""
+    engine, named = make_experts(run, seed=2 if loads else 1)
+    if loads:
+        assert engine.load_checkpoint(folder, load_module_only=True)[0] is not None
+    else:
+        for micro_batches in run.batches():
+            for token_ids, target_ids in micro_batches:
+                engine.backward(engine(token_ids, target_ids).loss)
+                engine.step()
+        engine.save_checkpoint(folder)
+    engine.eval()
+    with torch.no_grad():
+        return Seen(engine(TOKEN_IDS).logits_BSV, copies(named), Share(0, 1))
+
+
+def with_pipeline(run: Run, folder: str, loads: bool) -> Seen:
+    """The same with shares and stages."""
+    engine = make_pipeline(run, seed=2 if loads else 1)
+    if loads:
+        assert engine.load_checkpoint(folder, load_module_only=True)[0] is not None
+    else:
+        for micro_batches in run.batches():
+            engine.train_batch(of_this_copy(engine, micro_batches))
+        engine.save_checkpoint(folder)
+    _, outputs = engine.eval_batch(iter([(TOKEN_IDS, TOKEN_IDS)]), return_logits=True, num_micro_batches=1)
+    share = Share(engine.grid.get_slice_parallel_rank(), run.tp_size)
+    return Seen(None if outputs is None else outputs[0], copies(stage_parameters(engine)), share)
+
+
+def saved_by(train: Any, run: Run, folder: pathlib.Path) -> list[Seen]:
+    return run_ranks(4, train, run, str(folder), False)
+
+
+def loaded_by(load: Any, run: Run, folder: pathlib.Path) -> list[Seen]:
+    return run_ranks(4, load, run, str(folder), True)
+
+
+def logits_distance(found: Sequence[Seen], expected: Sequence[Seen]) -> float:
+    """The largest difference of any rank's logits from those of the other side, over the largest logit."""
+    (whole, *_) = [seen.logits for seen in expected if seen.logits is not None]
+    parts = [seen.logits for seen in found if seen.logits is not None]
+    assert parts
+    return max(float(((part - whole).abs().max() / whole.abs().max()).nan_to_num(torch.inf)) for part in parts)
+
+
+def assert_same_weights(found: Sequence[Seen], folder: pathlib.Path, run: Run) -> None:
+    """Every rank holds its share of the checkpoint in `folder`, bit for bit, and together they hold all of it."""
+    whole = weights_in(folder, run)
+    assert {name for seen in found for name in seen.weights} == whole.keys()
+    for seen in found:
+        for name, weight in seen.weights.items():
+            assert torch.equal(weight, seen.share.of(whole[name], name)), name
+
+
+@pytest.mark.parametrize("ep_size", [4, 2])
+def test_experts_become_shares_and_stages_with_equal_logits_and_come_back_bit_for_bit(
+    ep_size: int, tmp_path: pathlib.Path
+) -> None:
+    run, ways = replace(RUN, ep_size=ep_size), [tmp_path / name for name in ("trained", "pipeline", "back")]
+    trained = saved_by(with_experts, run, ways[0])
+    for source, target, pipeline in ((ways[0], ways[1], True), (ways[1], ways[2], False)):
+        prepare(source, target, target_config(run, pipeline=pipeline)).write()
+    as_pipeline = loaded_by(with_pipeline, run, ways[1])
+    assert_same_weights(as_pipeline, ways[0], run)
+    assert logits_distance(as_pipeline, trained) <= LOGITS
+    back = loaded_by(with_experts, replace(run, ep_size=6 - ep_size), ways[2])  # 2 comes back as 4, and 4 as 2
+    assert logits_distance(back, trained) <= LOGITS
+    before, after = (weights_in(folder, run) for folder in (ways[0], ways[2]))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_a_trained_pipeline_becomes_experts_and_pipelines_of_other_sizes(tmp_path: pathlib.Path) -> None:
+    run = replace(RUN, tp_size=2, pp_size=2)
+    trained = saved_by(with_pipeline, run, tmp_path / "trained")
+    prepare(tmp_path / "trained", tmp_path / "experts", target_config(run, pipeline=False)).write()
+    loaded = loaded_by(with_experts, run, tmp_path / "experts")
+    assert logits_distance(loaded, trained) <= LOGITS
+    for tp_size, pp_size in ((4, 1), (1, 4)):
+        other, folder = replace(run, tp_size=tp_size, pp_size=pp_size), tmp_path / f"{tp_size}x{pp_size}"
+        prepare(tmp_path / "trained", folder, target_config(other, pipeline=True)).write()
+        loaded = loaded_by(with_pipeline, other, folder)
+        assert_same_weights(loaded, tmp_path / "experts", run)
+        assert logits_distance(loaded, trained) <= LOGITS
+
+
+def swap(folder: pathlib.Path, first: str, second: str) -> None:
+    """Exchanges two files of a checkpoint."""
+    one, other = (next(folder.glob(f"*/{name}")) for name in (first, second))
+    shutil.copy(one, folder / "kept")
+    shutil.copy(other, one)
+    shutil.copy(folder / "kept", other)
+
+
+def exchange_experts(folder: pathlib.Path) -> None:
+    """Gives experts 0 and 3 of a layer each other's weights."""
+    (path,) = folder.glob("*/layer_03-model_00-model_states.pt")
+    weights = torch.load(path, weights_only=True)
+    keys = [f"layer.feed_forward.experts.deepspeed_experts.{expert}.down.weight" for expert in (0, 3)]
+    weights[keys[0]], weights[keys[1]] = weights[keys[1]], weights[keys[0]]
+    torch.save(weights, path)
+
+
+def test_one_expert_or_one_slice_in_the_wrong_place_is_seen(tmp_path: pathlib.Path) -> None:
+    """The controls of the comparisons above: each fault moves the logits by far more than the bound."""
+    trained = saved_by(with_experts, RUN, tmp_path / "trained")
+    config = target_config(RUN, pipeline=True)
+    for name in ("slices", "experts"):
+        prepare(tmp_path / "trained", tmp_path / name, config).write()
+    swap(tmp_path / "slices", "layer_02-model_00-model_states.pt", "layer_03-model_00-model_states.pt")
+    exchange_experts(tmp_path / "experts")
+    for name in ("slices", "experts"):
+        wrong = loaded_by(with_pipeline, RUN, tmp_path / name)
+        assert logits_distance(wrong, trained) > 1000 * LOGITS, name
+        with pytest.raises(AssertionError):
+            assert_same_weights(wrong, tmp_path / "trained", RUN)
+
+
+def load_more(run: Run, folder: str) -> tuple[int, str]:
+    """The step after a load without optimizer states, and why one with them fails."""
+    engine = make_pipeline(run)
+    engine.load_checkpoint(folder, load_optimizer_states=False)
+    step = engine.global_steps
+    try:
+        engine.load_checkpoint(folder)
+    except Exception as error:
+        return step, type(error).__name__
+    return step, ""
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_step_counter_is_kept_and_a_load_with_optimizer_states_fails_aloud(
+    stage: int, tmp_path: pathlib.Path
+) -> None:
+    run = replace(RUN, stage=stage)
+    write_experts(tmp_path / "experts", run)
+    prepare(tmp_path / "experts", tmp_path / "pipeline", target_config(run, pipeline=True)).write()
+    for step, failure in run_ranks(4, load_more, run, str(tmp_path / "pipeline")):
+        assert step == 7
+        assert failure == ("ZeRORuntimeException" if stage else "KeyError")

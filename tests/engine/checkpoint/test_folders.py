@@ -1,0 +1,167 @@
+"""Checkpoint folders: a kill at any line leaves `latest` with a complete one; what lacks files is refused at load."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from ds_moe_ep.engine.checkpoint import folders
+from ds_moe_ep.engine.checkpoint.folders import OLD, SAVING, complete_tags, missing_files, publish, write_latest
+from tests.engine.small_model import Job, batches, make_engine, train_steps
+from tests.ranks import run_ranks
+
+EXPERTS = {(0, 0), (0, 1)}
+FILES = ("mp_rank_00_model_states.pt", *(f"layer_{i}_expert_{j}_mp_rank_00_model_states.pt" for i, j in EXPERTS))
+
+
+def write_checkpoint(folder: pathlib.Path, text: str) -> None:
+    folder.mkdir()
+    for name in FILES:
+        (folder / name).write_text(text)
+
+
+def killed_after(num_lines: int, act: Callable[[], None]) -> bool:
+    """Runs `act` in a child that is killed after so many lines of folders.py; whether it was."""
+    pid = os.fork()
+    if pid == 0:
+        left = num_lines
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename != folders.__file__:
+                return None
+            if event == "line":
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+        act()
+        sys.settrace(None)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_kill_at_any_line_of_a_save_over_the_same_tag_leaves_a_complete_checkpoint(
+    can_exchange: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`latest` names a complete one at every moment; where folders cannot be exchanged, that or the one in `.old`."""
+    if not can_exchange:
+        monkeypatch.setattr(folders.ctypes, "CDLL", lambda *args, **kwargs: object())
+    seen = set()
+    for num_lines in range(200):
+        place = tmp_path / str(num_lines)
+        place.mkdir()
+        write_checkpoint(place / "kept", "old")
+        (place / "latest").write_text("kept")
+        write_checkpoint(place / f"kept{SAVING}", "new")
+
+        def save(place: pathlib.Path = place) -> None:
+            publish(place / f"kept{SAVING}", place / "kept")
+            write_latest(place, "kept")
+
+        was_killed = killed_after(num_lines, save)
+        assert (place / "latest").read_text() == "kept"
+        folder = place / "kept"
+        if not can_exchange and not folder.exists():
+            folder = place / f"kept{OLD}"
+            seen.add("none")
+        assert missing_files(folder, EXPERTS, 0) == ""
+        texts = {(folder / name).read_text() for name in FILES}
+        assert len(texts) == 1, "a mixture of two checkpoints"
+        seen |= texts
+        if not was_killed:
+            break
+    assert not was_killed
+    assert seen == ({"old", "new"} if can_exchange else {"old", "new", "none"})
+
+
+def test_a_new_tag_appears_whole_and_before_latest_names_it(tmp_path: pathlib.Path) -> None:
+    for num_lines in range(200):
+        place = tmp_path / str(num_lines)
+        place.mkdir()
+        write_checkpoint(place / "one", "one")
+        (place / "latest").write_text("one")
+        write_checkpoint(place / f"two{SAVING}", "two")
+
+        def save(place: pathlib.Path = place) -> None:
+            publish(place / f"two{SAVING}", place / "two")
+            write_latest(place, "two")
+
+        was_killed = killed_after(num_lines, save)
+        latest = place / (place / "latest").read_text()
+        assert missing_files(latest, EXPERTS, 0) == ""
+        assert (latest / FILES[0]).read_text() == latest.name
+        if not was_killed:
+            break
+    assert latest.name == "two"
+
+
+def test_what_is_missing_is_named_and_the_complete_ones_are_listed_newest_first(tmp_path: pathlib.Path) -> None:
+    for age, name in enumerate(("new", "old", "partial", f"three{SAVING}", f"four{OLD}")):
+        write_checkpoint(tmp_path / name, name)
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    (tmp_path / "partial" / FILES[2]).unlink()
+    assert complete_tags(tmp_path, EXPERTS, 0) == ["new", "old"]
+    assert "1 experts' files are missing, layer_0_expert_" in missing_files(tmp_path / "partial", EXPERTS, 0)
+    assert missing_files(tmp_path / "absent", EXPERTS, 0) == "the folder does not exist"
+    (tmp_path / "old" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_text("")
+    assert missing_files(tmp_path / "old", EXPERTS, 1) == ""
+    assert "no optimizer states of data-parallel rank 1 of 2" in missing_files(tmp_path / "old", EXPERTS, 2)
+
+
+def load_what_was_damaged(folder: str) -> list[str]:
+    """The errors of loads: a file lacks, `latest` names what a kill has left or nothing that is there; by message."""
+    job, root = Job(ep_size=4, stage=1), pathlib.Path(folder)
+    engine = make_engine(job)
+    train_steps(engine, job, batches(job)[:1])
+    for tag in ("whole", "damaged", f"killed{SAVING}"):
+        engine.save_checkpoint(folder, tag=tag)
+    errors = []
+    for remove, latest, options in DAMAGE:
+        if dist.get_rank() == 0:
+            for path in (root / "damaged").glob(remove):
+                path.unlink()
+            (root / "latest").write_text(latest)
+        dist.barrier()
+        try:
+            engine.load_checkpoint(folder, **options)
+            errors.append("")
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        dist.barrier()
+    return errors
+
+
+DAMAGE: list[tuple[str, str, dict[str, Any]]] = [
+    ("none", "damaged", {}),
+    ("zero_pp_rank_3_*", "damaged", {}),
+    ("none", "damaged", {"load_module_only": True}),
+    ("layer_1_expert_5_*", "damaged", {"load_module_only": True}),
+    ("none", f"killed{SAVING}", {}),
+    ("none", "gone", {}),
+    ("none", "gone", {"tag": "whole"}),
+]
+
+
+def test_a_checkpoint_that_lacks_files_is_refused_on_every_rank_and_a_complete_one_is_named(
+    tmp_path: pathlib.Path,
+) -> None:
+    for errors in run_ranks(4, load_what_was_damaged, str(tmp_path), timeout_s=60):
+        good, no_states, weights, no_expert, killed, gone, named = errors
+        assert (good, weights, named) == ("", "", "")
+        assert no_states.startswith(f"EngineError: {tmp_path}/damaged: cannot be loaded, it has no optimizer states of")
+        assert "1 experts' files are missing, layer_1_expert_5_*" in no_expert
+        assert "it was not saved to the end" in killed
+        assert "the folder does not exist" in gone
+        assert all("tag='whole'" in error for error in (no_states, no_expert, killed, gone))

@@ -1,0 +1,180 @@
+"""AutoEP's layers (Hugging Face Mixtral, Qwen3-MoE) with the hooks train as without them.
+
+fp32, 3 Adam steps: 2e-6 of a tensor's largest weight and 1e-6 of the loss, the bounds at which AutoEP itself equals the
+blocks of Hugging Face.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.hooks import autoep_models
+from tests.engine.hooks.autoep_models import AutoEPJob, autoep_layers, make_engine, named_weights, train_steps
+from tests.engine.hooks.hooked_layers import KNOBS, hooked, rank, same_state, state_of
+from tests.engine.small_model import distance, merged
+from tests.ranks import run_ranks
+
+WEIGHTS, LOSS = 2e-6, 1e-6
+Outcome = tuple[list[float], dict[str, Tensor]]
+
+
+def jobs() -> list[AutoEPJob]:
+    """Both presets; ZeRO 0 to 3; EP = world and below it; accumulation, recomputation, balance loss."""
+    return [
+        AutoEPJob(stage=0),
+        AutoEPJob(stage=1, ep_size=2, preset="qwen3_moe", accumulation=2),
+        AutoEPJob(stage=2, checkpointing="reentrant", grouped_mm=False),
+        AutoEPJob(stage=3, ep_size=2, router_logits=True),
+        AutoEPJob(stage=3, preset="qwen3_moe", checkpointing="non-reentrant"),
+        AutoEPJob(stage=0, preset="qwen3_moe", top_k=1, checkpointing="non-reentrant"),
+        AutoEPJob(stage=1, ep_size=2, score_apply="pre"),
+    ]
+
+
+def train_both(table: Sequence[AutoEPJob]) -> list[tuple[Outcome, Outcome]]:
+    """Each job through the hooks, with one of KNOBS in turn, and without them, on this rank."""
+    results = []
+    for index, job in enumerate(table):
+        engine = make_engine(job)
+        with hooked(engine, **KNOBS[index % len(KNOBS)]) as handle:
+            assert list(handle.layers) == list(autoep_layers(engine))
+            losses = train_steps(engine, job)
+            weights = named_weights(engine, job)
+        results.append(((losses, weights), autoep_models.run_job(job)))
+    return results
+
+
+def test_training_through_the_hooks_is_the_training_without_them() -> None:
+    by_rank = run_ranks(4, train_both, jobs(), timeout_s=280)
+    for index, job in enumerate(jobs()):
+        mine, plain = ([results[index][side] for results in by_rank] for side in (0, 1))
+        assert mine[0][0] == pytest.approx(plain[0][0], rel=LOSS), job
+        assert distance(merged([w for _, w in mine]), merged([w for _, w in plain])) <= WEIGHTS, job
+
+
+def test_weights_on_the_rows_are_not_weights_on_the_results() -> None:
+    """The control for score_apply="pre": experts are not linear."""
+    pre, post = (AutoEPJob(world_size=2, ep_size=2, score_apply=kind, steps=1) for kind in ("pre", "post"))
+    for (mine, _), (_, plain) in run_ranks(2, train_both, [pre, post]):
+        assert abs(mine[0][0] - plain[0][0]) > 100 * LOSS * plain[0][0]
+
+
+def train_perturbed(job: AutoEPJob) -> tuple[list[float], list[float]]:
+    """Losses with another expert on the last rank, and without."""
+    engine = make_engine(job)
+    with torch.no_grad():
+        if rank() == 3:
+            next(iter(autoep_layers(engine).values())).experts.w2.mul_(1.1)
+    with hooked(engine, **KNOBS[0]):
+        return train_steps(engine, job), autoep_models.run_job(job)[0]
+
+
+def test_a_perturbed_remote_expert_is_seen_through_the_hooks() -> None:
+    for mine, plain in run_ranks(4, train_perturbed, AutoEPJob(steps=1)):
+        assert abs(mine[0] - plain[0]) > 100 * LOSS * plain[0]
+
+
+def removed(job: AutoEPJob) -> tuple[list[str], bool, bool]:
+    """Keys of the model's state that differ after the hooks are gone; whether weights and loss are the same bits."""
+    engine = make_engine(job)
+    ids = autoep_models.batches(job)[0][0][rank()]
+    with torch.no_grad():
+        loss = engine(input_ids=ids, labels=ids).loss
+        weights, before = named_weights(engine, job), state_of(engine.module)
+        with hooked(engine, **KNOBS[0]):
+            engine.module.eval()
+            assert torch.allclose(engine(input_ids=ids, labels=ids).loss, loss, rtol=LOSS)
+            engine.module.train()
+        after = state_of(engine.module)
+        again = engine(input_ids=ids, labels=ids).loss
+    same = [torch.equal(w, weights[name]) for name, w in named_weights(engine, job).items()]
+    changed = same_state(*({k: v for k, v in s.items() if not isinstance(v, Tensor)} for s in (after, before)))
+    return changed, all(same), torch.equal(again, loss)
+
+
+def each_removed(table: Sequence[AutoEPJob]) -> list[tuple[list[str], bool, bool]]:
+    return [removed(job) for job in table]
+
+
+def test_removed_hooks_leave_nothing_behind() -> None:
+    table = [AutoEPJob(world_size=2, ep_size=2), AutoEPJob(world_size=2, ep_size=2, stage=3)]
+    assert run_ranks(2, each_removed, table) == [[([], True, True)] * 2] * 2
+
+
+def resumed(folder: str, stage: int, saves_hooked: bool) -> Outcome:
+    """A step, a checkpoint, and three more in a fresh engine; the hooks are there before it or after it, not both."""
+    job = AutoEPJob(stage=stage, ep_size=2, world_size=2)
+    first = make_engine(job)
+    with hooked(first, **KNOBS[0]) if saves_hooked else nullcontext():
+        train_steps(first, replace(job, steps=1))
+        first.save_checkpoint(folder)
+    second = make_engine(replace(job, seed=9))
+    with nullcontext() if saves_hooked else hooked(second, **KNOBS[0]):
+        second.load_checkpoint(folder)
+        losses = train_steps(second, job)
+        return losses, named_weights(second, job)
+
+
+def test_checkpoints_go_from_hooked_to_plain_engines_and_back(tmp_path: pathlib.Path) -> None:
+    for stage in (0, 2):
+        there, back = (
+            run_ranks(2, resumed, str(tmp_path / f"{stage}{saves_hooked}"), stage, saves_hooked)
+            for saves_hooked in (True, False)
+        )
+        assert there[0][0] == pytest.approx(back[0][0], rel=LOSS)
+        assert distance(merged([w for _, w in there]), merged([w for _, w in back])) <= WEIGHTS
+
+
+def refused(changes: dict[str, Any]) -> str:
+    """The error of attaching to a layer with these attributes."""
+    import ds_moe_ep
+
+    engine = make_engine(AutoEPJob(ep_size=2, world_size=2))
+    for layer in list(autoep_layers(engine).values())[1:]:
+        for name, value in changes.items():
+            setattr(layer, name, value)
+    try:
+        ds_moe_ep.attach_overlap(engine)
+    except ds_moe_ep.EngineError as error:
+        return str(error)
+    return ""
+
+
+def test_layers_that_move_their_own_rows_are_refused_by_name() -> None:
+    for error in run_ranks(2, refused, {"comm_backend": "deepep"}):
+        assert "model.layers.1.mlp" in error
+        assert "model.layers.0" not in error
+        assert "DeepEP" in error or "deepep" in error
+
+
+def loaded_under_another_size(folder: str) -> list[str]:
+    """The errors of loading a checkpoint of ep_size 2 into a hooked engine of ep_size 4: whole, and weights alone."""
+    import ds_moe_ep
+
+    saver = make_engine(AutoEPJob(stage=1, ep_size=2))
+    saver.save_checkpoint(folder)
+    engine, errors = make_engine(AutoEPJob(stage=1, ep_size=4)), []
+    with hooked(engine, **KNOBS[0]):
+        for options in ({}, {"load_module_only": True}):
+            try:
+                engine.load_checkpoint(folder, **options)
+                errors.append("")
+            except ds_moe_ep.EngineError as error:
+                errors.append(str(error))
+    return errors
+
+
+def test_optimizer_states_of_another_ep_size_are_refused_where_deepspeed_loads_them_in_silence(
+    tmp_path: pathlib.Path,
+) -> None:
+    for whole, weights_alone in run_ranks(4, loaded_under_another_size, str(tmp_path)):
+        assert "saved with ep_size=2, this run has ep_size=4" in whole
+        assert weights_alone == ""

@@ -1,0 +1,179 @@
+"""What the watch must not take for a failure: a store or a job that was paused, ranks that are done and gone."""
+
+from __future__ import annotations
+
+import multiprocessing.util
+import os
+import subprocess
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from ds_moe_ep.errors import PeerError
+from ds_moe_ep.health import board, watch
+from ds_moe_ep.health import rank_state as pulse
+from ds_moe_ep.health.abort import Standing
+from ds_moe_ep.health.heartbeat import Place
+from ds_moe_ep.health.rank_state import Pulse
+from ds_moe_ep.health.watch import RankWatch, Unwatched, open_watch
+from ds_moe_ep.schedule.spans import Tags
+from tests.health.test_watch import QUICK_S, lines, meet, wait_for
+from tests.ranks import RankError, run_ranks
+
+
+def pause(begin_s: float, length_s: float) -> None:
+    """Stops this process a little later, for so long."""
+    pid = os.getpid()
+    script = f"sleep {begin_s}; kill -STOP {pid}; sleep {length_s}; kill -CONT {pid}"
+    subprocess.Popen(["sh", "-c", script])
+
+
+def watch_at_a_store_of_rank_0(timeout_s: float, limit_s: float = 30.0) -> RankWatch:
+    rank, size, limit = dist.get_rank(), dist.get_world_size(), timedelta(seconds=limit_s)
+    own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit) if rank == 0 else None
+    ports = [own.port if own is not None else 0]
+    dist.broadcast_object_list(ports, 0)
+    store = own or dist.TCPStore("127.0.0.1", ports[0], is_master=False, timeout=limit)
+    own_watch = RankWatch(PrefixStore("watch", store), rank, size, timeout_s, QUICK_S, rank == 0)
+    meet(own_watch)
+    dist.barrier()
+    return own_watch
+
+
+def paused_store() -> bool:
+    """Rank 0, which serves the store, pauses for longer than the store's limit; whether rank 1 lost and found it."""
+    board.RETRY_S = 0.5  # type: ignore[misc]
+    own_watch = watch_at_a_store_of_rank_0(60.0, limit_s=1.0)
+    own = own_watch._pulse.board
+    if dist.get_rank() == 0:
+        pause(0.0, 2.5)
+    else:
+        wait_for(lambda: own.is_lost)
+        wait_for(lambda: not own.is_lost)
+        beat = own.seen[0].sign.beat
+        wait_for(lambda: own.seen[0].sign.beat > beat)
+    dist.barrier()
+    return own.is_lost
+
+
+def test_a_store_that_was_paused_is_used_again_over_a_new_connection() -> None:
+    assert run_ranks(2, paused_store) == [False, False]
+
+
+def paused_job() -> str:
+    """Rank 1 pauses, then rank 0 does for longer than the limit, and goes on before rank 1."""
+    own_watch = open_watch(1.0, QUICK_S)
+    meet(own_watch)
+    dist.barrier()
+    pause(*((0.6, 5.4) if dist.get_rank() == 0 else (0.0, 7.0)))
+    with own_watch.among_others("step 1"):
+        time.sleep(7.5)
+    dist.barrier()
+    return "healthy"
+
+
+def test_a_pause_of_the_whole_job_ends_no_process() -> None:
+    assert run_ranks(2, paused_job) == ["healthy"] * 2
+
+
+def be_left(folder: str) -> None:
+    """Rank 1 goes without a goodbye. Rank 0 does not need it, then it does."""
+    own_watch = open_watch(60.0, QUICK_S)
+    meet(own_watch)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        os._exit(0)
+    standing = Standing(0, (0, 1), ())
+    own_watch.guards(standing)
+    with lines() as seen:
+        time.sleep(1.0)
+        before = (standing.failure, list(seen))
+        own_watch.enters(Place(Tags("layers.1.moe", "forward"), "dispatch", time.monotonic(), (1,)))
+        wait_for(lambda: standing.failure, 5.0)
+    Path(folder, "0").write_text(f"{before} {standing.failure} {len(seen)}")
+
+
+def test_a_rank_that_is_gone_ends_the_lanes_of_those_that_wait_for_it_and_of_no_other(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="rank 1: Died: exit code 0"):
+        run_ranks(2, be_left, str(tmp_path))
+    text = (tmp_path / "0").read_text()
+    assert text.startswith("(None, []) rank 1 (pid ") and " is gone, last seen in " in text and text.endswith(" 1")
+
+
+def end_without_the_store(folder: str) -> None:
+    """Rank 0, which serves the store, says goodbye and goes; the goodbye of rank 2 cannot be posted any more."""
+    pulse.LEAVING_S = 0.5  # type: ignore[misc]
+    own_watch, rank = watch_at_a_store_of_rank_0(60.0), dist.get_rank()
+    pids = [0] * 3
+    dist.all_gather_object(pids, os.getpid())
+    if rank != 1:
+        time.sleep(0.0 if rank == 0 else 1.5)
+        own_watch.end()
+        os._exit(0)
+    with lines() as seen, own_watch.among_others("step 1"):
+        time.sleep(3.5)
+    Path(folder, "1").write_text(str((seen, own_watch._pulse.view().lives[2].name)))
+
+
+def test_a_goodbye_that_no_store_took_is_no_alarm(tmp_path: Path) -> None:
+    with pytest.raises(RankError):
+        run_ranks(3, end_without_the_store, str(tmp_path))
+    assert (tmp_path / "1").read_text() == "([], 'GONE')"
+
+
+def end_as_a_child_of_multiprocessing() -> bool:
+    own_watch = open_watch(60.0, QUICK_S)
+    meet(own_watch)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        multiprocessing.util._run_finalizers(0)
+    else:
+        wait_for(lambda: own_watch._pulse.board.seen[1].sign.has_left, 5.0)
+    dist.barrier()
+    return own_watch._pulse.has_left
+
+
+def test_children_of_multiprocessing_say_goodbye() -> None:
+    assert run_ranks(2, end_as_a_child_of_multiprocessing) == [False, True]
+
+
+def meet_in_memory() -> tuple[bool, list[str]]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with lines(watch.logger) as seen:
+        return isinstance(open_watch(60.0), Unwatched), seen
+
+
+def test_ranks_that_meet_at_another_kind_of_store_are_not_watched_and_told_so() -> None:
+    [(is_unwatched, seen)] = run_ranks(1, meet_in_memory, process_group=False)
+    assert is_unwatched and len(seen) == 1 and "the ranks meet at a HashStore" in seen[0]
+
+
+def faults_told() -> list[str]:
+    """The fault that a rank tells of after each of several errors."""
+    told, own = [], Pulse(dist.HashStore(), 0, 1, 0.1, False)
+    steps = [
+        (own.fail, PeerError("rank 3 did not answer"), ("a pass",)),
+        (own.fail, ValueError("bad luck"), ("a pass",)),
+        (own.fail, ValueError("later"), ("a pass",)),
+        (own.dies, ValueError("bad luck"), ()),
+        (own.dies, PeerError("rank 3 did not answer"), ()),
+        (own.dies, KeyError("the end"), ()),
+    ]
+    for tell, error, words in steps:
+        tell(error, *words)
+        told.append(f"{own.fault}")
+    own.board.end(1.0)
+    return told
+
+
+def test_the_first_fault_of_a_ranks_own_is_told_until_it_dies_of_another() -> None:
+    [told] = run_ranks(1, faults_told, process_group=False)
+    assert told == [
+        "PeerError: rank 3 did not answer (in a pass)",
+        *["ValueError: bad luck (in a pass)"] * 4,
+        "KeyError: 'the end' (in the process, which ends)",
+    ]

@@ -1,0 +1,52 @@
+"""What a pass keeps: rows are given back with the last product that reads them, and results stay the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ds_moe_ep.moe.experts import GeluMLP, SwiGLU, start_pass
+from ds_moe_ep.moe.recognise import recognise
+from ds_moe_ep.moe.split_experts import GradSums
+
+ROWS, WIDTH = 9, 16
+
+
+@pytest.mark.parametrize(
+    ("expert", "kept_at_last"),
+    [
+        (GeluMLP(8, WIDTH), {"down": 2 * ROWS, "up": ROWS}),
+        (SwiGLU(8, WIDTH), {"down": 3 * ROWS, "up": 2 * ROWS, "gate": ROWS}),
+    ],
+    ids=["gelu", "swiglu"],
+)
+@pytest.mark.parametrize("may_overwrite", [True, False])
+def test_kept_rows_go_with_the_last_product_that_reads_them(
+    expert: nn.Module, kept_at_last: dict[str, int], may_overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = recognise(expert)
+    assert form is not None
+    started = start_pass(form, [form.weights_of(expert)], [(0, ROWS)])
+    kept: dict[str, int] = {}
+    add = GradSums.add
+
+    def count(self: GradSums, part: str, x_nI: Tensor, dy_nO: Tensor) -> None:
+        kept[part] = sum(len(rows) for rows in started.saved)
+        add(self, part, x_nI, dy_nO)
+
+    monkeypatch.setattr(GradSums, "add", count)
+    x_RD, dy_RD, y_RD, dx_RD = torch.randn(4, ROWS, 8).unbind()
+    with torch.no_grad():
+        started.may_overwrite = may_overwrite
+        started.compute(0, slice(0, ROWS), x_RD, y_RD)
+        started.input_grads(0, slice(0, ROWS), dy_RD, dx_RD)
+        started.add_weight_grads(0, slice(0, 4), x_RD[:4], dy_RD[:4])
+        assert set(kept.values()) == {kept_at_last["down"]}, "other rows are still to come"
+        started.add_weight_grads(0, slice(4, ROWS), x_RD[4:], dy_RD[4:])
+        assert kept == kept_at_last
+        started.add_weight_grads(0, slice(ROWS, ROWS), x_RD[ROWS:], dy_RD[ROWS:])
+        grads = started.weight_grads(0)
+    expected = torch.autograd.grad(expert(x_RD), list(expert.parameters()), dy_RD)
+    for mine, reference in zip(grads, expected, strict=True):
+        torch.testing.assert_close(mine, reference)
