@@ -22,9 +22,14 @@ class Block:
     not_run: str
 
 
+def without_fences(text: str) -> str:
+    """The page without blocks of code."""
+    return FENCE.sub("", text)
+
+
 def prose(text: str) -> str:
     """The page without code."""
-    return re.sub(r"`[^`\n]+`", "", FENCE.sub("", text))
+    return re.sub(r"`[^`\n]+`", "", without_fences(text))
 
 
 def links(path: Path) -> list[str]:
@@ -35,7 +40,7 @@ def links(path: Path) -> list[str]:
 def anchors(path: Path) -> set[str]:
     """Anchors of the page's headings, as GitHub and GitLab make them."""
     found: set[str] = set()
-    for title in re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE):
+    for title in re.findall(r"^#+ (.+)$", without_fences(path.read_text(encoding="utf-8")), re.MULTILINE):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower()
         name = re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
         number = 0

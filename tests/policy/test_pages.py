@@ -10,7 +10,7 @@ import pytest
 from ds_moe_ep.cli.main import make_parser
 from ds_moe_ep.config.command_line import Parser
 from tests import pages
-from tests.policy.links import anchors, commands, is_broken, links
+from tests.policy.links import anchors, commands, is_broken, links, without_fences
 from tests.policy.sources import PACKAGE, ROOT
 
 README = ROOT / "README.md"
@@ -72,6 +72,15 @@ def test_readme_is_short_and_says_in_its_first_screen_what_has_not_run() -> None
     lines = README.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 200
     assert "not run on a GPU" in "\n".join(lines[:30])
+
+
+@pytest.mark.parametrize("path", [README, pages.DOCS / "limits.md", pages.DOCS / "README.md"], ids=named)
+def test_tables_can_be_read_on_a_phone(path: Path) -> None:
+    rows = re.findall(r"^\|(.*)\|$", without_fences(path.read_text(encoding="utf-8")), re.MULTILINE)
+    assert rows
+    assert [row for row in rows if row.count("|") > 3] == []
+    words = {word for row in rows for word in re.sub(r"\]\([^)]*\)", "]", row).split()}
+    assert sorted(word for word in words if len(word) > 26) == []
 
 
 @pytest.mark.parametrize("command", ["bash examples/quickstart.sh", "bash tests/run.sh"])
