@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,13 @@ def test_commands_of_the_package_have_the_options_that_a_page_gives_them(path: P
                 options = {word.partition("=")[0] for word in words[1].split() if word.startswith("--")}
                 wrong += [option for option in options if option not in help_of(words[1].split()[0])]
     assert wrong == []
+
+
+@pytest.mark.parametrize("path", LINKED, ids=named)
+def test_programs_of_the_package_that_a_page_names_can_be_started(path: Path) -> None:
+    names = set(re.findall(r"-m (ds_moe_ep[\w.]*\w)", path.read_text(encoding="utf-8")))
+    mains = {name: f"{name}.__main__" for name in names if getattr(find_spec(name), "submodule_search_locations", None)}
+    assert [name for name in names if find_spec(mains.get(name, name)) is None] == []
 
 
 def help_of(name: str) -> str:
