@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from rich.text import Text
 import ds_moe_ep
 
 SEPARATOR = " | "
+RANKS_OF_HOST = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, deepspeed, mpirun
 Hidden = tuple[float | None, float | None]
 
 
@@ -68,6 +69,18 @@ def communication_hidden(engine: Any) -> Hidden:
     """The hidden share of the experts' traffic and that of the blocking control, in percent; None without a meter."""
     meter = getattr(engine, "moe_ep_meter", None)
     return (None, None) if meter is None else (meter.hidden_percent(), meter.control_percent())
+
+
+def why_little_is_hidden(environment: Mapping[str, str], num_cores: int) -> str | None:
+    """A line for a run on CPU whose launcher put more ranks on this host than it has cores; else None."""
+    num_ranks = next((int(environment[name]) for name in RANKS_OF_HOST if name in environment), 1)
+    if num_ranks <= num_cores:
+        return None
+    cores = "1 core" if num_cores == 1 else f"{num_cores} cores"
+    return (
+        f"{num_ranks} ranks share {cores} here, where moving rows takes the time of computing: overlap can hide next "
+        "to nothing; with emulated devices it can, see python -m ds_moe_ep demo"
+    )
 
 
 def gradient_norm(engine: Any) -> float | None:

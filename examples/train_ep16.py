@@ -9,6 +9,7 @@ import ending
 
 ending.end_quietly()  # torch and deepspeed are a minute in coming where processes share cores
 
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -19,7 +20,15 @@ import torch.distributed as dist
 from checkpoints import Checkpoints
 from command import last_line
 from deepspeed.accelerator import get_accelerator
-from display import Progress, StepReport, communication_hidden, gradient_norm, schedules, write_trace
+from display import (
+    Progress,
+    StepReport,
+    communication_hidden,
+    gradient_norm,
+    schedules,
+    why_little_is_hidden,
+    write_trace,
+)
 from preparation import Job, prepare
 from world import largest, load_weights
 
@@ -48,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"validation loss {loss:.3f} nats a byte, unigram entropy {job.corpus.unigram_entropy():.3f}")
         if trace_note:
             print(trace_note)
+        if engine.device.type == "cpu" and (note := why_little_is_hidden(os.environ, os.cpu_count() or 1)):
+            print(note)
     dist.destroy_process_group()
     return 0
 

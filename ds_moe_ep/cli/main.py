@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_moe_ep import __version__
+from ds_moe_ep.bench.demo.options import add_demo
 from ds_moe_ep.cli.simulate import add_audit, add_calibrate, add_plan
 from ds_moe_ep.config.command_line import INTERRUPTED, Parser, number, refused, whole
 from ds_moe_ep.config.shipped import shipped_ds_configs
@@ -53,6 +54,7 @@ def make_parser() -> Parser:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     parser.add_argument("--version", action="version", version=f"ds-moe-ep {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_demo(commands)
     _add_check_config(commands)
     _add_doctor(commands)
     knobs = commands.add_parser(

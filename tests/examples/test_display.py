@@ -18,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from display import StepReport, communication_hidden, gradient_norm, packed, write_trace
+from display import StepReport, communication_hidden, gradient_norm, packed, why_little_is_hidden, write_trace
 
 import ds_moe_ep
 
@@ -116,3 +116,12 @@ def test_a_trace_says_where_it_is_and_a_run_that_was_too_short_says_so() -> None
     traced = write_trace(SimpleNamespace(moe_ep_meter=Meter(50.0, 0.0)), "out.json")
     assert "the table" in traced and "trace in out.json" in traced
     assert write_trace(SimpleNamespace(moe_ep_meter=Meter(None, None)), "out.json") == "no step was measured in 3"
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
+def test_ranks_that_share_cores_are_told_why_little_is_hidden_and_where_to_see_it(name: str) -> None:
+    note = why_little_is_hidden({name: "16"}, 2)
+    assert (
+        note and note.startswith("16 ranks share 2 cores") and "python -m ds_moe_ep demo" in note and "\n" not in note
+    )
+    assert why_little_is_hidden({name: "16"}, 16) is None and why_little_is_hidden({}, 1) is None

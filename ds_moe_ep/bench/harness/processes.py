@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -90,21 +91,30 @@ def free_port() -> int:
 
 @contextmanager
 def started_ranks(
-    run: RunRank, plan: object, num_ranks: int
+    run: RunRank, plan: object, num_ranks: int, preload: Sequence[str] = ()
 ) -> Iterator[tuple[list[BaseProcess], multiprocessing.Queue[Finding]]]:
-    """The started ranks; they are gone when the block ends, however it ends."""
-    context = multiprocessing.get_context("spawn")
+    """The started ranks; they are gone when the block ends, however it ends.
+
+    With modules to preload the ranks are forked from one process that has imported them, else each imports its own.
+    """
+    context = multiprocessing.get_context("forkserver") if preload else multiprocessing.get_context("spawn")
     inbox: multiprocessing.Queue[Finding] = context.Queue()
     processes: list[BaseProcess] = [
         context.Process(target=run, args=(rank, plan, inbox), daemon=True) for rank in range(num_ranks)
     ]
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C must not reach starting ranks
     try:
-        for process in processes:
-            process.start()
+        if preload:
+            context.set_forkserver_preload(list(preload))
+            forkserver.ensure_running()
+        else:
+            _start(processes)
     finally:
         signal.signal(signal.SIGINT, previous)
     try:
+        if preload:
+            with _late_interrupt():  # a rank asked for and abandoned would end in a traceback
+                _start(processes)  # behind the imports
         yield processes, inbox
         for process in processes:
             process.join(END_S)
@@ -113,6 +123,24 @@ def started_ranks(
             if process.is_alive():
                 process.terminate()
                 process.join(END_S)
+
+
+@contextmanager
+def _late_interrupt() -> Iterator[None]:
+    """A scope in which Ctrl-C waits for the end of the scope."""
+    pressed: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def _start(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.start()
 
 
 def on_console(run: Callable[[list[str], Console], int], arguments: Sequence[str] | None, width: int) -> int:

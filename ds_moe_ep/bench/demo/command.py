@@ -1,0 +1,110 @@
+"""Shows what overlap hides, on an emulated link, and what ranks say when one dies.
+
+python -m ds_moe_ep demo
+python -m ds_moe_ep demo --kill 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ds_moe_ep.bench.demo.death import Death, show_death, watch_death
+from ds_moe_ep.bench.demo.plan import NUM_RANKS, DemoPlan, run_rank
+from ds_moe_ep.bench.demo.results import Results, results_of
+from ds_moe_ep.bench.demo.show import show
+from ds_moe_ep.bench.harness.processes import FAILED, arriving, free_port, started_ranks
+from ds_moe_ep.config.command_line import refused
+from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.schedule.spans import chrome_trace
+
+PRELOAD = ("ds_moe_ep.bench.demo.ranks",)
+WIDTH = 80  # where there is no terminal
+ENVIRONMENT = {  # of the ranks; torch reads it when it is imported
+    "OMP_NUM_THREADS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),  # a host's name may lead nowhere
+}
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Runs the demo and prints what it found; 0, or 1 where it failed or a survivor did not name who died."""
+    if parsed.kill is not None and parsed.trace is not None:
+        raise ConfigError(f"--trace={parsed.trace}: a pass with a death in it has none; leave out --kill or --trace")
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    os.environ |= ENVIRONMENT
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            plan = DemoPlan(parsed.link, parsed.compute_ms, parsed.rounds, free_port(), folder, parsed.kill)
+            return _show_overlap(plan, parsed, console) if plan.victim is None else _show_death(plan, parsed, console)
+    except EngineError as error:
+        refused(error, as_json=parsed.json)
+        return FAILED
+
+
+def _show_overlap(plan: DemoPlan, parsed: argparse.Namespace, console: Console) -> int:
+    results = measure(plan)
+    if parsed.trace is not None:
+        write_trace(results, parsed.trace)
+    if parsed.json:
+        print(json.dumps(results.to_dict(), indent=2))
+        return 0
+    show(results, console)
+    if parsed.trace is not None:
+        console.print(
+            f"emulated trace of both steps, for ui.perfetto.dev: {parsed.trace}", soft_wrap=True, highlight=False
+        )
+    return 0
+
+
+def _show_death(plan: DemoPlan, parsed: argparse.Namespace, console: Console) -> int:
+    death = kill(plan)
+    if parsed.json:
+        print(json.dumps(death.to_dict(), indent=2))
+    else:
+        show_death(death, console)
+    return 0 if death.is_named_by_all else FAILED
+
+
+def measure(plan: DemoPlan) -> Results:
+    """Starts the ranks and collects what they measure."""
+    with _progress() as progress, started_ranks(run_rank, plan, NUM_RANKS, PRELOAD) as (processes, inbox):
+        task = progress.task_ids[0]
+        findings = []
+        for finding in arriving(processes, inbox):
+            if finding.what == "phase":
+                progress.update(task, description=f"emulated: {finding.text}")
+            findings.append(finding)
+    return results_of(plan, findings)
+
+
+def kill(plan: DemoPlan) -> Death:
+    """Starts the ranks, of which one dies, and collects what the others say."""
+    with _progress(), started_ranks(run_rank, plan, NUM_RANKS, PRELOAD) as (processes, inbox):
+        return watch_death(plan, processes, inbox)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A line on stderr about what the demo does now; nothing is left of it."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task(f"importing torch once, for {NUM_RANKS} ranks")
+        yield progress
+
+
+def write_trace(results: Results, path: Path) -> None:
+    """Writes the shown turns of all ranks as a Chrome trace; the file is never half written."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(chrome_trace(span for turn in results.shown() for span in turn.spans), encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,123 @@
+"""The demo's results in a terminal of any width from 40 columns on. Every line says that it is emulated."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+from ds_moe_ep.bench.demo.plan import NUM_NODES, NUM_RANKS, PHASES, SIDES
+from ds_moe_ep.bench.demo.results import Results, Turn
+from ds_moe_ep.bench.harness.method import Summary
+from ds_moe_ep.schedule.spans import LANES, Interval, Span, length, union, without
+
+LABEL = "emulated "
+NAME_WIDTH = 1 + max(map(len, LANES))
+WIDEST = 100  # columns of a timeline; more would say no more
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """Cells of a timeline."""
+
+    busy: str
+    exposed: str
+    idle: str
+
+
+BLOCKS, ASCII = Glyphs("█", "░", "·"), Glyphs("#", "-", ".")
+STYLES = {"compute": "green", "dispatch": "blue", "combine": "cyan"}
+RANK = 0  # whose timelines are shown
+
+
+def show(results: Results, console: Console) -> None:
+    """Prints both timelines and the figures."""
+    width = min(console.width, WIDEST)
+    turns, glyphs = results.shown(), ASCII if console.options.ascii_only else BLOCKS
+    longest_us = max(length([_whole(turn)]) for turn in turns)
+    lines = _labelled(_heading(results, glyphs), width)
+    for turn in turns:
+        lines += [*_labelled(_title(turn.side, results), width), *_timeline(turn, longest_us, width, glyphs)]
+    for text in _summary(results):
+        lines += _labelled(text, width)
+    for line in lines:
+        console.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+
+def _labelled(text: str, width: int) -> list[Text]:
+    """The text in lines that all begin with the label."""
+    body = textwrap.wrap(text, width - len(LABEL), break_on_hyphens=False)
+    return [Text.assemble((LABEL, "dim"), line) for line in body]
+
+
+def _heading(results: Results, glyphs: Glyphs) -> str:
+    link = f"{8e-6 * results.plan.bytes_per_s:.4g} Mbit/s"
+    return (
+        f"experts and link ({link} per node) under the real layer: {NUM_RANKS} gloo ranks, {NUM_NODES} nominal nodes; "
+        f"traffic takes {results.traffic_ratio().median:.2f} of compute; below, rank {RANK}: {glyphs.busy} busy, "
+        f"{glyphs.exposed} traffic that no compute covers"
+    )
+
+
+def _title(side: str, results: Results) -> str:
+    hidden = _spread(results.hidden_percent(side), 0)
+    return f"{side}: step {_spread(results.time_ms(side), 0)} ms, hidden {hidden} %"
+
+
+def _summary(results: Results) -> Iterator[str]:
+    for phase in PHASES:
+        times = " -> ".join(f"{results.time_ms(side, phase).median:,.0f}" for side in SIDES)
+        hidden = " -> ".join(f"{results.hidden_percent(side, phase).median:.0f}" for side in SIDES)
+        yield f"{phase}: {times} ms, hidden {hidden} %"
+    rounds = results.plan.rounds
+    how = f"median and quartiles of {rounds} alternating rounds" if rounds > 1 else "one round"
+    yield f"overlapped is {_spread(results.speedup(), 2)} times as fast ({how})"
+
+
+def _spread(summary: Summary, digits: int) -> str:
+    median, low, high = (f"{value:,.{digits}f}" for value in (summary.median, summary.low, summary.high))
+    return median if low == high else f"{median} ({low} to {high})"
+
+
+def _whole(turn: Turn) -> Interval:
+    """From the first span of the shown rank to its last."""
+    spans = turn.of_rank(RANK)
+    return min(span.start_us for span in spans), max(span.stop_us for span in spans)
+
+
+def _timeline(turn: Turn, longest_us: float, width: int, glyphs: Glyphs) -> Iterator[Text]:
+    """A line for the passes, and a bar for each lane; `longest_us` fills the width."""
+    spans = turn.of_rank(RANK)
+    start_us, stop_us = _whole(turn)
+    num_cells = width - len(LABEL) - NAME_WIDTH
+    cell_us = longest_us / num_cells
+    backward_us = min(span.start_us for span in spans if span.tags.phase == "backward")
+    num_forward, num_used = (round((moment - start_us) / cell_us) for moment in (backward_us, stop_us))
+    phases = "forward"[: num_forward - 1].ljust(num_forward) + "backward"[: num_used - num_forward]
+    yield Text.assemble((LABEL, "dim"), " " * NAME_WIDTH, phases)
+    for lane in ("dispatch", "compute", "combine"):
+        bar = _bar(spans, lane, start_us, cell_us, num_used, glyphs)
+        yield Text.assemble((LABEL, "dim"), lane.ljust(NAME_WIDTH), (bar, STYLES[lane]))
+
+
+def _bar(spans: Sequence[Span], lane: str, start_us: float, cell_us: float, num_cells: int, glyphs: Glyphs) -> str:
+    """A glyph per cell: whether the lane is busy for most of it, and whether compute covers its traffic."""
+    busy = union([(span.start_us, span.stop_us) for span in spans if span.lane == lane])
+    compute = union([(span.start_us, span.stop_us) for span in spans if span.lane == "compute"])
+    exposed = without(busy, compute)
+    cells = []
+    for index in range(num_cells):
+        cell = (start_us + index * cell_us, start_us + (index + 1) * cell_us)
+        busy_us, exposed_us = (length(_within(intervals, cell)) for intervals in (busy, exposed))
+        is_busy = 2 * busy_us >= cell_us
+        is_exposed = lane != "compute" and 2 * exposed_us >= busy_us
+        cells.append((glyphs.exposed if is_exposed else glyphs.busy) if is_busy else glyphs.idle)
+    return "".join(cells)
+
+
+def _within(intervals: Sequence[Interval], cell: Interval) -> list[Interval]:
+    cut = ((max(start, cell[0]), min(stop, cell[1])) for start, stop in intervals)
+    return [(start, stop) for start, stop in cut if start < stop]
