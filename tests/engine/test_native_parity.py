@@ -36,12 +36,13 @@ def cases(dtype: torch.dtype = torch.float32) -> list[LayerCase]:
 def native_runs(num_experts: int, top_k: int, factor: float | None) -> bool:
     """Whether the installed release's gate computes what 0.19.8's does.
 
-    Before it, a gate of more than two choices drops by the logits, where a negative one loses against no choice at all,
-    and one of one choice fails where the capacity exceeds the tokens.
+    Before it, a gate of more than two choices drops by the logits, where a negative one loses against no choice at all.
+    One of one choice fails where the capacity exceeds the tokens, and its compiled topk cannot be told which of equals
+    to drop.
     """
     if factor is None or top_k == 2 or seams.has("sparse routes"):
         return True
-    return top_k == 1 and factor <= num_experts
+    return top_k == 1 and 1 < factor <= num_experts
 
 
 def run_both(table: list[LayerCase], arguments: dict[str, object]) -> list[tuple[LayerResult, LayerResult]]:
