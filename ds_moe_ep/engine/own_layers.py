@@ -3,7 +3,7 @@ which clip by the norm of all experts.
 
 DeepSpeed calls each layer while it makes an engine, and the first one called brings the engine here. So plain
 `deepspeed.initialize`, Trainer and Accelerate are doors like `ds_moe_ep.initialize`. What measures and guards an
-engine (`company.py`) comes with `ds_moe_ep.initialize` and `attach_overlap` alone.
+engine (`extensions/install.py`) comes with `ds_moe_ep.initialize` and `attach_overlap` alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The watch: what a rank tells of itself, and what it knows of the others.
 
 Each rank posts signs of life on a board (`board.py`), reads the others', and looks after the processes of its own
-machine (`lives.py`). Errors of transfers ask it why a peer did not answer (`verdict.py`). Two threads do it: the
-board's, which may block on the store, and the monitor's (`monitor.py`), which never blocks.
+machine (`processes.py`). Errors of transfers ask it why a peer did not answer (`diagnosis.py`). Two threads do it: the
+board's, which may block on the store, and the monitor's (`watchdog.py`), which never blocks.
 """
 
 from __future__ import annotations

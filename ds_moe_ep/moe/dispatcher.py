@@ -1,9 +1,9 @@
 """Takes routed tokens to their experts and back: all that ties a layer to the ranks that share its experts.
 
 1. Plan: sort the N = T*K row copies by (destination rank, local expert), exchange counts in one small all-to-all, one
-   device-to-host sync for the sizes; none with a capacity (`plan.py`).
+   device-to-host sync for the sizes; none with a capacity (`dispatch_plan.py`).
 2. Permute the rows into send order (`kernels/permute.py`).
-3. Run the schedule: send and receive rows, compute experts, send results back, overlapped (`overlap.py`). A shared
+3. Run the schedule: send and receive rows, compute experts, send results back, overlapped (`executor.py`). A shared
    expert computes beside the near rows, under the far ones' transfers.
 4. Unpermute and weight the results.
 

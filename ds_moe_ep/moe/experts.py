@@ -4,8 +4,8 @@ Parameters live where DeepSpeed keeps them: one module an expert in a list, so t
 parameter groups are interchangeable with DeepSpeed's own layer. Rows are stacked instead: all rows of an expert lie
 side by side, and each product is one matrix product an expert and piece.
 
-A form (`forms.py`) knows the mathematics of a kind of expert and splits its gradient in two: input gradients, which
-other ranks wait for, and weight gradients, which nothing waits for. Experts of unknown shape go through autograd.
+A form (`split_experts.py`) knows the mathematics of a kind of expert and splits its gradient in two: input gradients,
+which other ranks wait for, and weight gradients, which nothing waits for. Unknown experts go through autograd.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ and backward, where weight gradients (W), which no rank waits for, fill the time
     compute       E0 E4 W0    E1      E2   W1   E3   W2   W3
 
 A lane is first in, first out: transfers start in issue order, so that the first group arrives first.
-`moe/overlap.py` runs a schedule, `price.py` tells what it will take, `timeline.py` accounts for what it hid.
+`moe/executor.py` runs a schedule, `price.py` tells what it will take, `spans.py` accounts for what it hid.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The specification's figures beside what its own shapes and links imply; none of them was measured here.
 
 A derived number says what arithmetic allows on the stated hardware, not what any program reached. What is stated comes
-from specified.py; both columns are numbers, and every verdict is computed from them.
+from stated.py; both columns are numbers, and every verdict is computed from them.
 """
 
 from __future__ import annotations

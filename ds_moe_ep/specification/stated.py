@@ -1,6 +1,6 @@
 """What the specification's document states, and the job and hardware that it describes, as values.
 
-These are the only numbers of it that are typed in, each with its section; what follows from them is in figures.py.
+These are the only numbers of it that are typed in, each with its section; what follows from them is in derived.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Stated:
     tpot_ms: Pair = (8.3, 2.2)  # 4.2
     base_pieces_ms: tuple[float, ...] = (2.1, 4.1, 2.1)  # 4.2: compute, communication, queueing
     ep16_pieces_ms: tuple[float, ...] = (0.31, 0.44, 0.0)  # 4.2
-    r2: tuple[float, ...] = (0.97, 0.96, 0.94, 0.99)  # 4.3, in the order of evidence.LAWS
+    r2: tuple[float, ...] = (0.97, 0.96, 0.94, 0.99)  # 4.3, in the order of records.names.LAWS
     max_connections: int = 1  # 5.1
 
 

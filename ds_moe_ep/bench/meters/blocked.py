@@ -58,7 +58,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 UNSEEN = "wait"  # what a label function is told for a handle that was started outside the block
 
-# (function of torch.distributed, ranks of its group, the group) -> one of evidence.PARTS, a name of one's own, or None
+# (function of torch.distributed, ranks of its group, the group) -> one of names.PARTS, a name of one's own, or None
 # for what is not to be counted, since it is accounted for elsewhere. A handle of before has no ranks and no group.
 Label = Callable[[str, int, ProcessGroup | None], str | None]
 
@@ -160,7 +160,7 @@ def blocked(label: Label) -> Iterator[Blocked]:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """A step cut into evidence.PARTS: seconds that sum to the step's."""
+    """A step cut into names.PARTS: seconds that sum to the step's."""
 
     parts: Mapping[str, float]
     excess_s: float  # by which what was told exceeded the step, before all parts were scaled down to fit; 0 mostly

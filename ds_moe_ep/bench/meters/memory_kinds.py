@@ -1,4 +1,4 @@
-"""Memory of one DeepSpeed engine on this rank, by evidence.KINDS, though other engines live in the same process.
+"""Memory of one DeepSpeed engine on this rank, by records.names.KINDS, though other engines live in the same process.
 
     kinds_of_step(engine, step, device) -> bytes by kind
 
@@ -45,7 +45,7 @@ def peak_of_step(step: Callable[[], object], device: torch.device) -> int:
 
 
 def kinds_of_step(engine: Any, step: Callable[[], object], device: torch.device) -> dict[str, int]:
-    """Bytes of each of evidence.KINDS while the engine runs `step` once, each at its fullest.
+    """Bytes of each of records.names.KINDS while the engine runs `step` once, each at its fullest.
 
     `step` is a whole training step of this engine, or a forward pass. Local, if the step is. Raises EngineError on a
     CPU whose system is not Linux.

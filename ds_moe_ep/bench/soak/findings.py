@@ -1,4 +1,4 @@
-"""What the ranks of a soak told so far, the Records that follow from it, and the verdicts (names: evidence.py)."""
+"""What the ranks of a soak told so far, the Records that follow from it, and the verdicts (names: records/names.py)."""
 
 from __future__ import annotations
 

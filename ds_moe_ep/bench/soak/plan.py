@@ -32,7 +32,7 @@ class SoakPlan:
     hidden_size: int = 64
     expert_width: int = 128
     num_classes: int = 8
-    has_caches: bool = True  # torch's own, which fill up first: see soak_ranks.py
+    has_caches: bool = True  # torch's own, which fill up first: see ranks.py
     seed: int = 0
     run: int = 1  # counted from 1
     port: int = 29500

@@ -1,4 +1,4 @@
-"""What the ranks of the systems benchmark told so far, and the Records that follow from it (names: evidence.py)."""
+"""What the ranks of the systems benchmark told so far, and the Records that follow from it (names.py)."""
 
 from __future__ import annotations
 

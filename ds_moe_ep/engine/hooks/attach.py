@@ -1,6 +1,6 @@
 """`attach_overlap`: all that the package has for an engine or a model that somebody else made.
 
-An engine gets its company, its section `"moe_ep"` is read, DeepSpeed's and AutoEP's layers are hooked (`hooks.py`), and
+An engine gets its company, its section `"moe_ep"` is read, DeepSpeed's and AutoEP's layers are hooked (`hook.py`), and
 the package's own layers, which overlap already, may get other knobs of the traffic. All of it has a way back.
 """
 

@@ -3,7 +3,7 @@
 1. Find the layers: `deepspeed.moe.layer.MoE` and AutoEP's. What cannot be hooked is refused by name, on every rank.
 2. Agree: all ranks of an expert group hook the same layers with the same knobs.
 3. Open communicators beside DeepSpeed's own expert-parallel groups, shared by all layers of a group.
-4. Give each layer its dispatcher, in place (`hooked.py`).
+4. Give each layer its dispatcher, in place (`layer.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The specification's figures: stated, derived from shapes, simulated on a cluster, and what that makes of them.
 
-What is stated and derived comes from figures.py, on the cluster's peak and links. Simulated are the specification's two
+What is stated and derived comes from derived.py, on the cluster's peak and links. Simulated are the specification's two
 jobs on all of its devices: EP16 on the batch of 1,024 sequences, one a micro-batch, under the schedule that "auto"
 would take; TP8/PP2 in its 4 micro-batches, which are as large as fit. Both recompute activations, as their ds_configs
 do, and are simulated without it, too, where that fits. Every verdict is computed from the row's numbers.

@@ -1,7 +1,7 @@
 """The overlap benchmark's cases, simulated: one layer, forward and backward, on the links and devices of a Record.
 
 A Record `overlap.<device>.<shaping>.<side>.<phase>.time` says by its shaping and its command which links, rows and
-device it was measured with (bench/overlap.py). Emulated devices take `--compute-s` seconds for a rank's rows, forward;
+device it was measured with (bench/overlap/). Emulated devices take `--compute-s` seconds for a rank's rows, forward;
 real ones are the cluster's own.
 """
 

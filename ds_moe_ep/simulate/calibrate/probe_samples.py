@@ -1,6 +1,6 @@
 """Records of the probe as samples in a cluster's units, and the line through them.
 
-Names are those of evidence.py: `probe.matmul.<precision>.rows<n>`, `probe.<way>.<load>.bytes<n>` and the like.
+Names are those of records/names.py: `probe.matmul.<precision>.rows<n>`, `probe.<way>.<load>.bytes<n>` and the like.
 """
 
 from __future__ import annotations

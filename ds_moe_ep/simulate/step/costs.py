@@ -2,7 +2,7 @@
 
 T tokens of the rank (of its tensor group), t ranks that share every width, N rows of the rank's experts. Matrix
 products cost 2 flops a parameter and row forward and twice that backward (input and weight gradients apart);
-elementwise work costs the bytes that it reads and writes. Letters as in footprint.py.
+elementwise work costs the bytes that it reads and writes. Letters as in sizing/footprint.py.
 """
 
 from __future__ import annotations

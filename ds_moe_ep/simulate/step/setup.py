@@ -63,7 +63,7 @@ class Setup:
 class Step:
     """One simulated step of the slowest rank. Micro-batches of expert parallelism follow one another: one is simulated.
 
-    `parts_us` sums to `step_us` by the keys of evidence.PARTS. `traffic_us` and `exposed_us` are of the experts' rows:
+    `parts_us` sums to `step_us` by the keys of names.PARTS. `traffic_us` and `exposed_us` are of the experts' rows:
     how long some transfer is on its way, and how much of that no compute covers; both of a whole step. `busy_us` is
     what the device computes. `spans` are of one micro-batch and, behind it, of what a step does once.
     """

@@ -43,7 +43,7 @@ class Sizes:
 class Point:
     """One size, simulated on the cluster and at both ends of its ranges."""
 
-    total: str  # what is held constant, a key of evidence.TOTALS
+    total: str  # what is held constant, a key of records.names.TOTALS
     ep: int
     dp: int
     prediction: Prediction
