@@ -168,15 +168,15 @@ def test_the_slope_sees_growth_and_no_single_jump() -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--ranks", "1"], "one rank sends nothing"),
+        (["--ranks", "1"], "--ranks=1: give a whole number of 2 or more"),
         (["--steps", "30"], "take 40 steps"),
-        (["--runs", "0"], "bench.runs=0"),
-        (["--sample-every", "0"], "bench.sample_every=0"),
+        (["--runs", "0"], "--runs=0: give a whole number of 1 or more"),
+        (["--sample-every", "0"], "--sample-every=0"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert soak_command.main(words) == 1
-    assert complaint in " ".join(capsys.readouterr().out.split())
+    assert soak_command.main(words) == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
