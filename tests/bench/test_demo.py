@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from ds_moe_ep.bench.demo.options import LONGEST_S, link_rate
 from ds_moe_ep.bench.demo.plan import NUM_RANKS, PHASES, SIDES, STEP_BYTES, DemoPlan
 from ds_moe_ep.bench.demo.results import Results, Turn
 from ds_moe_ep.bench.demo.show import show
+from ds_moe_ep.bench.harness.processes import late_interrupt
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.comm.transport import Loopback, Message
 from ds_moe_ep.schedule.spans import Span, Tags
@@ -159,6 +161,16 @@ def test_a_death_is_named_only_by_who_says_that_this_process_is_gone(capsys: pyt
     assert not silent.is_named_by_all
     show_death(silent, Console(width=40))
     assert "rank 0 says nothing" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_ranks_are_forked_ends_the_demo_once_they_are() -> None:
+    steps = []
+    with pytest.raises(KeyboardInterrupt), late_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("started")
+    assert steps == ["started"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with late_interrupt():
+        pass
 
 
 def test_ranks_of_a_node_share_its_uplink(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def _progress() -> Iterator[Progress]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        progress.add_task(f"importing torch once, for {NUM_RANKS} ranks")
+        progress.add_task("importing torch for all ranks")
         yield progress
 
 

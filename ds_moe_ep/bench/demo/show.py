@@ -15,6 +15,7 @@ from ds_moe_ep.bench.harness.method import Summary
 from ds_moe_ep.schedule.spans import LANES, Interval, Span, length, union, without
 
 LABEL = "emulated "
+TIE = "\N{NO-BREAK SPACE}"  # textwrap does not break there
 NAME_WIDTH = 1 + max(map(len, LANES))
 WIDEST = 100  # columns of a timeline; more would say no more
 
@@ -48,9 +49,10 @@ def show(results: Results, console: Console) -> None:
 
 
 def _labelled(text: str, width: int) -> list[Text]:
-    """The text in lines that all begin with the label."""
-    body = textwrap.wrap(text, width - len(LABEL), break_on_hyphens=False)
-    return [Text.assemble((LABEL, "dim"), line) for line in body]
+    """The text in lines that all begin with the label; a number and its unit stay together."""
+    tied = text.replace(" %", f"{TIE}%").replace(" ms", f"{TIE}ms")
+    body = textwrap.wrap(tied, width - len(LABEL), break_on_hyphens=False)
+    return [Text.assemble((LABEL, "dim"), line.replace(TIE, " ")) for line in body]
 
 
 def _heading(results: Results, glyphs: Glyphs) -> str:
@@ -96,8 +98,9 @@ def _timeline(turn: Turn, longest_us: float, width: int, glyphs: Glyphs) -> Iter
     cell_us = longest_us / num_cells
     backward_us = min(span.start_us for span in spans if span.tags.phase == "backward")
     num_forward, num_used = (round((moment - start_us) / cell_us) for moment in (backward_us, stop_us))
-    phases = "forward"[: num_forward - 1].ljust(num_forward) + "backward"[: num_used - num_forward]
-    yield Text.assemble((LABEL, "dim"), " " * NAME_WIDTH, phases)
+    forward = next(name for name in ("forward", "fwd", "") if len(name) < max(num_forward, 1))
+    backward = next(name for name in ("backward", "bwd", "") if len(name) <= num_used - num_forward)
+    yield Text.assemble((LABEL, "dim"), " " * NAME_WIDTH, forward.ljust(num_forward), backward)
     for lane in ("dispatch", "compute", "combine"):
         bar = _bar(spans, lane, start_us, cell_us, num_used, glyphs)
         yield Text.assemble((LABEL, "dim"), lane.ljust(NAME_WIDTH), (bar, STYLES[lane]))

@@ -113,7 +113,7 @@ def started_ranks(
         signal.signal(signal.SIGINT, previous)
     try:
         if preload:
-            with _late_interrupt():  # a rank asked for and abandoned would end in a traceback
+            with late_interrupt():  # a rank asked for and abandoned would end in a traceback
                 _start(processes)  # behind the imports
         yield processes, inbox
         for process in processes:
@@ -126,7 +126,7 @@ def started_ranks(
 
 
 @contextmanager
-def _late_interrupt() -> Iterator[None]:
+def late_interrupt() -> Iterator[None]:
     """A scope in which Ctrl-C waits for the end of the scope."""
     pressed: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
