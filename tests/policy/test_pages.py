@@ -12,6 +12,7 @@ from ds_moe_ep.cli.main import make_parser
 from ds_moe_ep.config.command_line import Parser
 from tests import pages
 from tests.policy.links import anchors, commands, is_broken, links, without_fences
+from tests.policy.messages import is_told, quoted
 from tests.policy.sources import PACKAGE, ROOT
 
 README = ROOT / "README.md"
@@ -60,6 +61,13 @@ def test_a_missing_file_and_a_missing_anchor_are_found(tmp_path: Path) -> None:
         *[True] * 2,
     ]
     assert links(page) == ["x.md"]
+
+
+def test_messages_that_troubleshooting_quotes_are_those_of_the_code() -> None:
+    messages = quoted(pages.DOCS / "troubleshooting.md")
+    assert len(messages) > 25
+    assert [message for message in messages if not is_told(message)] == []
+    assert not is_told("moe_ep.ep_size=16 cannot be cut for the world of 6 ranks, which is odd")
 
 
 def test_the_index_names_every_page_in_the_order_of_tasks() -> None:
