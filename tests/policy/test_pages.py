@@ -107,17 +107,28 @@ def test_every_file_that_a_page_names_exists_and_none_is_inside_the_package(path
     assert inside == [], "name the public name or the command: files of the package move"
 
 
-@pytest.mark.parametrize("path", pages.PAGES, ids=named)
-def test_commands_of_the_package_have_the_options_that_a_page_gives_them(path: Path) -> None:
+@pytest.mark.parametrize("path", LINKED, ids=named)
+def test_commands_have_the_options_that_a_page_gives_them(path: Path) -> None:
     """What a slow test cannot run (GPUs, hosts, hours) is at least typed right."""
     wrong = []
-    for block in commands(path):
-        for line in block.text.replace("\\\n", " ").splitlines():
-            words = line.split("#")[0].split(" -m ds_moe_ep ")
-            if len(words) == 2 and not words[1].startswith("bench"):
-                options = {word.partition("=")[0] for word in words[1].split() if word.startswith("--")}
-                wrong += [option for option in options if option not in help_of(words[1].split()[0])]
+    for line in lines_of_commands(path):
+        for program, given in re.findall(r" (-m ds_moe_ep (?!bench)[\w-]+|examples/\w+\.py)( .*)?$", line):
+            options = re.findall(r" (--[\w-]+)", given)
+            wrong += [(program, option) for option in options if option not in help_of(program)]
     assert wrong == []
+
+
+def test_many_commands_stand_in_the_pages_and_a_misspelt_option_would_be_found() -> None:
+    lines = [line for path in LINKED for line in lines_of_commands(path)]
+    assert sum("examples/" in line or "-m ds_moe_ep " in line for line in lines) > 40
+    assert "--deepspeed-config" not in help_of("examples/train_ep16.py")
+    assert "--world_size" not in help_of("-m ds_moe_ep check-config")
+
+
+def lines_of_commands(path: Path) -> list[str]:
+    """The commands of a page, each on one line and without its comment."""
+    text = "\n".join(block.text for block in commands(path)).replace("\\\n", " ")
+    return [re.sub(r"\s#.*", "", line) for line in text.splitlines()]
 
 
 @pytest.mark.parametrize("path", LINKED, ids=named)
@@ -127,10 +138,12 @@ def test_programs_of_the_package_that_a_page_names_can_be_started(path: Path) ->
     assert [name for name in names if find_spec(mains.get(name, name)) is None] == []
 
 
-def help_of(name: str) -> str:
-    """The help of a command."""
+def help_of(program: str) -> str:
+    """The help of a command of the package; of an example, the sources that declare its options."""
+    if program.startswith("examples/"):
+        return "".join((ROOT / name).read_text(encoding="utf-8") for name in (program, "examples/command.py"))
     (choices,) = (action.choices for action in make_parser()._actions if action.dest == "command")
     assert choices is not None
-    parser = dict(choices)[name]  # type: ignore[call-overload]
+    parser = dict(choices)[program.split()[-1]]  # type: ignore[call-overload]
     assert isinstance(parser, Parser)
     return parser.format_help()
