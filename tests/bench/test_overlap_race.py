@@ -80,14 +80,14 @@ def test_the_table_has_a_row_a_side_and_a_dash_where_nothing_was_measured() -> N
         (["--nodes", "2"], "product is 16"),
         (["--device", "real"], "--links"),
         (["--no-testbed"], "--links none"),
-        (["--warm-ups", "0"], "first pass"),
+        (["--warm-ups", "0"], "--warm-ups=0: give a whole number of 1 or more"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
     words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert overlap.main(words) == 1
-    assert complaint in capsys.readouterr().out.replace("\n", " ")
+    assert overlap.main(words) == 2
+    assert complaint in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.slow

@@ -47,15 +47,15 @@ def test_pairs_are_disjoint_and_near_or_far(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--seconds", "0"], "bench.seconds=0"),
-        (["--ranks", "-1"], "bench.ranks=-1"),
+        (["--seconds", "0"], "--seconds=0: give a number that is more than 0"),
+        (["--ranks", "-1"], "--ranks=-1: give a whole number of 0 or more"),
         (["--device", "cpu", "--ranks", "3", "--node-size", "2"], "does not divide 3 ranks"),
         (["--device", "cpu", "--hidden-size", "100"], "shared by 8 heads"),
     ],
 )
 def test_what_cannot_be_probed_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert probe.main(words) == 1
-    assert message in capsys.readouterr().out.replace("\n", " ")
+    assert probe.main(words) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_job_gives_the_ranks_and_a_cpu_never_sees_fp16() -> None:
