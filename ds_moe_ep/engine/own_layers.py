@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.section import SECTION, Section, read_section
+from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.extensions.clipping import clip_by_whole_norm
 from ds_moe_ep.engine.extensions.loss_scale import scale_losses
@@ -58,8 +59,13 @@ def make_steps_whole(engine: Any) -> None:
 def give_knobs(layers: Mapping[str, MoE], section: Section) -> None:
     """Gives the layers the knobs that a section names, and their names in the model. Local.
 
-    Raises ConfigError where a knob shapes parameters and the layer was made with another value.
+    Raises ConfigError where a knob shapes parameters and the layer was made with another value, and for a layout.
     """
+    if section.layout != WHOLE:
+        raise ConfigError(
+            f"{SECTION}.layout={section.layout.tp_size}x{section.layout.pp_size}: only ds_moe_ep.build_pipeline "
+            "makes a model that is cut so; call that, or remove the layout"
+        )
     for name, layer in layers.items():
         config = with_given_knobs(layer.config, section.moe, section.given)
         if config != layer.config:

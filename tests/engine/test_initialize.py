@@ -166,6 +166,7 @@ def test_the_layer_works_with_a_plain_deepspeed_initialize() -> None:
 
 REFUSED = {
     "moe_ep.shedule='x'": (lambda: ds_config(shedule="x"), "did you mean 'schedule'"),
+    "moe_ep.layout=2x1": (lambda: ds_config(layout={"tp_size": 2}), "build_pipeline"),
     "moe_ep (moe).ep_size=4": (lambda: ds_config(ep_size=4), "made with ep_size=2"),
     "zero_optimization.stage=3": (lambda: ds_config() | {"zero_optimization": {"stage": 3}}, "use stage 1 or 2"),
 }
