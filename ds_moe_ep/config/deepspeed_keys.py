@@ -15,7 +15,7 @@ TESTED = ("0.17.6", "0.18.9", "0.19.8")  # the last of each series; engine/relea
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class KeyTable:
     """Keys of one object: read by every tested release, read from one on, and refused from one on."""
 
     always: str
@@ -24,7 +24,7 @@ class Table:
     never_read: str = ""  # refused by a later release, and read by no tested one
 
 
-TOP_LEVEL = Table(
+TOP_LEVEL = KeyTable(
     always="""
     train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps
     optimizer scheduler fp16 bf16 bfloat16 torch_autocast data_types zero_optimization gradient_clipping
@@ -49,7 +49,7 @@ TOP_LEVEL = Table(
     never_read="quantize_training",
 )
 
-ZERO = Table(
+ZERO = KeyTable(
     always="""
     stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
     allgather_partitions allgather_bucket_size overlap_comm load_from_fp32_weights
@@ -80,7 +80,7 @@ class Keys:
     later: Mapping[str, str]  # keys that it passes over, and the first tested release that reads each
 
 
-def keys_of(table: Table, release: str) -> Keys:
+def keys_of(table: KeyTable, release: str) -> Keys:
     """The keys of `table` in a release of DeepSpeed."""
     number = number_of(release)
     at_most = min((tested for tested in TESTED if number_of(tested) >= number), key=number_of, default=TESTED[-1])

@@ -17,13 +17,13 @@ from ds_moe_ep.doctor.ask_hosts import ask_hosts
 from ds_moe_ep.doctor.facts import Facts
 from ds_moe_ep.doctor.gather import gather
 from ds_moe_ep.doctor.hosts import judge_hosts, read_hostfile
-from ds_moe_ep.doctor.job import Job, job_without_config, judge_job
+from ds_moe_ep.doctor.job import JobFacts, job_without_config, judge_job
 from ds_moe_ep.doctor.links.local_ranks import try_local_links
-from ds_moe_ep.doctor.links.verdicts import Outcome, judge_links
+from ds_moe_ep.doctor.links.verdicts import LinksOutcome, judge_links
 from ds_moe_ep.doctor.machine import judge_machine
 from ds_moe_ep.doctor.packages import judge_packages
 from ds_moe_ep.doctor.show import print_verdicts
-from ds_moe_ep.doctor.trial import Trial
+from ds_moe_ep.doctor.trial import LinkTrial
 from ds_moe_ep.doctor.variables import Run, judge_variables
 from ds_moe_ep.doctor.verdicts import GROUPS, Verdict, to_dict, worst
 from ds_moe_ep.errors import ConfigError, TopologyError
@@ -82,7 +82,7 @@ def judge(options: Options, facts: Facts, world: World | None) -> list[Verdict]:
     """All verdicts but those on links, in the order of the groups."""
     world_size = world.size if world is not None else options.world_size
     here = world.local_size if world is not None else None
-    job: Job | None = None
+    job: JobFacts | None = None
     about_job: list[Verdict] = []
     if options.config is not None:
         about_job, job = judge_job(options.config, facts, world_size, here)
@@ -94,7 +94,7 @@ def judge(options: Options, facts: Facts, world: World | None) -> list[Verdict]:
     return sorted(verdicts + about_job, key=lambda verdict: GROUPS.index(verdict.group))
 
 
-def _try(options: Options, world: World | None) -> tuple[Outcome | None, tuple[tuple[int, ...], ...], int]:
+def _try(options: Options, world: World | None) -> tuple[LinksOutcome | None, tuple[tuple[int, ...], ...], int]:
     """What the links did, the expert groups that were tried, and the size of a node; nothing for one rank alone."""
     ep_size, node_size, data_first = _asked(options.config)
     size = world.size if world is not None else options.ranks or min(ep_size or LOCAL_RANKS, LOCAL_RANKS)
@@ -104,7 +104,7 @@ def _try(options: Options, world: World | None) -> tuple[Outcome | None, tuple[t
     if world is not None and ep_size and ep_size > 1 and size % ep_size == 0:
         grid = RankGrid(world_size=size, ep_size=ep_size, data_before_expert=data_first)
         groups = tuple(tuple(group) for group in grid.ep_groups())
-    trial = Trial(groups=groups, node_size=node_size, seconds=options.seconds, start_s=options.start_s)
+    trial = LinkTrial(groups=groups, node_size=node_size, seconds=options.seconds, start_s=options.start_s)
     if world is None:
         return try_local_links(size, trial), groups, node_size
     from ds_moe_ep.doctor.links.ranks import try_links  # imports torch

@@ -10,7 +10,7 @@ DeviceKind = Literal["cuda", "cpu"]
 
 
 @dataclass(frozen=True)
-class Device:
+class Gpu:
     """One GPU as torch sees it."""
 
     name: str
@@ -26,7 +26,7 @@ class TorchFacts:
     error: str = ""
     cuda: str = ""  # the CUDA release that it was built for; empty for a CPU build
     nccl: str = ""
-    devices: tuple[Device, ...] = ()
+    devices: tuple[Gpu, ...] = ()
     apart: tuple[tuple[int, int], ...] = ()  # pairs of devices without peer access
 
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Device, Facts, HostFacts, TorchFacts, TritonFacts
+from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Facts, Gpu, HostFacts, TorchFacts, TritonFacts
 from ds_moe_ep.doctor.probe import MARK, PROBES
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "psutil", "rich", "nvidia-ml-py", "mpi4py", "ninja")
@@ -94,7 +94,7 @@ def installed(names: Iterable[str]) -> dict[str, str | None]:
 
 def torch_facts(found: Mapping[str, Any]) -> TorchFacts:
     """What probe_torch found, as a value."""
-    devices = tuple(Device(name, size, (major, minor)) for name, size, (major, minor) in found.get("devices", ()))
+    devices = tuple(Gpu(name, size, (major, minor)) for name, size, (major, minor) in found.get("devices", ()))
     rest = {name: value for name, value in found.items() if name not in ("devices", "apart")}
     return TorchFacts(**rest, devices=devices, apart=tuple((i, j) for i, j in found.get("apart", ())))
 

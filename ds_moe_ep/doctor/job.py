@@ -16,7 +16,7 @@ NO_LIMIT_GB = 1e9  # the host's memory is judged apart
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class JobFacts:
     """What the ranks of a run are, as far as the doctor needs it."""
 
     world_size: int
@@ -27,17 +27,17 @@ class Job:
     num_nodes: int
 
 
-def job_without_config(world_size: int, ranks_here: int) -> Job:
+def job_without_config(world_size: int, ranks_here: int) -> JobFacts:
     """The job that is assumed where no ds_config is given: one expert group."""
     nodes = -(-world_size // max(1, ranks_here))
-    return Job(
+    return JobFacts(
         world_size=world_size, ep_size=world_size, node_size=0, depth=None, ranks_here=ranks_here, num_nodes=nodes
     )
 
 
 def judge_job(
     path: str, facts: Facts, world_size: int | None, ranks_here: int | None
-) -> tuple[list[Verdict], Job | None]:
+) -> tuple[list[Verdict], JobFacts | None]:
     """Verdicts on the ds_config, and its job; no job where the configuration cannot work.
 
     `world_size` is None where nobody said it; `ranks_here` is the launcher's number, None outside of a job.
@@ -65,14 +65,14 @@ def budget_of(facts: Facts) -> Budget:
     return Budget(gpu_gb=smallest, reserve_gb=min(RESERVE_GB, smallest / 10))
 
 
-def job_of(check: Check, facts: Facts, ranks_here: int | None) -> Job:
+def job_of(check: Check, facts: Facts, ranks_here: int | None) -> JobFacts:
     """The job of a configuration that works."""
     world_size, node_size = check.training.world_size, check.moe.node_size
     if ranks_here is None:  # on a CPU a node_size may be nominal, and all ranks here
         per_host = node_size or len(facts.torch.devices)
         ranks_here = min(world_size, per_host) if facts.device == "cuda" else world_size
     is_cut = check.training.layout != Layout()
-    return Job(
+    return JobFacts(
         world_size=world_size,
         ep_size=world_size if is_cut else check.moe.ep_size,
         node_size=node_size,
@@ -92,7 +92,7 @@ def judge_precision(precision: str, facts: Facts) -> Verdict:
     return _verdict("precision", "ok", precision)
 
 
-def judge_ranks(job: Job, facts: Facts) -> Verdict:
+def judge_ranks(job: JobFacts, facts: Facts) -> Verdict:
     """Ranks against devices: a rank needs a GPU of its own; on a CPU they share the cores."""
     here = f"{job.ranks_here} of {job.world_size} ranks on this machine"
     if facts.device == "cuda":
@@ -106,7 +106,7 @@ def judge_ranks(job: Job, facts: Facts) -> Verdict:
     return _verdict("ranks", "ok", f"{here}, {facts.host.cores} cores")
 
 
-def judge_host_memory(check: Check, job: Job, facts: Facts) -> Iterator[Verdict]:
+def judge_host_memory(check: Check, job: JobFacts, facts: Facts) -> Iterator[Verdict]:
     """On a CPU, what the model needs of the host's memory."""
     if facts.device == "cuda" or check.details is None:
         return

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class LinkTrial:
     """What is tried; the same on every rank."""
 
     groups: tuple[tuple[int, ...], ...]  # expert groups, which partition the world

@@ -16,7 +16,7 @@ from torch import Tensor
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
-from ds_moe_ep.engine.clock import LayerClock, Timed
+from ds_moe_ep.engine.extensions.clock import LayerClock, Timed
 from ds_moe_ep.engine.hooks.layer import copied
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.layer import ExpertParallel
@@ -81,7 +81,7 @@ class Gate(Router, TopKGate):
         super().__setattr__(name, value)
 
 
-class Layer(Timed, ExpertParallel, MOELayer):
+class LayerFace(Timed, ExpertParallel, MOELayer):
     """The layer in place of a `MOELayer`."""
 
     gate: Gate

@@ -23,7 +23,7 @@ from ds_moe_ep.config.topology import RankGrid, even_share, torus_of
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
 from ds_moe_ep.engine.checkpoint.model_files import refuse_part_of_experts
-from ds_moe_ep.engine.face import Layer
+from ds_moe_ep.engine.face import LayerFace
 from ds_moe_ep.engine.own_layers import meet
 from ds_moe_ep.engine.parallelism import problem_of_parallelism
 from ds_moe_ep.errors import ConfigError, EngineError
@@ -81,7 +81,7 @@ class MoE(DeepSpeedMoE):
         self.num_experts = config.num_experts
         self.num_local_experts = config.num_local_experts
         self.expert_group_name = f"ep_size_{config.ep_size}"
-        self.deepspeed_moe = Layer(hidden_size, expert, config, shared)
+        self.deepspeed_moe = LayerFace(hidden_size, expert, config, shared)
         self.mark_experts()
         if self.num_local_experts < self.num_experts:
             self.register_state_dict_pre_hook(refuse_part_of_experts)

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.moe.borrowed import KnownExperts, OpaqueExperts
-from ds_moe_ep.moe.experts import Experts, LocalExperts, SharedExpert, opaque
+from ds_moe_ep.moe.experts import Experts, KnownExperts, LocalExperts, OpaqueExperts, SharedExpert, opaque
 from ds_moe_ep.moe.recognise import Form
 from ds_moe_ep.moe.split_experts import Weights
 

@@ -37,7 +37,7 @@ from ds_moe_ep.moe.executor import Route, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.router import Routes
-from ds_moe_ep.moe.tuner import Choice, Drift, Trial
+from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift
 from ds_moe_ep.schedule.build import Schedule, backward_schedule, forward_schedule
 
 
@@ -264,7 +264,7 @@ class Dispatcher:
             if shared is not None:
                 shared = replace(shared, x_TD=shared.x_TD.detach())
             transport = self.links.transport
-            trial = Trial(self.config, rows_ND.detach(), plan, experts, transport, self.torus, lanes, shared)
+            trial = AutotuneRun(self.config, rows_ND.detach(), plan, experts, transport, self.torus, lanes, shared)
             self.take_choice(trial.choose())
             self.drift.restart()
         return self.links

@@ -6,6 +6,7 @@ side by side, and each product is one matrix product an expert and piece.
 
 A form (`split_experts.py`) knows the mathematics of a kind of expert and splits its gradient in two: input gradients,
 which other ranks wait for, and weight gradients, which nothing waits for. Unknown experts go through autograd.
+`KnownExperts` and `OpaqueExperts` are those of somebody else's layer: their parameters stay where they are.
 """
 
 from __future__ import annotations
@@ -135,3 +136,45 @@ class SharedExpert:
 def start_pass(form: Form, weights: Sequence[Weights], spans: Sequence[Span]) -> ExpertPass:
     """A pass over each expert's span of stacked rows by the split mathematics of their form."""
     return GeluPass(weights, spans, form.approximate) if form.kind == "gelu" else SwiGLUPass(weights, spans)
+
+
+class KnownExperts:
+    """Experts of a known form, given by their weights: a mapping an expert, in the order of its gradients."""
+
+    def __init__(self, form: Form, weights: Sequence[Weights]) -> None:
+        self._form, self._weights = form, weights
+
+    def expert_parameters(self) -> list[Tensor]:
+        return [tensor for named in self._weights for tensor in named.values() if tensor is not None]
+
+    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
+        return start_pass(self._form, self._weights, spans)
+
+    def buffers(self) -> Iterator[Tensor]:
+        return iter(())
+
+
+class OpaqueExperts:
+    """Experts of unknown mathematics, and the state that calling them may change.
+
+    `output_type` is what they gave the last time that one of them was called: under autocast each may choose its own.
+    """
+
+    def __init__(
+        self, experts: Sequence[Opaque], buffers: Sequence[Tensor] = (), output_type: torch.dtype | None = None
+    ) -> None:
+        self._experts, self._buffers, self.output_type = experts, buffers, output_type
+
+    def expert_parameters(self) -> list[Tensor]:
+        return [parameter for expert in self._experts for parameter in expert.parameters]
+
+    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
+        return OpaquePass([Opaque(partial(self._call, each), each.parameters) for each in self._experts], keep_graph)
+
+    def _call(self, expert: Opaque, rows_nD: Tensor) -> Tensor:
+        y_nD = expert.call(rows_nD)
+        self.output_type = y_nD.dtype
+        return y_nD
+
+    def buffers(self) -> Iterator[Tensor]:
+        return iter(self._buffers)

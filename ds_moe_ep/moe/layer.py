@@ -20,9 +20,8 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, local_experts, shared_expert
 from ds_moe_ep.moe.balance import router_loss
-from ds_moe_ep.moe.borrowed import OpaqueExperts
 from ds_moe_ep.moe.dispatcher import Dispatcher
-from ds_moe_ep.moe.experts import Experts
+from ds_moe_ep.moe.experts import Experts, OpaqueExperts
 from ds_moe_ep.moe.recognise import ExpertForms
 from ds_moe_ep.moe.router import Router, Routing
 

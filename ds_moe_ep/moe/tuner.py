@@ -121,7 +121,7 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class Trial:
+class AutotuneRun:
     """What a measurement works with: one pass's rows (without gradient), plan, experts and links."""
 
     config: MoEConfig

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from ds_moe_ep.report.html_style import STYLE
-from ds_moe_ep.report.page import Block, Code, Lines, Page, Picture, Prose, Section, Table
+from ds_moe_ep.report.page import Block, Code, Lines, Page, PageSection, Picture, Prose, Table
 
 
 def to_html(page: Page) -> str:
@@ -31,7 +31,7 @@ def to_html(page: Page) -> str:
     )
 
 
-def _section(section: Section) -> str:
+def _section(section: PageSection) -> str:
     blocks = "\n".join(map(_block, section.blocks))
     return f'<section id="{_anchor(section.title)}"><h2>{html.escape(section.title)}</h2>\n{blocks}</section>'
 

@@ -69,7 +69,7 @@ Block = Prose | Lines | Code | Table | Picture
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """Blocks under a title."""
 
     title: str
@@ -81,7 +81,7 @@ class Page:
     """The whole report."""
 
     title: str
-    sections: tuple[Section, ...]
+    sections: tuple[PageSection, ...]
 
     @property
     def pictures(self) -> tuple[Picture, ...]:

@@ -10,7 +10,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.report.findings import Findings, read_findings, undrawn
 from ds_moe_ep.report.html import to_html
 from ds_moe_ep.report.markdown import to_markdown
-from ds_moe_ep.report.page import Page, Section
+from ds_moe_ep.report.page import Page, PageSection
 from ds_moe_ep.report.sections.overlap import overlap
 from ds_moe_ep.report.sections.scaling import scaling
 from ds_moe_ep.report.sections.soak import soak
@@ -22,7 +22,7 @@ from ds_moe_ep.report.sections.timeline import timeline
 from ds_moe_ep.report.sections.training import load, loss
 
 TITLE = "ds_moe_ep: what was measured"
-SECTIONS: dict[str, Callable[[Findings], Section | None]] = {  # by what a reader misses where there is none
+SECTIONS: dict[str, Callable[[Findings], PageSection | None]] = {  # by what a reader misses where there is none
     "throughput": throughput,
     "where the time goes": latency,
     "timeline of a layer": timeline,

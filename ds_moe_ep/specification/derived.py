@@ -41,7 +41,7 @@ from ds_moe_ep.specification.verdicts import agree, at_least, compared, near, pe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Number:
+class FigureNumber:
     """One number of a figure, stated and derived, in `unit`; None where there is none."""
 
     what: str
@@ -60,7 +60,7 @@ class Figure:
     stated: str
     derived: str
     verdict: str
-    numbers: tuple[Number, ...] = ()
+    numbers: tuple[FigureNumber, ...] = ()
 
 
 RATIO = "tokens a second, EP16 over TP8/PP2"
@@ -102,7 +102,7 @@ def _memory_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         verdict="the stated number counts parameters, not bytes"
         if counts_parameters
         else compared(stated.expert_mb * 1e6, expert_bytes),
-        numbers=(Number(what="bytes", unit="bytes", stated=stated.expert_mb * 1e6, derived=expert_bytes),),
+        numbers=(FigureNumber(what="bytes", unit="bytes", stated=stated.expert_mb * 1e6, derived=expert_bytes),),
     )
     kept, weights = count_memory(MODEL, EP16, TRAINING).persistent, 2 * count_rank_parameters(MODEL, EP16).total
     yield Figure(
@@ -112,7 +112,7 @@ def _memory_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         stated=f"{stated.ep16_memory_mb:g} MB",
         derived=f"{weights / 1e9:.2f} GB of weights; {kept / 1e9:.1f} GB with gradients, Adam, ZeRO-1",
         verdict=at_least(stated.ep16_memory_mb * 1e6, weights, "the weights alone are"),
-        numbers=(Number(what="peak", unit="bytes", stated=stated.ep16_memory_mb * 1e6, derived=kept),),
+        numbers=(FigureNumber(what="peak", unit="bytes", stated=stated.ep16_memory_mb * 1e6, derived=kept),),
     )
     share = 2 * count_parameters(MODEL, EP16).total / hardware.num_gpus
     yield Figure(
@@ -122,7 +122,7 @@ def _memory_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         stated=f"{stated.base_memory_gb:g} GB",
         derived=f"{share / 1e9:.2f} GB of weights, all cut over {hardware.num_gpus}",
         verdict=f"{near(stated.base_memory_gb * 1e9, share)}, by another route",
-        numbers=(Number(what="peak", unit="bytes", stated=stated.base_memory_gb * 1e9, derived=share),),
+        numbers=(FigureNumber(what="peak", unit="bytes", stated=stated.base_memory_gb * 1e9, derived=share),),
     )
     hidden = EXPERT_TOKENS * MODEL.expert_width * 2
     fits = hidden + kept <= hardware.memory_bytes
@@ -133,7 +133,7 @@ def _memory_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         stated="-",
         derived=f"{hidden / 1e9:.1f} GB",
         verdict="fits in one piece" if fits else "too much in one piece: a batch needs micro-batches and recomputation",
-        numbers=(Number(what="hidden_rows", unit="bytes", derived=hidden),),
+        numbers=(FigureNumber(what="hidden_rows", unit="bytes", derived=hidden),),
     )
 
 
@@ -145,7 +145,7 @@ def _time_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         stated=f"{stated.expert_tokens:,}",
         derived=f"{EXPERT_TOKENS:,}",
         verdict=f"{compared(stated.expert_tokens, EXPERT_TOKENS)} for balanced top-1 routing",
-        numbers=(Number(what="rows", unit="rows", stated=stated.expert_tokens, derived=EXPERT_TOKENS),),
+        numbers=(FigureNumber(what="rows", unit="rows", stated=stated.expert_tokens, derived=EXPERT_TOKENS),),
     )
     sent = EXPERT_TOKENS * MODEL.hidden_size * 2
     node_ms = sent / hardware.node_bytes_per_s * 1e3
@@ -165,9 +165,9 @@ def _time_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         f"{shared_ms:.0f} ms with a link a node",
         verdict=f"{verdict}; {far_ranks} of {hardware.num_gpus} destinations are on others",
         numbers=(
-            Number(what="inside_a_node", unit="ms", stated=stated.distribution_ms, derived=node_ms),
-            Number(what="link_a_gpu", unit="ms", derived=link_ms),
-            Number(what="link_a_node", unit="ms", derived=shared_ms),
+            FigureNumber(what="inside_a_node", unit="ms", stated=stated.distribution_ms, derived=node_ms),
+            FigureNumber(what="link_a_gpu", unit="ms", derived=link_ms),
+            FigureNumber(what="link_a_node", unit="ms", derived=shared_ms),
         ),
     )
     expert_ms = EXPERT_TOKENS * 2 * MODEL.expert_params / hardware.peak_flops * 1e3
@@ -178,7 +178,7 @@ def _time_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         stated=f"{stated.expert_ms:.1f} ms",
         derived=f"{expert_ms:.0f} ms at peak",
         verdict=within_limit(1 / stated.expert_ms, 1 / expert_ms, "the peak"),
-        numbers=(Number(what="forward", unit="ms", stated=stated.expert_ms, derived=expert_ms),),
+        numbers=(FigureNumber(what="forward", unit="ms", stated=stated.expert_ms, derived=expert_ms),),
     )
     allowed, derived = (min(compute / (2 * stated.distribution_ms), 1.0) for compute in (stated.expert_ms, expert_ms))
     contradicts = stated.hidden > allowed and not agree(stated.hidden, allowed)
@@ -192,7 +192,7 @@ def _time_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         verdict=f"contradicts the stated times, which allow {percent(allowed)}"
         if contradicts
         else "possible with the stated times",
-        numbers=(Number(what="share", unit="ratio", stated=stated.hidden, derived=derived),),
+        numbers=(FigureNumber(what="share", unit="ratio", stated=stated.hidden, derived=derived),),
     )
 
 
@@ -210,9 +210,9 @@ def _rate_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         f"({forward / 1e9:.2f} and {training / 1e9:.1f} GFLOP a token)",
         verdict=within_limit(ours, limit, "peak in training", f"{ours / 1e3:g} k is "),
         numbers=(
-            Number(what="tp8_pp2", unit="tokens/s", stated=base, derived=limit),
-            Number(what="ep16", unit="tokens/s", stated=ours, derived=limit),
-            Number(what="ep16_forward", unit="tokens/s", derived=peak / forward),
+            FigureNumber(what="tp8_pp2", unit="tokens/s", stated=base, derived=limit),
+            FigureNumber(what="ep16", unit="tokens/s", stated=ours, derived=limit),
+            FigureNumber(what="ep16_forward", unit="tokens/s", derived=peak / forward),
         ),
     )
     yield Figure(
@@ -222,7 +222,7 @@ def _rate_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         stated=f"{stated.ratio:g}",
         derived=f"{ours / 1e3:g}/{base / 1e3:g} = {ours / base:.2f}",
         verdict=compared(stated.ratio, ours / base),
-        numbers=(Number(what="ep16", unit="ratio", stated=stated.ratio, derived=ours / base),),
+        numbers=(FigureNumber(what="ep16", unit="ratio", stated=stated.ratio, derived=ours / base),),
     )
     batch_rates = tuple(tps / BATCH_TOKENS for tps in stated.tps)
     token_us, tpot_us = tuple(1e6 / tps for tps in stated.tps), tuple(1e3 * ms for ms in stated.tpot_ms)
@@ -258,7 +258,7 @@ def _piece_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
             stated=adds_up,
             derived=f"{total:.2f} ms",
             verdict="consistent with itself" if agree(total, whole) else f"does not add up: {percent(total / whole)}",
-            numbers=(Number(what="sum", unit="ms", stated=whole, derived=total),),
+            numbers=(FigureNumber(what="sum", unit="ms", stated=whole, derived=total),),
         )
     before, after = sum(stated.utilization_percent[0]) / 2, stated.utilization_percent[1][1]
     gain = 100 * (after / before - 1)
@@ -269,7 +269,7 @@ def _piece_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         stated=f"{stated.gain_percent:g} %",
         derived=f"{after:g}/{before:g} - 1 = {gain:.1f} %",
         verdict=compared(stated.gain_percent, gain),
-        numbers=(Number(what="gain", unit="percent", stated=stated.gain_percent, derived=gain),),
+        numbers=(FigureNumber(what="gain", unit="percent", stated=stated.gain_percent, derived=gain),),
     )
     peak = hardware.num_gpus * hardware.peak_flops / training_flops(MODEL, EP16)
     needed = tuple(tps / peak for tps in stated.tps)
@@ -308,7 +308,7 @@ def _traffic_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         stated="-",
         derived=percent(bubble(training)),
         verdict="the baseline's",
-        numbers=(Number(what="share", unit="ratio", derived=bubble(training)),),
+        numbers=(FigureNumber(what="share", unit="ratio", derived=bubble(training)),),
     )
     torus = Torus(hardware.num_gpus // hardware.gpus_per_node, hardware.gpus_per_node)
     peers = MoEConfig(ep_size=16, schedule="peers", depth=1)
@@ -320,7 +320,7 @@ def _traffic_figures(stated: Stated, hardware: Hardware) -> Iterable[Figure]:
         stated=f"{stated.max_connections}",
         derived="launches run in issue order, so a transfer must be issued before the compute that hides it",
         verdict=f"not held: {wrong[0]}" if wrong else "held by the schedule, as its check finds",
-        numbers=(Number(what="connections", unit="count", stated=stated.max_connections),),
+        numbers=(FigureNumber(what="connections", unit="count", stated=stated.max_connections),),
     )
 
 
@@ -342,7 +342,7 @@ def _scaling_figures(stated: Stated) -> Iterable[Figure]:
             stated=f"{r2:g}",
             derived=derived[law][0],
             verdict=derived[law][1],
-            numbers=(Number(what="r2", unit="ratio", stated=r2, derived=from_shapes),),
+            numbers=(FigureNumber(what="r2", unit="ratio", stated=r2, derived=from_shapes),),
         )
 
 
@@ -364,8 +364,8 @@ def _off(verdicts: Iterable[str], remark: str) -> str:
     return " and ".join(found)
 
 
-def _both(unit: str, stated: Iterable[float] | None, derived: Iterable[float]) -> tuple[Number, ...]:
+def _both(unit: str, stated: Iterable[float] | None, derived: Iterable[float]) -> tuple[FigureNumber, ...]:
     """A number of each system."""
     values = list(stated) if stated is not None else [None, None]
     pairs = zip(("tp8_pp2", "ep16"), values, derived, strict=True)
-    return tuple(Number(what=what, unit=unit, stated=a, derived=b) for what, a, b in pairs)
+    return tuple(FigureNumber(what=what, unit=unit, stated=a, derived=b) for what, a, b in pairs)

@@ -26,7 +26,7 @@ STATED_R2: Mapping[str, float] = dict(zip(SHAPES, STATED.r2, strict=True))
 
 
 @dataclass(frozen=True)
-class Fit:
+class LawFit:
     """One law fitted to values: y = coefficient * shape(EP), in the unit of the values."""
 
     law: str
@@ -39,7 +39,7 @@ class Fit:
         return self.coefficient * SHAPES[self.law](ep)
 
 
-def fit(law: str, values: Mapping[int, float]) -> Fit:
+def fit(law: str, values: Mapping[int, float]) -> LawFit:
     """The coefficient of a law and its R2 for the values by EP size.
 
     Raises ConfigError for an unknown law, fewer than two EP sizes, or one below 1.
@@ -57,4 +57,4 @@ def fit(law: str, values: Mapping[int, float]) -> Fit:
     residual = sum((y - coefficient * g) ** 2 for y, g in zip(measured, shape, strict=True))
     total = sum((y - mean) ** 2 for y in measured)
     equal = max(measured) == min(measured)  # rounding of the mean would leave a total that is not quite 0
-    return Fit(law, coefficient, None if equal else 1 - residual / total, len(measured))
+    return LawFit(law, coefficient, None if equal else 1 - residual / total, len(measured))

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ds_moe_ep.bench.harness.processes import Finding
-from ds_moe_ep.bench.layer.findings import Findings
-from ds_moe_ep.bench.layer.ranks import Plan
-from ds_moe_ep.bench.layer.sides import Outcome, check_same, layer_side
+from ds_moe_ep.bench.layer.findings import LayerFindings
+from ds_moe_ep.bench.layer.ranks import LayerPlan
+from ds_moe_ep.bench.layer.sides import SideOutcome, check_same, layer_side
 from ds_moe_ep.bench.layer.table import markdown_table, rows_of
 from ds_moe_ep.bench.meters.traffic import bytes_leaving
 from ds_moe_ep.bench.rivals.cases import CASES, LayerCase, expert_ids, gate_weight, rows_per_expert, tokens
@@ -76,7 +76,7 @@ class Dense(nn.Module):
 SMALL = LayerCase(name="small", top_k=1, load="skewed", hidden_size=16, width=32, num_experts=4, num_tokens=64, skew=2)
 
 
-def outcome(change: Callable[[nn.Module], object] = lambda layer: None) -> Outcome:
+def outcome(change: Callable[[nn.Module], object] = lambda layer: None) -> SideOutcome:
     side = layer_side(Dense(SMALL), SMALL, rank=0, ep_size=1, device=CPU)
     with torch.no_grad():
         change(side.layer)
@@ -123,7 +123,7 @@ def test_only_bytes_for_other_ranks_count() -> None:
 
 
 def test_records_cover_the_finished_rounds_and_nothing_else() -> None:
-    plan = Plan(
+    plan = LayerPlan(
         cases=(SMALL,),
         sides=("native", "serial"),
         num_ranks=2,
@@ -133,7 +133,7 @@ def test_records_cover_the_finished_rounds_and_nothing_else() -> None:
         device="cpu",
         port=1,
     )
-    found = Findings(plan, "python -m bench", "abc", "2 cores")
+    found = LayerFindings(plan, "python -m bench", "abc", "2 cores")
     assert found.records() == []
     for native, serial in ((2.0, 1.0), (4.0, 1.0)):
         found.add(Finding("small", "native", "time", (native,)))

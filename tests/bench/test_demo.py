@@ -21,7 +21,7 @@ from ds_moe_ep.bench.demo.death import Death, Saying, show_death
 from ds_moe_ep.bench.demo.links import Paced, Uplink
 from ds_moe_ep.bench.demo.options import LONGEST_S, link_rate
 from ds_moe_ep.bench.demo.plan import NUM_RANKS, PHASES, SIDES, STEP_BYTES, DemoPlan
-from ds_moe_ep.bench.demo.results import Results, Turn
+from ds_moe_ep.bench.demo.results import MeasuredRound, Results
 from ds_moe_ep.bench.demo.show import show
 from ds_moe_ep.bench.harness.processes import late_interrupt
 from ds_moe_ep.cli.main import main
@@ -80,7 +80,7 @@ def test_the_trace_holds_both_schedules_of_all_ranks_and_says_that_they_are_emul
 def results() -> Results:
     """Two rounds by hand: a pass of 100 ms of compute between, or beside, two transfers of 40 ms."""
 
-    def turn(side: str, starts_ms: tuple[float, float, float], stretch: float) -> Turn:
+    def turn(side: str, starts_ms: tuple[float, float, float], stretch: float) -> MeasuredRound:
         spans, dispatch_ms, compute_ms, combine_ms = [], *starts_ms
         for number, phase in enumerate(("forward", "backward")):
             for lane, start_ms, took_ms in (
@@ -90,7 +90,7 @@ def results() -> Results:
                 tags = Tags(f"emulated {side}", phase, "all peers")
                 spans += [Span(lane, rank, lane, start_us, start_us + 1e3 * took_ms, tags) for rank in range(NUM_RANKS)]
         seconds = {"forward": stretch * 0.2, "backward": stretch * 0.2, "step": stretch * 0.4}
-        return Turn(side, seconds, tuple(spans))
+        return MeasuredRound(side, seconds, tuple(spans))
 
     plan = DemoPlan(12.5e6, 200 / 3, 2, 0, "")
     serial, overlapped = turn("serial", (0, 40, 140), 1.0), turn("overlapped", (10, 0, 50), 0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ds_moe_ep.bench.harness.processes import Finding
-from ds_moe_ep.bench.scaling.command import SIZES, Point, Scaling, plan_of, table_of
+from ds_moe_ep.bench.scaling.command import SIZES, Scaling, ScalingPoint, plan_of, table_of
 from ds_moe_ep.bench.systems.plan import EMULATED_MODEL, SystemsPlan
 from ds_moe_ep.records.names import LAWS, TOTALS
 
@@ -13,10 +13,10 @@ PLAN = SystemsPlan(systems=("ep16",), device="emulated", model=EMULATED_MODEL, s
 
 
 def test_a_rank_keeps_its_tokens_or_all_ranks_share_the_same_number() -> None:
-    of_rank = {size: plan_of(PLAN, Point("constant_rank", size)) for size in SIZES}
+    of_rank = {size: plan_of(PLAN, ScalingPoint("constant_rank", size)) for size in SIZES}
     assert {plan.tokens_of_step // plan.num_ranks for plan in of_rank.values()} == {8 * 128}
     assert {plan.step_compute_s for plan in of_rank.values()} == {1.0}
-    in_total = {size: plan_of(PLAN, Point("constant_total", size)) for size in SIZES}
+    in_total = {size: plan_of(PLAN, ScalingPoint("constant_total", size)) for size in SIZES}
     assert {plan.tokens_of_step for plan in in_total.values()} == {128 * 128}
     assert in_total[1].step_compute_s == pytest.approx(16.0)
     for plans in (of_rank, in_total):
@@ -27,7 +27,7 @@ def test_a_rank_keeps_its_tokens_or_all_ranks_share_the_same_number() -> None:
 def scaled(step_s: dict[int, float]) -> Scaling:
     found = Scaling(PLAN, "python -m bench", "abc")
     for size, seconds in step_s.items():
-        point = Point("constant_rank", size)
+        point = ScalingPoint("constant_rank", size)
         found.add(point, Finding("", "ep16", "time", (seconds,)))
         found.add(point, Finding("", "ep16", "step", (seconds,)))
         found.add(point, Finding("", "ep16", "busy", (1.0,)))

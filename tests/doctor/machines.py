@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Device, Facts, HostFacts, TorchFacts, TritonFacts
+from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Facts, Gpu, HostFacts, TorchFacts, TritonFacts
 from ds_moe_ep.doctor.verdicts import STATUSES, Verdict
 
 HOST = HostFacts(
@@ -28,7 +28,7 @@ CPU = Facts(
     host=HOST,
     environment={"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
 )
-H100 = Device("NVIDIA H100 80GB HBM3", 85_000_000_000, (9, 0))
+H100 = Gpu("NVIDIA H100 80GB HBM3", 85_000_000_000, (9, 0))
 GPUS = replace(
     CPU,
     torch=TorchFacts(version="2.13.0", cuda="12.8", nccl="2.27.5", devices=(H100,) * 4),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ds_moe_ep.doctor.facts import Device, Facts
+from ds_moe_ep.doctor.facts import Facts, Gpu
 from ds_moe_ep.doctor.job import judge_job
 from ds_moe_ep.doctor.verdicts import Verdict, worst
 from tests.doctor.machines import CPU, GPUS, named, on_host
@@ -85,7 +85,7 @@ def test_the_specifications_run_fits_four_nodes_of_four_gpus_and_not_smaller_one
     assert worst(verdicts) in ("ok", "note")
     assert job is not None
     assert (job.world_size, job.ranks_here, job.num_nodes, job.depth) == (16, 4, 4, 1)
-    small = replace(GPUS, torch=replace(GPUS.torch, devices=(Device("A10", 24_000_000_000, (8, 6)),) * 4))
+    small = replace(GPUS, torch=replace(GPUS.torch, devices=(Gpu("A10", 24_000_000_000, (8, 6)),) * 4))
     verdicts, job = judge_job(path, small, None, None)
     assert job is None
     assert named(verdicts, "ds_config").found.startswith("gpu_gb=24: a GPU needs")

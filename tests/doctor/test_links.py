@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 
 from ds_moe_ep.comm.launcher import launched
-from ds_moe_ep.doctor.links.verdicts import Link, Outcome, Presence, judge_links, outcome_from, pairs_to_try, reaches
+from ds_moe_ep.doctor.links.verdicts import (
+    LinksOutcome,
+    Presence,
+    TriedLink,
+    judge_links,
+    outcome_from,
+    pairs_to_try,
+    reaches,
+)
 from ds_moe_ep.doctor.verdicts import worst
 from ds_moe_ep.errors import EngineError
 from tests.doctor.machines import named
@@ -23,13 +31,13 @@ def outcome(
     odd: Mapping[tuple[int, int], tuple[float, float]] | None = None,
     near: tuple[float, float] = NEAR,
     far: tuple[float, float] = FAR,
-) -> Outcome:
+) -> LinksOutcome:
     """Eight ranks on two hosts, all well; `odd` changes single links."""
     classes = reaches(WORLD, 4, hosts)
     values = {pair: near if reach == "near" else far for pair, reach in classes.items()}
-    links = tuple(Link(*pair, *value) for pair, value in {**values, **(odd or {})}.items())
+    links = tuple(TriedLink(*pair, *value) for pair, value in {**values, **(odd or {})}.items())
     up = {rank: Presence(host=host, has_gpu=True, versions={"torch": "2.13.0"}) for rank, host in hosts.items()}
-    return Outcome(backend="nccl", world_size=8, up=up, links=links)
+    return LinksOutcome(backend="nccl", world_size=8, up=up, links=links)
 
 
 @pytest.mark.parametrize("node_size", [0, 4])

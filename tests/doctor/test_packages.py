@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from ds_moe_ep.doctor import gather
-from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Device, Facts, TorchFacts, TritonFacts
+from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Facts, Gpu, TorchFacts, TritonFacts
 from ds_moe_ep.doctor.packages import judge_hugging_face, judge_packages, judge_python
 from ds_moe_ep.doctor.verdicts import worst
 from tests.doctor.machines import CPU, GPUS, H100, named, on_host
 
-OLD = Device("Tesla V100", 32_000_000_000, (7, 0))
+OLD = Gpu("Tesla V100", 32_000_000_000, (7, 0))
 OTHER_APEX = ApexFacts(place="/env/apex", version="0.9.10.dev0", reason="ModuleNotFoundError: apex.normalization")
 
 

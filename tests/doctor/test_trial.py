@@ -9,8 +9,8 @@ from typing import Any
 
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.comm.launcher import World
-from ds_moe_ep.doctor.links.verdicts import Outcome, judge_links
-from ds_moe_ep.doctor.trial import Trial
+from ds_moe_ep.doctor.links.verdicts import LinksOutcome, judge_links
+from ds_moe_ep.doctor.trial import LinkTrial
 from tests.doctor.machines import named
 from tests.ranks import _fork_server
 
@@ -35,12 +35,12 @@ def live(rank: int, size: int, port: int, fault: str, start_s: float, pipe: Any)
         wants_gpu=False,
     )
     everyone = (tuple(range(size)),)
-    trial = Trial(groups=everyone, node_size=0, seconds=0.5, start_s=start_s, patience_s=PATIENCE_S)
+    trial = LinkTrial(groups=everyone, node_size=0, seconds=0.5, start_s=start_s, patience_s=PATIENCE_S)
     pipe.send(link_ranks.try_links(world, trial))
     os._exit(0)
 
 
-def outcome_of(faults: Mapping[int, str], size: int, start_s: float = 60.0) -> Outcome:
+def outcome_of(faults: Mapping[int, str], size: int, start_s: float = 60.0) -> LinksOutcome:
     """What rank 0 knows at the end of a world of `size`, in which only the ranks of `faults` are started."""
     context, port = _fork_server(), free_port()
     here, there = context.Pipe()
@@ -55,7 +55,7 @@ def outcome_of(faults: Mapping[int, str], size: int, start_s: float = 60.0) -> O
         for process in processes:
             process.start()
         assert here.poll(200), "rank 0 gave no outcome"
-        known: Outcome = here.recv()
+        known: LinksOutcome = here.recv()
         return known
     finally:
         for process in processes:
@@ -63,7 +63,7 @@ def outcome_of(faults: Mapping[int, str], size: int, start_s: float = 60.0) -> O
             process.join()
 
 
-def transfers(outcome: Outcome) -> str:
+def transfers(outcome: LinksOutcome) -> str:
     return named(judge_links(outcome, [range(outcome.world_size)], 0), "transfers").found
 
 

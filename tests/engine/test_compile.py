@@ -150,11 +150,11 @@ def before_the_engine(door: str, autograd: bool) -> tuple[set[str], float]:
 
 def other_doors() -> tuple[list[tuple[set[str], float]], set[str]]:
     """Each door's answer, and then the frames of a layer that is not left out: the negative control."""
-    from ds_moe_ep.engine.face import Layer
+    from ds_moe_ep.engine.face import LayerFace
     from ds_moe_ep.moe.layer import ExpertParallel
 
     found = [before_the_engine(*each) for each in (("ds_moe_ep", False), ("deepspeed", False), ("deepspeed", True))]
-    for cls in (ExpertParallel, Layer):
+    for cls in (ExpertParallel, LayerFace):
         cls.forward = cls.forward.__wrapped__
     return found, before_the_engine("deepspeed", False)[0]
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_moe_ep.config.knobs import MoEConfig
-from ds_moe_ep.engine.face import Layer
+from ds_moe_ep.engine.face import LayerFace
 from ds_moe_ep.moe.experts import GeluMLP
 from tests.engine.hooks.hooked_layers import hooked
 from tests.engine.small_model import Job, batches, make_model
@@ -116,7 +116,7 @@ def test_the_flops_profiler_counts_what_each_expert_computes() -> None:
 
 
 def layer_of(**knobs: Any) -> Any:
-    return Layer(D, GeluMLP(D, F), MoEConfig(num_experts=4, **knobs))
+    return LayerFace(D, GeluMLP(D, F), MoEConfig(num_experts=4, **knobs))
 
 
 def test_programs_read_the_true_knobs_of_a_gate() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import Counter
 
 from tests.policy.sources import PACKAGE, ROOT, own_files, own_python
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_MODULES = 15  # of a folder: what is more needs a structure of its own
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 # Split, so that this file does not name what it forbids.
 MACHINE_PATHS = ["/" + top + "/" for top in ("root", "work", "home", "opt", "mnt")]
@@ -34,6 +36,22 @@ def test_functions_are_short() -> None:
         and (length := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
     ]
     assert long == []
+
+
+def test_a_folder_of_the_package_has_at_most_fifteen_modules() -> None:
+    numbers = Counter(path.parent for path, _ in own_python() if PACKAGE in path.parents)
+    assert numbers
+    assert {name_of(folder): number for folder, number in numbers.items() if number > MAX_MODULES} == {}
+
+
+def test_a_public_class_name_has_one_meaning() -> None:
+    homes: dict[str, list[str]] = {}
+    for path, tree in own_python():
+        if PACKAGE in path.parents:
+            for node in tree.body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes.setdefault(node.name, []).append(name_of(path))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
 
 
 def test_no_function_rebinds_a_module_global() -> None:

@@ -12,7 +12,7 @@ import pytest
 from ds_moe_ep.records.names import SYSTEMS
 from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.report.findings import Findings, Source, spans_path
-from ds_moe_ep.report.page import EMULATED, REAL, Page, Section, Table
+from ds_moe_ep.report.page import EMULATED, REAL, Page, PageSection, Table
 from ds_moe_ep.report.quantities import NONE
 from ds_moe_ep.report.sections.soak import soak
 from ds_moe_ep.report.sections.stated import ANSWERS, stated
@@ -74,7 +74,7 @@ def titles_of(page: Page) -> list[str]:
     return [section.title for section in page.sections]
 
 
-def tables_of(section: Section | None) -> list[Table]:
+def tables_of(section: PageSection | None) -> list[Table]:
     assert section is not None
     return [block for block in section.blocks if isinstance(block, Table)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ds_moe_ep.records.names import LAWS
 from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.report.findings import Findings, Source
-from ds_moe_ep.report.page import EMULATED, Picture, Section, Table
+from ds_moe_ep.report.page import EMULATED, PageSection, Picture, Table
 from ds_moe_ep.report.sections.stated import stated
 from ds_moe_ep.report.sections.sweep import draw_curves, simulated_scaling
 from tests.report.sample_records import SWEPT, scaling_records, sweep_records
@@ -18,11 +18,11 @@ OVER_EP = [(ep, dp) for ep, dp in SWEPT if dp == 1]
 OVER_COPIES = [(ep, dp) for ep, dp in SWEPT if ep == 16]
 
 
-def section_of(records: Sequence[Record]) -> Section | None:
+def section_of(records: Sequence[Record]) -> PageSection | None:
     return simulated_scaling(Findings((Source(Path("some.jsonl"), tuple(records)),)))
 
 
-def keys_of(section: Section | None) -> list[str]:
+def keys_of(section: PageSection | None) -> list[str]:
     assert section is not None
     return [block.key for block in section.blocks if isinstance(block, Picture)]
 

@@ -11,7 +11,7 @@ import pytest
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import read_records
-from ds_moe_ep.simulate.audit.audit import ANSWERS, HEAD, Row, audit
+from ds_moe_ep.simulate.audit.audit import ANSWERS, HEAD, AuditRow, audit
 from ds_moe_ep.simulate.audit.records import audit_values
 from ds_moe_ep.simulate.audit.runs import Runs, hardware_of
 from ds_moe_ep.simulate.cluster.cluster import load_cluster
@@ -45,19 +45,19 @@ FIGURES = {  # each row of the specification's checked figures, and the rows of 
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, Row]:
+def rows() -> dict[str, AuditRow]:
     """The audit on the specification's cluster, by key."""
     return {row.figure.key: row for row in audit(CLUSTER)}
 
 
-def test_every_figure_of_the_specification_has_a_row(rows: dict[str, Row]) -> None:
+def test_every_figure_of_the_specification_has_a_row(rows: dict[str, AuditRow]) -> None:
     assert sorted(rows) == sorted(key for keys in FIGURES.values() for key in keys)
     assert set(ANSWERS) <= set(rows)
     for row in rows.values():
         assert all(row.cells) and len(row.cells) == len(HEAD)
 
 
-def test_what_is_not_simulated_is_what_shapes_alone_decide(rows: dict[str, Row]) -> None:
+def test_what_is_not_simulated_is_what_shapes_alone_decide(rows: dict[str, AuditRow]) -> None:
     alone = {key for key, row in rows.items() if row.simulated is None}
     assert alone == {"expert", "expert_tokens", "activations", "bytes", "connections"}
 
@@ -66,7 +66,9 @@ def test_the_specifications_cluster_has_the_hardware_that_figures_are_derived_on
     assert hardware_of(CLUSTER) == HARDWARE
 
 
-def test_the_headline_is_stated_with_the_utilization_that_it_needs_and_the_plans_own_bar(rows: dict[str, Row]) -> None:
+def test_the_headline_is_stated_with_the_utilization_that_it_needs_and_the_plans_own_bar(
+    rows: dict[str, AuditRow],
+) -> None:
     tps = rows["tps"]
     assert "450 k is 61 % of peak in training" in tps.verdict
     estimate, unit = tps.numbers["ep16"]
@@ -75,7 +77,7 @@ def test_the_headline_is_stated_with_the_utilization_that_it_needs_and_the_plans
     assert rows["ratio"].numbers["training"][0].value == pytest.approx(estimate.value / tps.numbers["tp8_pp2"][0].value)
 
 
-def test_times_and_rates_of_one_simulation_agree(rows: dict[str, Row]) -> None:
+def test_times_and_rates_of_one_simulation_agree(rows: dict[str, AuditRow]) -> None:
     for system in ("tp8_pp2", "ep16"):
         tps = rows["tps"].numbers[system][0].value
         assert rows["batches"].numbers[system][0].value == pytest.approx(tps / BATCH_TOKENS)
@@ -84,7 +86,7 @@ def test_times_and_rates_of_one_simulation_agree(rows: dict[str, Row]) -> None:
         assert sum(piece.value for piece, _ in pieces.values()) == pytest.approx(1e6 / tps)
 
 
-def test_no_simulated_time_is_shorter_than_what_is_derived(rows: dict[str, Row]) -> None:
+def test_no_simulated_time_is_shorter_than_what_is_derived(rows: dict[str, AuditRow]) -> None:
     derived = {(key, n.what): n.derived or 0.0 for key, row in rows.items() for n in row.figure.numbers}
     assert rows["distribution"].numbers["each_way"][0].low >= derived["distribution", "link_a_node"]
     assert rows["expert_time"].numbers["forward"][0].low >= derived["expert_time", "forward"]
@@ -100,7 +102,7 @@ def test_the_baseline_runs_in_its_four_micro_batches_as_large_as_fit() -> None:
     assert training.micro_batch == 8, "11 fit, and parts of a message are equal for multiples of 8"
 
 
-def test_simulated_verdicts_turn_with_the_cluster(rows: dict[str, Row]) -> None:
+def test_simulated_verdicts_turn_with_the_cluster(rows: dict[str, AuditRow]) -> None:
     """The control: a link a hundred times slower hides nothing, a device ten times faster reaches what is stated."""
     assert "simulated: exceeded" in rows["hidden"].verdict
     slow = {row.figure.key: row for row in audit(CLUSTER.with_far(bandwidth=CLUSTER.far.bandwidth / 100))}
@@ -122,7 +124,7 @@ def test_simulated_verdicts_turn_with_what_is_stated() -> None:
     assert rows["law_tpot"].verdict.endswith("simulated: does not hold")
 
 
-def test_what_needs_no_recomputation_is_simulated_without_it_only_where_it_fits(rows: dict[str, Row]) -> None:
+def test_what_needs_no_recomputation_is_simulated_without_it_only_where_it_fits(rows: dict[str, AuditRow]) -> None:
     kept, again = (rows["tps"].numbers[name][0].value for name in ("ep16_without_recompute", "ep16"))
     assert 1.2 < kept / again < 4 / 3, "a third less arithmetic"
     device = dataclasses.replace(CLUSTER.device, memory_bytes=50e9)
@@ -142,7 +144,7 @@ def test_another_number_of_devices_is_refused() -> None:
 
 
 def test_the_command_prints_tables_and_json_and_writes_records(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: dict[str, Row]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: dict[str, AuditRow]
 ) -> None:
     out = tmp_path / "audit.jsonl"
     assert main(["audit", "--cluster", str(PATH), "--json", "--out", str(out)]) == 0

@@ -15,7 +15,7 @@ from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.config.training import Training
 from ds_moe_ep.schedule.spans import LANES
 from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Host, Link
-from ds_moe_ep.simulate.step.costs import Costs
+from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.pipeline_schedule import Act, Instruction, forward_order, in_order, training_order
 from ds_moe_ep.simulate.step.pipeline_step import pipeline_step
 from ds_moe_ep.simulate.step.setup import Algorithm, Setup
@@ -73,7 +73,7 @@ def setup(
 @pytest.fixture
 def equal_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last stage's head costs nothing: all stages compute alike."""
-    monkeypatch.setattr(Costs, "head", lambda *args, **kwargs: 0.0)
+    monkeypatch.setattr(LayerCosts, "head", lambda *args, **kwargs: 0.0)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 5])
@@ -119,7 +119,7 @@ def test_free_communication_leaves_the_compute_and_the_bubble(
     pp: int, micro_batches: int, mode: Literal["training", "forward"], recompute: bool
 ) -> None:
     job = replace(setup(2, pp, micro_batches=micro_batches, model=replace(MODEL, recompute=recompute)), mode=mode)
-    costs = Costs(job.model, MOE, job.cluster.device, "fp32", 2)
+    costs = LayerCosts(job.model, MOE, job.cluster.device, "fp32", 2)
     tokens = job.micro_batch_tokens
     forward_us = costs.attention(tokens) + costs.gate(tokens) + costs.experts(tokens, 16)
     backward_us = costs.attention(tokens, True) + costs.gate(tokens, True) + costs.experts(tokens, 16, 2)

@@ -18,7 +18,7 @@ from ds_moe_ep.schedule.spans import accounts, read_spans
 from ds_moe_ep.simulate.cluster.cluster import load_cluster
 from ds_moe_ep.simulate.plan.plan import Comparison, Plan, compare, make_plan
 from ds_moe_ep.simulate.plan.records import REPEATED, comparison_records, plan_records, plan_spans, write_trace
-from ds_moe_ep.simulate.step.source import Source, slug, source_of
+from ds_moe_ep.simulate.step.source import PredictionSource, slug, source_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 EP16, TP8_PP2 = str(CONFIGS / "ep16.json"), str(CONFIGS / "tp8_pp2.json")
@@ -33,7 +33,7 @@ def comparison() -> Comparison:
 
 
 @pytest.fixture(scope="module")
-def source(comparison: Comparison) -> Source:
+def source(comparison: Comparison) -> PredictionSource:
     return source_of(load_cluster(CLUSTER), CLUSTER, None, "python -m ds_moe_ep plan", "0123abc")
 
 
@@ -66,7 +66,7 @@ def test_every_record_has_a_name_that_the_report_knows_and_is_called_simulated(w
     assert bed_order("traffic130") < bed_order(BED) < bed_order(f"{BED}_8_nodes")
 
 
-def test_records_hold_the_numbers_of_the_plan(comparison: Comparison, source: Source) -> None:
+def test_records_hold_the_numbers_of_the_plan(comparison: Comparison, source: PredictionSource) -> None:
     records = list(comparison_records(comparison, source))
     ours, plan = by_what(records, "ep16"), comparison.ours
     assert ours["tps"].value == plan.prediction.tps.value
@@ -83,14 +83,14 @@ def test_records_hold_the_numbers_of_the_plan(comparison: Comparison, source: So
         assert ours[f"memory.{kind}"].value == getattr(plan.fit.memory, kind)
 
 
-def test_a_plan_of_forward_passes_has_no_memory_of_training(source: Source) -> None:
+def test_a_plan_of_forward_passes_has_no_memory_of_training(source: PredictionSource) -> None:
     plan = make_plan(EP16, load_cluster(CLUSTER), mode="forward")
     names = [record.name for record in plan_records(plan, source)]
     assert names
     assert all(".forward." in name and ".memory." not in name for name in names)
 
 
-def test_two_jobs_of_one_name_cannot_share_a_file(comparison: Comparison, source: Source) -> None:
+def test_two_jobs_of_one_name_cannot_share_a_file(comparison: Comparison, source: PredictionSource) -> None:
     with pytest.raises(ConfigError, match="both jobs are EP16 overlapped"):
         list(comparison_records(compare(comparison.ours, comparison.ours), source))
 

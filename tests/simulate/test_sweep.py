@@ -24,9 +24,18 @@ from ds_moe_ep.simulate.job.choose import with_knobs
 from ds_moe_ep.simulate.step.ep_step import EpJob
 from ds_moe_ep.simulate.step.predict import Prediction
 from ds_moe_ep.simulate.step.setup import Setup, Step
-from ds_moe_ep.simulate.step.source import Source
+from ds_moe_ep.simulate.step.source import PredictionSource
 from ds_moe_ep.simulate.sweep.records import UNITS, sweep_records, sweep_values
-from ds_moe_ep.simulate.sweep.sweep import Point, Sizes, Sweep, cluster_at, read_sizes, setup_at, simulate_point, sweep
+from ds_moe_ep.simulate.sweep.sweep import (
+    Sizes,
+    Sweep,
+    SweepPoint,
+    cluster_at,
+    read_sizes,
+    setup_at,
+    simulate_point,
+    sweep,
+)
 from ds_moe_ep.simulate.sweep.tables import print_sweep
 from ds_moe_ep.sizing.footprint import Memory
 from ds_moe_ep.specification.laws import SHAPES
@@ -36,7 +45,9 @@ from tests.policy.sources import ROOT
 PATH = ROOT / "ds_configs" / "clusters" / "h100_4x4.json"
 CLUSTER = load_cluster(PATH)
 SETUP = Setup(model=MODEL, moe=EP16, training=TRAINING, cluster=CLUSTER)
-SOURCE = Source(bed="simulated_h100_4x4", command="python -m ds_moe_ep plan", commit="abc", hardware="simulated")
+SOURCE = PredictionSource(
+    bed="simulated_h100_4x4", command="python -m ds_moe_ep plan", commit="abc", hardware="simulated"
+)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +175,7 @@ def test_what_does_not_fit_is_marked(swept: Sweep) -> None:
     assert not fits[1] and not fits[4] and fits[16] and fits[64]
 
 
-def lawful(ep: int) -> Point:
+def lawful(ep: int) -> SweepPoint:
     """A point that follows all four laws exactly: a step of 10 s, busy for 1 - 1/EP of it, 16 GB over EP ranks."""
     setup = setup_at(SETUP, "constant_rank", ep, 1)
     assert setup is not None
@@ -172,7 +183,7 @@ def lawful(ep: int) -> Point:
     step = Step(setup=setup, step_us=1e7, parts_us={}, traffic_us=0.0, exposed_us=0.0, busy_us=busy_us)
     nothing = {"gradients": 0, "optimizer": 0, "activations": 0, "buffers": 0, "step": 0, "host_optimizer": 0}
     memory = Memory(weights=16 * 10**9 // ep, **nothing)
-    return Point(total="constant_rank", ep=ep, dp=1, prediction=Prediction(step, step, step), memory=memory)
+    return SweepPoint(total="constant_rank", ep=ep, dp=1, prediction=Prediction(step, step, step), memory=memory)
 
 
 def test_points_that_follow_the_laws_fit_them_exactly() -> None:

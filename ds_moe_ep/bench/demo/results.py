@@ -13,7 +13,7 @@ from ds_moe_ep.schedule.spans import Overlap, Span, overlap, span_of
 
 
 @dataclass(frozen=True)
-class Turn:
+class MeasuredRound:
     """One measured step of one side: seconds of each pass, of the slowest rank, and the spans of all ranks."""
 
     side: str
@@ -21,7 +21,7 @@ class Turn:
     spans: tuple[Span, ...]
 
     @classmethod
-    def of(cls, finding: Finding) -> Turn:
+    def of(cls, finding: Finding) -> MeasuredRound:
         spans = tuple(span_of(line, "demo.spans") for line in finding.text.splitlines())
         return cls(finding.side, dict(zip(PHASES, finding.values, strict=True)), spans)
 
@@ -40,9 +40,9 @@ class Results:
     """All measured turns of one run."""
 
     plan: DemoPlan
-    turns: tuple[Turn, ...]
+    turns: tuple[MeasuredRound, ...]
 
-    def of_side(self, side: str) -> list[Turn]:
+    def of_side(self, side: str) -> list[MeasuredRound]:
         return [turn for turn in self.turns if turn.side == side]
 
     def time_ms(self, side: str, phase: str = "step") -> Summary:
@@ -61,10 +61,10 @@ class Results:
         compute_us = 3e3 * self.plan.compute_ms * NUM_RANKS
         return summarize([turn.overlap("step").total_us / compute_us for turn in self.of_side("serial")])
 
-    def shown(self) -> list[Turn]:
+    def shown(self) -> list[MeasuredRound]:
         """The turns of one round, serial first: of that whose overlapped step is nearest to the median."""
         median_ms = self.time_ms("overlapped").median
-        rounds: list[tuple[Turn, ...]] = list(zip(*map(self.of_side, SIDES), strict=True))
+        rounds: list[tuple[MeasuredRound, ...]] = list(zip(*map(self.of_side, SIDES), strict=True))
         middle = min(rounds, key=lambda turns: abs(1e3 * turns[-1].seconds["step"] - median_ms))
         return list(middle)
 
@@ -99,4 +99,4 @@ class Results:
 
 def results_of(plan: DemoPlan, findings: Sequence[Finding]) -> Results:
     """The results in what rank 0 told."""
-    return Results(plan, tuple(Turn.of(finding) for finding in findings if finding.what == "turn"))
+    return Results(plan, tuple(MeasuredRound.of(finding) for finding in findings if finding.what == "turn"))

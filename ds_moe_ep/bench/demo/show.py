@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ds_moe_ep.bench.demo.plan import NUM_NODES, NUM_RANKS, PHASES, SIDES
-from ds_moe_ep.bench.demo.results import Results, Turn
+from ds_moe_ep.bench.demo.results import MeasuredRound, Results
 from ds_moe_ep.bench.harness.method import Summary
 from ds_moe_ep.schedule.spans import LANES, Interval, Span, length, union, without
 
@@ -84,13 +84,13 @@ def _spread(summary: Summary, digits: int) -> str:
     return median if low == high else f"{median} ({low} to {high})"
 
 
-def _whole(turn: Turn) -> Interval:
+def _whole(turn: MeasuredRound) -> Interval:
     """From the first span of the shown rank to its last."""
     spans = turn.of_rank(RANK)
     return min(span.start_us for span in spans), max(span.stop_us for span in spans)
 
 
-def _timeline(turn: Turn, longest_us: float, width: int, glyphs: Glyphs) -> Iterator[Text]:
+def _timeline(turn: MeasuredRound, longest_us: float, width: int, glyphs: Glyphs) -> Iterator[Text]:
     """A line for the passes, and a bar for each lane; `longest_us` fills the width."""
     spans = turn.of_rank(RANK)
     start_us, stop_us = _whole(turn)

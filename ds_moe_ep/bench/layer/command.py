@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from ds_moe_ep.bench.harness.processes import Finding, follow, free_port, on_console, started_ranks
-from ds_moe_ep.bench.layer.findings import Findings
-from ds_moe_ep.bench.layer.ranks import SIDES, Plan, run_rank
+from ds_moe_ep.bench.layer.findings import LayerFindings
+from ds_moe_ep.bench.layer.ranks import SIDES, LayerPlan, run_rank
 from ds_moe_ep.bench.layer.table import markdown_table, terminal_table
 from ds_moe_ep.bench.rivals.cases import CASES
 from ds_moe_ep.config.command_line import Parser, output_file, whole
@@ -39,7 +39,7 @@ def _run(words: list[str], console: Console) -> int:
     parsed = _parser().parse_args(words)
     plan = _plan(parsed)
     machine = hardware(plan.device, plan.num_ranks)
-    found = Findings(plan, command("ds_moe_ep.bench.layer", words), commit(), machine)
+    found = LayerFindings(plan, command("ds_moe_ep.bench.layer", words), commit(), machine)
     status = _race(plan, found, console, parsed.out)
     if status == 0 and not parsed.no_memory:
         status = _race(replace(plan, measure="memory", port=free_port()), found, console, parsed.out)
@@ -71,13 +71,13 @@ def _parser() -> Parser:
     return parser
 
 
-def _plan(parsed: argparse.Namespace) -> Plan:
+def _plan(parsed: argparse.Namespace) -> LayerPlan:
     cases = {case.name: case for case in CASES}
     if any(cases[name].num_experts % parsed.ranks for name in parsed.cases):
         raise ConfigError(f"bench.ranks={parsed.ranks} must divide the layer's 16 experts: use 2, 4, 8 or 16")
     if parsed.device == "cuda" and (gpus := torch.cuda.device_count()) < parsed.ranks:
         raise ConfigError(f"bench.device='cuda': {parsed.ranks} ranks need a GPU each, and torch sees {gpus} here")
-    return Plan(
+    return LayerPlan(
         cases=tuple(cases[name] for name in parsed.cases),
         sides=tuple(name for name in SIDES if name in parsed.sides),
         num_ranks=parsed.ranks,
@@ -89,7 +89,7 @@ def _plan(parsed: argparse.Namespace) -> Plan:
     )
 
 
-def _race(plan: Plan, found: Findings, console: Console, out: Path | None) -> int:
+def _race(plan: LayerPlan, found: LayerFindings, console: Console, out: Path | None) -> int:
     """Follows the ranks to their end, keeping `out` up to date after every case; 130 after Ctrl-C."""
     timed = plan.measure == "time"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ds_moe_ep.bench.harness.method import Round, ratios, summarize, times_of
 from ds_moe_ep.bench.harness.processes import Finding
-from ds_moe_ep.bench.layer.ranks import MATMUL, NATIVE, Plan
+from ds_moe_ep.bench.layer.ranks import MATMUL, NATIVE, LayerPlan
 from ds_moe_ep.records.record import Record
 
 TIME_NOTE = "forward and backward, slowest rank, lowest and highest 5 % dropped, quartiles"
@@ -31,10 +31,10 @@ class Collected:
         self._values.setdefault((finding.case, finding.side, finding.what), []).extend(finding.values)
 
 
-class Findings(Collected):
+class LayerFindings(Collected):
     """Collects findings; `records` may be asked for at any time and covers what is complete."""
 
-    def __init__(self, plan: Plan, command: str, commit: str, hardware: str) -> None:
+    def __init__(self, plan: LayerPlan, command: str, commit: str, hardware: str) -> None:
         super().__init__(command, commit, hardware)
         self._plan = plan
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ds_moe_ep.bench.harness.method import Ranks, Round, Side, measure
 from ds_moe_ep.bench.harness.processes import Finding, live_as_rank, loopback_environment
-from ds_moe_ep.bench.layer.sides import LayerSide, Outcome, check_same, layer_side, matmul_side
+from ds_moe_ep.bench.layer.sides import LayerSide, SideOutcome, check_same, layer_side, matmul_side
 from ds_moe_ep.bench.meters.memory import peak_bytes, return_freed_memory
 from ds_moe_ep.bench.meters.traffic import counted
 from ds_moe_ep.bench.rivals.cases import LayerCase
@@ -31,7 +31,7 @@ MEMORY_REPEATS = 3
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayerPlan:
     """One run of the benchmark; the same on every rank."""
 
     cases: tuple[LayerCase, ...]
@@ -44,7 +44,7 @@ class Plan:
     port: int
 
 
-def run_rank(rank: int, plan: Plan, findings: Queue[Finding]) -> None:
+def run_rank(rank: int, plan: LayerPlan, findings: Queue[Finding]) -> None:
     """The whole life of one rank."""
     os.environ.update(loopback_environment(rank, plan.num_ranks, plan.port))
     os.environ["DS_ACCELERATOR"] = plan.device
@@ -54,7 +54,7 @@ def run_rank(rank: int, plan: Plan, findings: Queue[Finding]) -> None:
     live_as_rank(rank, findings, partial(_run, rank, plan))
 
 
-def _run(rank: int, plan: Plan, tell: Callable[[Finding], object]) -> None:
+def _run(rank: int, plan: LayerPlan, tell: Callable[[Finding], object]) -> None:
     from ds_moe_ep.bench.rivals import native  # imports deepspeed, which reads DS_ACCELERATOR
 
     device = torch.device(plan.device, rank) if plan.device == "cuda" else torch.device("cpu")
@@ -74,7 +74,7 @@ def _run(rank: int, plan: Plan, tell: Callable[[Finding], object]) -> None:
 @dataclass(frozen=True)
 class _RankBench:
     rank: int
-    plan: Plan
+    plan: LayerPlan
     device: torch.device
     tell: Callable[[Finding], object]
 
@@ -109,7 +109,7 @@ class _RankBench:
             self.tell(Finding(case, name, "time", (seconds,)))
 
     def _compare(self, case: LayerCase, layers: dict[str, LayerSide]) -> None:
-        reference: Outcome | None = None
+        reference: SideOutcome | None = None
         for name, side in layers.items():
             outcome = side.outcome()
             if reference is None:

@@ -19,7 +19,7 @@ SAME_TOLERANCE = 1e-5  # of the largest element: fp32 sums of 1,024 terms in ano
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SideOutcome:
     """All that one forward and backward leaves on a rank."""
 
     exp_counts_E: Tensor
@@ -51,7 +51,7 @@ class LayerSide:
     def side(self) -> Side:
         return Side(run=self.step, prepare=self.clear)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> SideOutcome:
         """One step's results, on the host."""
         self.clear()
         y_TD, l_aux, exp_counts_E = self.step()
@@ -61,7 +61,7 @@ class LayerSide:
                 found[f"d{index}.{position}"] = parameter.grad
         tensors = {name: _on_host(tensor) for name, tensor in found.items()}
         self.clear()
-        return Outcome(exp_counts_E.detach().cpu().clone(), tensors)
+        return SideOutcome(exp_counts_E.detach().cpu().clone(), tensors)
 
 
 def _on_host(tensor: Tensor | None) -> Tensor:
@@ -91,7 +91,7 @@ def _experts(layer: nn.Module) -> nn.ModuleList:
     return layer.get_submodule("deepspeed_moe.experts.deepspeed_experts")  # type: ignore[return-value]
 
 
-def check_same(name: str, found: Outcome, expected: Outcome, tolerance: float = SAME_TOLERANCE) -> float:
+def check_same(name: str, found: SideOutcome, expected: SideOutcome, tolerance: float = SAME_TOLERANCE) -> float:
     """The largest difference, relative to the largest element of each tensor.
 
     Raises EngineError where counts differ or a tensor differs by more than `tolerance`: sides that compute

@@ -14,7 +14,7 @@ MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """The records of one side of one case, by what they measure."""
 
     case: str
@@ -41,14 +41,14 @@ class Row:
         return text
 
 
-def rows_of(records: Iterable[Record]) -> list[Row]:
+def rows_of(records: Iterable[Record]) -> list[LayerRow]:
     """One row a side and case, in the records' order. Names are layer.<case>.<side>.<what>."""
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str], LayerRow] = {}
     for record in records:
         parts = record.name.split(".")
         if len(parts) == 4 and parts[0] == "layer":
             _, case, side, what = parts
-            rows.setdefault((case, side), Row(case, side, {})).found[what] = record
+            rows.setdefault((case, side), LayerRow(case, side, {})).found[what] = record
     return list(rows.values())
 
 

@@ -49,7 +49,7 @@ NOTES = {
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     """One world: what is held constant, and its ranks."""
 
     total: str
@@ -61,14 +61,14 @@ class Scaling:
 
     def __init__(self, plan: SystemsPlan, command: str, commit: str) -> None:
         self._plan, self._source = plan, {"command": command, "commit": commit, "hardware": hardware("cpu", SIZES[-1])}
-        self.values: dict[tuple[Point, str], list[float]] = {}
+        self.values: dict[tuple[ScalingPoint, str], list[float]] = {}
 
-    def add(self, point: Point, finding: Finding) -> None:
+    def add(self, point: ScalingPoint, finding: Finding) -> None:
         self.values.setdefault((point, finding.what), []).extend(finding.values)
 
     def records(self) -> list[Record]:
         """Every record that can be made now: points first, then the laws' fits to their medians."""
-        found = [record for total in TOTALS for size in SIZES for record in self._point(Point(total, size))]
+        found = [record for total in TOTALS for size in SIZES for record in self._point(ScalingPoint(total, size))]
         medians: dict[tuple[str, str], dict[int, float]] = {}
         for record in found:
             _, total, size, what = record.name.split(".")
@@ -78,7 +78,7 @@ class Scaling:
                 found += self._fit(total, what, values)
         return found
 
-    def _point(self, point: Point) -> Iterator[Record]:
+    def _point(self, point: ScalingPoint) -> Iterator[Record]:
         name, seconds = f"scaling.{point.total}.ep{point.size}", self.values.get((point, "time"), [])
         if seconds:
             tokens = plan_of(self._plan, point).tokens_of_step
@@ -116,7 +116,7 @@ class Scaling:
         )
 
 
-def plan_of(plan: SystemsPlan, point: Point) -> SystemsPlan:
+def plan_of(plan: SystemsPlan, point: ScalingPoint) -> SystemsPlan:
     """The plan of one world: its ranks, its tokens, and the compute that these take."""
     sequences = SEQUENCES_PER_RANK * (point.size if point.total == "constant_rank" else SIZES[-1])
     of_rank = sequences / point.size / SEQUENCES_PER_RANK
@@ -178,7 +178,7 @@ def run_all(plan: SystemsPlan, found: Scaling, console: Console, parsed: argpars
     """Runs world after world; 130 after Ctrl-C."""
     for total in TOTALS:
         for size in SIZES:
-            point = Point(total, size)
+            point = ScalingPoint(total, size)
             worlds = [plan_of(plan, point)]
             if not parsed.no_memory:
                 worlds.append(replace(worlds[0], device="cpu", measure="memory", port=free_port()))
@@ -188,7 +188,9 @@ def run_all(plan: SystemsPlan, found: Scaling, console: Console, parsed: argpars
     return 0
 
 
-def run_world(plan: SystemsPlan, point: Point, found: Scaling, console: Console, parsed: argparse.Namespace) -> int:
+def run_world(
+    plan: SystemsPlan, point: ScalingPoint, found: Scaling, console: Console, parsed: argparse.Namespace
+) -> int:
     """Follows the ranks of one world to their end, keeping the file up to date; 130 after Ctrl-C."""
 
     def see(finding: Finding, update: Callable[..., Any]) -> None:
@@ -199,7 +201,7 @@ def run_world(plan: SystemsPlan, point: Point, found: Scaling, console: Console,
 
     with ExitStack() as stack:
         if parsed.link and plan.num_nodes > 1 and plan.measure == "time":
-            widest = plan_of(plan, Point("constant_rank", SIZES[-1]))
+            widest = plan_of(plan, ScalingPoint("constant_rank", SIZES[-1]))
             of_rank = replace(widest, step_compute_s=parsed.compute_s)
             rate = link_mbit(of_rank, cluster_traffic_ratio())  # one link for all sizes
             plan = replace(

@@ -12,8 +12,8 @@ from typing import Any
 
 from ds_moe_ep.bench.harness.processes import Finding, die_with_parent, free_port, loopback_environment, started_ranks
 from ds_moe_ep.comm.launcher import launched
-from ds_moe_ep.doctor.links.verdicts import Outcome, Presence, outcome_from
-from ds_moe_ep.doctor.trial import Trial
+from ds_moe_ep.doctor.links.verdicts import LinksOutcome, Presence, outcome_from
+from ds_moe_ep.doctor.trial import LinkTrial
 
 POLL_S = 0.2
 
@@ -22,7 +22,7 @@ POLL_S = 0.2
 class LocalPlan:
     """What every rank of a local trial is told."""
 
-    trial: Trial
+    trial: LinkTrial
     num_ranks: int
     port: int
 
@@ -49,11 +49,11 @@ def run_rank(rank: int, plan: LocalPlan, inbox: Any) -> None:
     os._exit(0)  # a transfer may hang in a thread
 
 
-def try_local_links(num_ranks: int, trial: Trial) -> Outcome:
+def try_local_links(num_ranks: int, trial: LinkTrial) -> LinksOutcome:
     """What `num_ranks` ranks of this machine measured; in bounded time, and no rank is left behind."""
     plan = LocalPlan(trial, num_ranks, free_port())
     begin, up = time.monotonic(), set[int]()
-    heard: list[Outcome] = []
+    heard: list[LinksOutcome] = []
     try:
         with started_ranks(run_rank, plan, num_ranks) as (processes, inbox):
             deadline = begin + 3 * trial.start_s + trial.limit_s
@@ -73,7 +73,7 @@ def try_local_links(num_ranks: int, trial: Trial) -> Outcome:
     if heard:
         return heard[0]
     failed = {rank: f"its process ended with {code}" for rank, code in codes.items() if rank not in up and code}
-    return Outcome(
+    return LinksOutcome(
         backend="gloo",
         world_size=num_ranks,
         up={rank: Presence() for rank in up},

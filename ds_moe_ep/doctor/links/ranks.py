@@ -26,9 +26,9 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ds_moe_ep.comm.launcher import World
 from ds_moe_ep.doctor.gather import installed
-from ds_moe_ep.doctor.links.verdicts import Link, Outcome, Presence, pairs_to_try, reaches
+from ds_moe_ep.doctor.links.verdicts import LinksOutcome, Presence, TriedLink, pairs_to_try, reaches
 from ds_moe_ep.doctor.probe import named
-from ds_moe_ep.doctor.trial import Trial
+from ds_moe_ep.doctor.trial import LinkTrial
 
 # What every rank should have alike.
 RELEASES = ("torch", "deepspeed", "ds-moe-ep")
@@ -45,17 +45,17 @@ LARGE_TRIPS = 3
 BATCHES = 9
 
 
-def try_links(world: World, trial: Trial) -> Outcome:
+def try_links(world: World, trial: LinkTrial) -> LinksOutcome:
     """What is known at the end: everything on rank 0, this rank's own state on the others. Ends in time on each."""
-    known: list[Outcome] = []
+    known: list[LinksOutcome] = []
     thread = threading.Thread(target=lambda: known.append(_meet_and_try(world, trial)), daemon=True)
     thread.start()
     thread.join(3 * trial.start_s + 2 * trial.limit_s)
-    silent = Outcome(world_size=world.size, failed={world.rank: "it hangs before its first transfer"}, stuck=True)
+    silent = LinksOutcome(world_size=world.size, failed={world.rank: "it hangs before its first transfer"}, stuck=True)
     return known[0] if known else silent
 
 
-def _meet_and_try(world: World, trial: Trial) -> Outcome:
+def _meet_and_try(world: World, trial: LinkTrial) -> LinksOutcome:
     begin = time.monotonic()
     try:
         gpus = torch.cuda.device_count() if world.wants_gpu else 0
@@ -69,9 +69,9 @@ def _meet_and_try(world: World, trial: Trial) -> Outcome:
         store.set(_key("up", world.rank), json.dumps(vars(presence)))
         up = _wait_for_all(store, world, trial.start_s)
     except Exception as error:
-        return Outcome(world_size=world.size, failed={world.rank: named(error)})
+        return LinksOutcome(world_size=world.size, failed={world.rank: named(error)})
     backend = "nccl" if all(presence.has_gpu for presence in up.values()) else "gloo"
-    known = Outcome(backend=backend, world_size=world.size, up=up, waited_s=time.monotonic() - begin)
+    known = LinksOutcome(backend=backend, world_size=world.size, up=up, waited_s=time.monotonic() - begin)
     if known.missing:
         return known
     hosts = {rank: presence.host for rank, presence in up.items()}
@@ -85,7 +85,7 @@ def _meet_and_try(world: World, trial: Trial) -> Outcome:
     return replace(known, stuck=thread.is_alive())
 
 
-def _connect(world: World, trial: Trial, *, serves: bool) -> TCPStore:
+def _connect(world: World, trial: LinkTrial, *, serves: bool) -> TCPStore:
     limit = timedelta(seconds=trial.start_s)
     return TCPStore(
         world.address, world.port, is_master=serves, timeout=limit, wait_for_workers=False, multi_tenant=True
@@ -111,7 +111,7 @@ def _wait_for_all(store: TCPStore, world: World, limit_s: float) -> dict[int, Pr
     return {rank: Presence(**json.loads(store.get(key))) for rank, key in keys.items()}
 
 
-def _collect(store: TCPStore, known: Outcome, pairs: Sequence[tuple[int, int]], limit_s: float) -> Outcome:
+def _collect(store: TCPStore, known: LinksOutcome, pairs: Sequence[tuple[int, int]], limit_s: float) -> LinksOutcome:
     """Everything that the ranks tell the store, until all have ended or `limit_s` is over."""
     waiting, failed = set(range(known.world_size)), dict[int, str]()
     deadline = time.monotonic() + limit_s
@@ -125,12 +125,14 @@ def _collect(store: TCPStore, known: Outcome, pairs: Sequence[tuple[int, int]], 
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         time.sleep(POLL_S)
     measured = [pair for pair in pairs if store.check([_key("pair", *pair)])]
-    links = tuple(Link(*pair, *json.loads(store.get(_key("pair", *pair)))) for pair in measured)
+    links = tuple(TriedLink(*pair, *json.loads(store.get(_key("pair", *pair)))) for pair in measured)
     hung = next((pair for pair in pairs if pair not in measured), None) if waiting else None
     return replace(known, links=links, failed=failed, silent=tuple(sorted(waiting)), hung=hung)
 
 
-def _measure_safely(world: World, trial: Trial, backend: str, pairs: Sequence[tuple[int, int]], store: Store) -> None:
+def _measure_safely(
+    world: World, trial: LinkTrial, backend: str, pairs: Sequence[tuple[int, int]], store: Store
+) -> None:
     try:
         _measure(world, trial, backend, pairs, store)
         error = ""
@@ -140,7 +142,7 @@ def _measure_safely(world: World, trial: Trial, backend: str, pairs: Sequence[tu
         store.set(_key("ended", world.rank), error)
 
 
-def _measure(world: World, trial: Trial, backend: str, pairs: Sequence[tuple[int, int]], store: Store) -> None:
+def _measure(world: World, trial: LinkTrial, backend: str, pairs: Sequence[tuple[int, int]], store: Store) -> None:
     """This rank's part: it leads a pair, follows in one, or waits at the barrier between two."""
     torch.set_num_threads(1)
     device = torch.device("cpu")

@@ -23,7 +23,7 @@ ALIKE = 1.25  # near and far within this factor are the same
 
 
 @dataclass(frozen=True)
-class Link:
+class TriedLink:
     """What one pair of ranks measured; `low` is the lower rank."""
 
     low: int
@@ -47,14 +47,14 @@ class Presence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class LinksOutcome:
     """All that is known after the ranks have measured, or have failed to."""
 
     world_size: int
     backend: str = "gloo"
     up: Mapping[int, Presence] = field(default_factory=dict)
     waited_s: float = 0.0  # until the last of them was up, or until nobody waited longer
-    links: tuple[Link, ...] = ()
+    links: tuple[TriedLink, ...] = ()
     failed: Mapping[int, str] = field(default_factory=dict)
     silent: tuple[int, ...] = ()  # ranks that were up and did not end in time
     hung: tuple[int, int] | None = None  # the pair at which they stand: pairs are tried one after the other
@@ -70,14 +70,14 @@ class Outcome:
         return json.dumps({**values, "links": [vars(link) for link in self.links]})
 
 
-def outcome_from(text: str) -> Outcome:
+def outcome_from(text: str) -> LinksOutcome:
     """The outcome of `to_json`."""
     values: dict[str, Any] = json.loads(text)
     values["up"] = {int(rank): Presence(**presence) for rank, presence in values["up"].items()}
     values["failed"] = {int(rank): error for rank, error in values["failed"].items()}
-    values["links"] = tuple(Link(**link) for link in values["links"])
+    values["links"] = tuple(TriedLink(**link) for link in values["links"])
     values["hung"] = tuple(values["hung"]) if values["hung"] else None
-    return Outcome(**{**values, "silent": tuple(values["silent"])})
+    return LinksOutcome(**{**values, "silent": tuple(values["silent"])})
 
 
 def torus_of_hosts(group: Sequence[int], node_size: int, hosts: Mapping[int, str]) -> Torus:
@@ -110,7 +110,7 @@ def pairs_to_try(classes: Mapping[tuple[int, int], Reach], most: int) -> list[tu
     return chosen
 
 
-def judge_links(outcome: Outcome, groups: Sequence[Sequence[int]], node_size: int) -> list[Verdict]:
+def judge_links(outcome: LinksOutcome, groups: Sequence[Sequence[int]], node_size: int) -> list[Verdict]:
     """Verdicts on ranks, hosts, and each class of links."""
     verdicts = list(judge_ranks(outcome))
     if outcome.missing:
@@ -129,7 +129,7 @@ def judge_links(outcome: Outcome, groups: Sequence[Sequence[int]], node_size: in
     return verdicts
 
 
-def judge_ranks(outcome: Outcome) -> Iterator[Verdict]:
+def judge_ranks(outcome: LinksOutcome) -> Iterator[Verdict]:
     """Whether every rank came up, measured, and ended."""
     size, missing = outcome.world_size, outcome.missing
     if missing:
@@ -228,7 +228,7 @@ def _differences(of_ranks: Mapping[int, Mapping[str, str | None]]) -> Iterator[t
             yield name, f"{name} is {first or 'not there'} on rank 0, {theirs or 'not there'} on {_ranks(odd)}"
 
 
-def judge_class(name: str, links: Sequence[Link], *, is_wire: bool) -> Iterator[Verdict]:
+def judge_class(name: str, links: Sequence[TriedLink], *, is_wire: bool) -> Iterator[Verdict]:
     """The links of one class, and the pairs that are much slower than the others.
 
     Between processes of one machine (no wire) latency is the scheduler's, and tells nothing of a pair.
@@ -254,7 +254,7 @@ def judge_class(name: str, links: Sequence[Link], *, is_wire: bool) -> Iterator[
     yield _verdict(name, "warning", found, f"{way_out}; all ranks wait for the slowest pair")
 
 
-def judge_topology(near: Sequence[Link], far: Sequence[Link], *, one_host: bool) -> Iterator[Verdict]:
+def judge_topology(near: Sequence[TriedLink], far: Sequence[TriedLink], *, one_host: bool) -> Iterator[Verdict]:
     """Whether near links are faster than far ones, as the schedule takes them to be."""
     if not near and not far:
         return
@@ -280,7 +280,7 @@ def judge_topology(near: Sequence[Link], far: Sequence[Link], *, one_host: bool)
         yield _verdict("topology", "note", f"{found}: alike, so groups of peers may gain little over chunks")
 
 
-def _medians(links: Sequence[Link]) -> tuple[float, float]:
+def _medians(links: Sequence[TriedLink]) -> tuple[float, float]:
     latency = statistics.median(link.latency_us for link in links)
     return latency, statistics.median(link.gb_per_s for link in links)
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from ds_moe_ep.config.section import SECTION, load_ds_config, read_section
 from ds_moe_ep.engine.checkpoint.weight_files import (
     MAIN_FILE,
-    Place,
     WeightFiles,
+    WeightPlace,
     expert_files,
     find_files,
     pipeline_files,
@@ -194,7 +194,7 @@ def check_keys(path: Path, weights: Any, planned: set[str]) -> None:
             )
 
 
-def check_weight(path: Path, place: Place, found: Any, planned: Tensor, earlier: list[Tensor]) -> None:
+def check_weight(path: Path, place: WeightPlace, found: Any, planned: Tensor, earlier: list[Tensor]) -> None:
     """Raises EngineError where a weight is not as the model has it, or of another type than its earlier shares."""
     if not isinstance(found, Tensor) or found.shape != planned.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -220,7 +220,7 @@ def load_file(path: Path) -> Any:
         raise EngineError(f"{path}: cannot be read ({type(error).__name__}: {error}); save it again") from error
 
 
-def share_at(place: Place, parts: Mapping[str, list[Tensor]]) -> Tensor:
+def share_at(place: WeightPlace, parts: Mapping[str, list[Tensor]]) -> Tensor:
     """The share of a weight that belongs to `place`, in memory of its own.
 
     Of weights that every rank of a tensor group holds whole, the first rank's counts.
@@ -230,7 +230,7 @@ def share_at(place: Place, parts: Mapping[str, list[Tensor]]) -> Tensor:
     return place.of(whole).clone(memory_format=torch.contiguous_format)
 
 
-def bytes_at(place: Place, parts: Mapping[str, list[Tensor]]) -> int:
+def bytes_at(place: WeightPlace, parts: Mapping[str, list[Tensor]]) -> int:
     """Bytes of the share of a weight that belongs to `place`."""
     shares, is_cut = parts[place.name], cut_dimension(place.name) is not None
     return shares[0].nbytes * len(shares) // place.share.count if is_cut else shares[0].nbytes

@@ -31,7 +31,7 @@ from ds_moe_ep.health.watch import Watch
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointPlace:
     """Where a checkpoint will lie."""
 
     save_dir: Path
@@ -50,7 +50,7 @@ class Place:
 class Report:
     """What one rank tells the others: `problem` is empty where all went well."""
 
-    place: Place
+    place: CheckpointPlace
     host: str
     problem: str
     needed_bytes: int = 0
@@ -97,13 +97,15 @@ class SafeSaver:
         self._watch = watch
         self._written = Written(engine.checkpoint_engine)
         self._last_bytes = 0
-        self._place = Place(Path(), "")
+        self._place = CheckpointPlace(Path(), "")
 
     def end(self) -> None:
         """Gives the checkpoint engine its own method back."""
         self._written.end()
 
-    def save(self, place: Place, client_state: Mapping[str, Any], save_latest: bool, without_frozen: bool) -> None:
+    def save(
+        self, place: CheckpointPlace, client_state: Mapping[str, Any], save_latest: bool, without_frozen: bool
+    ) -> None:
         """Saves, or raises EngineError on every rank. Collective over the world."""
         self._place = place
         self._written.restart()
@@ -131,7 +133,7 @@ class SafeSaver:
         rank: int = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
         return rank == 0
 
-    def _prepare(self, place: Place) -> Report:
+    def _prepare(self, place: CheckpointPlace) -> Report:
         """A folder that exists, without what a killed save has left, and what this rank needs and finds free there."""
 
         free_bytes = 0
@@ -145,7 +147,7 @@ class SafeSaver:
 
         return _report(place, self._attempt(make_room), self._last_bytes, free_bytes)
 
-    def _publish(self, place: Place, save_latest: bool) -> None:
+    def _publish(self, place: CheckpointPlace, save_latest: bool) -> None:
         publish(place.partial, place.folder)
         if save_latest and self._engine.global_rank == 0:
             write_latest(place.save_dir, place.tag)
@@ -204,7 +206,7 @@ def save_safely(engine: Any, watch: Watch) -> Callable[[], None]:
     ) -> bool:
         if not save_dir:
             raise ConfigError(f"save_dir={save_dir!r}: a checkpoint needs a folder; name one")
-        place = Place(Path(save_dir), f"global_step{engine.global_steps}" if tag is None else str(tag))
+        place = CheckpointPlace(Path(save_dir), f"global_step{engine.global_steps}" if tag is None else str(tag))
         with watch.among_others("a checkpoint"):
             saver.save(place, client_state or {}, save_latest, exclude_frozen_parameters)
         return True
@@ -245,11 +247,11 @@ def shortage(reports: Sequence[Report]) -> str:
     return ""
 
 
-def _report(place: Place, problem: str, needed_bytes: int = 0, free_bytes: int = 0) -> Report:
+def _report(place: CheckpointPlace, problem: str, needed_bytes: int = 0, free_bytes: int = 0) -> Report:
     return Report(place, socket.gethostname(), problem, needed_bytes, free_bytes)
 
 
-def _still_good(place: Place) -> str:
+def _still_good(place: CheckpointPlace) -> str:
     """What is left to load, and the way out."""
     latest = place.save_dir / "latest"
     kept = f"'latest' still names {latest.read_text().strip()}" if latest.is_file() else "there is no earlier one"

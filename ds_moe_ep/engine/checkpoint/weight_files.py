@@ -32,7 +32,7 @@ _MODULE_FILE = re.compile(r"layer_\d+-model_(\d+)-model_states\.pt")
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightPlace:
     """Where a share of a weight lies; `name` is the weight's name on one device."""
 
     file: str
@@ -50,11 +50,11 @@ class WeightFiles:
     """The files of one layout. Shares of a weight stand in their order."""
 
     words: str  # the layout, for people
-    places: tuple[Place, ...]
+    places: tuple[WeightPlace, ...]
     num_state_files: int  # files that tell the state of the run
     is_pipeline: bool
 
-    def by_file(self) -> list[tuple[str, list[Place]]]:
+    def by_file(self) -> list[tuple[str, list[WeightPlace]]]:
         """The places of each file with weights."""
         return [(file, list(places)) for file, places in groupby(self.places, key=lambda place: place.file)]
 
@@ -77,12 +77,12 @@ def expert_files(model: ModelConfig, moe: MoEConfig) -> WeightFiles:
     return WeightFiles(f"expert parallelism with {moe.num_experts} experts", tuple(places), 1, is_pipeline=False)
 
 
-def _expert_place(key: str) -> Place:
+def _expert_place(key: str) -> WeightPlace:
     expert = LOCAL_EXPERT.search(key)
     if expert is None:
-        return Place(MAIN_FILE, key, global_name(key), WHOLE)
+        return WeightPlace(MAIN_FILE, key, global_name(key), WHOLE)
     layer_index = key.split(".")[1]
-    return Place(f"layer_{layer_index}_expert_{expert[1]}_{MAIN_FILE}", key, global_name(key), WHOLE)
+    return WeightPlace(f"layer_{layer_index}_expert_{expert[1]}_{MAIN_FILE}", key, global_name(key), WHOLE)
 
 
 def pipeline_files(model: ModelConfig, moe: MoEConfig, layout: Layout) -> WeightFiles:
@@ -91,7 +91,9 @@ def pipeline_files(model: ModelConfig, moe: MoEConfig, layout: Layout) -> Weight
     with torch.device("meta"):
         (modules,) = stage_modules(build_transformer(model, moe, ExpertParallel), 1)
     places = [
-        Place(f"layer_{index:02d}-model_{tp_rank:02d}-model_states.pt", key, name_on_one_device(module, key), share)
+        WeightPlace(
+            f"layer_{index:02d}-model_{tp_rank:02d}-model_states.pt", key, name_on_one_device(module, key), share
+        )
         for index, module in enumerate(modules)
         for tp_rank in range(layout.tp_size)
         for share in [Share(tp_rank, layout.tp_size)]

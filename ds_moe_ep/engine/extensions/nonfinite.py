@@ -19,7 +19,7 @@ from ds_moe_ep.engine import seams
 
 
 @dataclass(frozen=True)
-class Findings:
+class NonfiniteFindings:
     """What a rank found in its own backward passes of a step."""
 
     is_loss_bad: bool
@@ -56,11 +56,11 @@ class Sums:
         self._losses.clear()
         self._gradients.clear()
 
-    def findings(self) -> Findings:
+    def findings(self) -> NonfiniteFindings:
         """What is not finite. Syncs the device."""
         bad = {index for index, total in self._gradients if not total.isfinite()}
         names = tuple(name for index, name in enumerate(self._names) if index in bad)
-        return Findings(any(not bool(loss.isfinite()) for loss in self._losses), names)
+        return NonfiniteFindings(any(not bool(loss.isfinite()) for loss in self._losses), names)
 
 
 def tell_skips(engine: Any) -> Callable[[], None]:
@@ -93,7 +93,7 @@ def tell_skips(engine: Any) -> Callable[[], None]:
     return sums.end
 
 
-def summary(by_rank: Sequence[Findings]) -> str:
+def summary(by_rank: Sequence[NonfiniteFindings]) -> str:
     """The ranks with a bad loss, and those with bad gradients; of each the parameter next to the loss."""
     losses = [str(rank) for rank, found in enumerate(by_rank) if found.is_loss_bad]
     gradients = [

@@ -20,7 +20,7 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooks.layer import HookedLayer, become, become_again, check_width, copied, refuse_pickling
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
-from ds_moe_ep.moe.borrowed import OpaqueExperts
+from ds_moe_ep.moe.experts import OpaqueExperts
 from ds_moe_ep.moe.recognise import Form
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.split_experts import Opaque

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
-from ds_moe_ep.engine.clock import LayerClock, Timed
+from ds_moe_ep.engine.extensions.clock import LayerClock, Timed
 from ds_moe_ep.engine.hooks.layer import HookedLayer, become, become_again, check_width, copied, refuse_pickling
 from ds_moe_ep.engine.parallelism import problem_of_shared_tokens
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
-from ds_moe_ep.moe.borrowed import OpaqueExperts
-from ds_moe_ep.moe.experts import first_output
+from ds_moe_ep.moe.experts import OpaqueExperts, first_output
 from ds_moe_ep.moe.recognise import ExpertForms
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.snapshot import has_foreign_hooks

@@ -28,7 +28,7 @@ COMPARE = (
 
 
 @dataclass(frozen=True)
-class Block:
+class UnconvertedBlock:
     """A module with experts and a router as its children, as Hugging Face's models have them."""
 
     name: str
@@ -38,7 +38,7 @@ class Block:
     matrices: frozenset[str]  # parameters of the stacked experts, or children of one expert
 
 
-def blocks_of(model: nn.Module) -> list[Block]:
+def blocks_of(model: nn.Module) -> list[UnconvertedBlock]:
     """The blocks of experts of a model that are no MoE layer of DeepSpeed's, in the model's order."""
     own = [name for name, module in model.named_modules() if seams.is_moe_layer(module)]
     return [
@@ -49,12 +49,12 @@ def blocks_of(model: nn.Module) -> list[Block]:
     ]
 
 
-def _blocks_in(name: str, module: nn.Module) -> Iterator[Block]:
+def _blocks_in(name: str, module: nn.Module) -> Iterator[UnconvertedBlock]:
     for child, experts in module.named_children():
         size, matrices = _size_of(experts)
         routers = [other for other, router in module.named_children() if other != child and _routes(router, size)]
         if size > 1 and routers:
-            yield Block(name, child, routers[0], size, matrices)
+            yield UnconvertedBlock(name, child, routers[0], size, matrices)
             return
 
 
@@ -129,7 +129,7 @@ def way_out(model: nn.Module, section: Mapping[str, Any]) -> str:
     return f"name {_few(block.name for block in alike)} to it with {wanted[1:-1]}, or {presets}.{warning} {COMPARE}"
 
 
-def options_of(blocks: Sequence[Block], config: Any) -> dict[str, str]:
+def options_of(blocks: Sequence[UnconvertedBlock], config: Any) -> dict[str, str]:
     """The options of the section "expert_parallel" that name these blocks, but for those that AutoEP takes anyway."""
     first = blocks[0]
     options = {"moe_layer_pattern": pattern_of([block.name for block in blocks])}

@@ -22,7 +22,7 @@ WIDE = 12  # sizes beyond which every other one is written
 
 
 @dataclass(frozen=True)
-class Line:
+class SweepLine:
     """Points over sizes with their bars, and the law fitted to them where there is one."""
 
     label: str
@@ -38,7 +38,7 @@ class SweepPanel:
     fit: str  # how well the law fits
     x_label: str
     y_label: str
-    lines: Sequence[Line]
+    lines: Sequence[SweepLine]
     is_share: bool = False
     curve: str = "the laws, fitted"  # what the curves are
 
@@ -78,7 +78,7 @@ def _paint(axis: Axes, panel: SweepPanel) -> None:
     _dress(axis, panel, sizes)
 
 
-def _paint_points(axis: Axes, line: Line, place: int) -> None:
+def _paint_points(axis: Axes, line: SweepLine, place: int) -> None:
     sizes = sorted(line.points)
     quantities = [line.points[size] for size in sizes]
     errors = [[q.value - q.low for q in quantities], [q.high - q.value for q in quantities]]

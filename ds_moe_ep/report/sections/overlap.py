@@ -8,7 +8,7 @@ from ds_moe_ep.records.names import DEVICES, SIDES
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import shaping_order
-from ds_moe_ep.report.page import Block, Picture, Section, Table, basis_of
+from ds_moe_ep.report.page import Block, PageSection, Picture, Table, basis_of
 from ds_moe_ep.report.plots.overlap import LinkPanel, draw_overlap
 from ds_moe_ep.report.quantities import NONE, TIMES, convert, number
 
@@ -19,7 +19,7 @@ MEASURES: Mapping[str, tuple[str, str, str]] = {  # of a step: unit, axis, title
 Sides = dict[str, dict[str, Record]]  # by side and shaping
 
 
-def overlap(findings: Findings) -> Section | None:
+def overlap(findings: Findings) -> PageSection | None:
     """A picture of all devices, and a table for each."""
     found = {device: {what: _sides(findings, device, what) for what in MEASURES} for device in DEVICES}
     panels = [
@@ -35,7 +35,7 @@ def overlap(findings: Findings) -> Section | None:
     picture = Picture("overlap", "Schedules over links", caption, draw_overlap(panels, SIDES), basis_of(used))
     blocks: list[Block] = [picture]
     blocks += [_table(device, measures) for device, measures in found.items() if measures["time"]]
-    return Section("Schedules over links", tuple(blocks))
+    return PageSection("Schedules over links", tuple(blocks))
 
 
 def _sides(findings: Findings, device: str, what: str) -> Sides:

@@ -8,7 +8,7 @@ from ds_moe_ep.records.names import LAWS, TOTALS
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import number_in
-from ds_moe_ep.report.page import Picture, Section, Table, basis_of
+from ds_moe_ep.report.page import PageSection, Picture, Table, basis_of
 from ds_moe_ep.report.plots.lines import LawPanel, draw_scaling
 from ds_moe_ep.report.quantities import NONE, SCALES, SPELLINGS, Quantity, convert, number
 from ds_moe_ep.specification.laws import SHAPES, STATED_R2
@@ -21,7 +21,7 @@ UNITS: Mapping[str, tuple[str, str]] = {  # what Records are converted to, and h
 }
 
 
-def scaling(findings: Findings) -> Section | None:
+def scaling(findings: Findings) -> PageSection | None:
     """Four laws under two totals: points, fits, and how well they fit beside what the specification states."""
     panels: list[LawPanel] = []
     used: list[Record] = []
@@ -37,7 +37,7 @@ def scaling(findings: Findings) -> Section | None:
     picture = Picture("scaling", "Scaling with EP", caption, draw_scaling(panels), basis_of(used))
     fits = {(law, total): fit for law in LAWS for total in TOTALS if (fit := r2_of(findings, total, law))}
     table = fits_table("How well the laws fit", "here", fits)
-    return Section("Scaling", (picture, *([table] if table else [])))
+    return PageSection("Scaling", (picture, *([table] if table else [])))
 
 
 def r2_of(findings: Findings, total: str, law: str) -> Record | None:

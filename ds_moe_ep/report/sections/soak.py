@@ -6,7 +6,7 @@ from ds_moe_ep.records.names import SOAK_VERDICTS
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import number_in
-from ds_moe_ep.report.page import Block, Picture, Section, Table, emulation_of
+from ds_moe_ep.report.page import Block, PageSection, Picture, Table, emulation_of
 from ds_moe_ep.report.plots.soak import RunMemory, StepLoad, draw_soak
 from ds_moe_ep.report.quantities import NONE, convert, number
 
@@ -18,7 +18,7 @@ WEATHER = {  # of what: the note of its Record says the rest
 }
 
 
-def soak(findings: Findings) -> Section | None:
+def soak(findings: Findings) -> PageSection | None:
     """A picture over the steps and a table of verdicts."""
     used: list[Record] = []
     runs = []
@@ -34,7 +34,7 @@ def soak(findings: Findings) -> Section | None:
         blocks.append(Picture("soak", "Soak", caption, drawing, emulation_of(used)))
     if table := _verdicts(findings):
         blocks.append(table)
-    return Section("Soak", tuple(blocks)) if blocks else None
+    return PageSection("Soak", tuple(blocks)) if blocks else None
 
 
 def _runs(findings: Findings) -> list[int]:

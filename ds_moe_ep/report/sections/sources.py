@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from ds_moe_ep.records.names import SYSTEMS, TOTALS, bed_title
 from ds_moe_ep.report.findings import Findings
-from ds_moe_ep.report.page import Block, Code, Lines, Prose, Section, Table, emulation_of
+from ds_moe_ep.report.page import Block, Code, Lines, PageSection, Prose, Table, emulation_of
 
 MAX_LINES = 12
 
 
-def head(findings: Findings, absent: Sequence[str]) -> Section:
+def head(findings: Findings, absent: Sequence[str]) -> PageSection:
     """What was measured, on what, by which revision; emulated or not; and which sections have no Records."""
     records = list(findings.by_name.values())
     named = {system for system in SYSTEMS for name in findings.by_name if f".{system}." in name}
@@ -31,10 +31,10 @@ def head(findings: Findings, absent: Sequence[str]) -> Section:
         items.append(f"{findings.num_others} other records were not used.")
     if findings.num_replaced:
         items.append(f"{findings.num_replaced} records were replaced by later ones of the same name.")
-    return Section("What was measured", (Lines(tuple(filter(None, items))),))
+    return PageSection("What was measured", (Lines(tuple(filter(None, items))),))
 
 
-def sources(findings: Findings) -> Section:
+def sources(findings: Findings) -> PageSection:
     """The files of Records and the commands that write them again."""
     rows = [
         (source.path.name, f"{len(source.records):,}", f"{len(source.known):,}", f"{len(source.spans):,}")
@@ -45,7 +45,7 @@ def sources(findings: Findings) -> Section:
     blocks: list[Block] = [files]
     if commands:
         blocks += [Prose("To measure the same again:"), Code(tuple(commands))]
-    return Section("Records and commands", tuple(blocks))
+    return PageSection("Records and commands", tuple(blocks))
 
 
 def _unique(texts: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from ds_moe_ep.records.names import KINDS, LAWS, MODES, PARTS, SIMULATED, TOTALS
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import short_bed
-from ds_moe_ep.report.page import Prose, Section, Table, emulation_of
+from ds_moe_ep.report.page import PageSection, Prose, Table, emulation_of
 from ds_moe_ep.report.quantities import NONE, convert, number
 from ds_moe_ep.report.sections.scaling import r2_of
 from ds_moe_ep.specification.derived import RATIO, stated_and_derived
@@ -19,7 +19,7 @@ Found = tuple[str, str, Sequence[Record]]  # where, what was measured there, and
 Answer = Callable[[Findings], Iterator[Found]]
 
 
-def stated(findings: Findings) -> Section | None:
+def stated(findings: Findings) -> PageSection | None:
     """The specification's figures beside what follows from its shapes, what was measured and what was simulated."""
     used: list[Record] = []
     rows: list[tuple[str, ...]] = []
@@ -39,7 +39,7 @@ def stated(findings: Findings) -> Section | None:
     head: tuple[str, ...] = ("figure", "stated", "derived", "measured here", "simulated", "remarks")
     if not any(map(_is_simulated, used)):
         head, rows = (*head[:4], *head[5:]), [(*row[:4], *row[5:]) for row in rows]
-    return Section(
+    return PageSection(
         "The specification's figures", (explained, Table("", head, tuple(rows), emulation_of(used), len(head)))
     )
 

@@ -11,8 +11,8 @@ from ds_moe_ep.records.names import LAWS, TOTALS
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.report.findings import Findings, read_findings
 from ds_moe_ep.report.known_names import number_in, short_bed
-from ds_moe_ep.report.page import Block, Picture, Section, Table, basis_of
-from ds_moe_ep.report.plots.sweep import Line, SweepPanel, draw_sweep
+from ds_moe_ep.report.page import Block, PageSection, Picture, Table, basis_of
+from ds_moe_ep.report.plots.sweep import SweepLine, SweepPanel, draw_sweep
 from ds_moe_ep.report.quantities import Quantity, cell, convert, number
 from ds_moe_ep.report.sections.scaling import UNITS, fits_table
 from ds_moe_ep.specification.laws import SHAPES, STATED_R2
@@ -24,7 +24,7 @@ HEAD = ("EP", "copies", "tokens/s", "\u00b5s a token", "busy, %", "MB an expert"
 Points = dict[tuple[int, int], Record]  # by EP and copies
 
 
-def simulated_scaling(findings: Findings) -> Section | None:
+def simulated_scaling(findings: Findings) -> PageSection | None:
     """A picture a bed over EP, and one over copies where these vary, with a table of all points and one of the fits."""
     blocks: list[Block] = []
     for bed in findings.swept:
@@ -34,7 +34,7 @@ def simulated_scaling(findings: Findings) -> Section | None:
         if over_dp:
             blocks.append(_picture(findings, bed, f"sweep_copies_{bed}", "Scaling with copies of the experts", over_dp))
         blocks += [*_points_tables(findings, bed), *_fits_table(findings, bed)]
-    return Section("Scaling, simulated", tuple(blocks)) if blocks else None
+    return PageSection("Scaling, simulated", tuple(blocks)) if blocks else None
 
 
 def _picture(findings: Findings, bed: str, key: str, title: str, panels: list[SweepPanel]) -> Picture:
@@ -66,7 +66,7 @@ def _over_ep(findings: Findings, bed: str) -> list[SweepPanel]:
             least = min((dp for _, dp in points), default=1)
             values = {ep: convert(record, unit) for (ep, dp), record in points.items() if dp == least}
             if len(values) > 1:
-                lines.append(Line(label, values, _law(findings, bed, total, law, unit)))
+                lines.append(SweepLine(label, values, _law(findings, bed, total, law, unit)))
                 fits.append(findings.get("sweep", bed, total, "fit", law, "r2"))
         told = " and ".join(dict.fromkeys(number(fit.value) for fit in fits if fit))
         fit_text = f"R\u00b2 {told}, stated {STATED_R2[law]:g}" if told else ""
@@ -96,7 +96,7 @@ def _over_dp(findings: Findings, bed: str) -> list[SweepPanel]:
             ep = max(set(sizes), key=sizes.count, default=0)
             values = {ep * dp: convert(record, unit) for (size, dp), record in points.items() if size == ep}
             if len(values) > 1:
-                lines.append(Line(label, values, _linear(values) if what == "tps" else None))
+                lines.append(SweepLine(label, values, _linear(values) if what == "tps" else None))
         if lines:
             x_label = f"devices (EP={ep} times copies)"
             panels.append(SweepPanel(title, "", x_label, axis, lines, unit == "percent", PROPORTION))

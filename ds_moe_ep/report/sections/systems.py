@@ -8,7 +8,7 @@ from ds_moe_ep.records.names import BASELINE, KINDS, MODES, PARTS, SIMULATED, SY
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import short_bed
-from ds_moe_ep.report.page import Block, Lines, Picture, Prose, Section, Table, basis_of
+from ds_moe_ep.report.page import Block, Lines, PageSection, Picture, Prose, Table, basis_of
 from ds_moe_ep.report.plots.bars import Bar, BarPanel, Stack, StackPanel, draw_bars, draw_stacks
 from ds_moe_ep.report.plots.style import KIND_COLORS, PART_COLORS
 from ds_moe_ep.report.quantities import TIMES, cell, convert, number, with_quartiles
@@ -23,7 +23,7 @@ SIMULATION = (
 )
 
 
-def throughput(findings: Findings) -> Section | None:
+def throughput(findings: Findings) -> PageSection | None:
     """The headline: a table for each bed and mode, and the bars."""
     whats = (*HEADLINE, *(f"ratio_to_{system}" for system in SYSTEMS))
     blocks: list[Block] = []
@@ -39,7 +39,7 @@ def throughput(findings: Findings) -> Section | None:
         + (SIMULATION if any(bed.startswith(SIMULATED) for bed in findings.beds) else "")
     )
     bars = _throughput_bars(findings)
-    return Section("Throughput", (explained, *([bars] if bars else []), *blocks))
+    return PageSection("Throughput", (explained, *([bars] if bars else []), *blocks))
 
 
 def _headline(findings: Findings, bed: str, mode: str, systems: Sequence[str]) -> list[Block]:
@@ -109,7 +109,7 @@ def _throughput_bars(findings: Findings) -> Picture | None:
     return Picture("throughput", "Throughput", caption, draw_bars(panels), basis_of(used))
 
 
-def latency(findings: Findings) -> Section | None:
+def latency(findings: Findings) -> PageSection | None:
     """Where a step's time goes."""
     places = findings.places("breakdown")
     if not places:
@@ -129,10 +129,10 @@ def latency(findings: Findings) -> Section | None:
     )
     drawing = draw_stacks(panels, PARTS, PART_COLORS)
     picture = Picture("latency", "Where a step's time goes", caption, drawing, basis_of(used))
-    return Section("Where the time goes", (picture,))
+    return PageSection("Where the time goes", (picture,))
 
 
-def memory(findings: Findings) -> Section | None:
+def memory(findings: Findings) -> PageSection | None:
     """What fills the fullest rank's memory."""
     places = findings.places("memory")
     if not places:
@@ -151,7 +151,7 @@ def memory(findings: Findings) -> Section | None:
         panels.append(StackPanel(_title(*place), _axis(f"{unit} of the fullest rank", first), stacks))
     caption = f"Bytes of the fullest rank by kind (1 {unit} = {'1e9' if unit == 'GB' else '1e6'} bytes)."
     drawing = draw_stacks(panels, KINDS, KIND_COLORS)
-    return Section("Memory", (Picture("memory", "Memory of a rank", caption, drawing, basis_of(used)),))
+    return PageSection("Memory", (Picture("memory", "Memory of a rank", caption, drawing, basis_of(used)),))
 
 
 def _stack(system: str, parts: Mapping[str, Record], unit: str, text: str) -> Stack:

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from ds_moe_ep.records.names import SYSTEMS
 from ds_moe_ep.report.findings import Findings, Source
 from ds_moe_ep.report.known_names import is_known
-from ds_moe_ep.report.page import Block, Picture, Section, basis_of
+from ds_moe_ep.report.page import Block, PageSection, Picture, basis_of
 from ds_moe_ep.report.plots.timeline import draw_timeline
 from ds_moe_ep.schedule.spans import Span
 
 ORDER = ("ep16_serial", "ep16")  # what blocks is above what overlaps
 
 
-def timeline(findings: Findings) -> Section | None:
+def timeline(findings: Findings) -> PageSection | None:
     """A picture for each source that has spans of the systems."""
     blocks: list[Block] = []
     for source in findings.sources:
         picture = _picture(source, len(blocks))
         if picture is not None:
             blocks.append(picture)
-    return Section("What hides what", tuple(blocks)) if blocks else None
+    return PageSection("What hides what", tuple(blocks)) if blocks else None
 
 
 def _picture(source: Source, index: int) -> Picture | None:

@@ -8,7 +8,7 @@ from ds_moe_ep.records.names import BASELINE, SYSTEMS, bed_title
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import number_in, short_bed
-from ds_moe_ep.report.page import Block, Picture, Section, basis_of
+from ds_moe_ep.report.page import Block, PageSection, Picture, basis_of
 from ds_moe_ep.report.plots.lines import Curve, draw_losses
 from ds_moe_ep.report.plots.load import HOTTEST, LayerLoad, Unevenness, draw_load, draw_unevenness
 from ds_moe_ep.report.quantities import convert, number
@@ -17,7 +17,7 @@ OURS = "ep16"
 Rows = Mapping[int, Mapping[int, Mapping[int, float]]]  # by layer, step, expert
 
 
-def loss(findings: Findings) -> Section | None:
+def loss(findings: Findings) -> PageSection | None:
     """The loss of every system over the same batches."""
     used: list[Record] = []
     beds = []
@@ -39,17 +39,17 @@ def loss(findings: Findings) -> Section | None:
         f"each system's loss minus that of {SYSTEMS[BASELINE]} at the same step."
     )
     picture = Picture("loss", "Loss", caption, draw_losses(beds, BASELINE), basis_of(used))
-    return Section("Loss", (picture,))
+    return PageSection("Loss", (picture,))
 
 
-def load(findings: Findings) -> Section | None:
+def load(findings: Findings) -> PageSection | None:
     """How evenly the experts are used."""
     blocks: list[Block] = []
     for bed in findings.beds:
         systems = findings.systems("load", bed=bed)
         if systems:
             blocks += _load_of_bed(findings, bed, systems)
-    return Section("Load of the experts", tuple(blocks)) if blocks else None
+    return PageSection("Load of the experts", tuple(blocks)) if blocks else None
 
 
 def _load_of_bed(findings: Findings, bed: str, systems: tuple[str, ...]) -> list[Block]:

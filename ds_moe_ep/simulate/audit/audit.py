@@ -37,7 +37,7 @@ class Simulated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class AuditRow:
     """One figure of the audit; nothing is simulated of what only shapes decide."""
 
     figure: Figure
@@ -65,13 +65,13 @@ class Row:
 HEAD = ("figure", "section", "stated", "derived", "simulated", "verdict")
 
 
-def audit(cluster: Cluster, stated: Stated = STATED) -> tuple[Row, ...]:
+def audit(cluster: Cluster, stated: Stated = STATED) -> tuple[AuditRow, ...]:
     """Every figure of the specification on a cluster of 16 devices. Raises ConfigError for another number of them."""
     runs = Runs(cluster)
     rows = []
     for figure in stated_and_derived(stated, hardware_of(cluster)):
         answer = ANSWERS.get(figure.key)
-        rows.append(Row(figure=figure, simulated=answer(runs, stated) if answer else None))
+        rows.append(AuditRow(figure=figure, simulated=answer(runs, stated) if answer else None))
     return tuple(rows)
 
 

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ds_moe_ep.records.record import Record
-from ds_moe_ep.simulate.audit.audit import HEAD, Row
+from ds_moe_ep.simulate.audit.audit import HEAD, AuditRow
 from ds_moe_ep.simulate.step.predict import Estimate
-from ds_moe_ep.simulate.step.source import Source
+from ds_moe_ep.simulate.step.source import PredictionSource
 
 DERIVED = "derived from shapes, peaks and links, not measured"
 
 
-def audit_records(rows: Sequence[Row], source: Source) -> Iterator[Record]:
+def audit_records(rows: Sequence[AuditRow], source: PredictionSource) -> Iterator[Record]:
     """Every number of the audit, each column apart."""
     for row in rows:
         figure = row.figure
@@ -31,7 +31,7 @@ def audit_records(rows: Sequence[Row], source: Source) -> Iterator[Record]:
             yield source.record(f"{start}.{what}.simulated", estimate, unit)
 
 
-def audit_values(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def audit_values(rows: Sequence[AuditRow]) -> list[dict[str, Any]]:
     """The audit as plain values: the texts of each column, and the numbers behind them; a bar is [value, low, high]."""
     return [
         {

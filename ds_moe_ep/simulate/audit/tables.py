@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ds_moe_ep.simulate.audit.audit import NONE, Row
+from ds_moe_ep.simulate.audit.audit import NONE, AuditRow
 
 
-def print_audit(rows: Iterable[Row], cluster_name: str, console: Console) -> None:
+def print_audit(rows: Iterable[AuditRow], cluster_name: str, console: Console) -> None:
     """Prints the audit for people: the section of the document stands behind what it states."""
     table = Table(title=f"The specification's figures on {cluster_name}", box=SIMPLE_HEAD, show_lines=True)
     for column in ("figure", "stated (section)", "derived", "simulated", "verdict"):

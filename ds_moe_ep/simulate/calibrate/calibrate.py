@@ -18,7 +18,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import Record, read_records
 from ds_moe_ep.simulate.calibrate.overlap_case import OverlapCase, overlap_cases
 from ds_moe_ep.simulate.calibrate.overlap_fit import CasePrediction, fit_overlap
-from ds_moe_ep.simulate.calibrate.probe_fit import Point, fit_probe
+from ds_moe_ep.simulate.calibrate.probe_fit import SamplePoint, fit_probe
 from ds_moe_ep.simulate.calibrate.probe_samples import PREFIX
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.cluster.write import write_cluster
@@ -34,7 +34,7 @@ class Calibration:
     base: Cluster
     cluster: Cluster
     fitted: tuple[str, ...]  # paths of numbers
-    points: tuple[Point, ...]
+    points: tuple[SamplePoint, ...]
     pairs: int = 0  # of held-out cases of the overlap benchmark that differ by more than their spreads
     pairs_in_order: int = 0
 
@@ -126,9 +126,9 @@ def held_out_cases(cases: Iterable[OverlapCase], share: float) -> set[str]:
     return set(names[: int(share * len(names))])
 
 
-def _points(predictions: Iterable[CasePrediction], *, is_held_out: bool) -> list[Point]:
+def _points(predictions: Iterable[CasePrediction], *, is_held_out: bool) -> list[SamplePoint]:
     return [
-        Point(
+        SamplePoint(
             f"overlap benchmark, {prediction.case.device} devices",
             f"{prediction.case.shaping}, {prediction.case.side}",
             "ms",
@@ -140,7 +140,7 @@ def _points(predictions: Iterable[CasePrediction], *, is_held_out: bool) -> list
     ]
 
 
-def errors_of(points: Iterable[Point]) -> Errors | None:
+def errors_of(points: Iterable[SamplePoint]) -> Errors | None:
     """Median and worst error; None for no points."""
     errors = [abs(point.error) for point in points]
     return Errors(len(errors), statistics.median(errors), max(errors)) if errors else None

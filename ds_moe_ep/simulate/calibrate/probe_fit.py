@@ -18,7 +18,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.simulate.calibrate.probe_samples import (  # fmt: skip
     PREFIX,
-    Line,
+    FittedLine,
     Sample,
     fit_line,
     is_held_out,
@@ -35,7 +35,7 @@ WAYS = ("near", "far")
 
 
 @dataclass(frozen=True)
-class Number:
+class FittedNumber:
     """A fitted number: its path in a cluster is its key."""
 
     value: float
@@ -43,26 +43,26 @@ class Number:
     high: float
     source: str
 
-    def over(self, whole: float) -> Number:
+    def over(self, whole: float) -> FittedNumber:
         """The number as a share of another, or at another efficiency."""
-        return Number(self.value / whole, self.low / whole, self.high / whole, self.source)
+        return FittedNumber(self.value / whole, self.low / whole, self.high / whole, self.source)
 
-    def within(self, least: float, most: float) -> Number:
+    def within(self, least: float, most: float) -> FittedNumber:
         """The number and its range, moved into bounds."""
         low, value, high = (min(max(x, least), most) for x in (self.low, self.value, self.high))
-        return Number(value, low, high, self.source)
+        return FittedNumber(value, low, high, self.source)
 
-    def rounded(self) -> Number:
+    def rounded(self) -> FittedNumber:
         """The number with DIGITS digits, and a range that still holds it."""
         value, low, high = (float(f"{x:.{DIGITS}g}") for x in (self.value, self.low, self.high))
-        return Number(value, min(low, value), max(value, high), self.source)
+        return FittedNumber(value, min(low, value), max(value, high), self.source)
 
 
-Numbers = dict[str, Number]
+Numbers = dict[str, FittedNumber]
 
 
 @dataclass(frozen=True)
-class Point:
+class SamplePoint:
     """What the fitted cluster says of one size, beside what was measured there."""
 
     group: str
@@ -84,7 +84,7 @@ class ProbeFit:
 
     cluster: Cluster
     fitted: tuple[str, ...]
-    points: tuple[Point, ...]
+    points: tuple[SamplePoint, ...]
 
 
 def fit_probe(cluster: Cluster, records: Sequence[Record], hold_out: float, precision: str | None = None) -> ProbeFit:
@@ -106,7 +106,7 @@ def fit_probe(cluster: Cluster, records: Sequence[Record], hold_out: float, prec
     return ProbeFit(fitted, tuple(numbers), tuple(_points(fitted, records, hold_out)))
 
 
-def with_numbers(cluster: Cluster, numbers: Mapping[str, Number]) -> Cluster:
+def with_numbers(cluster: Cluster, numbers: Mapping[str, FittedNumber]) -> Cluster:
     """The cluster with these numbers, rounded, in place of its own, their sources and their ranges."""
     rounded = {path: number.rounded() for path, number in numbers.items()}
     parts = {
@@ -123,7 +123,7 @@ def with_numbers(cluster: Cluster, numbers: Mapping[str, Number]) -> Cluster:
 
 
 def _matmul(device: Device, records: Sequence[Record], hold_out: float, precision: str | None) -> Numbers:
-    lines: dict[str, tuple[Line, str]] = {}
+    lines: dict[str, tuple[FittedLine, str]] = {}
     for name in PRECISIONS:
         samples = samples_below(records, f"matmul.{name}", "flop/us")
         if samples:
@@ -153,26 +153,26 @@ def _matmul(device: Device, records: Sequence[Record], hold_out: float, precisio
     return numbers
 
 
-def _inverse(value: float, ends: tuple[float, float], residual: float, source: str) -> Number:
+def _inverse(value: float, ends: tuple[float, float], residual: float, source: str) -> FittedNumber:
     """A rate from its inverse; its range goes at least as far as the line misses its points."""
     rate = 1 / value
     high = 1 / ends[0] if ends[0] else rate
-    return Number(rate, min(1 / ends[1], rate / (1 + residual)), max(high, rate * (1 + residual)), source)
+    return FittedNumber(rate, min(1 / ends[1], rate / (1 + residual)), max(high, rate * (1 + residual)), source)
 
 
 def _quotient(
     value: tuple[float, float], above: tuple[float, float], below: tuple[float, float], source: str
-) -> Number:
+) -> FittedNumber:
     """A quotient of two numbers that each have a range; an end that would be infinite is the value."""
     middle = value[0] / value[1]
-    return Number(middle, above[0] / below[1], above[1] / below[0] if below[0] else middle, source)
+    return FittedNumber(middle, above[0] / below[1], above[1] / below[0] if below[0] else middle, source)
 
 
-def _share(whole: str, share: str, given: float, measured: Number) -> Numbers:
+def _share(whole: str, share: str, given: float, measured: FittedNumber) -> Numbers:
     """`share` of the file's number `whole`; where it has none, or a lower one, `whole` is what was measured."""
     if 0 < given < math.inf and measured.value <= given:
         return {share: measured.over(given).within(0.0, 1.0)}
-    return {whole: measured, share: Number(1.0, 1.0, 1.0, measured.source)}
+    return {whole: measured, share: FittedNumber(1.0, 1.0, 1.0, measured.source)}
 
 
 def _device(device: Device, records: Sequence[Record]) -> Numbers:
@@ -210,12 +210,12 @@ def _link(cluster: Cluster, way: str, records: Sequence[Record], hold_out: float
     source, host, link = alone[0].source, cluster.host, getattr(cluster, way)
     line = _line(alone, hold_out, f"{PREFIX}{way}.one")
     latency = [max(0.0, start - host.pairwise_us) for start in (line.start, *line.starts)]
-    numbers = {f"{way}.latency_us": Number(latency[0], latency[1], latency[2], source)}
+    numbers = {f"{way}.latency_us": FittedNumber(latency[0], latency[1], latency[2], source)}
     if line.slope > host.byte_us:
         rate = _inverse(line.slope, line.slopes, line.residual, source)
         numbers |= _share(f"{way}.bandwidth", f"{way}.efficiency", link.bandwidth, rate)
     else:
-        numbers[f"{way}.bandwidth"] = Number(math.inf, math.inf, math.inf, source)
+        numbers[f"{way}.bandwidth"] = FittedNumber(math.inf, math.inf, math.inf, source)
     everyone = samples_below(records, f"{way}.all", "us") if way == "far" or not host.cores else []
     if everyone and line.slope > host.byte_us:  # near ranks of a CPU share its cores, and that is in the host's costs
         shared = _line(everyone, hold_out, f"{PREFIX}{way}.all")
@@ -224,13 +224,13 @@ def _link(cluster: Cluster, way: str, records: Sequence[Record], hold_out: float
     return numbers
 
 
-def _line(samples: Sequence[Sample], hold_out: float, what: str) -> Line:
+def _line(samples: Sequence[Sample], hold_out: float, what: str) -> FittedLine:
     fitted = split(samples, hold_out, what)
     return fit_line([(sample.size, (sample.low, sample.value, sample.high)) for sample in fitted])
 
 
-def _as_number(sample: Sample) -> Number:
-    return Number(sample.value, sample.low, sample.high, sample.source)
+def _as_number(sample: Sample) -> FittedNumber:
+    return FittedNumber(sample.value, sample.low, sample.high, sample.source)
 
 
 def exchange_us(link: Link, host: Host, num_bytes: float, senders: float = 1.0) -> float:
@@ -238,7 +238,7 @@ def exchange_us(link: Link, host: Host, num_bytes: float, senders: float = 1.0) 
     return host.pairwise_us + link.latency_us + max(num_bytes * host.byte_us, num_bytes * senders / link.rate)
 
 
-def _points(cluster: Cluster, records: Sequence[Record], hold_out: float) -> Iterator[Point]:
+def _points(cluster: Cluster, records: Sequence[Record], hold_out: float) -> Iterator[SamplePoint]:
     """Every size that was measured, as the fitted cluster has it."""
     bare = dataclasses.replace(cluster.device, launch_us=0.0)  # products queue: the probe has no launch in them
     for precision in PRECISIONS:
@@ -247,7 +247,9 @@ def _points(cluster: Cluster, records: Sequence[Record], hold_out: float) -> Ite
             label, held_out = f"{sample.size:,.0f} rows", is_held_out(index, hold_out)
             unit = "TFLOP/s" if sample.value > SCALES["flop/us"]["TFLOP/s"] else "GFLOP/s"
             scale = SCALES["flop/us"][unit]
-            yield Point(f"products in {precision}", label, unit, simulated / scale, sample.value / scale, held_out)
+            yield SamplePoint(
+                f"products in {precision}", label, unit, simulated / scale, sample.value / scale, held_out
+            )
     for way in WAYS:
         link: Link = getattr(cluster, way)
         for load, title, senders in (("one", "a pair alone", 1.0), ("all", "all pairs", link.shared_by)):
@@ -255,4 +257,6 @@ def _points(cluster: Cluster, records: Sequence[Record], hold_out: float) -> Ite
                 continue  # pairs share the host's cores, and what comes of that is what `plan` simulates
             for index, sample in enumerate(samples_below(records, f"{way}.{load}", "us")):
                 simulated, label = exchange_us(link, cluster.host, sample.size, senders), f"{sample.size:,.0f} bytes"
-                yield Point(f"{way} link, {title}", label, "us", simulated, sample.value, is_held_out(index, hold_out))
+                yield SamplePoint(
+                    f"{way} link, {title}", label, "us", simulated, sample.value, is_held_out(index, hold_out)
+                )

@@ -29,7 +29,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Line:
+class FittedLine:
     """y = start + slope*x, neither below 0; the ends are the lines through lower and through upper quartiles."""
 
     start: float
@@ -85,7 +85,7 @@ def split(samples: Sequence[Sample], share: float, what: str) -> list[Sample]:
     return fitted
 
 
-def fit_line(points: Sequence[tuple[float, tuple[float, float, float]]]) -> Line:
+def fit_line(points: Sequence[tuple[float, tuple[float, float, float]]]) -> FittedLine:
     """The line through (x, (low, y, high)) with the least squares of relative errors, in closed form.
 
     An error counts in units of the point's own spread, half of its quartiles' distance, and STEADY at least: what was
@@ -97,7 +97,7 @@ def fit_line(points: Sequence[tuple[float, tuple[float, float, float]]]) -> Line
     ends = (least_squares(low, spreads), (start, slope), least_squares(high, spreads))
     leaves = sorted(abs((start + slope * x) / y - 1) for x, y in middle)
     starts, slopes = sorted(end[0] for end in ends), sorted(end[1] for end in ends)
-    return Line(start, slope, (starts[0], starts[-1]), (slopes[0], slopes[-1]), leaves[len(leaves) // 2])
+    return FittedLine(start, slope, (starts[0], starts[-1]), (slopes[0], slopes[-1]), leaves[len(leaves) // 2])
 
 
 def least_squares(points: Sequence[tuple[float, float]], spreads: Sequence[float]) -> tuple[float, float]:

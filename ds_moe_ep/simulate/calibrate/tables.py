@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_moe_ep.simulate.calibrate.calibrate import Calibration, Errors, errors_of
-from ds_moe_ep.simulate.calibrate.probe_fit import Point
+from ds_moe_ep.simulate.calibrate.probe_fit import SamplePoint
 from ds_moe_ep.simulate.cluster.cluster import PARTS, SCALES, Cluster
 from ds_moe_ep.simulate.cluster.write import unit_of
 
@@ -47,7 +47,7 @@ def fitted_table(found: Calibration) -> Table:
     return table
 
 
-def error_table(points: Sequence[Point]) -> Table:
+def error_table(points: Sequence[SamplePoint]) -> Table:
     """A line for each group: errors on what was fitted, and on what was held out."""
     table = Table(title="Absolute error of the simulation: median and worst")
     for column in ("what", "fitted", "median", "worst", "held out", "median", "worst"):
@@ -59,7 +59,7 @@ def error_table(points: Sequence[Point]) -> Table:
     return table
 
 
-def run_table(points: Sequence[Point]) -> Table:
+def run_table(points: Sequence[SamplePoint]) -> Table:
     """The held-out runs, as many as are listed, in their order; the worst of them where there are more."""
     held_out = [point for point in points if point.is_held_out]
     worst = sorted(held_out, key=lambda point: -abs(point.error))[:LISTED]

@@ -20,7 +20,7 @@ from ds_moe_ep.sizing.pipeline import fullest_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class MemoryFit:
     """What a device has, what the job needs of it, and the micro-batches for which there is room."""
 
     memory: Memory
@@ -53,7 +53,7 @@ class Fit:
         }
 
 
-def fit_memory(setup: Setup) -> Fit:
+def fit_memory(setup: Setup) -> MemoryFit:
     """How the job of `setup` fits its cluster's devices."""
     device = setup.cluster.device
     memory = memory_of(setup, setup.training)
@@ -63,7 +63,7 @@ def fit_memory(setup: Setup) -> Fit:
     def fits(training: Training) -> bool:
         return memory_of(setup, training).peak <= _free_bytes(setup.cluster)
 
-    return Fit(
+    return MemoryFit(
         memory=memory,
         device_bytes=device.memory_bytes,
         reserve_bytes=device.reserve_bytes,
@@ -99,7 +99,7 @@ def with_micro_batch(training: Training, micro_batch: int) -> Training:
     return cuts[micro_batch]
 
 
-def refuse_what_does_not_fit(path: str, setup: Setup, fit: Fit) -> None:
+def refuse_what_does_not_fit(path: str, setup: Setup, fit: MemoryFit) -> None:
     """Raises ConfigError with what is missing and the way out, where the job does not fit."""
     if fit.fits:
         return

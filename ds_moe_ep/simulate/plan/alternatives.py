@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ds_moe_ep.simulate.job.fit import Fit, fit_memory, with_micro_batch
+from ds_moe_ep.simulate.job.fit import MemoryFit, fit_memory, with_micro_batch
 from ds_moe_ep.simulate.step.predict import Estimate, Prediction, predict
 from ds_moe_ep.simulate.step.setup import Setup
 
@@ -20,7 +20,7 @@ class Alternative:
     ratio: Estimate
 
 
-def alternatives(prediction: Prediction, fit: Fit) -> tuple[Alternative, ...]:
+def alternatives(prediction: Prediction, fit: MemoryFit) -> tuple[Alternative, ...]:
     """The changes after which the job fits, the fastest first."""
     found = []
     for change, setup in _changes(prediction.step.setup, fit):
@@ -31,7 +31,7 @@ def alternatives(prediction: Prediction, fit: Fit) -> tuple[Alternative, ...]:
     return tuple(sorted(found, key=lambda alternative: -alternative.ratio.value))
 
 
-def _changes(setup: Setup, fit: Fit) -> Iterator[tuple[str, Setup]]:
+def _changes(setup: Setup, fit: MemoryFit) -> Iterator[tuple[str, Setup]]:
     """The largest micro-batch of the same batch; no recomputation; both."""
     training, model = setup.training, setup.model
     if fit.largest_of_batch > training.micro_batch:

@@ -22,7 +22,7 @@ from ds_moe_ep.check.pipeline import has_specified_shapes
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.choose import Choice, choose_schedule, with_knobs
-from ds_moe_ep.simulate.job.fit import Fit, fit_memory, refuse_what_does_not_fit
+from ds_moe_ep.simulate.job.fit import MemoryFit, fit_memory, refuse_what_does_not_fit
 from ds_moe_ep.simulate.job.job import Job, Mode, read_job, title_of
 from ds_moe_ep.simulate.plan.alternatives import Alternative, alternatives
 from ds_moe_ep.simulate.plan.bounds import Bound, bounds
@@ -49,7 +49,7 @@ class Plan:
     """Everything that is predicted of one job."""
 
     job: Job
-    fit: Fit
+    fit: MemoryFit
     prediction: Prediction
     serial: Prediction | None  # the same where nothing is hidden; None where that is the job, or there are no peers
     choices: tuple[Choice, ...]

@@ -17,13 +17,13 @@ from ds_moe_ep.simulate.job.job import title_of
 from ds_moe_ep.simulate.plan.plan import Comparison, Plan
 from ds_moe_ep.simulate.step.measures import measures, parts
 from ds_moe_ep.simulate.step.predict import Estimate, Prediction
-from ds_moe_ep.simulate.step.source import COUNTED, Source
+from ds_moe_ep.simulate.step.source import COUNTED, PredictionSource
 
 HEADLINE = {"tps", "tpot", "step", "busy", "hidden"}  # what the names of systems have of `measures`
 REPEATED = "recompute"  # phase of a forward pass that the backward pass repeats
 
 
-def plan_records(plan: Plan, source: Source) -> Iterator[Record]:
+def plan_records(plan: Plan, source: PredictionSource) -> Iterator[Record]:
     """The plan of one job, and of its serial twin; memory, where it trains."""
     start, system = _start(plan, source), plan.system
     yield from _prediction(plan.prediction, f"{start}.{system}", source)
@@ -36,12 +36,12 @@ def plan_records(plan: Plan, source: Source) -> Iterator[Record]:
             yield source.record(f"{start}.{system}.memory.{kind}", counted, "bytes", COUNTED)
 
 
-def _start(plan: Plan, source: Source) -> str:
+def _start(plan: Plan, source: PredictionSource) -> str:
     """What the names of a plan's Records begin with, those of measured systems likewise."""
     return f"system.{source.bed}.{plan.job.setup.mode}"
 
 
-def comparison_records(comparison: Comparison, source: Source) -> Iterator[Record]:
+def comparison_records(comparison: Comparison, source: PredictionSource) -> Iterator[Record]:
     """Both plans and the ratios of their throughputs, the serial twin's too.
 
     Raises ConfigError for two jobs of one name: their Records would replace each other.
@@ -61,7 +61,7 @@ def comparison_records(comparison: Comparison, source: Source) -> Iterator[Recor
         yield from _ratios(source, start, serial, (theirs.system, theirs.prediction))
 
 
-def _prediction(prediction: Prediction, start: str, source: Source) -> Iterator[Record]:
+def _prediction(prediction: Prediction, start: str, source: PredictionSource) -> Iterator[Record]:
     for measure in measures(prediction):
         if measure.name in HEADLINE:
             yield source.record(f"{start}.{measure.name}", measure.estimate, measure.unit)
@@ -72,7 +72,7 @@ def _prediction(prediction: Prediction, start: str, source: Source) -> Iterator[
 Named = tuple[str, Prediction]
 
 
-def _ratios(source: Source, start: str, *both: Named) -> Iterator[Record]:
+def _ratios(source: PredictionSource, start: str, *both: Named) -> Iterator[Record]:
     """Each over the other, at the same end."""
     for (system, prediction), (other, its) in (both, both[::-1]):
         yield source.record(f"{start}.{system}.ratio_to_{other}", prediction.over(its), "ratio")

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.records.names import KINDS
-from ds_moe_ep.simulate.audit.audit import Row
-from ds_moe_ep.simulate.job.fit import Fit
+from ds_moe_ep.simulate.audit.audit import AuditRow
+from ds_moe_ep.simulate.job.fit import MemoryFit
 from ds_moe_ep.simulate.plan.plan import Comparison, Plan
 from ds_moe_ep.simulate.step.measures import Measure, measures, parts
 from ds_moe_ep.simulate.step.predict import Estimate
@@ -24,17 +24,17 @@ FOOT = (
 )
 
 
-def print_plan(plan: Plan, figures: Sequence[Row] = (), console: Console | None = None) -> None:
+def print_plan(plan: Plan, figures: Sequence[AuditRow] = (), console: Console | None = None) -> None:
     """Prints the plan of one job for people, and what of the specification's figures can hold where they are given."""
     _print((plan,), figures, [], console or Console())
 
 
-def print_comparison(comparison: Comparison, figures: Sequence[Row] = (), console: Console | None = None) -> None:
+def print_comparison(comparison: Comparison, figures: Sequence[AuditRow] = (), console: Console | None = None) -> None:
     """Prints two plans side by side, and what concerns one of them below each other."""
     _print((comparison.ours, comparison.theirs), figures, ratio_told(comparison), console or Console())
 
 
-def _print(plans: Sequence[Plan], figures: Sequence[Row], last: Sequence[str], console: Console) -> None:
+def _print(plans: Sequence[Plan], figures: Sequence[AuditRow], last: Sequence[str], console: Console) -> None:
     for plan in plans:
         _head(plan, console)
     tables = [_memory(plans), _step(plans), _parts(plans)]
@@ -143,12 +143,12 @@ def _memory(plans: Sequence[Plan]) -> Table:
     return table
 
 
-def _largest(fit: Fit) -> str:
+def _largest(fit: MemoryFit) -> str:
     whole = "" if fit.largest == fit.largest_of_batch else f" ({fit.largest_of_batch} cuts the batch)"
     return f"{fit.largest}{whole}"
 
 
-def _spare(fit: Fit) -> str:
+def _spare(fit: MemoryFit) -> str:
     return with_bar(Estimate(fit.spare_bytes, *fit.spare_range).scaled(1e-9))
 
 
@@ -218,7 +218,7 @@ def _table(title: str, columns: Iterable[str]) -> Table:
     return table
 
 
-def _figures(rows: Sequence[Row]) -> list[Table]:
+def _figures(rows: Sequence[AuditRow]) -> list[Table]:
     if not rows:
         return []
     table = Table(title="what of the specification's figures can hold here", box=SIMPLE_HEAD, pad_edge=False)

@@ -19,7 +19,7 @@ SCORES_BACKWARD = 2.5  # flops of attention's backward pass over its forward pas
 
 
 @dataclass(frozen=True)
-class Costs:
+class LayerCosts:
     """The parts' times for one model on one device; `tp_size` ranks share every width."""
 
     model: ModelConfig

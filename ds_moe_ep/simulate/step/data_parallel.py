@@ -13,14 +13,14 @@ from ds_moe_ep.schedule.events import Phase
 from ds_moe_ep.schedule.program import START, Load, Outcome, Program
 from ds_moe_ep.schedule.spans import Tags
 from ds_moe_ep.simulate.cluster.all_reduce import Group, all_reduce_load, gather_load, group_of, on_host
-from ds_moe_ep.simulate.step.costs import Costs
+from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.setup import Setup
 from ds_moe_ep.sizing.footprint import count_rank_parameters
 
 STEP = Tags("step", "step")
 
 
-def finish_step(setup: Setup, costs: Costs) -> Outcome:
+def finish_step(setup: Setup, costs: LayerCosts) -> Outcome:
     """The end of a step, as a program that has run; one rank stands for all."""
     training, cluster = setup.training, setup.cluster
     held = count_rank_parameters(setup.model, setup.moe)
@@ -56,7 +56,7 @@ def reduce_load(setup: Setup, group: Group, parameters: int, num_ranks: int) -> 
     return all_reduce_load(setup.cluster, group, num_bytes, num_ranks, setup.algorithm)
 
 
-def _optimizer(setup: Setup, costs: Costs, parameters: float) -> Load:
+def _optimizer(setup: Setup, costs: LayerCosts, parameters: float) -> Load:
     time_us = costs.optimizer(setup.training, parameters)
     on_cores = setup.cluster.computes_on == "host"
     return Load((on_host(time_us, setup.training.world_size) if on_cores else Phase(time_us),))

@@ -20,7 +20,7 @@ from ds_moe_ep.config.training import BYTES
 from ds_moe_ep.schedule.program import START, Load, Mark, Program
 from ds_moe_ep.schedule.spans import LANES, Span, Tags, length, overlap, union
 from ds_moe_ep.simulate.cluster.machine import Machine, Volume, machine_for_group, machine_for_one
-from ds_moe_ep.simulate.step.costs import Costs
+from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.data_parallel import finish_step
 from ds_moe_ep.simulate.step.moe_pass import ExpertTimes, LayerPass, Rows
 from ds_moe_ep.simulate.step.setup import Setup, Step
@@ -42,10 +42,10 @@ class EpJob:
         return max((torus_of(range(i, i + size), node_size) for i in starts), key=lambda torus: torus.num_nodes)
 
     @cached_property
-    def costs(self) -> Costs:
+    def costs(self) -> LayerCosts:
         """What the parts of the model take to compute."""
         setup = self.setup
-        return Costs(setup.model, setup.moe, setup.cluster.device, setup.training.precision)
+        return LayerCosts(setup.model, setup.moe, setup.cluster.device, setup.training.precision)
 
     @cached_property
     def rows(self) -> Rows:

@@ -26,7 +26,7 @@ from ds_moe_ep.simulate.cluster.all_reduce import (
     on_host,
     send_us,
 )
-from ds_moe_ep.simulate.step.costs import Costs
+from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.data_parallel import reduce_load
 from ds_moe_ep.simulate.step.pipeline_schedule import Act, forward_order, in_order, training_order
 from ds_moe_ep.simulate.step.setup import Setup, Step
@@ -77,7 +77,7 @@ class _Builder:
         self.tokens_bytes = float(self.tokens * setup.model.hidden_size * num_bytes)
         self.message_bytes = float(message_numbers(setup.model, training) * num_bytes)
         self.stage_ranks = training.world_size // self.layout.pp_size
-        self.costs = Costs(setup.model, setup.moe, self.cluster.device, training.precision, self.layout.tp_size)
+        self.costs = LayerCosts(setup.model, setup.moe, self.cluster.device, training.precision, self.layout.tp_size)
         self.tensor_group = group_of(self.cluster, self.layout.tp_size)
         self.at: list[Mark] = [START] * self.layout.pp_size
 

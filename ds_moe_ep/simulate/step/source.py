@@ -18,7 +18,7 @@ COUNTED = "counted from shapes, not measured"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class PredictionSource:
     """What all Records of one command have alike; `bed` stands in their names for a test bed's."""
 
     bed: str
@@ -42,12 +42,12 @@ class Source:
         )
 
 
-def source_of(cluster: Cluster, path: str, nodes: int | None, command: str, commit: str) -> Source:
+def source_of(cluster: Cluster, path: str, nodes: int | None, command: str, commit: str) -> PredictionSource:
     """The source of what is simulated on a cluster: its bed is named for the file, and for `nodes` where it had others.
 
     `command` is all of the command line; `commit` is the revision of the sources.
     """
-    return Source(
+    return PredictionSource(
         bed=SIMULATED + slug(Path(path).stem + (f"_{nodes}_nodes" if nodes is not None else "")),
         command=command,
         commit=commit,

@@ -8,14 +8,14 @@ from typing import Any
 from ds_moe_ep.records.names import LAWS, TOTALS
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.simulate.step.predict import Estimate
-from ds_moe_ep.simulate.step.source import COUNTED, NOTE, Source
-from ds_moe_ep.simulate.sweep.sweep import Point, Sweep
+from ds_moe_ep.simulate.step.source import COUNTED, NOTE, PredictionSource
+from ds_moe_ep.simulate.sweep.sweep import Sweep, SweepPoint
 from ds_moe_ep.specification.laws import STATED_R2
 
 UNITS = {"tps": "tokens/s", "tpot": "us", "busy": "ratio", "memory_per_expert": "bytes"}  # of the laws' values
 
 
-def sweep_records(sweep: Sweep, source: Source) -> Iterator[Record]:
+def sweep_records(sweep: Sweep, source: PredictionSource) -> Iterator[Record]:
     """Every point, and the laws' fits to them."""
     for total in TOTALS:
         start = f"sweep.{source.bed}.{total}"
@@ -31,7 +31,7 @@ def sweep_records(sweep: Sweep, source: Source) -> Iterator[Record]:
                 yield source.record(f"{name}.r2", Estimate.exactly(its.r2), "ratio", note, its.n)
 
 
-def _point(point: Point, start: str, source: Source) -> Iterator[Record]:
+def _point(point: SweepPoint, start: str, source: PredictionSource) -> Iterator[Record]:
     prediction, cluster = point.prediction, point.setup.cluster
     schedule = f"; schedule {schedule_of(point)}" if point.ep > 1 else ""
     where = f"{NOTE}; {cluster.num_nodes} nodes of {cluster.node_size}{schedule}"
@@ -46,7 +46,7 @@ def _point(point: Point, start: str, source: Source) -> Iterator[Record]:
     yield source.record(f"{start}.memory", Estimate.exactly(float(point.memory.peak)), "bytes", f"{COUNTED}; {fits}")
 
 
-def schedule_of(point: Point) -> str:
+def schedule_of(point: SweepPoint) -> str:
     """The schedule of a point in few words: `serial`, `4 chunks`, `peers` of a node, `peers of 64`, `peers x 2`."""
     moe = point.setup.moe
     if moe.is_serial or moe.schedule == "chunks":

@@ -25,7 +25,7 @@ from ds_moe_ep.simulate.job.routing import read_loads
 from ds_moe_ep.simulate.step.predict import Estimate, Prediction, predict
 from ds_moe_ep.simulate.step.setup import Setup
 from ds_moe_ep.sizing.footprint import Memory, count_memory
-from ds_moe_ep.specification.laws import Fit, fit
+from ds_moe_ep.specification.laws import LawFit, fit
 
 WAY_OUT = "write ep=1..1024 (doubling), ep=1,4,16, or ep=16 dp=1..64"
 MAX_RANKS = 65_536  # beyond them a typing error is likelier than a cluster
@@ -40,7 +40,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class SweepPoint:
     """One size, simulated on the cluster and at both ends of its ranges."""
 
     total: str  # what is held constant, a key of records.names.TOTALS
@@ -72,14 +72,14 @@ class Point:
 class Sweep:
     """All points of a sweep. Notes say which sizes it leaves out, and why."""
 
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
     notes: tuple[str, ...] = ()
 
-    def of(self, total: str) -> tuple[Point, ...]:
+    def of(self, total: str) -> tuple[SweepPoint, ...]:
         """The points with this held constant."""
         return tuple(point for point in self.points if point.total == total)
 
-    def law_fits(self, total: str) -> tuple[Fit, ...]:
+    def law_fits(self, total: str) -> tuple[LawFit, ...]:
         """The specification's laws fitted to the points of the fewest copies; none where EP does not vary."""
         points = self.of(total)
         least = min((point.dp for point in points), default=1)
@@ -130,7 +130,7 @@ def sweep(
         raise ConfigError(
             "sweep: scales expert parallelism, and the ds_config has a layout (moe_ep.layout); give one without it"
         )
-    points: list[Point] = []
+    points: list[SweepPoint] = []
     notes: list[str] = []
     for total in TOTALS:
         for ep, dp in ((ep, dp) for ep in sizes.ep for dp in sizes.dp):
@@ -144,10 +144,10 @@ def sweep(
     return Sweep(points=tuple(points), notes=tuple(notes))
 
 
-def simulate_point(setup: Setup, total: str) -> Point:
+def simulate_point(setup: Setup, total: str) -> SweepPoint:
     """One point, under the schedule that the job has or `auto` would take."""
     chosen = as_auto(setup)
-    return Point(
+    return SweepPoint(
         total=total,
         ep=setup.moe.ep_size,
         dp=setup.training.num_replicas,

@@ -12,7 +12,7 @@ from rich.text import Text
 from ds_moe_ep.records.names import LAWS, TOTALS
 from ds_moe_ep.simulate.step.predict import Estimate
 from ds_moe_ep.simulate.sweep.records import schedule_of
-from ds_moe_ep.simulate.sweep.sweep import Point, Sweep
+from ds_moe_ep.simulate.sweep.sweep import Sweep, SweepPoint
 from ds_moe_ep.specification.laws import STATED_R2
 
 FOOT = "Simulated; nothing was measured. The bar: all of the cluster's ranges at their slower and at their faster ends."
@@ -32,7 +32,7 @@ def print_sweep(sweep: Sweep, console: Console) -> None:
     console.print(Text(FOOT, style="dim"))
 
 
-def _points(title: str, points: Sequence[Point]) -> Table:
+def _points(title: str, points: Sequence[SweepPoint]) -> Table:
     table = _table(title, "EP", "schedule", "tokens/s", "bar", "us/token", "busy", "MFU", "hidden", "GB")
     for point in points:
         hidden, tps = point.prediction.step.hidden, point.value("tps")

@@ -123,8 +123,8 @@ def test_hooks_of_parameters_fire_once_and_those_of_experts_are_heard() -> None:
 def weights_after_forward() -> int:
     """Views of an expert's weights that a pass of a known form holds between forward and backward, ZeRO-3's way."""
     from ds_moe_ep.comm.open import open_transport
-    from ds_moe_ep.moe.borrowed import KnownExperts
     from ds_moe_ep.moe.dispatcher import Dispatcher
+    from ds_moe_ep.moe.experts import KnownExperts
     from ds_moe_ep.moe.recognise import Form
     from ds_moe_ep.moe.router import Routes
     from tests.moe.layer_runs import config
