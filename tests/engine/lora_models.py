@@ -11,15 +11,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from tests.engine.small_model import (
-    Job,
-    LoopLayer,
-    SmallModel,
-    batches,
-    make_layer,
-    named_weights,
-    train_steps,
-)
+from tests.engine.small_model import Job, SmallModel, batches, make_layer, named_weights, train_steps
 
 TRAINED = ("lora_", "enter.", "leave.", "wg.")  # parts of names: adapters, and dense parameters beside them
 
@@ -113,23 +105,3 @@ def is_split(model: nn.Module) -> bool:
         if hasattr(module, "_forms"):
             return module._forms.common(list(module.deepspeed_experts)) is not None
     return False
-
-
-def reference_adapted(job: Job) -> tuple[list[float], dict[str, Tensor]]:
-    """The same training in one process and float64."""
-    from ds_moe_ep.model.initialize import global_name, init_weights
-
-    model = adapt(SmallModel(lambda: LoopLayer(job)))
-    init_weights(model, job.seed)
-    model.double()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=0.03, eps=1e-2)
-    losses = []
-    for micro_batches in batches(job):
-        x, target = (torch.cat([pair[i] for pair in micro_batches]).flatten(0, 1).double() for i in range(2))
-        loss = model(x, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses, {global_name(name): p.detach() for name, p in model.named_parameters()}

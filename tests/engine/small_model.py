@@ -18,6 +18,7 @@ from tests.reference import moe_reference
 NUM_EXPERTS = 8
 BATCH = 12  # tokens of one rank in one micro-batch
 AUX_WEIGHT = 0.05
+Trained = tuple[list[float], dict[str, Tensor]]  # the losses, and the last weights by global name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,14 +199,18 @@ def run_jobs(jobs: Sequence[Job]) -> list[tuple[list[float], dict[str, Tensor]]]
     return [run_job(job) for job in jobs]
 
 
-def reference_job(job: Job) -> tuple[list[float], dict[str, Tensor]]:
-    """The same training in one process and float64: plain loops, torch's Adam, the concatenated batch."""
+def reference_job(job: Job, adapt: Callable[[nn.Module], nn.Module] = lambda model: model) -> Trained:
+    """The same training in one process and float64: plain loops, torch's Adam, the concatenated batch.
+
+    `adapt` changes the model before its first weights are drawn; what needs no gradient afterwards stays as it is.
+    """
     from ds_moe_ep.model.initialize import global_name, init_weights
 
-    model = SmallModel(lambda: LoopLayer(job))
+    model = adapt(SmallModel(lambda: LoopLayer(job)))
     init_weights(model, job.seed)
     model.double()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.03, eps=1e-2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.03, eps=1e-2)
     losses = []
     for micro_batches in batches(job):
         x, target = (torch.cat([pair[i] for pair in micro_batches]).flatten(0, 1).double() for i in range(2))

@@ -8,8 +8,8 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 
 import ds_moe_ep
 from ds_moe_ep import MoE
-from tests.engine.lora_models import Adapted, adapt, reference_adapted, run_adapted
-from tests.engine.small_model import Job, SmallModel, distance, make_layer, merged
+from tests.engine.lora_models import Adapted, adapt, run_adapted
+from tests.engine.small_model import Job, SmallModel, distance, make_layer, merged, reference_job
 from tests.ranks import run_ranks
 
 OURS = [
@@ -21,7 +21,7 @@ NATIVE = [Job(layer="native", ep_size=2, stage=stage) for stage in (0, 2)]
 
 def test_adapters_on_experts_train_as_on_one_device_and_as_in_deepspeeds_layer() -> None:
     by_rank = run_ranks(4, run_adapted, [*OURS, *NATIVE], timeout_s=200)
-    losses, weights = reference_adapted(OURS[0])
+    losses, weights = reference_job(OURS[0], adapt)
     for index, job in enumerate([*OURS, *NATIVE]):
         runs: list[Adapted] = [results[index] for results in by_rank]
         trained = merged([run.weights for run in runs])
@@ -41,7 +41,7 @@ def test_adapters_without_deepspeeds_marks_would_be_averaged_over_other_experts(
     """The control: DeepSpeed's layer does not mark adapters that came after it was made."""
     job = NATIVE[0]
     runs = [results[0] for results in run_ranks(4, run_adapted, [job], False, timeout_s=100)]
-    _, weights = reference_adapted(job)
+    _, weights = reference_job(job, adapt)
     own = {name: weight for name, weight in runs[0].weights.items() if "lora_" in name}
     assert distance(own, {name: weights[name] for name in own}) > 1e-2
 
