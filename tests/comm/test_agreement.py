@@ -13,13 +13,18 @@ import torch.distributed as dist
 from ds_moe_ep.comm.open import open_transport
 from ds_moe_ep.comm.transport import Loopback, Message, Transport
 from ds_moe_ep.config.knobs import MoEConfig
-from ds_moe_ep.moe.agreement import Call, Mode
+from ds_moe_ep.moe.agreement import NUM_COLUMNS, NUM_HEAD, Call, Mode, num_columns
 from ds_moe_ep.moe.dispatch_plan import make_plan
 from ds_moe_ep.schedule.spans import Tags
 from tests.comm.disturbed import caught, make_layer, run_pass
 from tests.ranks import run_ranks
 
-FINE: dict[str, Any] = {"num_experts": 4, "row": (8, torch.float32), "call": Call("layers.1.moe", 3, "serial")}
+FINE: dict[str, Any] = {
+    "num_experts": 4,
+    "row": (8, torch.float32),
+    "call": Call("layers.1.moe", 3, "serial"),
+    "capacity": None,
+}
 HERE = r"rank 0 in the training pass of call 3 of layers\.1\.moe; rank 1 in the "
 ODD: list[tuple[dict[str, Any], str]] = [  # what rank 1 has, and what both ranks say
     ({"call": Call("layers.2.moe", 3, "serial")}, HERE + r"training pass of call 3 of layers\.2\.moe:"),
@@ -40,14 +45,18 @@ ODD: list[tuple[dict[str, Any], str]] = [  # what rank 1 has, and what both rank
     ),
     ({"call": Call("layers.1.moe", 3, "peers")}, r"schedule=\w{8} on rank \d, schedule=\w{8} on rank \d"),
     ({"row": (8, torch.bfloat16)}, r"dtype=torch\.\w+ on rank \d, dtype=torch\.\w+ on rank"),
+    ({"capacity": 5}, r"capacity=(none on rank 0, capacity=5|5 on rank 1, capacity=none) on rank \d"),
     ({"row": (16, torch.float32), "num_experts": 8}, r"width=\d+, num_experts=\d on rank \d, width"),
 ]
 
 
-def plan(transport: Transport, num_experts: int, row: tuple[int, torch.dtype], call: Call) -> list[int]:
+def plan(
+    transport: Transport, num_experts: int, row: tuple[int, torch.dtype], call: Call, capacity: int | None
+) -> list[int]:
     """The rows that a rank sends to each where all its tokens choose the first expert."""
     ids_TK = torch.zeros(5, 1, dtype=torch.int64)
-    routes = SimpleNamespace(expert_ids_TK=ids_TK, is_used_TK=None, capacity=None)
+    places = {"is_kept_TK": torch.ones_like(ids_TK, dtype=torch.bool), "place_TK": torch.arange(5).view(5, 1)}
+    routes = SimpleNamespace(expert_ids_TK=ids_TK, is_used_TK=None, capacity=capacity, **places)
     return [sum(rows) for rows in make_plan(routes, num_experts, transport, row, call=call).send_rows_PL]  # type: ignore
 
 
@@ -71,6 +80,12 @@ def test_ranks_that_disagree_all_raise_and_may_go_on() -> None:
 
 def test_a_rank_alone_agrees_with_itself() -> None:
     assert plan(Loopback(), *FINE.values()) == [5]
+
+
+def test_an_exchange_has_whole_messages_for_the_head_and_any_number_of_counts() -> None:
+    for num_experts in range(1, 3 * NUM_COLUMNS):
+        spare = num_columns(num_experts) - NUM_HEAD - num_experts
+        assert 0 <= spare < NUM_COLUMNS and num_columns(num_experts) % NUM_COLUMNS == 0, num_experts
 
 
 def refuse() -> list[str]:

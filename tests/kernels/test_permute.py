@@ -93,3 +93,15 @@ def test_no_tokens_and_one_token_pass_through(num_tokens: int) -> None:
     assert torch.equal(y_TD, torch.ones(num_tokens, 3))
     assert x_TD.grad is not None and torch.equal(x_TD.grad, torch.ones(num_tokens, 3))
     assert weights_TK.grad is not None and torch.equal(weights_TK.grad, torch.full((num_tokens, 2), 3.0))
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_tokens_that_have_no_row_at_all_yield_zeros_and_get_zero_gradients(num_choices: int) -> None:
+    nowhere_TK = torch.zeros(3, num_choices, dtype=torch.int64)
+    maps = RowMaps(torch.empty(0, dtype=torch.int64), nowhere_TK, None, torch.ones_like(nowhere_TK, dtype=torch.bool))
+    x_TD, weights_TK = torch.ones(3, 2, requires_grad=True), torch.ones(3, num_choices, requires_grad=True)
+    y_TD = unpermute(permute(x_TD, maps), weights_TK, maps)
+    y_TD.sum().backward()
+    assert torch.equal(y_TD, torch.zeros(3, 2))
+    assert x_TD.grad is not None and torch.equal(x_TD.grad, torch.zeros(3, 2))
+    assert weights_TK.grad is not None and torch.equal(weights_TK.grad, torch.zeros(3, num_choices))

@@ -2,14 +2,15 @@
 
     python -m tests.mutation --part moe --number 40             forty places of moe/, one mutant each
     python -m tests.mutation ds_moe_ep/moe/layout.py --number 0  every place of one file
-    python -m tests.mutation --part comm --json mutants.json     keeps the record
+    python -m tests.mutation --part comm --json mutants.json     keeps the record, and goes on with one
     python -m tests.mutation --again mutants.json                the survivors of a record once more
     python -m tests.mutation --part engine --list                how many there are
 
 1. Places are drawn by `--seed`, and at each one of its mutants. Annotations, asserts and texts of errors have none.
 2. A mutant lives in a temporary copy. The tests of its file are those that `tests.txt` gives it, one step after
    the other, each within three times its own time on the unchanged copy (and 20 s).
-3. Each step is a fork of this process, in which torch and DeepSpeed are loaded, and its ranks are forks of that.
+3. Each step is a fork of this process, in which torch and DeepSpeed are loaded, and its ranks are forks of that. A
+   step that begins with `!` is a process of its own, as its tests look at processes or their memory.
 4. A survivor gets a test, or in `equal.txt` the reason why nothing can tell it from the original.
 """
 
@@ -29,6 +30,12 @@ from tests.ranks import REPOSITORY
 PARTS = ("moe", "kernels", "comm", "health", "engine")
 
 
+def outcomes_in(record: Path | None) -> dict[tuple[str, str, str], tuple[str, str, float]]:
+    """What a run that was cut off has judged already: (file, line, mutated line) to what became of it."""
+    kept = json.loads(record.read_text(encoding="utf-8")) if record is not None and record.exists() else []
+    return {(m["path"], m["before"], m["after"]): (m["outcome"], m["because"], m["seconds"]) for m in kept}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
     parser.add_argument("files", nargs="*", help="files of the package")
@@ -46,9 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     load_the_heavy_modules()
     known, times_s = equal_ones(), dict[str, float]()
+    judged = outcomes_in(options.json)
     with copy_of_the_tree() as copy:
         for mutant, text in mutants:
-            if why := known.get((mutant.path, mutant.before, mutant.after)):
+            key = mutant.path, mutant.before, mutant.after
+            if key in judged:
+                mutant.outcome, mutant.because, mutant.seconds = judged[key]
+                continue
+            if why := known.get(key):
                 mutant.outcome, mutant.because = "equal", why
             else:
                 judge(mutant, text, copy, times_s)

@@ -21,6 +21,7 @@ from tests.mutation.mutants import Mutant
 from tests.ranks import PRELOAD, REPOSITORY, SERVER_ENV
 
 TESTS = Path(__file__).with_name("tests.txt")
+QUIET = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow and not gpu"]
 COPIED = ("ds_moe_ep", "tests", "ds_configs", "examples", ".pytest.ini")
 
 
@@ -58,12 +59,13 @@ def in_the_copy(copy: Path, tests: list[str]) -> int:
     os.chdir(copy)
     sys.path[:] = [str(copy), *(p for p in sys.path if p not in ("", str(REPOSITORY), str(REPOSITORY / "tests")))]
     os.environ["PYTHONPATH"] = str(copy)
+    if tests[0] == "!":
+        os.execv(sys.executable, [sys.executable, "-m", "pytest", *QUIET, *tests[1:]])
     for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "ds_moe_ep")]:
         del sys.modules[name]
     importlib.invalidate_caches()
     importlib.import_module("tests.ranks")._fork_server = lambda: get_context("fork")
-    quiet = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow and not gpu"]
-    return int(pytest.main([*quiet, *tests]))
+    return int(pytest.main([*QUIET, *tests]))
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def keep_choices(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
     @functools.wraps(load)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         path, state = load(*args, **kwargs)
-        if path is not None and state:
+        if state:
             take_choices(layers, state.pop(KEY, {}), str(path))
         return path, state
 
