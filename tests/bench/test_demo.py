@@ -163,6 +163,15 @@ def test_a_death_is_named_only_by_who_says_that_this_process_is_gone(capsys: pyt
     assert "rank 0 says nothing" in capsys.readouterr().out
 
 
+@pytest.fixture
+def heeded_interrupts() -> Iterator[None]:
+    """Ctrl-C as Python takes it by default: tests that run in the background of a shell are started without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
 def test_ctrl_c_while_ranks_are_forked_ends_the_demo_once_they_are() -> None:
     steps = []
     with pytest.raises(KeyboardInterrupt), late_interrupt():
