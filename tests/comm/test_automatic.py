@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm.automatic import Automatic
@@ -80,12 +81,17 @@ def test_every_transport_brings_the_same_and_auto_takes_all_to_all_between_all_r
         assert used == ["Collective", "Pairwise", "Pairwise"]
 
 
-def opened() -> list[type]:
+def opened() -> tuple[list[type], int]:
+    """The transports, and how many communicators began with a call of all their ranks, which NCCL wants."""
+    begun, barrier = [], dist.barrier
+    dist.barrier = lambda group: (begun.append(group), barrier(group))  # type: ignore[assignment]
     names = ("auto", "pairwise", "collective")
     transports = [open_transport([[0, 1]], MoEConfig(num_experts=2, ep_size=2, transport=name)) for name in names]
     default = open_transport([[0, 1]], MoEConfig(num_experts=2, ep_size=2))
-    return [type(transport) for transport in (*transports, default)]
+    return [type(transport) for transport in (*transports, default)], len(set(begun))
 
 
 def test_the_knob_names_the_transport_and_auto_is_its_default() -> None:
-    assert run_ranks(2, opened) == [[Automatic, Pairwise, Collective, Automatic]] * 2
+    for kinds, num_begun in run_ranks(2, opened):
+        assert kinds == [Automatic, Pairwise, Collective, Automatic]
+        assert num_begun == 3 * 4, "two lanes and one for control, of each transport"

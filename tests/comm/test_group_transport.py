@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 
-from ds_moe_ep.comm.group_transport import GroupTransport
+from ds_moe_ep.comm.group_transport import Bytes, GroupTransport
 from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.pairwise import Works
 from ds_moe_ep.comm.transport import Message
@@ -40,9 +42,27 @@ class CudaRows:
         return 4
 
 
-def transport(timeout_s: float = 5.0) -> GroupTransport:
+class Watching(Unwatched):
+    """A watch that knows of trouble with some ranks."""
+
+    def __init__(self, *culprits: int) -> None:
+        self.known = list(culprits)
+
+    def culprits(self, ranks: Sequence[int]) -> list[int]:
+        return [rank for rank in self.known if rank in ranks]
+
+    def knows_trouble(self) -> bool:
+        return bool(self.known)
+
+
+def transport(timeout_s: float = 5.0, ranks: tuple[int, ...] = (4, 7), *culprits: int) -> GroupTransport:
     """Rank 4 of the world, the first of a group of two."""
-    return GroupTransport(LaneGroups(0, (4, 7), {}, Standing(0, (4, 7), ()), Unwatched()), timeout_s)
+    return GroupTransport(LaneGroups(0, ranks, {}, Standing(0, ranks, ()), Watching(*culprits)), timeout_s)
+
+
+def failure(over: GroupTransport, owed: Bytes, error: str = "reset", waited_s: float = 0.0) -> PeerError:
+    place = over.begin(Tags("layers.2.moe", "forward"), "dispatch")
+    return over.failure(replace(place, since_s=place.since_s - waited_s), RuntimeError(error), owed)
 
 
 def works(over: GroupTransport, rows_RD: Any, *each: FakeWork) -> Works:
@@ -87,3 +107,36 @@ def test_after_a_failure_no_op_starts_and_the_error_names_the_first_failure() ->
         PeerError, match=r"layers\.0: forward combine: the lanes of ranks 4, 7 are closed.*2\.moe.*reset"
     ):
         over.begin(Tags("layers.0", "forward"), "combine")
+
+
+@pytest.mark.parametrize(
+    ("is_joint", "culprits", "named"),
+    [
+        (False, (), "ranks 7, 9 did not"),
+        (False, (9,), "ranks 7, 9 did not"),
+        (True, (), "one of ranks 7, 9 did"),
+        (True, (9,), "rank 9 did"),
+    ],
+)
+def test_a_joint_transfer_names_the_culprit_or_says_that_it_was_one_of_them(
+    is_joint: bool, culprits: tuple[int, ...], named: str
+) -> None:
+    error = failure(transport(5.0, (4, 7, 9), *culprits), Bytes((1, 2), 8, 8, is_joint))
+    assert str(error).startswith(f"layers.2.moe: forward dispatch: {named} ")
+
+
+def test_a_peer_that_is_late_while_nobody_is_in_trouble_is_no_echo_of_another_failure() -> None:
+    owed = Bytes((1,), 8, 8)
+    assert failure(transport(), owed).is_echo, "it broke: its own error says why"
+    assert not failure(transport(), owed, waited_s=9.0).is_echo
+    assert failure(transport(5.0, (4, 7), 3), owed, waited_s=9.0).is_echo, "another rank is in trouble"
+    over = transport()
+    place = over.begin(Tags(), "dispatch")
+    late = replace(place, since_s=place.since_s - 9.0)
+    assert not over.failure(late, RuntimeError("Timed out"), owed).is_echo
+    assert over.failure(late, RuntimeError("Timed out"), owed).is_echo, "the lanes had failed before"
+
+
+def test_of_a_communicators_error_the_first_sentence_is_told_at_most_two_hundred_letters_of_it() -> None:
+    text = str(failure(transport(), Bytes((1,), 8, 8), "[a/b.cc:12] " + 300 * "z"))
+    assert text.count("z") == 200

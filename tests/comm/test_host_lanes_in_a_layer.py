@@ -50,8 +50,32 @@ class FailingTransport:
         return transfer
 
 
-def make_layer(transport: FailingTransport) -> ExpertParallel:
-    config = MoEConfig(num_experts=8, ep_size=4, top_k=2, schedule="peers", row_cuts=4, depth=1)
+class HeldTransport(FailingTransport):
+    """Its transfers, but for the first, end once an expert has computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[FakeTransfer] = []
+        self.has_computed = False
+        self.num_open_at_compute: list[int] = []
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
+        super().start(lane, sends, receives, tags)
+        transfer = FakeTransfer()
+        self.started.append(transfer)
+        if self.has_computed or len(self.started) == 1:
+            transfer.may_end.set()
+        return transfer
+
+    def computes(self, *args: object) -> None:
+        self.has_computed = True
+        for transfer in self.started:
+            transfer.may_end.set()
+        self.num_open_at_compute.append(sum(transfer.num_waits == 0 for transfer in self.started))
+
+
+def make_layer(transport: FailingTransport, depth: int = 1) -> ExpertParallel:
+    config = MoEConfig(num_experts=8, ep_size=4, top_k=2, schedule="peers", row_cuts=4, depth=depth)
     layer = ExpertParallel(8, GeluMLP(8, 16), config)
     layer.connect(transport, Torus(2, 2))
     return layer
@@ -82,6 +106,18 @@ def test_an_error_in_the_experts_drops_the_transfers_that_have_not_started() -> 
     with pytest.raises(ValueError, match="no"):
         layer(torch.randn(20, 8))
     assert transport.num_started <= 2, "what was issued before the first compute"
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_experts_compute_while_rows_are_on_the_wire_and_at_depth_0_never(depth: int) -> None:
+    transport = HeldTransport()
+    transport.has_computed = depth == 0
+    layer = make_layer(transport, depth)
+    for expert in layer.experts.deepspeed_experts:
+        expert.register_forward_pre_hook(transport.computes)
+    layer(torch.randn(20, 8))  # where compute waits for a transfer that it does not need, this never ends
+    assert len(transport.started) == 12
+    assert depth or set(transport.num_open_at_compute) == {0}
 
 
 def test_rows_on_the_wire_carry_no_graph() -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU, start_pass
+from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.recognise import recognise
 from ds_moe_ep.moe.split_experts import GradSums
 
@@ -50,3 +52,15 @@ def test_kept_rows_go_with_the_last_product_that_reads_them(
     expected = torch.autograd.grad(expert(x_RD), list(expert.parameters()), dy_RD)
     for mine, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+def test_a_layer_keeps_nothing_of_a_pass_that_went_backward_while_its_output_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, passes = ExpertParallel(8, GeluMLP(8, WIDTH), MoEConfig(num_experts=2)), []
+    start = layer.experts.start
+    monkeypatch.setattr(layer.experts, "start", lambda *args: passes.append(start(*args)) or passes[-1])
+    output, _, _ = layer(torch.randn(5, 8))
+    output.sum().backward(retain_graph=True)
+    assert output.grad_fn is not None
+    assert [(each.saved, each._weights) for each in passes] == [([], [])]

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     with copy_of_the_tree() as copy:
         for mutant, text in mutants:
             key = mutant.path, mutant.before, mutant.after
-            if key in judged:
+            if key in judged and judged[key][0] != "not judged":
                 mutant.outcome, mutant.because, mutant.seconds = judged[key]
                 continue
             if why := known.get(key):

@@ -84,7 +84,9 @@ def judge(mutant: Mutant, text: str, copy: Path, times_s: dict[str, float]) -> N
         if " ".join(step) not in times_s:  # the tests of the unchanged file must pass, and say how long they take
             code, why, times_s[" ".join(step)] = run_step(copy, step, 600)
             if code:
-                raise SystemExit(f"{' '.join(step)}: fails on the unchanged copy: {why}")
+                del times_s[" ".join(step)]
+                mutant.outcome, mutant.because = "not judged", f"the unchanged copy fails too: {why}"
+                return
     began, before = time.monotonic(), file.read_text(encoding="utf-8")
     mutant.outcome = "survived"
     try:
