@@ -247,6 +247,7 @@ def test_changed_code_is_noticed_and_so_is_its_way_back() -> None:
     for owner, name, value in (
         (Expert, "forward", lambda self, x: self.fc2(self.fc1(x).tanh())),
         (Expert, "hidden", lambda self, x: self.fc1(x) ** 2),
+        (Expert.hidden, "__code__", (lambda self, x: -self.fc1(x)).__code__),
         (here, "RELU_INSTEAD", True),
         (nn.Linear, "forward", lambda self, x: relu(torch.nn.functional.linear(x, self.weight, self.bias))),
         (nn.GELU, "forward", lambda self, x: relu(x)),
@@ -271,6 +272,24 @@ def test_hooks_of_all_modules_are_called_while_they_hang_there() -> None:
     finally:
         handle.remove()
     assert seen.count(expert.fc1) == 2  # in the layer, and as a module
+
+
+LIBRARY = types.ModuleType("library")
+LIBRARY.act = lambda x: F.gelu(x)
+
+
+class FromLibrary(Expert):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(LIBRARY.act(self.fc1(x)))
+        return y
+
+
+def test_a_function_that_changes_in_a_file_of_code_is_noticed() -> None:
+    layer, expert = layer_with(FromLibrary())
+    assert layer.experts._forms.common([expert]) is not None
+    with replaced(LIBRARY, "act", torch.tanh):
+        assert off_by(output_of(layer), expert) < 1e-5
+    assert off_by(output_of(layer), expert) < 1e-5
 
 
 class Stateful(Expert):
