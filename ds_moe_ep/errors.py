@@ -35,10 +35,10 @@ class EngineError(MoEError, RuntimeError):
 class PeerError(EngineError):
     """Another rank did not answer, went, or failed: the message says which one, in what, and why.
 
-    `is_echo`: it only tells of that rank's end. A rank that lives, and is somewhere else, does not tell of itself.
+    `is_secondary`: it only tells of that rank's end. A rank that lives, and is somewhere else, does not tell of itself.
     """
 
-    is_echo = True
+    is_secondary = True
 
 
 class ExportError(EngineError, ValueError):

@@ -13,14 +13,14 @@ from ds_moe_ep.check.pipeline import (
     check_pipeline,
     has_specified_shapes,
     is_specified,
+    pipeline_fix,
     pipeline_notes,
-    pipeline_way_out,
 )
 from ds_moe_ep.config import deepspeed_keys
 from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.config.section import Section, load_ds_config, read_section
 from ds_moe_ep.config.topology import RankGrid
-from ds_moe_ep.config.training import BYTES, WHOLE, Training, micro_batch_way_out, read_training
+from ds_moe_ep.config.training import BYTES, WHOLE, Training, micro_batch_fix, read_training
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.sizing.footprint import (
     Memory,
@@ -139,7 +139,7 @@ def check_config(
 def _check_model(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> ModelCheck:
     memory = count_memory(model, moe, training, budget.load)
     if memory.peak > budget.free_bytes:
-        raise ConfigError(_does_not_fit(memory, budget, memory_way_out(model, moe, training, budget)))
+        raise ConfigError(_does_not_fit(memory, budget, memory_fix(model, moe, training, budget)))
     tokens = tokens_of_rank(model, training)
     return ModelCheck(
         model=model,
@@ -159,13 +159,13 @@ def _check_model(model: ModelConfig, moe: MoEConfig, training: Training, budget:
 def _check_pipeline(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> PipelineCheck:
     details = check_pipeline(model, moe, training, budget.free_bytes)
     if details.memory.peak > budget.free_bytes:
-        way_out = pipeline_way_out(model, moe, training, budget.free_bytes)
-        raise ConfigError(_does_not_fit(details.memory, budget, way_out))
+        fix = pipeline_fix(model, moe, training, budget.free_bytes)
+        raise ConfigError(_does_not_fit(details.memory, budget, fix))
     return details
 
 
-def _does_not_fit(memory: Memory, budget: Budget, way_out: str) -> str:
-    return f"gpu_gb={budget.gpu_gb:g}: {needs(memory)} beside a reserve of {budget.reserve_gb:g}; {way_out}"
+def _does_not_fit(memory: Memory, budget: Budget, fix: str) -> str:
+    return f"gpu_gb={budget.gpu_gb:g}: {needs(memory)} beside a reserve of {budget.reserve_gb:g}; {fix}"
 
 
 def needs(memory: Memory) -> str:
@@ -180,13 +180,13 @@ def needs(memory: Memory) -> str:
     return f"a GPU needs {memory.peak / 1e9:.1f} GB ({listed})"
 
 
-def memory_way_out(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> str:
+def memory_fix(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> str:
     """What makes a model that is too large for a GPU fit, or at least smaller."""
 
     def fits(smaller: Training) -> bool:
         return count_memory(model, moe, smaller, budget.load).peak <= budget.free_bytes
 
-    smaller = micro_batch_way_out(training, fits)
+    smaller = micro_batch_fix(training, fits)
     if smaller:
         return smaller
     if not model.recompute:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
-from ds_moe_ep.config.training import Training, micro_batch_way_out
+from ds_moe_ep.config.training import Training, micro_batch_fix
 from ds_moe_ep.sizing.footprint import Memory, Parameters, count_parameters
 from ds_moe_ep.sizing.pipeline import (
     PipelineWork,
@@ -60,13 +60,13 @@ def check_pipeline(model: ModelConfig, moe: MoEConfig, training: Training, free_
     )
 
 
-def pipeline_way_out(model: ModelConfig, moe: MoEConfig, training: Training, free_bytes: int) -> str:
+def pipeline_fix(model: ModelConfig, moe: MoEConfig, training: Training, free_bytes: int) -> str:
     """What makes a stage that is too full fit, or at least smaller."""
 
     def fits(smaller: Training) -> bool:
         return fullest_stage(model, moe, smaller).memory.peak <= free_bytes
 
-    smaller = micro_batch_way_out(training, fits)
+    smaller = micro_batch_fix(training, fits)
     if smaller:
         return smaller
     if not model.recompute:

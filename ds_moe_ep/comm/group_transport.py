@@ -84,14 +84,14 @@ class GroupTransport:
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
         place = str(Place(tags, "pass", 0.0))
         self.watch.report(error, place)
-        self._groups.standing.end(f"{place} ended with {type(error).__name__}: {error}")
+        self._groups.guard.end(f"{place} ended with {type(error).__name__}: {error}")
 
     def check_open(self, tags: Tags = NO_TAGS) -> None:
         self.begin(tags, "pass")
 
     def begin(self, tags: Tags, op: str) -> Place:
         """Where this rank is from now on. Raises PeerError where the lanes are not in use any more."""
-        place, failure = Place(tags, op, time.monotonic()), self._groups.standing.failure
+        place, failure = Place(tags, op, time.monotonic()), self._groups.guard.failure
         if failure is not None:
             raise PeerError(
                 f"{place}: the lanes of {ranks_named(self.ranks)} are closed since the first failure on them, lest a "
@@ -109,7 +109,7 @@ class GroupTransport:
 
     def failure(self, place: Place, error: RuntimeError, owed: Bytes) -> PeerError:
         """The error of a transfer that `error` ended, and the end of the lanes with it."""
-        first = self._groups.standing.failure
+        first = self._groups.guard.failure
         is_late = time.monotonic() - place.since_s > self._timeout_s - CLOCK_S
         what = f"did not answer rank {self.ranks[self.rank]}"
         if is_late:
@@ -120,9 +120,9 @@ class GroupTransport:
         text = f"{place}: {self._who(owed)} {what} ({owed})"
         text += f"; {why}" if why else ""
         failure = PeerError(text + (f"; moe_ep.timeout_s={self._timeout_s:g} sets the limit" if is_late else ""))
-        failure.is_echo = not is_late or first is not None or self.watch.knows_trouble()
+        failure.is_secondary = not is_late or first is not None or self.watch.knows_failure()
         self.watch.report(failure, str(place))
-        self._groups.standing.end(text)
+        self._groups.guard.end(text)
         return failure
 
     def _who(self, owed: Bytes) -> str:
@@ -130,7 +130,7 @@ class GroupTransport:
         ranks = self.members(owed.peers)
         if not owed.is_joint or len(ranks) == 1:
             return ranks_named(ranks)
-        known = self.watch.culprits(ranks)
+        known = self.watch.failed_ranks(ranks)
         return ranks_named(known) if known else f"one of {ranks_named(ranks)}"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_moe_ep.comm.transport import CONTROL, LANES
 from ds_moe_ep.errors import EngineError, TopologyError
-from ds_moe_ep.health.abort import Standing
+from ds_moe_ep.health.abort import AbortGuard
 from ds_moe_ep.health.watch import Watch, open_watch
 
 
@@ -24,7 +24,7 @@ class LaneGroups:
     rank: int
     ranks: tuple[int, ...]
     lanes: Mapping[str, dist.ProcessGroup]
-    standing: Standing
+    guard: AbortGuard
     watch: Watch
 
     @property
@@ -75,7 +75,7 @@ def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float, watch: Watch |
         dist.barrier(
             group=lane_group
         )  # NCCL wants every rank in a group's first call; later transfers may leave some out
-    standing = Standing(mine.index(rank), mine, lanes.values())
+    guard = AbortGuard(mine.index(rank), mine, lanes.values())
     watch = watch or open_watch(timeout_s)
-    watch.guards(standing)
-    return LaneGroups(mine.index(rank), mine, lanes, standing, watch)
+    watch.guards(guard)
+    return LaneGroups(mine.index(rank), mine, lanes, guard, watch)

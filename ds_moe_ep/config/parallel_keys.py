@@ -19,7 +19,7 @@ SEQUENCE_RULE = (
     "wrong"
 )
 STAGES_RULE = "the layer's groups span the data-parallel world, and stages would wait for each other"
-WAY_OUT = "set it to 1, and give the ranks to ep_size"
+FIX = "set it to 1, and give the ranks to ep_size"
 
 
 def refuse_shared_tokens(ds_config: Mapping[str, Any], world_size: int | None = None) -> None:
@@ -36,7 +36,7 @@ def refuse_shared_tokens(ds_config: Mapping[str, Any], world_size: int | None = 
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(f"{path}={value!r}: needs a number of ranks; set it to 1, or remove it")
         if value is not None and value > 1:
-            raise ConfigError(f"{path}={value}: {rule}; {WAY_OUT}")
+            raise ConfigError(f"{path}={value}: {rule}; {FIX}")
     copies = ds_config.get("data_parallel_size")
     if "sequence_parallel_size" in ds_config and copies is not None and copies != (world_size or copies):
         raise ConfigError(

@@ -107,7 +107,7 @@ def read_training(
     )
 
 
-def micro_batch_way_out(training: Training, fits: Callable[[Training], bool]) -> str | None:
+def micro_batch_fix(training: Training, fits: Callable[[Training], bool]) -> str | None:
     """How to cut the same batch into smaller micro-batches, the largest that fit; None where none does."""
     sequences = training.micro_batch * training.accumulation
     for micro_batch in range(training.micro_batch - 1, 0, -1):
@@ -248,12 +248,12 @@ def _read_batch(ds_config: Mapping[str, Any], num_copies: int, copies: str) -> t
         raise ConfigError(
             f"train_batch_size={batch}: must be train_micro_batch_size_per_gpu * gradient_accumulation_steps "
             f"* {copies} = {micro_batch} * {accumulation} * {num_copies} = {product}; "
-            f"{_batch_way_out(batch, micro_batch, num_copies)}"
+            f"{_batch_fix(batch, micro_batch, num_copies)}"
         )
     return micro_batch, accumulation
 
 
-def _batch_way_out(batch: int, micro_batch: int, num_copies: int) -> str:
+def _batch_fix(batch: int, micro_batch: int, num_copies: int) -> str:
     whole, rest = divmod(batch, max(micro_batch, 1) * num_copies)
     if whole and not rest:
         return f"set gradient_accumulation_steps to {whole}"

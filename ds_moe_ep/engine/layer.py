@@ -213,7 +213,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 def connect_layers(model: nn.Module) -> None:
     """Connects the package's layers that are not yet; DeepSpeed's inference engine asks for it. Collective."""
     for layer in moe_layers(model).values():
-        if layer.dispatcher.links is None:
+        if layer.dispatcher.connection is None:
             layer.set_deepspeed_parallelism()
 
 

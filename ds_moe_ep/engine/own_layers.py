@@ -131,7 +131,7 @@ def tell_unheard(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
         name: value for each in layers.values() for name in OF_THE_COMPANY if (value := getattr(each.config, name))
     }
     for name, value in unheard.items():
-        seams.say(
+        seams.log_rank0(
             f"{SECTION}.{name}={value!r}: deepspeed.initialize alone does not do this; call "
             "ds_moe_ep.attach_overlap(engine) after it, or ds_moe_ep.initialize in its place",
             logging.WARNING,

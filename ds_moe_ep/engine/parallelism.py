@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ds_moe_ep.config.parallel_keys import SEQUENCE_RULE, STAGES_RULE, TENSOR_RULE, WAY_OUT
+from ds_moe_ep.config.parallel_keys import FIX, SEQUENCE_RULE, STAGES_RULE, TENSOR_RULE
 from ds_moe_ep.engine import seams
 
 
@@ -19,4 +19,4 @@ def problem_of_shared_tokens() -> str:
 
 
 def _problem(name: str, size: int, rule: str) -> str:
-    return f"{name}={size}: {rule}; {WAY_OUT}" if size > 1 else ""
+    return f"{name}={size}: {rule}; {FIX}" if size > 1 else ""

@@ -344,7 +344,7 @@ def compare_ranks(what: str, fingerprint: str) -> list[str]:
     return [host for _, host in gathered]
 
 
-def say(message: str, level: int = logging.INFO) -> None:
+def log_rank0(message: str, level: int = logging.INFO) -> None:
     """One log line on rank 0."""
     log_dist(f"ds_moe_ep: {message}", ranks=[0], level=level)
 

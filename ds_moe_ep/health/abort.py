@@ -22,8 +22,8 @@ LONGEST_ABORT_S = 5.0  # how long a failure waits for communicators to end, whic
 _MOMENT = timedelta(milliseconds=1)
 
 
-class Standing:
-    """The standing of one group's lanes; `ranks` are global."""
+class AbortGuard:
+    """The guard of one group's lanes; `ranks` are global."""
 
     def __init__(self, rank: int, ranks: Sequence[int], lanes: Iterable[dist.ProcessGroup]) -> None:
         self.ranks = tuple(ranks)

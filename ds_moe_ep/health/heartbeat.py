@@ -29,12 +29,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Fault:
-    """An exception that ended a pass, or the process. `is_echo`: it only tells of another rank's."""
+    """An exception that ended a pass, or the process. `is_secondary`: it only tells of another rank's."""
 
     type_name: str
     text: str
     place: str
-    is_echo: bool = False
+    is_secondary: bool = False
     at_s: float = 0.0  # of the host's calendar: orders faults of several ranks, and nothing hangs on it
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """One rank's sign of life. `beat` grows with each; times are durations, since no two ranks' clocks agree."""
 
     rank: int
@@ -68,12 +68,12 @@ class Sign:
     serves_store: bool = False
 
     def pack(self) -> str:
-        """The sign as text for the store."""
+        """The heartbeat as text for the store."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod
-    def unpack(cls, text: bytes | str) -> Sign:
-        """The sign that `pack` made a text of."""
+    def unpack(cls, text: bytes | str) -> Heartbeat:
+        """The heartbeat that `pack` made a text of."""
         values = json.loads(text)
         fault = values["fault"]
         return replace(
@@ -95,10 +95,10 @@ ECHOES = (
 )
 
 
-def is_echo(error: BaseException) -> bool:
+def is_secondary(error: BaseException) -> bool:
     """Whether an exception only tells of another rank: this package's, or a communicator's own."""
     if isinstance(error, PeerError):
-        return error.is_echo
+        return error.is_secondary
     return isinstance(error, RuntimeError) and any(text in str(error) for text in ECHOES)
 
 
@@ -106,4 +106,4 @@ def fault_of(error: BaseException, place: str) -> Fault:
     """An exception as the other ranks shall read it: its first line, cut where it is long."""
     lines = str(error).strip().splitlines() or ["no message"]
     text = lines[0] if len(lines[0]) <= LONGEST_TEXT else lines[0][:LONGEST_TEXT] + "..."
-    return Fault(type(error).__name__, text, place, is_echo(error), time.time())
+    return Fault(type(error).__name__, text, place, is_secondary(error), time.time())

@@ -12,7 +12,7 @@ from ds_moe_ep.health.heartbeat import Identity
 _PROCESSES = Path("/proc")
 
 
-class Life(Enum):
+class ProcessStatus(Enum):
     """What is known of a process."""
 
     RUNS = "runs"
@@ -34,19 +34,19 @@ def identify() -> Identity:
         return Identity(host, "", pid, 0)
 
 
-def life_of(identity: Identity, machine: str) -> Life:
+def status_of(identity: Identity, machine: str) -> ProcessStatus:
     """What this machine knows of a process. A zombie is gone."""
     if not machine or identity.machine != machine:
-        return Life.UNKNOWN
+        return ProcessStatus.UNKNOWN
     try:
         state, born = _read(identity.pid)
     except (FileNotFoundError, ProcessLookupError):
-        return Life.GONE
+        return ProcessStatus.GONE
     except OSError:
-        return Life.UNKNOWN
+        return ProcessStatus.UNKNOWN
     if born != identity.born or state in "ZXx":
-        return Life.GONE
-    return Life.STOPPED if state in "Tt" else Life.RUNS
+        return ProcessStatus.GONE
+    return ProcessStatus.STOPPED if state in "Tt" else ProcessStatus.RUNS
 
 
 def _read(pid: int) -> tuple[str, int]:

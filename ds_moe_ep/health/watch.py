@@ -20,13 +20,13 @@ from typing import Protocol
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
-from ds_moe_ep.health.abort import Standing
-from ds_moe_ep.health.board import innermost, open_store, serves
-from ds_moe_ep.health.diagnosis import View, culprits, explain, first_fault, troubles
+from ds_moe_ep.health.abort import AbortGuard
+from ds_moe_ep.health.diagnosis import View, explain, failed_ranks, first_fault, unhealthy
 from ds_moe_ep.health.excepthook import chain
 from ds_moe_ep.health.heartbeat import Place
-from ds_moe_ep.health.rank_state import Pulse
-from ds_moe_ep.health.watchdog import Monitor
+from ds_moe_ep.health.rank_state import RankState
+from ds_moe_ep.health.store import innermost, open_store, serves
+from ds_moe_ep.health.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Watch(Protocol):
     def leaves(self) -> None:
         """It waits no longer."""
 
-    def guards(self, standing: Standing) -> None:
+    def guards(self, guard: AbortGuard) -> None:
         """Ends the use of these lanes when one of their ranks fails or goes."""
 
     def report(self, error: BaseException, place: str) -> None:
@@ -52,10 +52,10 @@ class Watch(Protocol):
     def explain(self, suspects: Iterable[int]) -> str:
         """Why these ranks do not answer, or an empty string. Waits up to 5 s for signs that tell."""
 
-    def culprits(self, ranks: Iterable[int]) -> list[int]:
+    def failed_ranks(self, ranks: Iterable[int]) -> list[int]:
         """Those of the ranks that are gone or silent, or failed by themselves, as far as is known now."""
 
-    def knows_trouble(self) -> bool:
+    def knows_failure(self) -> bool:
         """Whether any rank is known now to be gone or silent, or to have failed by itself."""
 
     def step_begins(self, number: int) -> None:
@@ -80,7 +80,7 @@ class Unwatched:
     def leaves(self) -> None:
         return None
 
-    def guards(self, standing: Standing) -> None:
+    def guards(self, guard: AbortGuard) -> None:
         return None
 
     def report(self, error: BaseException, place: str) -> None:
@@ -89,10 +89,10 @@ class Unwatched:
     def explain(self, suspects: Iterable[int]) -> str:
         return ""
 
-    def culprits(self, ranks: Iterable[int]) -> list[int]:
+    def failed_ranks(self, ranks: Iterable[int]) -> list[int]:
         return []
 
-    def knows_trouble(self) -> bool:
+    def knows_failure(self) -> bool:
         return False
 
     def step_begins(self, number: int) -> None:
@@ -114,8 +114,8 @@ class RankWatch:
     def __init__(
         self, store: Store, rank: int, size: int, timeout_s: float, interval_s: float, serves_store: bool = False
     ) -> None:
-        self._pulse = pulse = Pulse(store, rank, size, interval_s, serves_store)
-        self._finalizer = weakref.finalize(self, _end, pulse, Monitor(pulse, timeout_s, interval_s), chain(pulse))
+        self._pulse = pulse = RankState(store, rank, size, interval_s, serves_store)
+        self._finalizer = weakref.finalize(self, _end, pulse, Watchdog(pulse, timeout_s, interval_s), chain(pulse))
         multiprocessing.util.Finalize(self, self._finalizer, exitpriority=1)  # its children end without atexit
 
     def enters(self, place: Place) -> None:
@@ -126,8 +126,8 @@ class RankWatch:
         pulse.last = pulse.places.pop(threading.get_ident(), None)
         pulse.moved_s = time.monotonic()
 
-    def guards(self, standing: Standing) -> None:
-        self._pulse.guard(standing)
+    def guards(self, guard: AbortGuard) -> None:
+        self._pulse.guard(guard)
 
     def report(self, error: BaseException, place: str) -> None:
         self._pulse.fail(error, place)
@@ -136,24 +136,24 @@ class RankWatch:
         suspects, end_s = tuple(suspects), time.monotonic() + PATIENCE_S
         first = view = self._fresh_view()
         while time.monotonic() < end_s:
-            is_clear = first_fault(view) or troubles(view) or view.store_silent_s > view.silence_s
+            is_clear = first_fault(view) or unhealthy(view) or view.store_silent_s > view.silence_s
             if is_clear or _all_show_life(view, first, suspects):
                 break
             time.sleep(max(0.1, self._pulse.board.interval_s / 10))
             view = self._fresh_view()
         return explain(view, suspects)
 
-    def culprits(self, ranks: Iterable[int]) -> list[int]:
-        return culprits(self._pulse.view(), ranks)
+    def failed_ranks(self, ranks: Iterable[int]) -> list[int]:
+        return failed_ranks(self._pulse.view(), ranks)
 
-    def knows_trouble(self) -> bool:
+    def knows_failure(self) -> bool:
         view = self._pulse.view()
-        return bool(troubles(view)) or first_fault(view) is not None or view.store_silent_s > view.silence_s
+        return bool(unhealthy(view)) or first_fault(view) is not None or view.store_silent_s > view.silence_s
 
     def _fresh_view(self) -> View:
         """The view behind a new look at the board, unless whoever serves the store is known to be in trouble."""
         view = self._pulse.view()
-        if any(view.seen[rank].sign.serves_store for rank in troubles(view)):
+        if any(view.seen[rank].heartbeat.serves_store for rank in unhealthy(view)):
             return view
         self._pulse.board.ask(1.0)
         return self._pulse.view()
@@ -182,12 +182,12 @@ class RankWatch:
 def _all_show_life(view: View, before: View, suspects: Iterable[int]) -> bool:
     """Whether each suspect has given a sign of life since an earlier look, which may have shown one from before it."""
     return all(
-        rank in view.seen and rank in before.seen and view.seen[rank].sign.beat > before.seen[rank].sign.beat
+        rank in view.seen and rank in before.seen and view.seen[rank].heartbeat.beat > before.seen[rank].heartbeat.beat
         for rank in suspects
     )
 
 
-def _end(pulse: Pulse, monitor: Monitor, unchain: Callable[[], None]) -> None:
+def _end(pulse: RankState, monitor: Watchdog, unchain: Callable[[], None]) -> None:
     if os.getpid() != pulse.identity.pid:
         return  # a forked child, which has neither threads nor a say
     monitor.end()

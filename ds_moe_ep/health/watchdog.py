@@ -19,9 +19,9 @@ import threading
 import time
 
 from ds_moe_ep.errors import PeerError
-from ds_moe_ep.health.diagnosis import View, explain, is_deadlocked, is_gone, is_silent, slow_step, spread, troubles
-from ds_moe_ep.health.processes import Life
-from ds_moe_ep.health.rank_state import Pulse
+from ds_moe_ep.health.diagnosis import View, explain, is_deadlocked, is_gone, is_silent, slow_step, spread, unhealthy
+from ds_moe_ep.health.processes import ProcessStatus
+from ds_moe_ep.health.rank_state import RankState
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,10 @@ MARGIN_S = 3.0  # in which a transfer that is late for the same reason says so i
 EXIT_CODE = 70  # "internal software error" of sysexits.h
 
 
-class Monitor:
+class Watchdog:
     """Looks every `interval_s`."""
 
-    def __init__(self, pulse: Pulse, timeout_s: float, interval_s: float) -> None:
+    def __init__(self, pulse: RankState, timeout_s: float, interval_s: float) -> None:
         self._pulse, self._timeout_s, self._interval_s = pulse, timeout_s, interval_s
         self._known: set[int] = set()  # who has failed or gone
         self._told: set[int] = set()  # who went, and was named in a line
@@ -77,9 +77,9 @@ class Monitor:
         if self._end.is_set() or not fallen | missed:
             return
         text = explain(view, fallen | missed)
-        for standing in self._pulse.guarded():
-            if fallen & set(standing.ranks):
-                standing.end(text)
+        for guard in self._pulse.guarded():
+            if fallen & set(guard.ranks):
+                guard.end(text)
         if not fallen <= self._told or missed:
             logger.error("ds_moe_ep: rank %d sees: %s", view.own, text)
         self._known |= fallen
@@ -87,12 +87,12 @@ class Monitor:
 
     def _has_gone(self, view: View, rank: int) -> bool:
         """Whether a rank told of no fault and went without a goodbye, which may be unread for a moment."""
-        sign, board = view.seen[rank].sign, self._pulse.board
-        if sign.fault is not None or sign.has_left or not is_gone(view, rank):
+        heartbeat, board = view.seen[rank].heartbeat, self._pulse.board
+        if heartbeat.fault is not None or heartbeat.has_left or not is_gone(view, rank):
             self._gone_since.pop(rank, None)
             return False
         if board.is_lost:
-            return sign.serves_store  # of the others no goodbye can be read
+            return heartbeat.serves_store  # of the others no goodbye can be read
         if rank not in self._gone_since:
             self._gone_since[rank] = (time.monotonic(), board.hurry())
         since_s, number = self._gone_since[rank]
@@ -111,9 +111,9 @@ class Monitor:
         if took_s < self._next_line_s:
             return
         self._next_line_s = 2 * took_s
-        wrong = troubles(view)
+        wrong = unhealthy(view)
         if view.own == min(rank for rank in {*view.seen, view.own} if rank not in wrong):
-            logger.warning("ds_moe_ep: %s", slow_step(view, pulse.sign(), took_s, median_s))
+            logger.warning("ds_moe_ep: %s", slow_step(view, pulse.heartbeat(), took_s, median_s))
 
     def _see_whether_stuck(self, view: View) -> None:
         now_s, pulse = time.monotonic(), self._pulse
@@ -125,10 +125,10 @@ class Monitor:
             return
         wrong = [rank for rank in view.seen if is_gone(view, rank) or is_silent(view, rank) or _has_failed(view, rank)]
         if view.store_silent_s > view.silence_s:
-            servers = [rank for rank, seen in view.seen.items() if seen.sign.serves_store]
-            wrong += [rank for rank in servers if view.lives.get(rank) is not Life.RUNS]
+            servers = [rank for rank, seen in view.seen.items() if seen.heartbeat.serves_store]
+            wrong += [rank for rank in servers if view.statuses.get(rank) is not ProcessStatus.RUNS]
         self._in_trouble_since = {rank: self._in_trouble_since.get(rank, now_s) for rank in wrong if rank != view.own}
-        own = pulse.sign()
+        own = pulse.heartbeat()
         is_deadlocked_now = is_deadlocked(view, own, MARGIN_S)
         self._deadlocked_since = (self._deadlocked_since or now_s) if is_deadlocked_now else None
         inside, stuck_s = pulse.inside.copy(), now_s - pulse.moved_s
@@ -144,7 +144,7 @@ class Monitor:
     def _end_process(self, text: str) -> None:
         """Tells the other ranks, and ends the process."""
         error = PeerError(text)
-        error.is_echo = bool(self._in_trouble_since)
+        error.is_secondary = bool(self._in_trouble_since)
         self._pulse.fail(error, "")
         time.sleep(3 * self._interval_s)  # the peers read it before their connections close
         _end_process(f"ds_moe_ep: {text}; the process ends. moe_ep.timeout_s sets the limit\n")
@@ -152,8 +152,8 @@ class Monitor:
 
 def _has_failed(view: View, rank: int) -> bool:
     """Whether a rank told of a fault of its own."""
-    fault = view.seen[rank].sign.fault
-    return fault is not None and not fault.is_echo
+    fault = view.seen[rank].heartbeat.fault
+    return fault is not None and not fault.is_secondary
 
 
 def _end_process(text: str) -> None:

@@ -79,7 +79,7 @@ class Call:
 NO_CALL = Call()
 
 
-class Agreed(NamedTuple):
+class CountsHeader(NamedTuple):
     """What all ranks must have alike before rows move."""
 
     width: int
@@ -96,7 +96,7 @@ class Agreed(NamedTuple):
 class Head(NamedTuple):
     """What a rank tells in front of its counts."""
 
-    agreed: Agreed
+    agreed: CountsHeader
     sees_drift: bool = False
     needs_gradient: bool = False
 
@@ -105,11 +105,11 @@ class Head(NamedTuple):
 
     @classmethod
     def read(cls, columns: Sequence[int]) -> Head:
-        num = len(Agreed._fields)
-        return cls(Agreed(*columns[:num]), bool(columns[num]), bool(columns[num + 1]))
+        num = len(CountsHeader._fields)
+        return cls(CountsHeader(*columns[:num]), bool(columns[num]), bool(columns[num + 1]))
 
 
-NUM_HEAD = len(Agreed._fields) + 2
+NUM_HEAD = len(CountsHeader._fields) + 2
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Agreement:
         call, (width, dtype) = self.call, self.row_type
         layer, schedule = (crc32(text.encode()) for text in (call.layer, call.schedule))
         kind, experts = DTYPES.index(dtype), self.num_experts
-        agreed = Agreed(width, kind, capacity, experts, layer, call.number, call.mode, schedule, call.history)
+        agreed = CountsHeader(width, kind, capacity, experts, layer, call.number, call.mode, schedule, call.history)
         return Head(agreed, self.sees_drift, self.needs_gradient)
 
     def _exchange(self, send_PC: Tensor, own: Head) -> Tensor:
@@ -209,9 +209,9 @@ def place_of(head: Head) -> tuple[int, int, int]:
     return head.agreed.layer, head.agreed.call, head.agreed.mode
 
 
-def describe(own: Agreed, other: Agreed) -> tuple[str, str]:
+def describe(own: CountsHeader, other: CountsHeader) -> tuple[str, str]:
     """What two ranks in the same pass have where they differ, for an error."""
-    odd = [name for name, a, b in zip(Agreed._fields, own, other, strict=True) if a != b]
+    odd = [name for name, a, b in zip(CountsHeader._fields, own, other, strict=True) if a != b]
     mine, theirs = (
         ", ".join(f"{name}={_shown(name, getattr(agreed, name))}" for name in odd) for agreed in (own, other)
     )

@@ -33,7 +33,7 @@ from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.kernels.permute import permute, unpermute
 from ds_moe_ep.moe.agreement import Agreement, Call, Mode, announce_bad_input
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan, make_plan
-from ds_moe_ep.moe.executor import Route, run_experts
+from ds_moe_ep.moe.executor import PassContext, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.router import Routes
@@ -42,7 +42,7 @@ from ds_moe_ep.schedule.build import Schedule, backward_schedule, forward_schedu
 
 
 @dataclass(frozen=True)
-class Links:
+class Connection:
     """What ties a layer to its group: the transport, and the schedules over the group's torus.
 
     The controls are the same pieces at depth 0.
@@ -55,7 +55,7 @@ class Links:
     control_backward: Schedule
 
     @classmethod
-    def of(cls, config: MoEConfig, transport: Transport, torus: Torus) -> Links:
+    def of(cls, config: MoEConfig, transport: Transport, torus: Torus) -> Connection:
         configs = (config, replace(config, depth=0))
         schedules = [make(c, torus) for c in configs for make in (forward_schedule, backward_schedule)]
         return cls(transport, *schedules)
@@ -72,7 +72,7 @@ class Dispatcher:
     def __init__(self, config: MoEConfig, name: str = "") -> None:
         self.config = config
         self.name = name  # in the record and in errors
-        self.links = Links.of(config, Loopback(), Torus(1, 1)) if config.ep_size == 1 else None
+        self.connection = Connection.of(config, Loopback(), Torus(1, 1)) if config.ep_size == 1 else None
         self.lanes: Lanes | None = None
         self.recorder: Recorder = Off()
         self.clock: Recorder = Off()  # a second one, of whoever times the layer besides
@@ -105,12 +105,12 @@ class Dispatcher:
         assert (config.num_experts, config.ep_size) == (own.num_experts, own.ep_size), "these shape parameters"
         self.config, self.choice = config, None
         self.drift = Drift(config.retune_drift)
-        self._relink()
+        self._reconnect()
 
     @property
     def torus(self) -> Torus:
         """Where the ranks of the layer's group stand; one rank before it is connected."""
-        return Torus(1, 1) if self.links is None else self.links.forward.torus
+        return Torus(1, 1) if self.connection is None else self.connection.forward.torus
 
     @property
     def bare_transport(self) -> Transport | None:
@@ -129,7 +129,7 @@ class Dispatcher:
             )
         self._bare = transport
         transport = with_callbacks(transport, self._callbacks)
-        self.links = Links.of(self._resolved_config(), transport, torus or Torus(1, transport.size))
+        self.connection = Connection.of(self._resolved_config(), transport, torus or Torus(1, transport.size))
 
     def add_callback(self, callback: TransferCallback) -> None:
         """Puts a callback around each message of the layer, behind those that are there. Between passes.
@@ -150,11 +150,13 @@ class Dispatcher:
     def take_choice(self, choice: Choice) -> None:
         """Runs the schedule of a choice where the configuration says 'auto'. Local; every rank takes the same one."""
         self.choice = choice
-        self._relink()
+        self._reconnect()
 
-    def _relink(self) -> None:
-        if self.links is not None:
-            self.links = Links.of(self._resolved_config(), self.links.transport, self.links.forward.torus)
+    def _reconnect(self) -> None:
+        if self.connection is not None:
+            self.connection = Connection.of(
+                self._resolved_config(), self.connection.transport, self.connection.forward.torus
+            )
 
     def _resolved_config(self) -> MoEConfig:
         """The configuration with the schedule that 'auto' stands for; serial until one is chosen."""
@@ -162,15 +164,15 @@ class Dispatcher:
             return self.config
         return replace(self.config, **(self.choice.knobs if self.choice else {"schedule": "serial"}))
 
-    def checked_links(self) -> Links:
+    def checked_connection(self) -> Connection:
         """The links. Raises EngineError before `connect`."""
-        if self.links is None:
+        if self.connection is None:
             raise EngineError(
                 f"moe_ep.ep_size={self.config.ep_size}: the layer has no expert-parallel group yet (a pickled one "
                 "comes back without); pass the model to deepspeed.initialize or ds_moe_ep.initialize, or call the "
                 "layer's set_deepspeed_parallelism(), or its connect(transport) where there is no DeepSpeed"
             )
-        return self.links
+        return self.connection
 
     @contextmanager
     def announcing(self, device: torch.device, training: bool) -> Iterator[None]:
@@ -184,7 +186,7 @@ class Dispatcher:
             self._num_calls += 1  # as the peers, for whom this call has begun
             if device.type == "cpu" or self.config.capacity(1, training) is None:
                 with suppress(EngineError):  # the first failure is the one to tell
-                    transport, call = self.checked_links().transport, Call(self.name)
+                    transport, call = self.checked_connection().transport, Call(self.name)
                     announce_bad_input(transport, self.config.num_local_experts, device, call)
             raise
 
@@ -200,27 +202,27 @@ class Dispatcher:
 
         Collective over the expert group, forward and backward: every rank of the group calls it equally often.
         """
-        links = self.checked_links()
+        connection = self.checked_connection()
         row_type = (x_TD.shape[1], x_TD.dtype)
         sees_drift = self.drift.is_beyond_bound()
-        call = Call(self.name, self._num_calls, links.text, Mode.of(training), self._history)
+        call = Call(self.name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
         needs = needs_gradient(x_TD, routes, experts, shared)
-        plan = make_plan(routes, self.config.num_experts, links.transport, row_type, sees_drift, call, needs)
+        plan = make_plan(routes, self.config.num_experts, connection.transport, row_type, sees_drift, call, needs)
         try:
-            rows_ND, weights_TK, route = self._prepare(x_TD, routes, plan, experts, training, shared)
+            rows_ND, weights_TK, context = self._prepare(x_TD, routes, plan, experts, training, shared)
             if plan.goes_backward and not needs:  # a peer's pass backward needs this rank's
                 rows_ND.requires_grad_()
         except BaseException as error:  # the peers are about to send rows, and to wait for some
-            links.transport.abandon(error, call.tags)
+            connection.transport.abandon(error, call.tags)
             raise
-        route = replace(route, begin_backward=partial(self._begin_backward, call, row_type, x_TD.is_cuda))
-        results_ND, shared_TD = run_experts(rows_ND, experts, route, shared)
+        context = replace(context, begin_backward=partial(self._begin_backward, call, row_type, x_TD.is_cuda))
+        results_ND, shared_TD = run_experts(rows_ND, experts, context, shared)
         return unpermute(results_ND, weights_TK, plan.maps), shared_TD
 
     def _begin_backward(self, call: Call, row_type: tuple[int, torch.dtype], is_cuda: bool) -> None:
         """Makes sure that the group's ranks all begin the backward pass of a call; on CUDA the next call does."""
-        transport = self.checked_links().transport
+        transport = self.checked_connection().transport
         if transport.size > 1 and not is_cuda:
             now = replace(call, mode=Mode.BACKWARD, history=self._history)
             Agreement(transport, now, self.config.num_experts, row_type).on_backward()
@@ -234,40 +236,48 @@ class Dispatcher:
         experts: LocalExperts,
         training: bool,
         shared: SharedExpert | None,
-    ) -> tuple[Tensor, Tensor, Route]:
+    ) -> tuple[Tensor, Tensor, PassContext]:
         """The rows [N, D] in send order, the weights [T, K] of their results, and their way."""
-        links = self.checked_links()
+        connection = self.checked_connection()
         if self.lanes is None or self._device != x_TD.device:
-            self.lanes, self._device = make_lanes(x_TD.device, links.transport.size), x_TD.device
+            self.lanes, self._device = make_lanes(x_TD.device, connection.transport.size), x_TD.device
         rows_ND, weights_TK = permute(x_TD, plan.maps), routes.weights_TK
         if routes.weighs_rows:
             weight_of_row_N1 = weights_TK.flatten()[plan.maps.choice_of_row_N].unsqueeze(1)
             rows_ND, weights_TK = (rows_ND * weight_of_row_N1).to(x_TD.dtype), torch.ones_like(weights_TK)
-        is_tuned = self.config.schedule == "auto" and links.transport.size > 1
+        is_tuned = self.config.schedule == "auto" and connection.transport.size > 1
         if is_tuned and training and not torch.is_inference_mode_enabled():
-            links = self._tune(rows_ND, plan, experts, shared, self.lanes)
+            connection = self._tune(rows_ND, plan, experts, shared, self.lanes)
         num_shared = 0 if shared is None else len(x_TD)
-        layout = lay_out(plan, links.forward.pieces, links.forward.torus, links.transport.rank, num_shared)
+        layout = lay_out(
+            plan, connection.forward.pieces, connection.forward.torus, connection.transport.rank, num_shared
+        )
         forward, backward = (
-            (links.control_forward, links.control_backward) if self.blocking else (links.forward, links.backward)
+            (connection.control_forward, connection.control_backward)
+            if self.blocking
+            else (connection.forward, connection.backward)
         )
         recorder = Both.of(self.recorder, self.clock) if training else Off()
-        return rows_ND, weights_TK, Route(layout, forward, backward, links.transport, self.lanes, recorder, self.name)
+        return (
+            rows_ND,
+            weights_TK,
+            PassContext(layout, forward, backward, connection.transport, self.lanes, recorder, self.name),
+        )
 
     def _tune(
         self, rows_ND: Tensor, plan: DispatchPlan, experts: LocalExperts, shared: SharedExpert | None, lanes: Lanes
-    ) -> Links:
+    ) -> Connection:
         """The links to use now: measured anew where there is no choice yet, or where some rank sees drift."""
-        assert self.links is not None
+        assert self.connection is not None
         self.drift.see(plan.num_received)
         if self.choice is None or plan.is_drift_seen:
             if shared is not None:
                 shared = replace(shared, x_TD=shared.x_TD.detach())
-            transport = self.links.transport
+            transport = self.connection.transport
             trial = AutotuneRun(self.config, rows_ND.detach(), plan, experts, transport, self.torus, lanes, shared)
             self.take_choice(trial.choose())
             self.drift.restart()
-        return self.links
+        return self.connection
 
 
 def needs_gradient(x_TD: Tensor, routes: Routes, experts: LocalExperts, shared: SharedExpert | None) -> bool:

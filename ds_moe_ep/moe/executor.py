@@ -31,7 +31,7 @@ from ds_moe_ep.schedule.spans import Tags
 
 
 @dataclass(frozen=True)
-class Route:
+class PassContext:
     """What a pass needs besides rows and weights: layout, schedules, links."""
 
     layout: RowLayout
@@ -45,7 +45,7 @@ class Route:
 
 
 def run_experts(
-    rows_ND: Tensor, experts: LocalExperts, route: Route, shared: SharedExpert | None = None
+    rows_ND: Tensor, experts: LocalExperts, context: PassContext, shared: SharedExpert | None = None
 ) -> tuple[Tensor, Tensor]:
     """The experts' outputs [N, D] for rows in send order, in the same order, and the shared expert's [T, D].
 
@@ -57,7 +57,7 @@ def run_experts(
     x_TD = rows_ND.new_empty(0, rows_ND.shape[1]) if shared is None else shared.x_TD
     parameters = experts.expert_parameters() + ([] if shared is None else shared.experts.expert_parameters())
     outputs: tuple[Tensor, Tensor] = _RunExperts.apply(
-        rows_ND, x_TD, experts, shared, route, may_differentiate, *parameters
+        rows_ND, x_TD, experts, shared, context, may_differentiate, *parameters
     )  # type: ignore[no-untyped-call]
     return outputs
 
@@ -70,14 +70,14 @@ class _RunExperts(torch.autograd.Function):
         x_TD: Tensor,
         experts: LocalExperts,
         shared: SharedExpert | None,
-        route: Route,
+        context: PassContext,
         may_differentiate: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        with telling(route, "forward"):
-            expert_pass = experts.start(route.layout.expert_spans, may_differentiate)
+        with telling(context, "forward"):
+            expert_pass = experts.start(context.layout.expert_spans, may_differentiate)
             shared_pass = None if shared is None else shared.start()
-            buffers, shared_TD = Buffers.of(rows_ND.contiguous(), route), torch.empty_like(x_TD)
+            buffers, shared_TD = Buffers.of(rows_ND.contiguous(), context), torch.empty_like(x_TD)
 
         def compute(rows: PieceRows) -> None:
             for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
@@ -88,8 +88,8 @@ class _RunExperts(torch.autograd.Function):
                 here = slice(*rows.tokens)
                 shared_pass.compute(0, here, x_TD[here], shared_TD[here])
 
-        run(route.forward, route, buffers, Steps("forward", compute))
-        ctx.route, ctx.passes = route, [p for p in (expert_pass, shared_pass) if p is not None]
+        run(context.forward, context, buffers, Steps("forward", compute))
+        ctx.context, ctx.passes = context, [p for p in (expert_pass, shared_pass) if p is not None]
         ctx.num_saved = [len(each.saved) for each in ctx.passes]
         ctx.save_for_backward(buffers.inputs_RD, x_TD, *(t for each in ctx.passes for t in each.saved), *parameters)
         num_shared = 0 if shared is None else len(shared.experts.expert_parameters())
@@ -103,11 +103,11 @@ class _RunExperts(torch.autograd.Function):
     @once_differentiable
     @not_compiled
     def backward(ctx: Any, d_results_ND: Tensor, d_shared_TD: Tensor) -> tuple[Tensor | None, ...]:
-        route, (expert_pass, *shared_passes) = ctx.route, ctx.passes
-        route.begin_backward()
-        with telling(route, "backward"):
+        context, (expert_pass, *shared_passes) = ctx.context, ctx.passes
+        context.begin_backward()
+        with telling(context, "backward"):
             inputs_RD, x_TD = _take_saved(ctx)
-            buffers = Buffers.of(d_results_ND.contiguous(), route, returns_in_place=True)
+            buffers = Buffers.of(d_results_ND.contiguous(), context, returns_in_place=True)
             d_shared_TD, dx_TD = d_shared_TD.contiguous(), torch.empty_like(x_TD)
         grads: list[Tensor | None] = []
         shared_grads: list[Tensor | None] = []
@@ -122,9 +122,9 @@ class _RunExperts(torch.autograd.Function):
                 shared_pass.input_grads(0, here, d_shared_TD[here], dx_TD[here])
 
         def weights(block: int) -> None:
-            is_last = block == len(route.layout.weight_runs) - 1
-            for expert in range(len(route.layout.expert_spans)):
-                for here in (slice(*span) for owner, span in route.layout.weight_runs[block] if owner == expert):
+            is_last = block == len(context.layout.weight_runs) - 1
+            for expert in range(len(context.layout.expert_spans)):
+                for here in (slice(*span) for owner, span in context.layout.weight_runs[block] if owner == expert):
                     expert_pass.add_weight_grads(expert, here, inputs_RD[here], buffers.inputs_RD[here])
                 if is_last:
                     grads.extend(expert_pass.weight_grads(expert))
@@ -133,7 +133,7 @@ class _RunExperts(torch.autograd.Function):
                 shared_grads.extend(shared_pass.weight_grads(0))
 
         with torch.autocast(d_results_ND.device.type, enabled=False):  # whatever surrounds the caller's backward()
-            run(route.backward, route, buffers, Steps("backward", compute, weights))
+            run(context.backward, context, buffers, Steps("backward", compute, weights))
         for each in ctx.passes:
             each.saved = []
             each.let_go()
@@ -175,13 +175,13 @@ class Buffers:
     results_ND: Tensor
 
     @classmethod
-    def of(cls, sent_ND: Tensor, route: Route, returns_in_place: bool = False) -> Buffers:
-        if route.transport.size == 1:  # every row stays, in its place
+    def of(cls, sent_ND: Tensor, context: PassContext, returns_in_place: bool = False) -> Buffers:
+        if context.transport.size == 1:  # every row stays, in its place
             outputs_RD = torch.empty_like(sent_ND)
             return cls(sent_ND, sent_ND, sent_ND, outputs_RD, outputs_RD, outputs_RD)
-        inputs_RD = sent_ND.new_empty(route.layout.num_received, sent_ND.shape[1])
+        inputs_RD = sent_ND.new_empty(context.layout.num_received, sent_ND.shape[1])
         results_ND = sent_ND if returns_in_place else torch.empty_like(sent_ND)
-        if route.layout.is_stacked_on_arrival:
+        if context.layout.is_stacked_on_arrival:
             outputs_RD = torch.empty_like(inputs_RD)
             return cls(sent_ND, inputs_RD, inputs_RD, outputs_RD, outputs_RD, results_ND)
         wire_RD = torch.empty_like(inputs_RD)
@@ -212,20 +212,20 @@ class Steps:
     weights: Callable[[int], None] | None = None
 
 
-def run(schedule: Schedule, route: Route, buffers: Buffers, steps: Steps) -> None:
+def run(schedule: Schedule, context: PassContext, buffers: Buffers, steps: Steps) -> None:
     """Issues every op of the schedule and returns once the caller's lane is behind all of them."""
-    lanes, touched = route.lanes, buffers.everything()
+    lanes, touched = context.lanes, buffers.everything()
     if schedule.depth == 0:
         lanes = lanes.blocking()
     entry = lanes.entry()
     marks: list[Mark] = []
-    with telling(route, steps.phase):
+    with telling(context, steps.phase):
         try:
             for op in schedule.ops:
                 after = [marks[index] for index in op.after] or [entry]
-                tags = Tags(route.layer, steps.phase, "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece])
-                work = _work(op, route, buffers, steps, tags)
-                marks.append(lanes.issue(op.kind.lane, after, touched, work, _scope(op, route, tags)))
+                tags = Tags(context.layer, steps.phase, "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece])
+                work = _work(op, context, buffers, steps, tags)
+                marks.append(lanes.issue(op.kind.lane, after, touched, work, _scope(op, context, tags)))
             lanes.leave(marks, touched)
         except BaseException:
             lanes.abandon()
@@ -233,25 +233,25 @@ def run(schedule: Schedule, route: Route, buffers: Buffers, steps: Steps) -> Non
 
 
 @contextmanager
-def telling(route: Route, phase: str) -> Iterator[None]:
+def telling(context: PassContext, phase: str) -> Iterator[None]:
     """A scope behind the agreement of a pass: its error is told to the peers, which are about to send rows."""
     try:
         yield
     except BaseException as error:
-        route.transport.abandon(error, Tags(route.layer, phase))
+        context.transport.abandon(error, Tags(context.layer, phase))
         raise
 
 
-def _work(op: Op, route: Route, buffers: Buffers, steps: Steps, tags: Tags) -> Callable[[], Mark | None]:
+def _work(op: Op, context: PassContext, buffers: Buffers, steps: Steps, tags: Tags) -> Callable[[], Mark | None]:
     """What an op does, to be called on its lane."""
     if op.kind is Kind.WEIGHTS:
         assert steps.weights is not None, "this pass has no weight gradients"
         return partial(steps.weights, op.piece)
-    rows = route.layout.pieces[op.piece]
+    rows = context.layout.pieces[op.piece]
     if op.kind is Kind.DISPATCH:
-        return partial(_dispatch, rows, route.transport, buffers, tags)
+        return partial(_dispatch, rows, context.transport, buffers, tags)
     if op.kind is Kind.COMBINE:
-        return partial(_combine, rows, route.transport, buffers, tags)
+        return partial(_combine, rows, context.transport, buffers, tags)
 
     def compute() -> None:
         _move(rows.moves, buffers.wire_in_RD, buffers.inputs_RD)
@@ -260,11 +260,11 @@ def _work(op: Op, route: Route, buffers: Buffers, steps: Steps, tags: Tags) -> C
     return compute
 
 
-def _scope(op: Op, route: Route, tags: Tags) -> Scope:
+def _scope(op: Op, context: PassContext, tags: Tags) -> Scope:
     """What records the op; free where nothing does."""
-    if isinstance(route.recorder, Off):
+    if isinstance(context.recorder, Off):
         return NOT_RECORDED
-    return route.recorder.scope(op.kind.lane, str(op), tags)
+    return context.recorder.scope(op.kind.lane, str(op), tags)
 
 
 def _dispatch(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Mark:

@@ -100,7 +100,7 @@ class ExpertParallel(nn.Module):
         any number of tokens (with a capacity: the same number). `used_token` [...] is zero for tokens to leave out;
         their output is zero.
         """
-        links = self.dispatcher.checked_links()
+        connection = self.dispatcher.checked_connection()
         with self.dispatcher.announcing(self._device, self.training):
             self.experts.check()
             self._check_input(x, used_token)
@@ -108,7 +108,7 @@ class ExpertParallel(nn.Module):
             routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
         inside = replace(routing, weights_TK=self.region.enter(routing.weights_TK))
         y_TD = self.region.leave(self._dispatch(self.region.enter(x_TD), inside))
-        loss = router_loss(routing, self.config, links.transport.sum, links.transport.size)
+        loss = router_loss(routing, self.config, connection.transport.sum, connection.transport.size)
         self.last_counts_E = routing.chosen_TE().sum(0).to(torch.int64)
         return y_TD.view(x.shape), loss, self.last_counts_E
 

@@ -34,7 +34,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
-from ds_moe_ep.moe.executor import Buffers, Route, Steps, run, run_experts
+from ds_moe_ep.moe.executor import Buffers, PassContext, Steps, run, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.split_experts import keep
@@ -203,32 +203,32 @@ class AutotuneRun:
         ops = tuple(Op(Kind.DISPATCH, piece, (piece - 1,) if piece else ()) for piece in range(len(pieces)))
         probe = Schedule("probe", self.torus, pieces, ops, depth=0)
         recorder = make_recorder(self.rows_ND.device, self.transport.rank)
-        route = dataclasses.replace(self._route(probe, probe), recorder=recorder)
-        run(probe, route, Buffers.of(self.rows_ND, route), Steps("forward", compute=_nothing))
+        context = dataclasses.replace(self._context(probe, probe), recorder=recorder)
+        run(probe, context, Buffers.of(self.rows_ND, context), Steps("forward", compute=_nothing))
         return recorder.spans()
 
     def _serial_spans(self) -> list[Span]:
         recorder = make_recorder(self.rows_ND.device, self.transport.rank)
-        self._pass(dataclasses.replace(self._route_of({"schedule": "serial"}), recorder=recorder))
+        self._pass(dataclasses.replace(self._context_of({"schedule": "serial"}), recorder=recorder))
         return recorder.spans()
 
     def _race(self, knobs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Seconds of each, round by round, of the mean rank. Collective."""
-        routes = [self._route_of(each) for each in knobs]
+        contexts = [self._context_of(each) for each in knobs]
         times: list[list[float]] = [[] for _ in knobs]
         for index in range(ROUNDS + 1):
-            order = list(range(len(routes)))
+            order = list(range(len(contexts)))
             for side in order if index % 2 else order[::-1]:
-                seconds = self._timed(routes[side])
+                seconds = self._timed(contexts[side])
                 if index:  # the first round warms up
                     times[side].append(seconds)
         means = self._mean([seconds for side in times for seconds in side])
         return [means[i : i + ROUNDS] for i in range(0, len(means), ROUNDS)]
 
-    def _timed(self, route: Route) -> float:
+    def _timed(self, context: PassContext) -> float:
         self._synchronize()
         start = time.perf_counter()
-        self._pass(route)
+        self._pass(context)
         self._synchronize()
         return time.perf_counter() - start
 
@@ -236,21 +236,21 @@ class AutotuneRun:
         """Waits for the own device and for all ranks."""
         self._mean([0.0])
 
-    def _pass(self, route: Route) -> None:
+    def _pass(self, context: PassContext) -> None:
         """Forward and backward, weight gradients included, which are made for nobody: parameters are not asked for."""
         rows_ND = self.rows_ND.detach().requires_grad_()
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
-            outputs = run_experts(rows_ND, self.experts, route, self.shared)
+            outputs = run_experts(rows_ND, self.experts, context, self.shared)
         torch.autograd.grad(outputs, rows_ND, [torch.ones_like(rows) for rows in outputs])
 
-    def _route_of(self, knobs: Mapping[str, Any]) -> Route:
+    def _context_of(self, knobs: Mapping[str, Any]) -> PassContext:
         config = dataclasses.replace(self.config, **knobs)
-        return self._route(forward_schedule(config, self.torus), backward_schedule(config, self.torus))
+        return self._context(forward_schedule(config, self.torus), backward_schedule(config, self.torus))
 
-    def _route(self, forward: Schedule, backward: Schedule) -> Route:
+    def _context(self, forward: Schedule, backward: Schedule) -> PassContext:
         num_shared = 0 if self.shared is None else len(self.shared.x_TD)
         layout = lay_out(self.plan, forward.pieces, self.torus, self.transport.rank, num_shared)
-        return Route(layout, forward, backward, self.transport, self.lanes, Off())
+        return PassContext(layout, forward, backward, self.transport, self.lanes, Off())
 
     def _mean(self, values: Sequence[float]) -> list[float]:
         """The mean of each value over the ranks. Collective; waits for the device."""

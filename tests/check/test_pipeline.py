@@ -98,7 +98,7 @@ def with_model(layout: dict[str, int], **knobs: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("ds_config", "world_size", "gpu_gb", "way_out"),
+    ("ds_config", "world_size", "gpu_gb", "fix"),
     [
         (big(), 16, 80, "train_micro_batch_size_per_gpu=8 with gradient_accumulation_steps=8 fits"),
         (big(moe_ep=with_model(LAYOUT, recompute=False)), 16, 40, "set moe_ep.model.recompute to true"),
@@ -108,9 +108,9 @@ def with_model(layout: dict[str, int], **knobs: Any) -> dict[str, Any]:
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_way_out(
-    ds_config: dict[str, Any], world_size: int, gpu_gb: float, way_out: str
+    ds_config: dict[str, Any], world_size: int, gpu_gb: float, fix: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"gpu_gb={gpu_gb}: a GPU needs .*{way_out}"):
+    with pytest.raises(ConfigError, match=rf"gpu_gb={gpu_gb}: a GPU needs .*{fix}"):
         check_config(ds_config, world_size, Budget(gpu_gb=gpu_gb))
 
 

@@ -101,7 +101,7 @@ def big(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("ds_config", "gpu_gb", "way_out"),
+    ("ds_config", "gpu_gb", "fix"),
     [
         (big(), 60, "train_micro_batch_size_per_gpu=2 with gradient_accumulation_steps=32 fits"),
         (big(), 40, "move the optimizer to the host"),
@@ -110,8 +110,8 @@ def big(**changes: Any) -> dict[str, Any]:
         (big(moe_ep={"ep_size": 8, "model": "specification"}), 40, "raise moe_ep.ep_size from 8"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_a_way_out(ds_config: dict[str, Any], gpu_gb: float, way_out: str) -> None:
-    with pytest.raises(ConfigError, match=way_out):
+def test_what_does_not_fit_is_refused_with_a_way_out(ds_config: dict[str, Any], gpu_gb: float, fix: str) -> None:
+    with pytest.raises(ConfigError, match=fix):
         check_config(ds_config, 16, Budget(gpu_gb=gpu_gb))
 
 

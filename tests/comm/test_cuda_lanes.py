@@ -17,7 +17,7 @@ from ds_moe_ep.comm.lanes import CudaLanes, Mark
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.moe import executor as overlap
-from ds_moe_ep.moe.dispatcher import Links
+from ds_moe_ep.moe.dispatcher import Connection
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.schedule.build import Kind, Schedule, backward_schedule, forward_schedule
@@ -70,8 +70,8 @@ def run_layer(
     layer = ExpertParallel(8, template(8, 16), config, template(8, 16) if has_shared else None)
     layer.connect(make_transport(device, 4), TORUS)
     dispatcher = layer.dispatcher
-    links: Links = dispatcher.checked_links()
-    dispatcher.links = dataclasses.replace(links, forward=change(links.forward), backward=change(links.backward))
+    links: Connection = dispatcher.checked_connection()
+    dispatcher.connection = dataclasses.replace(links, forward=change(links.forward), backward=change(links.backward))
     dispatcher.lanes, dispatcher._device = make_lanes(torch.device("cpu")), torch.device("cpu")
     x_TD = torch.randn(40, 8, requires_grad=True)
     with device:

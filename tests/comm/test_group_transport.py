@@ -16,7 +16,7 @@ from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.pairwise import Works
 from ds_moe_ep.comm.transport import Message
 from ds_moe_ep.errors import PeerError
-from ds_moe_ep.health.abort import Standing
+from ds_moe_ep.health.abort import AbortGuard
 from ds_moe_ep.health.watch import Unwatched
 from ds_moe_ep.schedule.spans import Tags
 
@@ -45,19 +45,19 @@ class CudaRows:
 class Watching(Unwatched):
     """A watch that knows of trouble with some ranks."""
 
-    def __init__(self, *culprits: int) -> None:
-        self.known = list(culprits)
+    def __init__(self, *failed_ranks: int) -> None:
+        self.known = list(failed_ranks)
 
-    def culprits(self, ranks: Sequence[int]) -> list[int]:
+    def failed_ranks(self, ranks: Sequence[int]) -> list[int]:
         return [rank for rank in self.known if rank in ranks]
 
-    def knows_trouble(self) -> bool:
+    def knows_failure(self) -> bool:
         return bool(self.known)
 
 
-def transport(timeout_s: float = 5.0, ranks: tuple[int, ...] = (4, 7), *culprits: int) -> GroupTransport:
+def transport(timeout_s: float = 5.0, ranks: tuple[int, ...] = (4, 7), *failed_ranks: int) -> GroupTransport:
     """Rank 4 of the world, the first of a group of two."""
-    return GroupTransport(LaneGroups(0, ranks, {}, Standing(0, ranks, ()), Watching(*culprits)), timeout_s)
+    return GroupTransport(LaneGroups(0, ranks, {}, AbortGuard(0, ranks, ()), Watching(*failed_ranks)), timeout_s)
 
 
 def failure(over: GroupTransport, owed: Bytes, error: str = "reset", waited_s: float = 0.0) -> PeerError:
@@ -110,7 +110,7 @@ def test_after_a_failure_no_op_starts_and_the_error_names_the_first_failure() ->
 
 
 @pytest.mark.parametrize(
-    ("is_joint", "culprits", "named"),
+    ("is_joint", "failed_ranks", "named"),
     [
         (False, (), "ranks 7, 9 did not"),
         (False, (9,), "ranks 7, 9 did not"),
@@ -119,22 +119,22 @@ def test_after_a_failure_no_op_starts_and_the_error_names_the_first_failure() ->
     ],
 )
 def test_a_joint_transfer_names_the_culprit_or_says_that_it_was_one_of_them(
-    is_joint: bool, culprits: tuple[int, ...], named: str
+    is_joint: bool, failed_ranks: tuple[int, ...], named: str
 ) -> None:
-    error = failure(transport(5.0, (4, 7, 9), *culprits), Bytes((1, 2), 8, 8, is_joint))
+    error = failure(transport(5.0, (4, 7, 9), *failed_ranks), Bytes((1, 2), 8, 8, is_joint))
     assert str(error).startswith(f"layers.2.moe: forward dispatch: {named} ")
 
 
 def test_a_peer_that_is_late_while_nobody_is_in_trouble_is_no_echo_of_another_failure() -> None:
     owed = Bytes((1,), 8, 8)
-    assert failure(transport(), owed).is_echo, "it broke: its own error says why"
-    assert not failure(transport(), owed, waited_s=9.0).is_echo
-    assert failure(transport(5.0, (4, 7), 3), owed, waited_s=9.0).is_echo, "another rank is in trouble"
+    assert failure(transport(), owed).is_secondary, "it broke: its own error says why"
+    assert not failure(transport(), owed, waited_s=9.0).is_secondary
+    assert failure(transport(5.0, (4, 7), 3), owed, waited_s=9.0).is_secondary, "another rank is in trouble"
     over = transport()
     place = over.begin(Tags(), "dispatch")
     late = replace(place, since_s=place.since_s - 9.0)
-    assert not over.failure(late, RuntimeError("Timed out"), owed).is_echo
-    assert over.failure(late, RuntimeError("Timed out"), owed).is_echo, "the lanes had failed before"
+    assert not over.failure(late, RuntimeError("Timed out"), owed).is_secondary
+    assert over.failure(late, RuntimeError("Timed out"), owed).is_secondary, "the lanes had failed before"
 
 
 def test_of_a_communicators_error_the_first_sentence_is_told_at_most_two_hundred_letters_of_it() -> None:

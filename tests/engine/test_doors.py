@@ -224,7 +224,7 @@ def section_cases() -> dict[str, Any]:
     engine = plain_engine(own_layer(), own_layer(), moe_ep=section)
     layer = engine.module.layers[1]
     found["knobs"] = [getattr(layer.config, name) for name in section], layer.dispatcher.name
-    found["schedule"] = str(layer.dispatcher.links.forward)
+    found["schedule"] = str(layer.dispatcher.connection.forward)
     train(engine, 2)
     found["said"] = [line for line in lines if "meter_every" in line]
     for name, more in {

@@ -53,7 +53,7 @@ def section_job() -> dict[str, Any]:
     layer = engine.module.moe
     return {
         "config": layer.config,
-        "schedule": str(layer.deepspeed_moe.dispatcher.links.forward),
+        "schedule": str(layer.deepspeed_moe.dispatcher.connection.forward),
         "router_k": layer.deepspeed_moe.gate.config.top_k,
     }
 

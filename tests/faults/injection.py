@@ -80,7 +80,7 @@ def inject(fault: Fault, engine: Any, folder: pathlib.Path) -> None:
 
     layer = engine.module.get_submodule(LAYER)
     if fault.place in LANES:
-        at_transfer(layer.deepspeed_moe.dispatcher.links.transport, *LANES[fault.place], is_time, act)
+        at_transfer(layer.deepspeed_moe.dispatcher.connection.transport, *LANES[fault.place], is_time, act)
     elif fault.place == "reduce":
         engine.module.enter.bias.register_hook(lambda grad: act() if is_time() else None)
     elif fault.place == "save":

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ds_moe_ep.health import abort as standing
-from ds_moe_ep.health.abort import CLOSING_TAG, Standing
+from ds_moe_ep.health import abort as guard
+from ds_moe_ep.health.abort import CLOSING_TAG, AbortGuard
 
 
 class FakeBackend:
@@ -54,8 +54,8 @@ class FakeGroup:
             raise RuntimeError("this communicator never began")
 
 
-def ended(groups: list[FakeGroup]) -> Standing:
-    lanes = Standing(0, (0, 1), groups)  # type: ignore[arg-type]
+def ended(groups: list[FakeGroup]) -> AbortGuard:
+    lanes = AbortGuard(0, (0, 1), groups)  # type: ignore[arg-type]
     lanes.end("rank 1 is gone")
     lanes.end("an echo")
     return lanes
@@ -79,7 +79,7 @@ def test_gloos_connections_are_closed_and_nothing_is_aborted() -> None:
 
 
 def test_an_abort_that_does_not_return_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standing, "LONGEST_ABORT_S", 0.2)
+    monkeypatch.setattr(guard, "LONGEST_ABORT_S", 0.2)
     calls: list[str] = []
     began_s = time.monotonic()
     lanes = ended([FakeGroup("combine", calls, FakeBackend(calls), takes_s=1.0)])

@@ -8,35 +8,37 @@ from typing import Any
 import pytest
 
 from ds_moe_ep.errors import EngineError, PeerError
-from ds_moe_ep.health.board import Seen
-from ds_moe_ep.health.diagnosis import View, culprits, explain, is_deadlocked, ranks_named, slow_step, troubles
-from ds_moe_ep.health.heartbeat import Fault, Identity, Place, Sign, fault_of
-from ds_moe_ep.health.processes import Life
+from ds_moe_ep.health.diagnosis import View, explain, failed_ranks, is_deadlocked, ranks_named, slow_step, unhealthy
+from ds_moe_ep.health.heartbeat import Fault, Heartbeat, Identity, Place, fault_of
+from ds_moe_ep.health.processes import ProcessStatus
+from ds_moe_ep.health.store import Seen
 from ds_moe_ep.schedule.spans import Tags
 
 PLACE = "layers.1.moe: forward dispatch"
 
 
-def sign(rank: int, **words: Any) -> Sign:
-    return Sign(rank, Identity(f"n{rank // 2}", "", 100 + rank, 0), **({"place": PLACE} | words))
+def heartbeat(rank: int, **words: Any) -> Heartbeat:
+    return Heartbeat(rank, Identity(f"n{rank // 2}", "", 100 + rank, 0), **({"place": PLACE} | words))
 
 
-def view(*signs: Sign, silent: dict[int, float] | None = None, lives: dict[int, Life] | None = None) -> View:
+def view(
+    *signs: Heartbeat, silent: dict[int, float] | None = None, statuses: dict[int, ProcessStatus] | None = None
+) -> View:
     """Rank 0's of these signs."""
     seen = {s.rank: Seen(s, 100.0 - (silent or {}).get(s.rank, 0.0), 100.0) for s in signs}
-    return View(0, seen, lives or {}, 0.0, 3.0)
+    return View(0, seen, statuses or {}, 0.0, 3.0)
 
 
 FAULT = Fault("ValueError", "bad luck", "layers.1.moe: backward pass", at_s=5.0)
 
 
 def test_signs_survive_the_store() -> None:
-    for one in (sign(3, waits_for=(1, 2), fault=FAULT, step=7, has_left=True), sign(0)):
-        assert Sign.unpack(one.pack()) == one
+    for one in (heartbeat(3, waits_for=(1, 2), fault=FAULT, step=7, has_left=True), heartbeat(0)):
+        assert Heartbeat.unpack(one.pack()) == one
 
 
 def test_a_rank_that_is_gone_stopped_or_silent_is_named_with_pid_host_and_last_place() -> None:
-    seen = view(*map(sign, range(4)), silent={3: 6.0}, lives={1: Life.GONE, 2: Life.STOPPED})
+    seen = view(*map(heartbeat, range(4)), silent={3: 6.0}, statuses={1: ProcessStatus.GONE, 2: ProcessStatus.STOPPED})
     assert explain(seen, [1]) == (
         "rank 1 (pid 101 on n0) is gone, last seen in layers.1.moe: forward dispatch; "
         "rank 2 (pid 102 on n1) is stopped, last seen in layers.1.moe: forward dispatch; "
@@ -45,53 +47,66 @@ def test_a_rank_that_is_gone_stopped_or_silent_is_named_with_pid_host_and_last_p
 
 
 def test_the_cause_is_named_and_not_the_neighbour_that_failed_for_it() -> None:
-    echo = replace(FAULT, type_name="PeerError", text="rank 2 did not answer", is_echo=True, at_s=1.0)
-    seen = view(sign(0), sign(1, fault=echo), sign(2, fault=FAULT), lives={1: Life.GONE, 2: Life.GONE})
+    echo = replace(FAULT, type_name="PeerError", text="rank 2 did not answer", is_secondary=True, at_s=1.0)
+    seen = view(
+        heartbeat(0),
+        heartbeat(1, fault=echo),
+        heartbeat(2, fault=FAULT),
+        statuses={1: ProcessStatus.GONE, 2: ProcessStatus.GONE},
+    )
     assert explain(seen, [1]) == "first error: rank 2: ValueError: bad luck (in layers.1.moe: backward pass)"
 
 
 def test_the_culprits_are_those_in_trouble_and_those_that_failed_by_themselves() -> None:
-    echo = replace(FAULT, is_echo=True)
-    seen = view(sign(1), sign(2, fault=FAULT), sign(3, fault=echo), sign(4), lives={4: Life.STOPPED})
-    assert culprits(seen, [1, 2, 3, 4]) == [2, 4] and culprits(seen, [1, 3]) == []
+    echo = replace(FAULT, is_secondary=True)
+    seen = view(
+        heartbeat(1),
+        heartbeat(2, fault=FAULT),
+        heartbeat(3, fault=echo),
+        heartbeat(4),
+        statuses={4: ProcessStatus.STOPPED},
+    )
+    assert failed_ranks(seen, [1, 2, 3, 4]) == [2, 4] and failed_ranks(seen, [1, 3]) == []
 
 
 def test_the_first_of_several_faults_is_named() -> None:
     later = replace(FAULT, text="later", at_s=6.0)
-    assert "first error: rank 2: ValueError: bad luck" in explain(view(sign(1, fault=later), sign(2, fault=FAULT)), [1])
+    assert "first error: rank 2: ValueError: bad luck" in explain(
+        view(heartbeat(1, fault=later), heartbeat(2, fault=FAULT)), [1]
+    )
 
 
 def test_an_echo_is_better_than_nothing() -> None:
-    echo = replace(FAULT, text="rank 9 did not answer", is_echo=True)
-    assert "first error: rank 1: ValueError: rank 9 did not answer" in explain(view(sign(1, fault=echo)), [1])
+    echo = replace(FAULT, text="rank 9 did not answer", is_secondary=True)
+    assert "first error: rank 1: ValueError: rank 9 did not answer" in explain(view(heartbeat(1, fault=echo)), [1])
 
 
 def test_where_all_live_the_suspects_whereabouts_are_told() -> None:
-    elsewhere = replace(sign(2), place="layers.0.moe: backward combine", waits_for=(0,))
-    assert explain(view(sign(1), elsewhere, sign(3)), [1, 2, 3]) == (
+    elsewhere = replace(heartbeat(2), place="layers.0.moe: backward combine", waits_for=(0,))
+    assert explain(view(heartbeat(1), elsewhere, heartbeat(3)), [1, 2, 3]) == (
         "ranks 1, 3 are in layers.1.moe: forward dispatch; "
         "rank 2 is in layers.0.moe: backward combine, waiting for rank 0"
     )
 
 
 def test_a_store_that_does_not_answer_is_told_with_the_rank_that_serves_it() -> None:
-    seen = replace(view(sign(1, serves_store=True)), store_silent_s=9.0)
+    seen = replace(view(heartbeat(1, serves_store=True)), store_silent_s=9.0)
     assert explain(seen, [1]) == "the ranks' store, on rank 1 (pid 101 on n0), does not answer"
 
 
 def test_a_goodbye_is_no_trouble_of_a_rank_that_lives_but_names_one_that_ended_early() -> None:
-    assert troubles(view(sign(1))) == {}
-    assert troubles(view(sign(1, has_left=True)))[1].startswith("rank 1 (pid 101 on n0) has ended, last seen")
+    assert unhealthy(view(heartbeat(1))) == {}
+    assert unhealthy(view(heartbeat(1, has_left=True)))[1].startswith("rank 1 (pid 101 on n0) has ended, last seen")
 
 
 def test_many_ranks_in_trouble_are_counted() -> None:
-    seen = view(*map(sign, range(16)), lives=dict.fromkeys(range(1, 16), Life.GONE))
+    seen = view(*map(heartbeat, range(16)), statuses=dict.fromkeys(range(1, 16), ProcessStatus.GONE))
     assert explain(seen, [3]).endswith("; 11 more ranks are in trouble")
 
 
 def test_the_line_about_a_slow_step_groups_the_ranks_by_place() -> None:
-    waiting = [replace(sign(rank), waits_for=(3,)) for rank in (0, 1, 2, 4, 5)]
-    seen = view(*waiting[1:], sign(3), lives={3: Life.STOPPED})
+    waiting = [replace(heartbeat(rank), waits_for=(3,)) for rank in (0, 1, 2, 4, 5)]
+    seen = view(*waiting[1:], heartbeat(3), statuses={3: ProcessStatus.STOPPED})
     assert slow_step(seen, replace(waiting[0], step=412), 31.0, 3.1) == (
         "step 412 has taken 31.0 s, 10 times the median of 3.1 s: ranks 0-2, 4, 5 are in layers.1.moe: forward "
         "dispatch, waiting for rank 3; rank 3 (pid 103 on n1) is stopped, last seen in layers.1.moe: forward dispatch"
@@ -126,11 +141,11 @@ def test_places_and_faults_read_as_text() -> None:
     ],
 )
 def test_an_error_of_somebody_elses_collective_is_an_echo_too(error: Exception, echo: bool) -> None:
-    assert fault_of(error, "").is_echo is echo
+    assert fault_of(error, "").is_secondary is echo
 
 
-def waiting(rank: int, place: str, blocked_s: float) -> Sign:
-    return sign(rank, place=place, blocked_s=blocked_s)
+def waiting(rank: int, place: str, blocked_s: float) -> Heartbeat:
+    return heartbeat(rank, place=place, blocked_s=blocked_s)
 
 
 @pytest.mark.parametrize(

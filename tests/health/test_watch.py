@@ -229,7 +229,7 @@ def test_a_rank_on_another_machine_is_judged_by_its_signs_alone(tmp_path: Path) 
         run_ranks(2, report_far_apart, str(tmp_path))
     took, _, text = (tmp_path / "0").read_text().partition(" ")
     assert " on n1) has given no sign of life for 3 s, last seen in " in text
-    assert float(took) < 6, "3 s without a sign, 5 s at most"
+    assert float(took) < 6, "3 s without a heartbeat, 5 s at most"
 
 
 def leave_at_once() -> list[str]:

@@ -16,9 +16,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from ds_moe_ep.errors import PeerError
 from ds_moe_ep.health import board, watch
 from ds_moe_ep.health import rank_state as pulse
-from ds_moe_ep.health.abort import Standing
+from ds_moe_ep.health.abort import AbortGuard
 from ds_moe_ep.health.heartbeat import Place
-from ds_moe_ep.health.rank_state import Pulse
+from ds_moe_ep.health.rank_state import RankState
 from ds_moe_ep.health.watch import RankWatch, Unwatched, open_watch
 from ds_moe_ep.schedule.spans import Tags
 from tests.health.test_watch import QUICK_S, lines, meet, wait_for
@@ -54,8 +54,8 @@ def paused_store() -> bool:
     else:
         wait_for(lambda: own.is_lost)
         wait_for(lambda: not own.is_lost)
-        beat = own.seen[0].sign.beat
-        wait_for(lambda: own.seen[0].sign.beat > beat)
+        beat = own.seen[0].heartbeat.beat
+        wait_for(lambda: own.seen[0].heartbeat.beat > beat)
     dist.barrier()
     return own.is_lost
 
@@ -87,14 +87,14 @@ def be_left(folder: str) -> None:
     dist.barrier()
     if dist.get_rank() == 1:
         os._exit(0)
-    standing = Standing(0, (0, 1), ())
-    own_watch.guards(standing)
+    guard = AbortGuard(0, (0, 1), ())
+    own_watch.guards(guard)
     with lines() as seen:
         time.sleep(1.0)
-        before = (standing.failure, list(seen))
+        before = (guard.failure, list(seen))
         own_watch.enters(Place(Tags("layers.1.moe", "forward"), "dispatch", time.monotonic(), (1,)))
-        wait_for(lambda: standing.failure, 5.0)
-    Path(folder, "0").write_text(f"{before} {standing.failure} {len(seen)}")
+        wait_for(lambda: guard.failure, 5.0)
+    Path(folder, "0").write_text(f"{before} {guard.failure} {len(seen)}")
 
 
 def test_a_rank_that_is_gone_ends_the_lanes_of_those_that_wait_for_it_and_of_no_other(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def end_without_the_store(folder: str) -> None:
         os._exit(0)
     with lines() as seen, own_watch.among_others("step 1"):
         time.sleep(3.5)
-    Path(folder, "1").write_text(str((seen, own_watch._pulse.view().lives[2].name)))
+    Path(folder, "1").write_text(str((seen, own_watch._pulse.view().statuses[2].name)))
 
 
 def test_a_goodbye_that_no_store_took_is_no_alarm(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def end_as_a_child_of_multiprocessing() -> bool:
     if dist.get_rank() == 1:
         multiprocessing.util._run_finalizers(0)
     else:
-        wait_for(lambda: own_watch._pulse.board.seen[1].sign.has_left, 5.0)
+        wait_for(lambda: own_watch._pulse.board.seen[1].heartbeat.has_left, 5.0)
     dist.barrier()
     return own_watch._pulse.has_left
 
@@ -154,7 +154,7 @@ def test_ranks_that_meet_at_another_kind_of_store_are_not_watched_and_told_so() 
 
 def faults_told() -> list[str]:
     """The fault that a rank tells of after each of several errors."""
-    told, own = [], Pulse(dist.HashStore(), 0, 1, 0.1, False)
+    told, own = [], RankState(dist.HashStore(), 0, 1, 0.1, False)
     steps = [
         (own.fail, PeerError("rank 3 did not answer"), ("a pass",)),
         (own.fail, ValueError("bad luck"), ("a pass",)),

@@ -49,7 +49,7 @@ def choice_over(link_row_us: float) -> tuple[dict[str, Any], str]:
     layer = make_layer(link_row_us)
     layer(tokens())
     assert layer.dispatcher.choice is not None
-    return layer.dispatcher.choice.to_dict(), layer.dispatcher.links.forward.name
+    return layer.dispatcher.choice.to_dict(), layer.dispatcher.connection.forward.name
 
 
 def test_a_slow_link_makes_every_rank_choose_the_same_overlapped_schedule() -> None:
@@ -85,7 +85,7 @@ def test_measuring_changes_no_result_and_leaves_no_gradient() -> None:
 def transfers_of_passes() -> tuple[list[int], bool]:
     """Transfers of: evaluation, the first training pass, the second, one after a restored choice."""
     layer = make_layer(0.0)
-    transport = Counting(layer.dispatcher.links.transport)
+    transport = Counting(layer.dispatcher.connection.transport)
     layer.connect(transport, Torus(2, 2))
     counts = []
 

@@ -27,7 +27,7 @@ class ChoiceLog:
             choice = layer.choice
             if choice is not None and self._said.get(name) is not choice:
                 self._said[name] = choice
-                seams.say(f"{name}: schedule chosen: {choice}")
+                seams.log_rank0(f"{name}: schedule chosen: {choice}")
 
 
 def keep_choices(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:

@@ -58,7 +58,7 @@ def refuse_part_of_experts(layer: nn.Module, prefix: str, keep_vars: bool) -> No
         words += (
             ". The Trainer saves the engine's checkpoint in place of the model file (zero_to_fp32.py cannot read it)"
         )
-        seams.say(words, logging.WARNING)  # it goes on after the error
+        seams.log_rank0(words, logging.WARNING)  # it goes on after the error
     raise ExportError(words)
 
 

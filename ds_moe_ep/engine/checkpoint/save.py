@@ -192,7 +192,7 @@ def save_safely(engine: Any, watch: Watch) -> Callable[[], None]:
     if engine.checkpoint_engine is None:
         return lambda: None  # ZeRO-3 without an optimizer saves nothing
     if engine.checkpoint_engine.is_decoupled():
-        seams.say("checkpoints: the decoupled engine saves in place; give every save a tag of its own")
+        seams.log_rank0("checkpoints: the decoupled engine saves in place; give every save a tag of its own")
         return lambda: None
     saver = SafeSaver(engine, watch)
 

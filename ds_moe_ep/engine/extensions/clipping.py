@@ -32,7 +32,7 @@ def clip_by_whole_norm(engine: Any) -> Callable[[], None]:
         return lambda: None
     are_apart = any(seams.num_holders(parameter) < dist.get_world_size() for parameter in engine.module.parameters())
     if engine.gradient_clipping() > 0 and (are_apart or kind == "wrapper"):
-        seams.say(
+        seams.log_rank0(
             f"gradient_clipping={engine.gradient_clipping()}: the norm that clips counts the experts of all ranks; "
             "without ZeRO, DeepSpeed's own does not, and its steps differ",
             logging.WARNING,

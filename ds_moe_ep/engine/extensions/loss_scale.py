@@ -19,7 +19,9 @@ def scale_losses(engine: Any) -> Callable[[], None]:
     """Makes `engine.backward` and `engine.scale` scale the loss where DeepSpeed does not. Returns what undoes that."""
     if step_seams.scales_loss(engine) or SCALES in vars(engine):
         return lambda: None
-    seams.say("fp16 without ZeRO: the loss is multiplied with the loss scale, which DeepSpeed divides gradients by")
+    seams.log_rank0(
+        "fp16 without ZeRO: the loss is multiplied with the loss scale, which DeepSpeed divides gradients by"
+    )
     before = {name: vars(engine)[name] for name in ("backward", "scale") if name in vars(engine)}
     backward, scale = engine.backward, engine.scale
 

@@ -85,7 +85,7 @@ def tell_skips(engine: Any) -> Callable[[], None]:
         if is_boundary:
             if not engine.was_step_applied():
                 found = summary(seams.gather(sums.findings()))
-                seams.say(f"step {number} was skipped: {found}", logging.WARNING)
+                seams.log_rank0(f"step {number} was skipped: {found}", logging.WARNING)
             sums.restart()
         return result
 

@@ -143,7 +143,7 @@ class OverlapMeter:
         keys: list[Tags] = []
         for layer in self._layers.values():
             for phase in PHASES:
-                keys += [Tags(layer.name, phase, label).group for label in layer.checked_links().forward.labels]
+                keys += [Tags(layer.name, phase, label).group for label in layer.checked_connection().forward.labels]
                 keys.append(Tags(layer.name, phase))
             keys.append(Tags(layer.name))
         return list(dict.fromkeys([*keys, *(Tags("", phase) for phase in PHASES), Tags()]))

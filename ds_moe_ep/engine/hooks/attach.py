@@ -23,7 +23,7 @@ from ds_moe_ep.engine.checkpoint.model_files import guard_model_files
 from ds_moe_ep.engine.extensions.install import Company, refuse_second
 from ds_moe_ep.engine.hooks.hook import candidates, hook
 from ds_moe_ep.engine.hooks.layer import TRAFFIC, HookedLayer, traffic_of
-from ds_moe_ep.engine.hooks.unconverted import EXPERT_PARALLEL, refuse_unconverted, way_out
+from ds_moe_ep.engine.hooks.unconverted import EXPERT_PARALLEL, fix, refuse_unconverted
 from ds_moe_ep.engine.layer import MoE, moe_layers
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.engine.own_layers import with_given_knobs
@@ -117,7 +117,7 @@ def _nothing_to_hook(model: nn.Module) -> str:
     return (
         f"model={type(model).__name__} has no deepspeed.moe.layer.MoE and no AutoEP layer: hook the model that "
         f'deepspeed.initialize returned; where "{EXPERT_PARALLEL}" is enabled AutoEP replaces layers there: '
-        f"{way_out(model, {})}"
+        f"{fix(model, {})}"
     )
 
 
@@ -161,7 +161,7 @@ def accompany(engine: Any, own: Mapping[str, MoE], hooked: Mapping[str, HookedLa
         check_routing(section, hooked)
     company = Company(engine, layers)
     first = next(iter(layers.values())).config
-    seams.say(
+    seams.log_rank0(
         f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "
         f"{first.schedule!r} with depth {first.depth}, transport {first.transport!r}"
     )

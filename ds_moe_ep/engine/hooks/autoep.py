@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.hooks.layer import HookedLayer, become, become_again, check_width, copied, refuse_pickling
+from ds_moe_ep.engine.hooks.layer import HookedLayer, check_width, copied, refuse_pickling, restore_class, swap_class
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
 from ds_moe_ep.moe.experts import OpaqueExperts
@@ -68,12 +68,12 @@ class HookedAutoEP(HookedLayer):
         return ""
 
     def attach(self) -> None:
-        become(self._layer.experts, OverlappedGroupedExperts, self)
-        become(self._layer, OverlappedAutoEP, self)
+        swap_class(self._layer.experts, OverlappedGroupedExperts, self)
+        swap_class(self._layer, OverlappedAutoEP, self)
 
     def remove(self) -> None:
-        become_again(self._layer, AutoEPMoELayer)
-        become_again(self._layer.experts, GroupedExperts)
+        restore_class(self._layer, AutoEPMoELayer)
+        restore_class(self._layer.experts, GroupedExperts)
 
 
 class OverlappedAutoEP(AutoEPMoELayer):

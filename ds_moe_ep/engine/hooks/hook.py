@@ -50,7 +50,7 @@ def hook(
         for callback in callbacks:
             layer.dispatcher.add_callback(callback)
     names = ", ".join(f"{name} ({layer.kind})" for name, layer in hooked.items())
-    seams.say(f"hooked {names}" if hooked else f"no layer of {type(model).__name__} has experts' traffic to hide")
+    seams.log_rank0(f"hooked {names}" if hooked else f"no layer of {type(model).__name__} has experts' traffic to hide")
     return hooked
 
 

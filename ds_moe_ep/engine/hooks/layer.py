@@ -119,14 +119,14 @@ def traffic_of(config: MoEConfig) -> dict[str, object]:
     return {name: getattr(config, name) for name in TRAFFIC}
 
 
-def become(module: nn.Module, cls: type[nn.Module], overlap: object) -> None:
+def swap_class(module: nn.Module, cls: type[nn.Module], overlap: object) -> None:
     """Gives the module a subclass of its class, and what it needs."""
     assert issubclass(cls, type(module))
     module.__dict__["overlap"] = overlap  # not a submodule, a parameter or a buffer
     module.__class__ = cls
 
 
-def become_again(module: nn.Module, cls: type[nn.Module]) -> None:
+def restore_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Gives the module its own class back."""
     module.__class__ = cls
     del module.__dict__["overlap"]

@@ -23,7 +23,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
 from ds_moe_ep.engine.extensions.clock import LayerClock, Timed
-from ds_moe_ep.engine.hooks.layer import HookedLayer, become, become_again, check_width, copied, refuse_pickling
+from ds_moe_ep.engine.hooks.layer import HookedLayer, check_width, copied, refuse_pickling, restore_class, swap_class
 from ds_moe_ep.engine.parallelism import problem_of_shared_tokens
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.eager import not_compiled
@@ -63,7 +63,7 @@ class HookedNative(HookedLayer):
         trained = [(name, p) for name, p in self._layer.experts.named_parameters() if p.requires_grad]
         unmarked = [name for name, parameter in trained if not seams.is_expert_parameter(parameter)]
         if unmarked:
-            seams.say(
+            seams.log_rank0(
                 f"{self.dispatcher.name}: {len(unmarked)} parameters of its experts ({unmarked[0]}) lack DeepSpeed's "
                 "marks (allreduce, group_name): it averages their gradients over ranks that hold other experts; "
                 "mark them before deepspeed.initialize",
@@ -94,10 +94,10 @@ class HookedNative(HookedLayer):
         return ""
 
     def attach(self) -> None:
-        become(self._layer, OverlappedMOELayer, self)
+        swap_class(self._layer, OverlappedMOELayer, self)
 
     def remove(self) -> None:
-        become_again(self._layer, MOELayer)
+        restore_class(self._layer, MOELayer)
 
 
 class OverlappedMOELayer(Timed, MOELayer):

@@ -93,7 +93,7 @@ def refuse_unconverted(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
     left = blocks_of(model)
     if not converted:
         raise EngineError(
-            f"{EXPERT_PARALLEL}.enabled=true: AutoEP converted no layer of {_title(model)}; {way_out(model, section)}"
+            f"{EXPERT_PARALLEL}.enabled=true: AutoEP converted no layer of {_title(model)}; {fix(model, section)}"
         )
     if left and not section.get("moe_layer_pattern"):
         raise EngineError(
@@ -104,7 +104,7 @@ def refuse_unconverted(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
         )
 
 
-def way_out(model: nn.Module, section: Mapping[str, Any]) -> str:
+def fix(model: nn.Module, section: Mapping[str, Any]) -> str:
     """What to set so that AutoEP converts the blocks of experts of a model."""
     if not seams.has("AutoEP"):
         since = seams.LATER["AutoEP"].since

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_moe_ep.check.config import Budget, memory_way_out, needs
-from ds_moe_ep.check.pipeline import pipeline_way_out
+from ds_moe_ep.check.config import Budget, memory_fix, needs
+from ds_moe_ep.check.pipeline import pipeline_fix
 from ds_moe_ep.config.training import WHOLE, Training, most_sequences
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.simulate.cluster.cluster import Cluster
@@ -104,23 +104,23 @@ def refuse_what_does_not_fit(path: str, setup: Setup, fit: MemoryFit) -> None:
     if fit.fits:
         return
     device = setup.cluster.device
-    way_out = _way_out(setup)
+    fix = _way_out(setup)
     raise ConfigError(
         f"cluster.device.memory_bytes={device.memory_bytes / 1e9:g} GB with {path}: {needs(fit.memory)} beside a "
-        f"reserve of {device.reserve_bytes / 1e9:g}: {-fit.spare_bytes / 1e9:.1f} GB too many; {way_out}"
+        f"reserve of {device.reserve_bytes / 1e9:g}: {-fit.spare_bytes / 1e9:.1f} GB too many; {fix}"
     )
 
 
 def _way_out(setup: Setup) -> str:
     device, training = setup.cluster.device, setup.training
     if training.layout != WHOLE:
-        return pipeline_way_out(setup.model, setup.moe, training, int(_free_bytes(setup.cluster)))
+        return pipeline_fix(setup.model, setup.moe, training, int(_free_bytes(setup.cluster)))
     budget = Budget(
         gpu_gb=device.memory_bytes / 1e9,
         reserve_gb=device.reserve_bytes / 1e9,
         load=max(setup.loads, default=1.0),
     )
-    return memory_way_out(setup.model, setup.moe, training, budget)
+    return memory_fix(setup.model, setup.moe, training, budget)
 
 
 def _free_bytes(cluster: Cluster) -> float:

@@ -55,7 +55,9 @@ def shape_of(engine: Any) -> dict[str, Any]:
         "attributes": {name: vars(engine).get(name) for name in (*METHODS, *ATTRIBUTES, "clip_fp32_gradients")},
         "classes": [type(module).__qualname__ for module in engine.module.modules()],
         "configs": [getattr(layer, "config", None) for layer in engine.module.layers],
-        "schedules": [each and (str(each.links.forward), type(each.links.transport).__name__) for each in links],
+        "schedules": [
+            each and (str(each.connection.forward), type(each.connection.transport).__name__) for each in links
+        ],
         "recorders": [each and (type(each.recorder).__name__, each.blocking) for each in links],
     }
 

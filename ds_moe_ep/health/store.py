@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ds_moe_ep.health.heartbeat import Sign
+from ds_moe_ep.health.heartbeat import Heartbeat
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,9 @@ MOST_CHECKS = 32  # of ranks that have not posted yet, in one look
 
 @dataclass(frozen=True)
 class Seen:
-    """Another rank's last sign, and since when it had not changed as the store was read last."""
+    """Another rank's last heartbeat, and since when it had not changed as the store was read last."""
 
-    sign: Sign
+    heartbeat: Heartbeat
     changed_s: float
     read_s: float
 
@@ -41,10 +41,10 @@ class Seen:
         return self.read_s - self.changed_s
 
 
-class Board:
+class HeartbeatStore:
     """Signs of all ranks. `write` makes this rank's; it is called on the board's thread."""
 
-    def __init__(self, store: Store, rank: int, size: int, interval_s: float, write: Callable[[], Sign]) -> None:
+    def __init__(self, store: Store, rank: int, size: int, interval_s: float, write: Callable[[], Heartbeat]) -> None:
         self.seen: Mapping[int, Seen] = {}
         self.read_s = time.monotonic()  # when the store last answered
         self.num_read = 0  # the number of the last look that read all signs
@@ -109,11 +109,11 @@ class Board:
                 self._read()
                 self.num_read = number
             self.is_lost = False
-        except Exception as error:  # the server is too slow or gone, or a sign cannot be read
+        except Exception as error:  # the server is too slow or gone, or a heartbeat cannot be read
             logger.debug("ds_moe_ep: the ranks' store failed", exc_info=True)
             self.is_lost = True
             return RETRY_BROKEN_S if isinstance(error, dist.DistNetworkError) else RETRY_S
-        # Nobody knows the process of a rank whose first sign it has not read, and may soon need to.
+        # Nobody knows the process of a rank whose first heartbeat it has not read, and may soon need to.
         return min(MEETING_S, self.interval_s) if self._missing else self.interval_s
 
     def _read(self) -> None:
@@ -123,13 +123,13 @@ class Board:
         now, later = self._missing[:MOST_CHECKS], self._missing[MOST_CHECKS:]
         self._missing = later + [key for key in now if not self._store.check([key])]
         present = [str(rank) for rank in range(self._size) if str(rank) not in self._missing]
-        signs = [Sign.unpack(text) for text in self._store.multi_get(present)]
+        signs = [Heartbeat.unpack(text) for text in self._store.multi_get(present)]
         now_s, before = time.monotonic(), self.seen
         seen = {}
-        for sign in signs:
-            old = before.get(sign.rank)
-            is_same = old is not None and old.sign.beat == sign.beat and not self.is_lost
-            seen[sign.rank] = Seen(sign, old.changed_s if is_same and old is not None else now_s, now_s)
+        for heartbeat in signs:
+            old = before.get(heartbeat.rank)
+            is_same = old is not None and old.heartbeat.beat == heartbeat.beat and not self.is_lost
+            seen[heartbeat.rank] = Seen(heartbeat, old.changed_s if is_same and old is not None else now_s, now_s)
         self.seen, self.read_s = seen, now_s
 
 
