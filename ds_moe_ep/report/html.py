@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Sequence
 
+from ds_moe_ep.records import render
+from ds_moe_ep.records.render import html_basis, html_text
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.html_style import STYLE
-from ds_moe_ep.report.page import Block, Code, Lines, Page, PageSection, Picture, Prose, Table
+from ds_moe_ep.report.page import Block, Code, Lines, Page, PageSection, Picture, Prose
 
 
 def to_html(page: Page) -> str:
@@ -38,45 +40,21 @@ def _section(section: PageSection) -> str:
 
 def _block(block: Block) -> str:
     if isinstance(block, Prose):
-        return f"<p>{_text(block.text)}</p>"
+        return f"<p>{html_text(block.text)}</p>"
     if isinstance(block, Lines):
-        return "<ul>" + "".join(f"<li>{_text(item)}</li>" for item in block.items) + "</ul>"
+        return "<ul>" + "".join(f"<li>{html_text(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Code):
         return f"<pre><code>{html.escape(chr(10).join(block.lines))}</code></pre>"
     if isinstance(block, Table):
-        return _table(block)
+        return render.to_html(block)
     return _picture(block)
-
-
-def _table(table: Table) -> str:
-    rows = [_row(table.head, "th", table.text_columns)]
-    for index, row in enumerate(table.rows):
-        rows.append(_row(row, "td", table.text_columns, strong=index in table.strong_rows))
-    title = f"<h3>{_text(table.title)}</h3>" if table.title else ""
-    body = f"<thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody>"
-    return f'<div class="table">{title}<div class="wide"><table>{body}</table></div>{_basis(table.basis)}</div>'
-
-
-def _row(cells: Sequence[str], tag: str, text_columns: int, *, strong: bool = False) -> str:
-    kinds = ["text" if index < text_columns else "number" for index in range(len(cells))]
-    inner = "".join(f'<{tag} class="{kind}">{_text(cell)}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))
-    return f'<tr class="strong">{inner}</tr>' if strong else f"<tr>{inner}</tr>"
 
 
 def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.drawing.svg).decode()
     image = f'<img alt="{html.escape(picture.title)}" src="data:image/svg+xml;base64,{data}">'
-    caption = f"<figcaption>{_text(picture.caption)}{_basis(picture.basis)}</figcaption>"
+    caption = f"<figcaption>{html_text(picture.caption)}{html_basis(picture.basis)}</figcaption>"
     return f'<figure id="figure-{picture.key}"><div class="wide">{image}</div>{caption}</figure>'
-
-
-def _basis(lines: Sequence[str]) -> str:
-    return '<p class="basis">' + "<br>".join(map(_text, lines)) + "</p>" if lines else ""
-
-
-def _text(text: str) -> str:
-    """Text with its `code` marked and its line ends kept."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)).replace("\n", "<br>")
 
 
 def _anchor(title: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ds_moe_ep.report.page import Block, Code, Lines, Page, Picture, Prose, Table
+from ds_moe_ep.records import render
+from ds_moe_ep.records.table import Table
+from ds_moe_ep.report.page import Block, Code, Lines, Page, Picture, Prose
 
 
 def to_markdown(page: Page) -> str:
@@ -23,26 +25,13 @@ def _block(block: Block) -> str:
     if isinstance(block, Code):
         return "\n".join(("```bash", *block.lines, "```"))
     if isinstance(block, Table):
-        return _joined(f"**{block.title}**" if block.title else "", _table(block), _basis(block.basis))
+        return render.to_markdown(block)
     return _picture(block)
 
 
 def _picture(picture: Picture) -> str:
     image = f"![{picture.title}](figures/{picture.key}.png)"
     return _joined(image, f"{picture.caption} ([SVG](figures/{picture.key}.svg))", _basis(picture.basis))
-
-
-def _table(table: Table) -> str:
-    rows = [
-        [f"**{cell}**" for cell in row] if index in table.strong_rows else row for index, row in enumerate(table.rows)
-    ]
-    numbers = len(table.head) - table.text_columns
-    rule = [*["---"] * table.text_columns, *["---:"] * numbers]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in (table.head, rule, *rows))
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
 
 
 def _basis(lines: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.known_names import place_of
 
 MAX_NOTES = 3
@@ -32,18 +33,6 @@ class Code:
     """Commands to type, one a line."""
 
     lines: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under a head; a cell may have several lines. The first `text_columns` are text, the others numbers."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    basis: tuple[str, ...] = ()
-    text_columns: int = 1
-    strong_rows: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

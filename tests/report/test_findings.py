@@ -10,11 +10,11 @@ import pytest
 
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.quantity import cell, convert, number
 from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.report.findings import Findings, Source, read_findings, spans_path
 from ds_moe_ep.report.known_names import bed_order, is_known
 from ds_moe_ep.report.plots.timeline import exposed, rows_of
-from ds_moe_ep.report.quantities import cell, convert, number
 from ds_moe_ep.schedule.spans import Span, Tags, accounts, write_spans
 from tests.policy.sources import ROOT
 from tests.report.sample_records import every_record, record, spans, system_records
@@ -124,8 +124,8 @@ def test_numbers_have_three_digits_that_count(value: float, text: str) -> None:
 
 
 def test_quartiles_stand_in_brackets_only_where_they_differ() -> None:
-    assert cell(record("a.b", 10.0, "ms", 0.1), "ms", quartiles=True) == "10.0 (9.00\u201311.0)"
-    assert cell(record("a.b", 10.0, "ms"), "ms", quartiles=True) == "10.0"
+    assert cell(record("a.b", 10.0, "ms", 0.1), "ms", bar=True) == "10.0 (9.00\u201311.0)"
+    assert cell(record("a.b", 10.0, "ms"), "ms", bar=True) == "10.0"
     assert cell(None, "ms") == "\u2013"
 
 

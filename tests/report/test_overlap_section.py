@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from ds_moe_ep.records.record import read_records
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings, Source, read_findings
 from ds_moe_ep.report.known_names import is_known
-from ds_moe_ep.report.page import Drawing, Picture, Table
+from ds_moe_ep.report.page import Drawing, Picture
 from ds_moe_ep.report.plots.overlap import LinkPanel
 from ds_moe_ep.report.sections import overlap as sections_overlap
 from ds_moe_ep.report.sections.overlap import overlap

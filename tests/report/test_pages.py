@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from ds_moe_ep.records.names import SYSTEMS
+from ds_moe_ep.records.quantity import NONE
 from ds_moe_ep.records.record import Record, write_records
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings, Source, spans_path
-from ds_moe_ep.report.page import EMULATED, REAL, Page, PageSection, Table
-from ds_moe_ep.report.quantities import NONE
+from ds_moe_ep.report.page import EMULATED, REAL, Page, PageSection
 from ds_moe_ep.report.sections.soak import soak
 from ds_moe_ep.report.sections.stated import ANSWERS, stated
 from ds_moe_ep.report.sections.systems import throughput

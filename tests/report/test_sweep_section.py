@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ds_moe_ep.records.names import LAWS
 from ds_moe_ep.records.record import Record, write_records
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings, Source
-from ds_moe_ep.report.page import EMULATED, PageSection, Picture, Table
+from ds_moe_ep.report.page import EMULATED, PageSection, Picture
 from ds_moe_ep.report.sections.stated import stated
 from ds_moe_ep.report.sections.sweep import draw_curves, simulated_scaling
 from tests.report.sample_records import SWEPT, scaling_records, sweep_records

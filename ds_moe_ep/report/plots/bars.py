@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from ds_moe_ep.records.quantity import Quantity, number
 from ds_moe_ep.report.page import Drawing
 from ds_moe_ep.report.plots.style import FAINT, SYSTEM_COLORS, draw, legend, panels, plain_numbers, system_color
-from ds_moe_ep.report.quantities import Quantity, number
 
 Shown = TypeVar("Shown")
 

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
 from ds_moe_ep.report.plots.style import FAINT, draw, legend, panels, plain_numbers, system_color
-from ds_moe_ep.report.quantities import Quantity
 
 Dash = tuple[float, Sequence[float]]  # offset, on-off lengths
 

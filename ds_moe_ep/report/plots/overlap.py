@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
 from ds_moe_ep.report.plots.style import FAINT, draw, legend, panels, plain_numbers
-from ds_moe_ep.report.quantities import Quantity
 
 COLORS: Mapping[str, str] = {
     "serial": "#8c8c8c",

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
 from ds_moe_ep.report.plots.style import FAINT, draw, legend, plain_numbers
-from ds_moe_ep.report.quantities import Quantity
 
 RUN_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c8c8c")
 CALM, BURST = "#0072b2", "#d55e00"

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
 from ds_moe_ep.report.plots.style import FAINT, draw, legend, panels
-from ds_moe_ep.report.quantities import Quantity
 
 COLORS = ("#0072b2", "#e69f00")  # of the totals
 MARKERS = ("o", "s")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ds_moe_ep.records.names import DEVICES, SIDES
+from ds_moe_ep.records.quantity import NONE, TIMES, convert, number
 from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import shaping_order
-from ds_moe_ep.report.page import Block, PageSection, Picture, Table, basis_of
+from ds_moe_ep.report.page import Block, PageSection, Picture, basis_of
 from ds_moe_ep.report.plots.overlap import LinkPanel, draw_overlap
-from ds_moe_ep.report.quantities import NONE, TIMES, convert, number
 
 MEASURES: Mapping[str, tuple[str, str, str]] = {  # of a step: unit, axis, title
     "time": ("s", "seconds of a step", "time"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ds_moe_ep.records.names import LAWS, TOTALS
+from ds_moe_ep.records.quantity import NONE, SCALES, SPELLINGS, Quantity, convert, number
 from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import number_in
-from ds_moe_ep.report.page import PageSection, Picture, Table, basis_of
+from ds_moe_ep.report.page import PageSection, Picture, basis_of
 from ds_moe_ep.report.plots.lines import LawPanel, draw_scaling
-from ds_moe_ep.report.quantities import NONE, SCALES, SPELLINGS, Quantity, convert, number
 from ds_moe_ep.specification.laws import SHAPES, STATED_R2
 
 UNITS: Mapping[str, tuple[str, str]] = {  # what Records are converted to, and how an axis calls it

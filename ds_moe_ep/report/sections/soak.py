@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ds_moe_ep.records.names import SOAK_VERDICTS
+from ds_moe_ep.records.quantity import NONE, convert, number
 from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import number_in
-from ds_moe_ep.report.page import Block, PageSection, Picture, Table, emulation_of
+from ds_moe_ep.report.page import Block, PageSection, Picture, emulation_of
 from ds_moe_ep.report.plots.soak import RunMemory, StepLoad, draw_soak
-from ds_moe_ep.report.quantities import NONE, convert, number
 
 WEATHER = {  # of what: the note of its Record says the rest
     "bursts": "bursts",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ds_moe_ep.records.names import SYSTEMS, TOTALS, bed_title
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
-from ds_moe_ep.report.page import Block, Code, Lines, PageSection, Prose, Table, emulation_of
+from ds_moe_ep.report.page import Block, Code, Lines, PageSection, Prose, emulation_of
 
 MAX_LINES = 12
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ds_moe_ep.records.names import KINDS, LAWS, MODES, PARTS, SIMULATED, TOTALS
+from ds_moe_ep.records.quantity import NONE, convert, number
 from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import short_bed
-from ds_moe_ep.report.page import PageSection, Prose, Table, emulation_of
-from ds_moe_ep.report.quantities import NONE, convert, number
+from ds_moe_ep.report.page import PageSection, Prose, emulation_of
 from ds_moe_ep.report.sections.scaling import r2_of
 from ds_moe_ep.specification.derived import RATIO, stated_and_derived
 

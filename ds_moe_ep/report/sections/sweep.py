@@ -8,12 +8,13 @@ from pathlib import Path
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import LAWS, TOTALS
+from ds_moe_ep.records.quantity import Quantity, cell, convert, number
 from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings, read_findings
 from ds_moe_ep.report.known_names import number_in, short_bed
-from ds_moe_ep.report.page import Block, PageSection, Picture, Table, basis_of
+from ds_moe_ep.report.page import Block, PageSection, Picture, basis_of
 from ds_moe_ep.report.plots.sweep import SweepLine, SweepPanel, draw_sweep
-from ds_moe_ep.report.quantities import Quantity, cell, convert, number
 from ds_moe_ep.report.sections.scaling import UNITS, fits_table
 from ds_moe_ep.specification.laws import SHAPES, STATED_R2
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ds_moe_ep.records.names import BASELINE, KINDS, MODES, PARTS, SIMULATED, SYSTEMS, bed_title
+from ds_moe_ep.records.quantity import TIMES, cell, convert, number
 from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import short_bed
-from ds_moe_ep.report.page import Block, Lines, PageSection, Picture, Prose, Table, basis_of
+from ds_moe_ep.report.page import Block, Lines, PageSection, Picture, Prose, basis_of
 from ds_moe_ep.report.plots.bars import Bar, BarPanel, Stack, StackPanel, draw_bars, draw_stacks
 from ds_moe_ep.report.plots.style import KIND_COLORS, PART_COLORS
-from ds_moe_ep.report.quantities import TIMES, cell, convert, number, with_quartiles
 
 OURS = "ep16"
 HEADLINE = ("tps", "tpot", "step", "busy", "hidden")
@@ -54,11 +55,11 @@ def _headline(findings: Findings, bed: str, mode: str, systems: Sequence[str]) -
     head = ["system", "tokens/s", "\u00b5s a token", "ms a step", "busy %", *(["hidden %"] if with_hidden else [])]
     rows = []
     for system, records in of_place.items():
-        row = [SYSTEMS[system], cell(records.get("tps"), "tokens/s", quartiles=True)]
+        row = [SYSTEMS[system], cell(records.get("tps"), "tokens/s", bar=True)]
         row += [cell(records.get("tpot"), "us"), cell(records.get("step"), "ms"), cell(records.get("busy"), "percent")]
         row += [cell(records.get("hidden"), "percent")] if with_hidden else []
         ratio = records.get(f"ratio_to_{BASELINE}")
-        rows.append((*row, "baseline" if system == BASELINE else cell(ratio, "ratio", quartiles=True)))
+        rows.append((*row, "baseline" if system == BASELINE else cell(ratio, "ratio", bar=True)))
     strong = frozenset(index for index, system in enumerate(of_place) if system == OURS)
     title = f"{bed_title(bed)} \u2013 {MODES[mode]}"
     table = Table(title, (*head, f"{TIMES} {SYSTEMS[BASELINE]}"), tuple(rows), basis_of(used), strong_rows=strong)
@@ -71,7 +72,7 @@ def _ratios(of_place: Mapping[str, Mapping[str, Record]]) -> list[str]:
 
     def told(system: str, other: str) -> str:
         record = of_place.get(system, {}).get(f"ratio_to_{other}")
-        return f"{with_quartiles(convert(record, 'ratio'))} {TIMES}" if record else ""
+        return f"{convert(record, 'ratio').text()} {TIMES}" if record else ""
 
     steps = [(f"{SYSTEMS[other]} \u2192 {SYSTEMS[system]}", told(system, other)) for system, other in DECOMPOSITION]
     lines = ["; ".join(f"{path}: {times}" for path, times in steps if times)]

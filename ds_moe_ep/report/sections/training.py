@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ds_moe_ep.records.names import BASELINE, SYSTEMS, bed_title
+from ds_moe_ep.records.quantity import convert, number
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import number_in, short_bed
 from ds_moe_ep.report.page import Block, PageSection, Picture, basis_of
 from ds_moe_ep.report.plots.lines import Curve, draw_losses
 from ds_moe_ep.report.plots.load import HOTTEST, LayerLoad, Unevenness, draw_load, draw_unevenness
-from ds_moe_ep.report.quantities import convert, number
 
 OURS = "ep16"
 Rows = Mapping[int, Mapping[int, Mapping[int, float]]]  # by layer, step, expert

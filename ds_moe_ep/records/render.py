@@ -1,0 +1,85 @@
+"""A Table in three writings: for a terminal, as Markdown, as HTML. `code` in a cell stands between backticks."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console, Group, OverflowMethod
+from rich.table import Table as Grid
+from rich.text import Text
+
+from ds_moe_ep.records.table import Table
+
+
+def print_tables(tables: Iterable[Table], console: Console) -> None:
+    """Prints tables, each behind an empty line."""
+    for table in tables:
+        console.print("", to_terminal(table), sep="\n")
+
+
+def to_terminal(table: Table) -> Group:
+    """The table for rich, its basis below it; a table whose head is empty has no rule under it."""
+    has_head = any(table.head)
+    grid = Grid(
+        title=table.title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD if has_head else None,
+        show_header=has_head,
+        pad_edge=False,
+    )
+    overflow: OverflowMethod = "fold" if table.text_columns >= len(table.head) else "ellipsis"
+    for index, column in enumerate(table.head):
+        grid.add_column(
+            Text(column),
+            justify="left" if index < table.text_columns else "right",
+            overflow=overflow,
+        )
+    for index, row in enumerate(table.rows):
+        style = "bold" if index in table.strong_rows else None
+        grid.add_row(*map(Text, row), style=style, end_section=index in table.ruled_rows)
+    return Group(grid, *(Text(line, style="dim") for line in table.basis))
+
+
+def to_markdown(table: Table) -> str:
+    """The table as Markdown: title, rows and basis; a bar inside a cell is escaped."""
+    rows = [
+        [f"**{cell}**" for cell in row] if index in table.strong_rows else row for index, row in enumerate(table.rows)
+    ]
+    rule = [*["---"] * table.text_columns, *["---:"] * (len(table.head) - table.text_columns)]
+    lines = "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in (table.head, rule, *rows))
+    basis = "  \n".join(f"*{line}*" for line in table.basis)
+    return "\n\n".join(part for part in (f"**{table.title}**" if table.title else "", lines, basis) if part)
+
+
+def _markdown_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def to_html(table: Table) -> str:
+    """The table as a block of HTML, whose wide part may scroll."""
+    rows = [_html_row(table.head, "th", table.text_columns)]
+    for index, row in enumerate(table.rows):
+        rows.append(_html_row(row, "td", table.text_columns, strong=index in table.strong_rows))
+    title = f"<h3>{html_text(table.title)}</h3>" if table.title else ""
+    body = f"<thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody>"
+    return f'<div class="table">{title}<div class="wide"><table>{body}</table></div>{html_basis(table.basis)}</div>'
+
+
+def _html_row(cells: Sequence[str], tag: str, text_columns: int, *, strong: bool = False) -> str:
+    kinds = ["text" if index < text_columns else "number" for index in range(len(cells))]
+    inner = "".join(f'<{tag} class="{kind}">{html_text(cell)}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))
+    return f'<tr class="strong">{inner}</tr>' if strong else f"<tr>{inner}</tr>"
+
+
+def html_basis(lines: Sequence[str]) -> str:
+    """The lines below a table or a picture."""
+    return '<p class="basis">' + "<br>".join(map(html_text, lines)) + "</p>" if lines else ""
+
+
+def html_text(text: str) -> str:
+    """Text with its `code` marked and its line ends kept."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)).replace("\n", "<br>")

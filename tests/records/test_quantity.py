@@ -1,0 +1,58 @@
+"""Quantities: numbers as people read them, units that convert or are refused, and tables in three writings."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.quantity import NONE, Quantity, number, size, to_json
+from ds_moe_ep.records.render import print_tables, to_html, to_markdown
+from ds_moe_ep.records.table import quantity_table
+
+
+@pytest.mark.parametrize(
+    ("value", "plain", "rounded"),
+    [
+        (0.0, "0", "0"),
+        (450_120, "450,120", "450,000"),
+        (999.4, "999", "999"),
+        (999.6, "1,000", "1,000"),
+        (99.96, "100", "100"),
+        (45.25, "45.2", "45.2"),
+        (-9.996, "-10.0", "-10.0"),
+        (0.0123, "0.0123", "0.0123"),
+        (0.0009, "9.00e-04", "9.00e-04"),
+    ],
+)
+def test_numbers_keep_three_digits_that_count(value: float, plain: str, rounded: str) -> None:
+    assert (number(value), number(value, digits=3)) == (plain, rounded)
+
+
+def test_decimals_and_bytes() -> None:
+    assert (number(1234.56, 1), number(-0.04, 1)) == ("1,234.6", "0.0")
+    assert [size(value) for value in (12, 1_500, 2.5e6, 6.4512e12)] == ["12 B", "1.50 kB", "2.50 MB", "6,451.20 GB"]
+
+
+def test_a_quantity_converts_within_its_kind_alone() -> None:
+    step = Quantity.of(2500.0, 3000.0, 2000.0, unit="us", name="step", title="time per step")
+    assert step.into("ms").bar == [2.5, 2.0, 3.0] and step.into("ms").text() == "2.50 (2.00\u20133.00)"
+    assert to_json([step, step.into("ms").named("turn")]) == {"step_us": step.bar, "turn_ms": [2.5, 2.0, 3.0]}
+    assert Quantity.of(0.984, unit="ratio").percent() == "98.4 %"
+    with pytest.raises(ConfigError, match=r"step\.unit='us': not a unit of size"):
+        step.into("GB")
+
+
+def test_a_table_says_the_same_in_three_writings() -> None:
+    ours = [Quantity.of(321_234.0, 261_000.0, 378_000.0, unit="tokens/s", name="tps", title="tokens | second")]
+    theirs = [*ours, Quantity.of(1.0, unit="ms", name="step", title="<step>")]
+    table = quantity_table("A step", {"ours": ours, "theirs": theirs}, digits=3)
+    bar = "321,000 (261,000\u2013378,000)"
+    assert table.rows == (("tokens | second", "tokens/s", bar, bar), ("<step>", "ms", NONE, "1.00"))
+    assert f"| tokens \\| second | tokens/s | {bar} | {bar} |" in to_markdown(table)
+    assert '<td class="text">&lt;step&gt;</td>' in to_html(table) and f'<td class="number">{bar}</td>' in to_html(table)
+    console = Console(width=100, record=True, quiet=True)
+    console.quiet = False
+    with console.capture() as printed:
+        print_tables([table], console)
+    assert "tokens | second" in printed.get() and printed.get().count(bar) == 2
