@@ -128,9 +128,9 @@ def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
         help="tell what is installed and usable here, and how the links between ranks do",
         description=(
             "Looks at libraries, machine, environment variables and a ds_config, and lets ranks send and receive for a "
-            "few seconds: one verdict a line, with the way out. Ranks are started here, on GPUs where there are "
-            "enough; in a job of a launcher (deepspeed --module, torchrun -m, mpirun) the job's ranks are taken, "
-            "and rank 0 prints. Exits with 1 where something keeps the run from working."
+            "few seconds. Prints the verdict, then problems and warnings with their fixes, then the rest, one line "
+            "each. Ranks are started here, on GPUs where there are enough; in a job of a launcher (deepspeed --module, "
+            "torchrun -m, mpirun) the job's ranks are taken, and rank 0 prints. Exits with 1 where there is a problem."
         ),
         epilog="example: deepspeed --hostfile hosts --module ds_moe_ep doctor --config ds_configs/ep16.json",
     )
@@ -147,6 +147,7 @@ def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
         "--wait", type=seconds, default=60.0, metavar="SECONDS", help="time for ranks to come up (default: 60)"
     )
     doctor.add_argument("--no-links", action="store_true", help="start no ranks and send nothing")
+    doctor.add_argument("--verbose", action="store_true", help="print also what does not matter on this machine")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     doctor.set_defaults(run=run_doctor)
 
@@ -237,6 +238,7 @@ def run_doctor(parsed: argparse.Namespace) -> int:
         start_s=parsed.wait,
         links=not parsed.no_links,
         json=parsed.json,
+        verbose=parsed.verbose,
     )
     return run(options)
 

@@ -27,7 +27,7 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 
 
 def ask_hosts(path: str, limit_s: float) -> HostsFacts:
-    """What the hosts of a hostfile answer within `limit_s`, all at once. Raises ConfigError for a bad hostfile."""
+    """Answers of a hostfile's hosts within `limit_s`, all at once. Raises ConfigError for a bad hostfile."""
     slots, environment = read_hostfile(path), dict(os.environ)
     return HostsFacts(
         path=path,
@@ -41,7 +41,7 @@ def ask_hosts(path: str, limit_s: float) -> HostsFacts:
 
 
 def own_answer() -> dict[str, object]:
-    """What this host says of itself."""
+    """This host's name and versions."""
     python = ".".join(map(str, sys.version_info[:3]))
     versions = {"Python": python, **installed(PACKAGES), "ds_moe_ep": __version__}
     return {"own_name": socket.gethostname(), "versions": versions}

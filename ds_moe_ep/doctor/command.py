@@ -19,11 +19,11 @@ from ds_moe_ep.doctor.gather import gather
 from ds_moe_ep.doctor.hosts import judge_hosts, read_hostfile
 from ds_moe_ep.doctor.job import JobFacts, job_without_config, judge_job
 from ds_moe_ep.doctor.links.local_ranks import try_local_links
-from ds_moe_ep.doctor.links.verdicts import LinksOutcome, judge_links
+from ds_moe_ep.doctor.links.outcome import LinksOutcome, LinkTrial
+from ds_moe_ep.doctor.links.verdicts import judge_links
 from ds_moe_ep.doctor.machine import judge_machine
 from ds_moe_ep.doctor.packages import judge_packages
 from ds_moe_ep.doctor.show import print_verdicts
-from ds_moe_ep.doctor.trial import LinkTrial
 from ds_moe_ep.doctor.variables import Run, judge_variables
 from ds_moe_ep.doctor.verdicts import GROUPS, Verdict, to_dict, worst
 from ds_moe_ep.errors import ConfigError, TopologyError
@@ -34,7 +34,7 @@ LINE_WIDTH = 110
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line says."""
+    """The command line's values."""
 
     config: str | None = None
     hostfile: str | None = None
@@ -44,6 +44,7 @@ class Options:
     start_s: float = 60.0
     links: bool = True
     json: bool = False
+    verbose: bool = False
 
 
 def run(options: Options) -> int:
@@ -63,7 +64,7 @@ def run(options: Options) -> int:
             verdicts.append(Verdict("links", "links", "note", f"not tried: {why}"))
         else:
             verdicts += judge_links(outcome, groups, node_size)
-        _show(verdicts, options.json)
+        _show(verdicts, options)
         code = int(worst(verdicts) == "problem")
     if outcome is not None and outcome.stuck:
         sys.stdout.flush()
@@ -95,7 +96,7 @@ def judge(options: Options, facts: Facts, world: World | None) -> list[Verdict]:
 
 
 def _try(options: Options, world: World | None) -> tuple[LinksOutcome | None, tuple[tuple[int, ...], ...], int]:
-    """What the links did, the expert groups that were tried, and the size of a node; nothing for one rank alone."""
+    """Outcome of the links, the expert groups that were tried, and the size of a node; nothing for one rank alone."""
     ep_size, node_size, data_first = _asked(options.config)
     size = world.size if world is not None else options.ranks or min(ep_size or LOCAL_RANKS, LOCAL_RANKS)
     if size < 2:
@@ -125,8 +126,8 @@ def _asked(config: str | None) -> tuple[int | None, int, bool]:
     return size, section.moe.node_size, bool(ds_config.get("use_data_before_expert_parallelism", False))
 
 
-def _show(verdicts: Sequence[Verdict], as_json: bool) -> None:
-    if as_json:
+def _show(verdicts: Sequence[Verdict], options: Options) -> None:
+    if options.json:
         print(json.dumps(to_dict(verdicts), indent=2))
         return
-    print_verdicts(verdicts, Console(width=None if sys.stdout.isatty() else LINE_WIDTH))
+    print_verdicts(verdicts, Console(width=None if sys.stdout.isatty() else LINE_WIDTH), verbose=options.verbose)

@@ -1,4 +1,4 @@
-"""What the doctor knows before it judges: plain values, so that any machine can be described in a test."""
+"""Facts that the doctor judges by: plain values, so that a test can describe any machine."""
 
 from __future__ import annotations
 
@@ -54,13 +54,22 @@ class TritonFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ApexFacts:
-    """What is installed under the name apex; an empty place means nothing is."""
+    """The package under the name apex; an empty place means none is installed."""
 
     place: str = ""
     version: str = ""
     has_normalization: bool = False  # NVIDIA's has this part, other projects of the name do not
     offers: tuple[str, ...] = ()
     reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildLock:
+    """The lock of one build of a torch extension; torch keeps its file open for as long as it builds."""
+
+    age_s: float
+    holder: str = ""  # the process that has the file open
+    all_seen: bool = True  # False where its owner is another user, whose processes cannot be looked into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +82,7 @@ class HostFacts:
     shm_bytes: int | None = None  # size of /dev/shm; None where there is none
     shm_left: Mapping[str, int] = field(default_factory=dict)  # DeepSpeed's files in it, and their bytes
     open_files: int = 0
-    locks: Mapping[str, float] = field(default_factory=dict)  # locks of torch extension builds, and their age in s
+    locks: Mapping[str, BuildLock] = field(default_factory=dict)  # of torch extension builds, by path
     addresses: tuple[str, ...] = ()  # what its own name resolves to
     own_address: bool = True  # a socket can be bound to the first of them
     localhost: bool = True  # `localhost` resolves to this machine
@@ -100,6 +109,6 @@ class Facts:
 
     @property
     def device(self) -> DeviceKind:
-        """What DeepSpeed would train on here."""
+        """The kind of device that DeepSpeed would train on here."""
         asked = self.environment.get("DS_ACCELERATOR")
         return "cuda" if self.torch.devices and asked in (None, "", "cuda") else "cpu"

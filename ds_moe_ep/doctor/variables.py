@@ -29,7 +29,7 @@ OFF = (None, "", "0")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What of a run decides whether a variable matters."""
+    """The part of a run that decides which variables matter."""
 
     num_ranks: int = 1  # on this machine
     num_nodes: int = 1
@@ -37,7 +37,7 @@ class Run:
 
 
 def judge_variables(facts: Facts, run: Run) -> list[Verdict]:
-    """One verdict a variable: the specification's five, this package's three, and harmful ones that are set."""
+    """One verdict per variable: the specification's five, this package's three, and harmful ones that are set."""
     return [
         *judge_specified(facts, run),
         judge_accelerator(facts),
@@ -52,7 +52,7 @@ def judge_specified(facts: Facts, run: Run) -> Iterator[Verdict]:
     if facts.device == "cpu":
         for name, specified in SPECIFIED.items():
             found = f"{_shown(facts, name)}; the specification sets {specified}: matters on GPUs alone, not here"
-            yield _verdict(name, "ok", found)
+            yield _verdict(name, "ok", found, applies=False)
         return
     yield _judge_visible(facts)
     yield _judge_adapters(facts, run)
@@ -77,12 +77,14 @@ def _judge_adapters(facts: Facts, run: Run) -> Verdict:
     name, adapters = "NCCL_IB_HCA", facts.host.adapters
     value, there = facts.environment.get(name), ", ".join(facts.host.adapters) or "none"
     if run.num_nodes == 1:
-        return _verdict(name, "ok", f"{_shown(facts, name)}; matters between nodes alone, and this run has one")
+        return _verdict(
+            name, "ok", f"{_shown(facts, name)}; matters between nodes alone, and this run has one", applies=False
+        )
     if value is None:
         found = f"not set: NCCL chooses among {there}"
         if len(adapters) > 1:
             return _verdict(name, "note", found, "name the adapters of the compute network, so that no other is taken")
-        return _verdict(name, "ok", found)
+        return _verdict(name, "ok", found, applies=bool(adapters))
     names = [part.split(":")[0] for part in value.lstrip("^=").split(",") if part]
     unknown = [part for part in names if not any(_matches(adapter, part, value) for adapter in adapters)]
     if unknown and not value.startswith("^"):
@@ -96,9 +98,9 @@ def _judge_interface(facts: Facts, run: Run) -> Verdict:
     value = facts.environment.get(name)
     if value is None:
         if run.num_nodes > 1:
-            way_out = "name the interface that reaches the other nodes (the specification: ib0)"
-            return _verdict(name, "note", "not set: NCCL takes the first interface that is up", way_out)
-        return _verdict(name, "ok", "not set; matters between nodes alone")
+            fix = "name the interface that reaches the other nodes (the specification: ib0)"
+            return _verdict(name, "note", "not set: NCCL takes the first interface that is up", fix)
+        return _verdict(name, "ok", "not set; matters between nodes alone", applies=False)
     wanted = [part for part in value.lstrip("^=").split(",") if part]
     if value.startswith("^") or any(_matches(each, part, value) for each in facts.host.interfaces for part in wanted):
         return _verdict(name, "ok", value)
@@ -173,7 +175,7 @@ def judge_gloo_interface(facts: Facts, run: Run) -> Verdict:
     """GLOO_SOCKET_IFNAME: where gloo listens."""
     name, value = "GLOO_SOCKET_IFNAME", facts.environment.get("GLOO_SOCKET_IFNAME")
     if value is None:
-        return _verdict(name, "ok", "not set: gloo listens where this machine's name resolves to")
+        return _verdict(name, "ok", "not set: gloo listens where this machine's name resolves to", applies=False)
     unknown = [part for part in value.split(",") if part not in facts.host.interfaces]
     if unknown:
         found = f"{value}: no such interface here (there are {', '.join(facts.host.interfaces)}): gloo cannot start"
@@ -200,5 +202,5 @@ def _shown(facts: Facts, name: str) -> str:
     return "not set" if value is None else value or "set to nothing"
 
 
-def _verdict(name: str, status: Status, found: str, way_out: str = "") -> Verdict:
-    return Verdict("environment", name, status, found, way_out)
+def _verdict(name: str, status: Status, found: str, fix: str = "", *, applies: bool = True) -> Verdict:
+    return Verdict("environment", name, status, found, fix, applies)

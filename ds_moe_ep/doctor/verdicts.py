@@ -1,4 +1,4 @@
-"""What the doctor says: one Verdict a check."""
+"""Verdicts: one per check, from good to bad."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ class Verdict:
     name: str
     status: Status
     found: str
-    way_out: str = ""
+    fix: str = ""
+    applies: bool = True  # False where it cannot matter on this machine: shown on demand alone
 
     def __post_init__(self) -> None:
         assert self.group in GROUPS, self.group
-        assert self.way_out or self.status in ("ok", "note"), f"{self.name} has no way out"
+        assert self.applies or self.status == "ok", f"{self.name} matters"
+        assert self.fix or self.status in ("ok", "note"), f"{self.name} has no fix"
 
 
 def worst(verdicts: Iterable[Verdict]) -> Status:
@@ -33,7 +35,7 @@ def worst(verdicts: Iterable[Verdict]) -> Status:
 
 
 def count(verdicts: Iterable[Verdict]) -> dict[Status, int]:
-    """How many verdicts have each status."""
+    """The number of verdicts of each status."""
     found = [verdict.status for verdict in verdicts]
     return {status: found.count(status) for status in STATUSES}
 

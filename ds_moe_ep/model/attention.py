@@ -29,7 +29,7 @@ class CausalAttention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, x_BSD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        """What each token gathers from itself and the tokens before it: [B, S, D].
+        """Values that each token gathers from itself and the tokens before it: [B, S, D].
 
         torch picks the kernel. On CUDA its flash kernel ends at heads of 256; the specification's heads of
         512 take the memory-efficient one, which does not store the S x S scores either.

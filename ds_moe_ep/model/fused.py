@@ -1,4 +1,4 @@
-"""What NVIDIA's apex offers here. It is never required: every user of this file has a torch path beside it.
+"""Operations of NVIDIA's apex that can be used here. None is required: each has a torch path beside it.
 
 Other projects are called apex too, so it is known by what it offers and not by its name.
 """

@@ -24,7 +24,7 @@ LayerOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class ModelOutput(NamedTuple):
-    """What one forward pass gives.
+    """Results of one forward pass.
 
     With targets, `loss` alone carries gradients and the rest are reports. Without targets, `loss` and
     `cross_entropy` are None, and `logits` and `l_aux` carry gradients.

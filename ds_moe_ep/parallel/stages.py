@@ -101,6 +101,6 @@ def pack(carried: Carried) -> Tensor:
 
 
 def unpack(packed: Tensor, hidden_size: int) -> Carried:
-    """What `pack` was given."""
+    """The values that `pack` was given."""
     x_BSD = packed[:, :-1].unflatten(1, (-1, hidden_size)).contiguous()
     return x_BSD, packed[:, -1].sum().float()

@@ -98,7 +98,7 @@ class Findings:
 
 
 def read_findings(paths: Sequence[Path]) -> Findings:
-    """What the files hold. Raises ConfigError for a file that cannot be read or where there is no Record at all."""
+    """Findings of the files. Raises ConfigError for a file that cannot be read or where there is no Record at all."""
     sources = tuple(map(_read_source, paths))
     if not any(source.records for source in sources):
         names = ", ".join(map(str, paths)) or "nothing"
@@ -110,7 +110,7 @@ def read_findings(paths: Sequence[Path]) -> Findings:
 
 
 def undrawn(findings: Findings) -> str:
-    """What the Records are of which nothing can be drawn, as an error's text."""
+    """Kinds of Records of which nothing can be drawn, as an error's text."""
     paths = ", ".join(str(source.path) for source in findings.sources)
     kinds = Counter(record.name.split(".")[0] for source in findings.sources for record in source.records)
     listed = [f"{times:,} {kind}.*" + (f" ({OTHERS[kind]})" if kind in OTHERS else "") for kind, times in kinds.items()]

@@ -1,4 +1,4 @@
-"""Which names of Records the report understands: the schema of `evidence`, as patterns."""
+"""Names of Records that the report understands: those of records/names.py, as patterns."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _KNOWN = (
 
 
 def is_known(name: str) -> bool:
-    """Whether the report has a place for Records of this name."""
+    """True where the report has a place for Records of this name."""
     return any(pattern.fullmatch(name) for pattern in _KNOWN)
 
 

@@ -1,4 +1,4 @@
-"""What a page is made of. Text is plain; `code` in it stands between backticks."""
+"""Parts of a page. Text is plain; `code` in it stands between backticks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Code:
-    """Commands to type, one a line."""
+    """Commands to type, one per line."""
 
     lines: tuple[str, ...]
 
@@ -79,7 +79,7 @@ class Page:
 
 
 def basis_of(records: Iterable[Record]) -> tuple[str, ...]:
-    """What stands beside a figure or table that rests on these Records: emulated or not, and their notes."""
+    """Lines beside a figure or table that rests on these Records: emulated or not, and their notes."""
     records = list(records)
     notes = list(dict.fromkeys(record.notes for record in records if record.notes))
     lines = [*emulation_of(records), *(f"Note: {note}" for note in notes[:MAX_NOTES])]
@@ -89,7 +89,7 @@ def basis_of(records: Iterable[Record]) -> tuple[str, ...]:
 
 
 def emulation_of(records: Iterable[Record]) -> tuple[str, ...]:
-    """Whether these Records were measured on simulated or shaped devices and links; where some were, which."""
+    """Emulated or not: lines on devices and links that were simulated or shaped, and where only some were, on which."""
     places: dict[bool, dict[str, None]] = {True: {}, False: {}}
     for record in records:
         places[record.emulated][place_of(record.name)] = None

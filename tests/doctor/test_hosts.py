@@ -34,7 +34,7 @@ def test_hosts_that_are_alike_and_answer_are_ok() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "name", "status", "text", "way_out"),
+    ("facts", "name", "status", "text", "fix"),
     [
         (replace(GOOD, launchers=frozenset()), "launcher", "problem", "neither pdsh", "install pdsh"),
         (replace(GOOD, launchers=frozenset({"openmpi"})), "launcher", "note", "no pdsh", "--launcher openmpi"),
@@ -52,7 +52,7 @@ def test_hosts_that_are_alike_and_answer_are_ok() -> None:
         (replace(GOOD, silence_s=900), "lost hosts", "warning", "waits for 900 s for a host", "ServerAliveInterval=15"),
         (
             replace(GOOD, env_files={}),
-            "environment", "warning", "OMP_NUM_THREADS: set here", "./.deepspeed_env, a line each: OMP_NUM_THREADS=1",
+            "environment", "warning", "OMP_NUM_THREADS: set here", "./.deepspeed_env, one per line: OMP_NUM_THREADS=1",
         ),
         (
             replace(GOOD, env_files={"./.deepspeed_env": ("OMP_NUM_THREADS=1", "", "# mine")}),
@@ -60,12 +60,12 @@ def test_hosts_that_are_alike_and_answer_are_ok() -> None:
         ),
     ],
 )  # fmt: skip
-def test_each_thing_that_the_launcher_would_stumble_over_is_named_with_a_way_out(
-    facts: HostsFacts, name: str, status: str, text: str, way_out: str
+def test_each_thing_that_the_launcher_would_stumble_over_is_named_with_a_fix(
+    facts: HostsFacts, name: str, status: str, text: str, fix: str
 ) -> None:
     found = [verdict for verdict in judge_hosts(facts) if verdict.name == name and text in verdict.found]
     assert [verdict.status for verdict in found] == [status]
-    assert way_out in found[0].way_out
+    assert fix in found[0].fix
 
 
 def test_open_mpi_alone_needs_no_sign_of_life_from_ssh() -> None:

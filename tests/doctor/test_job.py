@@ -36,7 +36,7 @@ def test_a_configuration_that_fits_the_machine_is_well(tmp_path: Path, facts: Fa
 
 
 @pytest.mark.parametrize(
-    ("changes", "world", "found", "way_out"),
+    ("changes", "world", "found", "fix"),
     [
         ({"moe_ep": {"epsize": 4}}, 4, "moe_ep.epsize=4: unknown key", "did you mean 'ep_size'?"),
         ({}, 6, "moe_ep.ep_size=4 does not divide the world of 6", "choose an ep_size that divides them"),
@@ -44,12 +44,12 @@ def test_a_configuration_that_fits_the_machine_is_well(tmp_path: Path, facts: Fa
     ],
 )
 def test_a_configuration_that_cannot_work_is_a_problem_with_its_reason(
-    tmp_path: Path, changes: dict[str, Any], world: int, found: str, way_out: str
+    tmp_path: Path, changes: dict[str, Any], world: int, found: str, fix: str
 ) -> None:
     (verdict,) = judged(tmp_path, CPU, changes, world)
     assert verdict.status == "problem"
     assert found in verdict.found
-    assert way_out in verdict.way_out
+    assert fix in verdict.fix
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,8 @@ from dataclasses import replace
 import pytest
 
 from ds_moe_ep.comm.launcher import launched
-from ds_moe_ep.doctor.links.verdicts import (
-    LinksOutcome,
-    Presence,
-    TriedLink,
-    judge_links,
-    outcome_from,
-    pairs_to_try,
-    reaches,
-)
+from ds_moe_ep.doctor.links.outcome import LinksOutcome, Presence, TriedLink, outcome_from
+from ds_moe_ep.doctor.links.verdicts import judge_links, pairs_to_try, reaches
 from ds_moe_ep.doctor.verdicts import worst
 from ds_moe_ep.errors import EngineError
 from tests.doctor.machines import named
@@ -51,7 +44,7 @@ def test_links_as_the_topology_says_are_well(node_size: int) -> None:
 
 def test_near_links_that_are_slower_than_far_ones_are_a_warning() -> None:
     verdict = named(judge_links(outcome(near=FAR, far=NEAR), WORLD, 4), "topology")
-    assert (verdict.status, "NVLink" in verdict.way_out) == ("warning", True)
+    assert (verdict.status, "NVLink" in verdict.fix) == ("warning", True)
 
 
 def test_links_that_are_alike_are_a_note() -> None:
@@ -69,13 +62,24 @@ def test_a_pair_that_is_much_slower_than_its_class_is_named(slow: tuple[float, f
 def test_a_rank_whose_links_are_all_slow_is_named() -> None:
     slow = {(rank, 6): (5.0, 1.0) for rank in range(4)}
     verdict = named(judge_links(outcome(odd=slow), WORLD, 4), "far links")
-    assert verdict.way_out.startswith("look at rank 6's host")
+    assert verdict.fix.startswith("look at rank 6's host")
 
 
-def test_between_processes_of_one_host_latency_names_no_pair() -> None:
-    one = replace(outcome(dict.fromkeys(range(8), "node0"), odd={(1, 6): (500.0, 20.0)}), backend="gloo")
-    assert named(judge_links(one, WORLD, 4), "far links").status == "ok"
-    assert named(judge_links(replace(one, backend="nccl"), WORLD, 4), "far links").status == "warning"
+def test_ranks_that_share_a_host_and_its_cores_get_no_verdict_on_a_pair_and_are_told_so_once() -> None:
+    shared = replace(outcome(dict.fromkeys(range(8), "node0"), odd={(1, 6): (500.0, 0.1)}, far=NEAR), backend="gloo")
+    verdicts = judge_links(shared, WORLD, 4)
+    assert [verdict.status for verdict in verdicts if verdict.name in ("near links", "far links")] == ["ok", "ok"]
+    assert worst(verdicts) == "note"
+    assert sum("no pair can be judged here" in verdict.found for verdict in verdicts) == 1
+    assert not [verdict for verdict in verdicts if verdict.name == "topology"]
+    on_gpus = judge_links(replace(shared, backend="nccl"), WORLD, 4)  # each rank has a device of its own
+    assert named(on_gpus, "far links").status == "warning"
+    assert not [verdict for verdict in on_gpus if verdict.name == "pairs"]
+
+
+def test_links_of_one_host_that_were_shaped_still_show_their_classes() -> None:
+    shaped = replace(outcome(dict.fromkeys(range(8), "node0")), backend="gloo")
+    assert "10 times the rate" in named(judge_links(shaped, WORLD, 4), "topology").found
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_ranks_with_other_releases_or_variables_or_without_a_gpu_are_named() -> 
     verdicts = judge_links(other, WORLD, 4)
     assert named(verdicts, "releases").found == "torch is 2.13.0 on rank 0, 2.12.0 on rank 6"
     assert named(verdicts, "variables").found == "NCCL_NTHREADS is not there on rank 0, 512 on rank 6"
-    assert "mpirun -x NCCL_NTHREADS" in named(verdicts, "variables").way_out
+    assert "mpirun -x NCCL_NTHREADS" in named(verdicts, "variables").fix
     assert named(verdicts, "devices").found.startswith("rank 6 of 8 have no GPU")
 
 

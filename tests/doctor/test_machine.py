@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ds_moe_ep.doctor import gather
-from ds_moe_ep.doctor.facts import Facts, TorchFacts
+from ds_moe_ep.doctor.build_locks import build_locks
+from ds_moe_ep.doctor.facts import BuildLock, Facts, TorchFacts
 from ds_moe_ep.doctor.machine import judge_machine
 from ds_moe_ep.doctor.variables import SPECIFIED, Run, judge_variables
 from ds_moe_ep.doctor.verdicts import worst
 from tests.doctor.machines import CPU, GPUS, named, on_host, with_variables
 
+LOCK = "/x/py311/shm/lock"
 CLUSTER = Run(num_ranks=4, num_nodes=4, depth=1)
 ONE_NODE = Run(num_ranks=4, num_nodes=1, depth=1)
 
@@ -27,7 +32,7 @@ def test_a_good_machine_is_well(facts: Facts) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "name", "status", "found", "way_out"),
+    ("facts", "name", "status", "found", "fix"),
     [
         (on_host(CPU, free_bytes=1 << 30), "memory", "warning", "4 ranks take 2.4 GB", "fewer ranks"),
         (on_host(GPUS, shm_bytes=1 << 26), "shared memory", "warning", "0.07 GB", "--shm-size"),
@@ -35,19 +40,21 @@ def test_a_good_machine_is_well(facts: Facts) -> None:
         (on_host(CPU, shm_left={"deepspeed_a": 2 << 30}), "files left", "warning", "1 DeepSpeed files", "rm "),
         (on_host(CPU, open_files=64), "open files", "warning", "may open 64 files", "ulimit -n"),
         (on_host(CPU, open_files=-1), "open files", "ok", "any number", ""),
+        (on_host(CPU, locks={LOCK: BuildLock(age_s=9.0)}), "build lock", "warning", "no process holds", f"rm {LOCK}"),
+        (on_host(CPU, locks={LOCK: BuildLock(age_s=9e4)}), "build lock", "warning", "waits for ever", f"rm {LOCK}"),
         (
-            on_host(CPU, locks={"/x/py311/shm/lock": 9e4}),
-            "build lock",
-            "warning",
-            "waits for ever",
-            "rm /x/py311/shm/lo",
-        ),
-        (
-            on_host(CPU, locks={"/x/py311/shm/lock": 9.0}),
+            on_host(CPU, locks={LOCK: BuildLock(age_s=9e4, holder="process 7 (python)")}),
             "build lock",
             "note",
-            "is being built",
-            "rm /x/py311/shm/lock",
+            "shm is being built by process 7 (python)",
+            "",
+        ),
+        (
+            on_host(CPU, locks={LOCK: BuildLock(age_s=9e4, all_seen=False)}),
+            "build lock",
+            "note",
+            "of another user",
+            "ask its owner",
         ),
         (on_host(CPU, addresses=()), "host name", "warning", "does not resolve", "GLOO_SOCKET_IFNAME"),
         (on_host(CPU, own_address=False), "host name", "warning", "not an address of this machine", "/etc/hosts"),
@@ -58,11 +65,11 @@ def test_a_good_machine_is_well(facts: Facts) -> None:
         (on_host(CPU, compiler=""), "compiler", "note", "no C++ compiler", "g++"),
     ],
 )
-def test_what_is_wrong_with_a_machine_is_named(facts: Facts, name: str, status: str, found: str, way_out: str) -> None:
+def test_what_is_wrong_with_a_machine_is_named(facts: Facts, name: str, status: str, found: str, fix: str) -> None:
     verdict = named(judge_machine(facts, 4), name)
     assert verdict.status == status
     assert found in verdict.found
-    assert way_out in verdict.way_out
+    assert fix in verdict.fix
 
 
 @pytest.mark.parametrize(
@@ -120,7 +127,7 @@ def test_a_variable_is_judged_by_the_machine_and_the_run(
 def test_the_specifications_variables_all_have_a_line_and_matter_on_gpus_alone() -> None:
     nonsense = dict.fromkeys(SPECIFIED, "nonsense")
     on_cpu = {verdict.name: verdict for verdict in judge_variables(with_variables(CPU, **nonsense), CLUSTER)}
-    assert {on_cpu[name].status for name in SPECIFIED} == {"ok"}
+    assert {(on_cpu[name].status, on_cpu[name].applies) for name in SPECIFIED} == {("ok", False)}
     on_gpus = {verdict.name: verdict for verdict in judge_variables(with_variables(GPUS, **nonsense), CLUSTER)}
     assert {on_gpus[name].status for name in SPECIFIED} == {"warning", "problem"}
 
@@ -138,15 +145,62 @@ def test_left_files_locks_and_names_are_found_where_they_are(tmp_path: Path) -> 
     lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    os.utime(lock, (0, 0))
-    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    (age_s,) = gather.build_locks(gather.extensions_folder(environment)).values()
-    assert age_s > 1e9
     assert gather.resolve("no such name") == ()
     assert gather.can_bind("127.0.0.1")
     assert not gather.can_bind("192.0.2.1")  # an address for documentation: nobody's
-    facts = gather.host_facts(environment)
+    facts = gather.host_facts({"TORCH_EXTENSIONS_DIR": str(tmp_path)})
     assert facts.name == socket.gethostname()
     assert facts.free_bytes > 0
     assert "lo" in facts.interfaces
     assert list(facts.locks) == [str(lock)]
+
+
+def builder(lock: Path) -> subprocess.Popen[str]:
+    """A process that holds torch's own lock of a build, as torch does while it compiles."""
+    (torch_folder,) = importlib.util.find_spec("torch").submodule_search_locations  # type: ignore[union-attr,misc]
+    script = (
+        "import runpy, sys\n"
+        f"baton = runpy.run_path({torch_folder + '/utils/file_baton.py'!r})['FileBaton']({str(lock)!r})\n"
+        "print(baton.try_acquire(), flush=True)\n"
+        "sys.stdin.read()\n"
+        "baton.release()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", script], text=True, **pipes)  # type: ignore[call-overload]
+    assert process.stdout.readline() == "True\n"
+    return process  # type: ignore[no-any-return]
+
+
+def lock_verdict(folder: Path) -> tuple[str, str] | None:
+    """Status and finding on the one lock under `folder`, or None where there is none."""
+    verdicts = judge_machine(on_host(CPU, locks=build_locks(folder)), 1)
+    found = [(verdict.status, verdict.found) for verdict in verdicts if verdict.name == "build lock"]
+    return found[0] if found else None
+
+
+def test_a_build_lock_is_stale_only_where_no_process_holds_it_however_old_it_is(tmp_path: Path) -> None:
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    with builder(lock) as alive:
+        os.utime(lock, (0, 0))  # of 1970
+        status, found = lock_verdict(tmp_path) or ("", "")
+        assert status == "note"
+        assert f"deepspeed_shm_comm is being built by process {alive.pid} (" in found
+        alive.communicate("done")
+    assert lock_verdict(tmp_path) is None, "the build ended and took its lock along"
+    with builder(lock) as killed:
+        killed.kill()
+        killed.communicate()
+    assert build_locks(tmp_path)[str(lock)].age_s < 60, "a lock of a moment ago"
+    status, found = lock_verdict(tmp_path) or ("", "")
+    assert (status, "no process holds the lock" in found) == ("warning", True)
+
+
+def test_a_lock_of_a_user_whose_processes_are_hidden_is_never_called_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "some_extension" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert (lock_verdict(tmp_path) or ("",))[0] == "note"

@@ -56,7 +56,7 @@ def test_what_is_wrong_is_named(facts: Facts, name: str, status: str, found: str
     verdict = named(judge_packages(facts), name)
     assert verdict.status == status
     assert found in verdict.found
-    assert verdict.way_out or status in ("ok", "note")
+    assert verdict.fix or status in ("ok", "note")
 
 
 def test_an_old_python_is_a_problem() -> None:
@@ -72,16 +72,16 @@ def test_transformers_is_held_against_the_tested_releases(version: str | None, s
     (verdict,) = judge_hugging_face({"transformers": version}, tested)
     assert verdict.status == status
     if status == "warning":
-        assert verdict.way_out == "pip install transformers==5.22.2"
+        assert verdict.fix == "pip install transformers==5.22.2"
 
 
 @pytest.mark.parametrize("version", ["5.23.0", "5.23.1", "5.24.0"])
-def test_a_transformers_that_breaks_autoep_is_a_problem_with_the_way_out(version: str) -> None:
+def test_a_transformers_that_breaks_autoep_is_a_problem_with_the_fix(version: str) -> None:
     facts = replace(CPU, versions={**CPU.versions, "transformers": version})
     verdict = named(judge_packages(facts), "transformers")
     assert verdict.status == "problem"
     assert "breaks AutoEP" in verdict.found
-    assert "ds_moe_ep.initialize" in verdict.way_out and "pip install transformers==5.22.2" in verdict.way_out
+    assert "ds_moe_ep.initialize" in verdict.fix and "pip install transformers==5.22.2" in verdict.fix
     without = replace(facts, deepspeed=replace(CPU.deepspeed, version="0.18.9", autoep="ImportError: x"))
     assert named(judge_packages(without), "transformers").status == "warning", "nothing is there to break"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.comm.launcher import World
-from ds_moe_ep.doctor.links.verdicts import LinksOutcome, judge_links
-from ds_moe_ep.doctor.trial import LinkTrial
+from ds_moe_ep.doctor.links.outcome import LinksOutcome, LinkTrial
+from ds_moe_ep.doctor.links.verdicts import judge_links
 from tests.doctor.machines import named
 from tests.ranks import _fork_server
 

@@ -12,15 +12,14 @@ from typing import Any
 
 from ds_moe_ep.bench.harness.processes import Finding, die_with_parent, free_port, loopback_environment, started_ranks
 from ds_moe_ep.comm.launcher import launched
-from ds_moe_ep.doctor.links.verdicts import LinksOutcome, Presence, outcome_from
-from ds_moe_ep.doctor.trial import LinkTrial
+from ds_moe_ep.doctor.links.outcome import LinksOutcome, LinkTrial, Presence, outcome_from
 
 POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """What every rank of a local trial is told."""
+    """The plan that every rank of a local trial gets."""
 
     trial: LinkTrial
     num_ranks: int
@@ -50,7 +49,7 @@ def run_rank(rank: int, plan: LocalPlan, inbox: Any) -> None:
 
 
 def try_local_links(num_ranks: int, trial: LinkTrial) -> LinksOutcome:
-    """What `num_ranks` ranks of this machine measured; in bounded time, and no rank is left behind."""
+    """Outcome of `num_ranks` ranks of this machine; in bounded time, and no rank is left behind."""
     plan = LocalPlan(trial, num_ranks, free_port())
     begin, up = time.monotonic(), set[int]()
     heard: list[LinksOutcome] = []
@@ -84,5 +83,5 @@ def try_local_links(num_ranks: int, trial: LinkTrial) -> LinksOutcome:
 
 
 def _ended_early(processes: list[BaseProcess], up: set[int]) -> bool:
-    """Whether a rank ended before it was up: nobody needs to wait for it any longer."""
+    """True where a rank ended before it was up: nobody needs to wait for it any longer."""
     return any(process.exitcode for rank, process in enumerate(processes) if rank not in up)

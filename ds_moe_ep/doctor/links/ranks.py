@@ -1,4 +1,4 @@
-"""What the ranks do to try their links, in a job's processes or in ranks of the doctor's own.
+"""The ranks' part in the trial of links, in a job's processes or in ranks of the doctor's own.
 
 1. Every rank tells a store that it is up. Rank 0 waits for all, at most `start_s`, and publishes who came. Where
    all did, every rank derives the same list of pairs.
@@ -26,9 +26,9 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ds_moe_ep.comm.launcher import World
 from ds_moe_ep.doctor.gather import installed
-from ds_moe_ep.doctor.links.verdicts import LinksOutcome, Presence, TriedLink, pairs_to_try, reaches
+from ds_moe_ep.doctor.links.outcome import LinksOutcome, LinkTrial, Presence, TriedLink
+from ds_moe_ep.doctor.links.verdicts import pairs_to_try, reaches
 from ds_moe_ep.doctor.probe import named
-from ds_moe_ep.doctor.trial import LinkTrial
 
 # What every rank should have alike.
 RELEASES = ("torch", "deepspeed", "ds-moe-ep")
@@ -46,7 +46,7 @@ BATCHES = 9
 
 
 def try_links(world: World, trial: LinkTrial) -> LinksOutcome:
-    """What is known at the end: everything on rank 0, this rank's own state on the others. Ends in time on each."""
+    """Outcome at the end: everything on rank 0, this rank's own state on the others. Ends in time on each."""
     known: list[LinksOutcome] = []
     thread = threading.Thread(target=lambda: known.append(_meet_and_try(world, trial)), daemon=True)
     thread.start()
@@ -219,7 +219,7 @@ def _round_trips(peer: int, message: torch.Tensor, trips: int, *, leads: bool) -
 
 
 def _move(message: torch.Tensor, peer: int, *, sends: bool) -> None:
-    """One message. Batched as the layer's are, so that NCCL uses the group's communicator and makes none a pair."""
+    """One message. Batched as the layer's are, so that NCCL uses the group's communicator and makes none per pair."""
     way: Callable[..., object] = dist.isend if sends else dist.irecv
     for work in dist.batch_isend_irecv([dist.P2POp(way, message, peer)]):
         work.wait()

@@ -43,7 +43,7 @@ class LawPanel:
 
 
 def draw_losses(beds: Sequence[tuple[str, Sequence[Curve]]], baseline: str) -> Drawing:
-    """Loss over steps, a panel a bed; under it how far each system is from the baseline, where that is there."""
+    """Loss over steps, a panel per bed; under it how far each system is from the baseline, where that is there."""
     with_difference = any(len(curves) > 1 and _of(curves, baseline) for _, curves in beds)
     num_columns = min(len(beds), 2)
     num_bands = -(-len(beds) // num_columns)

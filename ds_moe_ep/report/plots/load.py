@@ -1,4 +1,4 @@
-"""Rows of the experts over the steps: a map a layer, and how uneven each system is."""
+"""Rows of the experts over the steps: a map per layer, and how uneven each system is."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def draw_load(layers: Sequence[LayerLoad]) -> Drawing:
 
 
 def draw_unevenness(systems: Sequence[Unevenness]) -> Drawing:
-    """The fullest expert of all layers over the steps, a line a system."""
+    """The fullest expert of all layers over the steps, a line per system."""
 
     def paint(figure: Figure) -> None:
         (axis,) = panels(figure, 1, 1)
@@ -104,7 +104,7 @@ def _paint_fullest(axis: Axes, load: LayerLoad, highest: float) -> None:
 
 
 def _paint_map(axis: Axes, load: LayerLoad) -> AxesImage:
-    """One column a step, one row an expert; steps are evenly spaced, and named by their numbers."""
+    """One column per step, one row per expert; steps are evenly spaced, and named by their numbers."""
     shades = [[load.over_mean[step, expert] for step in load.steps] for expert in load.experts]
     image = axis.imshow(shades, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0.0, vmax=HOTTEST)
     axis.set_xlabel("step", color=FAINT)

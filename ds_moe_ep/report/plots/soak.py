@@ -40,7 +40,7 @@ class StepLoad:
 
     @property
     def is_burst(self) -> bool:
-        """Whether all rows of the step went to it, but for a stray one."""
+        """True where all rows of the step went to it, but for a stray one."""
         return self.over_mean >= ALL_ROWS * self.num_experts
 
 

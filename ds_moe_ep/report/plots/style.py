@@ -1,4 +1,4 @@
-"""How every picture looks: colours (Okabe and Ito's, told apart by colour-blind readers), type, and saving.
+"""Style of every picture: colours (Okabe and Ito's, told apart by colour-blind readers), type, and saving.
 
 A picture is painted on a Figure of its own, under settings that end with it; pyplot and its global state are not used.
 """
@@ -80,7 +80,7 @@ STYLE: Mapping[str, object] = {
 
 
 def draw(height_in: float, paint: Callable[[Figure], None]) -> Drawing:
-    """What `paint` leaves on a figure of the page's width, in both formats; the same bytes each time."""
+    """The drawing that `paint` leaves on a figure of the page's width; the same bytes each time."""
     with matplotlib.rc_context(dict(STYLE)):  # type: ignore[arg-type]  # the stubs want literal keys
         figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)

@@ -15,8 +15,8 @@ from ds_moe_ep.report.plots.lines import LawPanel, draw_scaling
 from ds_moe_ep.specification.laws import SHAPES, STATED_R2
 
 UNITS: Mapping[str, tuple[str, str]] = {  # what Records are converted to, and how an axis calls it
-    "tps": ("tokens/s", "tokens a second"),
-    "tpot": ("us", "\u00b5s a token"),
+    "tps": ("tokens/s", "tokens per second"),
+    "tpot": ("us", "\u00b5s per token"),
     "busy": ("percent", "busy, % of a step"),
     "memory_per_expert": ("MB", "MB of an expert on a rank"),
 }
@@ -42,7 +42,7 @@ def scaling(findings: Findings) -> PageSection | None:
 
 
 def r2_of(findings: Findings, total: str, law: str) -> Record | None:
-    """How well the law fits under this total."""
+    """The fit of the law under this total."""
     return findings.get("scaling", total, "fit", law, "r2")
 
 

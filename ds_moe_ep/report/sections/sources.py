@@ -13,7 +13,7 @@ MAX_LINES = 12
 
 
 def head(findings: Findings, absent: Sequence[str]) -> PageSection:
-    """What was measured, on what, by which revision; emulated or not; and which sections have no Records."""
+    """Systems, beds, hardware and revision of what was measured; emulated or not; sections without Records."""
     records = list(findings.by_name.values())
     named = {system for system in SYSTEMS for name in findings.by_name if f".{system}." in name}
     systems = ", ".join(title for system, title in SYSTEMS.items() if system in named)

@@ -64,7 +64,7 @@ def _questions() -> Iterator[tuple[str, str, str, str, Answer | None]]:
 
 
 def _values(systems: Sequence[str], whats: Mapping[str, str], unit: str, end: str = "") -> Answer:
-    """A line a bed: these Records of these systems, with their titles where there are some; all or none of a bed."""
+    """A line per bed: these Records of these systems, with their titles where there are some; all or none of a bed."""
 
     def answer(findings: Findings) -> Iterator[Found]:
         for bed in findings.beds:

@@ -21,12 +21,12 @@ from ds_moe_ep.specification.laws import SHAPES, STATED_R2
 PROPORTION = "in proportion to devices"
 OVER_EP = "EP (ranks that share the experts)"
 MFU = ("percent", "% of the devices' peak")
-HEAD = ("EP", "copies", "tokens/s", "\u00b5s a token", "busy, %", "MB an expert", "of peak, %", "hidden, %", "GB")
+HEAD = ("EP", "copies", "tokens/s", "\u00b5s per token", "busy, %", "MB per expert", "of peak, %", "hidden, %", "GB")
 Points = dict[tuple[int, int], Record]  # by EP and copies
 
 
 def simulated_scaling(findings: Findings) -> PageSection | None:
-    """A picture a bed over EP, and one over copies where these vary, with a table of all points and one of the fits."""
+    """Per bed a picture over EP, one over copies where these vary, a table of all points and one of the fits."""
     blocks: list[Block] = []
     for bed in findings.swept:
         over_ep, over_dp = _over_ep(findings, bed), _over_dp(findings, bed)
@@ -57,7 +57,7 @@ def _points(findings: Findings, bed: str, total: str, what: str) -> Points:
 
 
 def _over_ep(findings: Findings, bed: str) -> list[SweepPanel]:
-    """A panel a law, of the points with the fewest copies; none where EP does not vary."""
+    """A panel per law, of the points with the fewest copies; none where EP does not vary."""
     panels = []
     for law, title in LAWS.items():
         unit, axis = UNITS[law]

@@ -52,7 +52,7 @@ def _headline(findings: Findings, bed: str, mode: str, systems: Sequence[str]) -
         if what in HEADLINE or what.startswith("ratio_to_")
     ]
     with_hidden = any("hidden" in records for records in of_place.values())
-    head = ["system", "tokens/s", "\u00b5s a token", "ms a step", "busy %", *(["hidden %"] if with_hidden else [])]
+    head = ["system", "tokens/s", "\u00b5s per token", "ms per step", "busy %", *(["hidden %"] if with_hidden else [])]
     rows = []
     for system, records in of_place.items():
         row = [SYSTEMS[system], cell(records.get("tps"), "tokens/s", bar=True)]
@@ -82,7 +82,7 @@ def _ratios(of_place: Mapping[str, Mapping[str, Record]]) -> list[str]:
 
 
 def _traffic(findings: Findings, bed: str) -> str:
-    """What was found out about a bed's links."""
+    """The measured traffic of a bed's links."""
     record = findings.get("system", bed, "traffic", "ratio")
     if record is None:
         return ""
@@ -100,11 +100,11 @@ def _throughput_bars(findings: Findings) -> Picture | None:
             text = number(quantity.value) + (f"  {number(convert(ratio, 'ratio').value)} {TIMES}" if ratio else "")
             bars.append(Bar(system, SYSTEMS[system], quantity, text))
             used += [record, *([ratio] if ratio and system != BASELINE else [])]
-        panels.append(BarPanel(_title(bed, mode), _axis("tokens a second", used[-1]), bars))
+        panels.append(BarPanel(_title(bed, mode), _axis("tokens per second", used[-1]), bars))
     if not panels:
         return None
     caption = (
-        f"Tokens a second of all ranks together. Whiskers: quartiles. {TIMES}: throughput over that of "
+        f"Tokens per second of all ranks together. Whiskers: quartiles. {TIMES}: throughput over that of "
         f"{SYSTEMS[BASELINE]} in the same panel."
     )
     return Picture("throughput", "Throughput", caption, draw_bars(panels), basis_of(used))
@@ -134,7 +134,7 @@ def latency(findings: Findings) -> PageSection | None:
 
 
 def memory(findings: Findings) -> PageSection | None:
-    """What fills the fullest rank's memory."""
+    """Memory of the fullest rank, by kind."""
     places = findings.places("memory")
     if not places:
         return None

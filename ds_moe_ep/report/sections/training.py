@@ -43,7 +43,7 @@ def loss(findings: Findings) -> PageSection | None:
 
 
 def load(findings: Findings) -> PageSection | None:
-    """How evenly the experts are used."""
+    """Load of the experts, and how even it is."""
     blocks: list[Block] = []
     for bed in findings.beds:
         systems = findings.systems("load", bed=bed)
