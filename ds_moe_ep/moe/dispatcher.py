@@ -36,7 +36,7 @@ from ds_moe_ep.moe.dispatch_plan import DispatchPlan, make_plan
 from ds_moe_ep.moe.executor import PassContext, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
-from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.router import Routes, use_triton
 from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift
 from ds_moe_ep.schedule.build import Schedule, backward_schedule, forward_schedule
 
@@ -197,12 +197,12 @@ class Dispatcher:
         experts: LocalExperts,
         training: bool,
         shared: SharedExpert | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The weighted results [T, D], and the shared expert's outputs [T, D] (empty without one).
+    ) -> tuple[Tensor, Tensor | None]:
+        """The weighted results [T, D] with the shared expert's outputs added, or beside them where types differ.
 
         Collective over the expert group, forward and backward: every rank of the group calls it equally often.
         """
-        connection = self.checked_connection()
+        connection, in_triton = self.checked_connection(), use_triton(self.config, x_TD.device)
         row_type = (x_TD.shape[1], x_TD.dtype)
         sees_drift = self.drift.is_beyond_bound()
         call = Call(self.name, self._num_calls, connection.text, Mode.of(training), self._history)
@@ -218,7 +218,9 @@ class Dispatcher:
             raise
         context = replace(context, begin_backward=partial(self._begin_backward, call, row_type, x_TD.is_cuda))
         results_ND, shared_TD = run_experts(rows_ND, experts, context, shared)
-        return unpermute(results_ND, weights_TK, plan.maps), shared_TD
+        added = [shared_TD] if shared is not None and shared_TD.dtype == results_ND.dtype else []
+        y_TD = unpermute(results_ND, weights_TK, plan.maps, added, in_triton)
+        return y_TD, None if added or shared is None else shared_TD
 
     def _begin_backward(self, call: Call, row_type: tuple[int, torch.dtype], is_cuda: bool) -> None:
         """Makes sure that the group's ranks all begin the backward pass of a call; on CUDA the next call does."""
@@ -241,7 +243,7 @@ class Dispatcher:
         connection = self.checked_connection()
         if self.lanes is None or self._device != x_TD.device:
             self.lanes, self._device = make_lanes(x_TD.device, connection.transport.size), x_TD.device
-        rows_ND, weights_TK = permute(x_TD, plan.maps), routes.weights_TK
+        rows_ND, weights_TK = permute(x_TD, plan.maps, use_triton(self.config, x_TD.device)), routes.weights_TK
         if routes.weighs_rows:
             weight_of_row_N1 = weights_TK.flatten()[plan.maps.choice_of_row_N].unsqueeze(1)
             rows_ND, weights_TK = (rows_ND * weight_of_row_N1).to(x_TD.dtype), torch.ones_like(weights_TK)

@@ -120,9 +120,9 @@ class ExpertParallel(nn.Module):
         if isinstance(experts, OpaqueExperts):
             self.experts.output_type = experts.output_type
             y_TD = y_TD.to(experts.output_type or x_TD.dtype)
-        if self.shared is None:
-            return y_TD
-        return y_TD + (self.shared(x_TD) if shared is None else shared_TD)
+        if self.shared is not None and shared is None:
+            shared_TD = self.shared(x_TD)
+        return y_TD if shared_TD is None else y_TD + shared_TD
 
     def _check_input(self, x: Tensor, used_token: Tensor | None) -> None:
         """Raises ConfigError for an input that the layer cannot take."""

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.kernels.choose import why_no_triton
 from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.recognise import is_plain_linear
 
@@ -182,6 +184,16 @@ def places(expert_ids_TK: Tensor, is_used_TK: Tensor | None, priority_TK: Tensor
     far_behind = torch.iinfo(place_M.dtype).max
     place_M = torch.where(ids_M == num_experts, far_behind, place_M)
     return place_M.view(num_choices, num_tokens).t()
+
+
+def use_triton(config: MoEConfig, device: torch.device) -> bool | None:
+    """The knob `kernels` as operations take it; None lets each choose. Raises ConfigError where Triton cannot run."""
+    if config.kernels == "triton" and (reason := why_no_triton(device.type)):
+        raise ConfigError(
+            f'moe_ep.kernels="triton": {reason}; install it on a machine with CUDA (pip install "ds-moe-ep[triton]"), '
+            'or write "auto", which takes plain torch there'
+        )
+    return None if config.kernels == "auto" else config.kernels == "triton"
 
 
 def gumbel_like(logits_TE: Tensor) -> Tensor:

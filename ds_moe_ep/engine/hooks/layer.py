@@ -29,6 +29,7 @@ TRAFFIC = (
     "row_cuts",
     "depth",
     "transport",
+    "kernels",
     "meter_every",
     "timeout_s",
 )

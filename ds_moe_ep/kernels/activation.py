@@ -1,0 +1,99 @@
+"""GELU and SwiGLU on rows, and gradients that make the active rows again instead of reading kept ones.
+
+An active row is the activation's output, which the second matrix product of an expert reads: forward for its result,
+backward for its weight gradient. Made again in the pass over memory that the input gradient takes anyway, it need not
+be kept in between. All functions write into given tensors and have no gradient themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_moe_ep.kernels.choose import runs_triton
+
+BLOCK_ELEMENTS = 2**17  # of a thread, on the CPU: what lies between two passes stays in its cache
+
+
+def swiglu(gate_nF: Tensor, up_nF: Tensor, active_nF: Tensor, use_triton: bool | None = None) -> None:
+    """Writes silu(gate) * up into `active_nF`, which may be one of the inputs."""
+    if _runs_triton(use_triton, gate_nF, up_nF, active_nF):
+        from ds_moe_ep.kernels.compiled import activation
+
+        activation.swiglu(gate_nF, up_nF, active_nF)
+        return
+    for gate, up, active in row_blocks(gate_nF, up_nF, active_nF):
+        torch.mul(F.silu(gate), up, out=active)
+
+
+def gelu_backward(
+    d_active_nF: Tensor,
+    hidden_nF: Tensor,
+    d_hidden_nF: Tensor,
+    active_nF: Tensor | None,
+    approximate: str,
+    use_triton: bool | None = None,
+) -> None:
+    """Writes the gradient of the hidden rows, and the active rows where `active_nF` is given.
+
+    `approximate` is "none" (erf) or "tanh". Outputs may lie over inputs: `d_hidden_nF` over `hidden_nF` and
+    `active_nF` over `d_active_nF`, or crosswise.
+    """
+    outputs = [d_hidden_nF] if active_nF is None else [d_hidden_nF, active_nF]
+    if _runs_triton(use_triton, d_active_nF, hidden_nF, *outputs):
+        from ds_moe_ep.kernels.compiled import activation
+
+        activation.gelu_backward(d_active_nF, hidden_nF, d_hidden_nF, active_nF, approximate)
+        return
+    for d_active, hidden, d_hidden, *active in row_blocks(d_active_nF, hidden_nF, *outputs):
+        if not active:
+            torch.ops.aten.gelu_backward.grad_input(d_active, hidden, approximate=approximate, grad_input=d_hidden)
+            continue
+        gradient = torch.ops.aten.gelu_backward(d_active, hidden, approximate=approximate)
+        torch.ops.aten.gelu.out(hidden, approximate=approximate, out=active[0])
+        d_hidden.copy_(gradient)
+
+
+def swiglu_backward(
+    d_active_nF: Tensor,
+    gate_nF: Tensor,
+    up_nF: Tensor,
+    d_gate_nF: Tensor,
+    d_up_nF: Tensor,
+    active_nF: Tensor | None,
+    use_triton: bool | None = None,
+) -> None:
+    """Writes the gradients of both hidden rows, and the active rows silu(gate) * up where `active_nF` is given.
+
+    Outputs may lie over inputs: `d_gate_nF` over `gate_nF`, `d_up_nF` over `up_nF`, `active_nF` over `d_active_nF`.
+    """
+    outputs = [d_gate_nF, d_up_nF] if active_nF is None else [d_gate_nF, d_up_nF, active_nF]
+    if _runs_triton(use_triton, d_active_nF, gate_nF, up_nF, *outputs):
+        from ds_moe_ep.kernels.compiled import activation
+
+        activation.swiglu_backward(d_active_nF, gate_nF, up_nF, d_gate_nF, d_up_nF, active_nF)
+        return
+    for d_active, gate, up, d_gate, d_up, *active in row_blocks(d_active_nF, gate_nF, up_nF, *outputs):
+        silu = F.silu(gate)
+        d_silu = d_active * up  # the last use of `up` but for the active rows, and of `d_active` but for `d_up`
+        if active:
+            made_again = silu * up
+        torch.mul(d_active, silu, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_gate)
+        if active:
+            active[0].copy_(made_again)
+
+
+def row_blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors cut alike by rows, on the CPU; whole on other devices, where a launch costs more than a pass."""
+    first = rows[0]
+    per_block = BLOCK_ELEMENTS * torch.get_num_threads()
+    num_blocks = min(len(first), -(-first.numel() // per_block)) if first.is_cpu else 1
+    return [rows] if num_blocks <= 1 else zip(*(tensor.tensor_split(num_blocks) for tensor in rows), strict=True)
+
+
+def _runs_triton(use_triton: bool | None, *rows: Tensor) -> bool:
+    return runs_triton(use_triton, *rows) and all(tensor.is_contiguous() for tensor in rows)

@@ -1,0 +1,50 @@
+"""The choice between an operation's plain-torch form and its Triton kernel, made anew with every call.
+
+`use_triton` is None everywhere for "where it can run": on CUDA, with Triton installed, for the types that the kernels
+know. False is plain torch. True insists on the kernel: on a device without Triton the caller has refused it before, by
+`why_no_triton`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+TYPES = (torch.float16, torch.bfloat16, torch.float32)  # fp64 is for tests, which want all of its digits
+
+
+def runs_triton(use_triton: bool | None, *tensors: Tensor) -> bool:
+    """Whether the kernel computes these tensors; all of them lie on the first one's device."""
+    if use_triton is False or not all(tensor.dtype in TYPES for tensor in tensors):
+        return False
+    return use_triton or (tensors[0].is_cuda and not why_no_triton("cuda"))
+
+
+def why_no_triton(device_type: str) -> str:
+    """Why kernels cannot run on such a device; empty where they can. Triton's interpreter runs them on the CPU too."""
+    reason, is_interpreted = _installed()
+    if reason or device_type == "cuda" or (device_type == "cpu" and is_interpreted):
+        return reason
+    return f"Triton compiles for CUDA, and the tensors are on {device_type!r}"
+
+
+@functools.cache
+def _installed() -> tuple[str, bool]:
+    """Why Triton does not load (empty where it does), and whether it interprets; said once in the log."""
+    try:
+        triton = importlib.import_module("triton")
+    except ModuleNotFoundError:
+        reason = "Triton is not installed"
+    except Exception as error:
+        reason = f"Triton does not load: {type(error).__name__}: {error}"
+    else:
+        logger.info("kernels run as Triton %s compiles them", triton.__version__)
+        return "", bool(triton.knobs.runtime.interpret)
+    logger.info("kernels run as plain torch: %s", reason)
+    return reason, False

@@ -1,0 +1,92 @@
+"""Who computes: plain torch or Triton, by device, type and installation, and by the knob `kernels`."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.kernels.choose import runs_triton, why_no_triton
+from ds_moe_ep.moe.experts import GeluMLP
+from ds_moe_ep.moe.layer import ExpertParallel
+from tests.kernels.interpreter import needs_triton, under_interpreter
+
+
+def test_the_cpu_takes_plain_torch() -> None:
+    assert not runs_triton(None, torch.ones(2)) and not runs_triton(False, torch.ones(2))
+    assert why_no_triton("cpu")
+
+
+def test_the_kernels_are_refused_by_name_where_they_cannot_run() -> None:
+    layer = ExpertParallel(8, GeluMLP(8, 16), MoEConfig(num_experts=2, kernels="triton"))
+    with pytest.raises(ConfigError, match=r'moe_ep\.kernels="triton": .*; install it .*, or write "auto"'):
+        layer(torch.randn(4, 8))
+    with pytest.raises(ConfigError, match=r"moe_ep\.kernels='cuda'.*choose one of 'auto', 'triton', 'torch'"):
+        MoEConfig(kernels="cuda")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("body", ["raise ModuleNotFoundError(name='triton')", "raise OSError('no such library')"])
+def test_a_triton_that_does_not_load_is_said_once_and_leaves_plain_torch(body: str, tmp_path: object) -> None:
+    (tmp_path / "triton.py").write_text(body)  # type: ignore[operator]
+    script = f"""
+import logging, sys
+sys.path.insert(0, {str(tmp_path)!r})
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+from ds_moe_ep.kernels.choose import why_no_triton
+print([why_no_triton("cuda"), why_no_triton("cuda")])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    said, reasons = done.stdout.splitlines()
+    expected = "Triton is not installed" if "Module" in body else "Triton does not load: OSError: no such library"
+    assert said == f"kernels run as plain torch: {expected}"
+    assert reasons == str([expected, expected])
+
+
+@needs_triton
+def test_an_installed_triton_is_taken_on_cuda_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    from ds_moe_ep.kernels import choose
+
+    choose._installed.cache_clear()
+    with caplog.at_level(logging.INFO, logger=choose.__name__):
+        assert [why_no_triton("cuda"), why_no_triton("cuda")] == ["", ""]
+    assert [record.message.startswith("kernels run as Triton 3.") for record in caplog.records] == [True]
+
+
+@under_interpreter
+def test_fp64_stays_with_plain_torch_whatever_is_wished() -> None:
+    assert runs_triton(True, torch.ones(2)) and not runs_triton(True, torch.ones(2, dtype=torch.float64))
+    assert not runs_triton(True, torch.ones(2), torch.ones(2, dtype=torch.float64))
+    assert why_no_triton("cpu") == "" and "'xpu'" in why_no_triton("xpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("capacity_factor", [None, 0.8])
+@pytest.mark.parametrize("top_k", [1, 2])
+@under_interpreter
+def test_a_whole_layer_gives_the_same_by_the_kernels(
+    top_k: int, capacity_factor: float | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    knobs = {"num_experts": 4, "top_k": top_k, "capacity_factor": capacity_factor, "min_capacity": 1}
+    plain = ExpertParallel(24, GeluMLP(24, 32), MoEConfig(**knobs, kernels="torch"), GeluMLP(24, 16)).to(dtype)
+    ours = ExpertParallel(24, GeluMLP(24, 32), MoEConfig(**knobs, kernels="triton"), GeluMLP(24, 16)).to(dtype)
+    ours.load_state_dict(plain.state_dict())
+    x_TD = torch.randn(13, 24).to(dtype)
+    results = []
+    for layer in (plain, ours):
+        x = x_TD.clone().requires_grad_()
+        y_TD, loss, counts_E = layer(x)
+        (y_TD.float().square().sum() + loss.float()).backward()
+        assert x.grad is not None
+        results.append([y_TD.detach(), loss.detach(), counts_E, x.grad, *(p.grad for p in layer.parameters())])
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for one, other in zip(*results, strict=True):
+        assert one is not None and other is not None
+        scale = float(one.double().abs().max().clamp(min=1e-3))
+        torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance * scale)
+    assert float(results[0][0].abs().max()) > 0.05
