@@ -47,7 +47,7 @@ def auxiliary_loss(
     if config.score == "sigmoid":
         scores_TE = scores_TE / scores_TE.sum(1, keepdim=True)
     with torch.no_grad():
-        chosen_E = routing.chosen_TE(counted).sum(0)
+        chosen_E = routing.load_E(counted)
         num_tokens = chosen_E.new_full((1,), len(scores_TE))
         if config.balance_scope == "group":
             *chosen, num_tokens = sum_over_group(torch.cat([chosen_E, num_tokens])).split([config.num_experts, 1])
@@ -89,12 +89,12 @@ class BiasBalance(nn.Module):
         return self.steps_E.float() * self.step_size
 
     @torch.no_grad()
-    def observe(self, chosen_TE: Tensor, weight: Tensor) -> None:
-        """Adds the choices of one forward pass to the load; `weight` is the gate's.
+    def observe(self, chosen_E: Tensor, weight: Tensor) -> None:
+        """Adds the choices of one forward pass, counted per expert, to the load; `weight` is the gate's.
 
         A pass that is recomputed counts twice, which changes no sign: the step looks at nothing else.
         """
-        self.load_E += chosen_TE.sum(0).to(torch.int64)
+        self.load_E += chosen_E.to(torch.int64)
         if not self._is_looked_after and not weight.is_inference():
             self._look_for_a_step(weight._version)
 

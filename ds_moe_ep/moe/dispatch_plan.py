@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.kernels.permute import RowMaps
+from ds_moe_ep.kernels.sort import sort_choices
 from ds_moe_ep.moe.agreement import NO_CALL, Agreement, Call
 from ds_moe_ep.moe.router import Routes
 
@@ -48,6 +49,7 @@ def make_plan(
     sees_drift: bool = False,
     call: Call = NO_CALL,
     needs_gradient: bool = False,
+    in_triton: bool | None = None,
 ) -> DispatchPlan:
     """The plan of this rank's tokens. Collective over the expert group; one device sync, none with a capacity.
 
@@ -58,23 +60,15 @@ def make_plan(
     agreement = Agreement(transport, call, num_experts, row_type, sees_drift, needs_gradient)
     if routing.capacity is not None:
         return _padded_plan(routing, num_experts, agreement)
-    num_choices = routing.expert_ids_TK.numel()
-    ids_N = routing.expert_ids_TK.flatten()
-    if routing.is_used_TK is not None:
-        ids_N = torch.where(routing.is_used_TK.flatten(), ids_N, num_experts)
-    choice_of_row_N = ids_N.argsort(stable=True)
-    count_E = ids_N.new_zeros(num_experts + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))
-    send_PL = count_E[:num_experts].view(transport.size, -1)
-    answer = _ask(agreement, send_PL)
-    row_of_choice_N = torch.empty_like(choice_of_row_N)
-    row_of_choice_N[choice_of_row_N] = torch.arange(num_choices, device=ids_N.device)
-    is_dropped_TK = None
+    in_order = sort_choices(routing.expert_ids_TK, routing.is_used_TK, num_experts, in_triton)
+    choice_of_row_N, row_of_choice_TK, is_dropped_TK = in_order.choice_of_row_N, in_order.row_of_choice_TK, None
+    answer = _ask(agreement, in_order.count_E.view(transport.size, -1))
     if routing.is_used_TK is not None:
         num_rows = sum(map(sum, answer.send_PL))
         choice_of_row_N = choice_of_row_N[:num_rows]
         is_dropped_TK = ~routing.is_used_TK
-        row_of_choice_N = row_of_choice_N.masked_fill(is_dropped_TK.flatten(), 0)
-    maps = RowMaps(choice_of_row_N, row_of_choice_N.view_as(routing.expert_ids_TK), None, is_dropped_TK)
+        row_of_choice_TK = row_of_choice_TK.masked_fill(is_dropped_TK, 0)
+    maps = RowMaps(choice_of_row_N, row_of_choice_TK, None, is_dropped_TK)
     return DispatchPlan(maps, answer.send_PL, answer.recv_PL, answer.is_drift_seen, answer.goes_backward)
 
 

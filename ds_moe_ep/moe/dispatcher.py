@@ -208,7 +208,8 @@ class Dispatcher:
         call = Call(self.name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
         needs = needs_gradient(x_TD, routes, experts, shared)
-        plan = make_plan(routes, self.config.num_experts, connection.transport, row_type, sees_drift, call, needs)
+        num_experts, transport = self.config.num_experts, connection.transport
+        plan = make_plan(routes, num_experts, transport, row_type, sees_drift, call, needs, in_triton)
         try:
             rows_ND, weights_TK, context = self._prepare(x_TD, routes, plan, experts, training, shared)
             if plan.goes_backward and not needs:  # a peer's pass backward needs this rank's

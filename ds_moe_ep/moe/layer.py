@@ -109,7 +109,7 @@ class ExpertParallel(nn.Module):
         inside = replace(routing, weights_TK=self.region.enter(routing.weights_TK))
         y_TD = self.region.leave(self._dispatch(self.region.enter(x_TD), inside))
         loss = router_loss(routing, self.config, connection.transport.sum, connection.transport.size)
-        self.last_counts_E = routing.chosen_TE().sum(0).to(torch.int64)
+        self.last_counts_E = routing.load_E().to(torch.int64)
         return y_TD.view(x.shape), loss, self.last_counts_E
 
     def _dispatch(self, x_TD: Tensor, routing: Routing) -> Tensor:

@@ -11,18 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.kernels.choose import why_no_triton
+from ds_moe_ep.kernels.choose import runs_triton, why_no_triton
+from ds_moe_ep.kernels.gate import MAX_EXPERTS, GateRoutes, GateRule, gate_logits, gate_routes
+from ds_moe_ep.kernels.sort import sort_choices
 from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.recognise import is_plain_linear
 
 JITTER = 1e-2  # relative width of the input noise, as DeepSpeed and Switch (arXiv 2101.03961) have it
 
 
+FAR_BEHIND = torch.iinfo(torch.int64).max  # the place of a choice that takes no part
 TINY = 1e-9  # the least share of an expert whose bias outweighs its score
 
 
@@ -50,6 +52,13 @@ class Routing(Routes):
 
     scores_TE: Tensor
     logits_TE: Tensor
+    counts_KE: Tensor | None = None  # the k-th choices of each expert, where the gate has counted them
+
+    def load_E(self, choices: slice = slice(None)) -> Tensor:
+        """Choices of each expert (before any drop), as the scores' type; no gradient."""
+        if self.counts_KE is None:
+            return self.chosen_TE(choices).sum(0)
+        return self.counts_KE[choices].sum(0).to(self.scores_TE.dtype)
 
     def chosen_TE(self, choices: slice = slice(None)) -> Tensor:
         """1 where a token chose an expert (before any drop), as the scores' type; no gradient."""
@@ -84,45 +93,65 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> Routing:
         """The routing of tokens [T, D]; `used_token_T` is nonzero for tokens that take part. Local."""
-        config = self.config
-        logits_TE, choice_logits_TE = self._logits(x_TD)
-        scores_TE = logits_TE.softmax(1) if config.score == "softmax" else logits_TE.sigmoid()
+        config, in_triton = self.config, use_triton(self.config, x_TD.device)
+        is_used_T = None if used_token_T is None else used_token_T.reshape(-1) != 0
+        capacity = config.capacity(len(x_TD), self.training)
+        is_whole = is_used_T is None and capacity is None  # every choice keeps its weight
+        if self._takes_one_pass(x_TD, in_triton):
+            rule = GateRule(config.top_k, config.score == "softmax", config.renormalizes and is_whole)
+            bias_E = None if self.balance is None else self.balance.bias_E
+            routes = gate_routes(x_TD, self.wg.weight.float(), bias_E, is_used_T, rule)
+        else:
+            routes, is_whole = self._step_by_step(x_TD, in_triton), False
+        scores_TE, expert_ids_TK = routes.scores_TE, routes.expert_ids_TK
         with torch.no_grad():
-            expert_ids_TK = self._choose(choice_logits_TE)
-            is_used_TK = None
-            if used_token_T is not None:
-                is_used_TK = (used_token_T.reshape(-1, 1) != 0).expand_as(expert_ids_TK)
-            capacity = config.capacity(len(x_TD), self.training)
+            is_used_TK = None if is_used_T is None else is_used_T.unsqueeze(1).expand_as(expert_ids_TK)
             place_TK, is_kept_TK = None, is_used_TK
             if capacity is not None:
-                place_TK = places(
-                    expert_ids_TK, is_used_TK, self._priority(scores_TE, expert_ids_TK), config.num_experts
-                )
+                priority_TK = self._priority(scores_TE, expert_ids_TK)
+                place_TK = places(expert_ids_TK, is_used_TK, priority_TK, config.num_experts, in_triton)
                 is_kept_TK = place_TK < capacity
-        weights_TK = self._weights(scores_TE.gather(1, expert_ids_TK), is_kept_TK)
         routing = Routing(
             expert_ids_TK=expert_ids_TK,
-            weights_TK=weights_TK,
+            weights_TK=routes.weights_TK if is_whole else self._weights(routes.weights_TK, is_kept_TK),
             scores_TE=scores_TE,
-            logits_TE=logits_TE,
+            logits_TE=routes.logits_TE,
+            counts_KE=routes.counts_KE,
             is_used_TK=is_used_TK,
             is_kept_TK=is_kept_TK,
             place_TK=place_TK,
             capacity=capacity,
         )
         if self.balance is not None and self.training:
-            self.balance.observe(routing.chosen_TE(), self.wg.weight)
+            self.balance.observe(routing.load_E(), self.wg.weight)
         return routing
 
-    def _logits(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _takes_one_pass(self, x_TD: Tensor, in_triton: bool | None) -> bool:
+        """Whether one kernel may go from tokens to weights: nothing is drawn, and the gate is a plain product."""
+        config = self.config
+        is_drawn = config.sample_second or (self.training and config.noise != "none")
+        if is_drawn or config.num_experts > MAX_EXPERTS or not is_plain_linear(self.wg):
+            return False
+        return runs_triton(in_triton, x_TD, self.wg.weight)
+
+    def _step_by_step(self, x_TD: Tensor, in_triton: bool | None) -> GateRoutes:
+        """The routes by torch's operations; the weights are the chosen scores as they are."""
+        logits_TE, choice_logits_TE = self._logits(x_TD, in_triton)
+        scores_TE = logits_TE.softmax(1) if self.config.score == "softmax" else logits_TE.sigmoid()
+        with torch.no_grad():
+            expert_ids_TK = self._choose(choice_logits_TE)
+        return GateRoutes(logits_TE, scores_TE, scores_TE.gather(1, expert_ids_TK), expert_ids_TK, None)
+
+    def _logits(self, x_TD: Tensor, in_triton: bool | None) -> tuple[Tensor, Tensor]:
         """Logits, and the logits with noise that the choice is made from."""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        x_TD, noise = x_TD.to(wide), self.config.noise if self.training else "none"
+        noise = self.config.noise if self.training else "none"
         if noise == "jitter":
+            x_TD = x_TD.to(wide)
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - JITTER, 1 + JITTER)
         with torch.autocast(x_TD.device.type, enabled=False):  # scores stay in fp32 whatever surrounds the layer
             if is_plain_linear(self.wg):
-                logits_TE = F.linear(x_TD, self.wg.weight.to(wide))
+                logits_TE = gate_logits(x_TD, self.wg.weight.to(wide), in_triton)
             else:  # adapted, hooked or replaced: whatever it computes now
                 logits_TE = self.wg(x_TD.to(next(self.wg.parameters()).dtype)).to(wide)
         return logits_TE, logits_TE + gumbel_like(logits_TE) if noise == "rsample" else logits_TE
@@ -162,27 +191,36 @@ class Router(nn.Module):
         return weights_TK
 
 
-def places(expert_ids_TK: Tensor, is_used_TK: Tensor | None, priority_TK: Tensor | None, num_experts: int) -> Tensor:
+def places(
+    expert_ids_TK: Tensor,
+    is_used_TK: Tensor | None,
+    priority_TK: Tensor | None,
+    num_experts: int,
+    in_triton: bool | None = None,
+) -> Tensor:
     """The place [T, K] of each choice in its expert's queue; choices that take no part stand far behind.
 
     Without priorities the queue is GShard's: all first choices in token order, then all second ones. Local, no
     device sync.
     """
     num_tokens, num_choices = expert_ids_TK.shape
+    if priority_TK is None:
+        in_order = sort_choices(
+            expert_ids_TK.t(), None if is_used_TK is None else is_used_TK.t(), num_experts, in_triton
+        )
+        first_E = in_order.count_E.cumsum(0) - in_order.count_E
+        place_TK = in_order.row_of_choice_TK.t() - first_E[expert_ids_TK]
+        return place_TK if is_used_TK is None else place_TK.masked_fill(~is_used_TK, FAR_BEHIND)
     ids_M = expert_ids_TK.t().flatten()  # M = K*T, choice-major
     if is_used_TK is not None:
         ids_M = torch.where(is_used_TK.t().flatten(), ids_M, num_experts)
-    if priority_TK is None:
-        order_M = ids_M.argsort(stable=True)
-    else:
-        by_priority_M = priority_TK.t().flatten().argsort(descending=True, stable=True)
-        order_M = by_priority_M[ids_M[by_priority_M].argsort(stable=True)]
+    by_priority_M = priority_TK.t().flatten().argsort(descending=True, stable=True)
+    order_M = by_priority_M[ids_M[by_priority_M].argsort(stable=True)]
     count_E = ids_M.new_zeros(num_experts + 1).scatter_add_(0, ids_M, torch.ones_like(ids_M))
     first_E = count_E.cumsum(0) - count_E
     place_M = torch.empty_like(ids_M)
     place_M[order_M] = torch.arange(len(ids_M), device=ids_M.device) - first_E[ids_M[order_M]]
-    far_behind = torch.iinfo(place_M.dtype).max
-    place_M = torch.where(ids_M == num_experts, far_behind, place_M)
+    place_M = torch.where(ids_M == num_experts, FAR_BEHIND, place_M)
     return place_M.view(num_choices, num_tokens).t()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -66,13 +67,13 @@ def test_fp64_stays_with_plain_torch_whatever_is_wished() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("capacity_factor", [None, 0.8])
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(("top_k", "is_partly_used"), [(1, False), (2, False), (2, True)])
 @under_interpreter
 def test_a_whole_layer_gives_the_same_by_the_kernels(
-    top_k: int, capacity_factor: float | None, dtype: torch.dtype
+    top_k: int, is_partly_used: bool, capacity_factor: float | None, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    knobs = {"num_experts": 4, "top_k": top_k, "capacity_factor": capacity_factor, "min_capacity": 1}
+    knobs: dict[str, Any] = {"num_experts": 4, "top_k": top_k, "capacity_factor": capacity_factor, "min_capacity": 1}
     plain = ExpertParallel(24, GeluMLP(24, 32), MoEConfig(**knobs, kernels="torch"), GeluMLP(24, 16)).to(dtype)
     ours = ExpertParallel(24, GeluMLP(24, 32), MoEConfig(**knobs, kernels="triton"), GeluMLP(24, 16)).to(dtype)
     ours.load_state_dict(plain.state_dict())
@@ -80,7 +81,7 @@ def test_a_whole_layer_gives_the_same_by_the_kernels(
     results = []
     for layer in (plain, ours):
         x = x_TD.clone().requires_grad_()
-        y_TD, loss, counts_E = layer(x)
+        y_TD, loss, counts_E = layer(x, torch.arange(13) % 4 if is_partly_used else None)
         (y_TD.float().square().sum() + loss.float()).backward()
         assert x.grad is not None
         results.append([y_TD.detach(), loss.detach(), counts_E, x.grad, *(p.grad for p in layer.parameters())])

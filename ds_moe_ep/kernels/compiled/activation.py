@@ -64,6 +64,7 @@ def swiglu_backward(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def swiglu_kernel(gate: Any, up: Any, active: Any, size: Any, BLOCK: tl.constexpr) -> None:
+    """A block of silu(gate) * up."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
@@ -82,6 +83,7 @@ def gelu_backward_kernel(
     WRITES_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
+    """A block of the gradient of hidden rows, and of the active rows."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     d = tl.load(d_active + at, mask=inside, other=0.0).to(tl.float32)
@@ -109,6 +111,7 @@ def swiglu_backward_kernel(
     WRITES_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
+    """A block of the gradients of both hidden rows, and of the active rows."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     d = tl.load(d_active + at, mask=inside, other=0.0).to(tl.float32)

@@ -114,6 +114,7 @@ def spread_kernel(
     x: Any, row_of_choice: Any, is_dropped: Any, rows: Any, width: Any,
     K: tl.constexpr, HAS_DROPPED: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
+    """A block of one token's columns, into the rows of all of its choices."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -132,6 +133,7 @@ def weighted_spread_kernel(
     dy: Any, rows: Any, weights: Any, row_of_choice: Any, is_dropped: Any, d_rows: Any, d_weights: Any, width: Any,
     K: tl.constexpr, HAS_DROPPED: tl.constexpr, WRITES_DOTS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
+    """One token into the rows of its choices, times their weights; its dot products with these rows."""
     token = tl.program_id(0).to(tl.int64)
     for k in tl.static_range(K):
         row = tl.load(row_of_choice + token * K + k).to(tl.int64)
@@ -156,6 +158,7 @@ def collect_kernel(
     rows: Any, weights: Any, row_of_choice: Any, is_dropped: Any, first: Any, second: Any, y: Any, width: Any,
     K: tl.constexpr, IS_WEIGHTED: tl.constexpr, HAS_DROPPED: tl.constexpr, NUM_ADDED: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
+    """A block of one token's columns, summed over the rows of its choices."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -179,6 +182,7 @@ def collect_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def clear_padding_kernel(rows: Any, is_padding: Any, width: Any, BLOCK: tl.constexpr) -> None:
+    """A block of one row, cleared where it is padded."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if tl.load(is_padding + row) != 0:

@@ -1,0 +1,42 @@
+"""Choices in the order of their experts: a stable sort whose keys are few, with both of its row maps and the counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_moe_ep.kernels.choose import runs_triton
+
+
+@dataclass(frozen=True)
+class SortedChoices:
+    """N = T*K choices by expert, in their own order within each; unused ones come last.
+
+    `choice_of_row_N` says which choice fills a row, `row_of_choice_TK` which row a choice fills; `count_E` has the used
+    choices of each expert.
+    """
+
+    choice_of_row_N: Tensor
+    row_of_choice_TK: Tensor
+    count_E: Tensor
+
+
+def sort_choices(
+    expert_ids_TK: Tensor, is_used_TK: Tensor | None, num_experts: int, use_triton: bool | None = None
+) -> SortedChoices:
+    """The choices sorted by expert, those that are not used behind all others. Local; no device sync."""
+    anything = expert_ids_TK.new_empty(0, dtype=torch.float32)  # the kernels know one type of index
+    if expert_ids_TK.dtype == torch.int64 and runs_triton(use_triton, anything):
+        from ds_moe_ep.kernels.compiled import sort as kernels
+
+        return SortedChoices(*kernels.sort_choices(expert_ids_TK.contiguous(), is_used_TK, num_experts))
+    ids_N = expert_ids_TK.flatten()
+    if is_used_TK is not None:
+        ids_N = torch.where(is_used_TK.flatten(), ids_N, num_experts)
+    choice_of_row_N = ids_N.argsort(stable=True)
+    count_E = ids_N.new_zeros(num_experts + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    row_of_choice_N = torch.empty_like(choice_of_row_N)
+    row_of_choice_N[choice_of_row_N] = torch.arange(len(ids_N), device=ids_N.device)
+    return SortedChoices(choice_of_row_N, row_of_choice_N.view_as(expert_ids_TK), count_E[:num_experts])
