@@ -1,0 +1,50 @@
+"""The figures of the house are counted, and they are better than those of the package without rooms."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.policy.figures import BEFORE, TITLES, count, double_names, formatters, replaced_methods, table
+from tests.policy.test_house import MAX_MODULES
+
+
+def test_the_house_has_few_loose_files_short_folders_and_names_of_one_meaning() -> None:
+    now = count()
+    assert set(vars(now)) == set(TITLES) == set(BEFORE)
+    assert (now.loose_files, now.double_names) == (3, 0)  # __init__, __main__, errors
+    assert now.most_files <= MAX_MODULES < BEFORE["most_files"]
+    assert now.formatters < BEFORE["formatters"]
+    assert now.readme_lines <= 200
+    assert f"| {TITLES['files']} | {BEFORE['files']:,} | {now.files:,} |" in table(now)
+
+
+@pytest.mark.parametrize(
+    ("source", "number"),
+    [
+        ("def a(x: float) -> str:\n    return f'{x:.2f} s'", 1),
+        ("def a(x: int | None) -> str:\n    return f'{x:,}'", 1),
+        ("def a(x: float, digits: int) -> str:\n    return f'{x:.{digits}f}'", 1),
+        ("def a(x: float) -> str:\n    return f'{x} s'", 0),
+        ("def a(x: str) -> str:\n    return f'{x:>8}'", 0),
+        ("def a(x: float) -> float:\n    return x", 0),
+    ],
+)
+def test_a_formatter_gets_a_number_and_gives_a_text_in_a_format_of_its_own(source: str, number: int) -> None:
+    assert len(list(formatters({Path("some.py"): ast.parse(source)}))) == number
+    assert not list(formatters({Path("records/quantity.py"): ast.parse(source)}))
+
+
+def test_each_method_of_an_engine_that_is_replaced_counts() -> None:
+    functions = "def step(): ...\ndef save(): ...\n"
+    wraps = "engine.step, self._engine.save = step, save\nsetattr(engine, name, wrapped(save))"
+    tree = ast.parse(functions + wraps + "\nengine.flag = True\nsetattr(engine, FLAG, True)\nother.step = step")
+    assert sorted(replaced_methods({Path("engine/some.py"): tree})) == ["name", "save", "step"]
+    assert not list(replaced_methods({Path("bench/some.py"): tree}))
+
+
+def test_a_name_with_two_homes_is_found() -> None:
+    tree = ast.parse("class Plan: ...\nclass _Plan: ...")
+    assert list(double_names({Path("a.py"): tree, Path("b.py"): tree})) == ["Plan"]
