@@ -1,4 +1,8 @@
-"""A page as one file of HTML: style and pictures are in it, nothing is fetched."""
+"""A page as one file of HTML: style and pictures are in it, nothing is fetched.
+
+One column, on a phone too: what is wider scrolls in a box of its own. Page and pictures follow the reader's choice of
+light or dark.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,63 @@ import re
 from ds_moe_ep.records import render
 from ds_moe_ep.records.render import html_basis, html_text
 from ds_moe_ep.records.table import Table
-from ds_moe_ep.report.html_style import STYLE
 from ds_moe_ep.report.page import Block, Code, Lines, Page, PageSection, Picture, Prose
+
+STYLE = """
+:root { color-scheme: light dark;
+  --ground: #fff; --ink: #1d2126; --faint: #5c6670; --line: #dfe3e7; --shade: #f4f6f8; --mark: #0072b2 }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #15181c; --ink: #e4e7ea; --faint: #9aa4ae; --line: #343a41; --shade: #1e2329; --mark: #56b4e9 }
+}
+* { box-sizing: border-box }
+html { -webkit-text-size-adjust: 100%; text-size-adjust: 100% }
+body { margin: 0; background: var(--ground); color: var(--ink); overflow-wrap: break-word;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
+main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 1.25rem }
+h2 { font-size: 1.35rem; margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line) }
+h3 { font-size: 1rem; margin: 1.75rem 0 .4rem }
+p, ul, ol, pre { margin: .75rem 0 }
+ul, ol { padding-left: 1.4rem }
+li { margin: .2rem 0 }
+a { color: var(--mark) }
+.headline { font-size: 1.2rem; line-height: 1.45; padding-left: .9rem; border-left: 3px solid var(--mark) }
+nav { margin: 1.75rem 0 0 }
+nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .35rem 1.1rem; padding: 0; font-size: .92rem }
+code, pre { font: .86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
+code { overflow-wrap: anywhere }
+pre { background: var(--shade); padding: .8rem 1rem; border-radius: 6px; overflow-x: auto }
+pre code { font-size: 1em; overflow-wrap: normal }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+th { color: var(--faint); font-weight: 600; border-bottom-color: var(--faint); vertical-align: bottom }
+th.number, td.number { text-align: right }
+td.number { white-space: nowrap }
+td.text { min-width: 7.5rem; overflow-wrap: normal }
+tr.strong td { font-weight: 650; background: var(--shade) }
+.basis { color: var(--faint); font-size: .84rem; margin: .4rem 0 0 }
+figure { margin: 1.5rem 0 }
+figure .wide { border: 1px solid var(--line); border-radius: 6px }
+figure img { display: block; width: 100%; padding: .6rem }
+figcaption { font-size: .92rem; margin-top: .5rem }
+@media (max-width: 44rem) {
+  main { padding: 1.5rem 1rem 3rem }
+  h1 { font-size: 1.5rem }
+  .headline { font-size: 1.08rem }
+  figure img { width: 46rem; max-width: none }
+  th, td { padding: .35rem .5rem }
+}
+@media print {
+  :root { --ground: #fff; --ink: #000; --faint: #444; --line: #ccc; --shade: #f4f4f4; --mark: #000;
+    color-scheme: light }
+  main { max-width: none; padding: 0 }
+  nav { display: none }
+  figure, tr, .table { break-inside: avoid }
+  h2, h3 { break-after: avoid }
+  table { font-size: 8pt }
+}
+"""
 
 
 def to_html(page: Page) -> str:
@@ -25,6 +84,7 @@ def to_html(page: Page) -> str:
             f"<title>{title}</title>",
             f"<style>{STYLE}</style></head>",
             f"<body><main><h1>{title}</h1>",
+            *(f'<p class="headline">{html_text(sentence)}</p>' for sentence in page.headline),
             f"<nav><ul>{contents}</ul></nav>",
             *map(_section, page.sections),
             "</main></body></html>",
@@ -42,7 +102,8 @@ def _block(block: Block) -> str:
     if isinstance(block, Prose):
         return f"<p>{html_text(block.text)}</p>"
     if isinstance(block, Lines):
-        return "<ul>" + "".join(f"<li>{html_text(item)}</li>" for item in block.items) + "</ul>"
+        tag = "ol" if block.is_numbered else "ul"
+        return f"<{tag}>" + "".join(f"<li>{html_text(item)}</li>" for item in block.items) + f"</{tag}>"
     if isinstance(block, Code):
         return f"<pre><code>{html.escape(chr(10).join(block.lines))}</code></pre>"
     if isinstance(block, Table):

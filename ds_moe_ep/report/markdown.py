@@ -11,7 +11,7 @@ from ds_moe_ep.report.page import Block, Code, Lines, Page, Picture, Prose
 
 def to_markdown(page: Page) -> str:
     """The page as Markdown; pictures are links to figures/ beside it."""
-    parts = [f"# {page.title}"]
+    parts = [f"# {page.title}", *page.headline]
     for section in page.sections:
         parts += [f"## {section.title}", *map(_block, section.blocks)]
     return "\n\n".join(parts) + "\n"
@@ -21,7 +21,8 @@ def _block(block: Block) -> str:
     if isinstance(block, Prose):
         return block.text
     if isinstance(block, Lines):
-        return "\n".join(f"- {item}" for item in block.items)
+        marks = (f"{place}." if block.is_numbered else "-" for place in range(1, len(block.items) + 1))
+        return "\n".join(f"{mark} {item}" for mark, item in zip(marks, block.items, strict=True))
     if isinstance(block, Code):
         return "\n".join(("```bash", *block.lines, "```"))
     if isinstance(block, Table):
@@ -30,8 +31,8 @@ def _block(block: Block) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    image = f"![{picture.title}](figures/{picture.key}.png)"
-    return _joined(image, f"{picture.caption} ([SVG](figures/{picture.key}.svg))", _basis(picture.basis))
+    image = f"![{picture.title}](figures/{picture.key}.svg)"
+    return _joined(image, f"{picture.caption} ([PNG](figures/{picture.key}.png))", _basis(picture.basis))
 
 
 def _basis(lines: Sequence[str]) -> str:

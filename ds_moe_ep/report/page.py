@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.known_names import place_of
 
-MAX_NOTES = 3
-EMULATED = "Emulated: a device or a link was simulated or shaped."
-REAL = "Not emulated: no device and no link was simulated or shaped."
+NOTE = "Note: "  # before a Record's note, until `notes_once` numbers it
+EMULATED, REAL = "Emulated.", "Not emulated."
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Lines:
     """A list of short lines."""
 
     items: tuple[str, ...]
+    is_numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class PageSection:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report."""
+    """The whole report; its headline is a few sentences that say what it comes to."""
 
     title: str
+    headline: tuple[str, ...]
     sections: tuple[PageSection, ...]
 
     @property
@@ -81,21 +83,42 @@ class Page:
 def basis_of(records: Iterable[Record]) -> tuple[str, ...]:
     """Lines beside a figure or table that rests on these Records: emulated or not, and their notes."""
     records = list(records)
-    notes = list(dict.fromkeys(record.notes for record in records if record.notes))
-    lines = [*emulation_of(records), *(f"Note: {note}" for note in notes[:MAX_NOTES])]
-    if len(notes) > MAX_NOTES:
-        lines.append(f"And {len(notes) - MAX_NOTES} more notes in the Records.")
-    return tuple(lines)
+    notes = dict.fromkeys(note for record in records for note in record.notes.split("; ") if note)
+    return (emulation_of(records), *(NOTE + note for note in notes))
 
 
-def emulation_of(records: Iterable[Record]) -> tuple[str, ...]:
-    """Emulated or not: lines on devices and links that were simulated or shaped, and where only some were, on which."""
+def emulation_of(records: Iterable[Record]) -> str:
+    """Emulated or not: a device or a link was simulated or shaped under these Records; where under some, which."""
     places: dict[bool, dict[str, None]] = {True: {}, False: {}}
     for record in records:
         places[record.emulated][place_of(record.name)] = None
     emulated, real = places[True], places[False]
     if emulated and real:
-        return f"{EMULATED[:-1]} ({'; '.join(emulated)}).", f"Not emulated: {'; '.join(real)}."
+        return f"{EMULATED[:-1]}: {'; '.join(emulated)}. {REAL[:-1]}: {'; '.join(real)}."
     if emulated or real:
-        return (EMULATED if emulated else REAL,)
-    return ("No Record says whether a device or a link was emulated.",)
+        return EMULATED if emulated else REAL
+    return "No Record says whether a device or a link was emulated."
+
+
+def notes_once(sections: Sequence[PageSection]) -> tuple[PageSection, ...]:
+    """The sections with numbers for their notes, and a section behind them that tells each note once."""
+    numbers: dict[str, int] = {}
+    numbered = [
+        dataclasses.replace(section, blocks=tuple(_with_numbers(block, numbers) for block in section.blocks))
+        for section in sections
+    ]
+    if numbers:
+        numbered.append(PageSection("Notes", (Lines(tuple(numbers), is_numbered=True),)))
+    return tuple(numbered)
+
+
+def _with_numbers(block: Block, numbers: dict[str, int]) -> Block:
+    """The block with one line instead of its notes: their numbers, which `numbers` gets for those not yet in it."""
+    if not isinstance(block, Table | Picture):
+        return block
+    notes = [line.removeprefix(NOTE) for line in block.basis if line.startswith(NOTE)]
+    own = sorted(numbers.setdefault(note, len(numbers) + 1) for note in notes)
+    words = f"Note{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}." if own else ""
+    others = [line for line in block.basis if not line.startswith(NOTE)]
+    basis = " ".join(filter(None, [*others, words]))
+    return dataclasses.replace(block, basis=(basis,) if basis else ())

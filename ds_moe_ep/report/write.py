@@ -10,7 +10,8 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.report.findings import Findings, read_findings, undrawn
 from ds_moe_ep.report.html import to_html
 from ds_moe_ep.report.markdown import to_markdown
-from ds_moe_ep.report.page import Page, PageSection
+from ds_moe_ep.report.page import Page, PageSection, notes_once
+from ds_moe_ep.report.sections.headline import headline
 from ds_moe_ep.report.sections.overlap import overlap
 from ds_moe_ep.report.sections.scaling import scaling
 from ds_moe_ep.report.sections.soak import soak
@@ -73,7 +74,8 @@ def make_page(findings: Findings, try_folder: Callable[[], object] = lambda: Non
         raise ConfigError(undrawn(findings))
     absent = [name for name, section in made.items() if section is None]
     present = [section for section in made.values() if section is not None]
-    return Page(TITLE, (head(findings, absent), *present, sources(findings)))
+    sections = notes_once([head(findings, absent), *present])
+    return Page(TITLE, headline(findings), (*sections, sources(findings)))
 
 
 def _write_whole(path: Path, content: bytes) -> None:

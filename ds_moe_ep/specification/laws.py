@@ -5,7 +5,8 @@ A law says y = a * g(EP) and nothing else: no offset, no exponent that could be 
     R2 = 1 - SS_res / SS_tot,  SS_res = sum((y - a*g)^2),  SS_tot = sum((y - mean(y))^2)
 
 compares the law with the best constant. A law without an offset does not contain the constants, so R2 is negative where
-the mean of the values describes them better than the law does; that is a finding, and it is not clipped.
+the mean of the values describes them better than the law does; that is a finding, and it is not clipped. Its size says
+nothing, so people read "does not fit" instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ds_moe_ep.errors import ConfigError, nearest
+from ds_moe_ep.records.quantity import NONE, number
 from ds_moe_ep.specification.stated import STATED
 
 SHAPES: Mapping[str, Callable[[float], float]] = {  # the keys of records.names.LAWS
@@ -58,3 +60,10 @@ def fit(law: str, values: Mapping[int, float]) -> LawFit:
     total = sum((y - mean) ** 2 for y in measured)
     equal = max(measured) == min(measured)  # rounding of the mean would leave a total that is not quite 0
     return LawFit(law, coefficient, None if equal else 1 - residual / total, len(measured))
+
+
+def r2_text(r2: float | None, decimals: int | None = None) -> str:
+    """R2 for people: "does not fit" where the mean of the values describes them better than the law does."""
+    if r2 is None:
+        return NONE
+    return "does not fit" if r2 < 0 else number(r2, decimals)

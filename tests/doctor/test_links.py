@@ -38,8 +38,8 @@ def test_links_as_the_topology_says_are_well(node_size: int) -> None:
     verdicts = judge_links(outcome(), WORLD, node_size)
     assert worst(verdicts) == "ok"
     assert named(verdicts, "near links").found.startswith("12 pairs: 10 us for a byte, 200 GB/s")
-    assert named(verdicts, "far links").found.startswith("16 pairs: 5 us for a byte, 20 GB/s")
-    assert "10 times the rate" in named(verdicts, "topology").found
+    assert named(verdicts, "far links").found.startswith("16 pairs: 5 us for a byte, 20.0 GB/s")
+    assert "10.0 times the rate" in named(verdicts, "topology").found
 
 
 def test_near_links_that_are_slower_than_far_ones_are_a_warning() -> None:
@@ -79,7 +79,7 @@ def test_ranks_that_share_a_host_and_its_cores_get_no_verdict_on_a_pair_and_are_
 
 def test_links_of_one_host_that_were_shaped_still_show_their_classes() -> None:
     shaped = replace(outcome(dict.fromkeys(range(8), "node0")), backend="gloo")
-    assert "10 times the rate" in named(judge_links(shaped, WORLD, 4), "topology").found
+    assert "10.0 times the rate" in named(judge_links(shaped, WORLD, 4), "topology").found
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings, Source, spans_path
 from ds_moe_ep.report.page import EMULATED, REAL, Page, PageSection
+from ds_moe_ep.report.plots.style import GROUND, IN_THE_DARK, PALE, PART_COLORS, SYSTEM_COLORS
+from ds_moe_ep.report.plots.timeline import ROWS
 from ds_moe_ep.report.sections.soak import soak
 from ds_moe_ep.report.sections.stated import ANSWERS, stated
 from ds_moe_ep.report.sections.systems import throughput
@@ -107,15 +109,21 @@ class Resources(HTMLParser):
         self.targets: list[str] = []
         self.anchors: set[str] = set()
         self.open: list[str] = []
+        self.wide: list[bool] = []  # of each open tag: whether it scrolls by itself
+        self.loose: list[str] = []  # what may be wider than the page and does not
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.targets += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
         self.anchors |= {value or "" for name, value in attrs if name == "id"}
+        if tag in ("img", "table") and not any(self.wide):
+            self.loose.append(tag)
         if tag not in ("meta", "br", "img", "link"):
             self.open.append(tag)
+            self.wide.append(("class", "wide") in attrs)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        self.wide.pop()
 
 
 def test_the_html_page_needs_no_other_file_and_is_well_formed(report: Path) -> None:
@@ -123,12 +131,32 @@ def test_the_html_page_needs_no_other_file_and_is_well_formed(report: Path) -> N
     page = Resources()
     page.feed(text)
     assert page.open == []
+    assert page.loose == [], "on a phone the page itself would scroll sideways"
     pictures = [target for target in page.targets if not target.startswith("#")]
     assert len(pictures) == len(FIGURES)
     assert all(target.startswith("data:image/svg+xml;base64,") for target in pictures)
     assert {target[1:] for target in page.targets if target.startswith("#")} <= page.anchors
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", text)
     assert not re.search(r"@import|url\(", text)
+
+
+def neutrals(svg: str) -> set[str]:
+    """The greys of a picture, from black to white."""
+    found = re.findall(r"(?:fill|stroke): #([0-9a-f]{6})", svg)
+    return {f"#{color}" for color in found if color[:2] == color[2:4] == color[4:]}
+
+
+def test_in_the_dark_all_that_is_written_on_a_pictures_ground_changes_its_colour(report: Path) -> None:
+    of_bars = {*SYSTEM_COLORS.values(), *PART_COLORS.values(), ROWS["weights"][1], PALE, "#000000"}  # the last: on bars
+    for path in sorted((report / "figures").glob("*.svg")):
+        style, _, body = path.read_text(encoding="utf-8").partition("</style>")
+        assert neutrals(body) - of_bars <= IN_THE_DARK.keys(), path.name
+        rules = style.partition("@media (prefers-color-scheme: dark)")[2]
+        assert all(
+            f'[style*="fill: {color}"]{{fill:{dark} !important}}' in rules for color, dark in IN_THE_DARK.items()
+        )
+        assert f'style="fill: {GROUND}"' in body, "the ground itself"
+    assert "color-scheme: light dark" in (report / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
@@ -233,7 +261,5 @@ def test_every_answer_belongs_to_a_figure_of_the_specification() -> None:
 
 
 def test_every_system_has_a_colour_of_its_own() -> None:
-    from ds_moe_ep.report.plots.style import SYSTEM_COLORS
-
     assert set(SYSTEM_COLORS) == set(SYSTEMS)
     assert len(set(SYSTEM_COLORS.values())) == len(SYSTEMS)

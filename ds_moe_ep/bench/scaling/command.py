@@ -32,7 +32,7 @@ from ds_moe_ep.records.names import LAWS, TOTALS
 from ds_moe_ep.records.provenance import command, commit, hardware
 from ds_moe_ep.records.record import Record, write_whole
 from ds_moe_ep.specification.derived import cluster_traffic_ratio
-from ds_moe_ep.specification.laws import fit
+from ds_moe_ep.specification.laws import fit, r2_text
 
 PROGRAM = "ds_moe_ep bench scaling"
 SIZES = (1, 2, 4, 8, 16)
@@ -229,7 +229,9 @@ def table_of(records: Sequence[Record]) -> Table:
             cells = [values.get(f"scaling.{total}.ep{size}.{what}") for what in UNITS]
             table.add_row(title, str(size), *("-" if cell is None else f"{cell.value:,.1f}" for cell in cells))
         fits = [values.get(f"scaling.{total}.fit.{what}.r2") for what in UNITS]
-        table.add_row("R2 of the law", "", *("-" if r2 is None else f"{r2.value:.3f}" for r2 in fits), end_section=True)
+        table.add_row(
+            "R2 of the law", "", *(r2_text(None if r2 is None else r2.value, 3) for r2 in fits), end_section=True
+        )
     return table
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 from ds_moe_ep.config.topology import Torus, even_share, torus_of
 from ds_moe_ep.doctor.links.outcome import LinksOutcome, Presence, TriedLink
 from ds_moe_ep.doctor.verdicts import Status, Verdict
+from ds_moe_ep.records.quantity import number
 
 Reach = Literal["near", "far"]
 SLOW = 3.0  # a pair this many times slower than the median of its class stands out
@@ -224,9 +225,8 @@ def judge_topology(near: Sequence[TriedLink], far: Sequence[TriedLink]) -> Itera
 
 def _compared(near: Sequence[TriedLink], far: Sequence[TriedLink]) -> str:
     (near_us, near_rate), (far_us, far_rate) = _medians(near), _medians(far)
-    return (
-        f"near links have {near_rate / far_rate:.2g} times the rate and {near_us / far_us:.2g} the latency of far ones"
-    )
+    rates, latencies = number(near_rate / far_rate), number(near_us / far_us)
+    return f"near links have {rates} times the rate and {latencies} the latency of far ones"
 
 
 def _medians(links: Sequence[TriedLink]) -> tuple[float, float]:
@@ -235,7 +235,7 @@ def _medians(links: Sequence[TriedLink]) -> tuple[float, float]:
 
 
 def _rate(gb_per_s: float) -> str:
-    return f"{gb_per_s:.3g} GB/s" if gb_per_s >= 0.1 else f"{1000 * gb_per_s:.3g} MB/s"
+    return f"{number(gb_per_s)} GB/s" if gb_per_s >= 0.1 else f"{number(1000 * gb_per_s)} MB/s"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -13,7 +13,18 @@ from matplotlib.ticker import MaxNLocator
 
 from ds_moe_ep.records.quantity import Quantity, number
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, SYSTEM_COLORS, draw, legend, panels, plain_numbers, system_color
+from ds_moe_ep.report.plots.style import (
+    FAINT,
+    GROUND,
+    INK,
+    PALE,
+    SYSTEM_COLORS,
+    draw,
+    legend,
+    panels,
+    plain_numbers,
+    system_color,
+)
 
 Shown = TypeVar("Shown")
 
@@ -123,7 +134,7 @@ def _paint_bars(axis: Axes, panel: BarPanel, labels: Mapping[str, str]) -> None:
         quantity = bar.quantity
         axis.barh(place, quantity.value, height=0.7, color=system_color(system))
         if quantity.is_spread:
-            axis.plot([quantity.low, quantity.high], [place, place], color="black", linewidth=1.4, marker="|")
+            axis.plot([quantity.low, quantity.high], [place, place], color=INK, linewidth=1.4, marker="|")
         axis.text(quantity.high + 0.02 * highest, place, bar.text, va="center_baseline", fontsize=9)
     _dress(axis, panel.title, panel.unit, ROOM_FOR_TEXT * highest)
 
@@ -137,9 +148,9 @@ def _paint_stacks(axis: Axes, panel: StackPanel, labels: Mapping[str, str], colo
         end = 0.0
         for part, color in colors.items():
             width = stack.parts.get(part, 0.0)
-            axis.barh(place, width, left=end, height=0.72, color=color, edgecolor="white", linewidth=0.6)
+            axis.barh(place, width, left=end, height=0.72, color=color, edgecolor=GROUND, linewidth=0.6)
             if width * DIGITS_ACROSS > (len(number(width)) + 1) * room * highest:
-                ink = "white" if color in DARK else "black"
+                ink = PALE if color in DARK else "black"
                 middle = end + width / 2
                 axis.text(middle, place, number(width), va="center_baseline", ha="center", fontsize=9, color=ink)
             end += width

@@ -12,11 +12,11 @@ from matplotlib.ticker import MaxNLocator
 
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, draw, legend, panels, plain_numbers
+from ds_moe_ep.report.plots.style import FAINT, GROUND, INK, draw, legend, panels, plain_numbers
 
 COLORS: Mapping[str, str] = {
     "serial": "#8c8c8c",
-    "auto": "#000000",
+    "auto": INK,
     "peers": "#0072b2",
     "peers, 2 cuts": "#56b4e9",
     "2 chunks": "#e69f00",
@@ -56,7 +56,7 @@ def draw_overlap(link_panels: Sequence[LinkPanel], titles: Mapping[str, str]) ->
 
 
 def _line(side: str, label: str) -> Line2D:
-    fill, dash = ("white", "--") if side in DASHED else (COLORS[side], "-")
+    fill, dash = (GROUND, "--") if side in DASHED else (COLORS[side], "-")
     line = Line2D([], [], color=COLORS[side], linewidth=1.6, label=label)
     line.set(linestyle=dash, marker="o", markersize=5, markerfacecolor=fill)
     return line
@@ -75,7 +75,7 @@ def _paint(axis: Axes, panel: LinkPanel) -> None:
             linestyle="--" if side in DASHED else "-",
             marker="o",
             markersize=SIZES.get(side, 4.0),
-            markerfacecolor="white" if side in DASHED else COLORS[side],
+            markerfacecolor=GROUND if side in DASHED else COLORS[side],
             capsize=2,
             zorder=2 if side in DASHED else 3,
         )

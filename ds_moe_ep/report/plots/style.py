@@ -21,7 +21,15 @@ from ds_moe_ep.report.page import Drawing
 
 WIDTH_IN = 9.6
 DPI = 160
-INK, FAINT, GRID = "#222222", "#666666", "#dddddd"
+INK, FAINT, GRID, GROUND = "#222222", "#666666", "#dddddd", "#ffffff"
+PALE, SHADE = "#fefefe", "#f6cdb5"  # text on dark bars; a shaded part of the ground
+IN_THE_DARK: Mapping[str, str] = {  # all else, bars and curves and the text on bars, has its colour on either ground
+    INK: "#e4e7ea",
+    FAINT: "#9aa4ae",
+    GRID: "#343a41",
+    GROUND: "#15181c",
+    SHADE: "#6b4330",
+}
 
 SYSTEM_COLORS: Mapping[str, str] = {
     "tp8_pp2": "#8c8c8c",
@@ -74,8 +82,8 @@ STYLE: Mapping[str, object] = {
     "svg.hashsalt": "ds_moe_ep",
     "svg.fonttype": "path",
     "figure.constrained_layout.h_pad": 0.08,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
+    "figure.facecolor": GROUND,
+    "savefig.facecolor": GROUND,
 }
 
 
@@ -89,7 +97,20 @@ def draw(height_in: float, paint: Callable[[Figure], None]) -> Drawing:
         figure.savefig(png, format="png", metadata={"Software": None})
         figure.set_layout_engine("none")  # everything has its place now; to find it again would take as long
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        return Drawing(svg=svg.getvalue(), png=png.getvalue())
+        return Drawing(svg=with_dark_rules(svg.getvalue().decode()).encode(), png=png.getvalue())
+
+
+def with_dark_rules(svg: str) -> str:
+    """The picture with rules for a reader whose page is dark: its ground and what is written on it change colours.
+
+    matplotlib writes each colour into an element's own style, where any viewer finds it; the rules match that text.
+    """
+    rules = "".join(
+        f'[style*="{part}: {color}"]{{{part}:{dark} !important}}'
+        for color, dark in IN_THE_DARK.items()
+        for part in ("fill", "stroke")
+    )
+    return svg.replace("</style>", f"@media (prefers-color-scheme: dark){{{rules}}}</style>", 1)
 
 
 def panels(figure: Figure, num: int, num_columns: int) -> list[Axes]:
@@ -121,4 +142,4 @@ def legend(figure: Figure, handles: Sequence[Patch | Line2D], num_columns: int =
 
 def system_color(system: str) -> str:
     """The colour of a system in every picture."""
-    return SYSTEM_COLORS.get(system, "#000000")
+    return SYSTEM_COLORS.get(system, INK)

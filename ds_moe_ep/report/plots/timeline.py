@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, WIDTH_IN, draw, legend, plain_numbers
+from ds_moe_ep.report.plots.style import FAINT, GROUND, PALE, SHADE, WIDTH_IN, draw, legend, plain_numbers
 from ds_moe_ep.schedule.spans import LANES, Interval, Span, union, without
 
 PHASES = ("forward", "backward")
@@ -20,7 +20,7 @@ ROWS: Mapping[str, tuple[str, str]] = {  # whose rows: title, colour
     "far": ("rows of other nodes", "#0072b2"),
     "all": ("rows of all peers", "#009e73"),
     "weights": ("weight gradients", "#b3b3b3"),
-    "exposed": ("transfer that no compute hides", "#f6cdb5"),
+    "exposed": ("transfer that no compute hides", SHADE),
 }
 
 Titled = tuple[str, Sequence[Span]]
@@ -96,8 +96,8 @@ def _paint(axis: Axes, spans: Sequence[Span], inch_per_ms: float) -> set[str]:
         later = (other.start_us for other in painted[index + 1 :] if other.lane == span.lane)
         bare_ms = (min(next(later, span.stop_us), span.stop_us) - span.start_us) / 1e3  # not painted over by the next
         lane, rows = LANES.index(span.lane), rows_of(span)
-        axis.barh(lane, wide_ms, left=start_ms, height=0.72, color=ROWS[rows][1], edgecolor="white", linewidth=0.5)
-        ink = "white" if rows in ("far", "all") else "black"
+        axis.barh(lane, wide_ms, left=start_ms, height=0.72, color=ROWS[rows][1], edgecolor=GROUND, linewidth=0.5)
+        ink = PALE if rows in ("far", "all") else "black"
         label = _label(span, bare_ms * inch_per_ms)
         axis.text(start_ms + bare_ms / 2, lane, label, ha="center", va="center_baseline", fontsize=9, color=ink)
     axis.set_yticks(range(len(LANES)), LANES)

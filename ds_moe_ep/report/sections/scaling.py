@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ds_moe_ep.records.names import LAWS, TOTALS
-from ds_moe_ep.records.quantity import NONE, SCALES, SPELLINGS, Quantity, convert, number
+from ds_moe_ep.records.quantity import SCALES, SPELLINGS, Quantity, convert
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import number_in
 from ds_moe_ep.report.page import PageSection, Picture, basis_of
 from ds_moe_ep.report.plots.lines import LawPanel, draw_scaling
-from ds_moe_ep.specification.laws import SHAPES, STATED_R2
+from ds_moe_ep.specification.laws import SHAPES, STATED_R2, r2_text
 
 UNITS: Mapping[str, tuple[str, str]] = {  # what Records are converted to, and how an axis calls it
     "tps": ("tokens/s", "tokens per second"),
@@ -58,7 +58,7 @@ def _panel(findings: Findings, total: str, law: str, points: Mapping[int, Record
     quantities: dict[int, Quantity] = {ep: convert(record, unit) for ep, record in points.items()}
     factor = _coefficient(findings, total, law, next(iter(points.values())))
     r2 = r2_of(findings, total, law)
-    text = f"R\u00b2 {number(r2.value)}, stated {STATED_R2[law]:g}" if r2 else ""
+    text = fit_text(law, [r2.value]) if r2 else ""
     curve = None if factor is None else (lambda ep: factor * SHAPES[law](ep))
     emulated = " (emulated)" if next(iter(points.values())).emulated else ""
     return LawPanel(LAWS[law], f"{TOTALS[total]}{emulated}", axis, quantities, curve, text)
@@ -76,13 +76,19 @@ def _coefficient(findings: Findings, total: str, law: str, point: Record) -> flo
     return record.value * scale if scale is not None else convert(record, unit).value
 
 
+def fit_text(law: str, r2: Sequence[float]) -> str:
+    """The fit of a law, above its panel: "R2 0.963, stated 0.97", or that it does not fit."""
+    here, stated_r2 = " and ".join(dict.fromkeys(map(r2_text, r2))), str(STATED_R2[law])
+    return f"R\u00b2 {here}, stated {stated_r2}" if min(r2) >= 0 else f"{here}, stated R\u00b2 {stated_r2}"
+
+
 def fits_table(title: str, here: str, fits: Mapping[tuple[str, str], Record]) -> Table | None:
     """A row for each law that has a fit: the R2 that is stated, and those of `fits`, by law and total."""
     rows = [
         (
             name,
             f"{STATED_R2[law]:g}",
-            *(number(fits[law, total].value) if (law, total) in fits else NONE for total in TOTALS),
+            *(r2_text(fits[law, total].value if (law, total) in fits else None) for total in TOTALS),
         )
         for law, name in LAWS.items()
         if any((law, total) in fits for total in TOTALS)

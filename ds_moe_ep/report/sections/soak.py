@@ -32,7 +32,7 @@ def soak(findings: Findings) -> PageSection | None:
     if runs:
         caption = f"Every step trains on routing that drifts and bursts. {_weather(findings)}".strip()
         drawing = draw_soak(runs, _loads(findings))
-        blocks.append(Picture("soak", "Soak", caption, drawing, emulation_of(used)))
+        blocks.append(Picture("soak", "Soak", caption, drawing, (emulation_of(used),)))
     if table := _verdicts(findings):
         blocks.append(table)
     return PageSection("Soak", tuple(blocks)) if blocks else None
@@ -72,4 +72,4 @@ def _verdicts(findings: Findings) -> Table | None:
         rows.append(("peak, bursts included", NONE, text))
     if not rows:
         return None
-    return Table("Verdicts", ("verdict", "holds", "found"), tuple(rows), emulation_of([*found.values(), *peaks]), 3)
+    return Table("Verdicts", ("verdict", "holds", "found"), tuple(rows), (emulation_of([*found.values(), *peaks]),), 3)

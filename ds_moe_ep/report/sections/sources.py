@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from ds_moe_ep.records.names import SYSTEMS, TOTALS, bed_title
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
-from ds_moe_ep.report.page import Block, Code, Lines, PageSection, Prose, emulation_of
+from ds_moe_ep.report.page import REAL, Block, Code, Lines, PageSection, Prose, emulation_of
 
 MAX_LINES = 12
+MEANING = "Emulated means that a device or a link was simulated or shaped."
 
 
 def head(findings: Findings, absent: Sequence[str]) -> PageSection:
@@ -19,14 +20,12 @@ def head(findings: Findings, absent: Sequence[str]) -> PageSection:
     systems = ", ".join(title for system, title in SYSTEMS.items() if system in named)
     beds = "; ".join(map(bed_title, findings.beds))
     totals = ", ".join(title for total, title in TOTALS.items() if findings.below("scaling", total))
-    items = [f"Systems: {systems}." if systems else "", f"Beds: {beds}." if beds else ""]
+    items = [f"Systems: {systems}." if systems else "", f"Environments: {beds}." if beds else ""]
     items += [f"Scaling with {totals}." if totals else ""]
     items += [f"Hardware: {hardware}." for hardware in _first(_unique(record.hardware for record in records))]
     commits = _unique(record.commit for record in records)
     items += [f"Revision of the sources: {', '.join(f'`{commit}`' for commit in commits)}." if commits else ""]
-    items += (
-        [line for line in emulation_of(records) if "mulated" in line and not line.startswith("Note")] if records else []
-    )
+    items += [f"{emulation_of(records)} {MEANING}"] if any(record.emulated for record in records) else [REAL]
     items += [f"Absent for lack of Records: {'; '.join(absent)}."] if absent else []
     if findings.num_others:
         items.append(f"{findings.num_others} other records were not used.")

@@ -13,6 +13,7 @@ from ds_moe_ep.report.known_names import short_bed
 from ds_moe_ep.report.page import PageSection, Prose, emulation_of
 from ds_moe_ep.report.sections.scaling import r2_of
 from ds_moe_ep.specification.derived import RATIO, stated_and_derived
+from ds_moe_ep.specification.laws import r2_text
 
 NOT_MEASURED = "not measured"
 
@@ -41,7 +42,7 @@ def stated(findings: Findings) -> PageSection | None:
     if not any(map(_is_simulated, used)):
         head, rows = (*head[:4], *head[5:]), [(*row[:4], *row[5:]) for row in rows]
     return PageSection(
-        "The specification's figures", (explained, Table("", head, tuple(rows), emulation_of(used), len(head)))
+        "The specification's figures", (explained, Table("", head, tuple(rows), (emulation_of(used),), len(head)))
     )
 
 
@@ -97,12 +98,12 @@ def _fit(law: str) -> Answer:
         for total, title in TOTALS.items():
             record = r2_of(findings, total, law)
             if record is not None:
-                yield title, number(record.value), [record]
+                yield title, r2_text(record.value), [record]
         for bed in findings.swept:
             for total, title in TOTALS.items():
                 record = findings.get("sweep", bed, total, "fit", law, "r2")
                 if record is not None:
-                    yield f"{short_bed(bed)}, {title}", number(record.value), [record]
+                    yield f"{short_bed(bed)}, {title}", r2_text(record.value), [record]
 
     return answer
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import LAWS, TOTALS
-from ds_moe_ep.records.quantity import Quantity, cell, convert, number
+from ds_moe_ep.records.quantity import Quantity, cell, convert
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings, read_findings
 from ds_moe_ep.report.known_names import number_in, short_bed
 from ds_moe_ep.report.page import Block, PageSection, Picture, basis_of
 from ds_moe_ep.report.plots.sweep import SweepLine, SweepPanel, draw_sweep
-from ds_moe_ep.report.sections.scaling import UNITS, fits_table
-from ds_moe_ep.specification.laws import SHAPES, STATED_R2
+from ds_moe_ep.report.sections.scaling import UNITS, fit_text, fits_table
+from ds_moe_ep.specification.laws import SHAPES
 
 PROPORTION = "in proportion to devices"
 OVER_EP = "EP (ranks that share the experts)"
@@ -69,10 +69,9 @@ def _over_ep(findings: Findings, bed: str) -> list[SweepPanel]:
             if len(values) > 1:
                 lines.append(SweepLine(label, values, _law(findings, bed, total, law, unit)))
                 fits.append(findings.get("sweep", bed, total, "fit", law, "r2"))
-        told = " and ".join(dict.fromkeys(number(fit.value) for fit in fits if fit))
-        fit_text = f"R\u00b2 {told}, stated {STATED_R2[law]:g}" if told else ""
+        r2 = [fit.value for fit in fits if fit]
         if lines:
-            panels.append(SweepPanel(title, fit_text, OVER_EP, axis, lines, unit == "percent"))
+            panels.append(SweepPanel(title, fit_text(law, r2) if r2 else "", OVER_EP, axis, lines, unit == "percent"))
     return panels
 
 

@@ -20,6 +20,7 @@ from ds_moe_ep.simulate.step.predict import Estimate, Prediction
 from ds_moe_ep.simulate.step.setup import Step
 from ds_moe_ep.sizing.footprint import Memory
 from ds_moe_ep.specification.derived import Figure, stated_and_derived
+from ds_moe_ep.specification.laws import r2_text
 from ds_moe_ep.specification.stated import BATCH_TOKENS, MODEL, STATED, Stated
 from ds_moe_ep.specification.verdicts import compared_range, reached, slower
 
@@ -210,7 +211,10 @@ def _law(law: str) -> Answer:
         for total, its in fits.items():
             if its.r2 is not None:
                 values[total] = (Estimate.exactly(its.r2), "ratio")
-        text = ", ".join(f"{r2.value:.3f} {TOTALS[total]}" for total, (r2, _) in values.items()) or "nothing varies"
+        text = (
+            ", ".join(f"{r2_text(r2.value, 3)} {TOTALS[total]}" for total, (r2, _) in values.items())
+            or "nothing varies"
+        )
         holds = values and min(r2.value for r2, _ in values.values()) >= least
         verdict = "holds" if holds else "does not hold"
         return Simulated(text=text, numbers=values, verdict=verdict)

@@ -13,7 +13,7 @@ from ds_moe_ep.records.names import LAWS, TOTALS
 from ds_moe_ep.simulate.step.predict import Estimate
 from ds_moe_ep.simulate.sweep.records import schedule_of
 from ds_moe_ep.simulate.sweep.sweep import Sweep, SweepPoint
-from ds_moe_ep.specification.laws import STATED_R2
+from ds_moe_ep.specification.laws import STATED_R2, r2_text
 
 FOOT = "Simulated; nothing was measured. The bar: all of the cluster's ranges at their slower and at their faster ends."
 
@@ -55,7 +55,7 @@ def _fits(sweep: Sweep) -> Table:
     fits = {total: {its.law: its for its in sweep.law_fits(total)} for total in TOTALS}
     for law, title in LAWS.items():
         found = [fits[total].get(law) for total in TOTALS]
-        cells = ("-" if its is None or its.r2 is None else f"{its.r2:.3f}" for its in found)
+        cells = (r2_text(None if its is None else its.r2, 3) for its in found)
         table.add_row(title, f"{STATED_R2[law]:g}", *cells)
     return table
 

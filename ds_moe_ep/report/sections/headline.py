@@ -1,0 +1,153 @@
+"""The page's headline: at most three sentences on what the Records come to, each of numbers that are in Records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ds_moe_ep.records.names import (
+    BASELINE,
+    DEVICES,
+    LAWS,
+    MODES,
+    SIDES,
+    SIMULATED,
+    SOAK_VERDICTS,
+    SYSTEMS,
+    TOTALS,
+    bed_title,
+)
+from ds_moe_ep.records.quantity import TIMES, cell, convert, number
+from ds_moe_ep.records.record import Record
+from ds_moe_ep.report.findings import Findings
+from ds_moe_ep.report.known_names import number_in, shaping_order
+
+OURS, SERIAL, NATIVE = "ep16", "ep16_serial", "native_ep16"
+MOST = 3
+VERBS = {"training": "trains", "forward": "passes forward"}
+FIRST_BEDS = ("cluster", "traffic", SIMULATED, "unshaped", "loopback")  # those with links before those without
+
+
+def headline(findings: Findings) -> tuple[str, ...]:
+    """The first sentences that the Records have numbers for, from the gain of whole systems to the soak's verdicts."""
+    tellers: Sequence[Callable[[Findings], str]] = (_gain, _hidden, _laws, _schedules, _losses, _simulated, _soak)
+    return tuple(sentence for tell in tellers if (sentence := tell(findings)))[:MOST]
+
+
+def _gain(findings: Findings) -> str:
+    """The throughput over the baseline, and over DeepSpeed's own layer."""
+    place = _first_place(findings, f"ratio_to_{BASELINE}")
+    if place is None:
+        return ""
+    over = [
+        f"{_ratio(record)} as fast as {SYSTEMS[other]}"
+        for other in (BASELINE, NATIVE)
+        if (record := findings.get("system", *place, OURS, f"ratio_to_{other}"))
+    ]
+    return f"{SYSTEMS[OURS]} {VERBS[place[1]]} {' and '.join(over)} ({_where(findings, *place)})."
+
+
+def _hidden(findings: Findings) -> str:
+    """The share of traffic behind compute, and the speed that this brings."""
+    place = _first_place(findings, "hidden")
+    if place is None:
+        return ""
+    hidden = findings.get("system", *place, OURS, "hidden")
+    gain = findings.get("system", *place, OURS, f"ratio_to_{SERIAL}")
+    told = f"{SYSTEMS[OURS]} hides {cell(hidden, 'percent')} % of the experts' traffic behind compute"
+    told += f", which makes it {_ratio(gain)} as fast as {SYSTEMS[SERIAL]}" if gain else ""
+    return f"{told} ({_where(findings, *place)})."
+
+
+def _laws(findings: Findings) -> str:
+    """The scaling laws that fit what was measured, and those that do not."""
+    for total, title in TOTALS.items():
+        fits = {law: record for law in LAWS if (record := findings.get("scaling", total, "fit", law, "r2"))}
+        if fits:
+            good = [f"{LAWS[law]} (R\u00b2 {number(fit.value)})" for law, fit in fits.items() if fit.value >= 0]
+            bad = [f"{LAWS[law]} does not fit" for law, fit in fits.items() if fit.value < 0]
+            told = [f"what was measured follows {_listed(good)}" if good else "", _listed(bad)]
+            return f"With {title}, {'; '.join(filter(None, told))}."
+    return ""
+
+
+def _schedules(findings: Findings) -> str:
+    """One layer: the schedule that gains most over serial, and where."""
+    gains = []
+    for device in DEVICES:
+        below = findings.below("overlap", device)
+        for name, record in below.items():
+            shaping, side, phase, what = name.rsplit(".", 3)
+            serial = below.get(f"{shaping}.serial.step.time")
+            if serial is not None and (phase, what) == ("step", "time") and side not in ("serial", "wire"):
+                gains.append((serial.value / record.value, device, shaping, side))
+    if not gains:
+        return ""
+    gain, device, shaping, side = max(gains, key=lambda found: (found[0], shaping_order(found[2])))
+    hidden = findings.get("overlap", device, shaping, side, "step", "hidden")
+    told = f" and hides {cell(hidden, 'percent')} % of its transfers" if hidden else ""
+    link = shaping.replace(" of step", f" {TIMES} compute").replace("mbit", "Mbit/s")
+    ratio = f"{number(gain)} {TIMES}"
+    return f"One layer with the schedule {SIDES[side]} is {ratio} as fast as serial{told} ({DEVICES[device]}, {link})."
+
+
+def _losses(findings: Findings) -> str:
+    """The spread of the systems' losses at the last step that all of them have."""
+    for bed in findings.beds:
+        losses = {system: findings.below("system", bed, "training", system, "loss") for system in SYSTEMS}
+        runs = [records for records in losses.values() if records]
+        common = set.intersection(*map(set, runs)) if len(runs) > 1 else set()
+        if common:
+            last = max(common, key=lambda step: number_in(step, "step"))
+            ends = [convert(records[last], "loss").value for records in runs]
+            told = f"lie within {number(max(ends) - min(ends))} of each other after {number_in(last, 'step')} steps"
+            return f"The losses of {len(runs)} systems {told}, at {number(min(ends))} to {number(max(ends))}."
+    return ""
+
+
+def _simulated(findings: Findings) -> str:
+    """Throughput over the simulated sizes."""
+    for bed in findings.swept:
+        for total in TOTALS:
+            points: dict[int, Record] = {}
+            for name, record in findings.below("sweep", bed, total).items():
+                parts = name.split(".")
+                if parts[0].startswith("ep") and parts[1:] == ["dp1", "tps"]:
+                    points[number_in(parts[0], "ep")] = record
+            if len(points) > 1:
+                least, most = min(points), max(points)
+                ends = [f"{cell(points[ep], 'tokens/s')} tokens/s at EP={ep}" for ep in (least, most)]
+                return f"Throughput goes from {' to '.join(ends)} with {TOTALS[total]} ({bed_title(bed)})."
+    return ""
+
+
+def _soak(findings: Findings) -> str:
+    """The soak's verdicts that hold, and those that do not."""
+    found = findings.below("soak", "verdict")
+    if not found:
+        return ""
+    failed = [title for what, title in SOAK_VERDICTS.items() if what in found and not found[what].value]
+    told = f"{len(found) - len(failed)} of the soak's {len(found)} verdicts hold"
+    return f"{told}; {_listed(failed)}: not so." if failed else f"{told}."
+
+
+def _first_place(findings: Findings, what: str) -> tuple[str, str] | None:
+    """The bed and mode for a headline: links before none, training before forward passes."""
+    places = [(bed, mode) for bed, mode in findings.places(what) if findings.get("system", bed, mode, OURS, what)]
+    return min(places, key=lambda place: (_rank(place[0]), list(MODES).index(place[1])), default=None)
+
+
+def _rank(bed: str) -> int:
+    return next(place for place, start in enumerate(FIRST_BEDS) if bed.startswith(start))
+
+
+def _where(findings: Findings, bed: str, mode: str) -> str:
+    record = next(iter(findings.below("system", bed, mode, OURS).values()))
+    return bed_title(bed) + ("; emulated" if record.emulated and not bed.startswith(SIMULATED) else "")
+
+
+def _ratio(record: Record) -> str:
+    return f"{cell(record, 'ratio')} {TIMES}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
