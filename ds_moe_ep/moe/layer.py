@@ -29,20 +29,20 @@ from ds_moe_ep.moe.router import Router, Routing
 class Region(Protocol):
     """The edge around the experts, where `parallel/tensor.py` cuts their width over other ranks."""
 
-    def enter(self, whole: Tensor) -> Tensor:
+    def copy_to_tp(self, whole: Tensor) -> Tensor:
         """Tokens or weights on their way to the experts."""
 
-    def leave(self, part: Tensor) -> Tensor:
+    def reduce_from_tp(self, part: Tensor) -> Tensor:
         """The experts' output on its way out."""
 
 
 class Whole:
     """The region of experts that are whole: nothing happens at its edge."""
 
-    def enter(self, whole: Tensor) -> Tensor:
+    def copy_to_tp(self, whole: Tensor) -> Tensor:
         return whole
 
-    def leave(self, part: Tensor) -> Tensor:
+    def reduce_from_tp(self, part: Tensor) -> Tensor:
         return part
 
 
@@ -106,8 +106,8 @@ class ExpertParallel(nn.Module):
             self._check_input(x, used_token)
             x_TD = x.reshape(-1, self.hidden_size)
             routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
-        inside = replace(routing, weights_TK=self.region.enter(routing.weights_TK))
-        y_TD = self.region.leave(self._dispatch(self.region.enter(x_TD), inside))
+        inside = replace(routing, weights_TK=self.region.copy_to_tp(routing.weights_TK))
+        y_TD = self.region.reduce_from_tp(self._dispatch(self.region.copy_to_tp(x_TD), inside))
         loss = router_loss(routing, self.config, connection.transport.sum, connection.transport.size)
         self.last_counts_E = routing.load_E().to(torch.int64)
         return y_TD.view(x.shape), loss, self.last_counts_E

@@ -19,7 +19,7 @@ Carried = tuple[Tensor, Tensor]  # tokens [B, S, D], and the routing losses of t
 
 
 def stage_modules(model: Transformer, num_stages: int) -> list[list[nn.Module]]:
-    """The modules of each stage, which share the model's parameters: equally many layers a stage.
+    """The modules of each stage, which share the model's parameters: equally many layers per stage.
 
     Run one after the other, they compute (logits [B, S, V], routing losses []) of token ids [B, S]. Raises ConfigError
     where the layers cannot be shared equally.

@@ -77,8 +77,8 @@ def connect(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
     region = TensorRegion(group)
     for module in model.modules():
         if isinstance(module, CausalAttention):
-            module.register_forward_pre_hook(lambda _, inputs: (region.enter(inputs[0]), *inputs[1:]))
-            module.register_forward_hook(lambda _, inputs, output: region.leave(output))
+            module.register_forward_pre_hook(lambda _, inputs: (region.copy_to_tp(inputs[0]), *inputs[1:]))
+            module.register_forward_hook(lambda _, inputs, output: region.reduce_from_tp(output))
         elif isinstance(module, ExpertParallel):
             module.region = region
     is_first = dist.get_rank(group) == 0
@@ -91,23 +91,23 @@ def connect(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
 
 
 class TensorRegion:
-    """The edge of a part whose sums are cut over a group: tensors enter whole and leave summed."""
+    """The edge of a part whose sums are cut over a group: whole tensors go in, sums come out."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def enter(self, whole: Tensor) -> Tensor:
+    def copy_to_tp(self, whole: Tensor) -> Tensor:
         """`whole`, the same on every rank; its gradient is summed over the group."""
-        entered: Tensor = _Enter.apply(whole, self._group)  # type: ignore[no-untyped-call]
-        return entered
+        copied: Tensor = _CopyToTensorRanks.apply(whole, self._group)  # type: ignore[no-untyped-call]
+        return copied
 
-    def leave(self, part: Tensor) -> Tensor:
+    def reduce_from_tp(self, part: Tensor) -> Tensor:
         """The sum of `part` over the group, in its place; its gradient is the sum's."""
-        left: Tensor = _Leave.apply(part, self._group)  # type: ignore[no-untyped-call]
-        return left
+        summed: Tensor = _ReduceFromTensorRanks.apply(part, self._group)  # type: ignore[no-untyped-call]
+        return summed
 
 
-class _Enter(torch.autograd.Function):
+class _CopyToTensorRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -120,7 +120,7 @@ class _Enter(torch.autograd.Function):
         return whole, None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFromTensorRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.mark_dirty(part)

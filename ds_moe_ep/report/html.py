@@ -47,6 +47,7 @@ th { color: var(--faint); font-weight: 600; border-bottom-color: var(--faint); v
 th.number, td.number { text-align: right }
 td.number { white-space: nowrap }
 td.text { min-width: 7.5rem; overflow-wrap: normal }
+td.text:first-child { min-width: 12rem }
 tr.strong td { font-weight: 650; background: var(--shade) }
 .basis { color: var(--faint); font-size: .84rem; margin: .4rem 0 0 }
 figure { margin: 1.5rem 0 }
@@ -59,6 +60,7 @@ figcaption { font-size: .92rem; margin-top: .5rem }
   .headline { font-size: 1.08rem }
   figure img { width: 46rem; max-width: none }
   th, td { padding: .35rem .5rem }
+  td.text:first-child { min-width: 7rem }
 }
 @media print {
   :root { --ground: #fff; --ink: #000; --faint: #444; --line: #ccc; --shade: #f4f4f4; --mark: #000;

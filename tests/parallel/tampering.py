@@ -15,7 +15,7 @@ def forgotten(region: Any, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _enter_but_weights(enter: Any) -> Any:
+def _copy_but_weights(enter: Any) -> Any:
     """The way in, that lets the router's weights [T, K] pass beside it."""
     return lambda region, whole: whole if whole.shape[-1] <= 2 else enter(region, whole)
 
@@ -55,9 +55,13 @@ def tampered(fault: str) -> Iterator[None]:
     from ds_moe_ep.parallel.tensor import Share, TensorRegion
 
     faults: dict[str, tuple[Any, str, Any]] = {
-        "no all-reduce of the output": (TensorRegion, "leave", forgotten),
-        "no all-reduce of the input's gradient": (TensorRegion, "enter", forgotten),
-        "no all-reduce of the router's gradient": (TensorRegion, "enter", _enter_but_weights(TensorRegion.enter)),
+        "no all-reduce of the output": (TensorRegion, "reduce_from_tp", forgotten),
+        "no all-reduce of the input's gradient": (TensorRegion, "copy_to_tp", forgotten),
+        "no all-reduce of the router's gradient": (
+            TensorRegion,
+            "copy_to_tp",
+            _copy_but_weights(TensorRegion.copy_to_tp),
+        ),
         "one share twice": (Share, "of", _wrong_share(Share.of)),
         "no column of losses": (stages, "pack", _without_column(stages.pack)),
         "no marks of cut parameters": (pipeline, "connect", _without_marks(pipeline.connect)),
