@@ -12,8 +12,11 @@ from ds_moe_ep import __version__
 from ds_moe_ep.bench.demo.options import add_demo
 from ds_moe_ep.cli.simulate import add_audit, add_calibrate, add_plan
 from ds_moe_ep.config.command_line import INTERRUPTED, Parser, number, refused, whole
+from ds_moe_ep.config.options import Command
 from ds_moe_ep.config.shipped import shipped_ds_configs
+from ds_moe_ep.doctor.options import DoctorOptions
 from ds_moe_ep.errors import EngineError, MoEError
+from ds_moe_ep.report.options import ReportOptions
 
 BENCHMARKS = {
     "systems": "EP16 overlapped and serial, TP8/PP2, DeepSpeed's MoE and AutoEP, training one model",
@@ -56,7 +59,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_demo(commands)
     _add_check_config(commands)
-    _add_doctor(commands)
+    DOCTOR.add_to(commands)
     knobs = commands.add_parser(
         "knobs",
         help="print every knob as a Markdown table",
@@ -72,7 +75,7 @@ def make_parser() -> Parser:
     add_audit(commands)
     add_plan(commands)
     add_calibrate(commands)
-    _add_report(commands)
+    REPORT.add_to(commands)
     _add_convert(commands)
     _add_bench(commands)
     return parser
@@ -120,53 +123,6 @@ def _add_check_config(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     check.add_argument("--json", action="store_true", help="print JSON instead of tables")
     check.set_defaults(run=run_check_config)
-
-
-def _add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
-    doctor = commands.add_parser(
-        "doctor",
-        help="tell what is installed and usable here, and how the links between ranks do",
-        description=(
-            "Looks at libraries, machine, environment variables and a ds_config, and lets ranks send and receive for a "
-            "few seconds. Prints the verdict, then problems and warnings with their fixes, then the rest, one line "
-            "each. Ranks are started here, on GPUs where there are enough; in a job of a launcher (deepspeed --module, "
-            "torchrun -m, mpirun) the job's ranks are taken, and rank 0 prints. Exits with 1 where there is a problem."
-        ),
-        epilog="example: deepspeed --hostfile hosts --module ds_moe_ep doctor --config ds_configs/ep16.json",
-    )
-    doctor.add_argument("--config", metavar="DS_CONFIG", help="a ds_config whose run should work here")
-    hosts = "a hostfile whose hosts are asked over ssh: names, versions, launchers, variables that would not reach them"
-    doctor.add_argument("--hostfile", metavar="FILE", help=hosts)
-    doctor.add_argument("--world-size", type=whole(1), metavar="RANKS", help="ranks of its job, as in check-config")
-    doctor.add_argument(
-        "--ranks", type=whole(1), help="ranks started here for links (default: ep_size of the config, up to 4)"
-    )
-    seconds = number(above=0, most=3600)
-    doctor.add_argument("--seconds", type=seconds, default=5.0, help="time that all links together take (default: 5)")
-    doctor.add_argument(
-        "--wait", type=seconds, default=60.0, metavar="SECONDS", help="time for ranks to come up (default: 60)"
-    )
-    doctor.add_argument("--no-links", action="store_true", help="start no ranks and send nothing")
-    doctor.add_argument("--verbose", action="store_true", help="print also what does not matter on this machine")
-    doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    doctor.set_defaults(run=run_doctor)
-
-
-def _add_report(commands: argparse._SubParsersAction[Parser]) -> None:
-    report = commands.add_parser(
-        "report",
-        help="turn measured records into a page with figures",
-        description=(
-            "Reads files of Records, and for x.jsonl the spans in x.spans.jsonl beside it, and writes report.html "
-            "(one file that stands alone), report.md and figures/. No number that is not in a Record."
-        ),
-        epilog="example: python -m ds_moe_ep report runs/systems.jsonl runs/scaling.jsonl -o out",
-    )
-    report.add_argument("records", metavar="RECORDS", nargs="+", help="files of Records, one line of JSON each")
-    report.add_argument(
-        "-o", "--out", metavar="FOLDER", default="report", help="where to write (default: report, in this folder)"
-    )
-    report.set_defaults(run=run_report)
 
 
 def _add_convert(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -225,22 +181,24 @@ def run_check_config(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def run_doctor(parsed: argparse.Namespace) -> int:
+def run_doctor(options: DoctorOptions) -> int:
     """Prints the doctor's verdicts; 1 where there is a problem."""
-    from ds_moe_ep.doctor.command import Options, run
+    from ds_moe_ep.doctor.command import run
 
-    options = Options(
-        config=parsed.config,
-        hostfile=parsed.hostfile,
-        world_size=parsed.world_size,
-        ranks=parsed.ranks,
-        seconds=parsed.seconds,
-        start_s=parsed.wait,
-        links=not parsed.no_links,
-        json=parsed.json,
-        verbose=parsed.verbose,
-    )
     return run(options)
+
+
+DOCTOR = Command(
+    "doctor",
+    "tell what is installed and usable here, and how the links between ranks do",
+    DoctorOptions,
+    run_doctor,
+    "Looks at libraries, machine, environment variables and a ds_config, and lets ranks send and receive for a "
+    "few seconds. Prints the verdict, then problems and warnings with their fixes, then the rest, one line "
+    "each. Ranks are started here, on GPUs where there are enough; in a job of a launcher (deepspeed --module, "
+    "torchrun -m, mpirun) the job's ranks are taken, and rank 0 prints. Exits with 1 where there is a problem.",
+    "deepspeed --hostfile hosts --module ds_moe_ep doctor --config ds_configs/ep16.json",
+)
 
 
 def run_knobs(parsed: argparse.Namespace) -> int:
@@ -261,15 +219,24 @@ def run_figures(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def run_report(parsed: argparse.Namespace) -> int:
-    """Writes the report of `parsed.records` into `parsed.out`, and prints what it wrote."""
-    from pathlib import Path
-
+def run_report(options: ReportOptions) -> int:
+    """Writes the report, and prints what it wrote."""
     from ds_moe_ep.report.write import write_report
 
-    for path in write_report([Path(path) for path in parsed.records], Path(parsed.out)):
+    for path in write_report(options.records, options.out):
         print(path)
     return 0
+
+
+REPORT = Command(
+    "report",
+    "turn measured records into a page with figures",
+    ReportOptions,
+    run_report,
+    "Reads files of Records, and for x.jsonl the spans in x.spans.jsonl beside it, and writes report.html (one file "
+    "that stands alone), report.md and figures/. No number that is not in a Record.",
+    "python -m ds_moe_ep report runs/systems.jsonl runs/scaling.jsonl -o out",
+)
 
 
 def run_convert(parsed: argparse.Namespace) -> int:

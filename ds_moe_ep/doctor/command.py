@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -22,32 +21,17 @@ from ds_moe_ep.doctor.links.local_ranks import try_local_links
 from ds_moe_ep.doctor.links.outcome import LinksOutcome, LinkTrial
 from ds_moe_ep.doctor.links.verdicts import judge_links
 from ds_moe_ep.doctor.machine import judge_machine
+from ds_moe_ep.doctor.options import DoctorOptions
 from ds_moe_ep.doctor.packages import judge_packages
-from ds_moe_ep.doctor.show import print_verdicts
 from ds_moe_ep.doctor.variables import Run, judge_variables
-from ds_moe_ep.doctor.verdicts import GROUPS, Verdict, to_dict, worst
+from ds_moe_ep.doctor.verdicts import GROUPS, Verdict, print_verdicts, to_dict, worst
 from ds_moe_ep.errors import ConfigError, TopologyError
 
 LOCAL_RANKS = 4  # at most, where --ranks is not given
 LINE_WIDTH = 110
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The command line's values."""
-
-    config: str | None = None
-    hostfile: str | None = None
-    world_size: int | None = None
-    ranks: int | None = None
-    seconds: float = 5.0
-    start_s: float = 60.0
-    links: bool = True
-    json: bool = False
-    verbose: bool = False
-
-
-def run(options: Options) -> int:
+def run(options: DoctorOptions) -> int:
     """Runs the doctor. In a job every rank runs it, tries the links, and rank 0 prints; its exit code counts.
 
     Raises ConfigError for one rank that shall try its links, and for a hostfile that no launcher takes.
@@ -72,14 +56,14 @@ def run(options: Options) -> int:
     return code
 
 
-def _check(options: Options) -> None:
+def _check(options: DoctorOptions) -> None:
     if options.ranks is not None and options.ranks < 2 and options.links:
         raise ConfigError(f"doctor.ranks={options.ranks}: a link needs two ranks; give 2 or more, or --no-links")
     if options.hostfile is not None:
         read_hostfile(options.hostfile)
 
 
-def judge(options: Options, facts: Facts, world: World | None) -> list[Verdict]:
+def judge(options: DoctorOptions, facts: Facts, world: World | None) -> list[Verdict]:
     """All verdicts but those on links, in the order of the groups."""
     world_size = world.size if world is not None else options.world_size
     here = world.local_size if world is not None else None
@@ -88,14 +72,14 @@ def judge(options: Options, facts: Facts, world: World | None) -> list[Verdict]:
     if options.config is not None:
         about_job, job = judge_job(options.config, facts, world_size, here)
     if options.hostfile is not None:
-        about_job += judge_hosts(ask_hosts(options.hostfile, options.start_s))
+        about_job += judge_hosts(ask_hosts(options.hostfile, options.wait))
     job = job or job_without_config(world_size or 1, here or world_size or 1)
     run_here = Run(num_ranks=job.ranks_here, num_nodes=job.num_nodes, depth=job.depth)
     verdicts = judge_packages(facts) + judge_machine(facts, job.ranks_here) + judge_variables(facts, run_here)
     return sorted(verdicts + about_job, key=lambda verdict: GROUPS.index(verdict.group))
 
 
-def _try(options: Options, world: World | None) -> tuple[LinksOutcome | None, tuple[tuple[int, ...], ...], int]:
+def _try(options: DoctorOptions, world: World | None) -> tuple[LinksOutcome | None, tuple[tuple[int, ...], ...], int]:
     """Outcome of the links, the expert groups that were tried, and the size of a node; nothing for one rank alone."""
     ep_size, node_size, data_first = _asked(options.config)
     size = world.size if world is not None else options.ranks or min(ep_size or LOCAL_RANKS, LOCAL_RANKS)
@@ -105,7 +89,7 @@ def _try(options: Options, world: World | None) -> tuple[LinksOutcome | None, tu
     if world is not None and ep_size and ep_size > 1 and size % ep_size == 0:
         grid = RankGrid(world_size=size, ep_size=ep_size, data_before_expert=data_first)
         groups = tuple(tuple(group) for group in grid.ep_groups())
-    trial = LinkTrial(groups=groups, node_size=node_size, seconds=options.seconds, start_s=options.start_s)
+    trial = LinkTrial(groups=groups, node_size=node_size, seconds=options.seconds, start_s=options.wait)
     if world is None:
         return try_local_links(size, trial), groups, node_size
     from ds_moe_ep.doctor.links.ranks import try_links  # imports torch
@@ -126,7 +110,7 @@ def _asked(config: str | None) -> tuple[int | None, int, bool]:
     return size, section.moe.node_size, bool(ds_config.get("use_data_before_expert_parallelism", False))
 
 
-def _show(verdicts: Sequence[Verdict], options: Options) -> None:
+def _show(verdicts: Sequence[Verdict], options: DoctorOptions) -> None:
     if options.json:
         print(json.dumps(to_dict(verdicts), indent=2))
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group, OverflowMethod
@@ -20,8 +20,11 @@ def print_tables(tables: Iterable[Table], console: Console) -> None:
         console.print("", to_terminal(table), sep="\n")
 
 
-def to_terminal(table: Table) -> Group:
-    """The table for rich, its basis below it; a table whose head is empty has no rule under it."""
+def to_terminal(table: Table, styles: Mapping[str, str] | None = None) -> Group:
+    """The table for rich, its basis below it; a table whose head is empty has no rule under it.
+
+    `styles` are those of whole cells, by their text.
+    """
     has_head = any(table.head)
     grid = Grid(
         title=table.title or None,
@@ -40,7 +43,8 @@ def to_terminal(table: Table) -> Group:
         )
     for index, row in enumerate(table.rows):
         style = "bold" if index in table.strong_rows else None
-        grid.add_row(*map(Text, row), style=style, end_section=index in table.ruled_rows)
+        cells = (Text(cell, style=(styles or {}).get(cell, "")) for cell in row)
+        grid.add_row(*cells, style=style, end_section=index in table.ruled_rows)
     return Group(grid, *(Text(line, style="dim") for line in table.basis))
 
 
