@@ -6,6 +6,7 @@ import multiprocessing.util
 import os
 import subprocess
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from ds_moe_ep.errors import PeerError
-from ds_moe_ep.health import board, watch
 from ds_moe_ep.health import rank_state as pulse
+from ds_moe_ep.health import store, watch, watchdog
 from ds_moe_ep.health.abort import AbortGuard
-from ds_moe_ep.health.heartbeat import Place
+from ds_moe_ep.health.heartbeat import Heartbeat, Identity, Place
 from ds_moe_ep.health.rank_state import RankState
+from ds_moe_ep.health.store import HeartbeatStore
 from ds_moe_ep.health.watch import RankWatch, Unwatched, open_watch
 from ds_moe_ep.schedule.spans import Tags
 from tests.health.test_watch import QUICK_S, lines, meet, wait_for
@@ -46,7 +48,7 @@ def watch_at_a_store_of_rank_0(timeout_s: float, limit_s: float = 30.0) -> RankW
 
 def paused_store() -> bool:
     """Rank 0, which serves the store, pauses for longer than the store's limit; whether rank 1 lost and found it."""
-    board.RETRY_S = 0.5  # type: ignore[misc]
+    store.RETRY_S = 0.5  # type: ignore[misc]
     own_watch = watch_at_a_store_of_rank_0(60.0, limit_s=1.0)
     own = own_watch._pulse.board
     if dist.get_rank() == 0:
@@ -177,3 +179,72 @@ def test_the_first_fault_of_a_ranks_own_is_told_until_it_dies_of_another() -> No
         *["ValueError: bad luck (in a pass)"] * 4,
         "KeyError: 'the end' (in the process, which ends)",
     ]
+
+
+ELSEWHERE = Identity("n1", "", 1, 0)
+
+
+def serve_and_leave() -> list[tuple[float, bool]]:
+    """How long whoever serves the store waits with its last sign for a rank that stays, and for one that has left."""
+    found = []
+    for has_left in (False, True):
+        memory = dist.HashStore()
+        memory.set("1", Heartbeat(1, ELSEWHERE, has_left=has_left).pack())
+        own, began_s = RankState(memory, 0, 2, 0.1, True), time.monotonic()
+        own.say_goodbye()
+        found.append((time.monotonic() - began_s, Heartbeat.unpack(memory.get("0")).has_left))
+    return found
+
+
+def test_whoever_serves_the_store_leaves_two_seconds_later_or_behind_the_others() -> None:
+    [[(for_one_that_stays_s, is_posted), (for_one_that_left_s, is_posted_too)]] = run_ranks(
+        1, serve_and_leave, process_group=False
+    )
+    assert is_posted and is_posted_too
+    assert for_one_that_stays_s > 1.9 and for_one_that_left_s < 1.8
+
+
+def end_while_a_sign_takes_long() -> bool:
+    """Whether the sign that is written while the thread ends is in the store behind the end."""
+    memory, is_ending = dist.HashStore(), []
+
+    def write() -> Heartbeat:
+        has_left = bool(is_ending)
+        time.sleep(0.3)
+        return Heartbeat(0, ELSEWHERE, has_left=has_left)
+
+    own = HeartbeatStore(memory, 0, 1, 60.0, write)
+    wait_for(lambda: own.num_read)
+    is_ending.append(True)
+    own.end(10.0)
+    return Heartbeat.unpack(memory.get("0")).has_left
+
+
+def test_the_end_waits_until_the_last_sign_is_posted() -> None:
+    assert run_ranks(1, end_while_a_sign_takes_long, process_group=False) == [True]
+
+
+def lose_a_server_elsewhere(folder: str) -> None:
+    """Rank 0 serves the store, as if on a machine of its own, and pauses, while rank 1 is in a call of the engine's."""
+    pulse.SILENCE_S, watchdog.MARGIN_S = 1.0, 0.5  # type: ignore[misc]
+    rank, here = dist.get_rank(), pulse.identify()
+    pulse.identify = lambda: replace(here, machine=f"m{rank}")  # type: ignore[assignment]
+    own_watch = watch_at_a_store_of_rank_0(1.0, limit_s=1.0)
+    if rank == 0:
+        pause(0.0, 6.0)
+        time.sleep(6.5)
+        os._exit(0)
+    with open(f"{folder}/1", "w") as file:
+        os.dup2(file.fileno(), 2)
+    with own_watch.among_others("step 5"):
+        time.sleep(6.0)
+
+
+def test_a_process_that_waits_while_the_stores_server_on_another_machine_is_lost_ends_with_an_error(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, lose_a_server_elsewhere, str(tmp_path), timeout_s=30)
+    assert caught.value.failures[1].message.startswith(f"exit code {watchdog.EXIT_CODE}")
+    told = (tmp_path / "1").read_text()
+    assert "s in step 5, in " in told and "the ranks' store, on rank 0 (pid " in told and "does not answer" in told
