@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor, empty_like
@@ -12,7 +10,9 @@ BLOCK = 128
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_one_kernel(values_pointer: Any, sums_pointer: Any, size: Any, BLOCK_SIZE: tl.constexpr) -> None:
+def _add_one_kernel(
+    values_pointer: tl.tensor, sums_pointer: tl.tensor, size: tl.tensor, BLOCK_SIZE: tl.constexpr
+) -> None:
     places = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = places < size
     values = tl.load(values_pointer + places, mask=inside)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -62,8 +60,8 @@ def swiglu_backward(
         )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def swiglu_kernel(gate: Any, up: Any, active: Any, size: Any, BLOCK: tl.constexpr) -> None:
+@triton.jit
+def swiglu_kernel(gate, up, active, size, BLOCK: tl.constexpr):
     """A block of silu(gate) * up."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -72,17 +70,17 @@ def swiglu_kernel(gate: Any, up: Any, active: Any, size: Any, BLOCK: tl.constexp
     tl.store(active + at, g * tl.sigmoid(g) * u, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def gelu_backward_kernel(
-    d_active: Any,
-    hidden: Any,
-    d_hidden: Any,
-    active: Any,
-    size: Any,
+    d_active,
+    hidden,
+    d_hidden,
+    active,
+    size,
     IS_TANH: tl.constexpr,
     WRITES_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """A block of the gradient of hidden rows, and of the active rows."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -99,18 +97,18 @@ def gelu_backward_kernel(
         tl.store(active + at, x * share, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def swiglu_backward_kernel(
-    d_active: Any,
-    gate: Any,
-    up: Any,
-    d_gate: Any,
-    d_up: Any,
-    active: Any,
-    size: Any,
+    d_active,
+    gate,
+    up,
+    d_gate,
+    d_up,
+    active,
+    size,
     WRITES_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """A block of the gradients of both hidden rows, and of the active rows."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 BLOCK_TOKENS = 32
-BLOCK_WIDTH = 128
+BLOCK_WIDTH = 64
 MIN_EXPERTS = 16  # of a tile: the shortest edge of a product on tensor cores
-MAX_EXPERTS = 256  # of a tile, which holds a token's logits all at once
+MAX_EXPERTS = 64  # of a tile: more would not fit into registers beside the tokens
 MAX_SPLITS = 16  # partial sums of the weight's gradient
 PRECISION: tl.constexpr = tl.constexpr("tf32x3")  # three products: the digits of fp32, on tensor cores
 SMALLEST: tl.constexpr = tl.constexpr(1.1920928955078125e-07)  # fp32's step at 1: the least sum that weights divide by
@@ -50,10 +48,11 @@ def routes(
     weights_TK = weight_ED.new_empty(num_tokens, num_choices)
     ids_TK = torch.empty_like(weights_TK, dtype=torch.int64)
     counts_KE = torch.zeros(num_choices, num_experts, dtype=torch.int32, device=x_TD.device)
+    shape = choice_shape(num_experts)
     if num_tokens == 0:
         return logits_TE, scores_TE, weights_TK, ids_TK, counts_KE
     with torch.cuda.device_of(x_TD):
-        routes_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS),)](
+        routes_kernel[(triton.cdiv(num_tokens, shape["BLOCK_TOKENS"]),)](
             x_TD,
             weight_ED,
             weight_ED if bias_E is None else bias_E.contiguous(),
@@ -72,10 +71,7 @@ def routes(
             RENORMALIZES=renormalizes,
             HAS_BIAS=bias_E is not None,
             HAS_USED=is_used_T is not None,
-            TILE=expert_tile(num_experts),
-            BLOCK_TOKENS=BLOCK_TOKENS,
-            BLOCK_WIDTH=BLOCK_WIDTH,
-            num_warps=WARPS,
+            **shape,
         )
     return logits_TE, scores_TE, weights_TK, ids_TK, counts_KE
 
@@ -91,12 +87,12 @@ def logit_gradients(
     """The whole gradient of the logits, from those of the logits, the scores and the weights."""
     num_choices, is_softmax, renormalizes = rule
     whole_TE = torch.empty_like(scores_TE)
-    (num_tokens, num_experts) = scores_TE.shape
+    (num_tokens, num_experts), shape = scores_TE.shape, choice_shape(scores_TE.shape[1])
     if num_tokens == 0:
         return whole_TE
     given = [scores_TE if each is None else each.contiguous() for each in (d_logits_TE, d_scores_TE, d_weights_TK)]
     with torch.cuda.device_of(scores_TE):
-        logit_gradients_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS),)](
+        logit_gradients_kernel[(triton.cdiv(num_tokens, shape["BLOCK_TOKENS"]),)](
             scores_TE,
             ids_TK,
             *given,
@@ -109,9 +105,9 @@ def logit_gradients(
             HAS_LOGITS=d_logits_TE is not None,
             HAS_SCORES=d_scores_TE is not None,
             HAS_WEIGHTS=d_weights_TK is not None,
-            TILE=expert_tile(num_experts),
-            BLOCK_TOKENS=BLOCK_TOKENS,
-            num_warps=WARPS,
+            TILE=shape["TILE"],
+            BLOCK_TOKENS=shape["BLOCK_TOKENS"],
+            num_warps=shape["num_warps"],
         )
     return whole_TE
 
@@ -145,15 +141,23 @@ def gradients(
 
 
 def expert_tile(num_experts: int) -> int:
-    """Experts of a tile: all of them in the kernels that choose, which take no more than MAX_EXPERTS."""
+    """Experts of a tile, in the kernels that go over them tile by tile."""
     return int(min(MAX_EXPERTS, max(MIN_EXPERTS, triton.next_power_of_2(num_experts))))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+def choice_shape(num_experts: int) -> dict[str, int]:
+    """The tiles of the kernels that choose, which see all experts of a token at once."""
+    tile = int(max(MIN_EXPERTS, triton.next_power_of_2(num_experts)))
+    if tile <= MAX_EXPERTS:
+        return {"TILE": tile, "BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_WIDTH": BLOCK_WIDTH, "num_warps": WARPS}
+    return {"TILE": tile, "BLOCK_TOKENS": BLOCK_TOKENS // 2, "BLOCK_WIDTH": BLOCK_WIDTH // 2, "num_warps": 2 * WARPS}
+
+
+@triton.jit
 def product(
-    x: Any, weight: Any, token: Any, expert: Any, num_tokens: Any, width: Any, num_experts: Any,
+    x, weight, token, expert, num_tokens, width, num_experts,
     TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """The logits of a block of tokens over a tile of experts."""
     total = tl.zeros([BLOCK_TOKENS, TILE], tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
@@ -167,11 +171,11 @@ def product(
     return total
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def logits_kernel(
-    x: Any, weight: Any, logits: Any, num_tokens: Any, width: Any, num_experts: Any,
+    x, weight, logits, num_tokens, width, num_experts,
     TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Logits of a block of tokens over a tile of experts."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     expert = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -180,14 +184,14 @@ def logits_kernel(
     tl.store(logits + token[:, None].to(tl.int64) * num_experts + expert[None, :], total, mask=known)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def routes_kernel(
-    x: Any, weight: Any, bias: Any, is_used: Any, logits: Any, scores: Any, weights: Any, ids: Any, counts: Any,
-    num_tokens: Any, width: Any, num_experts: Any,
+    x, weight, bias, is_used, logits, scores, weights, ids, counts,
+    num_tokens, width, num_experts,
     K: tl.constexpr, K_TILE: tl.constexpr, IS_SOFTMAX: tl.constexpr, RENORMALIZES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_USED: tl.constexpr,
     TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Logits, scores, weights, ids and counts of a block of tokens."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     expert = tl.arange(0, TILE)
@@ -231,12 +235,12 @@ def routes_kernel(
     tl.store(weights + at_choice, chosen_scores, mask=is_choice)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def logit_gradients_kernel(
-    scores: Any, ids: Any, d_logits: Any, d_scores: Any, d_weights: Any, whole: Any, num_tokens: Any, num_experts: Any,
+    scores, ids, d_logits, d_scores, d_weights, whole, num_tokens, num_experts,
     K: tl.constexpr, IS_SOFTMAX: tl.constexpr, RENORMALIZES: tl.constexpr, HAS_LOGITS: tl.constexpr,
     HAS_SCORES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Gradients of the logits of a block of tokens."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     expert = tl.arange(0, TILE)
@@ -276,11 +280,11 @@ def logit_gradients_kernel(
     tl.store(whole + at, d, mask=known)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def token_gradients_kernel(
-    d_logits: Any, weight: Any, dx: Any, num_tokens: Any, width: Any, num_experts: Any,
+    d_logits, weight, dx, num_tokens, width, num_experts,
     TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """A block of columns of the gradients of a block of tokens."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
@@ -296,11 +300,11 @@ def token_gradients_kernel(
     tl.store(dx + token[:, None].to(tl.int64) * width + column[None, :], total, mask=inside & exists)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def weight_gradients_kernel(
-    d_logits: Any, x: Any, parts: Any, num_tokens: Any, width: Any, num_experts: Any, per_split: Any,
+    d_logits, x, parts, num_tokens, width, num_experts, per_split,
     TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """A block of columns of the weight's gradient, from one split of the tokens."""
     column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     expert = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -7,7 +7,6 @@ without weights, permute backward. Both go by tokens, so that the wide tensor of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -109,11 +108,11 @@ def clear_padding(rows_ND: Tensor, is_padding_N: Tensor) -> None:
             )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def spread_kernel(
-    x: Any, row_of_choice: Any, is_dropped: Any, rows: Any, width: Any,
+    x, row_of_choice, is_dropped, rows, width,
     K: tl.constexpr, HAS_DROPPED: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """A block of one token's columns, into the rows of all of its choices."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -128,11 +127,11 @@ def spread_kernel(
             tl.store(rows + row * width + column, values, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def weighted_spread_kernel(
-    dy: Any, rows: Any, weights: Any, row_of_choice: Any, is_dropped: Any, d_rows: Any, d_weights: Any, width: Any,
+    dy, rows, weights, row_of_choice, is_dropped, d_rows, d_weights, width,
     K: tl.constexpr, HAS_DROPPED: tl.constexpr, WRITES_DOTS: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One token into the rows of its choices, times their weights; its dot products with these rows."""
     token = tl.program_id(0).to(tl.int64)
     for k in tl.static_range(K):
@@ -153,11 +152,11 @@ def weighted_spread_kernel(
             tl.store(d_weights + token * K + k, tl.sum(dots))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def collect_kernel(
-    rows: Any, weights: Any, row_of_choice: Any, is_dropped: Any, first: Any, second: Any, y: Any, width: Any,
+    rows, weights, row_of_choice, is_dropped, first, second, y, width,
     K: tl.constexpr, IS_WEIGHTED: tl.constexpr, HAS_DROPPED: tl.constexpr, NUM_ADDED: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """A block of one token's columns, summed over the rows of its choices."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -180,8 +179,8 @@ def collect_kernel(
     tl.store(y + token * width + column, total, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def clear_padding_kernel(rows: Any, is_padding: Any, width: Any, BLOCK: tl.constexpr) -> None:
+@triton.jit
+def clear_padding_kernel(rows, is_padding, width, BLOCK: tl.constexpr):
     """A block of one row, cleared where it is padded."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from torch import Tensor
 
 BLOCK = 256
 TILE = 32  # experts, and blocks, that are looked at together
-WARPS = 4
+WARPS = 8
 
 
 def sort_choices(ids_TK: Tensor, is_used_TK: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,8 +50,8 @@ def sort_choices(ids_TK: Tensor, is_used_TK: Tensor | None, num_experts: int) ->
     return choice_of_row_N, row_of_choice_TK, count_E
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def load_keys(ids: Any, is_used: Any, at: Any, size: Any, num_experts: Any, HAS_USED: tl.constexpr) -> Any:
+@triton.jit
+def load_keys(ids, is_used, at, size, num_experts, HAS_USED: tl.constexpr):
     """The experts of a block's choices: one more than there are for unused ones, two more beyond the end."""
     inside = at < size
     key = tl.load(ids + at, mask=inside, other=0).to(tl.int32)
@@ -62,11 +60,11 @@ def load_keys(ids: Any, is_used: Any, at: Any, size: Any, num_experts: Any, HAS_
     return tl.where(inside, key, num_experts + 1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def count_kernel(
-    ids: Any, is_used: Any, counts: Any, size: Any, num_experts: Any,
+    ids, is_used, counts, size, num_experts,
     HAS_USED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """The choices of each expert within a block."""
     block = tl.program_id(0)
     key = load_keys(ids, is_used, block * BLOCK + tl.arange(0, BLOCK), size, num_experts, HAS_USED)
@@ -76,12 +74,12 @@ def count_kernel(
         tl.store(counts + block * (num_experts + 1) + expert, count, mask=expert <= num_experts)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def place_kernel(
-    ids: Any, is_used: Any, counts: Any, choice_of_row: Any, row_of_choice: Any, count_of_expert: Any,
-    size: Any, num_experts: Any, num_blocks: Any,
+    ids, is_used, counts, choice_of_row, row_of_choice, count_of_expert,
+    size, num_experts, num_blocks,
     HAS_USED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """The rows of a block's choices."""
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
