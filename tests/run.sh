@@ -3,7 +3,8 @@
 #
 #   bash tests/run.sh                        everything but the tests marked slow or gpu
 #   bash tests/run.sh tests/config            arguments go to pytest
-#   bash tests/run.sh -m slow                a marker of your own replaces "not slow and not gpu"
+#   bash tests/run.sh -m slow                a marker of your own replaces "not slow and not gpu", one test at a time
+#   bash tests/run.sh -n 0                   without the two lanes (see tests/lanes.py), in which order files stand
 #
 # VENV and PYTHON choose the environment (see tests/environment.sh). No test collected is a failure.
 set -euo pipefail
@@ -14,4 +15,5 @@ cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest -m "not slow and not gpu" "$@"
+[[ " $* " == *" -m "* ]] && LANES=0 || LANES=2 # slow tests use the whole machine
+"$PYTHON" -m pytest -n "$LANES" -m "not slow and not gpu" "$@"

@@ -8,6 +8,7 @@ questions before anything is built.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -267,7 +268,7 @@ def from_dict(cls: type[C], values: Mapping[str, Any], path: str) -> C:
 
 def check_fields(config: Any, path: str) -> None:
     """Raises ConfigError for a field whose value has the wrong type, is no choice, or is too small."""
-    hints = typing.get_type_hints(type(config))
+    hints = _type_hints(config.__class__)
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         choices, kinds = _choices_and_kinds(hints[f.name])
@@ -282,6 +283,12 @@ def check_fields(config: Any, path: str) -> None:
         minimum = f.metadata["minimum"]
         if minimum is not None and value is not None and not value >= minimum:
             raise ConfigError(f"{path}.{f.name}={value!r}: {f.metadata['help']}; it needs at least {minimum}")
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    """The types of a class's fields: each layer has a config, and reading them takes a millisecond."""
+    return typing.get_type_hints(cls)
 
 
 def _choices_and_kinds(hint: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:

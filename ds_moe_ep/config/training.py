@@ -141,8 +141,10 @@ def check_keys(ds_config: Mapping[str, Any], release: str) -> None:
     known = keys.known | {"moe_ep"}
     for key, value in ds_config.items():
         _check_release(key, key, value, keys, release)
+        if key in known or key in keys.later:
+            continue
         hint = nearest(key, known)
-        if key not in known and key not in keys.later and hint.startswith("did you mean"):
+        if hint.startswith("did you mean"):
             raise ConfigError(f"{key}={value!r}: DeepSpeed would ignore this unknown key; {hint}")
     keys = deepspeed_keys.keys_of(deepspeed_keys.ZERO, release)
     for key, value in _section(ds_config, "zero_optimization").items():

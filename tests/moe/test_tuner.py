@@ -46,6 +46,9 @@ def tokens(rows: int = TOKENS) -> Tensor:
 
 
 def choice_over(link_row_us: float) -> tuple[dict[str, Any], str]:
+    from tests.preloaded import full_measurement
+
+    full_measurement()
     layer = make_layer(link_row_us)
     layer(tokens())
     assert layer.dispatcher.choice is not None

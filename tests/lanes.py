@@ -1,0 +1,58 @@
+"""Two lanes of pytest-xdist (`-n 2`): tests that wait beside tests that compute, so that the cores idle little.
+
+A file's tests stay together, in their order, on one worker: they share its fixtures and its fork server. The files
+stand in one queue, those that wait (for time limits, paced links, the end of processes) in front, those that compute at
+the back. The first worker takes from the front, any other from the back, until the queue is empty: nobody has to guess
+how long either lane takes.
+"""
+
+from __future__ import annotations
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
+
+# Files and folders, the longest first. A file that is in neither stands between the two.
+WAITING = """
+    tests/faults/test_launched_faults.py tests/faults/test_forked_faults.py tests/moe/test_tuner.py tests/health
+    tests/engine/test_out_of_step.py tests/bench/test_demo.py tests/testbed tests/test_ranks.py
+    tests/comm/test_agreement.py tests/comm/test_peer_faults.py tests/bench/test_blocked.py
+""".split()
+COMPUTING = """
+    tests/moe/test_schedules.py tests/engine/test_native_parity.py tests/engine/test_training.py
+    tests/moe/test_parity.py tests/bench/test_systems.py tests/examples/test_finetune_mixtral.py
+    tests/examples/test_ready_configs.py tests/parallel tests/engine/checkpoint tests/engine/test_compile.py
+    tests/engine/hooks tests/engine tests/simulate
+""".split()
+TOGETHER = ("tests/testbed",)  # folders whose files use the same names on the machine: one worker runs them
+
+
+class TwoLanes(LoadScopeScheduling):
+    """Gives out whole files, from both ends of the queue."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return next((place for place in TOGETHER if is_in(file, place)), file)
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        if node is not self.nodes[0]:
+            self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+        super()._assign_work_unit(node)
+
+
+def put_in_order(items: list[pytest.Item]) -> None:
+    """Orders a worker's tests as the queue is: every worker has to collect the same."""
+    items.sort(key=lambda item: place_in_queue(item.nodeid))  # tests of a file keep their order
+
+
+def place_in_queue(nodeid: str) -> int:
+    file = nodeid.split("::", 1)[0]
+    for places, sign in ((WAITING, -1), (COMPUTING, 1)):
+        for index, place in enumerate(places):
+            if is_in(file, place):
+                return sign * (len(places) - index)
+    return 0
+
+
+def is_in(file: str, place: str) -> bool:
+    return file == place or file.startswith(f"{place}/")

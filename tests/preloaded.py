@@ -1,0 +1,22 @@
+"""What the fork server of `tests.ranks` does once, so that no rank does it: tables that torch makes at their first use.
+
+And what all ranks have: a short measurement where a layer's schedule is "auto", since few tests ask what it chooses.
+Those take `full_measurement()`.
+"""
+
+import torch
+from torch.overrides import get_overridable_functions, get_testing_overrides
+
+from ds_moe_ep.moe import tuner
+
+get_testing_overrides()
+get_overridable_functions()
+torch.fx.symbolic_trace(torch.nn.Linear(1, 1))
+
+FULL = (tuner.PROBES, tuner.ROUNDS)
+tuner.PROBES, tuner.ROUNDS = 1, 2
+
+
+def full_measurement() -> None:
+    """Lets layers of this rank measure as long as a user's do."""
+    tuner.PROBES, tuner.ROUNDS = FULL
