@@ -19,6 +19,7 @@ from ds_moe_ep.config.knobs import Layout, MoEConfig
 from ds_moe_ep.records.names import PARTS, SYSTEMS
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.schedule.shaping import HEADERS
+from tests.ranks import PRELOAD, _fork_server
 
 EMULATED = SystemsPlan(device="emulated", model=EMULATED_MODEL, num_sequences=128, beds=(Bed("traffic30", 80.0),))
 SMALL_WORLD = SystemsPlan(
@@ -114,7 +115,8 @@ def test_the_table_has_a_row_a_system_and_every_ratio() -> None:
 
 def run_small_world(plan: SystemsPlan) -> list[Finding]:
     plan = replace(plan, port=free_port())
-    with started_ranks(run_systems_rank, plan, plan.num_ranks) as (processes, inbox):
+    _fork_server()  # the tests' own: ranks need not import by themselves
+    with started_ranks(run_systems_rank, plan, plan.num_ranks, PRELOAD) as (processes, inbox):
         return list(arriving(processes, inbox))
 
 

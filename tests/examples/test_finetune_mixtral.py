@@ -1,7 +1,7 @@
 """Hugging Face's Trainer and Accelerate on AutoEP's layers: the same losses with the hooks and without them.
 
-The hooked run under the real deepspeed launcher is a user's command. What it is compared with are the examples' own
-functions on forked ranks, which saves six starts of four processes.
+The examples' own functions run on forked ranks, which saves seven starts of four processes. The command that a user
+types, under the real deepspeed launcher, is a slow test.
 """
 
 from __future__ import annotations
@@ -102,17 +102,21 @@ def test_losses_are_the_same_with_hooks_under_zero_3_and_others_where_results_go
     unhooked, hooked, spoilt_run = (losses_of(printed[f"{name}, {kind}"]) for kind in ("unhooked", "hooked", "spoilt"))
     assert len(unhooked) >= 3
     assert hooked == pytest.approx(unhooked, rel=BOUND)
-    assert "AutoEPMoELayer, schedule 'peers'" in printed[f"{name}, hooked"]
+    assert unhooked[-1] < unhooked[0]  # it learns
+    for layer in range(2):
+        assert f"model.layers.{layer}.mlp: AutoEPMoELayer, schedule 'peers'" in printed[f"{name}, hooked"]
+    assert "AutoEPMoELayer" not in printed[f"{name}, unhooked"]
+    assert name == "loop" or "dispatch lane" in printed[f"{name}, hooked"], "the callback's meter saw the transfers"
     assert max(abs(one - other) / other for one, other in zip(spoilt_run, unhooked, strict=True)) > 10 * BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # 35 s of processor time, most of it imports in 6 fresh processes
 def test_the_trainer_under_the_launcher_trains_to_the_unhooked_losses_with_the_callback(
     printed: dict[str, str],
 ) -> None:
     unhooked = losses_of(printed["trainer, unhooked"])
-    assert len(unhooked) == STEPS and unhooked[-1] < unhooked[0] - 0.5  # it learns
-    assert "AutoEPMoELayer" not in printed["trainer, unhooked"]
+    assert len(unhooked) == STEPS
     by_launcher = launched("finetune_mixtral.py", "--steps", str(STEPS), *HOOKED)
     assert losses_of(by_launcher) == pytest.approx(unhooked, rel=BOUND)
     for layer in range(2):
