@@ -1,4 +1,4 @@
-"""Callbacks around each message that crosses a wire: what users register to compress rows or to trace them.
+"""Callbacks around each message that crosses a wire: users register them to compress rows or to trace them.
 
 What a callback puts on the wire is bytes to the lanes, so that messages of any dtype and shape travel together. Rows
 that stay on their rank, and messages without rows, pass no callback.
@@ -47,7 +47,7 @@ class TransferCallback:
     """
 
     def before_send(self, message: TransferMessage) -> Tensor | None:
-        """What goes on the wire in place of the rows, on their device, or None for the rows themselves."""
+        """The tensor that goes on the wire in place of the rows, on their device, or None for the rows themselves."""
 
     def after_send(self, message: TransferMessage) -> None:
         """The message has left, and its rows may be overwritten."""

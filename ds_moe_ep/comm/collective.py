@@ -56,7 +56,7 @@ class Exchange:
 
 
 class Collective(GroupTransport):
-    """One all-to-all a transfer; peers that are not in it get zero rows."""
+    """One all-to-all per transfer; peers that are not in it get zero rows."""
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         place = self.begin(tags, lane)

@@ -1,4 +1,4 @@
-"""What the transports over process groups share: the small collectives, time limits, and the errors of failed waits."""
+"""Base of the transports over process groups: the small collectives, time limits, and the errors of failed waits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLOCK_S = 0.05  # by how much a wait may end before its limit
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a transfer still owes, for an error."""
+    """Bytes that a transfer still owes, for an error."""
 
     peers: Sequence[int]  # in the group
     expected: int
@@ -90,7 +90,7 @@ class GroupTransport:
         self.begin(tags, "pass")
 
     def begin(self, tags: Tags, op: str) -> Place:
-        """Where this rank is from now on. Raises PeerError where the lanes are not in use any more."""
+        """The place where this rank is from now on. Raises PeerError where the lanes are not in use any more."""
         place, failure = Place(tags, op, time.monotonic()), self._groups.guard.failure
         if failure is not None:
             raise PeerError(
@@ -104,7 +104,7 @@ class GroupTransport:
         return [self.ranks[peer] for peer in peers]
 
     def time_left(self, place: Place) -> timedelta:
-        """What remains of the time limit of an op; never nothing, which would be no limit to gloo."""
+        """The rest of an op's time limit; never nothing, which would be no limit to gloo."""
         return max(timedelta(seconds=place.since_s + self._timeout_s - time.monotonic()), SHORT)
 
     def failure(self, place: Place, error: RuntimeError, owed: Bytes) -> PeerError:

@@ -18,8 +18,7 @@ from ds_moe_ep.health.watch import Watch, open_watch
 
 @dataclass(frozen=True)
 class LaneGroups:
-    """A process group per lane and one for control, over the same ranks in the same order; whether they may be used,
-    and who watches."""
+    """A process group per lane and one for control, over the same ranks in the same order, with guard and watch."""
 
     rank: int
     ranks: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Lanes: where ops run side by side. Streams and events on CUDA, threads and work handles on the host.
+"""Lanes, on which ops run side by side. Streams and events on CUDA, threads and work handles on the host.
 
 The interpreter names a lane, the marks that must lie behind it, and the work. On CUDA a lane never blocks the caller.
 On the host compute runs where it is called, and each transfer lane has threads that move rows meanwhile.
@@ -38,7 +38,7 @@ Scope = AbstractContextManager[object]  # what records an op
 
 
 class Lanes(Protocol):
-    """How one pass orders its ops over "compute", "dispatch" and "combine"."""
+    """Order of one pass's ops over "compute", "dispatch" and "combine"."""
 
     def entry(self) -> Mark:
         """The point behind all that the caller has issued."""
@@ -67,8 +67,8 @@ class _Passed:
 
 
 class _Pass:
-    """Whether the jobs of one pass may still start. The first that fails drops the others, on every lane: what started
-    behind it would meet the peers' transfer before."""
+    """The right of one pass's jobs to start. The first that fails drops the others, on every lane: what started behind
+    it would meet the peers' transfer before."""
 
     def __init__(self) -> None:
         self.is_dropped = False
@@ -81,7 +81,7 @@ class _Pass:
 
     @property
     def error(self) -> BaseException | None:
-        """What the first job met that failed."""
+        """The error of the first job that failed."""
         failed = None if self._failed is None else self._failed()
         return None if failed is None else failed.error
 
@@ -166,7 +166,7 @@ def _finish_jobs(started: SimpleQueue[_Job | None], places: threading.Semaphore)
 
 
 class _Waiting:
-    """What all lanes do alike: the caller waits for marks; nothing is left behind that could be dropped."""
+    """Base of all lanes: the caller waits for marks; nothing is left behind that could be dropped."""
 
     def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
         for mark in marks:
@@ -290,7 +290,7 @@ class CudaLanes(_Waiting):
 
 
 def make_lanes(device: torch.device, num_ranks: int) -> Lanes:
-    """The lanes of a device for a group of so many ranks; alone on the host there is nothing to run beside compute."""
+    """The lanes of a device for a group of `num_ranks`; alone on the host there is nothing to run beside compute."""
     if device.type == "cuda":
         return CudaLanes(device)
     return HostLanes() if num_ranks > 1 else Inline()

@@ -1,4 +1,4 @@
-"""Where a launcher has put this process: the variables of deepspeed, torchrun and mpirun. No torch."""
+"""Place of this process in a launched job, from the variables of deepspeed, torchrun and mpirun. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Where this process stands."""
+    """Place of this process among the ranks."""
 
     rank: int
     size: int

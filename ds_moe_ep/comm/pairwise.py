@@ -56,7 +56,7 @@ class Works:
 
 
 def _is_done(work: dist.Work) -> bool:
-    """Whether gloo finished a message, asked after another one failed: asking closes the connections."""
+    """True where gloo finished a message, asked after another one failed: asking closes the connections."""
     try:
         work.wait(SHORT)
     except RuntimeError:
@@ -65,7 +65,7 @@ def _is_done(work: dist.Work) -> bool:
 
 
 class Pairwise(GroupTransport):
-    """One message a peer and transfer, both directions grouped on the lane's communicator."""
+    """One message per peer and transfer, both directions grouped on the lane's communicator."""
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         place = self.begin(tags, lane)

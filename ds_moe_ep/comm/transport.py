@@ -1,4 +1,4 @@
-"""What the interpreter of schedules asks of whatever moves rows.
+"""Interface between the executor of schedules and whatever moves rows.
 
 A transport belongs to one expert-parallel group. It has two lanes, "dispatch" and "combine", each a communicator of
 its own, so that results go back while rows still come. Small collectives have a third one: what a rank tells before its

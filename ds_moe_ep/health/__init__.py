@@ -1,1 +1,1 @@
-"""Knowledge of the other ranks: signs of life, diagnosis, and what follows from it."""
+"""Knowledge of the other ranks: heartbeats, diagnosis, and what follows from it."""

@@ -1,4 +1,4 @@
-"""Whether the lanes of a group may still be used, and how their use ends.
+"""Abort guard: closes the lanes of a group after a failure, and remembers why.
 
 When a transfer fails, or a pass is abandoned, ranks no longer agree on what is on the wire: a retry could read rows of
 the pass before. So the lanes' use ends on the spot, for every layer on them: gloo's connections close, which wakes the

@@ -1,4 +1,7 @@
-"""What the signs of all ranks say: who is in trouble, what failed first, who is where. Pure functions of one view."""
+"""Diagnosis of the job from all ranks' heartbeats: who is unhealthy, what failed first, who is where.
+
+Pure functions of one view.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +17,26 @@ MOST_NAMED = 4  # ranks in trouble that one error names
 
 @dataclass(frozen=True)
 class View:
-    """All that rank `own` knows of the ranks: their signs, what its machine says, since when the store is silent."""
+    """All that rank `own` knows of the ranks: heartbeats, processes, since when the store is silent."""
 
     own: int
     seen: Mapping[int, Seen]
     statuses: Mapping[int, ProcessStatus]
     store_silent_s: float
-    silence_s: float  # who gives no heartbeat for so long is in trouble
+    silence_s: float  # who gives no heartbeat for so long is unhealthy
 
     def others(self) -> list[Seen]:
         return [self.seen[rank] for rank in sorted(self.seen) if rank != self.own]
 
 
 def is_gone(view: View, rank: int) -> bool:
-    """Whether a rank's process has ended."""
+    """True where a rank's process has ended."""
     seen = view.seen.get(rank)
     return view.statuses.get(rank) is ProcessStatus.GONE or (seen is not None and seen.heartbeat.has_left)
 
 
 def is_silent(view: View, rank: int) -> bool:
-    """Whether a rank whose process may live shows no sign of life."""
+    """True where a rank whose process may live gives no heartbeat."""
     seen = view.seen.get(rank)
     if seen is None or is_gone(view, rank):
         return False
@@ -41,17 +44,13 @@ def is_silent(view: View, rank: int) -> bool:
 
 
 def unhealthy(view: View) -> dict[int, str]:
-    """What is wrong with each rank that is gone or silent, itself and the faults that ranks told of left out."""
+    """The state of each rank that is gone or silent, in words; not of this rank, nor of one that told of a fault."""
     wrong = {}
     for seen in view.others():
         heartbeat = seen.heartbeat
         if is_silent(view, heartbeat.rank):
-            life = view.statuses.get(heartbeat.rank, ProcessStatus.UNKNOWN)
-            state = (
-                "is stopped"
-                if life is ProcessStatus.STOPPED
-                else f"has given no sign of life for {seen.silent_s:.0f} s"
-            )
+            is_stopped = view.statuses.get(heartbeat.rank) is ProcessStatus.STOPPED
+            state = "is stopped" if is_stopped else f"has given no sign of life for {seen.silent_s:.0f} s"
         elif is_gone(view, heartbeat.rank) and heartbeat.fault is None:
             state = "has ended" if heartbeat.has_left else "is gone"
         else:
@@ -61,7 +60,7 @@ def unhealthy(view: View) -> dict[int, str]:
 
 
 def first_fault(view: View, is_secondary: bool = False) -> tuple[int, Fault] | None:
-    """The first fault that any rank told of, and the rank. Echoes only tell of another rank's."""
+    """The first fault that any rank told of, and the rank. Secondary ones only tell of another rank's."""
     faults = [
         (s.heartbeat.fault.at_s, s.heartbeat.rank, s.heartbeat.fault)
         for s in view.others()
@@ -83,7 +82,7 @@ def failed_ranks(view: View, ranks: Iterable[int]) -> list[int]:
 
 
 def explain(view: View, suspects: Iterable[int]) -> str:
-    """Why `suspects` did not answer, in one clause: who is in trouble and what failed first, or where they are."""
+    """The reason why `suspects` did not answer: who is unhealthy and what failed first, or where they are."""
     wrong = list(unhealthy(view).values())
     parts = wrong[:MOST_NAMED]
     if len(wrong) > MOST_NAMED:
@@ -96,14 +95,14 @@ def explain(view: View, suspects: Iterable[int]) -> str:
         parts.append(f"first error: rank {root[0]}: {root[1]}")
     if not parts:
         places = spread(view, suspects)
-        echo = first_fault(view, is_secondary=True)
+        secondary = first_fault(view, is_secondary=True)
         parts = [places] if places else []
-        parts += [f"first error: rank {echo[0]}: {echo[1]}"] if echo is not None else []
+        parts += [f"first error: rank {secondary[0]}: {secondary[1]}"] if secondary is not None else []
     return "; ".join(parts)
 
 
 def spread(view: View, ranks: Iterable[int]) -> str:
-    """Which of the ranks are where, those at one place together; ranks without a heartbeat are left out."""
+    """Where each of the ranks is, those at one place together; ranks without a heartbeat are left out."""
     at: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for rank in sorted(ranks):
         if rank in view.seen:
@@ -120,18 +119,16 @@ def spread(view: View, ranks: Iterable[int]) -> str:
 
 
 def is_deadlocked(view: View, own: Heartbeat, least_s: float) -> bool:
-    """Whether every rank that lives waits for others, in more than one place, and none has moved for so long.
+    """True where every rank that lives waits for others, in more than one place, and none has moved for so long.
 
     Ranks in one place may be in a collective that is slow; a rank that waits for none may come yet.
     """
-    signs = [own, *(seen.heartbeat for seen in view.others() if not is_gone(view, seen.heartbeat.rank))]
-    return (
-        len({heartbeat.place for heartbeat in signs}) > 1 and min(heartbeat.blocked_s for heartbeat in signs) > least_s
-    )
+    heartbeats = [own, *(seen.heartbeat for seen in view.others() if not is_gone(view, seen.heartbeat.rank))]
+    return len({each.place for each in heartbeats}) > 1 and min(each.blocked_s for each in heartbeats) > least_s
 
 
 def slow_step(view: View, own: Heartbeat, took_s: float, median_s: float) -> str:
-    """The line about a step that takes long: which ranks are where, and who is in trouble."""
+    """The line about a step that takes long: which ranks are where, and who is unhealthy."""
     wrong = unhealthy(view)
     seen = {**view.seen, own.rank: Seen(own, 0.0, 0.0)}
     whole = View(-1, seen, view.statuses, view.store_silent_s, view.silence_s)
@@ -143,12 +140,12 @@ def slow_step(view: View, own: Heartbeat, took_s: float, median_s: float) -> str
 
 
 def named(heartbeat: Heartbeat) -> str:
-    """A rank with what an operator needs to find it."""
+    """A rank with its process and host, by which an operator finds it."""
     return f"rank {heartbeat.rank} (pid {heartbeat.identity.pid} on {heartbeat.identity.host})"
 
 
 def whereabouts(heartbeat: Heartbeat) -> str:
-    """Where a rank said that it was."""
+    """The place where a rank said that it was."""
     return f"in {heartbeat.place}" if heartbeat.place else "outside of the layers"
 
 

@@ -1,4 +1,4 @@
-"""The last words of a process: an exception that nobody catches is told to the other ranks, and the process ends."""
+"""The excepthook: an exception that nobody catches is told to the other ranks, and the process ends."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from typing import Protocol
 LONGEST_END_S = 15  # from an uncaught exception to the end of the process
 
 
-class Teller(Protocol):
-    """Who tells the other ranks."""
+class FaultReporter(Protocol):
+    """Tells the other ranks of the end of the process."""
 
-    def dies(self, error: BaseException) -> None:
+    def die(self, error: BaseException) -> None:
         """Tells that the process ends with `error`."""
 
 
-def chain(teller: Teller) -> Callable[[], None]:
-    """Puts the teller behind sys.excepthook, which runs first; returns what takes it away again.
+def chain(reporter: FaultReporter) -> Callable[[], None]:
+    """Puts the reporter behind sys.excepthook, which runs first; returns what takes it away again.
 
     Destructors of communicators may wait for transfers that no peer answers, up to the group's time limit: the process
     is ended by SIGALRM when it takes longer than 15 s, unless the program has a use for that signal. An interactive
     interpreter survives its exceptions: there nothing is told.
     """
-    previous, own, pid = sys.excepthook, weakref.ref(teller), os.getpid()
+    previous, own, pid = sys.excepthook, weakref.ref(reporter), os.getpid()
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         previous(kind, error, trace)
-        teller = own()
-        if teller is not None and os.getpid() == pid and not (sys.flags.interactive or hasattr(sys, "ps1")):
+        reporter = own()
+        if reporter is not None and os.getpid() == pid and not (sys.flags.interactive or hasattr(sys, "ps1")):
             _bound_the_end()
-            teller.dies(error)
+            reporter.die(error)
 
     def unchain() -> None:
         if sys.excepthook is hook:

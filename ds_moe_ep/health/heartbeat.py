@@ -1,4 +1,4 @@
-"""What a rank tells the others about itself: where it is, what failed, that it lives."""
+"""Heartbeats: the text by which a rank tells the others where it is, what failed on it, and that it lives."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from ds_moe_ep.errors import PeerError
+from ds_moe_ep.health.secondary_failures import is_secondary_message
 from ds_moe_ep.schedule.spans import Tags
 
-LONGEST_TEXT = 400  # of a fault; what an error quotes of another rank's
+LONGEST_TEXT = 400  # characters of a fault that other ranks' errors quote
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """One rank's sign of life. `beat` grows with each; times are durations, since no two ranks' clocks agree."""
+    """One rank's state for the others. `beat` grows with each; times are durations, since no two clocks agree."""
 
     rank: int
     identity: Identity
@@ -84,22 +85,14 @@ class Heartbeat:
         )
 
 
-ECHOES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "pair closure",
-    "Timed out waiting",
-    "ncclRemoteError",
-    "refused its input: its own error says why",  # of a plan
-)
-
-
 def is_secondary(error: BaseException) -> bool:
-    """Whether an exception only tells of another rank: this package's, or a communicator's own."""
+    """True where an exception only tells of another rank: this package's own kind, or a communicator's message.
+
+    Communicators raise RuntimeError. A BrokenPipeError of a data loader has the same words and is this rank's own.
+    """
     if isinstance(error, PeerError):
         return error.is_secondary
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in ECHOES)
+    return isinstance(error, RuntimeError) and is_secondary_message(str(error))
 
 
 def fault_of(error: BaseException, place: str) -> Fault:

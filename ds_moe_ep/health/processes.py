@@ -1,4 +1,4 @@
-"""Whether a process lives, asked of the machine that it runs on: at once, without its help."""
+"""Status of a process, asked of the machine that it runs on: at once, without its help."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PROCESSES = Path("/proc")
 
 
 class ProcessStatus(Enum):
-    """What is known of a process."""
+    """State of a process, as far as it is known."""
 
     RUNS = "runs"
     STOPPED = "is stopped"
@@ -35,7 +35,7 @@ def identify() -> Identity:
 
 
 def status_of(identity: Identity, machine: str) -> ProcessStatus:
-    """What this machine knows of a process. A zombie is gone."""
+    """The status of a process, as this machine knows it. A zombie is gone."""
     if not machine or identity.machine != machine:
         return ProcessStatus.UNKNOWN
     try:

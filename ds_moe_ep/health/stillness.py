@@ -1,4 +1,4 @@
-"""How long a rank has not moved: told from outside of its main thread, which is in a call that does not return."""
+"""Stillness: how long the main thread has not moved, told by another one, since its own call does not return."""
 
 from __future__ import annotations
 

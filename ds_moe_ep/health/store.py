@@ -1,8 +1,8 @@
-"""The notice board: a thread that posts this rank's signs of life in a store and reads the others'.
+"""Heartbeats in torch.distributed's store: a thread that posts this rank's and reads those of the others.
 
-The store is torch.distributed's own, over a connection of the board's. An operation on it may block for ever, as it
-does when the process that serves it is stopped: only the board's thread uses it, and everybody else reads what it saw
-last. After a failure it tries again over a new connection, in case the server was only paused.
+It has a connection of its own. An operation on the store may block for ever, as it does when the process that serves it
+is stopped: only this thread uses it, and everybody else reads what it saw last. After a failure it tries again over a
+new connection, in case the server was only paused.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Seen:
 
 
 class HeartbeatStore:
-    """Signs of all ranks. `write` makes this rank's; it is called on the board's thread."""
+    """The last heartbeats of all ranks. `write` makes this rank's; it is called on the store's thread."""
 
     def __init__(self, store: Store, rank: int, size: int, interval_s: float, write: Callable[[], Heartbeat]) -> None:
         self.seen: Mapping[int, Seen] = {}
         self.read_s = time.monotonic()  # when the store last answered
-        self.num_read = 0  # the number of the last look that read all signs
+        self.num_read = 0  # the number of the last look that read all heartbeats
         self.is_lost = False  # the store failed in the last look
         self._store, self._rank, self._size, self._write = store, rank, size, write
         self.interval_s = interval_s * max(1.0, size / 64)  # a store serves all ranks, each of which reads all
@@ -56,11 +56,11 @@ class HeartbeatStore:
         self._news = threading.Condition()
         self._num_begun = self._num_done = 0
         self._is_ending = False
-        self._thread = threading.Thread(target=self._run, name="ds_moe_ep board", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="ds_moe_ep heartbeats", daemon=True)
         self._thread.start()
 
     def ask(self, timeout_s: float) -> bool:
-        """Posts and reads at once; whether the store answered in time."""
+        """Posts and reads at once; returns True where the store answered in time."""
         with self._news:
             wanted = self._num_begun + 1
             self._hurry()
@@ -100,7 +100,7 @@ class HeartbeatStore:
                 self._wake.wait(pause_s)
 
     def _look(self, number: int, is_last: bool) -> float:
-        """Posts and reads; for how long to wait then."""
+        """Posts and reads; returns for how many seconds to wait then."""
         try:
             if self.is_lost:
                 self._store = self._store.clone()  # type: ignore[attr-defined] # missing in the stubs
@@ -117,16 +117,19 @@ class HeartbeatStore:
         return min(MEETING_S, self.interval_s) if self._missing else self.interval_s
 
     def _read(self) -> None:
-        """Reads the signs of all ranks that have posted one. After a loss of the store their silence counts anew."""
+        """Reads the heartbeats of all ranks that have posted one.
+
+        After a loss of the store their silence counts anew: nobody can tell who was silent meanwhile.
+        """
         if self._missing and self._store.check(self._missing):
             self._missing = []
         now, later = self._missing[:MOST_CHECKS], self._missing[MOST_CHECKS:]
         self._missing = later + [key for key in now if not self._store.check([key])]
         present = [str(rank) for rank in range(self._size) if str(rank) not in self._missing]
-        signs = [Heartbeat.unpack(text) for text in self._store.multi_get(present)]
+        found = [Heartbeat.unpack(text) for text in self._store.multi_get(present)]
         now_s, before = time.monotonic(), self.seen
         seen = {}
-        for heartbeat in signs:
+        for heartbeat in found:
             old = before.get(heartbeat.rank)
             is_same = old is not None and old.heartbeat.beat == heartbeat.beat and not self.is_lost
             seen[heartbeat.rank] = Seen(heartbeat, old.changed_s if is_same and old is not None else now_s, now_s)
@@ -134,18 +137,18 @@ class HeartbeatStore:
 
 
 def open_store(default: Store, rank: int) -> Store:
-    """A part of the ranks' store for one board, over a connection of its own.
+    """A part of the ranks' store for the heartbeats of one watch, over a connection of its own.
 
-    Ranks open boards in the same order: the n-th of each rank is the same board.
+    Ranks open their watches in the same order: the n-th of each rank uses the same part.
     """
-    number = default.add(f"ds_moe_ep/boards/{rank}", 1)
+    number = default.add(f"ds_moe_ep/heartbeats/opened/{rank}", 1)
     own: Store = default.clone()  # type: ignore[attr-defined] # missing in the stubs
     own.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
-    return PrefixStore(f"ds_moe_ep/board/{number}", own)
+    return PrefixStore(f"ds_moe_ep/heartbeats/{number}", own)
 
 
 def serves(store: Store) -> bool:
-    """Whether this process serves the store, as far as the description of the store that it was given tells."""
+    """True where this process serves the store, as far as the description of the store that it was given tells."""
     text = repr(innermost(store))
     return "server=" in text and "server=<nullptr>" not in text
 

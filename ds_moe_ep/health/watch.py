@@ -1,8 +1,8 @@
-"""The watch: what a rank tells of itself, and what it knows of the others.
+"""The watch: tells the other ranks of this one, and knows of the others.
 
-Each rank posts signs of life on a board (`board.py`), reads the others', and looks after the processes of its own
-machine (`processes.py`). Errors of transfers ask it why a peer did not answer (`diagnosis.py`). Two threads do it: the
-board's, which may block on the store, and the monitor's (`watchdog.py`), which never blocks.
+Each rank posts heartbeats in a store (`store.py`), reads the others', and asks its own machine about their processes
+(`processes.py`). Errors of transfers ask it why a peer did not answer (`diagnosis.py`). Two threads do it: the store's,
+which may block, and the watchdog's (`watchdog.py`), which never blocks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import multiprocessing.util
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -30,12 +29,12 @@ from ds_moe_ep.health.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-INTERVAL_S = 0.5  # between signs of life
-PATIENCE_S = 5.0  # how long an error waits for the signs that explain it
+INTERVAL_S = 0.5  # between heartbeats
+PATIENCE_S = 5.0  # how long an error waits for the heartbeats that explain it
 
 
 class Watch(Protocol):
-    """What layers, lanes and the engine tell the watch and ask of it."""
+    """The watch as layers, lanes and the engine use it."""
 
     def enters(self, place: Place) -> None:
         """The calling thread begins to wait at `place` for other ranks."""
@@ -50,13 +49,13 @@ class Watch(Protocol):
         """Tells all ranks that a pass, or the process, ended with `error`. Returns once it is posted, or after 1 s."""
 
     def explain(self, suspects: Iterable[int]) -> str:
-        """Why these ranks do not answer, or an empty string. Waits up to 5 s for signs that tell."""
+        """The reason why these ranks do not answer, or an empty string. Waits up to 5 s for heartbeats that tell."""
 
     def failed_ranks(self, ranks: Iterable[int]) -> list[int]:
         """Those of the ranks that are gone or silent, or failed by themselves, as far as is known now."""
 
     def knows_failure(self) -> bool:
-        """Whether any rank is known now to be gone or silent, or to have failed by itself."""
+        """True where any rank is known now to be gone or silent, or to have failed by itself."""
 
     def step_begins(self, number: int) -> None:
         """A step begins, unless this one runs already."""
@@ -64,8 +63,8 @@ class Watch(Protocol):
     def step_ends(self, is_done: bool = True) -> None:
         """The step is done, or given up: no line about a slow step until the next."""
 
-    def among_others(self, what: str) -> AbstractContextManager[None]:
-        """A scope in which ranks need each other: a process that is stuck there is ended, and says in what it was."""
+    def among_others(self, call: str) -> AbstractContextManager[None]:
+        """A scope in which ranks need each other: a process that is stuck there is ended, and says in which call."""
 
     def end(self) -> None:
         """Says goodbye and ends the threads; the end of the process does it too."""
@@ -101,7 +100,7 @@ class Unwatched:
     def step_ends(self, is_done: bool = True) -> None:
         return None
 
-    def among_others(self, what: str) -> AbstractContextManager[None]:
+    def among_others(self, call: str) -> AbstractContextManager[None]:
         return nullcontext()
 
     def end(self) -> None:
@@ -114,23 +113,21 @@ class RankWatch:
     def __init__(
         self, store: Store, rank: int, size: int, timeout_s: float, interval_s: float, serves_store: bool = False
     ) -> None:
-        self._pulse = pulse = RankState(store, rank, size, interval_s, serves_store)
-        self._finalizer = weakref.finalize(self, _end, pulse, Watchdog(pulse, timeout_s, interval_s), chain(pulse))
+        self._state = state = RankState(store, rank, size, interval_s, serves_store)
+        self._finalizer = weakref.finalize(self, _end, state, Watchdog(state, timeout_s, interval_s), chain(state))
         multiprocessing.util.Finalize(self, self._finalizer, exitpriority=1)  # its children end without atexit
 
     def enters(self, place: Place) -> None:
-        self._pulse.places[threading.get_ident()] = place
+        self._state.enter(place)
 
     def leaves(self) -> None:
-        pulse = self._pulse
-        pulse.last = pulse.places.pop(threading.get_ident(), None)
-        pulse.moved_s = time.monotonic()
+        self._state.leave()
 
     def guards(self, guard: AbortGuard) -> None:
-        self._pulse.guard(guard)
+        self._state.guard(guard)
 
     def report(self, error: BaseException, place: str) -> None:
-        self._pulse.fail(error, place)
+        self._state.fail(error, place)
 
     def explain(self, suspects: Iterable[int]) -> str:
         suspects, end_s = tuple(suspects), time.monotonic() + PATIENCE_S
@@ -139,60 +136,55 @@ class RankWatch:
             is_clear = first_fault(view) or unhealthy(view) or view.store_silent_s > view.silence_s
             if is_clear or _all_show_life(view, first, suspects):
                 break
-            time.sleep(max(0.1, self._pulse.board.interval_s / 10))
+            time.sleep(max(0.1, self._state.heartbeats.interval_s / 10))
             view = self._fresh_view()
         return explain(view, suspects)
 
     def failed_ranks(self, ranks: Iterable[int]) -> list[int]:
-        return failed_ranks(self._pulse.view(), ranks)
+        return failed_ranks(self._state.view(), ranks)
 
     def knows_failure(self) -> bool:
-        view = self._pulse.view()
+        view = self._state.view()
         return bool(unhealthy(view)) or first_fault(view) is not None or view.store_silent_s > view.silence_s
 
     def _fresh_view(self) -> View:
-        """The view behind a new look at the board, unless whoever serves the store is known to be in trouble."""
-        view = self._pulse.view()
+        """The view behind a new look at the store, unless the rank that serves it is known to be unhealthy.
+
+        That rank's store would let each look wait in vain.
+        """
+        view = self._state.view()
         if any(view.seen[rank].heartbeat.serves_store for rank in unhealthy(view)):
             return view
-        self._pulse.board.ask(1.0)
-        return self._pulse.view()
+        self._state.heartbeats.ask(1.0)
+        return self._state.view()
 
     def step_begins(self, number: int) -> None:
-        pulse = self._pulse
-        if pulse.is_in_step and pulse.step == number:
-            return
-        pulse.step, pulse.step_began_s = number, time.monotonic()
-        pulse.moved_s, pulse.is_in_step = pulse.step_began_s, True
+        self._state.begin_step(number)
 
     def step_ends(self, is_done: bool = True) -> None:
-        pulse = self._pulse
-        if pulse.is_in_step:
-            pulse.moved_s, pulse.is_in_step = time.monotonic(), False
-            if is_done:
-                pulse.durations_s.append(pulse.moved_s - pulse.step_began_s)
+        self._state.end_step(is_done)
 
-    def among_others(self, what: str) -> AbstractContextManager[None]:
-        return self._pulse.among_others(what)
+    def among_others(self, call: str) -> AbstractContextManager[None]:
+        return self._state.among_others(call)
 
     def end(self) -> None:
         self._finalizer()
 
 
 def _all_show_life(view: View, before: View, suspects: Iterable[int]) -> bool:
-    """Whether each suspect has given a sign of life since an earlier look, which may have shown one from before it."""
+    """True where each suspect has given a heartbeat since an earlier look, which may have shown one from before it."""
     return all(
         rank in view.seen and rank in before.seen and view.seen[rank].heartbeat.beat > before.seen[rank].heartbeat.beat
         for rank in suspects
     )
 
 
-def _end(pulse: RankState, monitor: Watchdog, unchain: Callable[[], None]) -> None:
-    if os.getpid() != pulse.identity.pid:
+def _end(state: RankState, watchdog: Watchdog, unchain: Callable[[], None]) -> None:
+    if os.getpid() != state.identity.pid:
         return  # a forked child, which has neither threads nor a say
-    monitor.end()
+    watchdog.end()
     unchain()
-    pulse.say_goodbye()
+    state.say_goodbye()
 
 
 def open_watch(timeout_s: float, interval_s: float = INTERVAL_S) -> Watch:

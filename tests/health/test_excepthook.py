@@ -20,7 +20,7 @@ class Recorder:
     def __init__(self) -> None:
         self.errors: list[BaseException] = []
 
-    def dies(self, error: BaseException) -> None:
+    def die(self, error: BaseException) -> None:
         self.errors.append(error)
 
 

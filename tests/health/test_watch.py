@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from ds_moe_ep.health import rank_state as pulse
+from ds_moe_ep.health import rank_state
 from ds_moe_ep.health import watchdog as monitor
 from ds_moe_ep.health.heartbeat import Place
 from ds_moe_ep.health.watch import RankWatch, open_watch
@@ -50,7 +50,7 @@ def wait_for(condition: Callable[[], object], longest_s: float = 20.0) -> None:
 
 def meet(watch: RankWatch) -> None:
     """Until this rank has seen a sign of every other."""
-    wait_for(lambda: len(watch._pulse.board.seen) == dist.get_world_size())
+    wait_for(lambda: len(watch._state.heartbeats.seen) == dist.get_world_size())
 
 
 def be_slow() -> None:
@@ -201,8 +201,8 @@ def test_a_stopped_rank_that_serves_the_store_is_named_without_waiting_for_the_s
 def far_apart() -> tuple[float, str]:
     """Each rank as if on a machine of its own; rank 1 dies, and rank 0 asks why it does not answer."""
     rank = dist.get_rank()
-    here = replace(pulse.identify(), host=f"n{rank}", machine=f"m{rank}")
-    pulse.identify = lambda: here  # type: ignore[assignment]
+    here = replace(rank_state.identify(), host=f"n{rank}", machine=f"m{rank}")
+    rank_state.identify = lambda: here  # type: ignore[assignment]
     watch = open_watch(60.0, QUICK_S)
     meet(watch)
     alive_s, alive = timed(watch.explain, [1 - rank])

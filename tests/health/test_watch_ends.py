@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from ds_moe_ep.errors import PeerError
-from ds_moe_ep.health import rank_state as pulse
-from ds_moe_ep.health import store, watch, watchdog
+from ds_moe_ep.health import rank_state, store, watch, watchdog
 from ds_moe_ep.health.abort import AbortGuard
 from ds_moe_ep.health.heartbeat import Heartbeat, Identity, Place
 from ds_moe_ep.health.rank_state import RankState
@@ -50,7 +49,7 @@ def paused_store() -> bool:
     """Rank 0, which serves the store, pauses for longer than the store's limit; whether rank 1 lost and found it."""
     store.RETRY_S = 0.5  # type: ignore[misc]
     own_watch = watch_at_a_store_of_rank_0(60.0, limit_s=1.0)
-    own = own_watch._pulse.board
+    own = own_watch._state.heartbeats
     if dist.get_rank() == 0:
         pause(0.0, 2.5)
     else:
@@ -108,7 +107,7 @@ def test_a_rank_that_is_gone_ends_the_lanes_of_those_that_wait_for_it_and_of_no_
 
 def end_without_the_store(folder: str) -> None:
     """Rank 0, which serves the store, says goodbye and goes; the goodbye of rank 2 cannot be posted any more."""
-    pulse.LEAVING_S = 0.5  # type: ignore[misc]
+    rank_state.LEAVING_S = 0.5  # type: ignore[misc]
     own_watch, rank = watch_at_a_store_of_rank_0(60.0), dist.get_rank()
     pids = [0] * 3
     dist.all_gather_object(pids, os.getpid())
@@ -118,7 +117,7 @@ def end_without_the_store(folder: str) -> None:
         os._exit(0)
     with lines() as seen, own_watch.among_others("step 1"):
         time.sleep(3.5)
-    Path(folder, "1").write_text(str((seen, own_watch._pulse.view().statuses[2].name)))
+    Path(folder, "1").write_text(str((seen, own_watch._state.view().statuses[2].name)))
 
 
 def test_a_goodbye_that_no_store_took_is_no_alarm(tmp_path: Path) -> None:
@@ -134,9 +133,9 @@ def end_as_a_child_of_multiprocessing() -> bool:
     if dist.get_rank() == 1:
         multiprocessing.util._run_finalizers(0)
     else:
-        wait_for(lambda: own_watch._pulse.board.seen[1].heartbeat.has_left, 5.0)
+        wait_for(lambda: own_watch._state.heartbeats.seen[1].heartbeat.has_left, 5.0)
     dist.barrier()
-    return own_watch._pulse.has_left
+    return own_watch._state.has_left
 
 
 def test_children_of_multiprocessing_say_goodbye() -> None:
@@ -161,14 +160,14 @@ def faults_told() -> list[str]:
         (own.fail, PeerError("rank 3 did not answer"), ("a pass",)),
         (own.fail, ValueError("bad luck"), ("a pass",)),
         (own.fail, ValueError("later"), ("a pass",)),
-        (own.dies, ValueError("bad luck"), ()),
-        (own.dies, PeerError("rank 3 did not answer"), ()),
-        (own.dies, KeyError("the end"), ()),
+        (own.die, ValueError("bad luck"), ()),
+        (own.die, PeerError("rank 3 did not answer"), ()),
+        (own.die, KeyError("the end"), ()),
     ]
     for tell, error, words in steps:
         tell(error, *words)
         told.append(f"{own.fault}")
-    own.board.end(1.0)
+    own.heartbeats.end(1.0)
     return told
 
 
@@ -226,9 +225,9 @@ def test_the_end_waits_until_the_last_sign_is_posted() -> None:
 
 def lose_a_server_elsewhere(folder: str) -> None:
     """Rank 0 serves the store, as if on a machine of its own, and pauses, while rank 1 is in a call of the engine's."""
-    pulse.SILENCE_S, watchdog.MARGIN_S = 1.0, 0.5  # type: ignore[misc]
-    rank, here = dist.get_rank(), pulse.identify()
-    pulse.identify = lambda: replace(here, machine=f"m{rank}")  # type: ignore[assignment]
+    rank_state.SILENCE_S, watchdog.MARGIN_S = 1.0, 0.5  # type: ignore[misc]
+    rank, here = dist.get_rank(), rank_state.identify()
+    rank_state.identify = lambda: replace(here, machine=f"m{rank}")  # type: ignore[assignment]
     own_watch = watch_at_a_store_of_rank_0(1.0, limit_s=1.0)
     if rank == 0:
         pause(0.0, 6.0)

@@ -14,11 +14,11 @@ from typing import Literal
 from ds_moe_ep.config.topology import Torus, even_share, torus_of
 from ds_moe_ep.doctor.links.outcome import LinksOutcome, Presence, TriedLink
 from ds_moe_ep.doctor.verdicts import Status, Verdict
+from ds_moe_ep.health.secondary_failures import is_secondary_message
 from ds_moe_ep.records.quantity import number
 
 Reach = Literal["near", "far"]
 SLOW = 3.0  # a pair this many times slower than the median of its class stands out
-ECHOES = ("Connection closed", "Connection reset", "Broken pipe", "remote peer", "remote worker", "imed out")
 ALIKE = 1.25  # near and far within this factor are the same
 
 
@@ -86,9 +86,9 @@ def judge_ranks(outcome: LinksOutcome) -> Iterator[Verdict]:
     yield _verdict("ranks", "ok", f"{size} of {size} came up in {outcome.waited_s:.1f} s on {where}, {outcome.backend}")
     yield from judge_devices(outcome.up)
     if outcome.failed:
-        rank, error = min(outcome.failed.items(), key=lambda item: _is_echo(item[1]))
+        rank, error = min(outcome.failed.items(), key=lambda item: is_secondary_message(item[1]))
         found = f"rank {rank} failed: {error}"
-        if outcome.silent and _is_echo(error):
+        if outcome.silent and is_secondary_message(error):
             found = f"{_ranks(outcome.silent)} ended or stopped without a word; {found}"
         fix = "look at what these processes say; see the environment above: interfaces, adapters, one GPU per rank"
         yield _verdict("transfers", "problem", found, fix)
@@ -104,11 +104,6 @@ def judge_devices(up: Mapping[int, Presence]) -> Iterator[Verdict]:
     if 0 < len(without) < len(up):
         found = f"{_ranks(without)} of {len(up)} have no GPU of their own, so gloo was tried instead of NCCL"
         yield _verdict("devices", "warning", found, "start as many ranks on each host as it has GPUs (here: --ranks)")
-
-
-def _is_echo(error: str) -> bool:
-    """True for an error that only tells that another rank has gone."""
-    return any(sign in error for sign in ECHOES)
 
 
 def judge_hosts(hosts: Mapping[int, str], node_size: int) -> Iterator[Verdict]:
