@@ -53,7 +53,7 @@ class Model(nn.Module):
 
 
 class Overlap(TrainerCallback):
-    """Gives the engine its company as soon as there is one, and tells at the end what was hidden."""
+    """Gives the engine its extensions as soon as there is one, and tells at the end what was hidden."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer

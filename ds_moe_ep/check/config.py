@@ -64,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCheck:
-    """What follows once the model is known."""
+    """Sizes and work that follow once the model is known."""
 
     model: ModelConfig
     parameters: Parameters
@@ -113,7 +113,7 @@ def check_config(
     world_size: int | None = None,
     budget: Budget | None = None,
 ) -> Check:
-    """What `source` would run. Raises ConfigError or TopologyError for what cannot work."""
+    """The run that `source` describes. Raises ConfigError or TopologyError for what cannot work."""
     budget = budget or Budget()
     ds_config = load_ds_config(source)
     if "moe_ep" not in ds_config:
@@ -169,7 +169,7 @@ def _does_not_fit(memory: Memory, budget: Budget, fix: str) -> str:
 
 
 def needs(memory: Memory) -> str:
-    """What a GPU needs, for the error of one that has less."""
+    """The memory that a GPU needs, for the error of one that has less."""
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -181,7 +181,7 @@ def needs(memory: Memory) -> str:
 
 
 def memory_fix(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> str:
-    """What makes a model that is too large for a GPU fit, or at least smaller."""
+    """The change that makes a model fit a GPU, or at least smaller."""
 
     def fits(smaller: Training) -> bool:
         return count_memory(model, moe, smaller, budget.load).peak <= budget.free_bytes
@@ -201,7 +201,7 @@ def memory_fix(model: ModelConfig, moe: MoEConfig, training: Training, budget: B
 
 
 def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -> Iterator[str]:
-    """What a reader should know, though nothing forbids it."""
+    """Notes on things that a reader should know, though nothing forbids them."""
     moe, model = section.moe, section.model
     release = deepspeed_keys.installed_release()
     known = deepspeed_keys.keys_of(deepspeed_keys.TOP_LEVEL, release).known

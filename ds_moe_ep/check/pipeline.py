@@ -1,4 +1,4 @@
-"""What `check-config` tells of a model that a layout cuts: the fullest stage, its work, notes, and ways out."""
+"""Check of a model that a layout cuts: the fullest stage, its work, notes, and ways out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPECIFIED_MICRO_BATCHES = 4  # of one batch (the specification, section 2)
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineCheck:
-    """What follows once the model and its layout are known. Bytes and parameters are those of the fullest stage."""
+    """Sizes and work of a model in a layout. Bytes and parameters are those of the fullest stage."""
 
     model: ModelConfig
     parameters: Parameters
@@ -50,7 +50,7 @@ class PipelineCheck:
 
 
 def check_pipeline(model: ModelConfig, moe: MoEConfig, training: Training, free_bytes: int) -> PipelineCheck:
-    """What a rank of the layout holds, moves and computes, whether it fits `free_bytes` or not."""
+    """The rank of the layout that holds most: what it holds, moves and computes, fit for `free_bytes` or not."""
     return PipelineCheck(
         model=model,
         parameters=count_parameters(model, moe),
@@ -61,7 +61,7 @@ def check_pipeline(model: ModelConfig, moe: MoEConfig, training: Training, free_
 
 
 def pipeline_fix(model: ModelConfig, moe: MoEConfig, training: Training, free_bytes: int) -> str:
-    """What makes a stage that is too full fit, or at least smaller."""
+    """The change that makes a stage fit, or at least smaller."""
 
     def fits(smaller: Training) -> bool:
         return fullest_stage(model, moe, smaller).memory.peak <= free_bytes
@@ -81,7 +81,7 @@ def pipeline_fix(model: ModelConfig, moe: MoEConfig, training: Training, free_by
 def pipeline_notes(
     ds_config: Mapping[str, Any], moe: MoEConfig, model: ModelConfig | None, training: Training
 ) -> Iterator[str]:
-    """What a reader should know of a layout, though nothing forbids it."""
+    """Notes on a layout that a reader should know, though nothing forbids them."""
     layout = training.layout
     if training.zero_stage and training.num_copies == 1:
         yield "one copy of the model (world_size = tp_size * pp_size): ZeRO has nothing to share"
@@ -106,12 +106,12 @@ def pipeline_notes(
 
 
 def is_specified(model: ModelConfig, moe: MoEConfig, layout: Layout) -> bool:
-    """Whether this is the specification's model in its TP8/PP2 layout."""
+    """True for the specification's model in its TP8/PP2 layout."""
     return layout == SPECIFIED_LAYOUT and (moe.num_experts, moe.top_k) == (16, 1) and has_specified_shapes(model)
 
 
 def has_specified_shapes(model: ModelConfig) -> bool:
-    """Whether the model has the specification's sizes."""
+    """True where the model has the specification's sizes."""
     same = ("num_layers", "hidden_size", "num_heads", "expert_width", "expert", "sequence_length")
     return all(getattr(model, name) == getattr(specified.MODEL, name) for name in same)
 

@@ -26,7 +26,7 @@ class Recorder(Protocol):
         """A scope to open on the lane, around the op. May be called from the lanes' threads."""
 
     def spans(self) -> list[Span]:
-        """What was recorded since the last call. On CUDA waits for the device."""
+        """The spans that were recorded since the last call. On CUDA waits for the device."""
 
 
 class Off:

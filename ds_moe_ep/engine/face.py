@@ -53,7 +53,7 @@ class Gate(Router, TopKGate):
 
     @property
     def drop_tokens(self) -> bool:
-        """Whether experts have a capacity, in the mode that the gate is in."""
+        """True where experts have a capacity, in the mode that the gate is in."""
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
         return factor is not None
 
@@ -99,7 +99,7 @@ class LayerFace(Timed, ExpertParallel, MOELayer):
     def forward(self, x: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         clock = self.gate.clock
         clock.begin(self._device, is_on=self.wall_clock_breakdown and self.training)
-        self.dispatcher.clock = clock.lanes
+        self.dispatcher.time_with(clock.lanes)
         with clock.scope("moe"):
             output, self.l_aux, self.exp_counts = super().forward(x, used_token)
         return output, self.l_aux, self.exp_counts

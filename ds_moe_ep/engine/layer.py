@@ -96,7 +96,7 @@ class MoE(DeepSpeedMoE):
 
     @property
     def kind(self) -> str:
-        """What made it, beside the kinds of hooked layers."""
+        """The origin of the layer, as hooked layers have theirs."""
         return "ds_moe_ep.MoE"
 
     @property
@@ -111,7 +111,7 @@ class MoE(DeepSpeedMoE):
 
     @property
     def dispatcher(self) -> Dispatcher:
-        """What moves the layer's rows."""
+        """The dispatcher that moves the layer's rows."""
         return self.deepspeed_moe.dispatcher
 
     @property
@@ -121,7 +121,7 @@ class MoE(DeepSpeedMoE):
 
     @property
     def last_counts_E(self) -> Tensor:
-        """This rank's choices an expert in the last forward pass."""
+        """This rank's choices per expert in the last forward pass."""
         return self.deepspeed_moe.last_counts_E
 
     def mark_experts(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the engine's company (meter, choices, monitor) asks of a layer, whether the package made it or hooked it."""
+"""Interface of a layer for an engine's extensions (meter, choices, reports), whether it is made here or hooked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class OverlappedLayer(Protocol):
 
     @property
     def kind(self) -> str:
-        """What made it."""
+        """The origin of the layer: its own class, or that of DeepSpeed which is hooked."""
 
     @property
     def ep_size(self) -> int:
@@ -33,7 +33,7 @@ class OverlappedLayer(Protocol):
 
     @property
     def dispatcher(self) -> Dispatcher:
-        """What moves its rows."""
+        """The dispatcher that moves its rows."""
 
     @property
     def balance(self) -> BiasBalance | None:
@@ -41,4 +41,4 @@ class OverlappedLayer(Protocol):
 
     @property
     def last_counts_E(self) -> Tensor:
-        """This rank's choices an expert in the last forward pass."""
+        """This rank's choices per expert in the last forward pass."""

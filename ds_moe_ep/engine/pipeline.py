@@ -63,7 +63,7 @@ class Pipeline(PipelineModule):
         return loss + routing_losses if self.training else loss
 
     def get_additional_losses(self) -> Mapping[str, Tensor]:
-        """What the engine averages over micro-batches and tells every stage."""
+        """The losses that the engine averages over micro-batches and tells every stage."""
         return {"cross_entropy": self.cross_entropy}
 
 

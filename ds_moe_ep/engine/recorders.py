@@ -62,7 +62,7 @@ def mend_registry() -> bool:
 
 
 def takes_names(kind: type[dict[str, Any]]) -> bool:
-    """Whether a kind of registry can be read and set by the name of a class."""
+    """True where a kind of registry can be read and set by the name of a class."""
     probe = kind()
     try:
         is_default = probe.get("name", None) is None

@@ -183,12 +183,12 @@ def at_init_inference(connect: Callable[[nn.Module], None]) -> None:
 
 
 def is_moe_layer(module: Any) -> bool:
-    """Whether DeepSpeed takes a module for an MoE layer, as it numbers them in checkpoints."""
+    """True where DeepSpeed takes a module for an MoE layer, as it numbers them in checkpoints."""
     return isinstance(module, MoE) or is_autoep_layer(module)
 
 
 def is_expert_parameter(parameter: torch.Tensor) -> bool:
-    """Whether DeepSpeed averages a parameter's gradient over the replicas of one expert, and not over all ranks."""
+    """True where DeepSpeed averages a parameter's gradient over the replicas of one expert, and not over all ranks."""
     return not getattr(parameter, "allreduce", True)
 
 
@@ -200,7 +200,7 @@ def zero_groups(optimizer: Any) -> list[tuple[list[torch.Tensor], bool]]:
 
 
 def is_autoep_layer(module: Any) -> bool:
-    """Whether AutoEP put a module in the place of a block of experts."""
+    """True where AutoEP put a module in the place of a block of experts."""
     return bool(getattr(module, "_is_autoep_layer", False))
 
 
@@ -256,7 +256,7 @@ def ds_config_of(engine: Any) -> Mapping[str, Any]:
 
 
 def has_data_before_experts(engine: Any) -> bool:
-    """Whether an engine's expert-parallel groups hold ranks that are apart, as its ds_config says."""
+    """True where an engine's expert-parallel groups hold ranks that are apart, as its ds_config says."""
     return bool(engine._config.use_data_before_expert_parallel_)
 
 
@@ -266,7 +266,7 @@ def release() -> str:
 
 
 def has(name: str) -> bool:
-    """Whether the installed release has a name of `LATER`."""
+    """True where the installed release has a name of `LATER`."""
     return LATER[name].find() is not None
 
 

@@ -14,7 +14,7 @@ from ds_moe_ep.config.parallel_keys import refuse_shared_sequences, refuse_share
 from ds_moe_ep.config.section import Section, load_ds_config, read_section
 from ds_moe_ep.config.training import read_training
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.hooks.attach import accompany
+from ds_moe_ep.engine.hooks.attach import extend_engine
 from ds_moe_ep.engine.hooks.hook import hook
 from ds_moe_ep.engine.hooks.layer import traffic_of
 from ds_moe_ep.engine.hooks.unconverted import refuse_unconverted
@@ -76,7 +76,7 @@ def initialize(
 
 
 def join(engine: Any, own: Mapping[str, MoE], section: Section) -> None:
-    """Hooks what the section says, and gives the engine its company. Collective over the world."""
+    """Hooks what the section says, and gives the engine its extensions. Collective over the world."""
     if section.moe.attach:
         refuse_unconverted(engine.module, seams.ds_config_of(engine))
     hooked = hook(engine.module, traffic_of(section.moe)) if section.moe.attach else {}
@@ -84,7 +84,7 @@ def join(engine: Any, own: Mapping[str, MoE], section: Section) -> None:
         if not own and not hooked:
             name = type(engine.module).__name__
             raise EngineError(f"model={name}: no layer shares its experts over ranks; set ep_size above 1")
-        accompany(engine, own, hooked, section)
+        extend_engine(engine, own, hooked, section)
     except BaseException:
         for layer in hooked.values():
             layer.remove()

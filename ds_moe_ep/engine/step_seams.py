@@ -1,4 +1,4 @@
-"""What the package relies on in a step of DeepSpeed's engine: its optimizer's making, its clipping, its end.
+"""Private names of a step of DeepSpeed's engine: its optimizer's making, its clipping, its end.
 
 Part of `seams.py`, as to releases and private names.
 """
@@ -10,6 +10,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+
+# Methods of the engine that its `step` goes through.
+TAKE_MODEL_STEP = "_take_model_step"
+CLIP_GRADIENTS = "clip_fp32_gradients"
 
 # Methods of the wrappers of fp16 and bf16 optimizers that clip.
 WRAPPER_NAMES = ("step", "unscale_and_clip_grads")
@@ -28,14 +32,14 @@ def once_it_has_an_optimizer(engine: Any, then: Callable[[], object]) -> None:
     engine._configure_optimizer = configure_and_tell
 
 
-def after_model_step(engine: Any, then: Callable[[bool], None]) -> None:
-    """Calls `then` after each step of the engine's optimizer, with whether it moved the parameters.
+def telling_model_step(
+    engine: Any, take_model_step: Callable[..., Any], then: Callable[[bool], None]
+) -> Callable[..., Any]:
+    """The engine's model step, which then calls `then` with True where it moved the parameters.
 
-    A plain engine's `step` and a pipeline engine's `train_batch` both come through the method wrapped here.
+    A plain engine's `step` and a pipeline engine's `train_batch` both come through it.
     """
-    take_model_step = engine._take_model_step
 
-    @functools.wraps(take_model_step)
     def take_and_tell(*args: Any, **kwargs: Any) -> Any:
         scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)  # it skips a step and tells nobody
         scale = scaler.get_scale() if scaler is not None else 0.0
@@ -44,7 +48,7 @@ def after_model_step(engine: Any, then: Callable[[bool], None]) -> None:
         then(not is_skipped)
         return result
 
-    engine._take_model_step = take_and_tell
+    return take_and_tell
 
 
 def clipping_of(engine: Any) -> Literal["whole", "gradients", "wrapper"]:
@@ -57,7 +61,7 @@ def clipping_of(engine: Any) -> Literal["whole", "gradients", "wrapper"]:
 
 
 def scales_loss(engine: Any) -> bool:
-    """Whether gradients reach the optimizer with the loss scale that it divides them by."""
+    """True where gradients reach the optimizer with the loss scale that it divides them by."""
     is_divided = clipping_of(engine) == "wrapper" and engine.fp16_enabled()
     return not is_divided or hasattr(engine, "_do_optimizer_backward")  # the wrapper's own backward, until 0.17
 

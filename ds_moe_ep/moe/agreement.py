@@ -1,4 +1,4 @@
-"""What the ranks of a group agree on before rows move, and what they are told where they do not.
+"""Agreement of a group's ranks before rows move, and the errors where they do not agree.
 
 1. A pass begins with one small all-to-all of heads, on a communicator that carries no rows. A forward pass adds its
    counts of rows; a backward pass on the host is a head alone. So whatever passes the ranks are in, they meet here.
@@ -36,7 +36,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Mode(IntEnum):
-    """What kind of pass a rank is in."""
+    """Kind of the pass that a rank is in."""
 
     EVALUATION = 0
     EVALUATION_WITH_GRADIENT = 1
@@ -59,7 +59,7 @@ class Mode(IntEnum):
 
 @dataclass(frozen=True)
 class Call:
-    """Which pass of which layer this is. Ranks of a group must be in the same, and have chosen one schedule."""
+    """One pass of one layer. Ranks of a group must be in the same, and have chosen one schedule."""
 
     layer: str = ""
     number: int = 0
@@ -80,7 +80,7 @@ NO_CALL = Call()
 
 
 class CountsHeader(NamedTuple):
-    """What all ranks must have alike before rows move."""
+    """Header of the counts exchange: must be equal on all ranks before rows move."""
 
     width: int
     dtype: int
@@ -94,14 +94,14 @@ class CountsHeader(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What a rank tells in front of its counts."""
+    """The columns in front of a rank's counts: the header, and what this rank alone tells."""
 
-    agreed: CountsHeader
+    header: CountsHeader
     sees_drift: bool = False
     needs_gradient: bool = False
 
     def columns(self) -> tuple[int, ...]:
-        return *self.agreed, int(self.sees_drift), int(self.needs_gradient)
+        return *self.header, int(self.sees_drift), int(self.needs_gradient)
 
     @classmethod
     def read(cls, columns: Sequence[int]) -> Head:
@@ -152,8 +152,8 @@ class Agreement:
         call, (width, dtype) = self.call, self.row_type
         layer, schedule = (crc32(text.encode()) for text in (call.layer, call.schedule))
         kind, experts = DTYPES.index(dtype), self.num_experts
-        agreed = CountsHeader(width, kind, capacity, experts, layer, call.number, call.mode, schedule, call.history)
-        return Head(agreed, self.sees_drift, self.needs_gradient)
+        header = CountsHeader(width, kind, capacity, experts, layer, call.number, call.mode, schedule, call.history)
+        return Head(header, self.sees_drift, self.needs_gradient)
 
     def _exchange(self, send_PC: Tensor, own: Head) -> Tensor:
         """The exchange of heads and counts. Counts beyond its columns follow once the ranks know their number."""
@@ -170,9 +170,9 @@ class Agreement:
         layer, ranks = self.call.layer or "MoE layer", self.transport.ranks
         heads = [Head.read(row) for row in rows]
         for rank, head in zip(ranks, heads, strict=True):
-            if head.agreed.width == BAD_INPUT:
+            if head.header.width == BAD_INPUT:
                 raise EngineError(f"{layer}: rank {rank} refused its input: its own error says why")
-        odd = [peer for peer, head in enumerate(heads) if head.agreed != own.agreed]
+        odd = [peer for peer, head in enumerate(heads) if head.header != own.header]
         if not odd:
             return heads
         if any(place_of(heads[peer]) != place_of(own) for peer in odd):
@@ -181,7 +181,7 @@ class Agreement:
         differences = "; ".join(
             f"{mine} on rank {here}, {theirs} on rank {ranks[peer]}"
             for peer in odd[:3]
-            for mine, theirs in (describe(own.agreed, heads[peer].agreed),)
+            for mine, theirs in (describe(own.header, heads[peer].header),)
         )
         raise EngineError(
             f"{layer}: {differences}: all ranks of the group need the same; give every rank the same model and, with a "
@@ -206,14 +206,14 @@ def num_columns(num_local_experts: int) -> int:
 
 def place_of(head: Head) -> tuple[int, int, int]:
     """The pass that a rank is in."""
-    return head.agreed.layer, head.agreed.call, head.agreed.mode
+    return head.header.layer, head.header.call, head.header.mode
 
 
 def describe(own: CountsHeader, other: CountsHeader) -> tuple[str, str]:
-    """What two ranks in the same pass have where they differ, for an error."""
+    """The differences of two ranks in the same pass, as each has them, for an error."""
     odd = [name for name, a, b in zip(CountsHeader._fields, own, other, strict=True) if a != b]
     mine, theirs = (
-        ", ".join(f"{name}={_shown(name, getattr(agreed, name))}" for name in odd) for agreed in (own, other)
+        ", ".join(f"{name}={_shown(name, getattr(header, name))}" for name in odd) for header in (own, other)
     )
     return mine, theirs
 

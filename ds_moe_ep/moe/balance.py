@@ -66,7 +66,7 @@ def z_loss(logits_TE: Tensor) -> Tensor:
 
 
 class BiasBalance(nn.Module):
-    """A bias an expert on the choice alone, moved one step against its load (arXiv 2408.15664, algorithm 1).
+    """A bias per expert on the choice alone, moved one step against its load (arXiv 2408.15664, algorithm 1).
 
     The bias is a whole number of steps and is stored as one: exact in every precision that an engine casts to, and
     equal on all ranks. The load since the last step is kept beside it and is not saved.
@@ -85,7 +85,7 @@ class BiasBalance(nn.Module):
 
     @property
     def bias_E(self) -> Tensor:
-        """What is added to the scores before the choice, in fp32."""
+        """The bias that is added to the scores before the choice, in fp32."""
         return self.steps_E.float() * self.step_size
 
     @torch.no_grad()

@@ -97,7 +97,7 @@ def _padded_plan(routing: Routes, num_experts: int, agreement: Agreement) -> Dis
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the exchange brings: rows by peer and local expert, and what any rank of the group told."""
+    """The result of the exchange: rows by peer and local expert, and what any rank of the group told."""
 
     send_PL: Counts
     recv_PL: Counts

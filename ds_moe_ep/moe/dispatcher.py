@@ -43,7 +43,7 @@ from ds_moe_ep.schedule.build import Schedule, backward_schedule, forward_schedu
 
 @dataclass(frozen=True)
 class Connection:
-    """What ties a layer to its group: the transport, and the schedules over the group's torus.
+    """Connection of a layer to its group: the transport, and the schedules over the group's torus.
 
     The controls are the same pieces at depth 0.
     """
@@ -67,19 +67,23 @@ class Connection:
 
 
 class Dispatcher:
-    """The dispatcher of one layer. With ep_size > 1 it needs `connect` before its first call."""
+    """The dispatcher of one layer. With ep_size > 1 it needs `connect` before its first call.
+
+    Whoever uses it reads its state and changes it by its methods: each change that schedules follow from makes the
+    connection anew, and between passes alone.
+    """
 
     def __init__(self, config: MoEConfig, name: str = "") -> None:
-        self.config = config
-        self.name = name  # in the record and in errors
-        self.connection = Connection.of(config, Loopback(), Torus(1, 1)) if config.ep_size == 1 else None
-        self.lanes: Lanes | None = None
-        self.recorder: Recorder = Off()
-        self.clock: Recorder = Off()  # a second one, of whoever times the layer besides
-        self.blocking = False  # runs the control: the same pieces, nothing hidden, the same results bit for bit
-        self.choice: Choice | None = None  # of the schedule 'auto'
-        self.drift = Drift(config.retune_drift)
-        self._device: torch.device | None = None
+        self._config = config
+        self._name = name
+        self._connection = Connection.of(config, Loopback(), Torus(1, 1)) if config.ep_size == 1 else None
+        self._lanes: Lanes | None = None
+        self._device: torch.device | None = None  # of the lanes
+        self._recorder: Recorder = Off()
+        self._clock: Recorder = Off()
+        self._is_blocking = False
+        self._choice: Choice | None = None
+        self._drift = Drift(config.retune_drift)
         self._num_calls = 0
         self._history = 0  # a digest of the backward passes so far
         self._bare: Transport | None = None  # the transport without the callbacks
@@ -87,49 +91,94 @@ class Dispatcher:
         self._num_copies = 0
 
     def __deepcopy__(self, memo: object) -> Dispatcher:
-        """A dispatcher of its own over the same links: communicators, and who watches them, are the process's."""
+        """A dispatcher of its own over the same transport: communicators, and who watches them, are the process's."""
         self._num_copies += 1  # its name tells ranks that are in another copy
-        twin = Dispatcher(self.config, f"copy {self._num_copies} of {self.name or 'a layer'}")
-        twin.choice, twin._callbacks = self.choice, list(self._callbacks)
+        twin = Dispatcher(self._config, f"copy {self._num_copies} of {self._name or 'a layer'}")
+        twin._choice, twin._callbacks = self._choice, list(self._callbacks)
         if self._bare is not None:
             twin.connect(self._bare, self.torus)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What another process can use: all but the links."""
-        return Dispatcher, (self.config, self.name), {"choice": self.choice, "_callbacks": self._callbacks}
+        """All that another process can use: not the connection."""
+        return Dispatcher, (self._config, self._name), {"_choice": self._choice, "_callbacks": self._callbacks}
 
-    def configure(self, config: MoEConfig) -> None:
-        """Takes other knobs than it was made with. Local; the number of experts and ep_size stay."""
-        own = self.config
-        assert (config.num_experts, config.ep_size) == (own.num_experts, own.ep_size), "these shape parameters"
-        self.config, self.choice = config, None
-        self.drift = Drift(config.retune_drift)
-        self._reconnect()
+    @property
+    def config(self) -> MoEConfig:
+        """The knobs in force."""
+        return self._config
+
+    @property
+    def name(self) -> str:
+        """The layer's name in records and errors."""
+        return self._name
+
+    @property
+    def connection(self) -> Connection | None:
+        """The connection; None before `connect`."""
+        return self._connection
+
+    @property
+    def choice(self) -> Choice | None:
+        """The schedule that "auto" stands for; None before the first pass of training."""
+        return self._choice
+
+    @property
+    def recorder(self) -> Recorder:
+        """The recorder of the passes of training."""
+        return self._recorder
+
+    @property
+    def is_blocking(self) -> bool:
+        """True while passes run the control."""
+        return self._is_blocking
 
     @property
     def torus(self) -> Torus:
-        """Where the ranks of the layer's group stand; one rank before it is connected."""
-        return Torus(1, 1) if self.connection is None else self.connection.forward.torus
+        """The torus on which the ranks of the layer's group stand; one rank before it is connected."""
+        return Torus(1, 1) if self._connection is None else self._connection.forward.torus
 
     @property
     def bare_transport(self) -> Transport | None:
-        """What it was connected with: the links' transport without the callbacks."""
+        """The transport that it was connected with, without the callbacks."""
         return self._bare
 
+    def rename(self, name: str) -> None:
+        """Takes the name that records and errors show. Local, but the same on every rank of the group."""
+        self._name = name
+
+    def record(self, recorder: Recorder, *, is_blocking: bool = False) -> None:
+        """Records the passes of training from now on; `Off()` ends it. Local, between passes.
+
+        With `is_blocking` they run the control: the same pieces with nothing hidden, and the same results bit for bit.
+        """
+        self._recorder, self._is_blocking = recorder, is_blocking
+
+    def time_with(self, clock: Recorder) -> None:
+        """Takes a second recorder, of whoever times the layer besides."""
+        self._clock = clock
+
+    def configure(self, config: MoEConfig) -> None:
+        """Takes other knobs than it was made with. Local; the number of experts and ep_size stay."""
+        own = self._config
+        assert (config.num_experts, config.ep_size) == (own.num_experts, own.ep_size), "these shape parameters"
+        self._config = config
+        self._drift = Drift(config.retune_drift)
+        self.forget_choice()
+
     def connect(self, transport: Transport, torus: Torus | None = None) -> None:
-        """Takes its links. Local. `torus` places the group's ranks on nodes; by default all share one.
+        """Takes its connection. Local. `torus` places the group's ranks on nodes; by default all share one.
 
         Raises ConfigError when the group's size is not ep_size.
         """
-        if transport.size != self.config.ep_size:
+        if transport.size != self._config.ep_size:
             raise ConfigError(
-                f"moe_ep.ep_size={self.config.ep_size}, but the layer is connected to a group of {transport.size} "
+                f"moe_ep.ep_size={self._config.ep_size}, but the layer is connected to a group of {transport.size} "
                 "ranks: pass the group of ep_size ranks that share its experts"
             )
         self._bare = transport
         transport = with_callbacks(transport, self._callbacks)
-        self.connection = Connection.of(self._resolved_config(), transport, torus or Torus(1, transport.size))
+        self._connection = Connection.of(self._resolved_config(), transport, torus or Torus(1, transport.size))
 
     def add_callback(self, callback: TransferCallback) -> None:
         """Puts a callback around each message of the layer, behind those that are there. Between passes.
@@ -149,30 +198,33 @@ class Dispatcher:
 
     def take_choice(self, choice: Choice) -> None:
         """Runs the schedule of a choice where the configuration says 'auto'. Local; every rank takes the same one."""
-        self.choice = choice
+        self._choice = choice
+        self._reconnect()
+
+    def forget_choice(self) -> None:
+        """Lets the next pass of training choose again. Local; every rank forgets its choice in the same place."""
+        self._choice = None
         self._reconnect()
 
     def _reconnect(self) -> None:
-        if self.connection is not None:
-            self.connection = Connection.of(
-                self._resolved_config(), self.connection.transport, self.connection.forward.torus
-            )
+        if self._connection is not None:
+            self._connection = Connection.of(self._resolved_config(), self._connection.transport, self.torus)
 
     def _resolved_config(self) -> MoEConfig:
         """The configuration with the schedule that 'auto' stands for; serial until one is chosen."""
-        if self.config.schedule != "auto":
-            return self.config
-        return replace(self.config, **(self.choice.knobs if self.choice else {"schedule": "serial"}))
+        if self._config.schedule != "auto":
+            return self._config
+        return replace(self._config, **(self._choice.knobs if self._choice else {"schedule": "serial"}))
 
     def checked_connection(self) -> Connection:
-        """The links. Raises EngineError before `connect`."""
-        if self.connection is None:
+        """The connection. Raises EngineError before `connect`."""
+        if self._connection is None:
             raise EngineError(
-                f"moe_ep.ep_size={self.config.ep_size}: the layer has no expert-parallel group yet (a pickled one "
+                f"moe_ep.ep_size={self._config.ep_size}: the layer has no expert-parallel group yet (a pickled one "
                 "comes back without); pass the model to deepspeed.initialize or ds_moe_ep.initialize, or call the "
                 "layer's set_deepspeed_parallelism(), or its connect(transport) where there is no DeepSpeed"
             )
-        return self.connection
+        return self._connection
 
     @contextmanager
     def announcing(self, device: torch.device, training: bool) -> Iterator[None]:
@@ -184,10 +236,10 @@ class Dispatcher:
             yield
         except BaseException:
             self._num_calls += 1  # as the peers, for whom this call has begun
-            if device.type == "cpu" or self.config.capacity(1, training) is None:
+            if device.type == "cpu" or self._config.capacity(1, training) is None:
                 with suppress(EngineError):  # the first failure is the one to tell
-                    transport, call = self.checked_connection().transport, Call(self.name)
-                    announce_bad_input(transport, self.config.num_local_experts, device, call)
+                    transport, call = self.checked_connection().transport, Call(self._name)
+                    announce_bad_input(transport, self._config.num_local_experts, device, call)
             raise
 
     def __call__(
@@ -202,20 +254,23 @@ class Dispatcher:
 
         Collective over the expert group, forward and backward: every rank of the group calls it equally often.
         """
-        connection, in_triton = self.checked_connection(), use_triton(self.config, x_TD.device)
-        row_type = (x_TD.shape[1], x_TD.dtype)
-        sees_drift = self.drift.is_beyond_bound()
-        call = Call(self.name, self._num_calls, connection.text, Mode.of(training), self._history)
+        connection, in_triton = self.checked_connection(), use_triton(self._config, x_TD.device)
+        transport, row_type = connection.transport, (x_TD.shape[1], x_TD.dtype)
+        sees_drift = self._drift.is_beyond_bound()
+        call = Call(self._name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
         needs = needs_gradient(x_TD, routes, experts, shared)
-        num_experts, transport = self.config.num_experts, connection.transport
-        plan = make_plan(routes, num_experts, transport, row_type, sees_drift, call, needs, in_triton)
+        plan = make_plan(routes, self._config.num_experts, transport, row_type, sees_drift, call, needs, in_triton)
         try:
-            rows_ND, weights_TK, context = self._prepare(x_TD, routes, plan, experts, training, shared)
+            rows_ND, weights_TK = in_send_order(x_TD, routes, plan, in_triton)
+            if training:
+                self._tune(rows_ND, plan, experts, shared)
+            # From here on: what was tuned may run another schedule than the one that this call was announced with.
+            context = self._context(x_TD, plan, training, shared)
             if plan.goes_backward and not needs:  # a peer's pass backward needs this rank's
                 rows_ND.requires_grad_()
         except BaseException as error:  # the peers are about to send rows, and to wait for some
-            connection.transport.abandon(error, call.tags)
+            transport.abandon(error, call.tags)
             raise
         context = replace(context, begin_backward=partial(self._begin_backward, call, row_type, x_TD.is_cuda))
         results_ND, shared_TD = run_experts(rows_ND, experts, context, shared)
@@ -228,63 +283,54 @@ class Dispatcher:
         transport = self.checked_connection().transport
         if transport.size > 1 and not is_cuda:
             now = replace(call, mode=Mode.BACKWARD, history=self._history)
-            Agreement(transport, now, self.config.num_experts, row_type).on_backward()
+            Agreement(transport, now, self._config.num_experts, row_type).on_backward()
         self._history = crc32(str(call.number).encode(), self._history)
 
-    def _prepare(
-        self,
-        x_TD: Tensor,
-        routes: Routes,
-        plan: DispatchPlan,
-        experts: LocalExperts,
-        training: bool,
-        shared: SharedExpert | None,
-    ) -> tuple[Tensor, Tensor, PassContext]:
-        """The rows [N, D] in send order, the weights [T, K] of their results, and their way."""
-        connection = self.checked_connection()
-        if self.lanes is None or self._device != x_TD.device:
-            self.lanes, self._device = make_lanes(x_TD.device, connection.transport.size), x_TD.device
-        rows_ND, weights_TK = permute(x_TD, plan.maps, use_triton(self.config, x_TD.device)), routes.weights_TK
-        if routes.weighs_rows:
-            weight_of_row_N1 = weights_TK.flatten()[plan.maps.choice_of_row_N].unsqueeze(1)
-            rows_ND, weights_TK = (rows_ND * weight_of_row_N1).to(x_TD.dtype), torch.ones_like(weights_TK)
-        is_tuned = self.config.schedule == "auto" and connection.transport.size > 1
-        if is_tuned and training and not torch.is_inference_mode_enabled():
-            connection = self._tune(rows_ND, plan, experts, shared, self.lanes)
-        num_shared = 0 if shared is None else len(x_TD)
-        layout = lay_out(
-            plan, connection.forward.pieces, connection.forward.torus, connection.transport.rank, num_shared
-        )
-        forward, backward = (
-            (connection.control_forward, connection.control_backward)
-            if self.blocking
-            else (connection.forward, connection.backward)
-        )
-        recorder = Both.of(self.recorder, self.clock) if training else Off()
-        return (
-            rows_ND,
-            weights_TK,
-            PassContext(layout, forward, backward, connection.transport, self.lanes, recorder, self.name),
-        )
+    def _lanes_on(self, device: torch.device) -> Lanes:
+        """The lanes, made in the first pass: only then is the device known for certain."""
+        if self._lanes is None or self._device != device:
+            self._lanes, self._device = make_lanes(device, self.checked_connection().transport.size), device
+        return self._lanes
 
-    def _tune(
-        self, rows_ND: Tensor, plan: DispatchPlan, experts: LocalExperts, shared: SharedExpert | None, lanes: Lanes
-    ) -> Connection:
-        """The links to use now: measured anew where there is no choice yet, or where some rank sees drift."""
-        assert self.connection is not None
-        self.drift.see(plan.num_received)
-        if self.choice is None or plan.is_drift_seen:
-            if shared is not None:
-                shared = replace(shared, x_TD=shared.x_TD.detach())
-            transport = self.connection.transport
-            trial = AutotuneRun(self.config, rows_ND.detach(), plan, experts, transport, self.torus, lanes, shared)
-            self.take_choice(trial.choose())
-            self.drift.restart()
-        return self.connection
+    def _tune(self, rows_ND: Tensor, plan: DispatchPlan, experts: LocalExperts, shared: SharedExpert | None) -> None:
+        """Measures anew and takes the choice, where "auto" has none yet or some rank sees drift. Collective then."""
+        transport = self.checked_connection().transport
+        if self._config.schedule != "auto" or transport.size == 1 or torch.is_inference_mode_enabled():
+            return
+        self._drift.see(plan.num_received)
+        if self._choice is not None and not plan.is_drift_seen:
+            return
+        if shared is not None:
+            shared = replace(shared, x_TD=shared.x_TD.detach())
+        lanes = self._lanes_on(rows_ND.device)
+        run = AutotuneRun(self._config, rows_ND.detach(), plan, experts, transport, self.torus, lanes, shared)
+        self.take_choice(run.choose())
+        self._drift.restart()
+
+    def _context(self, x_TD: Tensor, plan: DispatchPlan, training: bool, shared: SharedExpert | None) -> PassContext:
+        """The pass of a plan: where its rows lie, and by which schedules, lanes and transport they move."""
+        connection = self.checked_connection()
+        transport, torus = connection.transport, connection.forward.torus
+        num_shared = 0 if shared is None else len(x_TD)
+        layout = lay_out(plan, connection.forward.pieces, torus, transport.rank, num_shared)
+        schedules = (connection.forward, connection.backward)
+        if self._is_blocking:
+            schedules = (connection.control_forward, connection.control_backward)
+        recorder = Both.of(self._recorder, self._clock) if training else Off()
+        return PassContext(layout, *schedules, transport, self._lanes_on(x_TD.device), recorder, self._name)
+
+
+def in_send_order(x_TD: Tensor, routes: Routes, plan: DispatchPlan, in_triton: bool | None) -> tuple[Tensor, Tensor]:
+    """The rows [N, D] in the order in which they are sent, and the weights [T, K] of their results."""
+    rows_ND, weights_TK = permute(x_TD, plan.maps, in_triton), routes.weights_TK
+    if not routes.weighs_rows:
+        return rows_ND, weights_TK
+    weight_of_row_N1 = weights_TK.flatten()[plan.maps.choice_of_row_N].unsqueeze(1)
+    return (rows_ND * weight_of_row_N1).to(x_TD.dtype), torch.ones_like(weights_TK)
 
 
 def needs_gradient(x_TD: Tensor, routes: Routes, experts: LocalExperts, shared: SharedExpert | None) -> bool:
-    """Whether something of this rank's needs the backward pass through the experts."""
+    """True where something of this rank's needs the backward pass through the experts."""
     if not torch.is_grad_enabled():
         return False
     parameters = [*experts.expert_parameters(), *(() if shared is None else shared.experts.expert_parameters())]

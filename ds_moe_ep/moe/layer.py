@@ -94,7 +94,7 @@ class ExpertParallel(nn.Module):
 
     @not_compiled
     def forward(self, x: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [..., D], the weighted balance loss [], and this rank's choices an expert [E] for input [..., D].
+        """Output [..., D], the weighted balance loss [], and this rank's choices per expert [E] for input [..., D].
 
         Collective over the expert group, forward and backward: every rank of the group calls it equally often, with
         any number of tokens (with a capacity: the same number). `used_token` [...] is zero for tokens to leave out;
@@ -142,5 +142,5 @@ class ExpertParallel(nn.Module):
         if used_token is not None and used_token.numel() != x.numel() // self.hidden_size:
             raise ConfigError(
                 f"used_token.shape={tuple(used_token.shape)}: holds {used_token.numel()} entries for "
-                f"{x.numel() // self.hidden_size} tokens; give one a token"
+                f"{x.numel() // self.hidden_size} tokens; give one per token"
             )

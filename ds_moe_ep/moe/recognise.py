@@ -1,4 +1,4 @@
-"""Which known mathematics an expert module computes, read from its traced graph and never guessed from its class.
+"""Recognises the mathematics of an expert module: read from its traced graph, never guessed from its class.
 
 What was read holds as long as nothing has changed that it was read from (`snapshot.py`): each pass asks `ExpertForms`,
 which compares and reads again, so that a layer computes what `expert(x)` computes whenever an expert was changed.
@@ -112,13 +112,13 @@ class _NoConstants(TorchFunctionMode):
 
 
 def _leaves_are_torch() -> bool:
-    """Whether the modules that a form is made of compute what torch says: nobody has replaced their code."""
+    """True where the modules that a form is made of compute what torch says: nobody has replaced their code."""
     functionals = ((F.linear, torch._C._nn.linear), (F.gelu, torch._C._nn.gelu))
     return all(cls.forward.__module__ == cls.__module__ for cls in _LEAVES) and all(a is b for a, b in functionals)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward and nothing else, on parameters of torch's own type."""
+    """True where calling the module runs its class's forward and nothing else, on parameters of torch's own type."""
     own = vars(module)
     return not (
         has_hooks(module)
@@ -131,7 +131,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is the product with its weight, and nothing else."""
+    """True where calling the module is the product with its weight, and nothing else."""
     return type(module) is nn.Linear and vars(module)["_parameters"]["bias"] is None and is_plain(module)
 
 
@@ -180,7 +180,7 @@ def _gelu(template: nn.Module, node: Any) -> str | None:
 
 
 def _silu_input(template: nn.Module, node: Any) -> Any:
-    """What a SiLU node is applied to, or None for any other node."""
+    """The input of a SiLU node, or None for any other node."""
     if not isinstance(node, torch.fx.Node):
         return None
     if node.op == "call_module" and type(template.get_submodule(str(node.target))) is nn.SiLU:

@@ -1,4 +1,4 @@
-"""Which experts a token visits, and with what weight.
+"""Router: the experts that a token visits, and with what weight.
 
 1. Logits and scores in fp32 (GShard, arXiv 2006.16668, section 2.2; sigmoid scores: DeepSeek-V3, arXiv 2412.19437).
 2. The choice: top-k of the scores, with training noise and the balancing bias where configured.
@@ -175,7 +175,7 @@ class Router(nn.Module):
         return torch.cat([first_T1, second_T1], 1)
 
     def _priority(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
-        """What decides who keeps a place, best highest; None for first come, first served."""
+        """The priority by which choices keep a place, best highest; None for first come, first served."""
         if self.config.drop_policy == "score":
             return scores_TE.gather(1, expert_ids_TK)
         if self.config.drop_policy == "random":

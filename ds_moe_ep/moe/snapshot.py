@@ -37,20 +37,20 @@ _MISSING = object()
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module would call hooks of its own."""
+    """True where calling the module would call hooks of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
 
 def has_foreign_hooks(module: nn.Module) -> bool:
-    """Whether it has other hooks than a profiler's, which count and change nothing."""
+    """True where it has other hooks than a profiler's, which count and change nothing."""
     profilers = {handle.id for name, handle in vars(module).items() if name in _PROFILER_HANDLES}
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(set(each) - profilers for each in hooks)
 
 
 def has_global_hooks() -> bool:
-    """Whether calling any module would call somebody's hooks."""
+    """True where calling any module would call somebody's hooks."""
     return bool(torch_module._has_any_global_hook())
 
 
@@ -74,7 +74,7 @@ class Snapshot:
         self.is_complete = not self._names.unknowable
 
     def holds(self, roots: Sequence[nn.Module]) -> bool:
-        """Whether these are the same modules in the same state."""
+        """True for the same modules in the same state."""
         return (
             len(roots) == len(self._roots)
             and all(map(operator.is_, roots, self._roots))
@@ -105,7 +105,7 @@ class _Names:
         self._seen: set[tuple[int, int]] = set()
 
     def hold(self) -> bool:
-        """Whether each name still stands for the same object."""
+        """True where each name still stands for the same object."""
         return all(getattr(owner, name, _MISSING) is value for owner, name, value in self._attributes.values()) and all(
             names.get(name, _MISSING) is value for names, name, value in self._globals.values()
         )
@@ -192,12 +192,12 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _is_torch(value: Any) -> bool:
-    """Whether a function or an object is of torch's own code: it does what its name says."""
+    """True where a function or an object is of torch's own code: it does what its name says."""
     return str(getattr(value, "__module__", None) or "").split(".")[0] == "torch"
 
 
 def _is_pure(function: types.BuiltinFunctionType) -> bool:
-    """Whether a function of C code is torch's, or one that gives the same for the same arguments."""
+    """True where a function of C code is torch's, or gives the same for the same arguments."""
     owner = function.__self__
     if isinstance(owner, types.ModuleType):
         return owner.__name__ in _PURE or owner.__name__.split(".")[0] == "torch"

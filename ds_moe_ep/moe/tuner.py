@@ -5,7 +5,7 @@ On the first forward pass of training, with its real rows and experts:
 1. Probe: one exchange of the near rows, of the far rows and of next to nothing, and one serial pass, each a few times.
    The ranks average what they measured: from here on all of them compute with the same numbers.
 2. Price every candidate (`price.py`) and keep the cheapest ones.
-3. Race these against the serial schedule, forward and backward, alternating. A schedule wins only where its time is
+3. Benchmark these beside the serial schedule, forward and backward, alternating. A schedule wins only where its time is
    below the serial one by more than the spread of the rounds; else the layer stays serial.
 
 A choice changes the time; results are as equal as between any two schedules (ARCHITECTURE.md). A measurement leaves no
@@ -45,21 +45,21 @@ from ds_moe_ep.schedule.spans import Span
 PROBES = 2  # measured runs of each probe, after one that warms up
 ROUNDS = 7
 PRICE_STEP = 1e-3  # of the lowest price: what is closer counts as equal
-SMOOTHING = 0.05  # weight of one pass in the mean of received rows
-MIN_PASSES = 200  # between two measurements
+SMOOTHING = 0.05  # weight of one pass in the mean of received rows: some 20 passes count, and no odd batch alone
+MIN_PASSES = 200  # between two measurements, each as long as some thirty passes
 
 CHOSEN = ("schedule", "peer_group_size", "row_cuts", "chunks", "depth")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the tuner decided: the knobs of the schedule, and why. The same on every rank of an expert group."""
+    """Decision of the tuner: the knobs of the schedule, and why. The same on every rank of an expert group."""
 
     knobs: Mapping[str, Any]
     time_to_serial: float  # measured, median of the rounds; 1 where serial was chosen
     predicted_to_serial: float
     serial_ms: float
-    raced: Mapping[str, float]  # what else was measured: its time over serial's
+    raced: Mapping[str, float]  # the others of the benchmark, under the name that checkpoints have: times over serial's
 
     def __str__(self) -> str:
         others = "".join(f"; {name}: {ratio:.2f}" for name, ratio in self.raced.items())
@@ -114,15 +114,15 @@ class Drift:
         self._passes += 1
 
     def is_beyond_bound(self) -> bool:
-        """Whether this rank wants another measurement."""
+        """True where this rank wants another measurement."""
         if not self._bound or self._base is None or self._passes < MIN_PASSES:
             return False
-        return abs(self._mean - self._base) > self._bound * max(self._base, 1.0)
+        return abs(self._mean - self._base) > self._bound * max(self._base, 1.0)  # from no rows any are a drift
 
 
 @dataclass(frozen=True)
 class AutotuneRun:
-    """What a measurement works with: one pass's rows (without gradient), plan, experts and links."""
+    """One measurement, with a pass's own rows (without gradient), plan, experts and transport."""
 
     config: MoEConfig
     rows_ND: Tensor
@@ -139,24 +139,27 @@ class AutotuneRun:
             return self._choose()
 
     def _choose(self) -> Choice:
+        # All ranks go on with the same numbers, the means: else two of them might choose two schedules, and hang.
         priced = ranked(self.config, self.torus, self.measure_costs())
         predicted_us = {str(knobs): us for us, knobs in priced}
         serial: Mapping[str, Any] = {"schedule": "serial"}
         finalists = self._finalists(priced)
-        times = self._race([serial, *finalists])
+        times = self._benchmark([serial, *finalists])
         serial_ms = 1e3 * statistics.median(times[0])
         best, best_ratio = serial, 1.0
-        raced: dict[str, float] = {}
+        others: dict[str, float] = {}
         for knobs, seconds in zip(finalists, times[1:], strict=True):
+            # Round by round: both sides of a ratio had the same neighbours on the machine and on the link.
             ratios = [mine / its for mine, its in zip(seconds, times[0], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-            raced[described(knobs)] = middle
+            others[described(knobs)] = middle
+            # Beyond the spread: a gain within it may be chance, and serial costs nothing to keep.
             if high + (high - low) < 1 and middle < best_ratio:
                 best, best_ratio = knobs, middle
-        raced.pop(described(best), None)
+        others.pop(described(best), None)
         predicted = predicted_us[str(best)] / max(predicted_us[str(serial)], 1e-9)
         return Choice(
-            knobs=best, time_to_serial=best_ratio, predicted_to_serial=predicted, serial_ms=serial_ms, raced=raced
+            knobs=best, time_to_serial=best_ratio, predicted_to_serial=predicted, serial_ms=serial_ms, raced=others
         )
 
     def _finalists(self, priced: Sequence[tuple[float, Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
@@ -178,6 +181,7 @@ class AutotuneRun:
         """The mean rank's costs, the same on every rank. Collective."""
         pieces = probe_pieces(self.torus, int(self._mean([len(self.rows_ND)])[0]))
         found = [self._costs_of(self._wire_spans(pieces), self._serial_spans()) for _ in range(PROBES + 1)][1:]
+        # The least of the runs: what disturbs a measurement makes it longer, never shorter.
         values = torch.tensor([dataclasses.astuple(costs) for costs in found], dtype=torch.float64).amin(0)
         return Costs(**dict(zip((f.name for f in dataclasses.fields(Costs)), self._mean(values.tolist()), strict=True)))
 
@@ -212,12 +216,13 @@ class AutotuneRun:
         self._pass(dataclasses.replace(self._context_of({"schedule": "serial"}), recorder=recorder))
         return recorder.spans()
 
-    def _race(self, knobs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    def _benchmark(self, knobs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Seconds of each, round by round, of the mean rank. Collective."""
         contexts = [self._context_of(each) for each in knobs]
         times: list[list[float]] = [[] for _ in knobs]
         for index in range(ROUNDS + 1):
             order = list(range(len(contexts)))
+            # Back and forth, so that neither a drift of the clock nor what a neighbour left in the caches favours one.
             for side in order if index % 2 else order[::-1]:
                 seconds = self._timed(contexts[side])
                 if index:  # the first round warms up

@@ -56,7 +56,7 @@ def disturbance(how: str) -> Callable[[], None]:
 def make_layer(transport: Transport, config: MoEConfig) -> ExpertParallel:
     """A small layer that calls itself layers.2.moe in errors."""
     layer = ExpertParallel(D, GeluMLP(D, 16), config)
-    layer.dispatcher.name = "layers.2.moe"
+    layer.dispatcher.rename("layers.2.moe")
     layer.connect(transport, Torus(1, transport.size))
     return layer
 

@@ -71,8 +71,8 @@ def run_layer(
     layer.connect(make_transport(device, 4), TORUS)
     dispatcher = layer.dispatcher
     links: Connection = dispatcher.checked_connection()
-    dispatcher.connection = dataclasses.replace(links, forward=change(links.forward), backward=change(links.backward))
-    dispatcher.lanes, dispatcher._device = make_lanes(torch.device("cpu")), torch.device("cpu")
+    dispatcher._connection = dataclasses.replace(links, forward=change(links.forward), backward=change(links.backward))
+    dispatcher._lanes, dispatcher._device = make_lanes(torch.device("cpu")), torch.device("cpu")
     x_TD = torch.randn(40, 8, requires_grad=True)
     with device:
         y_TD, loss, _ = layer(x_TD)

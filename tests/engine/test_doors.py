@@ -56,7 +56,7 @@ def ds_config(stage: int = 0, gas: int = 1, **more: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": gas,
         "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}},
         "zero_optimization": {"stage": stage},
-        "gradient_clipping": 0.0,  # without ZeRO, the company's norm is another one than DeepSpeed's
+        "gradient_clipping": 0.0,  # without ZeRO, the extensions' norm is another one than DeepSpeed's
         "steps_per_print": 10**9,
         **more,
     }

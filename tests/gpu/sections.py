@@ -173,11 +173,11 @@ def make_blocked(layer: ExpertParallel) -> Callable[[Callable[[], None]], Callab
 
     def of(work: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            layer.dispatcher.blocking = True
+            layer.dispatcher.record(layer.dispatcher.recorder, is_blocking=True)
             try:
                 work()
             finally:
-                layer.dispatcher.blocking = False
+                layer.dispatcher.record(layer.dispatcher.recorder)
 
         return run
 
@@ -187,11 +187,12 @@ def make_blocked(layer: ExpertParallel) -> Callable[[Callable[[], None]], Callab
 def overlap_of(layer: ExpertParallel, work: Callable[[], None], of: Sizes) -> Overlap:
     """The traffic of one run of the work, and how much of it lay beside compute."""
     recorder = make_recorder(of.device, 0)
-    before, layer.dispatcher.recorder = layer.dispatcher.recorder, recorder
+    before = layer.dispatcher.recorder
+    layer.dispatcher.record(recorder)
     try:
         work()
     finally:
-        layer.dispatcher.recorder = before
+        layer.dispatcher.record(before)
     return accounts(recorder.spans())[Tags()]
 
 

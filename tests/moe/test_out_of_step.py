@@ -35,7 +35,7 @@ class Two:
         torch.manual_seed(dist.get_rank())
         self.layers = [ExpertParallel(D, GeluMLP(D, 16), config) for _ in range(2)]
         for index, layer in enumerate(self.layers):
-            layer.dispatcher.name = f"layers.{index}"
+            layer.dispatcher.rename(f"layers.{index}")
             layer.connect(lanes, Torus(1, SIZE))
 
     def __call__(self, index: int) -> Tensor:

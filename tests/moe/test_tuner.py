@@ -121,7 +121,7 @@ def choices_under_drift(watchers: tuple[int, ...]) -> list[int]:
     tuner.MIN_PASSES, tuner.SMOOTHING = 2, 1.0
     layer = make_layer(0.0, retune_drift=0.5)
     if dist.get_rank() not in watchers:
-        layer.dispatcher.drift = Drift(0.0)
+        layer.dispatcher._drift = Drift(0.0)
     passes, last = [], None
     for index in range(6):
         with torch.no_grad():

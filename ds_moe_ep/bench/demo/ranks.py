@@ -89,8 +89,9 @@ def _contender(name: str, config: MoEConfig, plan: DemoPlan, transport: Transpor
     with torch.no_grad():
         layer.gate.wg.weight.copy_(gate_weight(CASE))
     layer.connect(transport, torus_of(range(NUM_RANKS), RANKS_PER_NODE))
-    layer.dispatcher.name = f"emulated {name}"
-    layer.dispatcher.recorder = recorder = HostRecorder(transport.rank)
+    layer.dispatcher.rename(f"emulated {name}")
+    recorder = HostRecorder(transport.rank)
+    layer.dispatcher.record(recorder)
     x_TD = tokens(CASE, transport.rank).requires_grad_()
     return Contender(layer, x_TD, output_gradient(CASE, transport.rank), recorder)
 

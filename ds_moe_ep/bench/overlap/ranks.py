@@ -116,7 +116,7 @@ def _run(rank: int, plan: OverlapPlan, tell: Callable[[Finding], object]) -> Non
         if rank == 0 and plan.bed is not None:
             plan.bed.shape(shaping.rate_mbit)
         if "auto" in sides:
-            sides["auto"].layer.get_submodule("deepspeed_moe").dispatcher.choice = None  # type: ignore[union-attr]
+            sides["auto"].layer.get_submodule("deepspeed_moe").dispatcher.forget_choice()  # type: ignore[union-attr, operator]
         for index in range(plan.warm_ups + plan.rounds):
             order = rotation(plan.sides, index)
             for name in order[::-1] if index % 2 else order:  # so that few rounds have different neighbours, too
@@ -153,7 +153,7 @@ def contender(name: str, plan: OverlapPlan, rank: int) -> Contender:
     if name in (*OURS, HOOKED, WIRE):
         recorder = HostRecorder(rank)
         inner: Any = layer.get_submodule("deepspeed_moe")
-        (inner.overlap if name == HOOKED else inner).dispatcher.recorder = recorder
+        (inner.overlap if name == HOOKED else inner).dispatcher.record(recorder)
     if name != AUTOEP:
         with torch.no_grad():
             layer.get_submodule("deepspeed_moe.gate.wg").weight.copy_(gate_weight(case))  # type: ignore[operator]

@@ -81,7 +81,7 @@ def measure_bed(bed: Bed, turns: Mapping[str, Turn], plan: SystemsPlan, tell: Te
         plan.testbed.shape(bed.rate_mbit)
     if plan.schedule == "auto" and "ep16" in turns:
         for layer in turns["ep16"].system.engine.moe_ep_layers.values():
-            layer.deepspeed_moe.dispatcher.choice = None  # chosen again for these links
+            layer.dispatcher.forget_choice()  # chosen again for these links
     gc.collect()
     gc.freeze()
     for index in range(plan.warm_ups + plan.rounds):

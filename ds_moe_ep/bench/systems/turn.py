@@ -41,7 +41,7 @@ class Turn:
         self.recorder = make_recorder(self.device, dist.get_rank()) if system.name in OURS else None
         if self.recorder is not None:
             for layer in system.engine.moe_ep_layers.values():
-                layer.deepspeed_moe.dispatcher.recorder = self.recorder
+                layer.dispatcher.record(self.recorder)
 
     def run(self, mode: str) -> None:
         """One pass; leaves `seconds`: the pass, its parts, what the device was busy, traffic total and exposed."""

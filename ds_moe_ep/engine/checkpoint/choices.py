@@ -1,12 +1,13 @@
-"""What `"schedule": "auto"` chose: told in the log and kept in checkpoints, so that a run repeats itself."""
+"""Choices of `"schedule": "auto"`: told in the log and kept in checkpoints, so that a run repeats itself."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall, SaveCall, StepCall
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.tuner import Choice
@@ -14,46 +15,34 @@ from ds_moe_ep.moe.tuner import Choice
 KEY = "moe_ep_schedules"  # in the checkpoint's client state
 
 
-class ChoiceLog:
-    """Says each choice once, on rank 0."""
-
-    def __init__(self, layers: Mapping[str, OverlappedLayer]) -> None:
-        self._layers = layers
-        self._said: dict[str, Choice] = {}
-
-    def tell(self) -> None:
-        """Says what was chosen since the last call. Local."""
-        for name, layer in self._layers.items():
-            choice = layer.choice
-            if choice is not None and self._said.get(name) is not choice:
-                self._said[name] = choice
-                seams.log_rank0(f"{name}: schedule chosen: {choice}")
-
-
-def keep_choices(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
-    """Wraps the engine's save_checkpoint and load_checkpoint so that choices travel in the client state.
+class ChoiceKeeper(EngineCallback):
+    """Logs each choice once, on rank 0, and lets choices travel in the client state of checkpoints.
 
     A choice is taken only by a layer whose schedule is 'auto', on the torus that it was made for; a layer without one
     measures in its first pass of training.
     """
-    save, load = engine.save_checkpoint, engine.load_checkpoint
 
-    @functools.wraps(save)
-    def save_checkpoint(
-        save_dir: str, tag: Any = None, client_state: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        made = choices_of(layers)
-        state = {**(client_state or {}), **({KEY: made} if made else {})}
-        return save(save_dir, tag, state, *args, **kwargs)
+    def __init__(self, layers: Mapping[str, OverlappedLayer]) -> None:
+        self._layers = layers
+        self._logged: dict[str, Choice] = {}
 
-    @functools.wraps(load)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        path, state = load(*args, **kwargs)
+    def after_step(self, step: StepCall) -> None:
+        for name, layer in self._layers.items() if step.is_applied else ():
+            choice = layer.choice
+            if choice is not None and self._logged.get(name) is not choice:
+                self._logged[name] = choice
+                seams.log_rank0(f"{name}: schedule chosen: {choice}")
+
+    def around_save(self, save: SaveCall, proceed: Callable[[SaveCall], Any]) -> Any:
+        made = choices_of(self._layers)
+        state = {**(save.client_state or {}), **({KEY: made} if made else {})}
+        return proceed(replace(save, client_state=state))
+
+    def around_load(self, load: LoadCall, proceed: Callable[[LoadCall], Any]) -> Any:
+        path, state = proceed(load)
         if state:
-            take_choices(layers, state.pop(KEY, {}), str(path))
+            take_choices(self._layers, state.pop(KEY, {}), str(path))
         return path, state
-
-    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
 def choices_of(layers: Mapping[str, OverlappedLayer]) -> dict[str, Any]:
@@ -69,7 +58,7 @@ def choices_of(layers: Mapping[str, OverlappedLayer]) -> dict[str, Any]:
 def take_choices(layers: Mapping[str, OverlappedLayer], saved: Mapping[str, Any], path: str) -> None:
     """Gives the layers what `choices_of` gave. Raises ConfigError where it is something else."""
     if not isinstance(saved, Mapping):
-        raise ConfigError(f"{path}: {KEY}={saved!r}: expected a choice a layer; leave it out of the client state")
+        raise ConfigError(f"{path}: {KEY}={saved!r}: expected a choice per layer; leave it out of the client state")
     for name, entry in saved.items():
         layer = layers.get(name)
         if not isinstance(entry, Mapping) or not {"torus", "choice"} <= set(entry):

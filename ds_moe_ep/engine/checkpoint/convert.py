@@ -209,7 +209,7 @@ def check_weight(path: Path, place: WeightPlace, found: Any, planned: Tensor, ea
 
 
 def load_file(path: Path) -> Any:
-    """What a file of a checkpoint holds, with its tensors mapped and not read."""
+    """The content of a checkpoint's file, with its tensors mapped and not read."""
     if not path.is_file():
         raise EngineError(f"{path}: no such file; complete the folder")
     if not zipfile.is_zipfile(path):

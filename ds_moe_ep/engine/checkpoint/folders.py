@@ -7,11 +7,10 @@ way out, on a filesystem that cannot exchange folders; it is there for the momen
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.load import folder_to_load, wants_states
+from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.errors import EngineError
 
 SAVING, OLD = ".saving", ".old"
@@ -76,23 +76,23 @@ def _flush_names(folder: Path) -> None:
         os.close(descriptor)
 
 
-def refuse_incomplete(engine: Any, num_experts: Iterable[int]) -> None:
-    """Wraps `engine.load_checkpoint` so that it refuses, on every rank, a checkpoint of which files are missing.
+class IncompleteCheckpoints(EngineCallback):
+    """Refuses, on every rank, to load a checkpoint of which files are missing. Collective over the world.
 
-    `num_experts` has one entry a MoE layer. The wrapped call raises EngineError before anything is loaded, and names
-    the complete checkpoints of the folder. Universal checkpoints have other files and are left to DeepSpeed.
+    `num_experts` has one entry per MoE layer. It raises EngineError before anything is loaded, and names the complete
+    checkpoints of the folder. Universal checkpoints have other files and are left to DeepSpeed.
     """
-    load: Callable[..., Any] = engine.load_checkpoint
-    experts = {(layer, expert) for layer, size in enumerate(num_experts) for expert in range(size)}
 
-    @functools.wraps(load)
-    def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        if not engine.load_universal_checkpoint():
-            num_ranks = dist.get_world_size(seams.data_parallel_group()) if wants_states(args, kwargs) else 0
-            _agree(_problem(Path(load_dir), tag, experts, num_ranks))
-        return load(load_dir, tag, *args, **kwargs)
+    def __init__(self, engine: Any, num_experts: Iterable[int]) -> None:
+        self._engine = engine
+        self._experts = {(layer, expert) for layer, size in enumerate(num_experts) for expert in range(size)}
 
-    engine.load_checkpoint = load_checkpoint
+    def before_load(self, load: LoadCall) -> None:
+        if self._engine.load_universal_checkpoint():
+            return
+        wants = wants_states(load.args, load.kwargs)
+        num_ranks = dist.get_world_size(seams.data_parallel_group()) if wants else 0
+        _agree(_problem(Path(load.load_dir), load.tag, self._experts, num_ranks))
 
 
 def _agree(problem: str) -> None:
@@ -127,7 +127,7 @@ def complete_tags(load_dir: Path, experts: set[tuple[int, int]], num_ranks: int)
 
 
 def missing_files(folder: Path, experts: set[tuple[int, int]], num_ranks: int) -> str:
-    """What a checkpoint lacks, in words, or an empty string. Reads names alone.
+    """The files that a checkpoint lacks, in words, or an empty string. Reads names alone.
 
     `experts` has (layer, expert); with `num_ranks` > 0 the optimizer states of so many ranks are looked for, where
     there are any of ZeRO's.

@@ -8,15 +8,15 @@ of them without a word; the engine is therefore asked first.
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.errors import EngineError
 
 OPTIONS = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
@@ -24,38 +24,43 @@ _LOCAL_EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\
 _OPTIMIZER_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 
 
-def guard_loading(engine: Any, ep_size: int) -> None:
-    """Wraps `engine.load_checkpoint` so that it refuses optimizer states that were saved under another ep_size.
+class SavedEpSize(EngineCallback):
+    """Refuses to load optimizer states that were saved under another ep_size. Local, alike on every rank.
 
-    The wrapped call is otherwise the engine's. It raises EngineError, on every rank and before anything is loaded.
+    It raises EngineError before anything is loaded.
     """
-    load = engine.load_checkpoint
 
-    @functools.wraps(load)
-    def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        is_cut = wants_states(args, kwargs) and not engine.load_universal_checkpoint()
-        saved = saved_ep_size(load_dir, tag) if is_cut else None
-        if saved is not None and saved != ep_size:
+    def __init__(self, engine: Any, ep_size: int) -> None:
+        self._engine, self._ep_size = engine, ep_size
+
+    def _loads_states(self, load: LoadCall) -> bool:
+        """True where the experts' optimizer states are loaded as they are cut: a universal checkpoint is cut anew."""
+        return wants_states(load.args, load.kwargs) and not self._engine.load_universal_checkpoint()
+
+    def before_load(self, load: LoadCall) -> None:
+        saved = saved_ep_size(load.load_dir, load.tag) if self._loads_states(load) else None
+        if saved is not None and saved != self._ep_size:
             raise EngineError(
-                f"{load_dir}: saved with ep_size={saved}, this run has ep_size={ep_size}; DeepSpeed cannot divide the "
-                "experts' optimizer states anew. Load the weights alone: load_checkpoint(..., load_module_only=True)"
+                f"{load.load_dir}: saved with ep_size={saved}, this run has ep_size={self._ep_size}; DeepSpeed cannot "
+                "divide the experts' optimizer states anew. Load the weights alone: load_checkpoint(..., "
+                "load_module_only=True)"
             )
+
+    def around_load(self, load: LoadCall, proceed: Callable[[LoadCall], Any]) -> Any:
         try:
-            return load(load_dir, tag, *args, **kwargs)
+            return proceed(load)
         except (KeyError, AttributeError) as error:  # as 0.17 and 0.18 end: they look into a file without states
-            if not is_cut or engine.zero_optimization():
+            if not self._loads_states(load) or self._engine.zero_optimization():
                 raise
             raise EngineError(
-                f"{load_dir}: DeepSpeed {seams.release()} does not load optimizer states of MoE layers without ZeRO "
-                f"({error!r}). Load the weights alone (load_checkpoint(..., load_module_only=True)), train with "
+                f"{load.load_dir}: DeepSpeed {seams.release()} does not load optimizer states of MoE layers without "
+                f"ZeRO ({error!r}). Load the weights alone (load_checkpoint(..., load_module_only=True)), train with "
                 f"zero_optimization.stage=1, or pip install 'deepspeed>={seams.TESTED[-1]}', which loads this folder"
             ) from error
 
-    engine.load_checkpoint = load_checkpoint
-
 
 def wants_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of load_checkpoint, by what follows its tag, loads optimizer states."""
+    """True where a call of load_checkpoint, by what follows its tag, loads optimizer states."""
     options = {**dict(zip(OPTIONS, args, strict=False)), **kwargs}
     return bool(options.get("load_optimizer_states", True) and not options.get("load_module_only", False))
 
@@ -73,7 +78,7 @@ def folder_to_load(load_dir: Path, tag: str | None) -> Path | None:
 def saved_ep_size(load_dir: str, tag: str | None = None) -> int | None:
     """The ep_size of a checkpoint, or None where it does not tell. Reads names and shapes, no weights.
 
-    Without ZeRO there is an optimizer file an expert-parallel rank. With ZeRO the model file lists the parameters of
+    Without ZeRO there is an optimizer file per expert-parallel rank. With ZeRO the model file lists the parameters of
     one rank, and so the number of experts that it had.
     """
     folder = folder_to_load(Path(load_dir), tag)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 from torch import nn
 
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.extensions.callback import EngineCallback
 from ds_moe_ep.errors import ExportError
 
 # Who writes a file of one rank's state, by module and function. Named only: they are other libraries' and not imported.
@@ -72,16 +73,16 @@ def way_to_one_file(layer: nn.Module) -> str:
     )
 
 
-def guard_model_files(model: nn.Module, names: Iterable[str]) -> Callable[[], None]:
-    """Keeps layers that DeepSpeed made out of model files. Returns what ends that. Local."""
-    layers = [model.get_submodule(name) for name in names]
-    handles = [layer.register_state_dict_pre_hook(refuse_part_of_experts) for layer in layers]
+class ModelFiles(EngineCallback):
+    """Keeps layers that DeepSpeed made out of model files, until it is closed. Local."""
 
-    def end() -> None:
-        for handle in handles:
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        layers = [model.get_submodule(name) for name in names]
+        self._handles = [layer.register_state_dict_pre_hook(refuse_part_of_experts) for layer in layers]
+
+    def close(self) -> None:
+        for handle in self._handles:
             handle.remove()
-
-    return end
 
 
 def writer_of_file() -> tuple[str, Any]:
@@ -100,7 +101,7 @@ def writer_of_file() -> tuple[str, Any]:
 
 
 def has_adapters_elsewhere(root: Any, layer: nn.Module) -> bool:
-    """Whether the model is PEFT's, whose file holds what was trained alone, and of the layer's experts nothing was."""
+    """True for a model of PEFT's, whose file holds what was trained alone, where nothing of the layer's experts was."""
     if not hasattr(root, "peft_config"):
         return False
     experts = [module for name, module in layer.named_modules() if name.split(".")[-1] == "experts"]

@@ -15,9 +15,9 @@ import functools
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from deepspeed import comm
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.folders import SAVING, publish, remove, write_latest
 from ds_moe_ep.engine.explain_errors import cause, first_line, is_collective
+from ds_moe_ep.engine.extensions.callback import EngineCallback, SaveCall
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.health.watch import Watch
 
@@ -48,7 +49,7 @@ class CheckpointPlace:
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank tells the others: `problem` is empty where all went well."""
+    """Report of one rank to the others: `problem` is empty where all went well."""
 
     place: CheckpointPlace
     host: str
@@ -58,7 +59,7 @@ class Report:
 
 
 class Written:
-    """What this rank writes: the file at hand, and the bytes of a save. Each file is on disk before the next begins."""
+    """Files that this rank writes: the one at hand, and the bytes of a save. Each is on disk before the next begins."""
 
     def __init__(self, checkpoint_engine: Any) -> None:
         self.path = ""
@@ -88,30 +89,38 @@ class Written:
         self.path, self.num_bytes = "", 0
 
 
-class SafeSaver:
-    """Saves an engine's checkpoints by the steps above."""
+class SafeSaver(EngineCallback):
+    """Saves an engine's checkpoints by the steps above: no failure of a rank damages one that was complete.
+
+    The arguments are DeepSpeed's. It raises EngineError on every rank, naming path, rank and reason; the watch says
+    what is known of ranks that do not answer.
+    """
 
     def __init__(self, engine: Any, watch: Watch) -> None:
         self._engine = engine
-        self._save = engine.save_checkpoint
         self._watch = watch
         self._written = Written(engine.checkpoint_engine)
         self._last_bytes = 0
         self._place = CheckpointPlace(Path(), "")
 
-    def end(self) -> None:
-        """Gives the checkpoint engine its own method back."""
-        self._written.end()
+    def close(self) -> None:
+        self._written.end()  # the checkpoint engine has its own method again
 
-    def save(
-        self, place: CheckpointPlace, client_state: Mapping[str, Any], save_latest: bool, without_frozen: bool
-    ) -> None:
+    def around_save(self, save: SaveCall, proceed: Callable[[SaveCall], Any]) -> bool:
         """Saves, or raises EngineError on every rank. Collective over the world."""
+        if not save.save_dir:
+            raise ConfigError(f"save_dir={save.save_dir!r}: a checkpoint needs a folder; name one")
+        tag = f"global_step{self._engine.global_steps}" if save.tag is None else str(save.tag)
+        with self._watch.among_others("a checkpoint"):
+            self._save(CheckpointPlace(Path(save.save_dir), tag), save, proceed)
+        return True
+
+    def _save(self, place: CheckpointPlace, save: SaveCall, proceed: Callable[[SaveCall], Any]) -> None:
         self._place = place
         self._written.restart()
         self._agree(self._prepare(place))
-        arguments = (str(place.save_dir), place.tag + SAVING, dict(client_state), False, without_frozen)
-        problem = self._attempt(lambda: self._save(*arguments))
+        partly = replace(save, save_dir=str(place.save_dir), tag=place.tag + SAVING, save_latest=False)
+        problem = self._attempt(lambda: proceed(partly))
         if problem:  # the others go on to DeepSpeed's last collectives
             if self._engine._optimizer_has_ckpt_event_epilogue():
                 self._attempt(self._engine.optimizer.checkpoint_event_epilogue)
@@ -123,12 +132,12 @@ class SafeSaver:
                 remove(place.partial)
             raise
         self._last_bytes = self._written.num_bytes
-        problem = self._attempt(lambda: self._publish(place, save_latest)) if self._leads else ""
+        problem = self._attempt(lambda: self._publish(place, save.save_latest)) if self._leads else ""
         self._agree(_report(place, problem))
 
     @property
     def _leads(self) -> bool:
-        """Whether this rank arranges the folders of its storage: one rank, or one of each node that has its own."""
+        """True for the rank that arranges the folders of its storage: one in all, or one per node that has its own."""
         engine = self._engine
         rank: int = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
         return rank == 0
@@ -153,7 +162,7 @@ class SafeSaver:
             write_latest(place.save_dir, place.tag)
 
     def _attempt(self, action: Callable[[], Any]) -> str:
-        """What went wrong on this rank, in words, or an empty string.
+        """The problem of this rank in words, or an empty string.
 
         Raises EngineError where another rank broke a collective off: nobody is left then to agree with.
         """
@@ -182,37 +191,18 @@ class SafeSaver:
         return EngineError(f"{self._place.folder}: {words}. {_still_good(self._place)}")
 
 
-def save_safely(engine: Any, watch: Watch) -> Callable[[], None]:
-    """Wraps `engine.save_checkpoint` so that no failure of a rank damages a checkpoint that was complete.
+def saves_safely(engine: Any) -> bool:
+    """True for an engine whose checkpoints can be saved by the steps above; logs where they cannot.
 
-    The arguments are DeepSpeed's. It raises EngineError on every rank, naming path, rank and reason; the
-    watch says what is known of ranks that do not answer. A decoupled checkpoint engine writes after the call has
-    returned: its saves stay as they are. Returns what gives the checkpoint engine its own method back.
+    A decoupled checkpoint engine writes after the call has returned: its saves stay as they are. ZeRO-3 without an
+    optimizer saves nothing.
     """
     if engine.checkpoint_engine is None:
-        return lambda: None  # ZeRO-3 without an optimizer saves nothing
+        return False
     if engine.checkpoint_engine.is_decoupled():
         seams.log_rank0("checkpoints: the decoupled engine saves in place; give every save a tag of its own")
-        return lambda: None
-    saver = SafeSaver(engine, watch)
-
-    @functools.wraps(engine.save_checkpoint)
-    def save_checkpoint(
-        save_dir: str,
-        tag: Any = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        if not save_dir:
-            raise ConfigError(f"save_dir={save_dir!r}: a checkpoint needs a folder; name one")
-        place = CheckpointPlace(Path(save_dir), f"global_step{engine.global_steps}" if tag is None else str(tag))
-        with watch.among_others("a checkpoint"):
-            saver.save(place, client_state or {}, save_latest, exclude_frozen_parameters)
-        return True
-
-    engine.save_checkpoint = save_checkpoint
-    return saver.end
+        return False
+    return True
 
 
 def disagreement(reports: Sequence[Report]) -> str:
@@ -252,7 +242,7 @@ def _report(place: CheckpointPlace, problem: str, needed_bytes: int = 0, free_by
 
 
 def _still_good(place: CheckpointPlace) -> str:
-    """What is left to load, and the way out."""
+    """The checkpoint that is left to load, and the way out."""
     latest = place.save_dir / "latest"
     kept = f"'latest' still names {latest.read_text().strip()}" if latest.is_file() else "there is no earlier one"
     return f"What was complete still is ({kept}); remove the cause and save again"

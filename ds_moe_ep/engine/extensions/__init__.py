@@ -1,1 +1,1 @@
-"""What goes along with an engine."""
+"""Extensions of an engine: callbacks in one order, and one wrapper per method."""

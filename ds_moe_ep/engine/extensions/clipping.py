@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,19 +17,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams, step_seams
+from ds_moe_ep.engine.extensions.callback import EngineCallback
 
 EPSILON = 1e-6  # DeepSpeed's, beside the norm
-CLIPS = "moe_ep_clips"  # an engine's attribute: it clips by the whole norm already
 
 
-def clip_by_whole_norm(engine: Any) -> Callable[[], None]:
-    """Makes the engine clip by the norm over all ranks' experts and report it. Returns what undoes that.
-
-    Nothing changes where DeepSpeed's norm is whole, or in an engine that was changed before.
-    """
+def clipping_for(engine: Any) -> GradientClipping | WrapperClipping | None:
+    """The callback that clips by the norm over all ranks' experts; None where DeepSpeed's norm is whole."""
     kind = step_seams.clipping_of(engine)
-    if kind == "whole" or CLIPS in vars(engine):
-        return lambda: None
+    if kind == "whole":
+        return None
     are_apart = any(seams.num_holders(parameter) < dist.get_world_size() for parameter in engine.module.parameters())
     if engine.gradient_clipping() > 0 and (are_apart or kind == "wrapper"):
         seams.log_rank0(
@@ -37,14 +34,7 @@ def clip_by_whole_norm(engine: Any) -> Callable[[], None]:
             "without ZeRO, DeepSpeed's own does not, and its steps differ",
             logging.WARNING,
         )
-    undo = _clip_gradients(engine) if kind == "gradients" else _clip_in_wrapper(engine)
-    setattr(engine, CLIPS, True)
-
-    def clip_as_before() -> None:
-        undo()
-        delattr(engine, CLIPS)
-
-    return clip_as_before
+    return GradientClipping(engine) if kind == "gradients" else WrapperClipping(engine)
 
 
 def whole_norm(parameters: Iterable[nn.Parameter], device: torch.device | str) -> Tensor:
@@ -65,11 +55,15 @@ def whole_norm(parameters: Iterable[nn.Parameter], device: torch.device | str) -
     return total.sqrt()
 
 
-def _clip_gradients(engine: Any) -> Callable[[], None]:
-    """fp32: the engine scales the gradients themselves."""
+class GradientClipping(EngineCallback):
+    """fp32: scales the gradients themselves, and reports the norm as the engine's."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
 
     @torch.no_grad()
-    def clip() -> None:
+    def clip_gradients(self) -> None:
+        engine = self._engine
         parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = whole_norm(parameters, engine.device)
         coefficient = (engine.gradient_clipping() / (norm + EPSILON)).clamp(max=1.0)
@@ -77,37 +71,35 @@ def _clip_gradients(engine: Any) -> Callable[[], None]:
             parameter.grad.mul_(coefficient)
         step_seams.report_norm(engine, norm)
 
-    engine.clip_fp32_gradients = clip
-    return lambda: vars(engine).pop("clip_fp32_gradients", None)
 
+class WrapperClipping(EngineCallback):
+    """fp16 and bf16: gives the optimizer's wrapper the whole norm, by which and the loss scale it divides."""
 
-def _clip_in_wrapper(engine: Any) -> Callable[[], None]:
-    """fp16 and bf16: the optimizer's wrapper divides by a factor of the loss scale and the norm that it is given."""
-    optimizer = engine.optimizer
-    before = {name: vars(optimizer)[name] for name in step_seams.WRAPPER_NAMES if name in vars(optimizer)}
-    take_step, unscale = optimizer.step, optimizer.unscale_and_clip_grads
-    norms: list[float] = []  # of the step that runs, with the loss scale
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = optimizer = engine.optimizer
+        self._before = {name: vars(optimizer)[name] for name in step_seams.WRAPPER_NAMES if name in vars(optimizer)}
+        take_step, unscale = optimizer.step, optimizer.unscale_and_clip_grads
+        norms: list[float] = []  # of the step that runs, with the loss scale
 
-    @functools.wraps(take_step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        scale = optimizer.loss_scale or 1.0  # bf16 may have none
-        norms.append(float(whole_norm(engine.module.parameters(), engine.device)))
-        try:
-            result = take_step(*args, **kwargs)
-            if not optimizer.overflow:
-                step_seams.report_norm(optimizer, norms[-1] / scale)
-        finally:
-            norms.clear()
-        return result
+        @functools.wraps(take_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            scale = optimizer.loss_scale or 1.0  # bf16 may have none
+            norms.append(float(whole_norm(engine.module.parameters(), engine.device)))
+            try:
+                result = take_step(*args, **kwargs)
+                if not optimizer.overflow:
+                    step_seams.report_norm(optimizer, norms[-1] / scale)
+            finally:
+                norms.clear()
+            return result
 
-    @functools.wraps(unscale)
-    def unscale_by_whole_norm(*args: Any, **kwargs: Any) -> Any:
-        return unscale(*args[:-1], norms[-1], **kwargs)  # the norm is the last that DeepSpeed gives by position
+        @functools.wraps(unscale)
+        def unscale_by_whole_norm(*args: Any, **kwargs: Any) -> Any:
+            return unscale(*args[:-1], norms[-1], **kwargs)  # the norm is the last that DeepSpeed gives by position
 
-    def undo() -> None:
+        optimizer.step, optimizer.unscale_and_clip_grads = step, unscale_by_whole_norm
+
+    def close(self) -> None:
         for name in step_seams.WRAPPER_NAMES:
-            vars(optimizer).pop(name, None)
-        vars(optimizer).update(before)
-
-    optimizer.step, optimizer.unscale_and_clip_grads = step, unscale_by_whole_norm
-    return undo
+            vars(self._optimizer).pop(name, None)
+        vars(self._optimizer).update(self._before)

@@ -52,7 +52,7 @@ class LayerClock:
 
     @property
     def lanes(self) -> Recorder:
-        """What records the pass that runs now."""
+        """The recorder of the pass that runs now."""
         return self.recorder if self.is_on and self.recorder is not None else Off()
 
     def part_ms(self, name: str) -> float:
@@ -72,7 +72,7 @@ class LayerClock:
 
 
 class Timed:
-    """What DeepSpeed's engine reads of an MoE layer's times, in milliseconds."""
+    """Times of an MoE layer as DeepSpeed's engine reads them, in milliseconds."""
 
     def layer_clock(self) -> LayerClock:
         """The layer's clock."""

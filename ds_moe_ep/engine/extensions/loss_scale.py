@@ -6,39 +6,25 @@ too short by the scale, small gradients underflow, and a clipping limit is never
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from ds_moe_ep.engine import seams, step_seams
+from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.extensions.callback import EngineCallback
 
-SCALES = "moe_ep_scales_losses"  # an engine's attribute: it does already
 
+class LossScale(EngineCallback):
+    """Multiplies the loss with the loss scale in `engine.backward` and `engine.scale`, where DeepSpeed does not."""
 
-def scale_losses(engine: Any) -> Callable[[], None]:
-    """Makes `engine.backward` and `engine.scale` scale the loss where DeepSpeed does not. Returns what undoes that."""
-    if step_seams.scales_loss(engine) or SCALES in vars(engine):
-        return lambda: None
-    seams.log_rank0(
-        "fp16 without ZeRO: the loss is multiplied with the loss scale, which DeepSpeed divides gradients by"
-    )
-    before = {name: vars(engine)[name] for name in ("backward", "scale") if name in vars(engine)}
-    backward, scale = engine.backward, engine.scale
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = engine.optimizer
+        seams.log_rank0(
+            "fp16 without ZeRO: the loss is multiplied with the loss scale, which DeepSpeed divides gradients by"
+        )
 
-    @functools.wraps(backward)
-    def backward_scaled(loss: Any, *args: Any, **kwargs: Any) -> Any:
-        factor = engine.optimizer.loss_scale
-        return backward(loss.float() * factor, *args, **kwargs) / factor
+    def on_backward(self, loss: Any, proceed: Callable[[Any], Any]) -> Any:
+        factor = self._optimizer.loss_scale
+        return proceed(loss.float() * factor) / factor
 
-    @functools.wraps(scale)
-    def scale_loss(loss: Any) -> Any:
-        return scale(loss.float() * engine.optimizer.loss_scale)
-
-    def undo() -> None:
-        for name in ("backward", "scale", SCALES):
-            vars(engine).pop(name, None)
-        vars(engine).update(before)
-
-    engine.backward, engine.scale = backward_scaled, scale_loss
-    setattr(engine, SCALES, True)
-    return undo
+    def on_scale(self, loss: Any) -> Any:
+        return loss.float() * self._optimizer.loss_scale

@@ -1,4 +1,4 @@
-"""What a measured step says: a table for people, events for DeepSpeed's monitor."""
+"""Measurement of a step: a table for people, events for DeepSpeed's monitor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Measurement(Overlap):
 
 
 def table(measured: Measurement, control: Measurement | None) -> str:
-    """A line a part, times of the mean rank, and the control's percentage beside each percentage."""
+    """A line per part, times of the mean rank, and the control's percentage beside each percentage."""
     ranks = "rank" if measured.num_ranks == 1 else "ranks"
     blocking = f"; blocking: step {control.step}" if control is not None else ""
     lines = [f"communication of step {measured.step}, mean of {measured.num_ranks} {ranks}{blocking}"]

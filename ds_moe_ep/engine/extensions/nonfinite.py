@@ -1,7 +1,7 @@
 """Which ranks had a loss or gradients that are not finite, when DeepSpeed skips a step for it.
 
 DeepSpeed finds an overflow after the reduction, when a NaN of one rank is in the gradients of all. So each gradient is
-summed up before it: one small op a parameter, and no device sync unless a step is skipped.
+summed up before it: one small op per parameter, and no device sync unless a step is skipped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.extensions.callback import EngineCallback, StepCall
 
 
 @dataclass(frozen=True)
 class NonfiniteFindings:
-    """What a rank found in its own backward passes of a step."""
+    """Findings of a rank in its own backward passes of a step."""
 
     is_loss_bad: bool
     bad_names: tuple[str, ...]  # parameters, in the model's order
@@ -57,40 +58,35 @@ class Sums:
         self._gradients.clear()
 
     def findings(self) -> NonfiniteFindings:
-        """What is not finite. Syncs the device."""
+        """The loss and the gradients that are not finite. Syncs the device."""
         bad = {index for index, total in self._gradients if not total.isfinite()}
         names = tuple(name for index, name in enumerate(self._names) if index in bad)
         return NonfiniteFindings(any(not bool(loss.isfinite()) for loss in self._losses), names)
 
 
-def tell_skips(engine: Any) -> Callable[[], None]:
-    """Wraps the engine's backward and step: one line of rank 0 names the ranks for which a step was skipped.
+class SkippedSteps(EngineCallback):
+    """Tells in one line of rank 0 for which ranks a step was skipped. Collective where one was.
 
-    Nothing is wrapped where DeepSpeed does not look for overflows (fp32 without ZeRO). Returns what takes the hooks off
-    the parameters again.
+    Of use where DeepSpeed looks for overflows: not in fp32 without ZeRO.
     """
-    if not hasattr(engine.optimizer, "overflow"):
-        return lambda: None
-    backward, step, sums = engine.backward, engine.step, Sums(engine.module)
 
-    @functools.wraps(backward)
-    def backward_and_add(loss: Any, *args: Any, **kwargs: Any) -> Any:
-        sums.add_loss(loss)
-        return backward(loss, *args, **kwargs)
+    def __init__(self, engine: Any) -> None:
+        self._sums = Sums(engine.module)
 
-    @functools.wraps(step)
-    def step_and_tell(*args: Any, **kwargs: Any) -> Any:
-        is_boundary, number = engine.is_gradient_accumulation_boundary(), engine.global_steps
-        result = step(*args, **kwargs)
-        if is_boundary:
-            if not engine.was_step_applied():
-                found = summary(seams.gather(sums.findings()))
-                seams.log_rank0(f"step {number} was skipped: {found}", logging.WARNING)
-            sums.restart()
-        return result
+    def on_backward(self, loss: Any, proceed: Callable[[Any], Any]) -> Any:
+        self._sums.add_loss(loss)
+        return proceed(loss)
 
-    engine.backward, engine.step = backward_and_add, step_and_tell
-    return sums.end
+    def after_step(self, step: StepCall) -> None:
+        if not step.is_boundary:
+            return
+        if not step.is_applied:
+            found = summary(seams.gather(self._sums.findings()))
+            seams.log_rank0(f"step {step.number} was skipped: {found}", logging.WARNING)
+        self._sums.restart()
+
+    def close(self) -> None:
+        self._sums.end()
 
 
 def summary(by_rank: Sequence[NonfiniteFindings]) -> str:

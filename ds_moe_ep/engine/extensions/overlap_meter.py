@@ -24,9 +24,9 @@ from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.schedule.spans import Overlap, Span, Tags, accounts, accounts_of_lanes, chrome_trace
 
-# A control costs the time that overlap saves. One to ten measurements keeps that under 1 % with "meter_every": 10,
+# A control costs the time that overlap saves. One per ten measurements keeps that under 1 % with "meter_every": 10,
 # as long as a blocking step takes less than twice the time of an overlapped one.
-MEASUREMENTS_A_CONTROL = 10
+MEASUREMENTS_PER_CONTROL = 10
 PHASES = ("forward", "backward")
 
 Role = Literal["plain", "control", "measured"]
@@ -45,7 +45,7 @@ class OverlapMeter:
         self.last: Measurement | None = None
         self.control: Measurement | None = None
         self.spans: list[Span] = []
-        self._layers = {name: layer.dispatcher for name, layer in layers.items() if layer.ep_size > 1}
+        self._dispatchers = {name: layer.dispatcher for name, layer in layers.items() if layer.ep_size > 1}
         self._device = device
         self._every = every
         self._recorder = make_recorder(device, dist.get_rank())
@@ -110,17 +110,17 @@ class OverlapMeter:
 
     def end(self) -> None:
         """Gives the layers the recorder that is off. Local; the last measurement stays."""
-        for layer in self._layers.values():
-            layer.recorder, layer.blocking = Off(), False
+        for dispatcher in self._dispatchers.values():
+            dispatcher.record(Off())
 
     def _begin_step(self) -> None:
-        is_control_due = self.control is None or self._measured_since_control >= MEASUREMENTS_A_CONTROL
+        is_control_due = self.control is None or self._measured_since_control >= MEASUREMENTS_PER_CONTROL
         self._role = role_of(self._step, self._every, is_control_due)
         if self._role != "plain":
             self._recorder.spans()  # drops what is old, and moves the origin of CUDA's times to this step
-        for layer in self._layers.values():
-            layer.recorder = Off() if self._role == "plain" else self._recorder
-            layer.blocking = self._role == "control"
+        recorder = Off() if self._role == "plain" else self._recorder
+        for dispatcher in self._dispatchers.values():
+            dispatcher.record(recorder, is_blocking=self._role == "control")
 
     def _sum_over_ranks(self, spans: list[Span]) -> Measurement:
         keys, parts, lanes = self._keys(), accounts(spans), accounts_of_lanes(spans)
@@ -141,16 +141,17 @@ class OverlapMeter:
     def _own_keys(self) -> list[Tags]:
         """Those of this rank's schedules: a rank without rows lists them too."""
         keys: list[Tags] = []
-        for layer in self._layers.values():
+        for dispatcher in self._dispatchers.values():
+            name, labels = dispatcher.name, dispatcher.checked_connection().forward.labels
             for phase in PHASES:
-                keys += [Tags(layer.name, phase, label).group for label in layer.checked_connection().forward.labels]
-                keys.append(Tags(layer.name, phase))
-            keys.append(Tags(layer.name))
+                keys += [Tags(name, phase, label).group for label in labels]
+                keys.append(Tags(name, phase))
+            keys.append(Tags(name))
         return list(dict.fromkeys([*keys, *(Tags("", phase) for phase in PHASES), Tags()]))
 
 
 def role_of(step: int, every: int, is_control_due: bool) -> Role:
-    """What a step, counted from 1, is for the meter. With `every` 1 a control takes the place of a measurement."""
+    """The role of a step, counted from 1, for the meter. With `every` 1 a control takes the place of a measurement."""
     if is_control_due and (step + 1) % every == 0:
         return "control"
     return "measured" if step % every == 0 else "plain"

@@ -1,8 +1,7 @@
-"""What the company does after each optimizer step: the monitor hears of load and communication, the log of choices."""
+"""Reports after an optimizer step: the engine's monitor hears of the experts' load and of their communication."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,54 +9,48 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.choices import ChoiceLog
+from ds_moe_ep.engine.extensions.callback import EngineCallback, StepCall
 from ds_moe_ep.engine.extensions.overlap_meter import OverlapMeter
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 
 
-def after_each_step(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
-    """Wraps `engine.step` so that it ends with the reports, where parameters were updated."""
-    engine_step = engine.step
-    meter: OverlapMeter | None = getattr(engine, "moe_ep_meter", None)
-    choices = ChoiceLog(layers)
-
-    @functools.wraps(engine_step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        is_boundary = engine.is_gradient_accumulation_boundary()
-        result = engine_step(*args, **kwargs)
-        if engine.was_step_applied():
-            report_load(engine, layers)
-            choices.tell()
-        if meter is not None and (is_boundary or engine.was_step_applied()):
-            report_communication(engine, meter)
-        return result
-
-    engine.step = step
-
-
-def report_load(engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
+class LoadReport(EngineCallback):
     """Writes each layer's load (fullest expert over the mean) to the engine's monitor, every steps_per_print.
 
     Collective where it reports; free where no monitor is on.
     """
-    every = engine.steps_per_print()
-    if not engine.monitor.enabled or not every or engine.global_steps % every:
-        return
-    counts = [layer.last_counts_E.to(engine.device) for layer in layers.values()]
-    summed = seams.sum_over_data_parallel(torch.cat(counts)).split([len(each) for each in counts])
-    loads = [float(load_imbalance(load_E[None])) for load_E in summed]
-    engine.monitor.write_events(
-        [
-            (f"Train/moe_ep/{name}/load_max_over_mean", load, engine.global_samples)
-            for name, load in zip(layers, loads, strict=True)
-        ]
-    )
+
+    def __init__(self, engine: Any, layers: Mapping[str, OverlappedLayer]) -> None:
+        self._engine, self._layers = engine, layers
+
+    def after_step(self, step: StepCall) -> None:
+        engine, every = self._engine, self._engine.steps_per_print()
+        if not step.is_applied or not engine.monitor.enabled or not every or engine.global_steps % every:
+            return
+        counts = [layer.last_counts_E.to(engine.device) for layer in self._layers.values()]
+        summed = seams.sum_over_data_parallel(torch.cat(counts)).split([len(each) for each in counts])
+        loads = [float(load_imbalance(load_E[None])) for load_E in summed]
+        engine.monitor.write_events(
+            [
+                (f"Train/moe_ep/{name}/load_max_over_mean", load, engine.global_samples)
+                for name, load in zip(self._layers, loads, strict=True)
+            ]
+        )
 
 
-def report_communication(engine: Any, meter: OverlapMeter) -> None:
+class MeterReport(EngineCallback):
     """Ends the meter's step, and writes a measured one to the engine's monitor. Collective where it was recorded."""
-    if meter.step() and engine.monitor.enabled:
-        engine.monitor.write_events(meter.events(engine.global_samples))
+
+    def __init__(self, engine: Any, meter: OverlapMeter) -> None:
+        self._engine, self._meter = engine, meter
+
+    def after_step(self, step: StepCall) -> None:
+        # A skipped step is one too: its passes were recorded.
+        if (step.is_boundary or step.is_applied) and self._meter.step() and self._engine.monitor.enabled:
+            self._engine.monitor.write_events(self._meter.events(self._engine.global_samples))
+
+    def close(self) -> None:
+        self._meter.end()
 
 
 def load_imbalance(load_LE: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """`attach_overlap`: all that the package has for an engine or a model that somebody else made.
 
-An engine gets its company, its section `"moe_ep"` is read, DeepSpeed's and AutoEP's layers are hooked (`hook.py`), and
-the package's own layers, which overlap already, may get other knobs of the traffic. All of it has a way back.
+An engine gets its extensions, its section `"moe_ep"` is read, DeepSpeed's and AutoEP's layers are hooked (`hook.py`),
+and the package's own layers, which overlap already, may get other knobs of the traffic. All of it has a way back.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ds_moe_ep.comm.callbacks import TransferCallback
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.section import SECTION, Section, read_section
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.model_files import guard_model_files
-from ds_moe_ep.engine.extensions.install import Company, refuse_second
+from ds_moe_ep.engine.checkpoint.model_files import ModelFiles
+from ds_moe_ep.engine.extensions.install import extend, refuse_second
 from ds_moe_ep.engine.hooks.hook import candidates, hook
 from ds_moe_ep.engine.hooks.layer import TRAFFIC, HookedLayer, traffic_of
 from ds_moe_ep.engine.hooks.unconverted import EXPERT_PARALLEL, fix, refuse_unconverted
@@ -89,7 +89,7 @@ def attach_overlap(
     """Hides the experts' traffic of layers that exist, in place; parameters and checkpoints stay as they are.
 
     `engine_or_model` is what deepspeed.initialize returned, or a module that holds the layers, whose groups are made.
-    An engine gets the company of `ds_moe_ep.initialize` too: the watch, the meter (`meter_every`), safe checkpoints;
+    An engine gets the extensions of `ds_moe_ep.initialize` too: the watch, the meter (`meter_every`), safe checkpoints;
     and the section "moe_ep" of its ds_config is in force. The package's own layers of an engine take part.
     `config` says how rows move (`hooked.TRAFFIC`) where it shall be other than the section has it: a MoEConfig, or a
     mapping of such knobs. DeepSpeed's layers with ep_size 1 have no traffic and stay as they are. An expert must map
@@ -97,19 +97,19 @@ def attach_overlap(
     every rank.
 
     Collective over the world. Raises EngineError on every rank, with the layers' names, where one cannot be hooked,
-    ranks differ or the engine has its company, and ConfigError for knobs that are not to be set here.
+    ranks differ or the engine has its extensions, and ConfigError for knobs that are not to be set here.
     """
     if isinstance(engine_or_model, deepspeed.PipelineEngine):
         raise EngineError("engine=PipelineEngine: stages would wait for each other's groups; hook a plain engine")
     if isinstance(engine_or_model, deepspeed.DeepSpeedEngine):
         return _attach_to_engine(engine_or_model, config, callbacks)
     if not any(True for _ in candidates(engine_or_model)):
-        own = "its ds_moe_ep.MoE layers overlap as they are, and an engine's company needs the engine: pass that"
+        own = "its ds_moe_ep.MoE layers overlap as they are, and an engine's extensions need the engine: pass that"
         raise EngineError(own if moe_layers(engine_or_model) else _nothing_to_hook(engine_or_model))
     traffic = traffic_of(MoEConfig()) | given_traffic(config)
     hooked = hook(engine_or_model, traffic, callbacks)
     return OverlapHandle(
-        hooked, [*(layer.remove for layer in hooked.values()), guard_model_files(engine_or_model, hooked)]
+        hooked, [*(layer.remove for layer in hooked.values()), ModelFiles(engine_or_model, hooked).close]
     )
 
 
@@ -147,25 +147,27 @@ def _attach_to_engine(
                 layer.dispatcher.add_callback(callback)
                 undo.append(partial(layer.dispatcher.remove_callback, callback))
         if own or hooked:
-            undo.append(accompany(engine, own, hooked, section).leave)
+            undo.append(extend_engine(engine, own, hooked, section))
     except BaseException:
         OverlapHandle({}, undo).remove()
         raise
     return OverlapHandle({**own, **hooked}, undo)
 
 
-def accompany(engine: Any, own: Mapping[str, MoE], hooked: Mapping[str, HookedLayer], section: Section) -> Company:
-    """The company of an engine and its layers. Every rank makes it."""
+def extend_engine(
+    engine: Any, own: Mapping[str, MoE], hooked: Mapping[str, HookedLayer], section: Section
+) -> Callable[[], None]:
+    """Installs the extensions of an engine and its layers, and returns what takes them away. Every rank calls it."""
     layers: dict[str, OverlappedLayer] = {**own, **hooked}
     if not own:  # with layers of the package, the section speaks of theirs
         check_routing(section, hooked)
-    company = Company(engine, layers)
+    undo = extend(engine, layers)
     first = next(iter(layers.values())).config
     seams.log_rank0(
         f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "
         f"{first.schedule!r} with depth {first.depth}, transport {first.transport!r}"
     )
-    return company
+    return undo
 
 
 def check_routing(section: Section, hooked: Mapping[str, HookedLayer]) -> None:

@@ -85,7 +85,7 @@ class OverlappedAutoEP(AutoEPMoELayer):
 
     @not_compiled
     def _forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """What AutoEP's forward returns for [B, S, D]. Collective over the expert group."""
+        """The output that AutoEP's forward returns for [B, S, D]. Collective over the expert group."""
         hooked = self.overlap
         with hooked.dispatcher.announcing(hidden_states.device, self.training):
             check_width(hidden_states, self.hidden_size, hooked.dispatcher.name)

@@ -38,7 +38,7 @@ MARKS = ("allreduce", "group_name")  # DeepSpeed's, on parameters of experts
 
 
 class HookedLayer:
-    """One hooked layer as the engine's company sees it (`layers.OverlappedLayer`)."""
+    """One hooked layer as the engine's extensions see it (`overlapped_layer.OverlappedLayer`)."""
 
     balance: BiasBalance | None = None  # its gate is DeepSpeed's
     group: dist.ProcessGroup  # DeepSpeed's, of the ranks that share its experts

@@ -112,7 +112,7 @@ class OverlappedMOELayer(Timed, MOELayer):
         """Tokens [..., D] to tokens [..., D]; sets `l_aux` and `exp_counts`. Collective over the expert group."""
         clock = self.overlap.clock
         clock.begin(input[0].device, is_on=self.wall_clock_breakdown and self.training)
-        self.overlap.dispatcher.clock = clock.lanes
+        self.overlap.dispatcher.time_with(clock.lanes)
         with clock.scope("moe"):
             return self._routed(*input)
 

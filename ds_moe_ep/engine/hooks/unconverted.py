@@ -71,7 +71,7 @@ def _size_of(experts: nn.Module) -> tuple[int, frozenset[str]]:
 
 
 def _routes(module: nn.Module, num_experts: int) -> bool:
-    """Whether a module has a matrix with a row per expert."""
+    """True where a module has a matrix with a row per expert."""
     return any(len(shape) == 2 and shape[0] == num_experts for shape in map(_shape, module.parameters()))
 
 
@@ -105,7 +105,7 @@ def refuse_unconverted(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
 
 
 def fix(model: nn.Module, section: Mapping[str, Any]) -> str:
-    """What to set so that AutoEP converts the blocks of experts of a model."""
+    """The settings with which AutoEP converts the blocks of experts of a model, in words."""
     if not seams.has("AutoEP"):
         since = seams.LATER["AutoEP"].since
         return (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.engine.extensions.measurement import Measurement, events, table
-from ds_moe_ep.engine.extensions.overlap_meter import MEASUREMENTS_A_CONTROL, role_of
+from ds_moe_ep.engine.extensions.overlap_meter import MEASUREMENTS_PER_CONTROL, role_of
 from ds_moe_ep.schedule.spans import Overlap, Tags
 from tests.ranks import run_ranks
 
@@ -164,7 +164,7 @@ def steps_job() -> tuple[Any, ...]:
     layers = [layer.deepspeed_moe.dispatcher for layer in (engine.module.first, engine.module.second)]
     states, losses = [], []
     for _ in range(7):
-        states.append([(isinstance(layer.recorder, Off), layer.blocking) for layer in layers])
+        states.append([(isinstance(layer.recorder, Off), layer.is_blocking) for layer in layers])
         losses += train(engine, 1)
     off = make_engine()
     kept = [layer.deepspeed_moe.dispatcher.recorder for layer in (off.module.first, off.module.second)]
@@ -183,7 +183,7 @@ def test_only_the_measured_step_and_its_control_record_and_no_step_changes_the_t
 def test_every_measured_step_has_a_control_at_most_ten_measurements_old(every: int) -> None:
     roles, since = [], None
     for step in range(1, 40 * every):
-        role = role_of(step, every, since is None or since >= MEASUREMENTS_A_CONTROL)
+        role = role_of(step, every, since is None or since >= MEASUREMENTS_PER_CONTROL)
         roles.append(role)
         if role == "control":
             since = 0

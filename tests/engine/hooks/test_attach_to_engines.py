@@ -48,17 +48,18 @@ def mixed_engine(**section: Any) -> Any:
 
 def shape_of(engine: Any) -> dict[str, Any]:
     """What attaching changes and removing gives back."""
-    from ds_moe_ep.engine.extensions.install import ATTRIBUTES, METHODS
+    from ds_moe_ep.engine.extensions.engine_extensions import METHODS
+    from ds_moe_ep.engine.extensions.install import ATTRIBUTES
 
     links = [getattr(layer, "dispatcher", None) for layer in engine.module.layers]
     return {
-        "attributes": {name: vars(engine).get(name) for name in (*METHODS, *ATTRIBUTES, "clip_fp32_gradients")},
+        "attributes": {name: vars(engine).get(name) for name in (*METHODS, *ATTRIBUTES)},
         "classes": [type(module).__qualname__ for module in engine.module.modules()],
         "configs": [getattr(layer, "config", None) for layer in engine.module.layers],
         "schedules": [
             each and (str(each.connection.forward), type(each.connection.transport).__name__) for each in links
         ],
-        "recorders": [each and (type(each.recorder).__name__, each.blocking) for each in links],
+        "recorders": [each and (type(each.recorder).__name__, each.is_blocking) for each in links],
     }
 
 

@@ -1,0 +1,47 @@
+"""The order of an engine's callbacks, the outermost first: where each stands, and why there.
+
+What stands further out sees what stands further in: its scopes hold the others' collectives and errors, and it acts
+before them on the way in and after them on the way out.
+"""
+
+from __future__ import annotations
+
+from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
+from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
+from ds_moe_ep.engine.checkpoint.load import SavedEpSize
+from ds_moe_ep.engine.checkpoint.model_files import ModelFiles
+from ds_moe_ep.engine.checkpoint.save import SafeSaver
+from ds_moe_ep.engine.explain_errors import Supervision
+from ds_moe_ep.engine.extensions.balance_steps import BalanceSteps
+from ds_moe_ep.engine.extensions.callback import EngineCallback
+from ds_moe_ep.engine.extensions.clipping import GradientClipping, WrapperClipping
+from ds_moe_ep.engine.extensions.loss_scale import LossScale
+from ds_moe_ep.engine.extensions.nonfinite import SkippedSteps
+from ds_moe_ep.engine.extensions.reports import LoadReport, MeterReport
+from ds_moe_ep.engine.older_engines import OlderEngine
+
+ORDER: tuple[type[EngineCallback], ...] = (
+    # Names the causes of failed collectives, those of the callbacks below too. A step is over for the watch when all of
+    # them have reported.
+    Supervision,
+    # Ends the meter's step behind the other reports: its all-reduce must not be in the time of the next step.
+    MeterReport,
+    # Puts the choices into the client state before anybody saves it, and takes them from it when all is loaded.
+    ChoiceKeeper,
+    # Missing files are told before the sizes are read, which are in one of the files.
+    IncompleteCheckpoints,
+    SavedEpSize,
+    # Innermost of those that save: it calls the engine's own method with a folder of its own.
+    SafeSaver,
+    LoadReport,
+    # Hears of a skipped step first, before anything is reported of it; hears the loss as the model gave it.
+    SkippedSteps,
+    # Next to the engine: what it scales is what the engine gets.
+    LossScale,
+    # These act at points of their own, or on the optimizer and the model alone: no other callback can come between.
+    GradientClipping,
+    WrapperClipping,
+    BalanceSteps,
+    OlderEngine,
+    ModelFiles,
+)
