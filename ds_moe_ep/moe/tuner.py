@@ -64,7 +64,7 @@ class Choice:
     def __str__(self) -> str:
         others = "".join(f"; {name}: {ratio:.2f}" for name, ratio in self.raced.items())
         return (
-            f"{described(self.knobs)}, {self.time_to_serial:.2f} of serial's {self.serial_ms:.1f} ms a pass "
+            f"{described(self.knobs)}, {self.time_to_serial:.2f} of serial's {self.serial_ms:.1f} ms per pass "
             f"({self.predicted_to_serial:.2f} predicted{others})"
         )
 
@@ -117,7 +117,7 @@ class Drift:
         """True where this rank wants another measurement."""
         if not self._bound or self._base is None or self._passes < MIN_PASSES:
             return False
-        return abs(self._mean - self._base) > self._bound * max(self._base, 1.0)  # from no rows any are a drift
+        return abs(self._mean - self._base) > self._bound * max(self._base, 1.0)  # a base of no rows counts as one
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tests.moe.faulty_transports import Counting, Slow
 from tests.ranks import run_ranks
 
 D, TOKENS = 8, 200
-ROW_US = 250.0  # of an emulated expert, forward: 50 ms a pass of even routing
+ROW_US = 250.0  # of an emulated expert, forward: 50 ms per pass of even routing
 
 
 def make_layer(link_row_us: float, emulated: bool = True, **knobs: Any) -> ExpertParallel:
@@ -243,7 +243,7 @@ def test_a_choice_survives_as_plain_values_and_others_are_refused() -> None:
     )
     assert Choice.from_dict(choice.to_dict(), "ckpt") == choice
     assert str(choice) == (
-        "peers (row_cuts=2), 0.70 of serial's 12.5 ms a pass (0.66 predicted; peers (row_cuts=1): 0.80)"
+        "peers (row_cuts=2), 0.70 of serial's 12.5 ms per pass (0.66 predicted; peers (row_cuts=1): 0.80)"
     )
     for broken in ({}, {**choice.to_dict(), "knobs": {"num_experts": 3}}, {**choice.to_dict(), "knobs": None}):
         with pytest.raises(ConfigError, match="ckpt"):
