@@ -127,7 +127,7 @@ class Router(nn.Module):
         return routing
 
     def _takes_one_pass(self, x_TD: Tensor, in_triton: bool | None) -> bool:
-        """Whether one kernel may go from tokens to weights: nothing is drawn, and the gate is a plain product."""
+        """True where one kernel may go from tokens to weights: nothing is drawn, and the gate is a plain product."""
         config = self.config
         is_drawn = config.sample_second or (self.training and config.noise != "none")
         if is_drawn or config.num_experts > MAX_EXPERTS or not is_plain_linear(self.wg):
