@@ -22,7 +22,7 @@ from tests.ranks import PRELOAD, REPOSITORY, SERVER_ENV
 
 TESTS = Path(__file__).with_name("tests.txt")
 QUIET = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow and not gpu"]
-COPIED = ("ds_moe_ep", "tests", "ds_configs", "examples", ".pytest.ini")
+COPIED = ("ds_moe_ep", "tests", "ds_configs", "examples", ".pytest.ini", "setup.py")
 
 
 def steps_for(path: str) -> list[list[str]]:
