@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ds_moe_ep.config.section import Section, load_ds_config, read_section
     from ds_moe_ep.config.topology import RankGrid
     from ds_moe_ep.engine.hooks.attach import OverlapHandle, attach_overlap
+    from ds_moe_ep.engine.hugging_face.blocks import balance_loss
+    from ds_moe_ep.engine.hugging_face.export import save_pretrained
+    from ds_moe_ep.engine.hugging_face.load import from_pretrained
+    from ds_moe_ep.engine.hugging_face.upcycle import upcycle
     from ds_moe_ep.engine.layer import MoE
     from ds_moe_ep.engine.pipeline import Pipeline, build_pipeline
     from ds_moe_ep.engine.seams import init_distributed
@@ -53,15 +57,19 @@ __all__ = [
     "Transformer",
     "__version__",
     "attach_overlap",
+    "balance_loss",
     "build_pipeline",
     "build_transformer",
     "expert_index_of",
+    "from_pretrained",
     "init_distributed",
     "init_weights",
     "initialize",
     "load_ds_config",
     "open_transport",
     "read_section",
+    "save_pretrained",
+    "upcycle",
 ]
 
 _HOMES = {
@@ -69,6 +77,10 @@ _HOMES = {
     "comm.open": ("open_transport",),
     "config.knobs": ("MEDIUM", "MODELS", "SMALL", "SPECIFICATION", "Layout", "ModelConfig", "MoEConfig"),
     "engine.hooks.attach": ("OverlapHandle", "attach_overlap"),
+    "engine.hugging_face.blocks": ("balance_loss",),
+    "engine.hugging_face.export": ("save_pretrained",),
+    "engine.hugging_face.load": ("from_pretrained",),
+    "engine.hugging_face.upcycle": ("upcycle",),
     "engine.layer": ("MoE",),
     "engine.pipeline": ("Pipeline", "build_pipeline"),
     "engine.seams": ("init_distributed",),

@@ -308,6 +308,11 @@ def num_holders(parameter: torch.nn.Parameter) -> int:
     return dist.get_world_size()
 
 
+def is_first_holder(group_name: str) -> bool:
+    """Whether no rank before this one holds the same experts."""
+    return bool(groups._get_expert_data_parallel_rank(group_name) == 0)
+
+
 def data_parallel_group() -> dist.ProcessGroup:
     """The ranks over which DeepSpeed averages the dense parameters."""
     group: dist.ProcessGroup = groups._get_data_parallel_group()

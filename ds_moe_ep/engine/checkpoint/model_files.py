@@ -20,6 +20,7 @@ from torch import nn
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.extensions.callback import EngineCallback
+from ds_moe_ep.engine.hugging_face.families import FAMILIES
 from ds_moe_ep.errors import ExportError
 
 # Who writes a file of one rank's state, by module and function. Named only: they are other libraries' and not imported.
@@ -53,7 +54,7 @@ def refuse_part_of_experts(layer: nn.Module, prefix: str, keep_vars: bool) -> No
     name = prefix.removesuffix(".") or type(layer).__name__
     words = (
         f"{writer}: the experts of {name} lie on {layer.ep_size} ranks, and the file would hold those of one rank; "
-        f"engine.save_checkpoint(folder) saves all of them{way_to_one_file(layer)}"
+        f"engine.save_checkpoint(folder) saves all of them{way_to_one_file(layer, root)}"
     )
     if writer == TRAINER:
         words += (
@@ -63,8 +64,10 @@ def refuse_part_of_experts(layer: nn.Module, prefix: str, keep_vars: bool) -> No
     raise ExportError(words)
 
 
-def way_to_one_file(layer: nn.Module) -> str:
-    """How the weights of a checkpoint become one file, as far as the package can tell."""
+def way_to_one_file(layer: nn.Module, root: Any) -> str:
+    """How the weights of all ranks become one model, as far as the package can tell."""
+    if getattr(getattr(root, "config", None), "model_type", None) in FAMILIES:
+        return "; ds_moe_ep.save_pretrained(engine, folder) writes the whole model as a Hugging Face folder"
     if seams.is_autoep_layer(layer):
         return " and training goes on from it; DeepSpeed's ds_to_universal.py puts AutoEP's experts together"
     return (

@@ -1,0 +1,200 @@
+"""A Hugging Face folder as a model whose MoE blocks are the package's layers, at any ep_size.
+
+1. The model is made with one expert per block, so that no rank ever holds all experts, and its blocks are replaced.
+2. Each rank reads the dense weights and its own experts, tensor by tensor, from the safetensors files.
+
+Every name in the files is accounted for: what is missing, left over or of another shape is an error before training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_moe_ep.config.topology import RankGrid
+from ds_moe_ep.engine.hugging_face.blocks import Block, MoEBlock, blocks_of, knobs_of
+from ds_moe_ep.engine.hugging_face.export import INDEX
+from ds_moe_ep.engine.hugging_face.families import Family, family_of
+from ds_moe_ep.errors import ConfigError, EngineError
+
+SINGLE = "model.safetensors"
+_IGNORED = (".rotary_emb.inv_freq",)  # in old files; computed by the model
+
+
+class Weights:
+    """The tensors of a folder by name. Files stay open, and memory-mapped, until it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self.file_of = _weight_map(folder)
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the files. Raises EngineError where there is none of that name, or its file cannot be read."""
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self.file_of:
+            raise EngineError(f"{self.folder}: has no {name}; complete the folder, or name one of the model's family")
+        file = self.file_of[name]
+        try:
+            if file not in self._files:
+                path = self.folder / file
+                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            tensor: Tensor = self._files[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise EngineError(f"{self.folder / file}: cannot be read ({error}); download or export it again") from error
+        return tensor
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor, from the index or from the single file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if (folder / INDEX).is_file():
+            found: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return found
+        with safe_open(folder / SINGLE, framework="pt", device="cpu") as file:
+            return dict.fromkeys(file.keys(), SINGLE)
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise EngineError(
+            f"{folder}: holds neither a whole {INDEX} nor {SINGLE} ({error}); name a Hugging Face folder with "
+            "safetensors files"
+        ) from error
+
+
+def from_pretrained(
+    folder: str | os.PathLike[str],
+    ep_size: int = 1,
+    *,
+    dtype: torch.dtype | None = None,
+    data_before_expert: bool = False,
+    **knobs: Any,
+) -> nn.Module:
+    """The causal language model of a Hugging Face folder, with `MoE` in the place of its MoE blocks.
+
+    A rank holds the dense weights and its own experts alone. `knobs` are those of `MoEConfig`; what routes tokens comes
+    from the folder's configuration, and so do logits: they equal those of transformers. No balance loss is computed
+    unless `balance` asks for one; `balance_loss(model)` is then to be added to the loss. `data_before_expert` is
+    DeepSpeed's use_data_before_expert_parallelism. `dtype` is by default that of the configuration.
+
+    Local, but with ep_size > 1 torch.distributed must be initialized; the layers are connected by
+    deepspeed.initialize. Raises ConfigError for a family or router that is not known, EngineError for files that are
+    not whole, TopologyError where ep_size does not fit the world.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise EngineError(f"{folder}: holds no config.json; name a Hugging Face folder on this machine")
+    config = AutoConfig.from_pretrained(folder)
+    family = family_of(config)
+    moe = knobs_of(config, family, ep_size, knobs)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    model = _empty(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), config, family)
+    _replace_blocks(model, config, family, lambda: MoEBlock(config, family, moe).to(dtype))
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # its loss would read the logits of blocks that are gone
+    ep_rank = RankGrid(
+        world_size=dist.get_world_size() if dist.is_initialized() else 1,
+        ep_size=ep_size,
+        data_before_expert=data_before_expert,
+    ).ep_rank(dist.get_rank() if dist.is_initialized() else 0)
+    with Weights(folder) as weights:
+        _fill(model, family, weights, ep_rank)
+    model.eval()
+    return model
+
+
+def _empty(make: Callable[[], nn.Module], config: Any, family: Family) -> nn.Module:
+    """The model with one expert per block and weights that nobody has set."""
+    from transformers.initialization import no_init_weights
+
+    num_experts = getattr(config, family.num_experts)
+    setattr(config, family.num_experts, 1)
+    try:
+        with no_init_weights():
+            return make()
+    finally:
+        setattr(config, family.num_experts, num_experts)
+
+
+def _replace_blocks(model: nn.Module, config: Any, family: Family, make: Callable[[], MoEBlock]) -> None:
+    """Puts a block of the package where the family has one: a decoder layer may have a dense one instead."""
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if name == family.module and hasattr(child, "experts") and hasattr(child, "gate")
+    ]
+    if not places:
+        raise ConfigError(f"config.model_type={config.model_type!r}: the model has no MoE block; train it as it is")
+    for parent, name in places:
+        setattr(parent, name, make())
+
+
+def _fill(model: nn.Module, family: Family, weights: Weights, ep_rank: int) -> None:
+    """Sets every parameter from the files. Raises EngineError where files and model differ."""
+    blocks = blocks_of(model, family)
+    known = _known_names(model, blocks, family)
+    left_over = sorted(name for name in weights.file_of if name not in known and not name.endswith(_IGNORED))
+    if left_over:
+        raise EngineError(
+            f"{weights.folder}: {len(left_over)} tensors have no place in the model, {left_over[0]} first; the files "
+            "are of another model than config.json"
+        )
+    for name, target in _dense_targets(model, blocks):
+        if name in weights.file_of or not _is_tied(model, name):
+            _copy(weights, name, target)
+    for block in blocks:
+        for name, target in (*block.replicated(), *block.experts(ep_rank * block.num_local_experts)):
+            _copy(weights, name, target)
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+
+
+def _known_names(model: nn.Module, blocks: Iterable[Block], family: Family) -> set[str]:
+    known = {name for name, _ in _dense_targets(model, list(blocks))}
+    for block in blocks:
+        prefix = family.in_files(block.name)
+        known |= {f"{prefix}.{name}" for name in family.names(block.num_experts)}
+    return known
+
+
+def _dense_targets(model: nn.Module, blocks: Iterable[Block]) -> list[tuple[str, Tensor]]:
+    inside = tuple(f"{block.name}." for block in blocks)
+    state: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
+    return [(name, tensor) for name, tensor in state.items() if not name.startswith(inside)]
+
+
+def _is_tied(model: nn.Module, name: str) -> bool:
+    """Whether files may leave a weight out, since it is another one's."""
+    tied: Any = getattr(model, "_tied_weights_keys", None) or ()
+    return bool(getattr(model.config, "tie_word_embeddings", False)) and name in tied  # type: ignore[union-attr]
+
+
+def _copy(weights: Weights, name: str, target: Tensor) -> None:
+    found = weights.read(name)
+    if found.shape != target.shape:
+        raise EngineError(
+            f"{weights.folder}: {name} is {tuple(found.shape)}, and the model of config.json has "
+            f"{tuple(target.shape)}; the files are of another model"
+        )
+    with torch.no_grad():
+        target.copy_(found)

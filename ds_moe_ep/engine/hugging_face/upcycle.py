@@ -1,0 +1,179 @@
+"""A dense Hugging Face folder as one of a mixture of experts: every expert starts as the dense feed-forward.
+
+With the k weights divided by their sum the mixture of equal experts is the dense model: logits are equal at the start
+(sparse upcycling, arXiv 2212.05055). Noise on the experts lets them part sooner, and moves the logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_moe_ep.engine.hugging_face.export import INDEX, SHARD_BYTES, shard_name
+from ds_moe_ep.engine.hugging_face.families import FAMILIES, PROJECTIONS, Family
+from ds_moe_ep.engine.hugging_face.load import Weights
+from ds_moe_ep.errors import ConfigError, EngineError, nearest
+
+ROUTER_STD = 0.02  # small: every expert is about as likely at the start
+DENSE = dict(zip(PROJECTIONS, ("gate_proj", "up_proj", "down_proj"), strict=True))
+
+# A dense family, the family of its mixture, and the configuration that only the mixture has.
+MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("mixtral", "MixtralForCausalLM", {"sliding_window": None, "attention_dropout": 0.0}),
+    "mistral": ("mixtral", "MixtralForCausalLM", {}),
+    "qwen3": ("qwen3_moe", "Qwen3MoeForCausalLM", {"norm_topk_prob": True, "decoder_sparse_step": 1}),
+}
+
+
+def upcycle(
+    dense: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    num_experts: int,
+    top_k: int = 2,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes the dense Hugging Face folder `dense` as a mixture of experts to the new folder `target`; returns that.
+
+    Each of `num_experts` experts is a copy of its layer's feed-forward, with normal noise of `noise` times a matrix's
+    standard deviation; routers are drawn from `seed`. Llama and Mistral become Mixtral, Qwen3 becomes Qwen3-MoE.
+    Local, without a process group; one shard is in memory at a time. Raises ConfigError for numbers that cannot work
+    and models that have no such mixture, EngineError where files are not whole or cannot be written; then nothing is
+    left behind.
+    """
+    source, target = Path(dense), Path(target).absolute()
+    partial = target.with_name(target.name + ".part")
+    for name, wrong, rule in (
+        ("num_experts", num_experts < 1, "a mixture has one expert or more"),
+        ("top_k", not 1 <= top_k <= num_experts, f"a token visits 1 to num_experts={num_experts} experts"),
+        ("noise", not noise >= 0, "a share of a standard deviation is 0 or more"),
+        ("max_shard_bytes", max_shard_bytes < 1, "a shard holds one byte or more"),
+    ):
+        if wrong:
+            raise ConfigError(f"{name}={locals()[name]}: {rule}; choose another")
+    for path in (target, partial):
+        if path.exists():
+            raise EngineError(f"{path}: exists, and nothing is overwritten; remove it or name another folder")
+    config = mixture_config(source, num_experts, top_k)
+    family = FAMILIES[config["model_type"]]
+    with Weights(source) as weights:
+        try:
+            partial.mkdir(parents=True)
+            _write(_tensors(weights, family, num_experts, noise, seed, _router_shape(config)), partial, max_shard_bytes)
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+                if (source / name).is_file():
+                    shutil.copy(source / name, partial / name)
+            partial.rename(target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise EngineError(f"{target}: cannot be written ({error}); name another folder") from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return target
+
+
+def mixture_config(source: Path, num_experts: int, top_k: int) -> dict[str, Any]:
+    """The configuration of the mixture, from that of the dense folder. Raises ConfigError where there is none."""
+    try:
+        config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{source / 'config.json'}: cannot be read ({error}); name a Hugging Face folder") from None
+    model_type = str(config.get("model_type"))
+    if model_type not in MIXTURES:
+        raise ConfigError(
+            f"config.model_type={model_type!r}: has no mixture to become; {nearest(model_type, MIXTURES, 'families')}"
+        )
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key) and model_type == "llama":
+            raise ConfigError(f"config.{key}=true: Mixtral has no such biases; take a model without them")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"config.hidden_act={config['hidden_act']!r}: experts of the mixture compute silu")
+    mixture, architecture, own = MIXTURES[model_type]
+    family = FAMILIES[mixture]
+    return {
+        **config,
+        **own,
+        "model_type": mixture,
+        "architectures": [architecture],
+        family.num_experts: num_experts,
+        "num_experts_per_tok": top_k,
+        family.expert_width: config["intermediate_size"],
+        "output_router_logits": False,
+    }
+
+
+def _router_shape(config: dict[str, Any]) -> tuple[int, int]:
+    return int(config[FAMILIES[config["model_type"]].num_experts]), int(config["hidden_size"])
+
+
+def _tensors(
+    weights: Weights, family: Family, num_experts: int, noise: float, seed: int, router_shape: tuple[int, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the mixture: a layer's feed-forward becomes its router and experts, the rest stays."""
+    for name in weights.file_of:
+        tensor = weights.read(name)
+        block, _, rest = name.rpartition(".mlp.")
+        projection = next((each for each, dense in DENSE.items() if rest == f"{dense}.weight"), None)
+        if projection is None:
+            yield name, tensor
+            continue
+        block = family.in_files(f"{block}.mlp")
+        for index in range(num_experts):
+            expert = f"{block}.{family.expert(index, projection)}"
+            yield expert, _with_noise(tensor, noise, f"{seed}:{expert}")
+        if projection == "gate":
+            router = f"{block}.{family.router}"
+            yield router, (_normal(router_shape, f"{seed}:{router}") * ROUTER_STD).to(tensor.dtype)
+
+
+def _with_noise(tensor: Tensor, noise: float, of: str) -> Tensor:
+    if not noise:
+        return tensor.clone()
+    wide = tensor.float()
+    return (wide + noise * wide.std() * _normal(tuple(wide.shape), of)).to(tensor.dtype)
+
+
+def _normal(shape: tuple[int, ...], of: str) -> Tensor:
+    """Standard normal numbers that depend on `of` alone."""
+    digest = hashlib.sha256(of.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator)
+
+
+def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
+    """Shards under temporary names, as their number is known at the end; then their names and the index."""
+    from safetensors.torch import save_file
+
+    files: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    num_bytes = 0
+
+    def flush() -> None:
+        if held:
+            save_file(held, folder / f"{len(files)}.writing", {"format": "pt"})
+            files.append(list(held))
+            held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(each.nbytes for each in held.values()) + tensor.nbytes > max_shard_bytes:
+            flush()
+        held[name] = tensor.contiguous()
+        num_bytes += tensor.nbytes
+    flush()
+    for index in range(len(files)):
+        (folder / f"{index}.writing").rename(folder / shard_name(index, len(files)))
+    weight_map = {name: shard_name(index, len(files)) for index, names in enumerate(files) for name in names}
+    index_of = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index_of, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,212 @@
+"""Hugging Face folders in, at any ep_size, and out again: logits equal those of transformers.
+
+fp32: 2e-6 of the largest logit is the order of sums over two experts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import ds_moe_ep
+from ds_moe_ep.errors import ConfigError, EngineError, ExportError
+from tests.engine.hugging_face.tiny_models import (
+    distance,
+    ds_config,
+    load,
+    logits_of,
+    make_model,
+    token_ids,
+    train_one_step,
+)
+from tests.ranks import run_ranks
+
+BOUND = 2e-6
+AUTOEP: list[tuple[str, int, int, bool]] = [  # family, ep_size, ZeRO stage, hooked
+    ("mixtral", 4, 0, True),
+    ("qwen3_moe", 2, 2, False),
+    ("deepseek_v3", 2, 1, True),
+]
+OWN: list[tuple[str, int, int]] = [  # family, ep_size, ZeRO stage
+    ("mixtral", 4, 1),
+    ("qwen2_moe", 2, 0),
+    ("qwen3_moe", 1, 0),
+    ("olmoe", 4, 2),
+]
+
+
+def test_folders_load_without_ranks_and_keep_their_logits(tmp_path: Path) -> None:
+    for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+        model = make_model(family)
+        model.save_pretrained(tmp_path / family)
+        mine = ds_moe_ep.from_pretrained(tmp_path / family)
+        assert distance(logits_of(mine), logits_of(model)) <= BOUND, family
+        other = make_model(family, seed=4)  # the control: another model is seen
+        assert distance(logits_of(other), logits_of(model)) > 1e-2, family
+
+
+def exported_by_autoep(folder: Path) -> list[Tensor]:
+    """Logits of each engine before its export."""
+    import logging
+
+    found = []
+    for family, ep_size, stage, is_hooked in AUTOEP:
+        autoep = {"autoep_size": ep_size, "preset_model": family}
+        engine = train_one_step(make_model(family), ds_config(stage, autoep))
+        handle = ds_moe_ep.attach_overlap(engine, {"schedule": "peers"}) if is_hooked else None
+        found.append(logits_of(engine))
+        ds_moe_ep.save_pretrained(engine, folder / family, max_shard_bytes=20_000)
+        if handle is not None:
+            handle.remove()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return found
+
+
+def loaded_and_exported(folder: Path) -> list[tuple[float, Tensor]]:
+    """Of each family the distance of the loaded model's logits to the source's, and the logits after one step."""
+    found = []
+    for family, ep_size, stage in OWN:
+        source = make_model(family)
+        if dist.get_rank() == 0:
+            source.save_pretrained(folder / f"source_{family}")
+        dist.barrier()
+        model = ds_moe_ep.from_pretrained(folder / f"source_{family}", ep_size)
+        engine = train_one_step(model, ds_config(stage))
+        before = ds_moe_ep.from_pretrained(folder / f"source_{family}", ep_size)
+        for layer in before.modules():
+            if isinstance(layer, ds_moe_ep.MoE):
+                layer.set_deepspeed_parallelism()
+        start = distance(logits_of(before), logits_of(source))
+        found.append((start, logits_of(engine)))
+        ds_moe_ep.save_pretrained(engine, folder / family)
+    return found
+
+
+def test_models_of_autoep_leave_as_folders_with_their_logits(tmp_path: Path) -> None:
+    by_rank = run_ranks(4, exported_by_autoep, tmp_path, timeout_s=200)
+    for index, (family, *_) in enumerate(AUTOEP):
+        model = load(tmp_path / family)
+        for found in by_rank:
+            assert distance(found[index], logits_of(model)) <= BOUND, family
+        assert distance(logits_of(make_model(family)), logits_of(model)) > 1e-3, f"{family} was not trained"
+        assert not (tmp_path / f"{family}.part").exists()
+    index_file = json.loads((tmp_path / "mixtral/model.safetensors.index.json").read_text())
+    files = set(index_file["weight_map"].values())
+    assert {path.name for path in (tmp_path / "mixtral").glob("*.safetensors")} == files
+    assert len(files) > 4, "shards are cut at 20 kB"
+    swap_two_experts(tmp_path / "mixtral", index_file["weight_map"])
+    assert distance(by_rank[0][0], logits_of(load(tmp_path / "mixtral"))) > 1e-3  # the control
+
+
+def swap_two_experts(folder: Path, file_of: dict[str, str]) -> None:
+    """Gives expert 1 of the first layer the down projection of expert 6, and the reverse."""
+    one, other = (f"model.layers.0.block_sparse_moe.experts.{index}.w2.weight" for index in (1, 6))
+    weights = {name: load_file(folder / file_of[name])[name] for name in (one, other)}
+    for name, value in ((one, weights[other]), (other, weights[one])):
+        tensors = load_file(folder / file_of[name]) | {name: value}
+        save_file(tensors, folder / file_of[name], {"format": "pt"})
+
+
+def test_folders_train_as_layers_of_the_package_and_leave_as_folders(tmp_path: Path) -> None:
+    by_rank = run_ranks(4, loaded_and_exported, tmp_path, timeout_s=200)
+    for index, (family, *_) in enumerate(OWN):
+        model = load(tmp_path / family)
+        for found in by_rank:
+            start, after = found[index]
+            assert start <= BOUND, family
+            assert distance(after, logits_of(model)) <= BOUND, family
+        assert distance(logits_of(load(tmp_path / f"source_{family}")), logits_of(model)) > 1e-3, family
+
+
+def refusals(folder: Path) -> list[str]:
+    """What this rank is told when an export cannot be made."""
+    engine = train_one_step(make_model("mixtral"), ds_config(0, {"autoep_size": 2, "preset_model": "mixtral"}))
+    told = []
+
+    def told_by(*args: Any) -> str:
+        with pytest.raises(EngineError) as error:
+            ds_moe_ep.save_pretrained(*args)
+        return str(error.value)
+
+    told.append(told_by(engine, folder / "there"))
+    told.append(told_by(engine, folder / "file" / "under_a_file"))
+    engine.module.config.model_type = "granite"
+    with pytest.raises(ConfigError) as unknown:
+        ds_moe_ep.save_pretrained(engine, folder / "new")
+    return [*told, str(unknown.value)]
+
+
+def test_exports_that_cannot_be_made_are_refused_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").write_text("")
+    for exists, cannot_write, unknown in run_ranks(2, refusals, tmp_path, timeout_s=120):
+        assert "there: exists, and an export overwrites nothing" in exists
+        assert "rank 0 cannot write the folder" in cannot_write
+        assert "config.model_type='granite': files of this family are not known" in unknown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+
+
+def test_folders_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "olmoe"
+    make_model("olmoe").save_pretrained(folder)
+    file = folder / "model.safetensors"
+    whole = load_file(file)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+    def refusal() -> str:
+        with pytest.raises(EngineError) as error:
+            ds_moe_ep.from_pretrained(folder)
+        return str(error.value)
+
+    save_file({key: value for key, value in whole.items() if key != name}, file)
+    assert f"has no {name}" in refusal()
+    save_file(whole | {"model.layers.1.mlp.experts.8.up_proj.weight": whole[name].clone()}, file)
+    assert "1 tensors have no place in the model, model.layers.1.mlp.experts.8.up_proj.weight first" in refusal()
+    save_file(whole | {name: whole[name][:3].clone()}, file)
+    assert f"{name} is (3, 32)" in refusal()
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "holds neither a whole" in refusal()
+    file.unlink()
+    assert "name a Hugging Face folder with safetensors files" in refusal()
+
+
+def test_routers_that_the_layer_does_not_have_are_refused(tmp_path: Path) -> None:
+    make_model("deepseek_v3").save_pretrained(tmp_path / "deepseek_v3")
+    with pytest.raises(ConfigError, match=r"its router limits groups of experts .* attach_overlap"):
+        ds_moe_ep.from_pretrained(tmp_path / "deepseek_v3")
+    make_model("olmoe").save_pretrained(tmp_path / "olmoe")
+    with pytest.raises(ConfigError, match=r"moe_ep\.top_k=1: the folder's config decides it"):
+        ds_moe_ep.from_pretrained(tmp_path / "olmoe", top_k=1)
+
+
+def test_the_balance_loss_of_a_model_is_the_sum_of_its_blocks(tmp_path: Path) -> None:
+    make_model("mixtral").save_pretrained(tmp_path)
+    model = ds_moe_ep.from_pretrained(tmp_path, balance="aux_loss", aux_loss_weight=0.5).train()
+    model(input_ids=token_ids())
+    blocks = [module.l_aux for module in model.modules() if hasattr(module, "l_aux") and hasattr(module, "moe")]
+    assert len(blocks) == 2
+    loss = ds_moe_ep.balance_loss(model)
+    assert loss.item() == pytest.approx(sum(block.item() for block in blocks))
+    assert loss.item() > 0.5  # the least of each is its weight
+    loss.backward()
+    assert model.model.layers[0].mlp.moe.deepspeed_moe.gate.wg.weight.grad.abs().max() > 0
+    with pytest.raises(ConfigError, match="has no block"):
+        ds_moe_ep.balance_loss(torch.nn.Linear(2, 2))
+
+
+def test_an_expert_that_computes_something_else_is_not_exported_as_silu() -> None:
+    from ds_moe_ep.engine.hugging_face.blocks import blocks_of
+    from ds_moe_ep.engine.hugging_face.families import FAMILIES
+
+    config = ds_moe_ep.MoEConfig(num_experts=2)
+    model = torch.nn.ModuleDict({"mlp": ds_moe_ep.MoE(8, ds_moe_ep.GeluMLP(8, 16), config=config)})
+    (block,) = blocks_of(model, FAMILIES["olmoe"])
+    with pytest.raises(ExportError, match="an expert computes gelu"):
+        list(block.experts(0))

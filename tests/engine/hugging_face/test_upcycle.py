@@ -1,0 +1,78 @@
+"""Dense folders as mixtures of experts: logits equal the dense model's at the start, and the mixture trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ds_moe_ep
+from ds_moe_ep.errors import ConfigError, EngineError
+from tests.engine.hugging_face.tiny_models import SIZES, distance, load, logits_of, token_ids
+
+BOUND = 2e-6
+DENSE: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8},
+    "qwen3": {"head_dim": 8},
+}
+
+
+def dense_model(family: str, folder: Path, **config: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {key: value for key, value in SIZES.items() if key != "num_experts_per_tok"}
+    torch.manual_seed(1)
+    made = AutoConfig.for_model(family, intermediate_size=40, **{**sizes, **DENSE.get(family, {}), **config})
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_mixture_of_equal_experts_has_the_dense_models_logits(family: str, tmp_path: Path) -> None:
+    model = dense_model(family, tmp_path / "dense")
+    folder = ds_moe_ep.upcycle(tmp_path / "dense", tmp_path / "moe", num_experts=4, max_shard_bytes=30_000)
+    assert distance(logits_of(load(folder)), logits_of(model)) <= BOUND
+    mine = ds_moe_ep.from_pretrained(folder)
+    assert distance(logits_of(mine), logits_of(model)) <= BOUND
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    mine.train()
+    mine(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    ups = [p.grad.abs().max() for name, p in mine.named_parameters() if name.endswith(".up.weight")]
+    assert len(ups) == 8
+    assert min(ups) > 0, "every expert gets tokens and gradients"
+
+
+def test_noise_parts_the_experts_and_is_drawn_from_the_seed(tmp_path: Path) -> None:
+    model = dense_model("mistral", tmp_path / "dense")
+    folders = [
+        ds_moe_ep.upcycle(tmp_path / "dense", tmp_path / f"moe{index}", 4, noise=noise, seed=seed)
+        for index, (noise, seed) in enumerate(((0.1, 0), (0.1, 0), (0.1, 1)))
+    ]
+    one, same, other = (logits_of(load(folder)) for folder in folders)
+    assert torch.equal(one, same)
+    assert distance(one, logits_of(model)) > 1e-3
+    assert distance(one, other) > 1e-3
+
+
+def test_what_cannot_become_a_mixture_is_refused(tmp_path: Path) -> None:
+    dense_model("llama", tmp_path / "biased", attention_bias=True)
+    dense_model("mistral", tmp_path / "dense")
+    dense_model("gemma", tmp_path / "gemma", head_dim=8)
+
+    def refusal(source: str, num_experts: int = 4, top_k: int = 2, **words: Any) -> str:
+        with pytest.raises((ConfigError, EngineError)) as error:
+            ds_moe_ep.upcycle(tmp_path / source, tmp_path / "moe", num_experts, top_k, **words)
+        return str(error.value)
+
+    assert refusal("biased").startswith("config.attention_bias=true: Mixtral has no such biases")
+    assert refusal("gemma").startswith("config.model_type='gemma': has no mixture to become")
+    assert refusal("nothing").endswith("name a Hugging Face folder")
+    assert refusal("dense", top_k=5).startswith("top_k=5: a token visits 1 to num_experts=4 experts")
+    assert refusal("dense", noise=-1.0).startswith("noise=-1.0: ")
+    (tmp_path / "dense/model.safetensors").write_bytes(b"short")
+    assert "holds neither a whole" in refusal("dense")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("moe")]
