@@ -106,7 +106,8 @@ def from_pretrained(
     family = family_of(config)
     moe = knobs_of(config, family, ep_size, knobs)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    model = _empty(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), config, family)
+    make: Any = AutoModelForCausalLM.from_config
+    model = _empty(lambda: make(config, dtype=dtype), config, family)
     _replace_blocks(model, config, family, lambda: MoEBlock(config, family, moe).to(dtype))
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False  # its loss would read the logits of blocks that are gone
@@ -186,7 +187,7 @@ def _dense_targets(model: nn.Module, blocks: Iterable[Block]) -> list[tuple[str,
 def _is_tied(model: nn.Module, name: str) -> bool:
     """Whether files may leave a weight out, since it is another one's."""
     tied: Any = getattr(model, "_tied_weights_keys", None) or ()
-    return bool(getattr(model.config, "tie_word_embeddings", False)) and name in tied  # type: ignore[union-attr]
+    return bool(getattr(model.config, "tie_word_embeddings", False)) and name in tied
 
 
 def _copy(weights: Weights, name: str, target: Tensor) -> None:
