@@ -1,6 +1,6 @@
 """MoE blocks of a Hugging Face model, whoever computes them: the package's layer, DeepSpeed's, or AutoEP's.
 
-`Block` names what a block's file names stand for on this rank. `MoEBlock` is the package's layer in a block's place.
+`ExpertBlock` names what a block's file names stand for on this rank. `MoEBlock` is the package's layer in a block's place.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def balance_loss(model: nn.Module) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Block:
+class ExpertBlock:
     """An MoE block on this rank: its name in the model, its family, and the layer that computes it."""
 
     name: str
@@ -169,14 +169,14 @@ def _present(weight: Tensor | None) -> Tensor:
     return weight
 
 
-def blocks_of(model: nn.Module, family: Family) -> list[Block]:
+def blocks_of(model: nn.Module, family: Family) -> list[ExpertBlock]:
     """The MoE blocks of a model in its order: the package's layers, DeepSpeed's and AutoEP's."""
     layers = {
         name: module
         for name, module in model.named_modules()
         if seams.is_autoep_layer(module) or seams.is_moe_layer(module)
     }
-    return [Block(name.removesuffix(".moe"), family, layer) for name, layer in layers.items()]
+    return [ExpertBlock(name.removesuffix(".moe"), family, layer) for name, layer in layers.items()]
 
 
 def knobs_of(config: Any, family: Family, ep_size: int, knobs: Mapping[str, Any]) -> MoEConfig:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.hugging_face.blocks import Block, blocks_of
+from ds_moe_ep.engine.hugging_face.blocks import ExpertBlock, blocks_of
 from ds_moe_ep.engine.hugging_face.families import family_of
 from ds_moe_ep.errors import ConfigError, EngineError, ExportError, MoEError
 
@@ -102,7 +102,7 @@ def _own_tensors(model: nn.Module) -> Named:
     return own
 
 
-def _first_expert(block: Block) -> int | None:
+def _first_expert(block: ExpertBlock) -> int | None:
     """The global index of this rank's first expert; None where another rank writes the same ones."""
     layer = block.layer
     ep_size = int(layer.ep_size)
@@ -115,7 +115,7 @@ def _first_expert(block: Block) -> int | None:
     return ep_rank * block.num_local_experts if seams.is_first_holder(f"ep_size_{ep_size}") else None
 
 
-def _dense(model: nn.Module, blocks: Sequence[Block]) -> Iterator[tuple[str, Tensor]]:
+def _dense(model: nn.Module, blocks: Sequence[ExpertBlock]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and kept buffers outside of the blocks, each once: tied weights are one."""
     inside = tuple(f"{block.name}." for block in blocks)
     seen: set[int] = set()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.config.topology import RankGrid
-from ds_moe_ep.engine.hugging_face.blocks import Block, MoEBlock, blocks_of, knobs_of
+from ds_moe_ep.engine.hugging_face.blocks import ExpertBlock, MoEBlock, blocks_of, knobs_of
 from ds_moe_ep.engine.hugging_face.export import INDEX
 from ds_moe_ep.engine.hugging_face.families import Family, family_of
 from ds_moe_ep.errors import ConfigError, EngineError
@@ -170,7 +170,7 @@ def _fill(model: nn.Module, family: Family, weights: Weights, ep_rank: int) -> N
         tie()
 
 
-def _known_names(model: nn.Module, blocks: Iterable[Block], family: Family) -> set[str]:
+def _known_names(model: nn.Module, blocks: Iterable[ExpertBlock], family: Family) -> set[str]:
     known = {name for name, _ in _dense_targets(model, list(blocks))}
     for block in blocks:
         prefix = family.in_files(block.name)
@@ -178,7 +178,7 @@ def _known_names(model: nn.Module, blocks: Iterable[Block], family: Family) -> s
     return known
 
 
-def _dense_targets(model: nn.Module, blocks: Iterable[Block]) -> list[tuple[str, Tensor]]:
+def _dense_targets(model: nn.Module, blocks: Iterable[ExpertBlock]) -> list[tuple[str, Tensor]]:
     inside = tuple(f"{block.name}." for block in blocks)
     state: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
     return [(name, tensor) for name, tensor in state.items() if not name.startswith(inside)]
