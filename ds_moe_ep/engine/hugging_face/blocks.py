@@ -1,6 +1,6 @@
 """MoE blocks of a Hugging Face model, whoever computes them: the package's layer, DeepSpeed's, or AutoEP's.
 
-`ExpertBlock` names what a block's file names stand for on this rank. `MoEBlock` is the package's layer in a block's place.
+`ExpertBlock` says what a block's names in files stand for here. `MoEBlock` is the package's layer in a block's place.
 """
 
 from __future__ import annotations
