@@ -142,7 +142,8 @@ def cut(tensors: Named, max_shard_bytes: int) -> list[Named]:
 
 def shard_name(index: int, total: int) -> str:
     """The name of a file, as Hugging Face numbers them: from 1."""
-    return f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+    place, count = (str(number).zfill(5) for number in (index + 1, total))
+    return f"model-{place}-of-{count}.safetensors"
 
 
 def _write_shards(shards: Sequence[Named], partial: Path, first: int, total: int) -> None:
