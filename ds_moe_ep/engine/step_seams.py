@@ -24,15 +24,15 @@ def once_it_has_an_optimizer(engine: Any, then: Callable[[], object]) -> None:
     configure = engine._configure_optimizer
 
     @functools.wraps(configure)
-    def configure_and_tell(*args: Any, **kwargs: Any) -> None:
+    def configure_and_report(*args: Any, **kwargs: Any) -> None:
         del engine._configure_optimizer  # it was this function
         configure(*args, **kwargs)
         then()
 
-    engine._configure_optimizer = configure_and_tell
+    engine._configure_optimizer = configure_and_report
 
 
-def telling_model_step(
+def reporting_model_step(
     engine: Any, take_model_step: Callable[..., Any], then: Callable[[bool], None]
 ) -> Callable[..., Any]:
     """The engine's model step, which then calls `then` with True where it moved the parameters.
@@ -40,7 +40,7 @@ def telling_model_step(
     A plain engine's `step` and a pipeline engine's `train_batch` both come through it.
     """
 
-    def take_and_tell(*args: Any, **kwargs: Any) -> Any:
+    def take_and_report(*args: Any, **kwargs: Any) -> Any:
         scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)  # it skips a step and tells nobody
         scale = scaler.get_scale() if scaler is not None else 0.0
         result = take_model_step(*args, **kwargs)
@@ -48,7 +48,7 @@ def telling_model_step(
         then(not is_skipped)
         return result
 
-    return take_and_tell
+    return take_and_report
 
 
 def clipping_of(engine: Any) -> Literal["whole", "gradients", "wrapper"]:

@@ -95,7 +95,7 @@ def test_the_shared_memory_build_stays_away_on_a_cpu() -> None:
 
 
 class SteppedEngine:
-    """What `telling_model_step` reads of an engine; torch's own scaler skips steps and tells nobody."""
+    """What `reporting_model_step` reads of an engine; torch's own scaler skips steps and tells nobody."""
 
     def __init__(self, scaler: torch.amp.GradScaler | None, is_applied: bool = True) -> None:
         self.torch_autocast_z0_gradscaler, self._is_applied = scaler, is_applied
@@ -113,7 +113,7 @@ class SteppedEngine:
 
 def test_a_step_that_torchs_loss_scaler_skips_counts_as_skipped() -> None:
     engine, told = SteppedEngine(torch.amp.GradScaler("cpu")), []
-    take = step_seams.telling_model_step(engine, engine._take_model_step, told.append)
+    take = step_seams.reporting_model_step(engine, engine._take_model_step, told.append)
     for factor in (1.0, float("inf"), 1.0):
         engine.torch_autocast_z0_gradscaler.scale(engine.weight.sum() * factor).backward()  # type: ignore[union-attr]
         take()
@@ -123,6 +123,6 @@ def test_a_step_that_torchs_loss_scaler_skips_counts_as_skipped() -> None:
 
 def test_a_step_that_the_engine_says_it_did_not_apply_counts_as_skipped() -> None:
     engine, told = SteppedEngine(None, is_applied=False), []
-    take = step_seams.telling_model_step(engine, engine._take_model_step, told.append)
+    take = step_seams.reporting_model_step(engine, engine._take_model_step, told.append)
     take()
     assert told == [False]

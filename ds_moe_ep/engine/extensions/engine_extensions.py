@@ -161,11 +161,11 @@ class EngineExtensions:
         return clip_gradients
 
     def _take_model_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def tell(is_applied: bool) -> None:
+        def report(is_applied: bool) -> None:
             for callback in reversed(self._acting("after_model_step")):
                 callback.after_model_step(is_applied)
 
-        return step_seams.telling_model_step(self._engine, original, tell)
+        return step_seams.reporting_model_step(self._engine, original, report)
 
     def _save(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def proceed(save: SaveCall) -> Any:

@@ -55,10 +55,10 @@ class HookedNative(HookedLayer):
         self._layer: MOELayer = moe.deepspeed_moe
         self.forms = ExpertForms()
         self.output_type: torch.dtype | None = None  # of experts of unknown form: what they gave last
-        self._tell_unmarked()
+        self._report_unmarked()
         self.clock = LayerClock()
 
-    def _tell_unmarked(self) -> None:
+    def _report_unmarked(self) -> None:
         """Says where DeepSpeed would average gradients of different experts: adapters that came after its layer."""
         trained = [(name, p) for name, p in self._layer.experts.named_parameters() if p.requires_grad]
         unmarked = [name for name, parameter in trained if not seams.is_expert_parameter(parameter)]
