@@ -64,18 +64,29 @@ def _markdown_cell(text: str) -> str:
 
 
 def to_html(table: Table) -> str:
-    """The table as a block of HTML, whose wide part may scroll."""
-    rows = [_html_row(table.head, "th", table.text_columns)]
+    """The table as a block of HTML, whose wide part may scroll.
+
+    A table of text alone has each cell's head in the cell too, so that a narrow page can stack the cells.
+    """
+    is_text_alone = table.text_columns >= len(table.head)
+    kinds = ["text" if index < table.text_columns else "number" for index in range(len(table.head))]
+    heads = [f' data-head="{html.escape(head)}"' if is_text_alone else "" for head in table.head]
+    rows = [_html_row("th", table.head, kinds, [""] * len(kinds))]
     for index, row in enumerate(table.rows):
-        rows.append(_html_row(row, "td", table.text_columns, strong=index in table.strong_rows))
+        rows.append(_html_row("td", row, kinds, heads, strong=index in table.strong_rows))
     title = f"<h3>{html_text(table.title)}</h3>" if table.title else ""
-    body = f"<thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody>"
-    return f'<div class="table">{title}<div class="wide"><table>{body}</table></div>{html_basis(table.basis)}</div>'
+    start = '<table class="stacked">' if is_text_alone else "<table>"
+    body = f"{start}<thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>"
+    return f'<div class="table">{title}<div class="wide">{body}</div>{html_basis(table.basis)}</div>'
 
 
-def _html_row(cells: Sequence[str], tag: str, text_columns: int, *, strong: bool = False) -> str:
-    kinds = ["text" if index < text_columns else "number" for index in range(len(cells))]
-    inner = "".join(f'<{tag} class="{kind}">{html_text(cell)}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))
+def _html_row(
+    tag: str, cells: Sequence[str], kinds: Sequence[str], heads: Sequence[str], *, strong: bool = False
+) -> str:
+    inner = "".join(
+        f'<{tag} class="{kind}"{head}>{html_text(cell)}</{tag}>'
+        for cell, kind, head in zip(cells, kinds, heads, strict=True)
+    )
     return f'<tr class="strong">{inner}</tr>' if strong else f"<tr>{inner}</tr>"
 
 

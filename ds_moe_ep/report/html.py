@@ -61,6 +61,14 @@ figcaption { font-size: .92rem; margin-top: .5rem }
   figure img { width: 46rem; max-width: none }
   th, td { padding: .35rem .5rem }
   td.text:first-child { min-width: 7rem }
+  .stacked thead { display: none }
+  .stacked, .stacked tbody, .stacked tr, .stacked td { display: block }
+  .stacked tr { padding: .5rem 0; border-bottom: 1px solid var(--line) }
+  .stacked td { padding: .1rem 0 .1rem 7.8rem; border: 0; overflow-wrap: break-word }
+  .stacked td::before { content: attr(data-head); float: left; margin-left: -7.8rem; color: var(--faint) }
+  .stacked td:first-child { padding-left: 0; font-weight: 650 }
+  .stacked td:first-child::before { content: none }
+  .stacked td:empty { display: none }
 }
 @media print {
   :root { --ground: #fff; --ink: #000; --faint: #444; --line: #ccc; --shade: #f4f4f4; --mark: #000;

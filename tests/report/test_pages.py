@@ -140,6 +140,16 @@ def test_the_html_page_needs_no_other_file_and_is_well_formed(report: Path) -> N
     assert not re.search(r"@import|url\(", text)
 
 
+def test_a_table_of_text_alone_has_its_heads_in_its_cells_for_pages_that_stack_them(report: Path) -> None:
+    text = (report / "report.html").read_text(encoding="utf-8")
+    (stated_table,) = re.findall(r'<table class="stacked">.*?</table>', text.partition('id="the-specification-s')[2])
+    first = stated_table.partition("<tbody>")[2].partition("</tr>")[0]
+    heads = re.findall(r'<td class="text" data-head="(.*?)">', first)
+    assert heads == ["figure", "stated", "derived", "measured here", "simulated", "remarks"]
+    numbers = text.partition('id="throughput"')[2].partition("</section>")[0]
+    assert "data-head" not in numbers and "stacked" not in numbers
+
+
 def neutrals(svg: str) -> set[str]:
     """The greys of a picture, from black to white."""
     found = re.findall(r"(?:fill|stroke): #([0-9a-f]{6})", svg)

@@ -11,7 +11,7 @@ from ds_moe_ep.report.known_names import number_in
 from ds_moe_ep.report.page import Block, PageSection, Picture, emulation_of
 from ds_moe_ep.report.plots.soak import RunMemory, StepLoad, draw_soak
 
-WEATHER = {  # of what: the note of its Record says the rest
+WORKLOAD = {  # of what: the note of its Record says the rest
     "bursts": "bursts",
     "empty_batches": "empty batches",
     "idle_ranks": "ranks without rows",
@@ -30,7 +30,7 @@ def soak(findings: Findings) -> PageSection | None:
         runs.append(RunMemory(f"run {run}", at_step))
     blocks: list[Block] = []
     if runs:
-        caption = f"Every step trains on routing that drifts and bursts. {_weather(findings)}".strip()
+        caption = f"Every step trains on routing that drifts and bursts. {_workload(findings)}".strip()
         drawing = draw_soak(runs, _loads(findings))
         blocks.append(Picture("soak", "Soak", caption, drawing, (emulation_of(used),)))
     if table := _verdicts(findings):
@@ -52,8 +52,8 @@ def _loads(findings: Findings) -> list[StepLoad]:
     ]
 
 
-def _weather(findings: Findings) -> str:
-    told = [(record, title) for what, title in WEATHER.items() if (record := findings.get("soak", "weather", what))]
+def _workload(findings: Findings) -> str:
+    told = [(record, title) for what, title in WORKLOAD.items() if (record := findings.get("soak", "weather", what))]
     counts = ", ".join(f"{record.value:,.0f} {title}" for record, title in told)
     return f"In {told[0][0].n:,} steps: {counts}." if told else ""
 
