@@ -76,7 +76,7 @@ def judge_hosts(facts: HostsFacts) -> Iterator[Verdict]:
 
 
 def judge_launchers(facts: HostsFacts) -> Verdict:
-    """Which launchers could start the job from here."""
+    """The launchers that could start the job from here."""
     there = [name for name in LAUNCHERS if name in facts.launchers]
     if "pdsh" in there:
         return _verdict("launcher", "ok", ", ".join(there))
