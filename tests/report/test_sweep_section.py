@@ -11,6 +11,7 @@ from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings, Source
 from ds_moe_ep.report.page import EMULATED, PageSection, Picture
+from ds_moe_ep.report.plots.sweep import thousands
 from ds_moe_ep.report.sections.stated import stated
 from ds_moe_ep.report.sections.sweep import draw_curves, simulated_scaling
 from tests.report.sample_records import SWEPT, scaling_records, sweep_records
@@ -33,6 +34,11 @@ def test_a_sweep_over_ep_and_one_over_copies_have_a_picture_each() -> None:
     assert keys_of(section_of(list(sweep_records(sizes=OVER_EP)))) == ["sweep_simulated_some"]
     assert keys_of(section_of(list(sweep_records(sizes=OVER_COPIES)))) == ["sweep_copies_simulated_some"]
     assert section_of(list(scaling_records())) is None, "what was measured is not shown as simulated"
+
+
+def test_the_numbers_of_an_axis_that_doubles_are_short() -> None:
+    values = (0.01, 0.1, 1, 100, 10_000, 1e6, 2e7, 1e10)
+    assert [thousands()(value) for value in values] == ["0.01", "0.1", "1", "100", "10 k", "1 M", "20 M", "10 G"]
 
 
 def test_two_clusters_stand_apart() -> None:

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from ds_moe_ep.report.page import Drawing
 
@@ -126,7 +126,7 @@ def panels(figure: Figure, num: int, num_columns: int) -> list[Axes]:
 
 def plain_numbers(axis: Axis) -> None:
     """Writes the numbers of an axis with commas, and without powers of ten where they can be avoided."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
 
 
 def legend(figure: Figure, handles: Sequence[Patch | Line2D], num_columns: int = 6) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, StrMethodFormatter
 
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
@@ -19,6 +19,13 @@ MARKERS = ("o", "s")
 DASHES = ("-", (0, (4, 2)))
 SHIFT = 2**0.09  # between two totals whose points would cover each other
 WIDE = 12  # sizes beyond which every other one is written
+
+
+def thousands() -> EngFormatter:
+    """The numbers of an axis that doubles: 0.01, 1, 100, 10 k, 1 M."""
+    formatter = EngFormatter()
+    formatter.ENG_PREFIXES = {0: "", 3: "k", 6: "M", 9: "G"}
+    return formatter
 
 
 @dataclass(frozen=True)
@@ -109,19 +116,11 @@ def _dress(axis: Axes, panel: SweepPanel, sizes: Sequence[int]) -> None:
     written = sizes if len(sizes) <= WIDE else sizes[::2]
     axis.xaxis.set_major_locator(FixedLocator(written))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axis.yaxis.set_major_formatter(thousands())
     axis.set_title(panel.title)
     axis.set_title(panel.fit, loc="right", fontsize=9, fontweight="normal")
     axis.set_xlabel(panel.x_label, color=FAINT)
     axis.set_ylabel(panel.y_label, color=FAINT)
     axis.grid(axis="y")
-
-
-def _short(value: float) -> str:
-    """0.01, 1, 100, 10 k, 1 M."""
-    for scale, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= scale:
-            return f"{value / scale:,.10g}{letter}"
-    return f"{value:,.10g}"
