@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ds_moe_ep.records.names import (
     BASELINE,
@@ -19,7 +20,7 @@ from ds_moe_ep.records.names import (
 from ds_moe_ep.records.quantity import TIMES, cell, convert, number
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.report.findings import Findings
-from ds_moe_ep.report.known_names import number_in, shaping_order
+from ds_moe_ep.report.known_names import number_in
 
 OURS, SERIAL, NATIVE = "ep16", "ep16_serial", "native_ep16"
 MOST = 3
@@ -29,7 +30,8 @@ FIRST_BEDS = ("cluster", "traffic", SIMULATED, "unshaped", "loopback")  # those 
 
 def headline(findings: Findings) -> tuple[str, ...]:
     """The first sentences that the Records have numbers for, from the gain of whole systems to the soak's verdicts."""
-    tellers: Sequence[Callable[[Findings], str]] = (_gain, _hidden, _laws, _schedules, _losses, _simulated, _soak)
+    schedules = [partial(_schedules, device) for device in DEVICES]
+    tellers: Sequence[Callable[[Findings], str]] = (_gain, _hidden, _laws, *schedules, _losses, _simulated, _soak)
     return tuple(sentence for tell in tellers if (sentence := tell(findings)))[:MOST]
 
 
@@ -70,24 +72,25 @@ def _laws(findings: Findings) -> str:
     return ""
 
 
-def _schedules(findings: Findings) -> str:
-    """One layer: the schedule that gains most over serial, and where."""
-    gains = []
-    for device in DEVICES:
-        below = findings.below("overlap", device)
-        for name, record in below.items():
-            shaping, side, phase, what = name.rsplit(".", 3)
-            serial = below.get(f"{shaping}.serial.step.time")
-            if serial is not None and (phase, what) == ("step", "time") and side not in ("serial", "wire"):
-                gains.append((serial.value / record.value, device, shaping, side))
-    if not gains:
-        return ""
-    gain, device, shaping, side = max(gains, key=lambda found: (found[0], shaping_order(found[2])))
-    hidden = findings.get("overlap", device, shaping, side, "step", "hidden")
-    told = f" and hides {cell(hidden, 'percent')} % of its transfers" if hidden else ""
-    link = shaping.replace(" of step", f" {TIMES} compute").replace("mbit", "Mbit/s")
-    ratio = f"{number(gain)} {TIMES}"
-    return f"One layer with the schedule {SIDES[side]} is {ratio} as fast as serial{told} ({DEVICES[device]}, {link})."
+def _schedules(device: str, findings: Findings) -> str:
+    """One layer under the first of the schedules that hide: its speed over serial and what it hides, over the links."""
+    below = findings.below("overlap", device)
+    for side in (side for side in SIDES if side not in ("serial", "wire")):
+        times = {name: record for name, record in below.items() if name.endswith(f".{side}.step.time")}
+        pairs = [(below.get(name.replace(f".{side}.", ".serial.")), record) for name, record in times.items()]
+        gains = [serial.value / record.value for serial, record in pairs if serial]
+        if gains:
+            hidden = [convert(below[name], "percent").value for name in below if name.endswith(f".{side}.step.hidden")]
+            told = f", and hides {_range(hidden)} % of its transfers" if hidden else ""
+            links = f"{len(gains)} links" if len(gains) > 1 else "one link"
+            layer = f"One layer on {DEVICES[device]}, with the schedule {side}"
+            return f"{layer}, is {_range(gains)} {TIMES} as fast as serial over {links}{told}."
+    return ""
+
+
+def _range(values: Sequence[float]) -> str:
+    """The least and the most: 1.2 to 1.5."""
+    return " to ".join(dict.fromkeys((number(min(values)), number(max(values)))))
 
 
 def _losses(findings: Findings) -> str:

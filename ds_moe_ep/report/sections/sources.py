@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from ds_moe_ep.records.names import SYSTEMS, TOTALS, bed_title
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
-from ds_moe_ep.report.page import REAL, Block, Code, Lines, PageSection, Prose, emulation_of
+from ds_moe_ep.report.page import EMULATED, REAL, Block, Code, Lines, PageSection, Prose, emulation_of
 
 MAX_LINES = 12
+ALL_EMULATED = "Emulated: a device or a link was simulated or shaped."
 MEANING = "Emulated means that a device or a link was simulated or shaped."
 
 
@@ -25,7 +26,8 @@ def head(findings: Findings, absent: Sequence[str]) -> PageSection:
     items += [f"Hardware: {hardware}." for hardware in _first(_unique(record.hardware for record in records))]
     commits = _unique(record.commit for record in records)
     items += [f"Revision of the sources: {', '.join(f'`{commit}`' for commit in commits)}." if commits else ""]
-    items += [f"{emulation_of(records)} {MEANING}"] if any(record.emulated for record in records) else [REAL]
+    emulation = emulation_of(records)
+    items.append(ALL_EMULATED if emulation == EMULATED else REAL if emulation == REAL else f"{emulation} {MEANING}")
     items += [f"Absent for lack of Records: {'; '.join(absent)}."] if absent else []
     if findings.num_others:
         items.append(f"{findings.num_others} other records were not used.")
