@@ -22,7 +22,7 @@ import ds_moe_ep
 from ds_moe_ep.cli.main import main as command
 from ds_moe_ep.cli.tables import figure_table, knob_table
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
-from ds_moe_ep.specification.derived import stated_and_derived
+from ds_moe_ep.specification.claims import stated_and_derived
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "ds_moe_ep" / "docs"

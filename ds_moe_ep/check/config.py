@@ -13,15 +13,15 @@ from ds_moe_ep.check.pipeline import (
     check_pipeline,
     has_specified_shapes,
     is_specified,
-    pipeline_fix,
     pipeline_notes,
 )
 from ds_moe_ep.config import deepspeed_keys
 from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.config.section import Section, load_ds_config, read_section
 from ds_moe_ep.config.topology import RankGrid
-from ds_moe_ep.config.training import BYTES, WHOLE, Training, micro_batch_fix, read_training
+from ds_moe_ep.config.training import BYTES, WHOLE, Training, read_training
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.sizing.fit import memory_fix, needs
 from ds_moe_ep.sizing.footprint import (
     Memory,
     Parameters,
@@ -35,7 +35,8 @@ from ds_moe_ep.sizing.footprint import (
     tokens_of_rank,
     training_flops,
 )
-from ds_moe_ep.specification import derived as figures
+from ds_moe_ep.specification.claim import Figure
+from ds_moe_ep.specification.claims import stated_and_derived
 
 FLASH_HEAD_SIZE = 256  # torch's flash attention ends at heads of this width
 
@@ -96,7 +97,7 @@ class Check:
     budget: Budget
     details: ModelCheck | PipelineCheck | None
     notes: tuple[str, ...]
-    figures: tuple[figures.Figure, ...]
+    figures: tuple[Figure, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The check as plain values, for JSON."""
@@ -132,14 +133,16 @@ def check_config(
         budget=budget,
         details=details,
         notes=tuple(_notes(ds_config, section, training)),
-        figures=figures.stated_and_derived() if _is_the_specification(section) else (),
+        figures=stated_and_derived() if _is_the_specification(section) else (),
     )
 
 
 def _check_model(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> ModelCheck:
     memory = count_memory(model, moe, training, budget.load)
     if memory.peak > budget.free_bytes:
-        raise ConfigError(_does_not_fit(memory, budget, memory_fix(model, moe, training, budget)))
+        raise ConfigError(
+            _does_not_fit(memory, budget, memory_fix(model, moe, training, budget.free_bytes, budget.load))
+        )
     tokens = tokens_of_rank(model, training)
     return ModelCheck(
         model=model,
@@ -159,45 +162,13 @@ def _check_model(model: ModelConfig, moe: MoEConfig, training: Training, budget:
 def _check_pipeline(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> PipelineCheck:
     details = check_pipeline(model, moe, training, budget.free_bytes)
     if details.memory.peak > budget.free_bytes:
-        fix = pipeline_fix(model, moe, training, budget.free_bytes)
+        fix = memory_fix(model, moe, training, budget.free_bytes)
         raise ConfigError(_does_not_fit(details.memory, budget, fix))
     return details
 
 
 def _does_not_fit(memory: Memory, budget: Budget, fix: str) -> str:
     return f"gpu_gb={budget.gpu_gb:g}: {needs(memory)} beside a reserve of {budget.reserve_gb:g}; {fix}"
-
-
-def needs(memory: Memory) -> str:
-    """The memory that a GPU needs, for the error of one that has less."""
-    parts = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations and buffers": memory.peak - memory.persistent,
-    }
-    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    return f"a GPU needs {memory.peak / 1e9:.1f} GB ({listed})"
-
-
-def memory_fix(model: ModelConfig, moe: MoEConfig, training: Training, budget: Budget) -> str:
-    """The change that makes a model fit a GPU, or at least smaller."""
-
-    def fits(smaller: Training) -> bool:
-        return count_memory(model, moe, smaller, budget.load).peak <= budget.free_bytes
-
-    smaller = micro_batch_fix(training, fits)
-    if smaller:
-        return smaller
-    if not model.recompute:
-        return "set moe_ep.model.recompute to true"
-    if training.zero_stage == 0:
-        return "set zero_optimization.stage to 1"
-    if moe.ep_size < moe.num_experts:
-        return f"raise moe_ep.ep_size from {moe.ep_size}, so that a rank holds fewer experts"
-    if not training.offload:
-        return "move the optimizer to the host with zero_optimization.offload_optimizer"
-    return "make the model smaller"
 
 
 def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -> Iterator[str]:

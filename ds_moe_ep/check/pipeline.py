@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
-from ds_moe_ep.config.training import Training, micro_batch_fix
+from ds_moe_ep.config.training import Training
+from ds_moe_ep.sizing.fit import largest_micro_batch
 from ds_moe_ep.sizing.footprint import Memory, Parameters, count_parameters
 from ds_moe_ep.sizing.pipeline import (
     PipelineWork,
@@ -16,7 +17,6 @@ from ds_moe_ep.sizing.pipeline import (
     bubble,
     count_work,
     fullest_stage,
-    largest_micro_batch,
     message_numbers,
 )
 from ds_moe_ep.specification import stated as specified
@@ -58,24 +58,6 @@ def check_pipeline(model: ModelConfig, moe: MoEConfig, training: Training, free_
         largest_micro_batch=largest_micro_batch(model, moe, training, free_bytes),
         work=count_work(model, moe, training),
     )
-
-
-def pipeline_fix(model: ModelConfig, moe: MoEConfig, training: Training, free_bytes: int) -> str:
-    """The change that makes a stage fit, or at least smaller."""
-
-    def fits(smaller: Training) -> bool:
-        return fullest_stage(model, moe, smaller).memory.peak <= free_bytes
-
-    smaller = micro_batch_fix(training, fits)
-    if smaller:
-        return smaller
-    if not model.recompute:
-        return "set moe_ep.model.recompute to true"
-    if training.zero_stage == 0 and training.num_copies > 1:
-        return "set zero_optimization.stage to 1"
-    if training.layout.pp_size < model.num_layers:
-        return f"raise moe_ep.layout.pp_size from {training.layout.pp_size}, so that a stage holds fewer layers"
-    return f"raise moe_ep.layout.tp_size from {training.layout.tp_size}, so that a rank holds less of each layer"
 
 
 def pipeline_notes(

@@ -7,25 +7,28 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ds_moe_ep import __version__
 from ds_moe_ep.bench.demo.options import add_demo
-from ds_moe_ep.cli.simulate import add_audit, add_calibrate, add_plan
-from ds_moe_ep.config.command_line import INTERRUPTED, Parser, number, refused, whole
+from ds_moe_ep.cli.options import (
+    BENCHMARKS,
+    BenchOptions,
+    CheckOptions,
+    ConvertOptions,
+    NoOptions,
+)
+from ds_moe_ep.config.command_line import INTERRUPTED, Parser, refused
 from ds_moe_ep.config.options import Command
-from ds_moe_ep.config.shipped import shipped_ds_configs
 from ds_moe_ep.doctor.options import DoctorOptions
 from ds_moe_ep.errors import EngineError, MoEError
 from ds_moe_ep.report.options import ReportOptions
+from ds_moe_ep.simulate.options import AuditOptions, CalibrateOptions, PlanOptions
 
-BENCHMARKS = {
-    "systems": "EP16 overlapped and serial, TP8/PP2, DeepSpeed's MoE and AutoEP, training one model",
-    "scaling": "EP = 1, 2, 4, 8, 16, and the specification's scaling laws",
-    "layer": "one layer against DeepSpeed's own and the matmuls alone",
-    "overlap": "schedules of one layer on shaped links",
-    "probe": "a device and its links, in two minutes, for calibrate",
-    "soak": "many steps whose routing drifts and bursts: memory, handles, determinism",
-}
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PAPER_WIDTH = 120  # columns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,126 +61,141 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"ds-moe-ep {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_demo(commands)
-    _add_check_config(commands)
-    DOCTOR.add_to(commands)
-    knobs = commands.add_parser(
-        "knobs",
-        help="print every knob as a Markdown table",
-        description="Prints every knob as a Markdown table.",
-    )
-    knobs.set_defaults(run=run_knobs)
-    figures = commands.add_parser(
-        "figures",
-        help="print the specification's figures, stated and derived",
-        description="Prints the specification's figures beside what its shapes and links imply.",
-    )
-    figures.set_defaults(run=run_figures)
-    add_audit(commands)
-    add_plan(commands)
-    add_calibrate(commands)
-    REPORT.add_to(commands)
-    _add_convert(commands)
-    _add_bench(commands)
+    for command in (*_of_configurations(), *_of_simulations(), *_of_files()):
+        command.add_to(commands)
     return parser
 
 
-def _add_check_config(commands: argparse._SubParsersAction[Parser]) -> None:
-    check = commands.add_parser(
-        "check-config",
-        help="tell what a ds_config would run, or why it cannot",
-        description=(
-            "Reads a ds_config and prints what it would run: parameters by kind, bytes of a GPU, tokens, "
-            "traffic, arithmetic. All numbers are derived from shapes; none is measured. Exits with 2 where "
-            "the configuration cannot work, with the reason and the way out."
+def _of_configurations() -> tuple[Command[Any], ...]:
+    return (
+        Command(
+            "check-config",
+            "tell what a ds_config would run, or why it cannot",
+            CheckOptions,
+            run_check_config,
+            "Reads a ds_config and prints what it would run: ranks, experts, batch, memory of a GPU; with --verbose "
+            "parameters by kind, traffic and arithmetic too. All numbers are derived from shapes; none is measured. "
+            "Exits with 2 where the configuration cannot work, with the reason and the way out.",
+            example="python -m ds_moe_ep check-config ep16 --world-size 16 --gpu-gb 80",
         ),
-        epilog="example: python -m ds_moe_ep check-config ep16 --world-size 16 --gpu-gb 80",
+        Command(
+            "doctor",
+            "tell what is installed and usable here, and how the links between ranks do",
+            DoctorOptions,
+            run_doctor,
+            "Looks at libraries, machine, environment variables and a ds_config, and lets ranks send and receive for a "
+            "few seconds. Prints the verdict, then problems and warnings with their fixes, then the rest, one line "
+            "each. Ranks are started here, on GPUs where there are enough; in a job of a launcher (deepspeed --module, "
+            "torchrun -m, mpirun) the job's ranks are taken, and rank 0 prints. Exits with 1 where there is a problem.",
+            example="deepspeed --hostfile hosts --module ds_moe_ep doctor --config ds_configs/ep16.json",
+        ),
+        Command(
+            "knobs",
+            "print every knob as a Markdown table",
+            NoOptions,
+            run_knobs,
+            "Prints every knob as a Markdown table.",
+        ),
+        Command(
+            "figures",
+            "print the specification's figures, stated and derived",
+            NoOptions,
+            run_figures,
+            "Prints the specification's figures beside what its shapes and links imply.",
+        ),
     )
-    shipped = f"a ds_config (JSON) with a section moe_ep; these ship: {', '.join(shipped_ds_configs())}"
-    check.add_argument("path", metavar="DS_CONFIG", help=shipped)
-    check.add_argument(
-        "--world-size",
-        type=whole(1),
-        metavar="RANKS",
-        help="ranks of the job (default: what the batch sizes imply, else ep_size)",
-    )
-    check.add_argument(
-        "--gpu-gb",
-        type=number(above=0),
-        default=80.0,
-        metavar="GB",
-        help="memory of one GPU in 1e9 bytes (default: 80)",
-    )
-    check.add_argument(
-        "--reserve-gb",
-        type=number(0),
-        default=4.0,
-        metavar="GB",
-        help="part of it left to CUDA's context, NCCL and fragmentation (default: 4)",
-    )
-    check.add_argument(
-        "--load",
-        type=number(1),
-        default=1.0,
-        metavar="TIMES",
-        help="rows of the fullest rank over the mean, for its activations (default: 1, even routing)",
-    )
-    check.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    check.set_defaults(run=run_check_config)
 
 
-def _add_convert(commands: argparse._SubParsersAction[Parser]) -> None:
-    convert = commands.add_parser(
-        "convert",
-        help="carry a checkpoint's weights to another layout",
-        description=(
+def _of_simulations() -> tuple[Command[Any], ...]:
+    return (
+        Command(
+            "audit",
+            "print the specification's figures: stated, derived, simulated on a cluster, and the verdict",
+            AuditOptions,
+            run_audit,
+            "Prints every figure of the specification as it is stated, as its shapes and links imply it, and as its "
+            "jobs are simulated on a cluster of 16 devices, with a bar from the ranges of the cluster's numbers. The "
+            "verdict is computed from these numbers. Nothing is measured.",
+            example="python -m ds_moe_ep audit --markdown",
+        ),
+        Command(
+            "plan",
+            "tell what a ds_config will do on a cluster, before anybody rents it",
+            PlanOptions,
+            run_plan,
+            "Simulates a step of the job on a cluster that a file describes, and prints: does it fit, tokens per "
+            "second, what is hidden, utilization, what bounds it, and what is faster; with --verbose every table, "
+            "too. Nothing is started and nothing measured; every number has a bar, from the ranges of the cluster's "
+            "numbers. Exits with 2 where the job cannot work or does not fit, with the way out.",
+            example="python -m ds_moe_ep plan --config ep16 --cluster h100_4x4 --compare tp8_pp2",
+        ),
+        Command(
+            "calibrate",
+            "fit a cluster's numbers to Records of runs",
+            CalibrateOptions,
+            run_calibrate,
+            "Fits the numbers of a cluster to Records of `bench probe`, of `bench overlap`, or of both, and prints "
+            "what it fitted and the error on the runs that it held out. What was not measured stays as the file has "
+            "it.",
+            example="python -m ds_moe_ep calibrate probe.jsonl --cluster h100_4x4 --out mine.json",
+        ),
+    )
+
+
+def _of_files() -> tuple[Command[Any], ...]:
+    benchmarks = "\n".join(f"  {name:<10}{help}" for name, help in BENCHMARKS.items())
+    return (
+        Command(
+            "report",
+            "turn measured records into a page with figures",
+            ReportOptions,
+            run_report,
+            "Reads files of Records, and for x.jsonl the spans in x.spans.jsonl beside it, and writes report.html "
+            "(one file that stands alone), report.md and figures/. No number that is not in a Record.",
+            example="python -m ds_moe_ep report runs/systems.jsonl runs/scaling.jsonl -o out",
+        ),
+        Command(
+            "convert",
+            "carry a checkpoint's weights to another layout",
+            ConvertOptions,
+            run_convert,
             "Carries the weights of a DeepSpeed checkpoint between expert parallelism and tensor x pipeline "
-            "parallelism, for any sizes on both sides. Which of the two the checkpoint has is read from its files; the "
-            "target's is that of the ds_config: a pipeline where its section moe_ep has a layout. Optimizer states "
-            "stay behind. Weights are mapped, checked, and written file by file."
+            "parallelism, for any sizes on both sides. Which of the two the checkpoint has is read from its files; "
+            "the target's is that of the ds_config: a pipeline where its section moe_ep has a layout. Optimizer "
+            "states stay behind. Weights are mapped, checked, and written file by file.",
+            example="python -m ds_moe_ep convert ck-ep16 ck-tp8-pp2 --config ds_configs/tp8_pp2.json",
         ),
-        epilog="example: python -m ds_moe_ep convert ck-ep16 ck-tp8-pp2 --config ds_configs/tp8_pp2.json",
+        Command(
+            "bench",
+            "measure, and write Records",
+            BenchOptions,
+            run_bench,
+            "Starts its own ranks on this machine and measures; every number goes into a file of Records.",
+            epilog=f"benchmarks:\n{benchmarks}\n\nexample: python -m ds_moe_ep bench systems --out systems.jsonl "
+            "(its own options: bench systems --help)",
+        ),
     )
-    convert.add_argument("source", metavar="FROM_DIR", help="a folder that engine.save_checkpoint wrote")
-    convert.add_argument("target", metavar="TO_DIR", help="the folder to make; it must not exist")
-    convert.add_argument("--config", metavar="DS_CONFIG", required=True, help="the ds_config that TO_DIR is for")
-    convert.add_argument("--tag", help="which checkpoint of FROM_DIR (default: the one that its file `latest` names)")
-    convert.set_defaults(run=run_convert)
 
 
-def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
-    bench = commands.add_parser(
-        "bench",
-        help="measure, and write Records",
-        description="Starts its own ranks on this machine and measures; every number goes into a file of Records.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="benchmarks:\n"
-        + "\n".join(f"  {name:<10}{help}" for name, help in BENCHMARKS.items())
-        + "\n\nexample: python -m ds_moe_ep bench systems --out systems.jsonl (its own options: bench systems --help)",
-    )
-    bench.add_argument("benchmark", choices=list(BENCHMARKS), metavar="BENCHMARK", help=", ".join(BENCHMARKS))
-    bench.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="the benchmark's own options")
-    bench.set_defaults(run=run_bench)
-
-
-def run_bench(parsed: argparse.Namespace) -> int:
+def run_bench(options: BenchOptions) -> int:
     """Runs one of the benchmarks; 130 after Ctrl-C, with what was measured until then on disk."""
-    benchmark = importlib.import_module(f"ds_moe_ep.bench.{parsed.benchmark}.command")
-    status: int = benchmark.main(parsed.options)
+    benchmark = importlib.import_module(f"ds_moe_ep.bench.{options.benchmark}.command")
+    status: int = benchmark.main(list(options.options))
     return status
 
 
-def run_check_config(parsed: argparse.Namespace) -> int:
-    """Prints the check of `parsed.path`, as tables or JSON."""
+def run_check_config(options: CheckOptions) -> int:
+    """Prints the check of a ds_config, as lines, tables or JSON; 0."""
     from ds_moe_ep.check.config import Budget, check_config
 
-    budget = Budget(gpu_gb=parsed.gpu_gb, reserve_gb=parsed.reserve_gb, load=parsed.load)
-    check = check_config(parsed.path, parsed.world_size, budget)
-    if parsed.json:
+    budget = Budget(gpu_gb=options.gpu_gb, reserve_gb=options.reserve_gb, load=options.load)
+    check = check_config(options.path, options.world_size, budget)
+    if options.json:
         print(json.dumps(check.to_dict(), indent=2))
         return 0
     from ds_moe_ep.cli.tables import print_check
 
-    print_check(check)
+    print_check(check, verbose=options.verbose)
     return 0
 
 
@@ -188,21 +206,8 @@ def run_doctor(options: DoctorOptions) -> int:
     return run(options)
 
 
-DOCTOR = Command(
-    "doctor",
-    "tell what is installed and usable here, and how the links between ranks do",
-    DoctorOptions,
-    run_doctor,
-    "Looks at libraries, machine, environment variables and a ds_config, and lets ranks send and receive for a "
-    "few seconds. Prints the verdict, then problems and warnings with their fixes, then the rest, one line "
-    "each. Ranks are started here, on GPUs where there are enough; in a job of a launcher (deepspeed --module, "
-    "torchrun -m, mpirun) the job's ranks are taken, and rank 0 prints. Exits with 1 where there is a problem.",
-    "deepspeed --hostfile hosts --module ds_moe_ep doctor --config ds_configs/ep16.json",
-)
-
-
-def run_knobs(parsed: argparse.Namespace) -> int:
-    """Prints the Markdown tables of README."""
+def run_knobs(options: NoOptions) -> int:
+    """Prints the Markdown tables of README; 0."""
     from ds_moe_ep.cli.tables import knob_table
     from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
 
@@ -210,17 +215,44 @@ def run_knobs(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def run_figures(parsed: argparse.Namespace) -> int:
-    """Prints the specification's figures as a Markdown table."""
+def run_figures(options: NoOptions) -> int:
+    """Prints the specification's figures as a Markdown table; 0."""
     from ds_moe_ep.cli.tables import figure_table
-    from ds_moe_ep.specification.derived import stated_and_derived
+    from ds_moe_ep.specification.claims import stated_and_derived
 
     print(figure_table(stated_and_derived()))
     return 0
 
 
+def run_plan(options: PlanOptions) -> int:
+    """Prints and writes the plan of a job, or its sweep and the curve of that; 0."""
+    from ds_moe_ep.simulate.plan.command import run
+
+    code = run(options, _console())
+    if options.sweep is not None and options.out is not None:
+        from ds_moe_ep.report.sections.sweep import draw_curves
+
+        for path in draw_curves(options.out):
+            print(path, file=sys.stderr)
+    return code
+
+
+def run_audit(options: AuditOptions) -> int:
+    """Prints and writes the audit; 0."""
+    from ds_moe_ep.simulate.audit.command import run
+
+    return run(options, _console())
+
+
+def run_calibrate(options: CalibrateOptions) -> int:
+    """Prints and writes the calibration; 0."""
+    from ds_moe_ep.simulate.calibrate.command import run
+
+    return run(options, _console())
+
+
 def run_report(options: ReportOptions) -> int:
-    """Writes the report, and prints what it wrote."""
+    """Writes the report, and prints the files that it wrote; 0."""
     from ds_moe_ep.report.write import write_report
 
     for path in write_report(options.records, options.out):
@@ -228,19 +260,8 @@ def run_report(options: ReportOptions) -> int:
     return 0
 
 
-REPORT = Command(
-    "report",
-    "turn measured records into a page with figures",
-    ReportOptions,
-    run_report,
-    "Reads files of Records, and for x.jsonl the spans in x.spans.jsonl beside it, and writes report.html (one file "
-    "that stands alone), report.md and figures/. No number that is not in a Record.",
-    "python -m ds_moe_ep report runs/systems.jsonl runs/scaling.jsonl -o out",
-)
-
-
-def run_convert(parsed: argparse.Namespace) -> int:
-    """Carries weights from `parsed.source` to `parsed.target`, with progress, and prints what was written."""
+def run_convert(options: ConvertOptions) -> int:
+    """Carries weights to another layout, with progress, and prints what was written; 0."""
     from contextlib import redirect_stdout
 
     from rich.console import Console
@@ -249,9 +270,16 @@ def run_convert(parsed: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # DeepSpeed's log, which is no result
         from ds_moe_ep.engine.checkpoint.convert import prepare
 
-    conversion = prepare(parsed.source, parsed.target, parsed.config, parsed.tag)
+    conversion = prepare(options.source, options.target, options.config, options.tag)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("converting", total=conversion.num_bytes)
         conversion.write(lambda num_bytes: progress.advance(task, num_bytes))
     print(conversion)
     return 0
+
+
+def _console() -> Console:
+    """The terminal as wide as it is; PAPER_WIDTH columns where the output goes elsewhere."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PAPER_WIDTH)

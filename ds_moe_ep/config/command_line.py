@@ -1,4 +1,4 @@
-"""How every command reads its command line: one parser that refuses by ConfigError, and the values that options take.
+"""Command lines of every command: one parser that refuses by ConfigError, and the values that options take.
 
 What cannot be is refused here, before any work begins: numbers out of their range, files that cannot be written. A
 mistyped command, option or choice is answered by the nearest known one. No torch.

@@ -125,7 +125,7 @@ class MoEConfig:
 
     @property
     def is_serial(self) -> bool:
-        """Whether nothing is hidden; 'auto' hides nothing until it has chosen."""
+        """True where nothing is hidden; 'auto' hides nothing until it has chosen."""
         return self.schedule in ("serial", "auto")
 
     @property
@@ -134,7 +134,7 @@ class MoEConfig:
 
     @property
     def renormalizes(self) -> bool:
-        """Whether the k weights are divided by their sum; DeepSpeed does so for every k but 1."""
+        """True where the k weights are divided by their sum; DeepSpeed does so for every k but 1."""
         return self.top_k > 1 if self.renormalize is None else self.renormalize
 
     def capacity(self, num_tokens: int, training: bool) -> int | None:

@@ -32,7 +32,7 @@ REQUIRED: Any = dataclasses.MISSING
 
 @dataclass(frozen=True, kw_only=True)
 class OptionRule:
-    """What a field says of its option beyond its type and default."""
+    """Rule of an option beyond its field's type and default."""
 
     help: str
     type: Callable[[str], Any] | None
@@ -44,6 +44,7 @@ class OptionRule:
     flags: tuple[str, ...]
     positional: bool
     one_of: str
+    rest: bool
 
 
 def option(
@@ -59,11 +60,13 @@ def option(
     flags: Sequence[str] = (),
     positional: bool = False,
     one_of: str = "",
+    rest: bool = False,
 ) -> Any:
     """A dataclass field that is an option, or an argument where it is `positional`.
 
     `type` reads the text where the field's own type does not say how; `above` is an end that is not in the range;
-    `flags` stand in place of the field's name; of the options with one word in `one_of` only one may be given.
+    `flags` stand in place of the field's name; of the options with one word in `one_of` only one may be given; an
+    argument with `rest` takes all words behind it.
     """
     chosen = tuple(choices) if choices is not None else None
     rule = OptionRule(
@@ -77,6 +80,7 @@ def option(
         flags=tuple(flags),
         positional=positional,
         one_of=one_of,
+        rest=rest,
     )
     return field(default=default, metadata={"option": rule})
 
@@ -154,7 +158,7 @@ def _argument(its: dataclasses.Field[Any], hint: Any, rule: OptionRule) -> tuple
         choices = typing.get_args(hint)
     given: dict[str, Any] = {"help": shown, "type": _reader(hint, rule), "choices": choices, "metavar": rule.metavar}
     if is_many:
-        given["nargs"] = "+"
+        given["nargs"] = argparse.REMAINDER if rule.rest else "+"
     if rule.positional:
         given["metavar"] = rule.metavar or its.name.upper()
         return [its.name], given

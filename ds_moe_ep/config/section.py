@@ -22,7 +22,7 @@ SECTION = "moe_ep"
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What `"moe_ep"` says: the layers' knobs, the model if named, its layout, and which layer knobs were given."""
+    """Content of `"moe_ep"`: the layers' knobs, the model if named, its layout, and which layer knobs were given."""
 
     moe: MoEConfig
     model: ModelConfig | None

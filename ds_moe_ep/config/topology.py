@@ -38,7 +38,7 @@ class RankGrid:
 
     @property
     def num_replicas(self) -> int:
-        """How many ranks hold the same experts."""
+        """Number of ranks that hold the same experts."""
         return self.world_size // self.ep_size
 
     def ep_groups(self) -> list[list[int]]:
@@ -57,7 +57,7 @@ class RankGrid:
 
 
 def ranks_per_node(group: Sequence[int], node_size: int) -> int:
-    """How many consecutive members of `group` share a node; 1 where nodes hold unequal shares of it.
+    """Number of consecutive members of `group` that share a node; 1 where nodes hold unequal shares of it.
 
     `node_size` is the number of global ranks on one node; 0 means that all ranks share one.
     """
@@ -65,7 +65,7 @@ def ranks_per_node(group: Sequence[int], node_size: int) -> int:
 
 
 def even_share(nodes: Sequence[Hashable]) -> int:
-    """How many consecutive entries each node has, given the node of every rank; 1 where shares are unequal."""
+    """Number of consecutive entries of each node, given the node of every rank; 1 where shares are unequal."""
     share = nodes.count(nodes[0])
     regular = all(nodes[i] == nodes[i - i % share] for i in range(len(nodes)))
     even = all(nodes.count(node) == share for node in nodes)

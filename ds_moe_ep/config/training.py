@@ -1,4 +1,4 @@
-"""How a ds_config trains: precision, ZeRO stage, optimizer and batch, by DeepSpeed's rules.
+"""Training of a ds_config: precision, ZeRO stage, optimizer and batch, by DeepSpeed's rules.
 
 Refuses what DeepSpeed or the layer would refuse later, on every rank and after minutes of starting.
 """
@@ -108,7 +108,7 @@ def read_training(
 
 
 def micro_batch_fix(training: Training, fits: Callable[[Training], bool]) -> str | None:
-    """How to cut the same batch into smaller micro-batches, the largest that fit; None where none does."""
+    """The change that cuts the same batch into smaller micro-batches, the largest that fit; None where none does."""
     sequences = training.micro_batch * training.accumulation
     for micro_batch in range(training.micro_batch - 1, 0, -1):
         smaller = replace(training, micro_batch=micro_batch, accumulation=sequences // micro_batch)

@@ -1,4 +1,4 @@
-"""What benchmarks, the probe and the simulator call their Records, and what a reader may call them.
+"""Names of Records, as benchmarks, the probe and the simulator write them, and their titles for a reader.
 
 A name is a dotted path; its parts are slugs without dots. Bench and simulate write these names, report reads them.
 
@@ -65,7 +65,7 @@ KINDS: Mapping[str, str] = {
     "activations": "activations",
     "buffers": "buffers",
 }
-TOTALS: Mapping[str, str] = {"constant_rank": "constant tokens a rank", "constant_total": "constant tokens in total"}
+TOTALS: Mapping[str, str] = {"constant_rank": "constant tokens per rank", "constant_total": "constant tokens in total"}
 LAWS: Mapping[str, str] = {  # of EP, as the specification states them (section 4.3)
     "tps": "TPS ~ EP",
     "tpot": "TPOT ~ 1/EP",
@@ -104,7 +104,7 @@ SIMULATED = "simulated_"  # beds that were never built: this, and the name of a 
 
 
 def bed_title(bed: str) -> str:
-    """What a reader may call a bed: `loopback`, `unshaped`, `cluster`, `traffic<percent>` or `simulated_<cluster>`."""
+    """Title of a bed: `loopback`, `unshaped`, `cluster`, `traffic<percent>` or `simulated_<cluster>`."""
     if bed.startswith(SIMULATED):
         return f"simulated on {bed.removeprefix(SIMULATED)}, not measured"
     if bed == "loopback":

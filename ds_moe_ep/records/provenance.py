@@ -1,4 +1,4 @@
-"""Where a number comes from: the revision, the machine, the command."""
+"""Origin of numbers: the revision, the machine, the command; and Records of all Quantities that share one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,40 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ds_moe_ep.records.quantity import Quantity
+from ds_moe_ep.records.record import Record
+
 CPU_INFO = Path("/proc/cpuinfo")
 GIB = 1024**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Origin that all Records of one command share; `emulated` where a device or a link is not a real one."""
+
+    command: str
+    commit: str
+    hardware: str
+    emulated: bool = False
+
+    def record(self, quantity: Quantity, start: str = "", notes: str = "") -> Record:
+        """A Quantity as a Record, named for `start` and itself; `notes` are of one without a note."""
+        return Record(
+            name=f"{start}.{quantity.name}" if start else quantity.name,
+            value=quantity.value,
+            unit=quantity.unit,
+            spread=(quantity.low, quantity.high),
+            n=quantity.n,
+            command=self.command,
+            commit=self.commit,
+            hardware=self.hardware,
+            emulated=self.emulated,
+            notes=quantity.note or notes,
+        )
 
 
 def commit() -> str:
@@ -32,7 +61,7 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def command(module: str, arguments: Sequence[str]) -> str:
-    """What to type to run `module` again."""
+    """The command line that runs `module` again."""
     return shlex.join(["python", "-m", module, *arguments])
 
 

@@ -7,6 +7,7 @@ in a table follow from it: see provenance.py for Records and render.py for table
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -134,8 +135,8 @@ def number(value: float, decimals: int | None = None, *, digits: int | None = No
     size = abs(value)
     if decimals is not None:
         return f"{round(value, decimals) + 0.0:,.{decimals}f}"  # + 0.0: no "-0.0"
-    if size == 0:
-        return "0"
+    if size == 0 or math.isinf(size):
+        return f"{value:.0f}"
     if size < 0.001:
         return f"{value:.2e}"
     if digits is not None and size >= 10**digits - 0.5:

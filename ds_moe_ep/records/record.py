@@ -18,7 +18,7 @@ from ds_moe_ep.errors import ConfigError, nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One line of evidence. Raises ConfigError when a field cannot be true."""
+    """One measured or simulated number. Raises ConfigError when a field cannot be true."""
 
     name: str  # dotted path of what was measured: layer.k1_even.native.time
     value: float  # the median, or the one value
@@ -35,7 +35,7 @@ class Record:
         for text in ("name", "unit", "command", "commit", "hardware"):
             given = getattr(self, text)
             if not isinstance(given, str) or not given.strip():
-                raise ConfigError(f"record.{text}={given!r}: evidence without it proves nothing; give a text")
+                raise ConfigError(f"record.{text}={given!r}: a number without it proves nothing; give a text")
         notes: Any = self.notes
         if not isinstance(notes, str) or "\n" in notes:
             raise ConfigError(f"record.notes={self.notes!r}: notes are one line of text; join the lines")
@@ -87,7 +87,7 @@ def _check_numbers(value: Any, spread: Any) -> None:
 
 
 def write_records(path: str | Path, records: Iterable[Record], *, append: bool = False) -> int:
-    """How many records were written to `path`, one a line; each line is flushed whole."""
+    """Number of records written to `path`, one per line; each line is flushed whole."""
     written = 0
     with open(path, "a" if append else "w", encoding="utf-8") as lines:
         for record in records:

@@ -20,6 +20,15 @@ def print_tables(tables: Iterable[Table], console: Console) -> None:
         console.print("", to_terminal(table), sep="\n")
 
 
+def print_lines(lines: Iterable[str] | Mapping[str, str], console: Console, style: str = "") -> None:
+    """Prints lines as they are, those of a mapping behind their names, without markup."""
+    if isinstance(lines, Mapping):
+        width = max(map(len, lines), default=0)
+        lines = [f"{name:<{width}}  {text}" for name, text in lines.items()]
+    for line in lines:
+        console.print(Text(line, style=style))
+
+
 def to_terminal(table: Table, styles: Mapping[str, str] | None = None) -> Group:
     """The table for rich, its basis below it; a table whose head is empty has no rule under it.
 

@@ -21,8 +21,8 @@ from ds_moe_ep.schedule.build import Kind, Op, Schedule
 from ds_moe_ep.schedule.events import Phase, Task, Times
 from ds_moe_ep.schedule.spans import NO_TAGS, Span, Tags
 
-Mark = tuple[int, ...]  # tasks that must have stopped
-START: Mark = ()
+Event = tuple[int, ...]  # tasks that must have stopped
+START: Event = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Outcome:
         """When the last op stops."""
         return events.makespan_us(self.times)
 
-    def stop_us(self, mark: Mark) -> float:
+    def stop_us(self, mark: Event) -> float:
         """When all of the mark is done."""
         return max((self.times[index][1] for index in mark), default=0.0)
 
@@ -66,18 +66,18 @@ class Program:
     """Tasks in an order in which each stands behind those that it waits for."""
 
     tasks: list[Task] = field(default_factory=list)
-    ops: list[tuple[str, int, str, Tags, Mark]] = field(default_factory=list)
+    ops: list[tuple[str, int, str, Tags, Event]] = field(default_factory=list)
 
-    def add(self, name: str, rank: int, lane: str, load: Load, after: Mark = START, tags: Tags = NO_TAGS) -> Mark:
+    def add(self, name: str, rank: int, lane: str, load: Load, after: Event = START, tags: Tags = NO_TAGS) -> Event:
         """The mark of an op that starts when `after` is done."""
         return self.add_apart(name, rank, lane, load, after, tags)[1]
 
     def add_apart(
-        self, name: str, rank: int, lane: str, load: Load, after: Mark = START, tags: Tags = NO_TAGS
-    ) -> tuple[Mark, Mark]:
+        self, name: str, rank: int, lane: str, load: Load, after: Event = START, tags: Tags = NO_TAGS
+    ) -> tuple[Event, Event]:
         """The marks of an op: its lane is free, and it is done."""
         first, chains = load.first, load.beside or ((),)
-        head: Mark = ()
+        head: Event = ()
         if first and len(chains) > 1:
             head = (self._task(name, rank, lane, first, after, tags),)
             first, after = (), head
@@ -88,7 +88,7 @@ class Program:
         self.ops.append((name, rank, lane, tags, tuple(dict.fromkeys(head + free + done))))
         return free, done
 
-    def join(self, marks: Iterable[Mark]) -> Mark:
+    def join(self, marks: Iterable[Event]) -> Event:
         """A mark of one task, which takes no time, behind all the marks."""
         after = tuple(dict.fromkeys(index for mark in marks for index in mark))
         return after if len(after) <= 1 else (self._task("join", 0, "", (), after, NO_TAGS),)
@@ -97,7 +97,7 @@ class Program:
         """When everything happens."""
         return Outcome(self, events.run(self.tasks, capacities))
 
-    def _task(self, name: str, rank: int, lane: str, phases: tuple[Phase, ...], after: Mark, tags: Tags) -> int:
+    def _task(self, name: str, rank: int, lane: str, phases: tuple[Phase, ...], after: Event, tags: Tags) -> int:
         self.tasks.append(Task(name, rank, lane, phases, after, tags))
         return len(self.tasks) - 1
 
@@ -109,10 +109,10 @@ def add_pass(
     program: Program,
     schedule: Schedule,
     loads: Sequence[LoadOf],
-    start: Mark,
+    start: Event,
     tags: Tags,
     in_flight: int = 1,
-) -> Mark:
+) -> Event:
     """The mark of one pass through the experts: the ops of `schedule` on each rank's lanes.
 
     `loads` has one entry, for a rank that stands for all, or one for each rank of the torus. A transfer is over when
@@ -120,8 +120,8 @@ def add_pass(
     `in_flight` are on their way at once: one on a stream of NCCL's, two on the threads of a host.
     """
     ranks = range(len(loads))
-    marks: list[list[Mark]] = [[] for _ in ranks]
-    queues: list[dict[str, list[Mark]]] = [{} for _ in ranks]  # of a lane: when it was free for the next, op by op
+    marks: list[list[Event]] = [[] for _ in ranks]
+    queues: list[dict[str, list[Event]]] = [{} for _ in ranks]  # of a lane: when it was free for the next, op by op
     for op in schedule.ops:
         lane = op.kind.lane
         width = 1 if lane == "compute" else in_flight

@@ -1,4 +1,4 @@
-"""What a model costs before it is built: parameters, bytes of a GPU, bytes on the wire, arithmetic.
+"""Costs of a model before it is built: parameters, bytes of a GPU, bytes on the wire, arithmetic.
 
 All of it is derived from shapes; nothing here is measured. Symbols: T tokens of a rank's micro-batch, D
 width, F expert width, E experts, L layers, k choices of a token, P ranks of an expert group, S sequence
@@ -105,26 +105,30 @@ def count_memory(model: ModelConfig, moe: MoEConfig, training: Training, load: f
     buffers     2 or 4 bytes * reduce_bucket_size (twice with overlap_comm)
     """
     held = count_rank_parameters(model, moe)
-    stage = training.zero_stage
-    dense_cut, expert_cut = (training.world_size, training.num_replicas) if stage else (1, 1)
-    partition = -(-held.dense // dense_cut) + -(-held.experts // expert_cut)
-    gradient_bytes = BYTES[training.gradient_precision]
-    optimizer = optimizer_bytes(training, partition)
-    return Memory(
-        weights=BYTES[training.precision] * held.total,
-        gradients=gradient_bytes * (partition if stage == 2 else held.total),
-        optimizer=0 if training.offload else optimizer,
+    dense_cut, expert_cut = (training.world_size, training.num_replicas) if training.zero_stage else (1, 1)
+    return memory_of_rank(
+        training,
+        held.total,
+        -(-held.dense // dense_cut) + -(-held.experts // expert_cut),
         activations=activation_bytes(model, moe, training, load),
-        buffers=gradient_bytes * training.bucket_elements,
-        step=0 if training.offload else _step_bytes(model, held, training),
-        host_optimizer=optimizer if training.offload else 0,
+        step=_step_bytes(model, held, training),
     )
 
 
-def optimizer_bytes(training: Training, num_parameters: int) -> int:
-    """Bytes of the master weights and optimizer states of so many parameters, in fp32."""
+def memory_of_rank(training: Training, held: int, partition: int, *, activations: int, step: int) -> Memory:
+    """Bytes of a rank that holds so many parameters and the optimizer's states of `partition` of them."""
+    gradient_bytes = BYTES[training.gradient_precision]
     has_master = training.precision != "fp32" or training.zero_stage > 0
-    return 4 * (has_master + training.optimizer_states) * num_parameters
+    optimizer = 4 * (has_master + training.optimizer_states) * partition
+    return Memory(
+        weights=BYTES[training.precision] * held,
+        gradients=gradient_bytes * (partition if training.zero_stage == 2 else held),
+        optimizer=0 if training.offload else optimizer,
+        activations=activations,
+        buffers=gradient_bytes * training.bucket_elements,
+        step=0 if training.offload else step,
+        host_optimizer=optimizer if training.offload else 0,
+    )
 
 
 def activation_bytes(model: ModelConfig, moe: MoEConfig, training: Training, load: float = 1.0) -> int:
@@ -151,7 +155,7 @@ def activation_bytes(model: ModelConfig, moe: MoEConfig, training: Training, loa
 
 
 def largest_load(model: ModelConfig, moe: MoEConfig, training: Training, free_bytes: int) -> float | None:
-    """How many times the mean rows a rank may receive within `free_bytes`; None when 1 does not fit."""
+    """Times of the mean rows that a rank may receive within `free_bytes`; None when 1 does not fit."""
     even = count_memory(model, moe, training)
     if even.peak > free_bytes:
         return None
@@ -185,11 +189,22 @@ def forward_flops(model: ModelConfig, moe: MoEConfig) -> int:
     A layer: 8*D*D for the projections, 2*S*D for causal scores and their sum over values (half of S each),
     2*D*E for the gate and 2*k parameters of an expert; then 2*V*D for the head.
     """
-    D = model.hidden_size
-    experts = 2 * moe.top_k * model.expert_matrices * D * model.expert_width
-    shared = 2 * model.expert_matrices * D * model.shared_expert_width
-    layer = 8 * D * D + 2 * model.sequence_length * D + 2 * D * moe.num_experts + experts + shared
-    return model.num_layers * layer + 2 * model.vocab_size * D
+    dense, experts = layer_flops(model, moe)
+    return model.num_layers * (dense + experts) + 2 * model.vocab_size * model.hidden_size
+
+
+def layer_flops(model: ModelConfig, moe: MoEConfig) -> tuple[int, int]:
+    """Operations of one token in a layer, forward: without the experts of its choices, and in them."""
+    D, m = model.hidden_size, model.expert_matrices
+    shared = 2 * m * D * model.shared_expert_width
+    dense = 8 * D * D + 2 * model.sequence_length * D + 2 * D * moe.num_experts + shared
+    return dense, 2 * moe.top_k * m * D * model.expert_width
+
+
+def expert_share(model: ModelConfig, moe: MoEConfig) -> float:
+    """Share of a layer's arithmetic that is the experts'."""
+    dense, experts = layer_flops(model, moe)
+    return experts / (dense + experts)
 
 
 def training_flops(model: ModelConfig, moe: MoEConfig) -> int:
@@ -205,13 +220,18 @@ def _shared_params(model: ModelConfig) -> int:
     return model.expert_matrices * model.hidden_size * width + biases
 
 
+def unpartitioned_step_bytes(training: Training, held: int) -> int:
+    """Gradients in fp32 during a step without ZeRO: of all parameters that are not fp32 themselves."""
+    return 4 * held * (training.precision != "fp32")
+
+
 def _step_bytes(model: ModelConfig, held: Parameters, training: Training) -> int:
     """Gradients in fp32 during a step: of one group after the other under ZeRO, of all without it.
 
     DeepSpeed never splits one parameter, so an expert's matrix may be larger than its group's limit.
     """
     if training.zero_stage == 0:
-        return 4 * held.total if training.precision != "fp32" else 0
+        return unpartitioned_step_bytes(training, held.total)
     largest = max(model.hidden_size * model.expert_width, EXPERT_GROUP_ELEMENTS)
     group = max(held.dense // training.world_size, min(held.experts, largest) // training.num_replicas)
     return (4 + BYTES[training.gradient_precision]) * group

@@ -1,7 +1,7 @@
-"""What one rank of a layout costs: parameters of its stage, bytes of its GPU, bytes on the wire.
+"""Costs of one rank of a layout: parameters of its stage, bytes of its GPU, bytes on the wire.
 
 All of it is derived from shapes, as in footprint.py, and has its symbols; nothing here is measured. T tokens of a
-micro-batch are whole on every rank of a tensor group, t is tp_size, m micro-batches a step, u = T*D*b bytes of one
+micro-batch are whole on every rank of a tensor group, t is tp_size, m micro-batches per step, u = T*D*b bytes of one
 tensor of tokens, n micro-batches in flight: min(pp_size - stage, m), since a stage's backward passes begin once the
 last stage has its first micro-batch (1F1B).
 """
@@ -11,22 +11,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
-from ds_moe_ep.config.training import BYTES, Training, most_sequences
+from ds_moe_ep.config.training import BYTES, Training
 from ds_moe_ep.sizing.footprint import (
     Memory,
     Parameters,
     count_parameters,
     forward_flops,
-    optimizer_bytes,
+    memory_of_rank,
     tokens_of_batch,
     tokens_of_rank,
     training_flops,
+    unpartitioned_step_bytes,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What one rank of a pipeline stage holds; all ranks of its tensor group hold as much."""
+    """Holdings of one rank of a pipeline stage; all ranks of its tensor group hold as much."""
 
     index: int
     parameters: Parameters
@@ -35,7 +36,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineWork:
-    """What a rank moves and computes. Bytes are those that it sends."""
+    """Traffic and arithmetic of a rank. Bytes are those that it sends."""
 
     micro_batch_tokens: int
     batch_tokens: int
@@ -67,16 +68,13 @@ def count_stage(model: ModelConfig, moe: MoEConfig, training: Training, index: i
     held = count_stage_parameters(model, moe, training.layout, index)
     partition = -(-held.total // training.num_copies) if training.zero_stage else held.total
     gradient_bytes = BYTES[training.gradient_precision]
-    optimizer = optimizer_bytes(training, partition)
-    step = (4 + gradient_bytes) * partition if training.zero_stage else 4 * held.total * (training.precision != "fp32")
-    memory = Memory(
-        weights=BYTES[training.precision] * held.total,
-        gradients=gradient_bytes * held.total,
-        optimizer=0 if training.offload else optimizer,
+    whole_step = unpartitioned_step_bytes(training, held.total)
+    memory = memory_of_rank(
+        training,
+        held.total,
+        partition,
         activations=stage_activation_bytes(model, moe, training, index),
-        buffers=gradient_bytes * training.bucket_elements,
-        step=0 if training.offload else step,
-        host_optimizer=optimizer if training.offload else 0,
+        step=(4 + gradient_bytes) * partition if training.zero_stage else whole_step,
     )
     return Stage(index=index, parameters=held, memory=memory)
 
@@ -102,7 +100,7 @@ def count_stage_parameters(model: ModelConfig, moe: MoEConfig, layout: Layout, i
 def stage_activation_bytes(model: ModelConfig, moe: MoEConfig, training: Training, index: int) -> int:
     """Bytes that a rank of stage `index` keeps for its backward passes, at the moment of most.
 
-    inputs      u a layer and micro-batch in flight; without recompute a layer's whole set with each
+    inputs      u per layer and micro-batch in flight; without recompute a layer's whole set with each
     one layer   (3 + 2*k)*u + 4*T*D + 3*T*E*4 whole: norms' outputs, the sum between them, rows out and back, the
                 gate's input in fp32, the router; (7*u + (k*F + Fs)*m*T*b)/t cut: q, k, v, rotated q and k, the heads'
                 output twice, hidden rows (Fs: width of a shared expert; here m is matrices of an expert)
@@ -125,7 +123,7 @@ def stage_activation_bytes(model: ModelConfig, moe: MoEConfig, training: Trainin
 
 
 def _message_bytes(u: int, training: Training, index: int) -> int:
-    """Bytes of what a stage has received and sent, which DeepSpeed keeps until the backward pass, or has at hand.
+    """Bytes that a stage has received and sent, which DeepSpeed keeps until the backward pass, or has at hand.
 
     received    (n + 1)*u + u/t: each micro-batch's message whole, one gradient, and the buffer that parts arrive in
     sent        (n + 1)*u/t: the parts of each micro-batch's message and of one gradient; where t cuts them, 2*u more
@@ -142,17 +140,8 @@ def _num_in_flight(training: Training, index: int) -> int:
     return min(training.layout.pp_size - index, training.accumulation)
 
 
-def largest_micro_batch(model: ModelConfig, moe: MoEConfig, training: Training, free_bytes: int) -> int:
-    """The most sequences a micro-batch for which every stage fits `free_bytes`; 0 when one does not fit."""
-
-    def fits(micro_batch: int) -> bool:
-        return fullest_stage(model, moe, replace(training, micro_batch=micro_batch)).memory.peak <= free_bytes
-
-    return most_sequences(fits)
-
-
 def count_work(model: ModelConfig, moe: MoEConfig, training: Training) -> PipelineWork:
-    """What a rank moves and computes in a step.
+    """Traffic and arithmetic of a rank in a step.
 
     all-reduce   2*(t - 1)/t * u, as a ring moves it; that of the routing weights' gradient, 4*k*T bytes, is left out
     send         1/t of a message, which DeepSpeed cuts over the tensor group and gathers behind the wire

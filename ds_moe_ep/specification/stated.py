@@ -1,6 +1,6 @@
-"""What the specification's document states, and the job and hardware that it describes, as values.
+"""Statements of the specification's document, and the job and hardware that it describes, as values.
 
-These are the only numbers of it that are typed in, each with its section; what follows from them is in derived.py.
+These are the only numbers of it that are typed in, each with its section; what follows from them, in derived.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a stated number stands to the numbers that follow from shapes and links, in words. All of it is computed."""
+"""Verdicts: how a stated number stands to the numbers that follow from shapes and links, in words, all computed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ROUNDING = 0.02  # a document rounds to two or three digits
 
 
 def agree(stated: float, derived: float) -> bool:
-    """Whether both are one number up to rounding."""
+    """True where both are one number up to rounding."""
     return abs(stated - derived) <= ROUNDING * abs(derived)
 
 
@@ -45,7 +45,7 @@ def at_least(stated: float, least: float, least_name: str) -> str:
 
 
 def reached(stated: float, low: float, high: float) -> str:
-    """Whether a simulated number between `low` and `high` is what is stated: reached, exceeded, or by how much not."""
+    """A simulated number between `low` and `high` against what is stated: reached, exceeded, or by how much not."""
     if low <= stated <= high:
         return "reached"
     return "exceeded" if low > stated else f"not reached, {percent(high / stated)} at best"
@@ -56,8 +56,15 @@ def slower(stated: float, low: float, high: float) -> str:
     return "reached" if low <= stated else f"{times(low / stated)} as long at best"
 
 
+def place_in_range(number: float, low: float, high: float) -> str:
+    """`below`, `within` or `above` a range."""
+    if number < low:
+        return "below"
+    return "above" if number > high else "within"
+
+
 def compared_range(stated: tuple[float, float], low: float, high: float) -> str:
-    """Whether a simulated number between `low` and `high` is `within`, `above` or `below` a stated range."""
+    """Place of a simulated number between `low` and `high` in a stated range: `within` where the two overlap."""
     if high < stated[0] or low > stated[1]:
         return "below" if high < stated[0] else "above"
     return "within"

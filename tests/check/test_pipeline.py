@@ -159,7 +159,7 @@ def test_a_layout_without_a_model_checks_the_job_alone() -> None:
 
 
 def test_the_tables_tell_the_stage_its_bytes_and_its_work(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check-config", str(CONFIGS / "tp8_pp2.json")]) == 0
+    assert main(["check-config", str(CONFIGS / "tp8_pp2.json"), "--verbose"]) == 0
     printed = capsys.readouterr().out
     for expected in (
         "16 = 1 copies x 2 stages x 8 tensor ranks",

@@ -32,10 +32,22 @@ def write(folder: Path, values: dict[str, Any]) -> str:
 
 @pytest.mark.skipif(not EP16.exists(), reason="ds_configs/ep16.json is missing")
 def test_check_config_tells_memory_traffic_and_the_specifications_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check-config", str(EP16), "--world-size", "16", "--gpu-gb", "80"]) == 0
+    assert main(["check-config", str(EP16), "--world-size", "16", "--gpu-gb", "80", "--verbose"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("34,359,738,368", "6.45 GB", "10,240,000", "7.1 GFLOP", "668 MB", "none of them was measured"):
+    for expected in ("34,359,738,368", "6.45 GB", "10,240,000", "7.10 GFLOP", "668 MB", "none of them was measured"):
         assert expected in printed
+
+
+def test_the_answers_of_check_config_are_at_most_eight_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["check-config", "ep8", "--gpu-gb", "80"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 8 and "can run" in lines[0] and "--verbose" in lines[-1]
+    assert any("59.77 GB of 80 - 4 GB reserve" in line for line in lines)
+    assert main(["check-config", write(tmp_path, CONFIG), "--verbose", "--json"]) == 2
+    assert "not allowed with" in capsys.readouterr().out
 
 
 def test_check_config_prints_json_that_agrees_with_the_check(

@@ -11,7 +11,8 @@ import pytest
 
 from ds_moe_ep.bench import testbed
 from ds_moe_ep.bench.harness import processes
-from ds_moe_ep.cli.main import BENCHMARKS, main
+from ds_moe_ep.cli.main import main
+from ds_moe_ep.cli.options import BENCHMARKS
 from ds_moe_ep.config.command_line import Parser, writable_folder
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.records.record import write_records

@@ -56,3 +56,10 @@ def test_a_table_says_the_same_in_three_writings() -> None:
     with console.capture() as printed:
         print_tables([table], console)
     assert "tokens | second" in printed.get() and printed.get().count(bar) == 2
+
+
+def test_numbers_have_the_digits_that_a_bar_leaves_them() -> None:
+    assert [number(value, digits=3) for value in (0, 412_345, 1000.4, 999.4, 45.32, 1.2345, 0.01234, -29.25)] == [
+        "0", "412,000", "1,000", "999", "45.3", "1.23", "0.0123", "-29.2",
+    ]  # fmt: skip
+    assert Quantity.of(-1e-9, 0.0).text(1) == "0.0"  # rounding leaves no sign

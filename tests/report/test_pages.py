@@ -22,7 +22,7 @@ from ds_moe_ep.report.sections.stated import ANSWERS, stated
 from ds_moe_ep.report.sections.systems import throughput
 from ds_moe_ep.report.write import make_page, write_report
 from ds_moe_ep.schedule.spans import write_spans
-from ds_moe_ep.specification.derived import RATIO, stated_and_derived
+from ds_moe_ep.specification.claims import RATIO, stated_and_derived
 from tests.report.sample_records import (
     load_records,
     loss_records,
@@ -253,7 +253,7 @@ def test_the_specifications_table_answers_what_was_measured_and_says_what_was_no
     assert rows["communication hidden"][3] == "loopback: 93.0 %"
     assert rows["one expert"][3] == "not measured"
     law = rows["R\u00b2 of TPS ~ EP"]
-    assert (law[1], law[3]) == ("0.97", "constant tokens a rank, constant tokens in total: 0.984")
+    assert (law[1], law[3]) == ("0.97", "constant tokens per rank, constant tokens in total: 0.984")
 
 
 def test_the_soak_tells_its_weather_its_peak_and_every_verdict() -> None:

@@ -11,10 +11,11 @@ import pytest
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import read_records
-from ds_moe_ep.simulate.audit.audit import ANSWERS, HEAD, AuditRow, audit
+from ds_moe_ep.simulate.audit.audit import HEAD, AuditRow, audit
 from ds_moe_ep.simulate.audit.records import audit_values
 from ds_moe_ep.simulate.audit.runs import Runs, hardware_of
 from ds_moe_ep.simulate.cluster.cluster import load_cluster
+from ds_moe_ep.specification.claims import CLAIMS
 from ds_moe_ep.specification.stated import BATCH_TOKENS, HARDWARE, STATED
 from tests.policy.sources import ROOT
 
@@ -52,7 +53,7 @@ def rows() -> dict[str, AuditRow]:
 
 def test_every_figure_of_the_specification_has_a_row(rows: dict[str, AuditRow]) -> None:
     assert sorted(rows) == sorted(key for keys in FIGURES.values() for key in keys)
-    assert set(ANSWERS) <= set(rows)
+    assert [claim.key for claim in CLAIMS] == list(rows)
     for row in rows.values():
         assert all(row.cells) and len(row.cells) == len(HEAD)
 
@@ -71,28 +72,28 @@ def test_the_headline_is_stated_with_the_utilization_that_it_needs_and_the_plans
 ) -> None:
     tps = rows["tps"]
     assert "450 k is 61 % of peak in training" in tps.verdict
-    estimate, unit = tps.numbers["ep16"]
-    assert unit == "tokens/s" and estimate.low < estimate.value < estimate.high < 743e3
+    estimate = tps.numbers["ep16"]
+    assert estimate.unit == "tokens/s" and estimate.low < estimate.value < estimate.high < 743e3
     assert f"{float(f'{estimate.value:.3g}'):,.0f}" in tps.cells[4]
-    assert rows["ratio"].numbers["training"][0].value == pytest.approx(estimate.value / tps.numbers["tp8_pp2"][0].value)
+    assert rows["ratio"].numbers["training"].value == pytest.approx(estimate.value / tps.numbers["tp8_pp2"].value)
 
 
 def test_times_and_rates_of_one_simulation_agree(rows: dict[str, AuditRow]) -> None:
     for system in ("tp8_pp2", "ep16"):
-        tps = rows["tps"].numbers[system][0].value
-        assert rows["batches"].numbers[system][0].value == pytest.approx(tps / BATCH_TOKENS)
-        assert rows["tpot"].numbers[system][0].value == pytest.approx(1e6 / tps)
+        tps = rows["tps"].numbers[system].value
+        assert rows["batches"].numbers[system].value == pytest.approx(tps / BATCH_TOKENS)
+        assert rows["tpot"].numbers[system].value == pytest.approx(1e6 / tps)
         pieces = rows[f"pieces_{system}"].numbers
-        assert sum(piece.value for piece, _ in pieces.values()) == pytest.approx(1e6 / tps)
+        assert sum(piece.value for piece in pieces.values()) == pytest.approx(1e6 / tps)
 
 
 def test_no_simulated_time_is_shorter_than_what_is_derived(rows: dict[str, AuditRow]) -> None:
     derived = {(key, n.what): n.derived or 0.0 for key, row in rows.items() for n in row.figure.numbers}
-    assert rows["distribution"].numbers["each_way"][0].low >= derived["distribution", "link_a_node"]
-    assert rows["expert_time"].numbers["forward"][0].low >= derived["expert_time", "forward"]
-    assert rows["tps"].numbers["ep16"][0].high <= derived["tps", "ep16"]
-    assert rows["tps"].numbers["ep16_forward"][0].high <= derived["tps", "ep16_forward"]
-    assert rows["bubble"].numbers["share"][0].low >= derived["bubble", "share"]
+    assert rows["distribution"].numbers["each_way"].low >= derived["distribution", "link_a_node"]
+    assert rows["expert_time"].numbers["forward"].low >= derived["expert_time", "forward"]
+    assert rows["tps"].numbers["ep16"].high <= derived["tps", "ep16"]
+    assert rows["tps"].numbers["ep16_forward"].high <= derived["tps", "ep16_forward"]
+    assert rows["bubble"].numbers["share"].low >= derived["bubble", "share"]
 
 
 def test_the_baseline_runs_in_its_four_micro_batches_as_large_as_fit() -> None:
@@ -125,7 +126,7 @@ def test_simulated_verdicts_turn_with_what_is_stated() -> None:
 
 
 def test_what_needs_no_recomputation_is_simulated_without_it_only_where_it_fits(rows: dict[str, AuditRow]) -> None:
-    kept, again = (rows["tps"].numbers[name][0].value for name in ("ep16_without_recompute", "ep16"))
+    kept, again = (rows["tps"].numbers[name].value for name in ("ep16_without_recompute", "ep16"))
     assert 1.2 < kept / again < 4 / 3, "a third less arithmetic"
     device = dataclasses.replace(CLUSTER.device, memory_bytes=50e9)
     assert Runs(dataclasses.replace(CLUSTER, device=device)).ep16_kept is None
@@ -134,7 +135,9 @@ def test_what_needs_no_recomputation_is_simulated_without_it_only_where_it_fits(
 @pytest.mark.parametrize(("memory_bytes", "fits"), [(80e9, True), (40e9, False)])
 def test_memory_says_where_a_job_does_not_fit(memory_bytes: float, fits: bool) -> None:
     device = dataclasses.replace(CLUSTER.device, memory_bytes=memory_bytes)
-    found = ANSWERS["memory_ep16"](Runs(dataclasses.replace(CLUSTER, device=device)), STATED)
+    (claim,) = (claim for claim in CLAIMS if claim.key == "memory_ep16")
+    assert claim.simulate is not None
+    found = claim.simulate(Runs(dataclasses.replace(CLUSTER, device=device)), STATED)
     assert ("does not fit, times are of devices with more than 36.0 GB free" not in found.text) == fits
 
 

@@ -163,7 +163,7 @@ def test_a_device_without_a_peak_for_the_precision_says_so_when_it_is_asked() ->
         (changed("far", "bandwith", to=number(1, "GB/s")), "unknown key; did you mean 'bandwidth'?"),
         (
             changed("far", "bandwidth", to=200),
-            "cluster.far.bandwidth=200: bytes a microsecond and direction; each number",
+            "cluster.far.bandwidth=200: bytes per microsecond and direction; each number",
         ),
         (changed("far", "bandwidth", to={"value": 1, "unit": "GB/s"}), "each number has a unit and a source: write"),
         (changed("far", "bandwidth", "error", to=5), "cluster.far.bandwidth.error=5: unknown key"),

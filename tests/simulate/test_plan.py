@@ -14,14 +14,14 @@ import pytest
 
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError, TopologyError
+from ds_moe_ep.records.quantity import Quantity, number
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.job.fit import cuts_of_batch, fit_memory, with_micro_batch
 from ds_moe_ep.simulate.job.job import read_job, title_of
 from ds_moe_ep.simulate.plan.bounds import FAR, RESOURCES
 from ds_moe_ep.simulate.plan.plan import Plan, compare, make_plan
-from ds_moe_ep.simulate.plan.tables import digits, with_bar
-from ds_moe_ep.simulate.step.measures import measures, parts
-from ds_moe_ep.simulate.step.predict import Estimate, predict, simulate_step
+from ds_moe_ep.simulate.step.predict import predict, simulate_step
+from ds_moe_ep.simulate.step.quantities import breakdown, headline
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 EP16, TP8_PP2 = str(CONFIGS / "ep16.json"), str(CONFIGS / "tp8_pp2.json")
@@ -161,21 +161,22 @@ def test_a_bar_holds_the_step_of_both_ends_and_of_the_file(cluster: Cluster, con
         simulate_step(dataclasses.replace(prediction.step.setup, cluster=end)).step_us for end in cluster.ends()
     )
     assert fast < prediction.step.step_us < slow
-    assert (prediction.step_us.low, prediction.step_us.high) == (fast, slow)
+    bar = prediction.estimate(lambda step: step.step_us)
+    assert (bar.low, bar.high) == (fast, slow)
     assert prediction.tps.value == pytest.approx(1e6 * prediction.step.setup.batch_tokens / prediction.step.step_us)
 
 
 def test_without_ranges_there_is_no_bar(cluster: Cluster) -> None:
     exact = make_plan(EP16, dataclasses.replace(cluster, ranges={})).prediction
     assert exact.tps.low == exact.tps.value == exact.tps.high
-    assert with_bar(exact.tps) == digits(exact.tps.value)
+    assert exact.tps.text(digits=3) == number(exact.tps.value, digits=3)
 
 
 @BOTH
 def test_parts_sum_to_the_step_and_shares_are_shares(cluster: Cluster, config: str) -> None:
     prediction = plan_of(config, cluster).prediction
-    named = {measure.name: measure.estimate for measure in measures(prediction)}
-    assert sum(part.estimate.value for part in parts(prediction)) == pytest.approx(named["step"].value)
+    named = {quantity.name: quantity for quantity in headline(prediction)}
+    assert sum(part.value for part in breakdown(prediction)) == pytest.approx(named["step"].value)
     assert 0 < named["mfu"].low <= named["mfu"].high < named["busy"].high <= 100
     assert named["tpot"].value * named["tps"].value == pytest.approx(1e6)
 
@@ -294,10 +295,10 @@ def test_the_ratio_is_of_tokens_a_second_at_the_same_ends(cluster: Cluster) -> N
         (getattr(ours.prediction, end).tps, getattr(theirs.prediction, end).tps) for end in ("step", "slow", "fast")
     ]
     ratios = [mine / its for mine, its in pairs]
-    assert comparison.ratio == Estimate(ratios[0], min(ratios), max(ratios))
+    assert comparison.ratio == Quantity.of(*ratios, unit="ratio")
     assert comparison.ratio.high - comparison.ratio.low < ours.prediction.tps.high / theirs.prediction.tps.low - 1
     itself = compare(ours, ours)
-    assert itself.ratio == Estimate(1, 1, 1)
+    assert itself.ratio.bar == [1, 1, 1]
     assert itself.same_batch is None
     assert itself.ours.title == "EP16 overlapped (ep16.json)"
     assert comparison.ours.title == "EP16 overlapped"
@@ -318,15 +319,17 @@ def test_of_two_batches_the_ratio_is_also_told_of_one(cluster: Cluster) -> None:
 
 
 def test_the_command_prints_both_jobs_with_bars(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--config", EP16, "--cluster", CLUSTER_PATH, "--compare", TP8_PP2]) == 0
+    words = ["plan", "--config", EP16, "--cluster", CLUSTER_PATH, "--compare", TP8_PP2]
+    assert main([*words, "--verbose"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     for expected in (
         "61 % of the peak",
         "to spare",
-        "tokens a second",
+        "tokens per second",
         "bounded by",
         "nothing was measured",
         "With 1,024 in both",
+        "impossible: 139 times the peak",
     ):
         assert expected in printed
 
@@ -375,10 +378,3 @@ def test_the_command_exits_with_2_and_a_reason(
 def test_a_folder_is_no_file_to_write(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", EP16, "--cluster", CLUSTER_PATH, option, "."]) == 2
     assert "give the name of a file" in capsys.readouterr().err
-
-
-def test_numbers_have_the_digits_that_a_bar_leaves_them() -> None:
-    assert [digits(value) for value in (0, 412_345, 1000.4, 999.4, 45.32, 1.2345, 0.01234, -29.25)] == [
-        "0", "412,000", "1,000", "999", "45.3", "1.23", "0.0123", "-29.2",
-    ]  # fmt: skip
-    assert with_bar(Estimate(-1e-9, -1e-9, 0.0), 1) == "0.0"  # rounding leaves no sign

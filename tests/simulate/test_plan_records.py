@@ -34,7 +34,7 @@ def comparison() -> Comparison:
 
 @pytest.fixture(scope="module")
 def source(comparison: Comparison) -> PredictionSource:
-    return source_of(load_cluster(CLUSTER), CLUSTER, None, "python -m ds_moe_ep plan", "0123abc")
+    return source_of(load_cluster(CLUSTER), CLUSTER, ["plan"])
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_two_jobs_of_one_name_cannot_share_a_file(comparison: Comparison, source
 
 
 def test_other_nodes_are_another_bed(comparison: Comparison) -> None:
-    assert source_of(load_cluster(CLUSTER), CLUSTER, 8, "typed", "0123abc").bed == "simulated_h100_4x4_8_nodes"
+    assert source_of(load_cluster(CLUSTER), CLUSTER, ["typed"], 8).bed == "simulated_h100_4x4_8_nodes"
     assert [slug(text) for text in ("My Cluster-2.v3", "...", "a")] == ["my_cluster_2_v3", "cluster", "a"]
 
 

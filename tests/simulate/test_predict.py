@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from ds_moe_ep.config.knobs import Layout
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.simulate.cluster.cluster import load_cluster
 from ds_moe_ep.simulate.job.job import Mode, read_job
 from ds_moe_ep.simulate.step.pipeline_step import pipeline_step
-from ds_moe_ep.simulate.step.predict import Estimate, simulate_step
+from ds_moe_ep.simulate.step.predict import simulate_step
 from ds_moe_ep.simulate.step.setup import Setup
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -48,6 +49,6 @@ def test_what_fills_the_pipeline_is_not_taken_for_what_one_more_takes() -> None:
 
 
 def test_a_bar_has_the_least_and_the_most_whichever_end_they_are_at() -> None:
-    assert Estimate.of(2.0, slow=3.0, fast=1.0) == Estimate(2.0, 1.0, 3.0)
-    assert Estimate.of(2.0, slow=2.5, fast=3.0) == Estimate(2.0, 2.0, 3.0)
-    assert Estimate(2.0, 1.0, 3.0).scaled(1e-3) == Estimate(2e-3, 1e-3, 3e-3)
+    assert Quantity.of(2.0, 3.0, 1.0).bar == [2.0, 1.0, 3.0]
+    assert Quantity.of(2.0, 2.5, 3.0).bar == [2.0, 2.0, 3.0]
+    assert Quantity.of(2.0, 3.0, 1.0).scaled(1e-3).bar == [2e-3, 1e-3, 3e-3]

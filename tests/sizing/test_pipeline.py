@@ -9,6 +9,7 @@ import pytest
 
 from ds_moe_ep.config.knobs import SPECIFICATION, Layout, ModelConfig, MoEConfig
 from ds_moe_ep.config.training import Training, read_training
+from ds_moe_ep.sizing.fit import largest_micro_batch
 from ds_moe_ep.sizing.footprint import count_parameters, forward_flops
 from ds_moe_ep.sizing.pipeline import (
     bubble,
@@ -16,7 +17,6 @@ from ds_moe_ep.sizing.pipeline import (
     count_stage_parameters,
     count_work,
     fullest_stage,
-    largest_micro_batch,
     stage_activation_bytes,
 )
 

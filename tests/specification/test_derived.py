@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ds_moe_ep.records.names import LAWS
-from ds_moe_ep.specification.derived import RATIO, Figure, stated_and_derived
+from ds_moe_ep.specification.claim import Figure
+from ds_moe_ep.specification.claims import RATIO, stated_and_derived
 from ds_moe_ep.specification.laws import STATED_R2
 from ds_moe_ep.specification.stated import HARDWARE, STATED
 
@@ -22,15 +23,15 @@ DERIVED = {
     "distribution of tokens": ("26.2 ms", "39.3 ms", "157 ms"),
     "expert computation": ("695 ms",),
     "communication hidden": ("10 %", "all of it"),
-    "tokens a second, TP8/PP2 and EP16": ("2.23 M", "743 k", "7.10", "21.3"),
+    "tokens per second, TP8/PP2 and EP16": ("2.23 M", "743 k", "7.10", "21.3"),
     RATIO: ("3.75",),
-    "batches a second": ("0.0117", "0.0439"),
-    "time of a token (TPOT)": ("8.33", "2.22 us"),
+    "batches per second": ("0.0117", "0.0439"),
+    "time per token (TPOT)": ("8.33", "2.22 us"),
     "latency pieces, TP8/PP2": ("8.30 ms",),
     "latency pieces, EP16": ("0.75 ms",),
     "gain in GPU efficiency": ("50.8 %",),
     "utilization, TP8/PP2 and EP16": ("16 %", "61 %"),
-    "bytes of a GPU and layer, forward, TP8 and EP16": ("587 GB", "19.7 GB"),
+    "bytes per GPU and layer, forward, TP8 and EP16": ("587 GB", "19.7 GB"),
     "pipeline bubble, 2 stages, 4 micro-batches": ("20 %",),
     "CUDA_DEVICE_MAX_CONNECTIONS": ("issue order",),
     "R\u00b2 of TPS ~ EP": ("1 on links that cost nothing",),
@@ -45,7 +46,7 @@ TURNS: list[tuple[str, dict[str, Any], str, str]] = [
     ("memory_tp8_pp2", {"base_memory_gb": 4.43}, "close: 22 % more", "holds"),
     ("expert_tokens", {"expert_tokens": 320_000}, "holds", "does not hold"),
     ("distribution", {"distribution_ms": 40.0}, "holds only if no byte leaves a node", "possible"),
-    ("distribution", {"distribution_ms": 10.0}, "holds only", "impossible: a link a GPU takes 3.9 times as much"),
+    ("distribution", {"distribution_ms": 10.0}, "holds only", "impossible: a link per GPU takes 3.9 times as much"),
     ("expert_time", {"expert_ms": 1000.0}, "impossible: 139 times the peak", "possible: 69 % of the peak"),
     ("hidden", {"expert_ms": 50.0}, "contradicts the stated times, which allow 10 %", "possible"),
     ("tps", {"tps": (120_000, 800_000)}, "450 k is 61 % of peak in training", "impossible: 1.1 times peak in training"),

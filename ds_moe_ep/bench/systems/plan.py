@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ds_moe_ep.bench.testbed import TestBed
-from ds_moe_ep.config.knobs import SMALL, Layout, ModelConfig, MoEConfig
+from ds_moe_ep.config.knobs import SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
 from ds_moe_ep.records.names import BASELINE, SYSTEMS
 from ds_moe_ep.schedule.shaping import HEADERS
+from ds_moe_ep.sizing.footprint import expert_share
 
 BURST_BYTES = 64e3  # of each exchange, which the link's bucket lets pass at once
 SEEN = 0.87  # of the time that a node's link needs for an exchange, the mean rank waits: some have their rows earlier
-EXPERT_SHARE = 0.605  # of a layer's arithmetic in the specification's model, the rest is attention (footprint.py)
+EXPERT_SHARE = expert_share(SPECIFICATION, MoEConfig(num_experts=16))  # the rest is attention
 EMULATED_MODEL = replace(SMALL, hidden_size=64, num_heads=8)
 OPTIMIZER: dict[str, Any] = {"lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True}
 TP8_PP2 = Layout(tp_size=8, pp_size=2)

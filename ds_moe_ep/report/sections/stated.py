@@ -12,7 +12,7 @@ from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.known_names import short_bed
 from ds_moe_ep.report.page import PageSection, Prose, emulation_of
 from ds_moe_ep.report.sections.scaling import r2_of
-from ds_moe_ep.specification.derived import RATIO, stated_and_derived
+from ds_moe_ep.specification.claims import RATIO, stated_and_derived
 from ds_moe_ep.specification.laws import r2_text
 
 NOT_MEASURED = "not measured"
@@ -132,9 +132,9 @@ ANSWERS: Mapping[str, Answer] = {
     ),
     "expert computation": _values(["ep16"], {"breakdown.compute": ""}, "ms", " ms of a step, all compute"),
     "communication hidden": _values(["ep16"], {"hidden": ""}, "percent", " %"),
-    "tokens a second, TP8/PP2 and EP16": _values(BOTH, {"tps": ""}, "tokens/s"),
+    "tokens per second, TP8/PP2 and EP16": _values(BOTH, {"tps": ""}, "tokens/s"),
     RATIO: _values(["ep16"], {"ratio_to_tp8_pp2": ""}, "ratio"),
-    "time of a token (TPOT)": _values(BOTH, {"tpot": ""}, "us", " \u00b5s"),
+    "time per token (TPOT)": _values(BOTH, {"tpot": ""}, "us", " \u00b5s"),
     "latency pieces, EP16": _values(["ep16"], _under("breakdown", PARTS), "ms", " ms of a step"),
     "gain in GPU efficiency": _of_devices(_values(BOTH, {"busy": ""}, "percent", " % busy")),
     "pipeline bubble, 2 stages, 4 micro-batches": _values(

@@ -1,8 +1,9 @@
-"""The specification's two jobs on a cluster of 16 devices, simulated: what the audit rests on."""
+"""The specification's two jobs on a cluster of 16 devices, simulated: the basis of the audit."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,9 @@ from ds_moe_ep.simulate.job.fit import memory_of
 from ds_moe_ep.simulate.step.predict import Prediction, predict
 from ds_moe_ep.simulate.step.setup import Setup
 from ds_moe_ep.simulate.sweep.sweep import Sizes, Sweep, sweep
-from ds_moe_ep.sizing.pipeline import largest_micro_batch
+from ds_moe_ep.sizing.fit import largest_micro_batch
+from ds_moe_ep.sizing.footprint import Memory
+from ds_moe_ep.specification.laws import LawFit
 from ds_moe_ep.specification.stated import BASELINE, EP16, MODEL, STATED, TRAINING, Hardware
 
 KEEPING = dataclasses.replace(MODEL, recompute=False)
@@ -68,6 +71,11 @@ class Runs:
         """Memory of a device, without its reserve."""
         return self.cluster.device.memory_bytes - self.cluster.device.reserve_bytes
 
+    def memory(self, system: str) -> tuple[Memory, int]:
+        """Bytes of a job's fullest device, and the sequences of its micro-batch."""
+        setup = self.ep16_setup if system == "ep16" else self.base_setup
+        return memory_of(setup, setup.training), setup.training.micro_batch
+
     @cached_property
     def ep16(self) -> Prediction:
         """EP16's training step."""
@@ -111,3 +119,7 @@ class Runs:
         """EP = 1 to 16, as the specification's laws were."""
         setup = Setup(model=MODEL, moe=EP16, training=TRAINING, cluster=self.cluster)
         return sweep(setup, Sizes(ep=(1, 2, 4, 8, 16)))
+
+    def law_fits(self, total: str) -> Sequence[LawFit]:
+        """The document's laws fitted to these sizes, with `total` held constant."""
+        return self.scaling.law_fits(total)

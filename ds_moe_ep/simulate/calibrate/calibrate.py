@@ -24,7 +24,7 @@ from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.cluster.write import write_cluster
 
 OVERLAP = "overlap."
-WAY_OUT = "measure with python -m ds_moe_ep bench probe --out probe.jsonl, and name that file"
+FIX = "measure with python -m ds_moe_ep bench probe --out probe.jsonl, and name that file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Errors:
-    """How far a group of points is off: median and worst of the absolute relative errors."""
+    """Errors of a group of points: number, median and worst of the absolute relative errors."""
 
     number: int
     median: float
@@ -74,7 +74,7 @@ def read_all(paths: Sequence[str | os.PathLike[str]]) -> list[Record]:
             found += read_records(Path(path))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "no text"
-            raise ConfigError(f"records={os.fspath(path)!r}: cannot be read ({reason}); {WAY_OUT}") from error
+            raise ConfigError(f"records={os.fspath(path)!r}: cannot be read ({reason}); {FIX}") from error
     return found
 
 
@@ -90,7 +90,7 @@ def calibrate(
     of_probe = [record for record in records if record.name.startswith(PREFIX)]
     of_overlap = [record for record in records if record.name.startswith(OVERLAP)]
     if not of_probe and not of_overlap:
-        raise ConfigError(f"records: {len(records)}, none of the probe or of the overlap benchmark; {WAY_OUT}")
+        raise ConfigError(f"records: {len(records)}, none of the probe or of the overlap benchmark; {FIX}")
     found = Calibration(base=base, cluster=base, fitted=(), points=())
     if of_probe:
         fit = fit_probe(base, of_probe, hold_out, precision)

@@ -18,7 +18,7 @@ from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.config.training import Training
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import Record
-from ds_moe_ep.schedule.program import START, Mark, Program
+from ds_moe_ep.schedule.program import START, Event, Program
 from ds_moe_ep.schedule.shaping import EXCHANGES, SCHEDULES, WIRE, link_rate
 from ds_moe_ep.schedule.spans import Span, Tags
 from ds_moe_ep.simulate.cluster.cluster import Cluster
@@ -38,7 +38,7 @@ class OverlapCase:
     side: str
     top_k: int
     compute_us: float  # of an emulated device's forward pass
-    bandwidth: float | None  # of a node's link in bytes a microsecond; None is no limit
+    bandwidth: float | None  # of a node's link in bytes per microsecond; None is no limit
     num_nodes: int
     node_size: int
     measured: Mapping[str, Record]  # by phase: forward, backward, step
@@ -122,11 +122,11 @@ def _pass(case: OverlapCase, cluster: Cluster, phase: str) -> tuple[float, list[
     job = EpJob(case.on(cluster))
     program, host = Program(), job.setup.cluster.host
     tags = Tags("layer", phase)
-    mark: Mark = job.host(program, host.forward_us if phase == "forward" else host.backward_us, START, tags)
+    event: Event = job.host(program, host.forward_us if phase == "forward" else host.backward_us, START, tags)
     if phase == "forward":
-        mark = job.layer.forward(program, job.counts(program, mark, tags), "layer")
+        event = job.layer.forward(program, job.counts(program, event, tags), "layer")
     else:
-        mark = job.layer.backward(program, mark, "layer")
+        event = job.layer.backward(program, event, "layer")
     outcome = program.run(job.machine.capacities)
     return outcome.makespan_us, outcome.spans()
 
@@ -181,7 +181,7 @@ def _options(command: str) -> argparse.Namespace:
 
 
 def _bandwidth(shaping: str, options: argparse.Namespace, top_k: int, compute_us: float) -> float | None:
-    """Bytes a microsecond of a node's link: `unshaped`, `<rate> mbit`, or `<ratio> of <phase>`."""
+    """Bytes per microsecond of a node's link: `unshaped`, `<rate> mbit`, or `<ratio> of <phase>`."""
     if shaping == "unshaped":
         return None
     number, _, rest = shaping.partition(" ")

@@ -108,7 +108,7 @@ def with_parameters(cluster: Cluster, values: Parameters) -> Cluster:
 
 
 def _start(cases: Sequence[OverlapCase]) -> Parameters:
-    """What the cases tell of: links where some are shaped, devices where some are real."""
+    """Numbers that the cases tell of: of links where some are shaped, of devices where some are real."""
     is_shaped = any(case.bandwidth is not None for case in cases)
     is_real = any(case.device == "real" and case.side != WIRE for case in cases)
     told = {"host": True, "far": is_shaped, "device": is_real}

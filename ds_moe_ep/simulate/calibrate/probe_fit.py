@@ -63,7 +63,7 @@ Numbers = dict[str, FittedNumber]
 
 @dataclass(frozen=True)
 class SamplePoint:
-    """What the fitted cluster says of one size, beside what was measured there."""
+    """Prediction of the fitted cluster for one size, beside the measurement."""
 
     group: str
     label: str

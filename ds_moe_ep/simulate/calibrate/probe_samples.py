@@ -70,7 +70,7 @@ def _sample(record: Record, kind: str) -> Sample:
 
 
 def is_held_out(index: int, share: float) -> bool:
-    """Whether the index-th of a row of sizes is held out of a fit, so that `share` of them are, evenly spread."""
+    """True where the index-th of a row of sizes is held out of a fit, so that `share` of them are, evenly spread."""
     return math.floor((index + 1) * share) > math.floor(index * share)
 
 

@@ -1,6 +1,6 @@
 """All-reduces, gathers and messages of groups of ranks: which links they cross, and how long they take.
 
-P ranks of a group on N nodes, M of them on each; u bytes of the whole tensor; near and far: bytes a microsecond that
+P ranks of a group on N nodes, M of them on each; u bytes of the whole tensor; near and far: bytes per microsecond that
 leave a device inside of its node, and that the group moves out of a node. All ranks of a group do the same at the same
 moment, and so do the groups beside it, with which it shares the links.
 
@@ -46,7 +46,7 @@ class Group:
 
     @property
     def ring(self) -> float:
-        """Bytes a microsecond that a ring over all ranks moves past each of them."""
+        """Bytes per microsecond that a ring over all ranks moves past each of them."""
         return min(self.near, self.far)
 
     def hops_us(self, num_hops: int, num_far: int) -> float:
@@ -84,7 +84,7 @@ def _near(cluster: Cluster) -> float:
 
 
 def has_one_ring(cluster: Cluster) -> bool:
-    """Whether messages cost a host its cores, as gloo's do; a cluster without such a host has NCCL."""
+    """True where messages cost a host its cores, as gloo's do; a cluster without such a host has NCCL."""
     return cluster.host.cores > 0
 
 
@@ -97,7 +97,7 @@ def ring_us(group: Group, num_bytes: float) -> float:
 
 
 def gather_us(group: Group, num_bytes: float) -> float:
-    """Half a ring all-reduce: an all-gather that ends, or a reduce-scatter that begins, with u bytes a rank."""
+    """Half a ring all-reduce: an all-gather that ends, or a reduce-scatter that begins, with u bytes per rank."""
     P, N = group.size, group.num_nodes
     return group.hops_us(P - 1, N - 1) + (P - 1) / P * num_bytes / group.ring
 
@@ -133,7 +133,7 @@ WAYS: Mapping[str, Callable[[Group, float], float]] = {"ring": ring_us, "tree": 
 
 
 def all_reduce_us(cluster: Cluster, group: Group, num_bytes: float, algorithm: Algorithm = "auto") -> float:
-    """An all-reduce of u bytes a rank; "auto" is the ring on gloo, which has no other, and NCCL's faster one."""
+    """An all-reduce of u bytes per rank; "auto" is the ring on gloo, which has no other, and NCCL's faster one."""
     if group.size < 2:
         return 0.0
     if algorithm != "auto":
@@ -195,5 +195,5 @@ def host_load(cluster: Cluster, wire_us: float, core_us: float, num_bytes: float
 
 
 def on_host(core_us: float, num_ranks: int) -> Phase:
-    """What each of `num_ranks` ranks takes of a core, all at the same moment."""
+    """Share of a core for each of `num_ranks` ranks, all at the same moment."""
     return Phase(num_ranks * core_us, float(num_ranks), ((CORES, 1.0),))

@@ -43,7 +43,7 @@ def quantity(kind: str, better: str, help: str, default: float | None = None, mi
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What computes for one rank. Rates are a microsecond's."""
+    """The device that computes for one rank. Rates are per microsecond."""
 
     memory_bytes: float = quantity("bytes", "high", "memory of one device")
     reserve_bytes: float = quantity("bytes", "low", "of it for the driver, communicators and fragmentation", 0.0)
@@ -59,7 +59,7 @@ class Device:
     sync_us: float = quantity("us", "low", "until the host has read a number of the device", 0.0)
 
     def peak(self, precision: str) -> float:
-        """Floating-point operations a microsecond. Raises ConfigError where the file gives none."""
+        """Floating-point operations per microsecond. Raises ConfigError where the file gives none."""
         peak: float = getattr(self, f"peak_{precision}")
         if not peak:
             raise ConfigError(
@@ -72,7 +72,7 @@ class Device:
 class Link:
     """One way of a full-duplex link out of a device (near) or towards other nodes (far)."""
 
-    bandwidth: float = quantity("bytes/us", "high", "bytes a microsecond and direction", math.inf)
+    bandwidth: float = quantity("bytes/us", "high", "bytes per microsecond and direction", math.inf)
     efficiency: float = quantity("ratio", "high", "share of it that rows get", 1.0)
     latency_us: float = quantity("us", "low", "of one message", 0.0)
     message_us: float = quantity("us", "low", "between two messages of one transfer", 0.0)
@@ -80,13 +80,13 @@ class Link:
 
     @property
     def rate(self) -> float:
-        """Bytes of rows a microsecond and direction."""
+        """Bytes of rows per microsecond and direction."""
         return self.bandwidth * self.efficiency
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What messages cost the processor that all ranks share; `cores` 0 leaves it out: each rank has its own there."""
+    """Costs of messages on the processor that all ranks share; `cores` 0 leaves it out: each rank has its own there."""
 
     cores: float = quantity("cores", "high", "processor cores that all ranks of the machine share", 0.0)
     pairwise_us: float = quantity("us", "low", "core time of one message between two ranks, both ends", 0.0)
@@ -229,9 +229,9 @@ def _read_part(name: str, given: Any, sources: dict[str, str], ranges: dict[str,
 def _read_quantity(path: str, given: Any, metadata: Mapping[str, Any]) -> tuple[float, tuple[float, float] | None, str]:
     """(value, range, source) of one number, in the units of the fields."""
     scales = SCALES[metadata["kind"]]
-    way_out = f'write {{"value": ..., "unit": "{next(iter(scales))}", "source": "..."}}'
+    fix = f'write {{"value": ..., "unit": "{next(iter(scales))}", "source": "..."}}'
     if not isinstance(given, Mapping) or not {"value", "unit", "source"} <= set(given):
-        raise ConfigError(f"{path}={given!r}: {metadata['help']}; each number has a unit and a source: {way_out}")
+        raise ConfigError(f"{path}={given!r}: {metadata['help']}; each number has a unit and a source: {fix}")
     for key in given:
         if key not in ("value", "unit", "source", "range"):
             raise ConfigError(

@@ -30,7 +30,7 @@ class Ways:
 
 @dataclass(frozen=True)
 class Volume:
-    """What one rank sends and receives in one transfer: bytes to its node's ranks and to others, and messages sent."""
+    """Traffic of one rank in one transfer: bytes to and from its node's ranks and to others, and messages sent."""
 
     near_out: float = 0.0
     near_in: float = 0.0
@@ -79,7 +79,7 @@ class Machine:
         return (Phase(core_us, uses=((CORES, 1.0),)),) if self.cluster.host.cores and core_us > 0 else ()
 
     def transfer(self, actor: int, volume: Volume) -> Load:
-        """What a transfer takes: the host's messages, then rows of both kinds side by side, then their latency.
+        """Phases of a transfer: the host's messages, then rows of both kinds side by side, then their latency.
 
         host   transfer_us before; messages * (collective_us or pairwise_us) + bytes * byte_us beside the rows
         link   bytes at the fair share of what it moves; the longer latency_us + (messages - 1) * message_us behind them

@@ -43,7 +43,7 @@ def cluster_values(cluster: Cluster, notes: str = "") -> dict[str, Any]:
 
 
 def _is_given(cluster: Cluster, path: str, default: Any) -> bool:
-    """Whether a number that equals its default was written all the same; JSON has none that is infinite."""
+    """True where a number that equals its default was written all the same; JSON has none that is infinite."""
     return path in cluster.sources and default != math.inf
 
 

@@ -1,6 +1,6 @@
-"""Does a job fit the devices of a cluster, how much is to spare, and how large may a micro-batch be?
+"""Fit of a job to the devices of a cluster: how much is to spare, and how large a micro-batch may be.
 
-The bytes are those of footprint.py, of the fullest stage under a layout, at the load of the fullest rank. They are
+The bytes are those of sizing/, of the fullest stage under a layout, at the load of the fullest rank. They are
 counted for training; forward passes run in an engine that trains.
 """
 
@@ -9,19 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ds_moe_ep.check.config import Budget, memory_fix, needs
-from ds_moe_ep.check.pipeline import pipeline_fix
-from ds_moe_ep.config.training import WHOLE, Training, most_sequences
+from ds_moe_ep.config.training import Training
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.step.setup import Setup
-from ds_moe_ep.sizing.footprint import Memory, count_memory
-from ds_moe_ep.sizing.pipeline import fullest_stage
+from ds_moe_ep.sizing.fit import fullest_memory, largest_micro_batch, memory_fix, needs
+from ds_moe_ep.sizing.footprint import Memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFit:
-    """What a device has, what the job needs of it, and the micro-batches for which there is room."""
+    """Memory of a device, the part that the job needs, and the micro-batches for which there is room."""
 
     memory: Memory
     device_bytes: float
@@ -37,7 +35,7 @@ class MemoryFit:
 
     @property
     def fits(self) -> bool:
-        """Whether a device has room for all of it."""
+        """True where a device has room for all of it."""
         return self.spare_bytes >= 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,30 +52,27 @@ class MemoryFit:
 
 
 def fit_memory(setup: Setup) -> MemoryFit:
-    """How the job of `setup` fits its cluster's devices."""
+    """Fit of the job of `setup` to its cluster's devices."""
     device = setup.cluster.device
     memory = memory_of(setup, setup.training)
     slow, fast = setup.cluster.ends()
     left = [_free_bytes(end) - memory.peak for end in (slow, fast)]
 
-    def fits(training: Training) -> bool:
-        return memory_of(setup, training).peak <= _free_bytes(setup.cluster)
-
+    free_bytes, load = _free_bytes(setup.cluster), max(setup.loads, default=1.0)
+    cuts = cuts_of_batch(setup.training)
     return MemoryFit(
         memory=memory,
         device_bytes=device.memory_bytes,
         reserve_bytes=device.reserve_bytes,
         spare_range=(min(left), max(left)),
-        largest=most_sequences(lambda micro_batch: fits(replace(setup.training, micro_batch=micro_batch))),
-        largest_of_batch=max((t.micro_batch for t in cuts_of_batch(setup.training) if fits(t)), default=0),
+        largest=largest_micro_batch(setup.model, setup.moe, setup.training, free_bytes, load),
+        largest_of_batch=max((t.micro_batch for t in cuts if memory_of(setup, t).peak <= free_bytes), default=0),
     )
 
 
 def memory_of(setup: Setup, training: Training) -> Memory:
-    """Bytes of a device by kind: of the fullest rank, and of the fullest stage under a layout."""
-    if training.layout != WHOLE:
-        return fullest_stage(setup.model, setup.moe, training).memory
-    return count_memory(setup.model, setup.moe, training, max(setup.loads, default=1.0))
+    """Bytes of the fullest device by kind, at the load of the fullest rank."""
+    return fullest_memory(setup.model, setup.moe, training, max(setup.loads, default=1.0))
 
 
 def cuts_of_batch(training: Training) -> list[Training]:
@@ -100,27 +95,16 @@ def with_micro_batch(training: Training, micro_batch: int) -> Training:
 
 
 def refuse_what_does_not_fit(path: str, setup: Setup, fit: MemoryFit) -> None:
-    """Raises ConfigError with what is missing and the way out, where the job does not fit."""
+    """Raises ConfigError with what is missing and the fix, where the job does not fit."""
     if fit.fits:
         return
     device = setup.cluster.device
-    fix = _way_out(setup)
+    load = max(setup.loads, default=1.0)
+    fix = memory_fix(setup.model, setup.moe, setup.training, _free_bytes(setup.cluster), load)
     raise ConfigError(
         f"cluster.device.memory_bytes={device.memory_bytes / 1e9:g} GB with {path}: {needs(fit.memory)} beside a "
         f"reserve of {device.reserve_bytes / 1e9:g}: {-fit.spare_bytes / 1e9:.1f} GB too many; {fix}"
     )
-
-
-def _way_out(setup: Setup) -> str:
-    device, training = setup.cluster.device, setup.training
-    if training.layout != WHOLE:
-        return pipeline_fix(setup.model, setup.moe, training, int(_free_bytes(setup.cluster)))
-    budget = Budget(
-        gpu_gb=device.memory_bytes / 1e9,
-        reserve_gb=device.reserve_bytes / 1e9,
-        load=max(setup.loads, default=1.0),
-    )
-    return memory_fix(setup.model, setup.moe, training, budget)
 
 
 def _free_bytes(cluster: Cluster) -> float:

@@ -30,7 +30,7 @@ class Job:
 
     @property
     def system(self) -> str:
-        """What evidence calls it: `ep16`, `ep16_serial`, `tp8_pp2`, and alike for other sizes."""
+        """Name in Records: `ep16`, `ep16_serial`, `tp8_pp2`, and alike for other sizes."""
         layout, moe = self.setup.training.layout, self.setup.moe
         if layout != WHOLE:
             return f"tp{layout.tp_size}_pp{layout.pp_size}"
@@ -38,7 +38,7 @@ class Job:
 
 
 def title_of(system: str) -> str:
-    """What a reader may call a system, also one of other sizes than the specification's."""
+    """Title of a system, also of one of other sizes than the specification's."""
     if system in SYSTEMS:
         return SYSTEMS[system]
     if system.startswith("tp"):

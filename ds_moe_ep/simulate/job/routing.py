@@ -1,4 +1,4 @@
-"""How the rows fall on the ranks of an expert group: evenly, by Zipf's law, or as they were counted."""
+"""Rows of the ranks of an expert group: even, by Zipf's law, or as they were counted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import read_records
 
-WAY_OUT = "write even, zipf:1.0, or a file: a JSON list of an expert's rows each, or Records of a run with its load"
+FIX = "write even, zipf:1.0, or a file: a JSON list of each expert's rows, or Records of a run with its load"
 
 
 def read_loads(text: str, num_experts: int, ep_size: int) -> tuple[float, ...]:
-    """What each rank receives over the mean, by `text`: `even`, `zipf:<exponent>` or a file. () is even.
+    """Rows of each rank over the mean, by `text`: `even`, `zipf:<exponent>` or a file. () is even.
 
     Raises ConfigError for anything else, or another number of experts.
     """
@@ -25,11 +25,11 @@ def read_loads(text: str, num_experts: int, ep_size: int) -> tuple[float, ...]:
         try:
             exponent = float(rest or 1.0)
         except ValueError:
-            raise ConfigError(f"load={text!r}: {rest!r} is no exponent; {WAY_OUT}") from None
+            raise ConfigError(f"load={text!r}: {rest!r} is no exponent; {FIX}") from None
         return loads_of(zipf(num_experts, exponent), ep_size)
     rows = _recorded(Path(text))
     if len(rows) != num_experts:
-        raise ConfigError(f"load={text!r}: rows of {len(rows)} experts, and the layer has {num_experts}; {WAY_OUT}")
+        raise ConfigError(f"load={text!r}: rows of {len(rows)} experts, and the layer has {num_experts}; {FIX}")
     return loads_of(rows, ep_size)
 
 
@@ -42,10 +42,10 @@ def zipf(num_experts: int, exponent: float) -> list[float]:
 
 
 def loads_of(rows: Sequence[float], ep_size: int) -> tuple[float, ...]:
-    """What each rank receives over the mean, from the rows of each expert. Consecutive experts lie on one rank."""
+    """Rows of each rank over the mean, from the rows of each expert. Consecutive experts lie on one rank."""
     total, local = sum(rows), len(rows) // ep_size
     if not 0 < total < math.inf or min(rows) < 0:
-        raise ConfigError(f"load={list(rows)!r}: rows are not negative and some expert has one; {WAY_OUT}")
+        raise ConfigError(f"load={list(rows)!r}: rows are not negative and some expert has one; {FIX}")
     return tuple(sum(rows[i : i + local]) * ep_size / total for i in range(0, len(rows), local))
 
 
@@ -54,14 +54,14 @@ def _recorded(path: Path) -> list[float]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"load={str(path)!r}: cannot be read ({error}); {WAY_OUT}") from error
+        raise ConfigError(f"load={str(path)!r}: cannot be read ({error}); {FIX}") from error
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"load={str(path)!r}: no JSON ({error}); {WAY_OUT}") from error
+            raise ConfigError(f"load={str(path)!r}: no JSON ({error}); {FIX}") from error
         if not values or not all(type(value) in (int, float) for value in values):
-            raise ConfigError(f"load={str(path)!r}: needs a list of numbers; {WAY_OUT}")
+            raise ConfigError(f"load={str(path)!r}: needs a list of numbers; {FIX}")
         return [float(value) for value in values]
     return _load_of_records(path)
 
@@ -77,7 +77,7 @@ def _load_of_records(path: Path) -> list[float]:
             its = found.setdefault(head, {}).setdefault(key, {})
             its[int(expert.removeprefix("expert"))] = record.value
     if not found:
-        raise ConfigError(f"load={str(path)!r}: no Records of a load in there; {WAY_OUT}")
+        raise ConfigError(f"load={str(path)!r}: no Records of a load in there; {FIX}")
     of_system = next(iter(found.values()))
     rows = of_system[max(of_system)]
     return [rows[expert] for expert in sorted(rows)]

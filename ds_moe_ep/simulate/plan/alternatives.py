@@ -1,23 +1,24 @@
-"""What else fits and trains faster: the ds_config with one thing changed, simulated like the job itself."""
+"""Changes that fit and may train faster: the ds_config with one thing changed, simulated like the job itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.simulate.job.fit import MemoryFit, fit_memory, with_micro_batch
-from ds_moe_ep.simulate.step.predict import Estimate, Prediction, predict
+from ds_moe_ep.simulate.step.predict import Prediction, predict
 from ds_moe_ep.simulate.step.setup import Setup
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A change of the ds_config, what it leaves to spare, and its throughput over the job's, both at the same end."""
+    """A change of the ds_config, the bytes to spare then, and its throughput over the job's, both at the same end."""
 
     change: str
     spare_bytes: float
     prediction: Prediction
-    ratio: Estimate
+    ratio: Quantity
 
 
 def alternatives(prediction: Prediction, fit: MemoryFit) -> tuple[Alternative, ...]:

@@ -1,4 +1,4 @@
-"""What bounds a step: the resource that would save most if it took no time, found by simulating the step without it.
+"""Bounds of a step: the resource that would save most if it took no time, found by simulating the step without it.
 
 Shares of a step's time do not tell it: traffic that is hidden costs nothing, and less compute may only uncover traffic.
 Savings of two resources do not add up.
@@ -10,29 +10,29 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.simulate.cluster.cluster import Cluster, Link
-from ds_moe_ep.simulate.step.predict import Estimate, Prediction, on, simulate_step
+from ds_moe_ep.simulate.step.predict import Prediction, on, simulate_step
 
 
 @dataclass(frozen=True)
 class Bound:
-    """One resource, and what of a step (1 is all) would be saved if it took no time."""
+    """One resource, and the share of a step that would be saved if it took no time."""
 
     resource: str
     step_us: float  # without it
-    saved: Estimate
+    saved: Quantity
 
 
 def bounds(prediction: Prediction) -> tuple[Bound, ...]:
     """Every resource that the cluster has, the one that saves most first."""
-    steps = (prediction.step, prediction.slow, prediction.fast)
     found = []
     for resource, without in RESOURCES.items():
         if not _has(prediction.step.setup.cluster, resource):
             continue
-        left_us = [simulate_step(on(step.setup, without(step.setup.cluster))).step_us for step in steps]
-        saved = [1 - left / step.step_us for left, step in zip(left_us, steps, strict=True)]
-        found.append(Bound(resource, left_us[0], Estimate.of(*saved)))
+        left_us = [simulate_step(on(step.setup, without(step.setup.cluster))).step_us for step in prediction.steps]
+        saved = [1 - left / step.step_us for left, step in zip(left_us, prediction.steps, strict=True)]
+        found.append(Bound(resource, left_us[0], Quantity.of(*saved, unit="ratio")))
     return tuple(sorted(found, key=lambda bound: -bound.saved.value))
 
 

@@ -1,9 +1,9 @@
-"""`plan`: what a ds_config will do on a cluster, before anybody rents it. Nothing is started and nothing measured.
+"""`plan`: a ds_config foretold on a cluster, before anybody rents it. Nothing is started and nothing measured.
 
 A plan has these parts:
 
     fit         bytes of a device by kind, what is to spare, the largest micro-batch
-    prediction  a step with its bar: tokens a second, parts, what is hidden, utilization
+    prediction  a step with its bar: tokens per second, parts, what is hidden, utilization
     choices     what the schedule "auto" would choose among, with what each makes of a layer
     bounds      which resource bounds the step
     others      what else fits, and how much faster it is
@@ -13,21 +13,26 @@ A plan has these parts:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from ds_moe_ep.check.pipeline import has_specified_shapes
 from ds_moe_ep.config.training import WHOLE
+from ds_moe_ep.records.names import KINDS
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.choose import Choice, choose_schedule, with_knobs
 from ds_moe_ep.simulate.job.fit import MemoryFit, fit_memory, refuse_what_does_not_fit
 from ds_moe_ep.simulate.job.job import Job, Mode, read_job, title_of
 from ds_moe_ep.simulate.plan.alternatives import Alternative, alternatives
 from ds_moe_ep.simulate.plan.bounds import Bound, bounds
-from ds_moe_ep.simulate.step.predict import Estimate, Prediction, on, predict
+from ds_moe_ep.simulate.step.predict import Prediction, on, predict
+from ds_moe_ep.simulate.step.quantities import breakdown, headline
 from ds_moe_ep.simulate.step.setup import Setup
+from ds_moe_ep.simulate.step.source import COUNTED
 from ds_moe_ep.sizing.footprint import forward_flops, training_flops
 from ds_moe_ep.specification.stated import STATED
 
@@ -53,7 +58,7 @@ class Plan:
     prediction: Prediction
     serial: Prediction | None  # the same where nothing is hidden; None where that is the job, or there are no peers
     choices: tuple[Choice, ...]
-    at_ends: tuple[Mapping[str, Any], ...]  # what is best at the slower and at the faster end
+    at_ends: tuple[Mapping[str, Any], ...]  # the best at the slower and at the faster end
     bounds: tuple[Bound, ...]
     others: tuple[Alternative, ...]
     stated: StatedThroughput | None
@@ -61,13 +66,53 @@ class Plan:
 
     @property
     def system(self) -> str:
-        """What evidence calls the job."""
+        """The job's name in Records."""
         return self.job.system
 
     @property
     def title(self) -> str:
-        """What a reader may call it."""
+        """The job's name for a reader."""
         return self.name or title_of(self.system)
+
+    @cached_property
+    def quantities(self) -> tuple[Quantity, ...]:
+        """All numbers of the job's step and memory: tables, JSON and Records are readings of this one list."""
+        return *of_step(self.prediction), *memory_of_kinds(self.fit)
+
+    @cached_property
+    def serial_quantities(self) -> tuple[Quantity, ...]:
+        """The step's numbers where nothing is hidden."""
+        return () if self.serial is None else of_step(self.serial)
+
+    @property
+    def gain(self) -> Quantity | None:
+        """Throughput over that of the same job where nothing is hidden."""
+        return None if self.serial is None else self.prediction.over(self.serial)
+
+
+PARTS, MEMORY = "breakdown.", "memory."  # begin the names of groups; those of the headline have no dot
+
+
+def of_step(prediction: Prediction) -> tuple[Quantity, ...]:
+    """Headline and breakdown of a step."""
+    parts = (part.named(PARTS + part.name, part.title) for part in breakdown(prediction))
+    return *headline(prediction), *parts
+
+
+def memory_of_kinds(fit: MemoryFit) -> tuple[Quantity, ...]:
+    """Bytes of a device by kind."""
+    memory = fit.memory
+    return tuple(
+        Quantity.of(float(getattr(memory, kind)), unit="bytes", name=MEMORY + kind, title=title, note=COUNTED)
+        for kind, title in KINDS.items()
+    )
+
+
+def group_of(quantities: Iterable[Quantity], start: str = "") -> list[Quantity]:
+    """The quantities of a group under their short names: those that begin with `start`, or have no dot."""
+    if not start:
+        return [quantity for quantity in quantities if "." not in quantity.name]
+    return [q.named(q.name.removeprefix(start), q.title) for q in quantities if q.name.startswith(start)]
 
 
 def make_plan(
@@ -78,9 +123,9 @@ def make_plan(
     load: str = "even",
     mode: Mode = "training",
 ) -> Plan:
-    """What is predicted of a ds_config on the cluster.
+    """The plan of a ds_config on the cluster.
 
-    Raises ConfigError or TopologyError for what cannot work, and for what does not fit with the way out.
+    Raises ConfigError or TopologyError for what cannot work, and for what does not fit with the fix.
     """
     job = read_job(source, cluster, micro_batch=micro_batch, load=load, mode=mode)
     fit = fit_memory(job.setup)
@@ -124,7 +169,7 @@ def _serial(job: Job) -> Prediction | None:
 
 
 def stated_for(job: Job) -> StatedThroughput | None:
-    """What the specification states, where this is its model and system on as many devices."""
+    """The specification's throughput, where this is its model and system on as many devices."""
     setup = job.setup
     index = {"tp8_pp2": 0, "ep16": 1, "ep16_serial": 1}.get(job.system)
     is_its = has_specified_shapes(setup.model) and (setup.moe.num_experts, setup.moe.top_k) == (16, 1)
@@ -140,12 +185,12 @@ def stated_for(job: Job) -> StatedThroughput | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two plans side by side. Ratios are of tokens a second, both at the same end of the cluster's ranges."""
+    """Two plans side by side. Ratios are of tokens per second, both at the same end of the cluster's ranges."""
 
     ours: Plan
     theirs: Plan
-    ratio: Estimate
-    same_batch: Estimate | None  # the ratio where the other takes our batch; None where it does or cannot
+    ratio: Quantity
+    same_batch: Quantity | None  # the ratio where the other takes our batch; None where it does or cannot
 
 
 def compare(ours: Plan, theirs: Plan) -> Comparison:
@@ -162,7 +207,7 @@ def compare(ours: Plan, theirs: Plan) -> Comparison:
     )
 
 
-def _same_batch(ours: Plan, theirs: Plan) -> Estimate | None:
+def _same_batch(ours: Plan, theirs: Plan) -> Quantity | None:
     """The ratio where the other accumulates until its batch is ours: once a step counts alike then, and the bubble."""
     wanted, training = ours.job.setup.training.batch, theirs.job.setup.training
     each = training.micro_batch * training.num_copies

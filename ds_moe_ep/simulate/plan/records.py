@@ -1,4 +1,4 @@
-"""Plans as Records and spans: the types of measured runs, named by `evidence`, on a bed that is called simulated."""
+"""Plans as Records and spans, as measured runs have them, on a bed that is called simulated; and as JSON."""
 
 from __future__ import annotations
 
@@ -9,35 +9,32 @@ from pathlib import Path
 
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.names import KINDS
 from ds_moe_ep.records.record import Record, write_whole
 from ds_moe_ep.schedule.build import Kind
 from ds_moe_ep.schedule.spans import LANES, Span, Tags, chrome_trace, write_spans
 from ds_moe_ep.simulate.job.job import title_of
-from ds_moe_ep.simulate.plan.plan import Comparison, Plan
-from ds_moe_ep.simulate.step.measures import measures, parts
-from ds_moe_ep.simulate.step.predict import Estimate, Prediction
-from ds_moe_ep.simulate.step.source import COUNTED, PredictionSource
+from ds_moe_ep.simulate.plan.plan import MEMORY, Comparison, Plan
+from ds_moe_ep.simulate.step.predict import Prediction
+from ds_moe_ep.simulate.step.source import PredictionSource
 
-HEADLINE = {"tps", "tpot", "step", "busy", "hidden"}  # what the names of systems have of `measures`
+RECORDED = {"tps", "tpot", "step", "busy", "hidden"}  # of the headline, as of a measured system
 REPEATED = "recompute"  # phase of a forward pass that the backward pass repeats
 
 
 def plan_records(plan: Plan, source: PredictionSource) -> Iterator[Record]:
     """The plan of one job, and of its serial twin; memory, where it trains."""
     start, system = _start(plan, source), plan.system
-    yield from _prediction(plan.prediction, f"{start}.{system}", source)
+    trains = plan.job.setup.mode == "training"
+    mine = [quantity for quantity in plan.quantities if trains or not quantity.name.startswith(MEMORY)]
+    for name, quantities in ((system, mine), (f"{system}_serial", plan.serial_quantities)):
+        its = [quantity for quantity in quantities if quantity.name in RECORDED or "." in quantity.name]
+        yield from source.records(f"{start}.{name}", its)
     if plan.serial is not None:
-        yield from _prediction(plan.serial, f"{start}.{system}_serial", source)
         yield from _ratios(source, start, (system, plan.prediction), (f"{system}_serial", plan.serial))
-    if plan.job.setup.mode == "training":
-        for kind in KINDS:
-            counted = Estimate.exactly(float(getattr(plan.fit.memory, kind)))
-            yield source.record(f"{start}.{system}.memory.{kind}", counted, "bytes", COUNTED)
 
 
 def _start(plan: Plan, source: PredictionSource) -> str:
-    """What the names of a plan's Records begin with, those of measured systems likewise."""
+    """Begin of the names of a plan's Records, those of measured systems likewise."""
     return f"system.{source.bed}.{plan.job.setup.mode}"
 
 
@@ -61,21 +58,13 @@ def comparison_records(comparison: Comparison, source: PredictionSource) -> Iter
         yield from _ratios(source, start, serial, (theirs.system, theirs.prediction))
 
 
-def _prediction(prediction: Prediction, start: str, source: PredictionSource) -> Iterator[Record]:
-    for measure in measures(prediction):
-        if measure.name in HEADLINE:
-            yield source.record(f"{start}.{measure.name}", measure.estimate, measure.unit)
-    for part in parts(prediction):
-        yield source.record(f"{start}.breakdown.{part.name}", part.estimate, part.unit)
-
-
 Named = tuple[str, Prediction]
 
 
 def _ratios(source: PredictionSource, start: str, *both: Named) -> Iterator[Record]:
     """Each over the other, at the same end."""
     for (system, prediction), (other, its) in (both, both[::-1]):
-        yield source.record(f"{start}.{system}.ratio_to_{other}", prediction.over(its), "ratio")
+        yield source.record(prediction.over(its).named(f"ratio_to_{other}"), f"{start}.{system}")
 
 
 def plan_spans(plan: Plan) -> list[Span]:

@@ -2,145 +2,176 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.records.names import KINDS
+from ds_moe_ep.records.quantity import Quantity, number
+from ds_moe_ep.records.render import print_lines, print_tables, to_terminal
+from ds_moe_ep.records.table import Table, quantity_table, table
 from ds_moe_ep.simulate.audit.audit import AuditRow
 from ds_moe_ep.simulate.job.fit import MemoryFit
-from ds_moe_ep.simulate.plan.plan import Comparison, Plan
-from ds_moe_ep.simulate.step.measures import Measure, measures, parts
-from ds_moe_ep.simulate.step.predict import Estimate
+from ds_moe_ep.simulate.plan.plan import PARTS, Comparison, Plan, group_of
+from ds_moe_ep.specification.verdicts import place_in_range
 
+DIGITS = 3  # that a bar leaves a number
+MORE = "Simulated, not measured; in brackets: all of the cluster's ranges at both ends. All tables: --verbose"
 FOOT = (
     "Simulated from the cluster's stated numbers; nothing was measured. In brackets: all of its ranges at their slower "
     "ends, and all at their faster ones. The simulation's own error, on measured runs, is what calibrate tells."
 )
-
-
-def print_plan(plan: Plan, figures: Sequence[AuditRow] = (), console: Console | None = None) -> None:
-    """Prints the plan of one job for people, and what of the specification's figures can hold where they are given."""
-    _print((plan,), figures, [], console or Console())
-
-
-def print_comparison(comparison: Comparison, figures: Sequence[AuditRow] = (), console: Console | None = None) -> None:
-    """Prints two plans side by side, and what concerns one of them below each other."""
-    _print((comparison.ours, comparison.theirs), figures, ratio_told(comparison), console or Console())
-
-
-def _print(plans: Sequence[Plan], figures: Sequence[AuditRow], last: Sequence[str], console: Console) -> None:
-    for plan in plans:
-        _head(plan, console)
-    tables = [_memory(plans), _step(plans), _parts(plans)]
-    for make in (_choices, _bounds, _others):
-        tables += [table for plan in plans for table in make(plan)]
-    for table in [*tables, *_figures(figures)]:
-        console.print("", table, sep="\n")
-    console.print()
-    for line in [line for plan in plans for line in told(plan)]:
-        console.print(Text(line))
-    for line in last:
-        console.print(Text(line, style="bold"))
-    console.print(Text(FOOT, style="dim"))
-
-
-def told(plan: Plan) -> list[str]:
-    """What bounds the job, what its schedule hides, and the specification's throughput beside it, as sentences."""
-    first, lines = plan.bounds[0], []
-    lines.append(
-        f"{plan.title} is bounded by {first.resource}: if they took no time, a step would be "
-        f"{_percent(first.saved)} shorter."
-    )
-    if plan.serial is not None:
-        gain = plan.prediction.over(plan.serial)
-        lines.append(f"{plan.title} has {with_bar(gain)} times the throughput of the same job where nothing is hidden.")
-    if plan.stated is not None:
-        lines.append(_stated(plan))
-    return lines
-
-
-def _stated(plan: Plan) -> str:
-    """The specification's throughput: the utilization that it needs, and whether the plan's bar reaches it."""
-    assert plan.stated is not None
-    stated, tps, setup = plan.stated, plan.prediction.tps, plan.job.setup
-    mfu = plan.prediction.estimate(lambda step: step.mfu)
-    needed = stated.repeated if setup.mode == "training" else stated.forward
-    if needed > 1:
-        verdict = "beyond the peak"
-    elif stated.tps > tps.high:
-        verdict = "more than is predicted"
-    elif stated.tps < tps.low:
-        verdict = "less than is predicted"
-    else:
-        verdict = "within the bar of what is predicted"
-    repeated = f" ({100 * stated.repeated:.0f} % with recomputation)" if stated.repeated > stated.training else ""
-    return (
-        f"The specification states {stated.tps:,.0f} tokens/s for {plan.title}: {100 * stated.training:.0f} % of the "
-        f"peak of {setup.training.world_size} devices when training{repeated}, {100 * stated.forward:.0f} % forward. "
-        f"Predicted for {MODES[setup.mode]}: {with_bar(tps)} tokens/s, {_percent(mfu)} of the peak. "
-        f"What is stated is {verdict}."
-    )
-
-
 ENDS = ("slower", "faster")
 MODES = {"training": "training", "forward": "forward passes alone"}
 
 
-def ratio_told(comparison: Comparison) -> list[str]:
-    """The ratio of the throughputs as sentences."""
+def print_plan(plan: Plan, console: Console) -> None:
+    """Prints the answers of one job's plan in a few lines."""
+    head = f"{plan.job.path} on {plan.job.setup.cluster.name}: fits, {_spare(plan.fit)} GB to spare"
+    print_lines([head], console, style="bold green")
+    _print_notes([plan], console)
+    print_lines(answers(plan), console)
+    print_lines([MORE], console, style="dim")
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Prints two plans side by side in a few lines: the batches first where they differ, and the ratio."""
+    plans = comparison.ours, comparison.theirs
+    jobs = " and ".join(plan.job.path for plan in plans)
+    print_lines([f"{jobs} on {plans[0].job.setup.cluster.name}: both fit"], console, style="bold green")
+    _print_notes(plans, console)
+    warning, ratio = ratio_told(comparison)
+    print_lines(warning, console, style="yellow")
+    both = [answers(plan, in_brief=True) for plan in plans]
+    cells = [(name, *(its[name] for its in both)) for name in both[0]]
+    grid = table("", ("", *(plan.title for plan in plans)), cells, text_columns=3)
+    console.print(to_terminal(grid))
+    print_lines(ratio, console, style="bold")
+    print_lines([MORE], console, style="dim")
+
+
+def answers(plan: Plan, *, in_brief: bool = False) -> dict[str, str]:
+    """Throughput, traffic hidden, utilization, the bound and the fastest change, each by its name."""
+    named = {quantity.name: quantity for quantity in plan.quantities}
+    hidden, bound = named.get("hidden"), plan.bounds[0]
+    faster = [other for other in plan.others if other.ratio.value > 1]
+    gain = faster_with = ""
+    if not in_brief:
+        gain = f"; {_text(plan.gain)} times the same job with nothing hidden" if plan.gain is not None else ""
+        faster_with = f" with {faster[0].change}" if faster else ""
+    return {
+        "tokens per second": _text(named["tps"]),
+        "traffic hidden": f"{_text(hidden)} %{gain}" if hidden is not None else "none: no experts' traffic",
+        "utilization": f"{_text(named['mfu'])} % of the peak",
+        "bounded by": f"{bound.resource}: {bound.saved.percent()} of a step",
+        "faster": f"{_text(faster[0].ratio)} times{faster_with}" if faster else "no change of the file that fits",
+        "largest": f"{_largest(plan.fit)} sequences per micro-batch",
+    }
+
+
+def print_all(plans: Sequence[Plan], rows: Sequence[AuditRow], comparison: Comparison | None, console: Console) -> None:
+    """Prints every table of one plan, or of two side by side; what concerns one of two stands below the other's."""
+    for plan in plans:
+        _print_head(plan, console)
+    warning, ratio = ratio_told(comparison) if comparison is not None else ([], [])
+    print_lines(warning, console, style="yellow")
+    tables = [_memory(plans), _step(plans), _parts(plans)]
+    for make in (_choices, _bounds, _others):
+        tables += [found for plan in plans for found in make(plan)]
+    print_tables([*tables, *_claims(rows)], console)
+    console.print()
+    print_lines([line for plan in plans for line in told(plan)], console)
+    print_lines(ratio, console, style="bold")
+    print_lines([FOOT], console, style="dim")
+
+
+def told(plan: Plan) -> Iterator[str]:
+    """The bound of the job, what its schedule hides, and the specification's throughput beside it, as sentences."""
+    first = plan.bounds[0]
+    yield (
+        f"{plan.title} is bounded by {first.resource}: if they took no time, a step would be "
+        f"{first.saved.percent()} shorter."
+    )
+    if plan.gain is not None:
+        yield f"{plan.title} has {_text(plan.gain)} times the throughput of the same job where nothing is hidden."
+    if plan.stated is not None:
+        yield _stated(plan)
+
+
+def _stated(plan: Plan) -> str:
+    """The specification's throughput: the utilization that it needs, and the verdict by the plan's bar."""
+    assert plan.stated is not None
+    stated, tps, setup = plan.stated, plan.prediction.tps, plan.job.setup
+    (mfu,) = (quantity for quantity in plan.quantities if quantity.name == "mfu")
+    needed = stated.repeated if setup.mode == "training" else stated.forward
+    if needed > 1:
+        verdict = "beyond the peak"
+    else:
+        place = place_in_range(stated.tps, tps.low, tps.high)
+        verdict = {
+            "above": "more than is predicted",
+            "below": "less than is predicted",
+            "within": "within the bar of what is predicted",
+        }[place]
+    repeated = f" ({100 * stated.repeated:.0f} % with recomputation)" if stated.repeated > stated.training else ""
+    return (
+        f"The specification states {number(stated.tps)} tokens/s for {plan.title}: {100 * stated.training:.0f} % of "
+        f"the peak of {setup.training.world_size} devices when training{repeated}, {100 * stated.forward:.0f} % "
+        "forward. "
+        f"Predicted for {MODES[setup.mode]}: {_text(tps)} tokens/s, {mfu.text(1)} % of the peak. "
+        f"What is stated is {verdict}."
+    )
+
+
+def ratio_told(comparison: Comparison) -> tuple[list[str], list[str]]:
+    """The warning where the batches differ; and the ratio of the throughputs, at equal batches first."""
     ours, theirs = comparison.ours, comparison.theirs
-    lines = [
-        f"{ours.title} over {theirs.title}: {with_bar(comparison.ratio)} times the tokens a second, both at the same "
-        "end of the cluster's ranges."
-    ]
     batches = [plan.job.setup.training.batch for plan in (ours, theirs)]
-    if comparison.same_batch is not None:
-        lines.append(
-            f"The batches differ ({batches[0]:,} and {batches[1]:,} sequences). With {batches[0]:,} in both: "
-            f"{with_bar(comparison.same_batch)} times."
-        )
-    elif batches[0] != batches[1]:
-        lines.append(f"The batches differ ({batches[0]:,} and {batches[1]:,} sequences): compare tokens, not steps.")
-    return lines
+    names, ratio = f"{ours.title} over {theirs.title}", _text(comparison.ratio)
+    ends = "both at the same end of the cluster's ranges"
+    if batches[0] == batches[1]:
+        return [], [f"{names}: {ratio} times the tokens per second, {ends}."]
+    warning = f"warning: the batches differ ({batches[0]:,} and {batches[1]:,} sequences)"
+    if comparison.same_batch is None:
+        return [f"{warning}: compare tokens, not steps"], [f"{names}: {ratio} times the tokens per second, {ends}."]
+    equal = f"With {batches[0]:,} in both, {names}: {_text(comparison.same_batch)} times the tokens per second"
+    return [f"{warning}; the columns are as the files say"], [f"{equal} ({ratio} as the files say), {ends}."]
 
 
-def _head(plan: Plan, console: Console) -> None:
+def _print_head(plan: Plan, console: Console) -> None:
     setup = plan.job.setup
     training, cluster = setup.training, setup.cluster
-    console.print(Text(f"{plan.job.path} on {cluster.name}: fits", style="bold green"))
-    console.print(
-        Text(
-            f"{plan.title}, {MODES[setup.mode]}, {training.world_size} ranks on {cluster.num_nodes} nodes; "
-            f"{training.batch:,} sequences a batch = {training.micro_batch} x {training.accumulation} micro-batches x "
-            f"{training.num_copies}"
-        )
-    )
+    print_lines([f"{plan.job.path} on {cluster.name}: fits"], console, style="bold green")
+    batch = f"{training.batch:,} sequences per batch = {training.micro_batch} x {training.accumulation} micro-batches"
+    ranks = f"{training.world_size} ranks on {cluster.num_nodes} nodes"
+    lines = [f"{plan.title}, {MODES[setup.mode]}, {ranks}; {batch} x {training.num_copies}"]
     if setup.loads:
-        console.print(Text(f"load: the fullest rank receives {max(setup.loads):.2f} times the mean rows"))
-    for note in plan.job.notes:
-        console.print(Text(f"note: {note}", style="yellow"))
+        lines.append(f"load: the fullest rank receives {max(setup.loads):.2f} times the mean rows")
+    print_lines(lines, console)
+    _print_notes([plan], console)
+
+
+def _print_notes(plans: Sequence[Plan], console: Console) -> None:
+    print_lines([f"note: {note}" for plan in plans for note in plan.job.notes], console, style="yellow")
 
 
 def _memory(plans: Sequence[Plan]) -> Table:
-    table = _table("memory of one device, GB", ["kind", *(plan.title for plan in plans)])
     kinds = {**KINDS, "step": "fp32 gradients of a step (not beside activations and buffers)"}
-    for kind, title in kinds.items():
-        table.add_row(title, *(_gb(getattr(plan.fit.memory, kind)) for plan in plans))
+    rows = [(title, *(_gb(getattr(plan.fit.memory, kind)) for plan in plans)) for kind, title in kinds.items()]
     if any(plan.fit.memory.host_optimizer for plan in plans):
-        table.add_row("in the host's memory instead", *(_gb(plan.fit.memory.host_optimizer) for plan in plans))
-    table.add_row("largest sum at once", *(_gb(plan.fit.memory.peak) for plan in plans), style="bold")
+        rows.append(("in the host's memory instead", *(_gb(plan.fit.memory.host_optimizer) for plan in plans)))
     device = plans[0].fit
     room = f"{_gb(device.device_bytes)} - {_gb(device.reserve_bytes)} reserve"
-    table.add_row("there is (reserve: driver, NCCL, fragmentation)", *[room] * len(plans))
-    table.add_row("to spare", *(_spare(plan.fit) for plan in plans), style="bold")
-    table.add_row("largest micro-batch that fits, sequences", *(_largest(plan.fit) for plan in plans))
-    return table
+    rows += [
+        ("largest sum at once", *(_gb(plan.fit.memory.peak) for plan in plans)),
+        ("there is (reserve: driver, NCCL, fragmentation)", *[room] * len(plans)),
+        ("to spare", *(_spare(plan.fit) for plan in plans)),
+        ("largest micro-batch that fits, sequences", *(_largest(plan.fit) for plan in plans)),
+    ]
+    strong = frozenset((len(rows) - 4, len(rows) - 2))
+    return Table("memory of one device, GB", ("kind", *(plan.title for plan in plans)), tuple(rows), strong_rows=strong)
 
 
 def _largest(fit: MemoryFit) -> str:
@@ -149,110 +180,63 @@ def _largest(fit: MemoryFit) -> str:
 
 
 def _spare(fit: MemoryFit) -> str:
-    return with_bar(Estimate(fit.spare_bytes, *fit.spare_range).scaled(1e-9))
+    return _text(Quantity.of(fit.spare_bytes, *fit.spare_range, unit="bytes").into("GB"))
 
 
 def _step(plans: Sequence[Plan]) -> Table:
-    named = [{measure.name: measure for measure in measures(plan.prediction)} for plan in plans]
-    return _measured("a step", plans, named)
+    return quantity_table("a step", {plan.title: group_of(plan.quantities) for plan in plans}, digits=DIGITS)
 
 
 def _parts(plans: Sequence[Plan]) -> Table:
-    named = [{measure.name: measure for measure in parts(plan.prediction)} for plan in plans]
-    return _measured("where a step's time goes", plans, named)
+    columns = {plan.title: group_of(plan.quantities, PARTS) for plan in plans}
+    return quantity_table("where a step's time goes", columns, digits=DIGITS)
 
 
-def _measured(title: str, plans: Sequence[Plan], named: Sequence[Mapping[str, Measure]]) -> Table:
-    table = _table(title, ["", "unit", *(plan.title for plan in plans)])
-    rows = {name: measure for its in named for name, measure in its.items()}
-    for name, measure in rows.items():
-        cells = [with_bar(its[name].estimate) if name in its else "-" for its in named]
-        table.add_row(measure.title, measure.unit, *cells)
-    return table
-
-
-def _choices(plan: Plan) -> list[Table]:
-    if not plan.choices:
-        return []
-    title = f'what the schedule "auto" of {plan.title} would choose'
-    table = _table(title, ["schedule", "a layer, ms", "over the best", "best"])
-    best_us = plan.choices[0][0]
-    for layer_us, knobs in plan.choices:
-        ends = [name for name, best in zip(ENDS, plan.at_ends, strict=True) if best == knobs]
-        where = ["here", *ends] if knobs == plan.choices[0][1] else ends
-        table.add_row(_knobs(knobs), digits(layer_us / 1e3), f"{layer_us / best_us:.2f}", ", ".join(where))
-    table.caption = "The rows of one layer through the experts and back; best here, and at the ends of the ranges."
-    table.caption_justify = "left"
-    return [table]
+def _choices(plan: Plan) -> Iterator[Table]:
+    if plan.choices:
+        best_us, rows = plan.choices[0][0], []
+        for layer_us, knobs in plan.choices:
+            ends = [name for name, best in zip(ENDS, plan.at_ends, strict=True) if best == knobs]
+            where = ["here", *ends] if knobs == plan.choices[0][1] else ends
+            rows.append((_knobs(knobs), _number(layer_us / 1e3), f"{layer_us / best_us:.2f}", ", ".join(where)))
+        basis = "The rows of one layer through the experts and back; best here, and at the ends of the ranges."
+        title = f'schedules that "auto" of {plan.title} would choose among'
+        yield table(title, ("schedule", "per layer, ms", "over the best", "best"), rows, basis)
 
 
 def _knobs(knobs: Mapping[str, Any]) -> str:
     return ", ".join(str(value) if name == "schedule" else f"{name} {value}" for name, value in knobs.items())
 
 
-def _bounds(plan: Plan) -> list[Table]:
-    table = _table(f"what bounds {plan.title}", ["if this took no time", "a step would take, ms", "shorter by"])
-    for bound in plan.bounds:
-        table.add_row(bound.resource, digits(bound.step_us / 1e3), _percent(bound.saved))
-    if plan.job.setup.training.layout != WHOLE:
-        table.caption = "The pipeline's bubble is a share of whatever is left."
-        table.caption_justify = "left"
-    return [table]
+def _bounds(plan: Plan) -> Iterator[Table]:
+    rows = [(bound.resource, _number(bound.step_us / 1e3), bound.saved.percent()) for bound in plan.bounds]
+    is_cut = plan.job.setup.training.layout != WHOLE
+    basis = ["The pipeline's bubble is a share of whatever is left."] if is_cut else []
+    head = ("if this took no time", "a step would take, ms", "shorter by")
+    yield table(f"bounds of {plan.title}", head, rows, *basis)
 
 
-def _others(plan: Plan) -> list[Table]:
-    if not plan.others:
-        return []
-    title = f"what else fits, instead of {plan.title} as above"
-    table = _table(title, ["change of the ds_config", "to spare, GB", "tokens a second", "times as many"])
-    for other in plan.others:
-        tps, ratio = with_bar(other.prediction.tps), with_bar(other.ratio)
-        table.add_row(other.change, _gb(other.spare_bytes), tps, ratio)
-    return [table]
+def _others(plan: Plan) -> Iterator[Table]:
+    if plan.others:
+        rows = [(o.change, _gb(o.spare_bytes), _text(o.prediction.tps), _text(o.ratio)) for o in plan.others]
+        head = ("change of the ds_config", "to spare, GB", "tokens per second", "times as many")
+        yield table(f"changes that fit, instead of {plan.title} as above", head, rows)
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 or column == "unit" else "right")
-    return table
+def _claims(rows: Sequence[AuditRow]) -> Iterator[Table]:
+    if rows:
+        head = ("figure", "stated", "verdict (all columns: the command audit)")
+        cells = [(row.figure.name, row.figure.stated, row.verdict) for row in rows]
+        yield table("the specification's figures on this cluster", head, cells, text_columns=3)
 
 
-def _figures(rows: Sequence[AuditRow]) -> list[Table]:
-    if not rows:
-        return []
-    table = Table(title="what of the specification's figures can hold here", box=SIMPLE_HEAD, pad_edge=False)
-    table.title_justify, table.title_style = "left", "bold"
-    for column in ("figure", "stated", "verdict (all columns: the command audit)"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(row.figure.name, row.figure.stated, row.verdict)
-    return [table]
+def _text(quantity: Quantity) -> str:
+    return quantity.text(digits=DIGITS)
 
 
-def digits(value: float) -> str:
-    """A number with the three digits that a bar leaves it: 412,000, 45.3, 0.0123."""
-    size = abs(value)
-    if size >= 999.5:
-        scale = 10 ** (len(f"{size:.0f}") - 3)
-        return f"{scale * round(value / scale):,}"
-    decimals = next((count for bound, count in ((99.95, 0), (9.995, 1), (0.9995, 2), (0.09995, 3)) if size >= bound), 4)
-    return f"{value:.{decimals}f}" if size else "0"
-
-
-def with_bar(estimate: Estimate, decimals: int | None = None) -> str:
-    """The value, and its bar in brackets where it has one; with so many decimals, or three digits."""
-    value, low, high = (
-        digits(number) if decimals is None else f"{round(number, decimals) + 0.0:,.{decimals}f}"
-        for number in (estimate.value, estimate.low, estimate.high)
-    )
-    return value + (f" ({low}\u2013{high})" if low != high else "")
-
-
-def _percent(estimate: Estimate) -> str:
-    """A share of 1 in percent."""
-    return f"{with_bar(estimate.scaled(100), 1)} %"
+def _number(value: float) -> str:
+    return number(value, digits=DIGITS)
 
 
 def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.2f}"
+    return number(num_bytes / 1e9, 2)

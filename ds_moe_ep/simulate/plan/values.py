@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
-from ds_moe_ep.simulate.plan.plan import Comparison, Plan
-from ds_moe_ep.simulate.step.measures import Measure, measures, parts
-from ds_moe_ep.simulate.step.predict import Estimate, Prediction
+from ds_moe_ep.records.quantity import Quantity, to_json
+from ds_moe_ep.simulate.plan.plan import PARTS, Comparison, Plan, group_of
 
 BAR = "[value, low, high]: low and high are the simulation at both ends of the cluster's ranges, all numbers at once"
 SCHEDULE = ("schedule", "chunks", "peer_group_size", "row_cuts", "depth")
-UNITS = {"tokens/s": "tokens_per_s", "us": "us", "ms": "ms", "%": "percent"}
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
@@ -30,16 +28,16 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "notes": list(plan.job.notes),
         "fit": plan.fit.to_dict(),
         "bar": BAR,
-        **_prediction(plan.prediction),
-        "serial": _prediction(plan.serial) if plan.serial else None,
+        **_of_step(plan.quantities),
+        "serial": _of_step(plan.serial_quantities) if plan.serial else None,
         "choices": [{"layer_ms": layer_us / 1e3, **knobs} for layer_us, knobs in plan.choices],
         "choices_at_slower_and_faster_end": [dict(knobs) for knobs in plan.at_ends],
         "bounds": [
-            {"resource": bound.resource, "step_ms": bound.step_us / 1e3, "saved_ratio": _bar(bound.saved)}
+            {"resource": bound.resource, "step_ms": bound.step_us / 1e3, "saved_ratio": bound.saved.bar}
             for bound in plan.bounds
         ],
         "alternatives": [
-            {"change": other.change, "spare_bytes": other.spare_bytes, "tps_ratio": _bar(other.ratio)}
+            {"change": other.change, "spare_bytes": other.spare_bytes, "tps_ratio": other.ratio.bar}
             for other in plan.others
         ],
         "stated": dataclasses.asdict(plan.stated) if plan.stated else None,
@@ -52,19 +50,11 @@ def comparison_values(comparison: Comparison) -> dict[str, Any]:
     return {
         "plan": plan_values(comparison.ours),
         "compared": plan_values(comparison.theirs),
-        "tps_ratio": _bar(comparison.ratio),
-        "tps_ratio_of_same_batch": _bar(same_batch) if same_batch else None,
+        "tps_ratio": comparison.ratio.bar,
+        "tps_ratio_of_same_batch": same_batch.bar if same_batch else None,
         "ratio_bar": "both jobs at the same end of the cluster's ranges",
     }
 
 
-def _prediction(prediction: Prediction) -> dict[str, Any]:
-    return {"measures": _named(measures(prediction)), "parts": _named(parts(prediction))}
-
-
-def _named(found: Iterable[Measure]) -> dict[str, list[float]]:
-    return {f"{measure.name}_{UNITS[measure.unit]}": _bar(measure.estimate) for measure in found}
-
-
-def _bar(estimate: Estimate) -> list[float]:
-    return [estimate.value, estimate.low, estimate.high]
+def _of_step(quantities: Sequence[Quantity]) -> dict[str, Any]:
+    return {"measures": to_json(group_of(quantities)), "parts": to_json(group_of(quantities, PARTS))}

@@ -1,4 +1,4 @@
-"""What the parts of a model take to compute for one rank, forward and backward, in microseconds.
+"""Times of the parts of a model for one rank, forward and backward, in microseconds.
 
 T tokens of the rank (of its tensor group), t ranks that share every width, N rows of the rank's experts. Matrix
 products cost 2 flops a parameter and row forward and twice that backward (input and weight gradients apart);
@@ -31,7 +31,7 @@ class LayerCosts:
     def attention(self, tokens: int, backward: bool = False) -> float:
         """Norm, q, k, v, causal scores and their sum over values, output, residual.
 
-        matmuls 6*D*D/t and 2*D*D/t flops a token, twice backward; scores 2*S*D/t, 2.5 times backward; 12*T*D*b bytes
+        matmuls 6*D*D/t and 2*D*D/t flops per token, twice backward; scores 2*S*D/t, 2.5 times backward; 12*T*D*b bytes
         of norm, rotation and residual, twice backward.
         """
         D, times = self.model.hidden_size, 2 if backward else 1
@@ -43,7 +43,7 @@ class LayerCosts:
     def gate(self, tokens: int, backward: bool = False) -> float:
         """Norm, logits in fp32, scores, top-k, sort and counters.
 
-        T*(D*(4 + 2*b) + 8*E) bytes and 2*D*E flops a token, twice backward; bytes decide until experts are many. The
+        T*(D*(4 + 2*b) + 8*E) bytes and 2*D*E flops per token, twice backward; bytes decide until experts are many. The
         flops go at the peak of fp32, or of the step's precision where the device's file gives none.
         """
         D, E, times = self.model.hidden_size, self.moe.num_experts, 2 if backward else 1
@@ -86,7 +86,7 @@ class LayerCosts:
         return m * self._matmul(2 * D * F * tokens, tokens, times) + self._memory(3 * tokens * F / self.tp_size, times)
 
     def head(self, tokens: int, backward: bool = False) -> float:
-        """Last norm, logits (2*V*D flops a token) and the loss over T*V numbers in fp32."""
+        """Last norm, logits (2*V*D flops per token) and the loss over T*V numbers in fp32."""
         D, V, times = self.model.hidden_size, self.model.vocab_size, 2 if backward else 1
         elementwise = memory_us(self.device, times * tokens * (4 * D * self._b + 12 * V), 6 * times)
         return self._matmul(2 * V * D * tokens, tokens, times, shared=False) + elementwise

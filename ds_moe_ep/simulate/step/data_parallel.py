@@ -1,4 +1,4 @@
-"""What an expert-parallel step does once, behind its micro-batches: gradients, their norm, the optimizer, weights.
+"""End of an expert-parallel step, once behind its micro-batches: gradients, their norm, the optimizer, weights.
 
 Dense gradients are summed over all ranks and experts' over those that hold the same. Under ZeRO, too, each rank gets
 all of the sums and keeps its part: DeepSpeed's buckets go by all-reduce, not by reduce-scatter (average_tensor in

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from ds_moe_ep.config.topology import Torus, torus_of
 from ds_moe_ep.config.training import BYTES
-from ds_moe_ep.schedule.program import START, Load, Mark, Program
+from ds_moe_ep.schedule.program import START, Event, Load, Program
 from ds_moe_ep.schedule.spans import LANES, Span, Tags, length, overlap, union
 from ds_moe_ep.simulate.cluster.machine import Machine, Volume, machine_for_group, machine_for_one
 from ds_moe_ep.simulate.step.costs import LayerCosts
@@ -43,7 +43,7 @@ class EpJob:
 
     @cached_property
     def costs(self) -> LayerCosts:
-        """What the parts of the model take to compute."""
+        """Times of the parts of the model."""
         setup = self.setup
         return LayerCosts(setup.model, setup.moe, setup.cluster.device, setup.training.precision)
 
@@ -72,7 +72,7 @@ class EpJob:
         row_bytes = setup.model.hidden_size * BYTES[setup.training.precision]
         return LayerPass(setup.moe, self.machine, self.rows, row_bytes, times)
 
-    def forward(self, program: Program, start: Mark, name: str) -> Mark:
+    def forward(self, program: Program, start: Event, name: str) -> Event:
         """One layer forward."""
         costs, tokens, rows = self.costs, self.setup.micro_batch_tokens, self.rows.sent
         before = costs.attention(tokens) + costs.gate(tokens) + costs.permute(rows)
@@ -83,7 +83,7 @@ class EpJob:
         after = costs.permute(2 * rows) + costs.shared_expert(tokens)
         return self._compute(program, "unpermute", after, mark, Tags(name, "forward"))
 
-    def backward(self, program: Program, start: Mark, name: str) -> Mark:
+    def backward(self, program: Program, start: Event, name: str) -> Event:
         """One layer backward."""
         costs, tokens, rows = self.costs, self.setup.micro_batch_tokens, self.rows.sent
         before = costs.permute(2 * rows) + costs.shared_expert(tokens, backward=True)
@@ -111,19 +111,19 @@ class EpJob:
             mark = self.backward(program, mark, name)
         return program
 
-    def _compute(self, program: Program, name: str, time_us: float, start: Mark, tags: Tags) -> Mark:
+    def _compute(self, program: Program, name: str, time_us: float, start: Event, tags: Tags) -> Event:
         """The same work on every rank that is simulated."""
         load = Load((self.machine.compute(time_us),))
         return program.join([program.add(name, rank, "compute", load, start, tags) for rank in self._actors])
 
-    def host(self, program: Program, core_us: float, start: Mark, tags: Tags) -> Mark:
-        """What a layer costs the host beside rows and experts."""
+    def host(self, program: Program, core_us: float, start: Event, tags: Tags) -> Event:
+        """Core time of a layer on the host, beside rows and experts."""
         phases = self.machine.host(core_us)
         if not phases:
             return start
         return program.join([program.add("host", rank, "host", Load(phases), start, tags) for rank in self._actors])
 
-    def counts(self, program: Program, start: Mark, tags: Tags) -> Mark:
+    def counts(self, program: Program, start: Event, tags: Tags) -> Event:
         """The small exchange of counts before rows are posted, and the sync that brings sizes to the host."""
         near, far = self.torus.node_size - 1, (self.torus.num_nodes - 1) * self.torus.node_size
         num_bytes = COUNT_BYTES * self.setup.moe.num_local_experts
@@ -184,7 +184,7 @@ def _busiest(spans: Sequence[Span]) -> list[Span]:
 
 
 def _length(spans: Sequence[Span], lane: str) -> float:
-    """How long something of these spans is on the lane."""
+    """Microseconds in which something of these spans is on the lane."""
     return length(union([(span.start_us, span.stop_us) for span in spans if span.lane == lane]))
 
 

@@ -1,4 +1,4 @@
-"""What each op takes on a cluster, in closed form; each function states its formula.
+"""Times of each op on a cluster, in closed form; each function states its formula.
 
 Times are in microseconds, amounts in flops and bytes. A formula that names no source is
 arithmetic. Collectives are in all_reduce.py.

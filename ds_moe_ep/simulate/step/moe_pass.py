@@ -13,7 +13,7 @@ from functools import cached_property
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, weight_blocks
-from ds_moe_ep.schedule.program import Load, LoadOf, Mark, Program, add_pass
+from ds_moe_ep.schedule.program import Event, Load, LoadOf, Program, add_pass
 from ds_moe_ep.schedule.spans import Tags
 from ds_moe_ep.simulate.cluster.machine import Machine, Volume
 
@@ -47,7 +47,7 @@ class Rows:
         return tuple(range(self.torus.size))
 
     def far_share(self, shared_by: float) -> float:
-        """What the one rank has of the far link that `shared_by` ranks share, over its equal part: by their loads."""
+        """The rank's part of the far link that `shared_by` ranks share, over an equal part: by their loads."""
         if not self.loads:
             return 1.0
         rank = self.ranks[0]
@@ -81,24 +81,24 @@ class LayerPass:
         """Forward and backward."""
         return forward_schedule(self.moe, self.rows.torus), backward_schedule(self.moe, self.rows.torus)
 
-    def forward(self, program: Program, start: Mark, layer: str) -> Mark:
+    def forward(self, program: Program, start: Event, layer: str) -> Event:
         """Puts a forward pass behind `start`."""
         schedule = self.schedules[0]
         return self._add(program, schedule, self.times.forward, start, Tags(layer, "forward"))
 
-    def backward(self, program: Program, start: Mark, layer: str) -> Mark:
+    def backward(self, program: Program, start: Event, layer: str) -> Event:
         """Puts a backward pass behind `start`."""
         schedule = self.schedules[1]
         return self._add(program, schedule, self.times.input_grads, start, Tags(layer, "backward"))
 
     def _add(
-        self, program: Program, schedule: Schedule, compute_us: Callable[[float], float], start: Mark, tags: Tags
-    ) -> Mark:
+        self, program: Program, schedule: Schedule, compute_us: Callable[[float], float], start: Event, tags: Tags
+    ) -> Event:
         loads = [self._loads(schedule, compute_us, actor) for actor in range(self.machine.num_actors)]
         return add_pass(program, schedule, loads, start, tags, self.machine.in_flight)
 
     def _loads(self, schedule: Schedule, compute_us: Callable[[float], float], actor: int) -> LoadOf:
-        """What each op takes for one rank."""
+        """Load of each op for one rank."""
         rank = self.rows.ranks[actor]
         volumes = [_volume(piece, self.rows, rank, self.row_bytes) for piece in schedule.pieces]
         from_each = self.rows.to(rank)
@@ -117,7 +117,7 @@ class LayerPass:
 
 
 def _volume(piece: Piece, rows: Rows, rank: int, row_bytes: float) -> Volume:
-    """What `rank` sends and receives when a piece is dispatched."""
+    """Traffic of `rank` when a piece is dispatched."""
     near = [offset for offset in piece.offsets if offset[0] == 0 and offset != (0, 0)]
     far = [offset for offset in piece.offsets if offset[0] != 0]
     each_bytes = row_bytes / piece.num_cuts

@@ -1,4 +1,4 @@
-"""What each stage of a pipeline does, in its order: DeepSpeed's 1F1B and its forward passes, as data.
+"""Instructions of each stage of a pipeline, in their order: DeepSpeed's 1F1B and its forward passes, as data.
 
 The order is that of TrainSchedule and InferenceSchedule (deepspeed/runtime/pipe/schedule.py; PipeDream-Flush, Megatron,
 arXiv 2104.04473, section 2.2.1). Sends and receives block until both sides are there: each stage holds both ends of a
@@ -14,7 +14,7 @@ from enum import Enum
 
 
 class Act(Enum):
-    """What a stage does with one micro-batch."""
+    """Instruction of a stage for one micro-batch."""
 
     FORWARD = "forward"
     BACKWARD = "backward"

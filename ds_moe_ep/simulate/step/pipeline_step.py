@@ -15,7 +15,7 @@ from __future__ import annotations
 from ds_moe_ep.config.training import BYTES
 from ds_moe_ep.records.names import PARTS
 from ds_moe_ep.schedule.events import Phase
-from ds_moe_ep.schedule.program import START, Load, Mark, Outcome, Program
+from ds_moe_ep.schedule.program import START, Event, Load, Outcome, Program
 from ds_moe_ep.schedule.spans import Tags
 from ds_moe_ep.simulate.cluster.all_reduce import (
     all_reduce_load,
@@ -79,7 +79,7 @@ class _Builder:
         self.stage_ranks = training.world_size // self.layout.pp_size
         self.costs = LayerCosts(setup.model, setup.moe, self.cluster.device, training.precision, self.layout.tp_size)
         self.tensor_group = group_of(self.cluster, self.layout.tp_size)
-        self.at: list[Mark] = [START] * self.layout.pp_size
+        self.at: list[Event] = [START] * self.layout.pp_size
 
     def build(self) -> Program:
         """All of a step."""

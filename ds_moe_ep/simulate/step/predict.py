@@ -12,35 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ds_moe_ep.config.training import WHOLE
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.step.ep_step import ep_step
 from ds_moe_ep.simulate.step.pipeline_step import pipeline_step
 from ds_moe_ep.simulate.step.setup import Setup, Step
 
 SETTLED = 4  # micro-batches a stage behind which a pipeline repeats itself
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value, and the least and the most that it is at the cluster's ends."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, value: float, slow: float, fast: float) -> Estimate:
-        """The value with its bar from what it is at the slower and at the faster end."""
-        return cls(value, min(value, slow, fast), max(value, slow, fast))
-
-    @classmethod
-    def exactly(cls, value: float) -> Estimate:
-        """A number that no range of the cluster changes."""
-        return cls(value, value, value)
-
-    def scaled(self, factor: float) -> Estimate:
-        """The same in another unit."""
-        return Estimate(factor * self.value, factor * self.low, factor * self.high)
 
 
 @dataclass(frozen=True)
@@ -51,32 +29,31 @@ class Prediction:
     slow: Step
     fast: Step
 
-    def estimate(self, of: Callable[[Step], float]) -> Estimate:
+    @property
+    def steps(self) -> tuple[Step, Step, Step]:
+        """The step as the cluster's file has it, and at the slower and the faster end."""
+        return self.step, self.slow, self.fast
+
+    def estimate(self, of: Callable[[Step], float], unit: str = "") -> Quantity:
         """A number of the step with its bar."""
-        return Estimate.of(of(self.step), of(self.slow), of(self.fast))
+        return Quantity.of(*map(of, self.steps), unit=unit)
 
-    def over(self, other: Prediction) -> Estimate:
+    def over(self, other: Prediction) -> Quantity:
         """Throughput over that of `other`, both at the same end."""
-        return Estimate.of(
-            self.step.tps / other.step.tps, self.slow.tps / other.slow.tps, self.fast.tps / other.fast.tps
-        )
+        pairs = zip(self.steps, other.steps, strict=True)
+        return Quantity.of(*(mine.tps / its.tps for mine, its in pairs), unit="ratio")
 
     @cached_property
-    def tps(self) -> Estimate:
-        """Tokens a second over all ranks."""
-        return self.estimate(lambda step: step.tps)
+    def tps(self) -> Quantity:
+        """Tokens per second over all ranks."""
+        return self.estimate(lambda step: step.tps, "tokens/s")
 
     @cached_property
-    def step_us(self) -> Estimate:
-        """Microseconds of a step."""
-        return self.estimate(lambda step: step.step_us)
-
-    @cached_property
-    def hidden(self) -> Estimate | None:
+    def hidden(self) -> Quantity | None:
         """Share of the experts' traffic behind compute; None where there is none."""
-        shares = [step.hidden for step in (self.step, self.slow, self.fast)]
+        shares = [step.hidden for step in self.steps]
         known = [share for share in shares if share is not None]
-        return Estimate.of(*known) if len(known) == len(shares) else None
+        return Quantity.of(*known, unit="ratio") if len(known) == len(shares) else None
 
 
 def simulate_step(setup: Setup) -> Step:

@@ -1,4 +1,4 @@
-"""What is simulated, a training step on a cluster, and what comes out of it."""
+"""A training step on a cluster, and the outcome of its simulation."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ class Step:
 
     @property
     def tps(self) -> float:
-        """Tokens a second over all ranks."""
+        """Tokens per second over all ranks."""
         return 1e6 * self.setup.batch_tokens / self.step_us
 
     @property
     def tpot_us(self) -> float:
-        """Microseconds a token."""
+        """Microseconds per token."""
         return self.step_us / self.setup.batch_tokens
 
     @property

@@ -1,56 +1,45 @@
-"""Where simulated Records come from, and how their numbers and bars become Records and files."""
+"""Origin of simulated Records, and the files that they go into."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import SIMULATED
+from ds_moe_ep.records.provenance import Provenance, command, commit
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.records.record import Record, write_whole
 from ds_moe_ep.simulate.cluster.cluster import Cluster
-from ds_moe_ep.simulate.step.predict import Estimate
 
 NOTE = "simulated, not measured; spread: all ranges of the cluster at their slower and at their faster ends"
 COUNTED = "counted from shapes, not measured"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictionSource:
-    """What all Records of one command have alike; `bed` stands in their names for a test bed's."""
+class PredictionSource(Provenance):
+    """Origin of all Records of one simulation; `bed` stands in their names for a test bed's."""
 
     bed: str
-    command: str
-    commit: str
-    hardware: str
+    emulated: bool = True
 
-    def record(self, name: str, estimate: Estimate, unit: str, notes: str = NOTE, n: int = 1) -> Record:
-        """A number as a Record; its spread is what comes out at both ends of the cluster's ranges."""
-        return Record(
-            name=name,
-            value=estimate.value,
-            unit=unit,
-            spread=(estimate.low, estimate.high),
-            n=n,
-            command=self.command,
-            commit=self.commit,
-            hardware=self.hardware,
-            emulated=True,
-            notes=notes,
-        )
+    def record(self, quantity: Quantity, start: str = "", notes: str = NOTE) -> Record:
+        """A Quantity as a Record; its spread is what comes out at both ends of the cluster's ranges."""
+        return super().record(quantity, start, notes)
+
+    def records(self, start: str, quantities: Iterable[Quantity]) -> Iterator[Record]:
+        """A Record of each."""
+        return (self.record(quantity, start) for quantity in quantities)
 
 
-def source_of(cluster: Cluster, path: str, nodes: int | None, command: str, commit: str) -> PredictionSource:
-    """The source of what is simulated on a cluster: its bed is named for the file, and for `nodes` where it had others.
-
-    `command` is all of the command line; `commit` is the revision of the sources.
-    """
+def source_of(cluster: Cluster, path: str, words: Sequence[str], nodes: int | None = None) -> PredictionSource:
+    """The source of a command line's Records: its bed is named for the cluster's file, and for `nodes` of its own."""
     return PredictionSource(
         bed=SIMULATED + slug(Path(path).stem + (f"_{nodes}_nodes" if nodes is not None else "")),
-        command=command,
-        commit=commit,
+        command=command("ds_moe_ep", words),
+        commit=commit(),
         hardware=f"simulated: {cluster.name} ({cluster.num_nodes} x {cluster.node_size} devices)",
     )
 
@@ -60,8 +49,8 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "cluster"
 
 
-def write_out(records: Iterable[Record], path: Path) -> None:
-    """Replaces the file that --out names. Raises ConfigError where it cannot be written."""
+def write_out(records: Iterable[Record], path: Path | None) -> None:
+    """Replaces the file that --out names, if it names one. Raises ConfigError where it cannot be written."""
     try:
         write_whole(records, path)
     except OSError as error:

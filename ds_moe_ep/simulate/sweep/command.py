@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 
 from rich.console import Console
@@ -13,14 +12,14 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import TOTALS
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.job import read_job
-from ds_moe_ep.simulate.job.options import PlanOptions
+from ds_moe_ep.simulate.options import PlanOptions
 from ds_moe_ep.simulate.step.source import source_of, write_out
 from ds_moe_ep.simulate.sweep.records import sweep_records, sweep_values
 from ds_moe_ep.simulate.sweep.sweep import read_sizes, sweep
 from ds_moe_ep.simulate.sweep.tables import print_sweep
 
 
-def run_sweep(options: PlanOptions, cluster: Cluster, commit: Callable[[], str], console: Console) -> int:
+def run_sweep(options: PlanOptions, cluster: Cluster, console: Console) -> int:
     """Prints the sweep that `options.sweep` names, and writes its Records to `options.out`; 0.
 
     Raises ConfigError or TopologyError for a job that cannot work, a size that cannot be, and a file that cannot be
@@ -36,7 +35,7 @@ def run_sweep(options: PlanOptions, cluster: Cluster, commit: Callable[[], str],
         task = progress.add_task("simulating", total=len(TOTALS) * len(sizes.ep) * len(sizes.dp))
         found = sweep(job.setup, sizes, load=options.load, see=lambda *_: progress.advance(task))
     if options.out is not None:
-        source = source_of(cluster, options.cluster, None, options.command, commit())
+        source = source_of(cluster, options.cluster, options.given)
         source = replace(source, hardware=f"simulated: {cluster.name}, in other numbers of nodes")
         write_out(sweep_records(found, source), options.out)
     if options.json:

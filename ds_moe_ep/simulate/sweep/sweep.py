@@ -1,7 +1,7 @@
-"""How a job scales out: the same model on more and more devices of a cluster's kind, simulated size by size.
+"""Scaling of a job: the same model on more and more devices of a cluster's kind, simulated size by size.
 
 nodes      as many as the ranks fill; below one node's ranks a node has fewer, and a shared link no more than those
-experts    those of the ds_config while EP is at most their number, one a rank beyond; the tokens' k stays
+experts    those of the ds_config while EP is at most their number, one per rank beyond; the tokens' k stays
 tokens     twice: of a rank held constant, and of all ranks, where the batch of the ds_config is shared out until a
            rank has one sequence
 copies     `dp` groups of experts side by side: they share the batch, the dense gradients, and their experts' ones
@@ -10,24 +10,27 @@ schedule   where it is "auto", the one that the tuner would take at this size
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ds_moe_ep.config.training import WHOLE, Training
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import LAWS, TOTALS
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.choose import as_auto
 from ds_moe_ep.simulate.job.routing import read_loads
-from ds_moe_ep.simulate.step.predict import Estimate, Prediction, predict
+from ds_moe_ep.simulate.step.predict import Prediction, predict
 from ds_moe_ep.simulate.step.setup import Setup
+from ds_moe_ep.simulate.step.source import COUNTED, NOTE
 from ds_moe_ep.sizing.footprint import Memory, count_memory
 from ds_moe_ep.specification.laws import LawFit, fit
 
-WAY_OUT = "write ep=1..1024 (doubling), ep=1,4,16, or ep=16 dp=1..64"
+FIX = "write ep=1..1024 (doubling), ep=1,4,16, or ep=16 dp=1..64"
+UNITS = {"tps": "tokens/s", "tpot": "us", "busy": "ratio", "memory_per_expert": "bytes"}  # of the laws' values
 MAX_RANKS = 65_536  # beyond them a typing error is likelier than a cluster
 
 
@@ -43,7 +46,7 @@ class Sizes:
 class SweepPoint:
     """One size, simulated on the cluster and at both ends of its ranges."""
 
-    total: str  # what is held constant, a key of records.names.TOTALS
+    total: str  # held constant, a key of records.names.TOTALS
     ep: int
     dp: int
     prediction: Prediction
@@ -56,16 +59,41 @@ class SweepPoint:
 
     @property
     def fits(self) -> bool:
-        """Whether a device has the memory; times are simulated where it has not, too."""
+        """True where a device has the memory; times are simulated where it has not, too."""
         device = self.setup.cluster.device
         return self.memory.peak <= device.memory_bytes - device.reserve_bytes
 
-    def value(self, law: str) -> Estimate:
-        """What a law of the specification speaks of: tokens/s, microseconds a token, busy share, bytes an expert."""
-        if law == "memory_per_expert":
-            held = self.memory.persistent / self.setup.moe.num_experts
-            return Estimate.exactly(held)
-        return self.prediction.estimate(lambda step: getattr(step, "tpot_us" if law == "tpot" else law))
+    @cached_property
+    def quantities(self) -> Mapping[str, Quantity]:
+        """All numbers of the point by name: the laws' values first, then shares of a step and bytes of a device."""
+        cluster, step = self.setup.cluster, self.prediction
+        schedule = f"; schedule {self.schedule}" if self.ep > 1 else ""
+        where = f"{NOTE}; {cluster.num_nodes} nodes of {cluster.node_size}{schedule}"
+        fits = "fits" if self.fits else "does not fit, and times are of devices with enough"
+        held = self.memory.persistent / self.setup.moe.num_experts
+        found = [
+            step.tps.named("tps"),
+            step.estimate(lambda its: its.tpot_us).named("tpot", unit=UNITS["tpot"]),
+            step.estimate(lambda its: its.busy).named("busy", unit=UNITS["busy"]),
+            Quantity.of(held, unit=UNITS["memory_per_expert"], name="memory_per_expert", note=COUNTED),
+            step.estimate(lambda its: its.mfu).named("mfu", unit="ratio"),
+            *([step.hidden.named("hidden")] if step.hidden is not None else []),
+            Quantity.of(float(self.memory.peak), unit="bytes", name="memory", note=f"{COUNTED}; {fits}"),
+        ]
+        return {quantity.name: replace(quantity, note=quantity.note or where) for quantity in found}
+
+    @property
+    def schedule(self) -> str:
+        """The schedule in few words: `serial`, `4 chunks`, `peers` of a node, `peers of 64`, `peers x 2`."""
+        moe = self.setup.moe
+        if moe.is_serial or moe.schedule == "chunks":
+            return "serial" if moe.is_serial else f"{moe.chunks} chunks"
+        size = f" of {moe.peer_group_size}" if moe.peer_group_size else ""
+        return f"peers{size}" + (f" x {moe.row_cuts}" if moe.row_cuts > 1 else "")
+
+    def value(self, law: str) -> Quantity:
+        """The number that a law of the specification speaks of."""
+        return self.quantities[law]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +121,10 @@ def read_sizes(text: str) -> Sizes:
     for word in re.findall(r"\S+", text):
         name, _, values = word.partition("=")
         if name not in ("ep", "dp") or name in found:
-            raise ConfigError(f"sweep={text!r}: {word!r} is no size of its own; {WAY_OUT}")
+            raise ConfigError(f"sweep={text!r}: {word!r} is no size of its own; {FIX}")
         found[name] = _numbers(values, text)
     if "ep" not in found:
-        raise ConfigError(f"sweep={text!r}: names no ep; {WAY_OUT}")
+        raise ConfigError(f"sweep={text!r}: names no ep; {FIX}")
     sizes = Sizes(**found)
     if max(sizes.ep) * max(sizes.dp) > MAX_RANKS:
         raise ConfigError(f"sweep={text!r}: more than {MAX_RANKS:,} ranks; end the range earlier")
@@ -107,7 +135,7 @@ def _numbers(values: str, text: str) -> tuple[int, ...]:
     first, dots, last = values.partition("..")
     numbers = [first, last] if dots else values.split(",")
     if not all(number.isdecimal() and int(number) >= 1 for number in numbers):
-        raise ConfigError(f"sweep={text!r}: sizes are whole numbers of at least 1; {WAY_OUT}")
+        raise ConfigError(f"sweep={text!r}: sizes are whole numbers of at least 1; {FIX}")
     if not dots:
         return tuple(sorted({int(number) for number in numbers}))
     size, doubled = int(first), []
@@ -115,7 +143,7 @@ def _numbers(values: str, text: str) -> tuple[int, ...]:
         doubled.append(size)
         size *= 2
     if not doubled:
-        raise ConfigError(f"sweep={text!r}: the range {values} is empty; {WAY_OUT}")
+        raise ConfigError(f"sweep={text!r}: the range {values} is empty; {FIX}")
     return tuple(doubled)
 
 
@@ -164,11 +192,11 @@ def setup_at(setup: Setup, total: str, ep: int, dp: int, load: str = "even") -> 
             f"sweep.ep={ep}: cannot share {num_experts} experts evenly; take a size that divides {num_experts}, or "
             "one beyond it, which has one expert a rank"
         )
-    moe = dataclasses.replace(setup.moe, num_experts=max(num_experts, ep), ep_size=ep, node_size=0)
+    moe = replace(setup.moe, num_experts=max(num_experts, ep), ep_size=ep, node_size=0)
     training = _training_at(setup.training, total, ep, dp)
     if training is None:
         return None
-    return dataclasses.replace(
+    return replace(
         setup,
         moe=moe,
         training=training,
@@ -185,9 +213,7 @@ def _training_at(training: Training, total: str, ep: int, dp: int) -> Training |
             return None
     micro_batch = math.gcd(of_rank, training.micro_batch)
     accumulation = of_rank // micro_batch
-    return dataclasses.replace(
-        training, world_size=ep * dp, ep_size=ep, micro_batch=micro_batch, accumulation=accumulation
-    )
+    return replace(training, world_size=ep * dp, ep_size=ep, micro_batch=micro_batch, accumulation=accumulation)
 
 
 def cluster_at(cluster: Cluster, num_ranks: int) -> Cluster:
@@ -199,11 +225,9 @@ def cluster_at(cluster: Cluster, num_ranks: int) -> Cluster:
             f"{cluster.node_size}, or at most that"
         )
     node_size = num_ranks // num_nodes
-    near, far = (
-        dataclasses.replace(link, shared_by=min(link.shared_by, node_size)) for link in (cluster.near, cluster.far)
-    )
+    near, far = (replace(link, shared_by=min(link.shared_by, node_size)) for link in (cluster.near, cluster.far))
     ranges = {
         path: (min(low, node_size), min(high, node_size)) if path.endswith(".shared_by") else (low, high)
         for path, (low, high) in cluster.ranges.items()
     }
-    return dataclasses.replace(cluster, num_nodes=num_nodes, node_size=node_size, near=near, far=far, ranges=ranges)
+    return replace(cluster, num_nodes=num_nodes, node_size=node_size, near=near, far=far, ranges=ranges)
