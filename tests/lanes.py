@@ -15,14 +15,14 @@ from xdist.workermanage import WorkerController
 # Files and folders, the longest first. A file that is in neither stands between the two.
 WAITING = """
     tests/faults/test_launched_faults.py tests/faults/test_forked_faults.py tests/moe/test_tuner.py tests/health
-    tests/engine/test_out_of_step.py tests/bench/test_demo.py tests/testbed tests/test_ranks.py
+    tests/doctor tests/engine/test_out_of_step.py tests/bench/test_demo.py tests/testbed tests/test_ranks.py
     tests/comm/test_agreement.py tests/comm/test_peer_faults.py tests/bench/test_blocked.py
 """.split()
 COMPUTING = """
-    tests/moe/test_schedules.py tests/engine/test_native_parity.py tests/engine/test_training.py
-    tests/moe/test_parity.py tests/bench/test_systems.py tests/examples/test_finetune_mixtral.py
-    tests/examples/test_ready_configs.py tests/parallel tests/engine/checkpoint tests/engine/test_compile.py
-    tests/engine/hooks tests/engine tests/simulate
+    tests/parallel tests/engine/test_training.py tests/moe/test_schedules.py tests/moe/test_parity.py
+    tests/examples/test_ready_configs.py tests/engine/test_compile.py tests/engine/test_native_parity.py
+    tests/bench/test_systems.py tests/engine/checkpoint tests/engine/hooks tests/examples tests/kernels tests/engine
+    tests/moe tests/simulate
 """.split()
 TOGETHER = ("tests/testbed",)  # folders whose files use the same names on the machine: one worker runs them
 
