@@ -309,7 +309,7 @@ def num_holders(parameter: torch.nn.Parameter) -> int:
 
 
 def is_first_holder(group_name: str) -> bool:
-    """Whether no rank before this one holds the same experts."""
+    """True where no rank before this one holds the same experts."""
     return bool(groups._get_expert_data_parallel_rank(group_name) == 0)
 
 

@@ -79,7 +79,7 @@ def _check(engine: Any, folder: Path, partial: Path) -> None:
 
 
 def _own_tensors(model: nn.Module) -> Named:
-    """What this rank writes, by name in files."""
+    """The tensors that this rank writes, by name in files."""
     config = getattr(model, "config", None)
     family = family_of(config)
     blocks = blocks_of(model, family)

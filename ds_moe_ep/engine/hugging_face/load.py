@@ -185,7 +185,7 @@ def _dense_targets(model: nn.Module, blocks: Iterable[ExpertBlock]) -> list[tupl
 
 
 def _is_tied(model: nn.Module, name: str) -> bool:
-    """Whether files may leave a weight out, since it is another one's."""
+    """True where files may leave a weight out, since it is another one's."""
     tied: Any = getattr(model, "_tied_weights_keys", None) or ()
     return bool(getattr(model.config, "tie_word_embeddings", False)) and name in tied
 
