@@ -54,8 +54,16 @@ def why_not() -> str | None:
 
 
 @dataclass(frozen=True)
+class Environment:
+    """Links that are measured on: a name for Records, and the rate of every node's link (None: no limit)."""
+
+    name: str
+    rate_mbit: float | None
+
+
+@dataclass(frozen=True)
 class TestBed:
-    """The namespaces of a bed that is open: their paths, the bridge's first. May be sent to other processes."""
+    """The namespaces of a test bed that is open: their paths, the bridge's first. May be sent to other processes."""
 
     __test__ = False  # not a case for pytest
 
@@ -79,13 +87,13 @@ class TestBed:
 
 @contextmanager
 def open_testbed(num_nodes: int, rate_mbit: float | None = None) -> Iterator[TestBed]:
-    """A bed of `num_nodes` nodes; gone when the block or the process ends. Raises EngineError where there is none."""
+    """A test bed of `num_nodes` nodes, gone when the block or the process ends. Raises EngineError where none is."""
     reason = why_not()
     if reason is not None:
         raise EngineError(f"testbed.nodes={num_nodes}: {reason}")
     with ExitStack() as stack:
         hub, *nodes = (stack.enter_context(_namespace()) for _ in range(num_nodes + 1))
-        bed = TestBed(hub, tuple(nodes))
+        testbed = TestBed(hub, tuple(nodes))
         _inside(hub, "ip", "link", "add", "bridge", "type", "bridge")
         _inside(hub, "ip", "link", "set", "bridge", "up")
         for node, namespace in enumerate(nodes):
@@ -93,13 +101,13 @@ def open_testbed(num_nodes: int, rate_mbit: float | None = None) -> Iterator[Tes
             peer = ("peer", "name", DEVICE, "netns", holder)
             _inside(hub, "ip", "link", "add", _port(node), "type", "veth", *peer)
             _inside(hub, "ip", "link", "set", _port(node), "master", "bridge", "up")
-            _inside(namespace, "ip", "address", "add", f"{bed.address(node)}/24", "dev", DEVICE)
+            _inside(namespace, "ip", "address", "add", f"{testbed.address(node)}/24", "dev", DEVICE)
             for device in ("lo", DEVICE):
                 _inside(namespace, "ip", "link", "set", device, "up")
             _inside(namespace, "ip", "route", "change", f"{SUBNET}.0/24", "dev", DEVICE, *ROUTE)
             _inside(namespace, "sysctl", "-qw", "net.ipv4.tcp_slow_start_after_idle=0")
-        bed.shape(rate_mbit)
-        yield bed
+        testbed.shape(rate_mbit)
+        yield testbed
 
 
 def enter(namespace: str) -> None:
@@ -110,26 +118,26 @@ def enter(namespace: str) -> None:
             raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
 
 
-def rank_environment(bed: TestBed, rank: int, ranks_per_node: int, port: int) -> dict[str, str]:
+def rank_environment(testbed: TestBed, rank: int, ranks_per_node: int, port: int) -> dict[str, str]:
     """The launcher's variables for one rank: ranks fill node after node, rank 0's node serves the store."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank % ranks_per_node),
-        "WORLD_SIZE": str(ranks_per_node * len(bed.nodes)),
+        "WORLD_SIZE": str(ranks_per_node * len(testbed.nodes)),
         "LOCAL_WORLD_SIZE": str(ranks_per_node),
-        "MASTER_ADDR": bed.address(0),
+        "MASTER_ADDR": testbed.address(0),
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": DEVICE,
     }
 
 
-def take_place(bed: TestBed | None, rank: int, num_ranks: int, ranks_per_node: int, port: int) -> None:
-    """Moves the calling process to its node of a bed, if there is one, and sets the launcher's variables for it."""
-    if bed is None:
+def take_place(testbed: TestBed | None, rank: int, num_ranks: int, ranks_per_node: int, port: int) -> None:
+    """Moves the calling process to its node of a test bed, if there is one, and sets the launcher's variables."""
+    if testbed is None:
         os.environ.update(loopback_environment(rank, num_ranks, port))
     else:
-        enter(bed.nodes[rank // ranks_per_node])
-        os.environ.update(rank_environment(bed, rank, ranks_per_node, port))
+        enter(testbed.nodes[rank // ranks_per_node])
+        os.environ.update(rank_environment(testbed, rank, ranks_per_node, port))
 
 
 @contextmanager
@@ -185,8 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command once a rank; the first exit code that is not 0, or 0."""
     try:
         parsed, words = _read(arguments)
-        with open_testbed(parsed.nodes, parsed.rate) as bed:
-            return _run_everywhere(bed, parsed.ranks, parsed.port, words)
+        with open_testbed(parsed.nodes, parsed.rate) as testbed:
+            return _run_everywhere(testbed, parsed.ranks, parsed.port, words)
     except MoEError as error:
         return refused(error)
 
@@ -211,13 +219,13 @@ def _read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     return parsed, words
 
 
-def _run_everywhere(bed: TestBed, ranks_per_node: int, port: int, words: Sequence[str]) -> int:
+def _run_everywhere(testbed: TestBed, ranks_per_node: int, port: int, words: Sequence[str]) -> int:
     """Starts all ranks and waits for them; the first failure ends the others; after Ctrl-C they end themselves."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(ranks_per_node * len(bed.nodes)):
-            environment = os.environ | rank_environment(bed, rank, ranks_per_node, port)
-            inside = [*_enter_words(bed.nodes[rank // ranks_per_node]), *words]
+        for rank in range(ranks_per_node * len(testbed.nodes)):
+            environment = os.environ | rank_environment(testbed, rank, ranks_per_node, port)
+            inside = [*_enter_words(testbed.nodes[rank // ranks_per_node]), *words]
             processes.append(subprocess.Popen(inside, env=environment, preexec_fn=die_with_parent))
         while [process for process in processes if process.poll() is None]:  # asks every one of them
             if failed := [process.returncode for process in processes if process.returncode]:

@@ -1,4 +1,4 @@
-"""Private names of a step of DeepSpeed's engine: its optimizer's making, its clipping, its end.
+"""Private names of a step of DeepSpeed's engine: its optimizer's making, its clipping, its end, where its memory lies.
 
 Part of `seams.py`, as to releases and private names.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 # Methods of the engine that its `step` goes through.
 TAKE_MODEL_STEP = "_take_model_step"
@@ -17,6 +18,11 @@ CLIP_GRADIENTS = "clip_fp32_gradients"
 
 # Methods of the wrappers of fp16 and bf16 optimizers that clip.
 WRAPPER_NAMES = ("step", "unscale_and_clip_grads")
+UNDER_WRAPPER = "optimizer"  # of DeepSpeed's optimizers: the torch optimizer inside
+GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grads_in_partition", "fp32_groups_gradients_flat")
+PARAMETER_GRADIENT = "grad_accum"  # of a parameter, beside .grad: ZeRO-1's sum in another type
+BUCKETS = "ipg_buckets"  # of ZeRO, by type: gradients are copied into .buffer, .elements of them by now, and reduced
+BATCHES = ("training_dataloader", "data_iterator")  # of an engine: the caller's data
 
 
 def once_it_has_an_optimizer(engine: Any, then: Callable[[], object]) -> None:
@@ -69,3 +75,32 @@ def scales_loss(engine: Any) -> bool:
 def report_norm(owner: Any, norm: torch.Tensor | float) -> None:
     """Makes a norm the one that the engine, or its optimizer, reports for the step."""
     owner._global_grad_norm = norm
+
+
+def torch_optimizer(engine: Any) -> torch.optim.Optimizer | None:
+    """The optimizer inside DeepSpeed's wrappers, or None for an engine without one."""
+    optimizer = engine.optimizer
+    while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = getattr(optimizer, UNDER_WRAPPER, None)
+    return optimizer
+
+
+def gradients_beside(parameter: Tensor) -> tuple[Tensor | None, ...]:
+    """What DeepSpeed keeps of a parameter's gradient beside `.grad`."""
+    return (getattr(parameter, PARAMETER_GRADIENT, None),)
+
+
+def held_gradients(engine: Any) -> list[Any]:
+    """Where the engine's optimizer keeps gradients, containers of tensors."""
+    return [getattr(engine.optimizer, name, None) for name in GRADIENTS]
+
+
+def bucket_buffers(engine: Any) -> list[Any]:
+    """The buffers of ZeRO's buckets."""
+    return [bucket.buffer for bucket in getattr(engine.optimizer, BUCKETS, {}).values()]
+
+
+def filled_bucket_bytes(engine: Any) -> int:
+    """Bytes of gradients in ZeRO's buckets by now."""
+    buckets = getattr(engine.optimizer, BUCKETS, {})
+    return sum(bucket.elements * dtype.itemsize for dtype, bucket in buckets.items())

@@ -103,6 +103,20 @@ def training_batch(text: torch.Tensor, size: Size, *, seed: int, step: int, firs
     return windows(text, starts[first : first + size[0]], size)
 
 
+def micro_batch_starts(count: int, rank: int, num_ranks: int, accumulation: int) -> range:
+    """First sequences of a rank's micro-batches of `count` in a step: ranks lie side by side in each micro-step."""
+    return range(rank * count, accumulation * num_ranks * count, num_ranks * count)
+
+
+def micro_batches(
+    text: torch.Tensor, size: Size, *, seed: int, step: int, rank: int, num_ranks: int, accumulation: int
+) -> Iterator[Batch]:
+    """The micro-batches of one of `num_ranks` data-parallel ranks in an optimizer step, of `size` each."""
+    share = {"seed": seed, "step": step, "num_sequences": accumulation * num_ranks * size[0]}
+    for first in micro_batch_starts(size[0], rank, num_ranks, accumulation):
+        yield training_batch(text, size, first=first, **share)
+
+
 def validation_batch(text: torch.Tensor, size: Size, *, index: int, num_batches: int) -> Batch:
     """Batch `index` of `num_batches` whose windows lie evenly spread over `text`, the same in every run."""
     places = torch.arange(index * size[0], (index + 1) * size[0], dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moe_ep.bench.rivals.cases import LayerCase, expert_ids, gate_weight, output_gradient, tokens
+from ds_moe_ep.bench.candidates.cases import LayerCase, expert_ids, gate_weight, output_gradient, tokens
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import EngineError, TopologyError
 from tests.ranks import run_ranks
@@ -42,7 +42,7 @@ def run_case(case: LayerCase, layer: nn.Module) -> dict[str, Tensor]:
 def run_autoep(num_experts: int) -> list[dict[str, Tensor]]:
     import deepspeed
 
-    from ds_moe_ep.bench.rivals.autoep import autoep_layer
+    from ds_moe_ep.bench.candidates.autoep import autoep_layer
 
     deepspeed.init_distributed("gloo")
     return [run_case(case, autoep_layer(case, NUM_RANKS)) for case in cases(num_experts)]
@@ -52,7 +52,7 @@ def run_emulated() -> tuple[int, dict[str, Tensor]]:
     """How many rows the emulated expert of this rank was called on, and the results."""
     import deepspeed
 
-    from ds_moe_ep.bench.rivals.autoep import autoep_layer, emulate_experts
+    from ds_moe_ep.bench.candidates.autoep import autoep_layer, emulate_experts
 
     deepspeed.init_distributed("gloo")
     case = cases(NUM_RANKS)[1]
@@ -88,7 +88,7 @@ def expected(case: LayerCase, gate_ED: Tensor, experts: list[Expert]) -> dict[st
 
 def dense_swiglu(case: LayerCase, swapped: bool) -> dict[str, Tensor]:
     """The dense layer with AutoEP's experts; `swapped` takes gate for up."""
-    from ds_moe_ep.bench.rivals.autoep import swiglu_weights
+    from ds_moe_ep.bench.candidates.autoep import swiglu_weights
 
     names = ("up", "gate", "down") if swapped else ("gate", "up", "down")
     pairs = [swiglu_weights(case, expert) for expert in range(case.num_experts)]
@@ -139,6 +139,6 @@ def test_a_release_without_autoeps_layer_is_an_error_that_names_the_tested_one(m
     from deepspeed.module_inject import auto_ep_layer
 
     monkeypatch.delattr(auto_ep_layer, "AutoEPMoELayer")
-    monkeypatch.delitem(sys.modules, "ds_moe_ep.bench.rivals.autoep", raising=False)
+    monkeypatch.delitem(sys.modules, "ds_moe_ep.bench.candidates.autoep", raising=False)
     with pytest.raises(EngineError, match=r"AutoEPMoELayer.*0\.19\.8"):
-        importlib.import_module("ds_moe_ep.bench.rivals.autoep")
+        importlib.import_module("ds_moe_ep.bench.candidates.autoep")

@@ -1,4 +1,4 @@
-"""The cases route as they say, and sides that compute different things are refused before a race."""
+"""The cases route as they say, and layers that compute different things are refused before they are timed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+from ds_moe_ep.bench.candidates.cases import CASES, LayerCase, expert_ids, gate_weight, rows_per_expert, tokens
+from ds_moe_ep.bench.candidates.layers import LayerCandidate, LayerSetup, candidate_of, load_weights
+from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding
-from ds_moe_ep.bench.layer.findings import LayerFindings
-from ds_moe_ep.bench.layer.ranks import LayerPlan
-from ds_moe_ep.bench.layer.sides import SideOutcome, check_same, layer_side
-from ds_moe_ep.bench.layer.table import markdown_table, rows_of
+from ds_moe_ep.bench.layer.command import LayerBenchmark, LayerOptions
+from ds_moe_ep.bench.layer.findings import layer_table
+from ds_moe_ep.bench.layer.same import LayerOutcome, check_same, outcome_of
 from ds_moe_ep.bench.meters.traffic import bytes_leaving
-from ds_moe_ep.bench.rivals.cases import CASES, LayerCase, expert_ids, gate_weight, rows_per_expert, tokens
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.records.provenance import Provenance
+from ds_moe_ep.records.render import to_markdown
 
-CPU = torch.device("cpu")
+SOURCE = Provenance(command="python -m bench", commit="abc", hardware="2 cores")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -76,18 +79,23 @@ class Dense(nn.Module):
 SMALL = LayerCase(name="small", top_k=1, load="skewed", hidden_size=16, width=32, num_experts=4, num_tokens=64, skew=2)
 
 
-def outcome(change: Callable[[nn.Module], object] = lambda layer: None) -> SideOutcome:
-    side = layer_side(Dense(SMALL), SMALL, rank=0, ep_size=1, device=CPU)
+def dense() -> LayerCandidate:
+    setup = LayerSetup(case=SMALL, rank=0, num_ranks=1, aux_loss_weight=0.01)
+    return candidate_of(load_weights(Dense(SMALL), setup), setup)
+
+
+def outcome(change: Callable[[nn.Module], object] = lambda layer: None) -> LayerOutcome:
+    candidate = dense()
     with torch.no_grad():
-        change(side.layer)
-    return side.outcome()
+        change(candidate.layer)
+    return outcome_of(candidate)
 
 
-def test_sides_with_equal_weights_are_the_same_and_leave_no_gradient_behind() -> None:
+def test_layers_with_equal_weights_are_the_same_and_leave_no_gradient_behind() -> None:
     assert check_same("small", outcome(), outcome()) == 0.0
-    side = layer_side(Dense(SMALL), SMALL, rank=0, ep_size=1, device=CPU)
-    assert {"y", "l_aux", "dx", "dwg", "d0.0", "d3.3"} <= set(side.outcome().tensors)
-    assert all(leaf.grad is None for leaf in (side.x_TD, *side.layer.parameters()))
+    candidate = dense()
+    assert {"y", "l_aux", "dx", "dwg", "d0.0", "d3.3"} <= set(outcome_of(candidate).tensors)
+    assert all(leaf.grad is None for leaf in (candidate.x_TD, *candidate.layer.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,7 @@ def test_sides_with_equal_weights_are_the_same_and_leave_no_gradient_behind() ->
         ("exp_counts", lambda layer: layer.deepspeed_moe.gate.wg.weight.copy_(gate_weight(SMALL).flip(0))),
     ],
 )
-def test_sides_that_compute_different_things_are_refused(name: str, change: Callable[[nn.Module], object]) -> None:
+def test_layers_that_compute_different_things_are_refused(name: str, change: Callable[[nn.Module], object]) -> None:
     with pytest.raises(EngineError, match=rf"bench\.small\.{name}"):
         check_same("small", outcome(change), outcome())
 
@@ -122,31 +130,23 @@ def test_only_bytes_for_other_ranks_count() -> None:
     assert bytes_leaving("allreduce", 0, 2, ([rows],)) == 128
 
 
-def test_records_cover_the_finished_rounds_and_nothing_else() -> None:
-    plan = LayerPlan(
-        cases=(SMALL,),
-        sides=("native", "serial"),
-        num_ranks=2,
-        rounds=3,
-        warm_ups=0,
-        measure="time",
-        device="cpu",
-        port=1,
-    )
-    found = LayerFindings(plan, "python -m bench", "abc", "2 cores")
+def test_records_are_of_samples_and_of_ratios_within_a_round() -> None:
+    run = LayerBenchmark(LayerOptions(cases=("k1_even",), sides=("native", "serial"), ranks=2))
+    found = Collector(SOURCE, run.measure, run.derive, run.summary)
     assert found.records() == []
-    for native, serial in ((2.0, 1.0), (4.0, 1.0)):
-        found.add(Finding("small", "native", "time", (native,)))
-        found.add(Finding("small", "serial", "time", (serial,)))
-    found.add(Finding("small", "native", "time", (100.0,)))  # a round that was cut off
-    found.add(Finding("small", "serial", "bytes", (96.0,)))
-    values = {record.name: record.value for record in found.records()}
-    assert values == {
-        "layer.small.native.time": 3000.0,
-        "layer.small.serial.time": 1000.0,
-        "layer.small.serial.ratio": 0.375,
-        "layer.small.serial.bytes": 96.0,
-    }
+    for native_ms, serial_ms in ((2000.0, 1000.0), (4000.0, 1000.0)):
+        times = {"layer.k1_even.native.time": (native_ms,), "layer.k1_even.serial.time": (serial_ms,)}
+        found.add(Finding(samples=times))
+    found.add(Finding(samples={"layer.k1_even.serial.bytes": (96_000.0,)}))
     records = found.records()
-    assert [(row.case, row.side) for row in rows_of(records)] == [("small", "native"), ("small", "serial")]
-    assert "| small | serial | 1000.0 (1000.0-1000.0) | 0.38 (0.31-0.44) | 0.00 | - |" in markdown_table(records)
+    assert {record.name: record.value for record in records} == {
+        "layer.k1_even.native.time": 3000.0,
+        "layer.k1_even.serial.time": 1000.0,
+        "layer.k1_even.serial.ratio": 0.375,
+        "layer.k1_even.serial.bytes": 96_000.0,
+    }
+    assert {record.unit for record in records} == {"ms", "ratio", "bytes"} and records[0].n == 2
+    table = layer_table(records)
+    assert [row[:2] for row in table.rows] == [("k1_even", "native"), ("k1_even", "serial")]
+    written = to_markdown(table).replace("\N{EN DASH}", "-")
+    assert "| k1_even | serial | 1,000.0 | 0.38 (0.31-0.44) | 0.10 | - |" in written

@@ -20,8 +20,8 @@ from ds_moe_ep.bench.demo import command
 from ds_moe_ep.bench.demo.death import Death, Saying, show_death
 from ds_moe_ep.bench.demo.links import Paced, Uplink
 from ds_moe_ep.bench.demo.options import LONGEST_S, link_rate
-from ds_moe_ep.bench.demo.plan import NUM_RANKS, PHASES, SIDES, STEP_BYTES, DemoPlan
-from ds_moe_ep.bench.demo.results import MeasuredRound, Results
+from ds_moe_ep.bench.demo.plan import CANDIDATES, NUM_RANKS, PHASES, STEP_BYTES, DemoPlan
+from ds_moe_ep.bench.demo.results import MeasuredStep, Results
 from ds_moe_ep.bench.demo.show import show
 from ds_moe_ep.bench.harness.processes import late_interrupt
 from ds_moe_ep.cli.main import main
@@ -54,7 +54,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str
 def test_overlapped_hides_more_than_serial_does_in_both_passes(figures: tuple[dict, Path]) -> None:
     found, _ = figures
     assert found["emulated"] is True and found["link_bytes_per_s"] == 37.5e6 and found["rounds"] == 1
-    assert set(found["sides"]) == set(SIDES)
+    assert set(found["sides"]) == set(CANDIDATES)
     for phase in PHASES:
         serial, overlapped = (found["sides"][side][phase] for side in ("serial", "overlapped"))
         assert serial["hidden_percent"]["median"] < 5, "the control hides nothing"
@@ -80,31 +80,31 @@ def test_the_trace_holds_both_schedules_of_all_ranks_and_says_that_they_are_emul
 def results() -> Results:
     """Two rounds by hand: a pass of 100 ms of compute between, or beside, two transfers of 40 ms."""
 
-    def turn(side: str, starts_ms: tuple[float, float, float], stretch: float) -> MeasuredRound:
+    def step(name: str, starts_ms: tuple[float, float, float], stretch: float) -> MeasuredStep:
         spans, dispatch_ms, compute_ms, combine_ms = [], *starts_ms
         for number, phase in enumerate(("forward", "backward")):
             for lane, start_ms, took_ms in (
                 ("dispatch", dispatch_ms, 40), ("compute", compute_ms, 100), ("combine", combine_ms, 40)
             ):  # fmt: skip
                 start_us = 1e3 * (200 * number + start_ms)
-                tags = Tags(f"emulated {side}", phase, "all peers")
+                tags = Tags(f"emulated {name}", phase, "all peers")
                 spans += [Span(lane, rank, lane, start_us, start_us + 1e3 * took_ms, tags) for rank in range(NUM_RANKS)]
         seconds = {"forward": stretch * 0.2, "backward": stretch * 0.2, "step": stretch * 0.4}
-        return MeasuredRound(side, seconds, tuple(spans))
+        return MeasuredStep(name, seconds, tuple(spans))
 
     plan = DemoPlan(12.5e6, 200 / 3, 2, 0, "")
-    serial, overlapped = turn("serial", (0, 40, 140), 1.0), turn("overlapped", (10, 0, 50), 0.5)
+    serial, overlapped = step("serial", (0, 40, 140), 1.0), step("overlapped", (10, 0, 50), 0.5)
     slow = replace(overlapped, seconds={phase: 2 * s for phase, s in overlapped.seconds.items()})
     return Results(plan, (serial, overlapped, slow, serial))
 
 
 def test_figures_are_medians_over_rounds_and_sums_over_ranks() -> None:
     found = results()
-    assert [found.hidden_percent(side).median for side in SIDES] == pytest.approx([0, 100])
+    assert [found.hidden_percent(side).median for side in CANDIDATES] == pytest.approx([0, 100])
     assert found.time_ms("serial").median == 400 and found.time_ms("overlapped").median == pytest.approx(300)
     assert found.speedup().median == pytest.approx(1.5) and found.speedup().n == 2
     assert found.traffic_ratio().median == pytest.approx(160 / 200)
-    assert [turn.side for turn in found.shown()] == ["serial", "overlapped"]
+    assert [step.name for step in found.shown()] == ["serial", "overlapped"]
 
 
 def test_a_slower_round_is_paired_with_its_own_serial_step() -> None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding
 from ds_moe_ep.bench.probe import command as probe
-from ds_moe_ep.bench.probe.command import make_parser, make_plan
-from ds_moe_ep.bench.probe.findings import ProbeFindings
+from ds_moe_ep.bench.probe.command import ProbeOptions, make_plan
+from ds_moe_ep.bench.probe.findings import measure
 from ds_moe_ep.bench.probe.links import ways_of
 from ds_moe_ep.comm.launcher import World
+from ds_moe_ep.records.provenance import Provenance
 from ds_moe_ep.records.record import Record, read_records
 from ds_moe_ep.simulate.calibrate.calibrate import Calibration, calibrate, errors_of
 from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Link, read_cluster
 from ds_moe_ep.simulate.cluster.write import cluster_values
 from tests.ranks import run_ranks
 
+SOURCE = Provenance(command="python -m bench", commit="abc", hardware="2 cores")
 SMALL = ["--device", "cpu", "--hidden-size", "64", "--expert-width", "256", "--seconds", "2"]
 BASE = Cluster(
     name="here", num_nodes=2, node_size=2, device=Device(memory_bytes=1e9), near=Link(), far=Link(), computes_on="host"
@@ -60,18 +64,18 @@ def test_what_cannot_be_probed_is_refused(words: list[str], message: str, capsys
 
 def test_a_job_gives_the_ranks_and_a_cpu_never_sees_fp16() -> None:
     world = World(rank=3, size=8, local_rank=3, local_size=8, address="a", port=1, serves_store=False, wants_gpu=False)
-    plan = make_plan(make_parser().parse_args(["--ranks", "2"]), world)
+    plan = make_plan(ProbeOptions(ranks=2), world)
     assert (plan.num_ranks, plan.device, plan.port) == (8, "cpu", 0)
     assert list(plan.precisions) == ["fp32", "bf16"]
     assert list(dataclasses.replace(plan, device="cuda").precisions) == ["bf16", "fp16", "fp32"]
 
 
 def test_findings_become_records_that_say_what_was_shaped() -> None:
-    found = ProbeFindings("a command", "abc", "2 cores", is_shaped=True)
-    found.add(Finding("", "", "device", text="nodes of 2, 2 ranks"))
+    found = Collector(SOURCE, partial(measure, is_shaped=True))
+    found.add(Finding("device", "nodes of 2, 2 ranks"))
     for value in (3.0, 1.0, 2.0):
-        found.add(Finding("far.one.bytes8", "", "us", (value,)))
-    found.add(Finding("matmul.fp32.rows8", "", "GFLOP/s", (5.0, 5.0)))
+        found.add(Finding(samples={"probe.far.one.bytes8": (value,)}))
+    found.add(Finding(samples={"probe.matmul.fp32.rows8": (5.0, 5.0)}))
     far, matmul = found.records()
     assert (far.name, far.value, far.unit, far.spread, far.n) == ("probe.far.one.bytes8", 2.0, "us", (1.5, 2.5), 3)
     assert far.emulated and not matmul.emulated

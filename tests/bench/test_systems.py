@@ -1,29 +1,36 @@
-"""The systems benchmark: its arithmetic and records, five real engines that agree, and one small race."""
+"""The systems benchmark: its arithmetic and records, five real engines that agree, and emulated devices."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from ds_moe_ep.bench.candidates.even import even_embedding, even_gate, even_windows
+from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding, arriving, free_port, started_ranks
-from ds_moe_ep.bench.rivals.even import even_embedding, even_gate, even_windows
 from ds_moe_ep.bench.systems import command as systems
-from ds_moe_ep.bench.systems.findings import SystemFindings
-from ds_moe_ep.bench.systems.plan import BURST_BYTES, EMULATED_MODEL, SEEN, Bed, SystemsPlan, link_mbit
+from ds_moe_ep.bench.systems.findings import derive, measure, summary_tables
+from ds_moe_ep.bench.systems.plan import BURST_BYTES, EMULATED_MODEL, EXPERT_SHARE, SEEN, SystemsPlan, link_mbit
 from ds_moe_ep.bench.systems.ranks import run_systems_rank
-from ds_moe_ep.bench.systems.table import summary_tables
+from ds_moe_ep.bench.testbed import Environment
 from ds_moe_ep.config.knobs import Layout, MoEConfig
 from ds_moe_ep.records.names import PARTS, SYSTEMS
+from ds_moe_ep.records.provenance import Provenance
 from ds_moe_ep.records.record import Record
+from ds_moe_ep.report.known_names import is_known
 from ds_moe_ep.schedule.shaping import HEADERS
 from tests.ranks import PRELOAD, _fork_server
 
-EMULATED = SystemsPlan(device="emulated", model=EMULATED_MODEL, num_sequences=128, beds=(Bed("traffic30", 80.0),))
+SOURCE = Provenance(command="python -m bench", commit="abc", hardware="2 cores")
+EMULATED = SystemsPlan(
+    device="emulated", model=EMULATED_MODEL, num_sequences=128, environments=(Environment("traffic30", 80.0),)
+)
 SMALL_WORLD = SystemsPlan(
-    beds=(Bed("loopback", None),),
+    environments=(Environment("loopback", None),),
     model=replace(EMULATED_MODEL, num_layers=2, sequence_length=32),
     ep_size=4,
     layout=Layout(tp_size=2, pp_size=2),
@@ -71,46 +78,35 @@ def test_even_tokens_reach_every_expert_equally_often_through_a_real_router() ->
     assert torch.bincount(gate(x_TD).expert_ids_TK.flatten(), minlength=16).tolist() != [24] * 16
 
 
-def collected() -> dict[str, Record]:
-    found = SystemFindings(EMULATED, "python -m bench", "abc", "2 cores")
-    for system, seconds in {"tp8_pp2": (30.0, 33.0), "ep16": (10.0, 11.0), "ep16_serial": (12.0, 11.0)}.items():
-        for value in seconds:
-            found.add(Finding("traffic30.training", system, "time", (value,)))
-            found.add(Finding("traffic30.training", system, "step", (value,)))
-            found.add(Finding("traffic30.training", system, "busy", (8.0,)))
-            for part in PARTS:
-                found.add(Finding("traffic30.training", system, f"breakdown.{part}", (1.0,)))
-    for exposed in (0.1, 0.3):
-        found.add(Finding("traffic30.training", "ep16", "traffic.total", (2.0,)))
-        found.add(Finding("traffic30.training", "ep16", "traffic.exposed", (exposed,)))
-        found.add(Finding("traffic30.training", "ep16_serial", "traffic.total", (2.4,)))
-        found.add(Finding("traffic30.training", "ep16_serial", "traffic.exposed", (2.4,)))
+def test_experts_have_their_share_of_the_specifications_arithmetic() -> None:
+    D, F, S = 8192, 32768, 10_000  # products of an expert over those of attention's projections and scores, and them
+    assert pytest.approx(4 * D * F / (4 * D * F + 8 * D * D + 2 * S * D), rel=1e-3) == EXPERT_SHARE
+
+
+def records_of_rounds() -> dict[str, Record]:
+    found = Collector(SOURCE, partial(measure, EMULATED), partial(derive, EMULATED))
+    steps_s = {"tp8_pp2": (30.0, 33.0), "ep16": (10.0, 11.0), "ep16_serial": (12.0, 11.0)}
+    for index in range(2):
+        steps = {f"system.traffic30.training.{name}.step": (1e3 * s[index],) for name, s in steps_s.items()}
+        found.add(Finding(samples=steps | {"system.traffic30.traffic.ratio": (0.3,)}))
     return {record.name: record for record in found.records()}
 
 
 def test_records_compare_systems_within_a_round() -> None:
-    records, of = collected(), "system.traffic30.training"
+    records, of = records_of_rounds(), "system.traffic30.training"
     assert records[f"{of}.ep16.ratio_to_tp8_pp2"].value == pytest.approx(3.0)
     assert records[f"{of}.ep16.ratio_to_ep16_serial"].value == pytest.approx((1.2 + 1.0) / 2)
     assert records[f"{of}.tp8_pp2.ratio_to_ep16"].value == pytest.approx(1 / 3)
-    assert records[f"{of}.ep16.hidden"].value == pytest.approx(90)
-    assert records[f"{of}.ep16_serial.hidden"].value == pytest.approx(0)
-    assert records["system.traffic30.traffic.ratio"].value == pytest.approx(0.3)
-
-
-def test_records_carry_the_specifications_quantities_with_their_units() -> None:
-    records, of = collected(), "system.traffic30.training.ep16"
-    assert records[f"{of}.tps"].value == pytest.approx((128 * 128 / 10 + 128 * 128 / 11) / 2)
-    assert records[f"{of}.tpot"].value == pytest.approx(1e6 * 10.5 / (128 * 128))
-    assert (records[f"{of}.tps"].unit, records[f"{of}.tpot"].unit) == ("tokens/s", "us")
-    assert records[f"{of}.busy"].value == pytest.approx(100 * (8 / 10 + 8 / 11) / 2)
+    assert f"{of}.ep16.ratio_to_native_ep16" not in records, "it did not run"
+    assert records["system.traffic30.traffic.compute"].value == 8000
+    assert records["system.traffic30.traffic.link"].value == 80
     assert all(record.emulated for record in records.values())
 
 
-def test_the_table_has_a_row_a_system_and_every_ratio() -> None:
-    (table,) = summary_tables(collected().values())
-    assert table.row_count == 3
-    assert "links on which EP16's traffic takes 0.3" in str(table.title)
+def test_the_table_has_a_row_per_system_and_every_ratio() -> None:
+    (table,) = summary_tables(records_of_rounds().values())
+    assert len(table.rows) == 3
+    assert "links on which EP16's traffic takes 0.3" in table.title
 
 
 def run_small_world(plan: SystemsPlan) -> list[Finding]:
@@ -122,26 +118,32 @@ def run_small_world(plan: SystemsPlan) -> list[Finding]:
 
 def test_five_engines_in_one_world_train_alike_and_account_for_their_time() -> None:
     findings = run_small_world(SMALL_WORLD)
-    values = {(f.case, f.side, f.what): f.values[0] for f in findings if f.values}
-    case = "loopback.training"
-    losses = {name: values[case, name, "loss.step0004"] for name in SYSTEMS}
-    first = {name: values[case, name, "loss.step0001"] for name in SYSTEMS}
+    values = {name: values[-1] for finding in findings for name, values in finding.samples.items()}
+    of = "system.loopback.training"
+    losses = {name: values[f"{of}.{name}.loss.step0004"] for name in SYSTEMS}
+    first = {name: values[f"{of}.{name}.loss.step0001"] for name in SYSTEMS}
     # The same weights, tokens and mathematics: up to the rounding of sums, the balance loss' scope and a z-loss.
     for name in ("ep16_serial", "native_ep16", "tp8_pp2"):
         assert first[name] == pytest.approx(first["ep16"], abs=1e-4), name
         assert losses[name] == pytest.approx(losses["ep16"], abs=2e-2), name
     assert losses["autoep_ep16"] == pytest.approx(losses["ep16"], abs=0.5), "SwiGLU experts, no auxiliary loss"
     assert all(losses[name] < first[name] - 0.3 for name in SYSTEMS), "they learn"
+    last = next(f.samples for f in reversed(findings) if f.samples)
+    tokens = SMALL_WORLD.tokens_of_step
     for name in SYSTEMS:
-        parts = sum(values[case, name, f"breakdown.{part}"] for part in PARTS)
-        assert parts == pytest.approx(values[case, name, "step"], rel=1e-6)
-    assert values[case, "tp8_pp2", "breakdown.tensor_traffic"] > 0
-    assert values[case, "tp8_pp2", "breakdown.pipeline"] > 0
-    assert values[case, "ep16", "breakdown.tensor_traffic"] == 0, "the control: it has no tensor group"
-    assert values[case, "native_ep16", "breakdown.experts_traffic"] > 0
-    assert [f.text for f in findings if f.what == "span" and f.side == "ep16"], "a timeline of one layer"
-    rows = [v for (c, side, what), v in values.items() if side == "tp8_pp2" and what.startswith("load.step0001.layer0")]
-    assert sum(rows) == SMALL_WORLD.tokens_of_step
+        parts_ms = sum(last[f"{of}.{name}.breakdown.{part}"][0] for part in PARTS)
+        (step_ms,), (tps,), (tpot_us,) = (last[f"{of}.{name}.{what}"] for what in ("step", "tps", "tpot"))
+        assert parts_ms == pytest.approx(last[f"{of}.{name}.mean_step"][0], rel=1e-6)
+        assert tps == pytest.approx(1e3 * tokens / step_ms) and tpot_us == pytest.approx(1e3 * step_ms / tokens)
+    assert values[f"{of}.tp8_pp2.breakdown.tensor_traffic"] > 0
+    assert values[f"{of}.tp8_pp2.breakdown.pipeline"] > 0
+    assert values[f"{of}.ep16.breakdown.tensor_traffic"] == 0, "the control: it has no tensor group"
+    assert values[f"{of}.native_ep16.breakdown.experts_traffic"] > 0
+    assert -1 < values[f"{of}.ep16_serial.hidden"] < values[f"{of}.ep16.hidden"] <= 100
+    assert [f.text for f in findings if f.kind == "span" and "ep16/" in f.text], "a timeline of one layer"
+    rows = [value for name, value in values.items() if name.startswith(f"{of}.tp8_pp2.load.step0001.layer0")]
+    assert sum(rows) == tokens
+    assert {name for name in values if measure(SMALL_WORLD, name) and not is_known(name)} == set()
 
 
 def test_emulated_devices_are_as_busy_as_the_plan_says_in_every_system() -> None:
@@ -155,10 +157,14 @@ def test_emulated_devices_are_as_busy_as_the_plan_says_in_every_system() -> None
         rounds=1,
     )
     findings = run_small_world(plan)
-    busy = {f.side: f.values[0] for f in findings if f.what == "busy"}
-    assert busy == {name: pytest.approx(0.3, rel=1e-3) for name in plan.systems}
-    steps = {f.side: f.values[0] for f in findings if f.what == "time"}
-    assert steps["tp8_pp2"] > 0.3 * 5 / 4, "the bubble of 4 micro-batches in 2 stages"
+    (samples,) = (f.samples for f in findings if f.samples)
+    of = "system.loopback.training"
+    for name in plan.systems:
+        (busy_percent,), (compute_ms,) = (samples[f"{of}.{name}.{what}"] for what in ("busy", "breakdown.compute"))
+        assert compute_ms == pytest.approx(300, rel=1e-3)
+        assert 0 < busy_percent <= 100
+    assert samples[f"{of}.tp8_pp2.step"][0] > 300 * 5 / 4, "the bubble of 4 micro-batches in 2 stages"
+    assert "system.loopback.traffic.ratio" in samples and not [name for name in samples if "loss" in name]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ds_moe_ep.bench import testbed
-from ds_moe_ep.bench.harness import processes
+from ds_moe_ep.bench.harness import benchmark as harness
+from ds_moe_ep.bench.layer.command import LayerBenchmark
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.cli.options import BENCHMARKS
 from ds_moe_ep.config.command_line import Parser, writable_folder
@@ -61,7 +63,7 @@ PLAN = ["plan", "--config", EP16, "--cluster", CLUSTER]
 def test_what_is_mistyped_or_out_of_range_is_refused_by_name(
     words: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "started_ranks", None)  # a rank that starts would be an error
+    monkeypatch.setattr(harness, "started_ranks", None)  # a rank that starts would be an error
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("ConfigError: ") and told in err and err.count("\n") == 1
@@ -148,13 +150,14 @@ def test_the_test_bed_refuses_with_2_too(words: list[str], capsys: pytest.Captur
 def test_a_benchmark_that_fails_while_it_runs_exits_with_1_and_ctrl_c_with_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(words: list[str], console: object) -> int:
-        raise EngineError("bench.ranks=2: [/x] rank 1 failed")  # no markup
+    class Failing(LayerBenchmark):
+        def launches(self, stack: object) -> Any:
+            raise EngineError("bench.ranks=2: [/x] rank 1 failed")  # no markup
 
     def interrupt(parsed: object) -> int:
         raise KeyboardInterrupt
 
-    assert processes.on_console(fail, [], 80) == 1
+    assert harness.run_benchmark(Failing, []) == 1
     assert capsys.readouterr().err == "EngineError: bench.ranks=2: [/x] rank 1 failed\n"
     monkeypatch.setattr("ds_moe_ep.cli.main.run_knobs", interrupt)
     assert main(["knobs"]) == 130

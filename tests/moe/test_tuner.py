@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor
 
-from ds_moe_ep.bench.rivals.emulated import EmulatedExperts
+from ds_moe_ep.bench.candidates.emulated import EmulatedExperts
 from ds_moe_ep.comm.open import open_transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus

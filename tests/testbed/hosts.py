@@ -4,7 +4,7 @@
    on a shared file system; /dev/shm, /run, /etc/hosts and ssh's configuration are not.
 2. Its first process is the sshd. When that ends, Linux ends every process of the host, and it ends with the process
    that opened the hosts, however that ends: nothing is left behind, after SIGKILL neither.
-3. Keys, known hosts and configurations are made for the bed and lie in its folder; hosts know each other alone.
+3. Keys, known hosts and configurations are made for the test bed and lie in its folder; hosts know each other alone.
 
 Needs a test bed (root), sshd and ssh.
 """
@@ -71,7 +71,7 @@ def why_no_hosts() -> str | None:
 class Hosts:
     """Hosts that are open: a folder of their own, names and first processes in the order of nodes."""
 
-    bed: TestBed
+    testbed: TestBed
     folder: Path
     names: tuple[str, ...]
     processes: tuple[subprocess.Popen[bytes], ...]
@@ -114,7 +114,9 @@ class Hosts:
 
     def crash(self, node: int) -> None:
         """Ends a host and its link at once, as a lost power supply does."""
-        subprocess.run(["nsenter", f"--net={self.bed.nodes[node]}", "ip", "link", "set", DEVICE, "down"], check=True)
+        subprocess.run(
+            ["nsenter", f"--net={self.testbed.nodes[node]}", "ip", "link", "set", DEVICE, "down"], check=True
+        )
         os.kill(self.first_process(node), signal.SIGKILL)
         self.processes[node].wait(10)
 
@@ -123,29 +125,29 @@ class Hosts:
 def open_hosts(num_hosts: int, folder: Path, names: Mapping[int, str] | None = None) -> Iterator[Hosts]:
     """`num_hosts` hosts `node1`, `node2`, ... that reach each other by ssh; `names` renames some by their number."""
     with ExitStack() as stack:
-        bed = stack.enter_context(open_testbed(num_hosts))
+        testbed = stack.enter_context(open_testbed(num_hosts))
         listed = tuple(f"node{node + 1}" for node in range(num_hosts))
-        _write_files(folder, bed, listed)
+        _write_files(folder, testbed, listed)
         processes = []
         for node, name in enumerate(listed):
             called = (names or {}).get(node, name)
-            processes.append(stack.enter_context(_host(folder, bed.nodes[node], called)))
-        hosts = Hosts(bed, folder, listed, tuple(processes))
+            processes.append(stack.enter_context(_host(folder, testbed.nodes[node], called)))
+        hosts = Hosts(testbed, folder, listed, tuple(processes))
         for node in range(num_hosts):
             _wait_for_ssh(hosts, node)
         yield hosts
 
 
-def _write_files(folder: Path, bed: TestBed, names: Sequence[str]) -> None:
+def _write_files(folder: Path, testbed: TestBed, names: Sequence[str]) -> None:
     for name in ("key", "host_key"):
         words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(folder / name)]
         subprocess.run(words, check=True)
     (folder / "sshd_config").write_text(SERVER.format(folder=folder))
     (folder / "ssh_config").write_text(CLIENT.format(folder=folder))
     public = " ".join((folder / "host_key.pub").read_text().split()[:2])
-    known = [f"{name},{bed.address(node)} {public}\n" for node, name in enumerate(names)]
+    known = [f"{name},{testbed.address(node)} {public}\n" for node, name in enumerate(names)]
     (folder / "known_hosts").write_text("".join(known))
-    lines = [f"{bed.address(node)} {name}\n" for node, name in enumerate(names)]
+    lines = [f"{testbed.address(node)} {name}\n" for node, name in enumerate(names)]
     (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
 
 

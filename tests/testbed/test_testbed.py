@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from ds_moe_ep.bench import testbed
+from ds_moe_ep.bench import testbed as command
 from ds_moe_ep.bench.testbed import TestBed, enter, open_testbed, parse_rate, rank_environment, why_not
 from ds_moe_ep.errors import EngineError
 from tests.moe.layer_cases import LayerCase, case_data
@@ -28,27 +28,27 @@ needs_root = pytest.mark.skipif(why_not() is not None, reason=f"no test bed: {wh
 @needs_root
 def test_a_link_has_its_rate_and_loses_nothing() -> None:
     num_bytes, rate_mbit = 2_000_000, 40
-    with open_testbed(2, rate_mbit) as bed:
-        before = bed.sent_bytes(0)
-        seconds = run_ranks(2, send_bytes, bed, num_bytes, process_group=False)[1]
-        sent = bed.sent_bytes(0) - before
+    with open_testbed(2, rate_mbit) as testbed:
+        before = testbed.sent_bytes(0)
+        seconds = run_ranks(2, send_bytes, testbed, num_bytes, process_group=False)[1]
+        sent = testbed.sent_bytes(0) - before
     assert num_bytes < sent < 1.15 * num_bytes, "headers and nothing sent again"
     assert 0.9 < seconds * rate_mbit * 1e6 / 8 / num_bytes < 1.5
 
 
-def send_bytes(bed: TestBed, num_bytes: int) -> float:
+def send_bytes(testbed: TestBed, num_bytes: int) -> float:
     """Seconds that rank 1, on a node of its own, waits for what rank 0 sends."""
     rank = int(os.environ["RANK"])
-    enter(bed.nodes[rank])
+    enter(testbed.nodes[rank])
     if rank == 0:
-        with socket.create_server((bed.address(0), PORT)) as server:
+        with socket.create_server((testbed.address(0), PORT)) as server:
             connection, _ = server.accept()
             with connection:
                 connection.sendall(b"x" * num_bytes)
                 connection.shutdown(socket.SHUT_WR)
                 connection.recv(1)
         return 0.0
-    with connected(bed.address(0)) as connection:
+    with connected(testbed.address(0)) as connection:
         start, received = time.perf_counter(), 0
         while chunk := connection.recv(1 << 20):
             received += len(chunk)
@@ -65,11 +65,11 @@ def connected(address: str) -> socket.socket:
     raise AssertionError(f"nobody listens at {address}")
 
 
-def in_bed(bed: TestBed) -> None:
+def in_testbed(testbed: TestBed) -> None:
     """Joins the world inside the namespace of this rank's node."""
     rank = int(os.environ["RANK"])
-    enter(bed.nodes[rank // RANKS_PER_NODE])
-    os.environ.update(rank_environment(bed, rank, RANKS_PER_NODE, PORT))
+    enter(testbed.nodes[rank // RANKS_PER_NODE])
+    os.environ.update(rank_environment(testbed, rank, RANKS_PER_NODE, PORT))
     dist.init_process_group("gloo", init_method="env://")
 
 
@@ -88,9 +88,9 @@ SCHEDULES: list[dict[str, object]] = [
 ]
 
 
-def compare_in_bed(bed: TestBed) -> tuple[list[str], list[str]]:
+def compare_in_testbed(testbed: TestBed) -> tuple[list[str], list[str]]:
     """What differs from serial under each schedule; and the control, in which one input differs by one bit."""
-    in_bed(bed)
+    in_testbed(testbed)
     links, wrong = Links(), []
     expected = run_case(serial(CASE), links.of(CASE))
     for knobs in SCHEDULES:
@@ -107,10 +107,10 @@ def compare_in_bed(bed: TestBed) -> tuple[list[str], list[str]]:
 
 @needs_root
 def test_overlapped_equals_serial_bit_for_bit_at_sixteen_ranks_on_four_nodes() -> None:
-    with open_testbed(NODES, rate_mbit=200) as bed:
-        before = [bed.sent_bytes(node) for node in range(NODES)]
-        results = run_ranks(16, compare_in_bed, bed, process_group=False, timeout_s=150)
-        sent = [bed.sent_bytes(node) - b for node, b in enumerate(before)]
+    with open_testbed(NODES, rate_mbit=200) as testbed:
+        before = [testbed.sent_bytes(node) for node in range(NODES)]
+        results = run_ranks(16, compare_in_testbed, testbed, process_group=False, timeout_s=150)
+        sent = [testbed.sent_bytes(node) - b for node, b in enumerate(before)]
     assert [wrong for wrong, _ in results] == [[]] * 16
     assert "y" in results[0][1], "the comparison sees one changed bit"
     assert min(sent) > 100_000, "rows went over every node's link"
@@ -126,10 +126,10 @@ def test_the_same_command_runs_once_a_rank_and_a_failure_ends_the_others(tmp_pat
         "if sys.argv[1] == 'fail': time.sleep(60)\n"
     )
     words = ["--nodes", "2", "--ranks", "2", "--", sys.executable, str(script)]
-    assert testbed.main([*words, "pass"]) == 0
+    assert command.main([*words, "pass"]) == 0
     assert sorted(path.name for path in tmp_path.glob("[0-9]")) == ["0", "1", "2", "3"]
     start = time.perf_counter()
-    assert testbed.main([*words, "fail"]) == 7
+    assert command.main([*words, "fail"]) == 7
     assert time.perf_counter() - start < 30
 
 
@@ -137,8 +137,8 @@ def test_the_same_command_runs_once_a_rank_and_a_failure_ends_the_others(tmp_pat
 def test_nothing_is_left_behind_when_the_process_is_killed() -> None:
     script = (
         "from ds_moe_ep.bench.testbed import open_testbed\n"
-        "with open_testbed(2, 100) as bed:\n"
-        "    print(bed.hub, *bed.nodes, flush=True)\n"
+        "with open_testbed(2, 100) as testbed:\n"
+        "    print(testbed.hub, *testbed.nodes, flush=True)\n"
         "    import time; time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -156,13 +156,13 @@ def test_nothing_is_left_behind_when_the_process_is_killed() -> None:
 
 def test_without_what_it_needs_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(testbed.shutil, "which", lambda tool: f"/bin/{tool}")
+    monkeypatch.setattr(command.shutil, "which", lambda tool: f"/bin/{tool}")
     assert "root" in (why_not() or "")
     with pytest.raises(EngineError, match=r"testbed\.nodes=2.*root"), open_testbed(2):
         pass
-    assert testbed.main(["--", "true"]) == 2
+    assert command.main(["--", "true"]) == 2
     assert "root" in capsys.readouterr().err
-    monkeypatch.setattr(testbed.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(command.shutil, "which", lambda tool: None)
     assert "iproute2" in (why_not() or "")
 
 

@@ -22,7 +22,8 @@ from ds_moe_ep.bench.demo.death import Death, show_death, watch_death
 from ds_moe_ep.bench.demo.plan import NUM_RANKS, DemoPlan, run_rank
 from ds_moe_ep.bench.demo.results import Results, results_of
 from ds_moe_ep.bench.demo.show import show
-from ds_moe_ep.bench.harness.processes import FAILED, arriving, free_port, started_ranks
+from ds_moe_ep.bench.harness.benchmark import FAILED
+from ds_moe_ep.bench.harness.processes import arriving, free_port, started_ranks
 from ds_moe_ep.config.command_line import refused
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.schedule.spans import chrome_trace
@@ -81,7 +82,7 @@ def measure(plan: DemoPlan) -> Results:
         task = progress.task_ids[0]
         findings = []
         for finding in arriving(processes, inbox):
-            if finding.what == "phase":
+            if finding.kind == "phase":
                 progress.update(task, description=f"emulated: {finding.text}")
             findings.append(finding)
     return results_of(plan, findings)
@@ -104,7 +105,7 @@ def _progress() -> Iterator[Progress]:
 
 
 def write_trace(results: Results, path: Path) -> None:
-    """Writes the shown turns of all ranks as a Chrome trace; the file is never half written."""
+    """Writes the shown steps of all ranks as a Chrome trace; the file is never half written."""
     part = path.with_name(path.name + ".part")
-    part.write_text(chrome_trace(span for turn in results.shown() for span in turn.spans), encoding="utf-8")
+    part.write_text(chrome_trace(span for step in results.shown() for span in step.spans), encoding="utf-8")
     part.replace(path)

@@ -23,7 +23,7 @@ LIMIT_S = 2 * TIMEOUT_S  # for the ranks to start and run one pass; then, again,
 
 @dataclass(frozen=True)
 class Saying:
-    """What a survivor said, and how many seconds after the death."""
+    """Words of a survivor, and how many seconds after the death."""
 
     rank: int
     after_s: float
@@ -39,12 +39,12 @@ class Death:
     sayings: tuple[Saying, ...]
 
     def is_named_in(self, text: str) -> bool:
-        """Whether a text says that the victim is gone, by its rank and its process."""
+        """True where a text says that the victim is gone, by its rank and its process."""
         return any(f"rank {self.victim} (pid {self.pid} on " in part and "is gone" in part for part in text.split("; "))
 
     @property
     def is_named_by_all(self) -> bool:
-        """Whether every survivor said who died."""
+        """True where every survivor said who died."""
         naming = {saying.rank for saying in self.sayings if self.is_named_in(saying.text)}
         return naming == set(range(NUM_RANKS)) - {self.victim}
 
@@ -70,11 +70,10 @@ def watch_death(plan: DemoPlan, processes: Sequence[BaseProcess], inbox: multipr
             finding = inbox.get(timeout=max(0.0, died_s + LIMIT_S - time.monotonic()))
         except queue.Empty:
             break
-        if finding.what == "error":
-            raise EngineError(f"demo.kill={plan.victim}: {finding.side} failed:\n{finding.text}")
-        if finding.what == "said":
-            rank = int(finding.side.removeprefix("rank "))
-            said.append(Saying(rank, max(0.0, finding.values[0] - died_s), finding.text))
+        if finding.kind == "error":
+            raise EngineError(f"demo.kill={plan.victim}: rank {finding.rank} failed:\n{finding.text}")
+        if finding.kind == "said":
+            said.append(Saying(finding.rank, max(0.0, finding.samples["at"][0] - died_s), finding.text))
     return Death(plan.victim, victim.pid or 0, tuple(sorted(said, key=lambda saying: saying.rank)))
 
 

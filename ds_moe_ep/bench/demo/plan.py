@@ -11,7 +11,7 @@ NUM_RANKS = NUM_NODES * RANKS_PER_NODE
 NUM_TOKENS, HIDDEN_SIZE = 1024, 384  # of each rank; one expert per token, the experts' load even
 # Two passes with two exchanges each; half of the rows of a node's ranks go to the other node, in fp32.
 STEP_BYTES = 4 * RANKS_PER_NODE * NUM_TOKENS // 2 * HIDDEN_SIZE * 4
-SIDES: Mapping[str, Mapping[str, Any]] = {
+CANDIDATES: Mapping[str, Mapping[str, Any]] = {
     "serial": {"schedule": "serial"},
     "overlapped": {"schedule": "peers", "row_cuts": 2},
 }

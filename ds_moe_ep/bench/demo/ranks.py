@@ -1,4 +1,4 @@
-"""What each rank of the demo does: the real layer over an emulated link, or the end of a rank."""
+"""The life of a rank of the demo: the real layer over an emulated link, or the end of a rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -17,25 +17,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ds_moe_ep.bench.candidates.cases import LayerCase
+from ds_moe_ep.bench.candidates.emulated import EmulatedDevice, EmulatedExperts
+from ds_moe_ep.bench.candidates.layers import LayerCandidate, LayerSetup, candidate_of, load_weights
 from ds_moe_ep.bench.demo.links import Paced, Uplink
 from ds_moe_ep.bench.demo.plan import (
+    CANDIDATES,
     HIDDEN_SIZE,
     NUM_RANKS,
     NUM_TOKENS,
     PHASES,
     RANKS_PER_NODE,
-    SIDES,
     TIMEOUT_S,
     WARM_UPS,
     DemoPlan,
 )
 from ds_moe_ep.bench.harness.method import rotation
-from ds_moe_ep.bench.harness.processes import Finding, live_as_rank, loopback_environment
-from ds_moe_ep.bench.overlap.ranks import Contender
-from ds_moe_ep.bench.rivals.cases import LayerCase, gate_weight, output_gradient, tokens
-from ds_moe_ep.bench.rivals.emulated import EmulatedDevice, EmulatedExperts
+from ds_moe_ep.bench.harness.processes import Finding, Tell, live_as_rank, loopback_environment
 from ds_moe_ep.comm.open import open_transport
-from ds_moe_ep.comm.recorder import HostRecorder
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import torus_of
@@ -60,19 +59,19 @@ def live(rank: int, plan: DemoPlan, findings: Queue[Finding]) -> None:
     live_as_rank(rank, findings, partial(_run, rank, plan, findings))
 
 
-def _run(rank: int, plan: DemoPlan, findings: Queue[Finding], tell: Callable[[Finding], object]) -> None:
+def _run(rank: int, plan: DemoPlan, findings: Queue[Finding], tell: Tell) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     config = MoEConfig(num_experts=NUM_RANKS, ep_size=NUM_RANKS, node_size=RANKS_PER_NODE, timeout_s=TIMEOUT_S)
     transport = _paced(open_transport([range(NUM_RANKS)], config), plan)
     device = EmulatedDevice() if rank != plan.victim else MortalDevice()
-    sides = {name: _contender(name, config, plan, transport, device) for name in SIDES}
+    candidates = {name: _build(name, config, plan, transport, device) for name in CANDIDATES}
     if plan.victim is None:
-        _measure(plan, sides, tell)
+        _measure(plan, candidates, tell)
         dist.barrier()
         dist.destroy_process_group()
     else:
-        tell(Finding("", "", "phase", text=f"waiting for the end of rank {plan.victim}"))
-        _outlive(rank, sides["overlapped"], device, findings)
+        tell(Finding("phase", f"waiting for the end of rank {plan.victim}"))
+        _outlive(rank, candidates["overlapped"], device, findings)
 
 
 def _paced(transport: Transport, plan: DemoPlan) -> Paced:
@@ -82,36 +81,41 @@ def _paced(transport: Transport, plan: DemoPlan) -> Paced:
     return Paced(transport, Uplink(Path(plan.folder) / f"node{node}", plan.bytes_per_s), far)
 
 
-def _contender(name: str, config: MoEConfig, plan: DemoPlan, transport: Transport, device: EmulatedDevice) -> Contender:
-    """One layer on the schedule of the side `name`, with emulated experts and this rank's tokens."""
-    layer = ExpertParallel(HIDDEN_SIZE, nn.Identity(), replace(config, **SIDES[name]))
-    layer.experts = EmulatedExperts(config.num_local_experts, 1e3 * plan.compute_ms / CASE.num_rows, device)
-    with torch.no_grad():
-        layer.gate.wg.weight.copy_(gate_weight(CASE))
+def _build(
+    name: str, config: MoEConfig, plan: DemoPlan, transport: Transport, device: EmulatedDevice
+) -> LayerCandidate:
+    """One layer on the schedule `name`, with emulated experts and this rank's tokens."""
+    row_us = 1e3 * plan.compute_ms / CASE.num_rows
+    setup = LayerSetup(case=CASE, rank=transport.rank, num_ranks=NUM_RANKS, row_us=row_us, is_recorded=True)
+    layer = ExpertParallel(HIDDEN_SIZE, nn.Identity(), replace(config, **CANDIDATES[name]))
+    layer.experts = EmulatedExperts(config.num_local_experts, row_us, device)
     layer.connect(transport, torus_of(range(NUM_RANKS), RANKS_PER_NODE))
-    layer.dispatcher.rename(f"emulated {name}")
-    recorder = HostRecorder(transport.rank)
-    layer.dispatcher.record(recorder)
-    x_TD = tokens(CASE, transport.rank).requires_grad_()
-    return Contender(layer, x_TD, output_gradient(CASE, transport.rank), recorder)
+    layer.dispatcher.name = f"emulated {name}"
+    return candidate_of(load_weights(layer, setup), setup)
 
 
-def _measure(plan: DemoPlan, sides: Mapping[str, Contender], tell: Callable[[Finding], object]) -> None:
+def _measure(plan: DemoPlan, candidates: Mapping[str, LayerCandidate], tell: Tell) -> None:
     """Alternating rounds. Each step's seconds, of the slowest rank, and its spans, of all ranks, are told."""
     gc.collect()
     gc.freeze()
     for index in range(WARM_UPS + plan.rounds):
-        tell(Finding("", "", "phase", text=f"round {index - WARM_UPS + 1} of {plan.rounds}" if index else "warming up"))
-        for name in rotation(tuple(sides), index):
-            sides[name].step()
-            recorder = sides[name].recorder
+        tell(Finding("phase", f"round {index - WARM_UPS + 1} of {plan.rounds}" if index else "warming up"))
+        for name in rotation(tuple(candidates), index):
+            _step(candidates[name])
+            recorder = candidates[name].recorder
             assert recorder is not None
             everyones: list[tuple[dict[str, float], list[Span]]] = [({}, [])] * NUM_RANKS
-            dist.all_gather_object(everyones, (sides[name].seconds, recorder.spans()))
+            dist.all_gather_object(everyones, (candidates[name].seconds, recorder.spans()))
             if index >= WARM_UPS:
-                slowest = tuple(max(seconds[phase] for seconds, _ in everyones) for phase in PHASES)
+                slowest = {phase: (max(seconds[phase] for seconds, _ in everyones),) for phase in PHASES}
                 lines = (line_of(span) for _, spans in everyones for span in spans)
-                tell(Finding(f"{index - WARM_UPS}", name, "turn", slowest, "\n".join(lines)))
+                tell(Finding(name, "\n".join(lines), slowest))
+
+
+def _step(candidate: LayerCandidate) -> None:
+    candidate.prepare()
+    dist.barrier()
+    candidate.run()
 
 
 class MortalDevice(EmulatedDevice):
@@ -125,12 +129,12 @@ class MortalDevice(EmulatedDevice):
         super().work(rows, row_us)
 
 
-def _outlive(rank: int, side: Contender, device: EmulatedDevice, findings: Queue[Finding]) -> None:
-    """A pass in which all live, then one in which a rank dies; what the layer says of it is told, with the moment."""
-    side.step()
+def _outlive(rank: int, candidate: LayerCandidate, device: EmulatedDevice, findings: Queue[Finding]) -> None:
+    """A pass in which all live, then one in which a rank dies; the layer's error is told, with the moment."""
+    _step(candidate)
     if isinstance(device, MortalDevice):
         device.is_doomed = True
     try:
-        side.step()
+        _step(candidate)
     except PeerError as error:
-        findings.put(Finding("", f"rank {rank}", "said", (time.monotonic(),), str(error)))
+        findings.put(Finding("said", str(error), {"at": (time.monotonic(),)}, rank=rank))

@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ds_moe_ep.bench.demo.plan import HIDDEN_SIZE, NUM_NODES, NUM_RANKS, NUM_TOKENS, PHASES, SIDES, DemoPlan
+from ds_moe_ep.bench.demo.plan import CANDIDATES, HIDDEN_SIZE, NUM_NODES, NUM_RANKS, NUM_TOKENS, PHASES, DemoPlan
 from ds_moe_ep.bench.harness.method import Summary, summarize
 from ds_moe_ep.bench.harness.processes import Finding
 from ds_moe_ep.schedule.spans import Overlap, Span, overlap, span_of
 
 
 @dataclass(frozen=True)
-class MeasuredRound:
-    """One measured step of one side: seconds of each pass, of the slowest rank, and the spans of all ranks."""
+class MeasuredStep:
+    """One measured step of a candidate: seconds of each pass, of the slowest rank, and the spans of all ranks."""
 
-    side: str
+    name: str
     seconds: dict[str, float]
     spans: tuple[Span, ...]
 
     @classmethod
-    def of(cls, finding: Finding) -> MeasuredRound:
+    def of(cls, finding: Finding) -> MeasuredStep:
         spans = tuple(span_of(line, "demo.spans") for line in finding.text.splitlines())
-        return cls(finding.side, dict(zip(PHASES, finding.values, strict=True)), spans)
+        return cls(finding.kind, {phase: seconds for phase, (seconds,) in finding.samples.items()}, spans)
 
     def of_rank(self, rank: int) -> list[Span]:
         return [span for span in self.spans if span.rank == rank]
@@ -37,48 +37,48 @@ class MeasuredRound:
 
 @dataclass(frozen=True)
 class Results:
-    """All measured turns of one run."""
+    """All measured steps of one run."""
 
     plan: DemoPlan
-    turns: tuple[MeasuredRound, ...]
+    steps: tuple[MeasuredStep, ...]
 
-    def of_side(self, side: str) -> list[MeasuredRound]:
-        return [turn for turn in self.turns if turn.side == side]
+    def of(self, name: str) -> list[MeasuredStep]:
+        return [step for step in self.steps if step.name == name]
 
-    def time_ms(self, side: str, phase: str = "step") -> Summary:
-        return summarize([1e3 * turn.seconds[phase] for turn in self.of_side(side)])
+    def time_ms(self, name: str, phase: str = "step") -> Summary:
+        return summarize([1e3 * step.seconds[phase] for step in self.of(name)])
 
-    def hidden_percent(self, side: str, phase: str = "step") -> Summary:
-        return summarize([turn.overlap(phase).hidden_percent or 0.0 for turn in self.of_side(side)])
+    def hidden_percent(self, name: str, phase: str = "step") -> Summary:
+        return summarize([step.overlap(phase).hidden_percent or 0.0 for step in self.of(name)])
 
     def speedup(self) -> Summary:
         """The serial step's time over the overlapped one's, round by round."""
-        pairs = zip(self.of_side("serial"), self.of_side("overlapped"), strict=True)
+        pairs = zip(self.of("serial"), self.of("overlapped"), strict=True)
         return summarize([serial.seconds["step"] / overlapped.seconds["step"] for serial, overlapped in pairs])
 
     def traffic_ratio(self) -> Summary:
         """The serial step's communication over the experts' emulated time, mean of the ranks."""
         compute_us = 3e3 * self.plan.compute_ms * NUM_RANKS
-        return summarize([turn.overlap("step").total_us / compute_us for turn in self.of_side("serial")])
+        return summarize([step.overlap("step").total_us / compute_us for step in self.of("serial")])
 
-    def shown(self) -> list[MeasuredRound]:
-        """The turns of one round, serial first: of that whose overlapped step is nearest to the median."""
+    def shown(self) -> list[MeasuredStep]:
+        """The steps of one round, serial first: of that whose overlapped step is nearest to the median."""
         median_ms = self.time_ms("overlapped").median
-        rounds: list[tuple[MeasuredRound, ...]] = list(zip(*map(self.of_side, SIDES), strict=True))
-        middle = min(rounds, key=lambda turns: abs(1e3 * turns[-1].seconds["step"] - median_ms))
+        rounds: list[tuple[MeasuredStep, ...]] = list(zip(*map(self.of, CANDIDATES), strict=True))
+        middle = min(rounds, key=lambda steps: abs(1e3 * steps[-1].seconds["step"] - median_ms))
         return list(middle)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON has them."""
-        sides = {
-            side: {
+        figures = {
+            name: {
                 phase: {
-                    "ms": asdict(self.time_ms(side, phase)),
-                    "hidden_percent": asdict(self.hidden_percent(side, phase)),
+                    "ms": asdict(self.time_ms(name, phase)),
+                    "hidden_percent": asdict(self.hidden_percent(name, phase)),
                 }
                 for phase in PHASES
             }
-            for side in SIDES
+            for name in CANDIDATES
         }
         return {
             "emulated": True,
@@ -90,8 +90,8 @@ class Results:
             "link_bytes_per_s": self.plan.bytes_per_s,
             "forward_compute_ms": self.plan.compute_ms,
             "rounds": self.plan.rounds,
-            "schedules": {side: dict(knobs) for side, knobs in SIDES.items()},
-            "sides": sides,
+            "schedules": {name: dict(knobs) for name, knobs in CANDIDATES.items()},
+            "sides": figures,
             "serial_over_overlapped": asdict(self.speedup()),
             "traffic_over_compute": asdict(self.traffic_ratio()),
         }
@@ -99,4 +99,4 @@ class Results:
 
 def results_of(plan: DemoPlan, findings: Sequence[Finding]) -> Results:
     """The results in what rank 0 told."""
-    return Results(plan, tuple(MeasuredRound.of(finding) for finding in findings if finding.what == "turn"))
+    return Results(plan, tuple(MeasuredStep.of(finding) for finding in findings if finding.kind in CANDIDATES))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from ds_moe_ep.bench.demo.plan import NUM_NODES, NUM_RANKS, PHASES, SIDES
-from ds_moe_ep.bench.demo.results import MeasuredRound, Results
+from ds_moe_ep.bench.demo.plan import CANDIDATES, NUM_NODES, NUM_RANKS, PHASES
+from ds_moe_ep.bench.demo.results import MeasuredStep, Results
 from ds_moe_ep.bench.harness.method import Summary
 from ds_moe_ep.schedule.spans import LANES, Interval, Span, length, union, without
 
@@ -37,11 +37,11 @@ RANK = 0  # whose timelines are shown
 def show(results: Results, console: Console) -> None:
     """Prints both timelines and the figures."""
     width = min(console.width, WIDEST)
-    turns, glyphs = results.shown(), ASCII if console.options.ascii_only else BLOCKS
-    longest_us = max(length([_whole(turn)]) for turn in turns)
+    steps, glyphs = results.shown(), ASCII if console.options.ascii_only else BLOCKS
+    longest_us = max(length([_whole(step)]) for step in steps)
     lines = _labelled(_heading(results, glyphs), width)
-    for turn in turns:
-        lines += [*_labelled(_title(turn.side, results), width), *_timeline(turn, longest_us, width, glyphs)]
+    for step in steps:
+        lines += [*_labelled(_title(step.name, results), width), *_timeline(step, longest_us, width, glyphs)]
     for text in _summary(results):
         lines += _labelled(text, width)
     for line in lines:
@@ -64,15 +64,15 @@ def _heading(results: Results, glyphs: Glyphs) -> str:
     )
 
 
-def _title(side: str, results: Results) -> str:
-    hidden = _spread(results.hidden_percent(side), 0)
-    return f"{side}: step {_spread(results.time_ms(side), 0)} ms, hidden {hidden} %"
+def _title(name: str, results: Results) -> str:
+    hidden = _spread(results.hidden_percent(name), 0)
+    return f"{name}: step {_spread(results.time_ms(name), 0)} ms, hidden {hidden} %"
 
 
 def _summary(results: Results) -> Iterator[str]:
     for phase in PHASES:
-        times = " -> ".join(f"{results.time_ms(side, phase).median:,.0f}" for side in SIDES)
-        hidden = " -> ".join(f"{results.hidden_percent(side, phase).median:.0f}" for side in SIDES)
+        times = " -> ".join(f"{results.time_ms(name, phase).median:,.0f}" for name in CANDIDATES)
+        hidden = " -> ".join(f"{results.hidden_percent(name, phase).median:.0f}" for name in CANDIDATES)
         yield f"{phase}: {times} ms, hidden {hidden} %"
     rounds = results.plan.rounds
     how = f"median and quartiles of {rounds} alternating rounds" if rounds > 1 else "one round"
@@ -84,16 +84,16 @@ def _spread(summary: Summary, digits: int) -> str:
     return median if low == high else f"{median} ({low} to {high})"
 
 
-def _whole(turn: MeasuredRound) -> Interval:
+def _whole(step: MeasuredStep) -> Interval:
     """From the first span of the shown rank to its last."""
-    spans = turn.of_rank(RANK)
+    spans = step.of_rank(RANK)
     return min(span.start_us for span in spans), max(span.stop_us for span in spans)
 
 
-def _timeline(turn: MeasuredRound, longest_us: float, width: int, glyphs: Glyphs) -> Iterator[Text]:
+def _timeline(step: MeasuredStep, longest_us: float, width: int, glyphs: Glyphs) -> Iterator[Text]:
     """A line for the passes, and a bar for each lane; `longest_us` fills the width."""
-    spans = turn.of_rank(RANK)
-    start_us, stop_us = _whole(turn)
+    spans = step.of_rank(RANK)
+    start_us, stop_us = _whole(step)
     num_cells = width - len(LABEL) - NAME_WIDTH
     cell_us = longest_us / num_cells
     backward_us = min(span.start_us for span in spans if span.tags.phase == "backward")

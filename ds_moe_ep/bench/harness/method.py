@@ -1,12 +1,12 @@
-"""The one method of measurement: several sides in one run, alternating, compared round by round.
+"""The one method of measurement: several candidates in one run, alternating, compared round by round.
 
-1. Every side runs `warm_ups` times, untimed.
-2. A round runs every side once. The order is rotated from round to round, and turned round after each
-   full rotation, so that no side always runs first or always after the same neighbour.
-3. Before a side is timed it prepares itself (untimed), and all ranks meet at a barrier.
-4. A side's time in a round is the time of the slowest rank on a monotonic clock.
+1. Every candidate runs `warm_ups` times, untimed.
+2. A round runs every candidate once. The order is rotated from round to round, and turned round after each
+   full rotation, so that none always runs first or always after the same neighbour.
+3. Before a candidate is timed it prepares itself (untimed), and all ranks meet at a barrier.
+4. Its time in a round is the time of the slowest rank on a monotonic clock.
 5. The lowest and the highest 5 % of the rounds are dropped; the median and the quartiles are reported.
-6. Two sides are compared by their ratio *within a round*, which slow drifts of the machine cannot touch;
+6. Two candidates are compared by their ratio *within a round*, which slow drifts of the machine cannot touch;
    the ratio's median and quartiles are reported.
 """
 
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ds_moe_ep.errors import ConfigError
 
@@ -26,12 +27,14 @@ def _nothing() -> None:
     return None
 
 
-@dataclass(frozen=True)
-class Side:
-    """One of the things compared: `run` is timed and waits for its device; `prepare` is not timed."""
+class Candidate(Protocol):
+    """One of the things compared on this rank. Its passes may be collective."""
 
-    run: Callable[[], object]
-    prepare: Callable[[], object] = _nothing
+    def prepare(self) -> object:
+        """Makes ready for a run; not timed."""
+
+    def run(self) -> object:
+        """The work that is timed; waits for its device."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,18 @@ class Summary:
     n: int
 
 
-Round = dict[str, float]  # seconds of every side in one round
+Round = dict[str, float]  # seconds of every candidate in one round
 
 
 def rotation(names: Sequence[str], round_index: int) -> tuple[str, ...]:
-    """The order of the sides in a round: rotated by one each round, reversed in every second rotation."""
+    """The order of the candidates in a round: rotated by one each round, reversed in every second rotation."""
     cycle, offset = divmod(round_index, len(names))
     turned = tuple(names[offset:]) + tuple(names[:offset])
     return turned[::-1] if cycle % 2 else turned
 
 
 def measure(
-    sides: Mapping[str, Side],
+    candidates: Mapping[str, Candidate],
     *,
     rounds: int,
     warm_ups: int,
@@ -74,23 +77,23 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     on_round: Callable[[int, Round], object] | None = None,
 ) -> list[Round]:
-    """Seconds of every side in every round, of the slowest rank; the same list on every rank.
+    """Seconds of every candidate in every round, of the slowest rank; the same list on every rank.
 
     Collective over `ranks`. `on_round(index, times)` is called after each round, untimed. Raises
-    ConfigError without a side or a round.
+    ConfigError without a candidate or a round.
     """
-    if not sides or rounds < 1 or warm_ups < 0:
+    if not candidates or rounds < 1 or warm_ups < 0:
         raise ConfigError(
-            f"bench.sides={list(sides)}, rounds={rounds}, warm_ups={warm_ups}: one side and one round "
+            f"bench.candidates={list(candidates)}, rounds={rounds}, warm_ups={warm_ups}: one candidate and one round "
             "at least, and no negative warm-ups"
         )
-    names = tuple(sides)
+    names = tuple(candidates)
     for index in range(warm_ups):
         for name in rotation(names, index):
-            _timed(sides[name], ranks, clock)
+            _timed(candidates[name], ranks, clock)
     measured: list[Round] = []
     for index in range(rounds):
-        here = {name: _timed(sides[name], ranks, clock) for name in rotation(names, index)}
+        here = {name: _timed(candidates[name], ranks, clock) for name in rotation(names, index)}
         everywhere = ranks.slowest([here[name] for name in names])
         measured.append(dict(zip(names, everywhere, strict=True)))
         if on_round is not None:
@@ -98,11 +101,11 @@ def measure(
     return measured
 
 
-def _timed(side: Side, ranks: Ranks, clock: Callable[[], float]) -> float:
-    side.prepare()
+def _timed(candidate: Candidate, ranks: Ranks, clock: Callable[[], float]) -> float:
+    candidate.prepare()
     ranks.barrier()
     start = clock()
-    side.run()
+    candidate.run()
     return clock() - start
 
 
@@ -122,13 +125,3 @@ def summarize(values: Sequence[float]) -> Summary:
         return Summary(kept[0], kept[0], kept[0], 1)
     low, middle, high = statistics.quantiles(kept, n=4, method="inclusive")
     return Summary(middle, low, high, len(kept))
-
-
-def times_of(measured: Sequence[Round], name: str) -> list[float]:
-    """The seconds of one side, round by round."""
-    return [times[name] for times in measured]
-
-
-def ratios(measured: Sequence[Round], name: str, base: str) -> list[float]:
-    """time(name) / time(base) of each round."""
-    return [times[name] / times[base] for times in measured]

@@ -8,39 +8,33 @@ import os
 import queue
 import signal
 import socket
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from ds_moe_ep.config.command_line import refused
-from ds_moe_ep.errors import EngineError, MoEError
+from ds_moe_ep.errors import EngineError
 
 POLL_S = 0.5
 END_S = 10.0
 PR_SET_PDEATHSIG = 1
-FAILED = 1  # the exit code of a benchmark that did not come to its end
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Numbers about one side of one case, or (what="error"/"phase") a line of text."""
+    """What a rank tells: samples under the names of their Records, or a text of some kind."""
 
-    case: str
-    side: str
-    what: str  # what was measured (time in s, bytes, ...), or phase, error, done
-    values: tuple[float, ...] = ()
+    kind: str = "samples"  # or phase, error, done; others are a benchmark's own
     text: str = ""
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    rank: int = 0
+    advance: int = 0  # steps that the progress bar moves by
 
 
+Tell = Callable[[Finding], object]
 RunRank = Callable[[int, Any, Any], None]  # rank, plan, where its findings go
 
 
@@ -53,21 +47,21 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def live_as_rank(rank: int, findings: Any, run: Callable[[Callable[[Finding], object]], None]) -> None:
+def live_as_rank(rank: int, findings: Any, run: Callable[[Tell], object]) -> None:
     """The life of one rank: `run(tell)` to its end, with its error told to the parent; rank 0 tells what it finds."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    tell = findings.put if rank == 0 else _silent
+    tell = findings.put if rank == 0 else silent
     try:
         run(tell)
-        tell(Finding("", "", "done"))
+        tell(Finding("done"))
     except Exception:
-        findings.put(Finding("", f"rank {rank}", "error", text=traceback.format_exc()))
+        findings.put(Finding("error", traceback.format_exc(), rank=rank))
         raise SystemExit(1) from None
 
 
-def _silent(finding: Finding) -> None:
-    return None
+def silent(finding: Finding) -> None:
+    """Tells nobody."""
 
 
 def loopback_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
@@ -143,51 +137,6 @@ def _start(processes: Sequence[BaseProcess]) -> None:
         process.start()
 
 
-def on_console(run: Callable[[list[str], Console], int], arguments: Sequence[str] | None, width: int) -> int:
-    """The status of `run(words, console)` on a command line, sys.argv's by default; an error is told on stderr.
-
-    2 where the command line cannot be, before any rank starts; 1 for what failed while it ran. The console is as wide
-    as the terminal, and `width` columns where there is none.
-    """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(width=None if sys.stdout.isatty() else width)
-    try:
-        return run(words, console)
-    except EngineError as error:
-        refused(error)
-        return FAILED
-    except MoEError as error:
-        return refused(error)
-
-
-def follow(
-    console: Console,
-    ranks: AbstractContextManager[tuple[list[BaseProcess], multiprocessing.Queue[Finding]]],
-    bar: tuple[str, int],
-    see: Callable[[Finding, Callable[..., None]], object],
-    save: Callable[[], object],
-) -> int:
-    """Follows started ranks to their end behind a progress bar of a title and a total; 0, or 130 after Ctrl-C.
-
-    `see(finding, update)` takes each finding and may move the bar by rich's `update(description=..., advance=...)`.
-    `save` is called at the end, however it comes.
-    """
-    title, total = bar
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=console) as progress, ranks as (processes, inbox):
-            update = partial(progress.update, progress.add_task(title, total=total))
-            for finding in arriving(processes, inbox):
-                see(finding, update)
-            update(completed=total)
-    except KeyboardInterrupt:
-        console.print("interrupted: the records hold what was measured until now")
-        return 130
-    finally:
-        save()
-    return 0
-
-
 def arriving(processes: Sequence[BaseProcess], inbox: multiprocessing.Queue[Finding]) -> Iterator[Finding]:
     """Findings until the ranks are done. Raises EngineError with the error of the rank that failed first."""
     while True:
@@ -199,8 +148,8 @@ def arriving(processes: Sequence[BaseProcess], inbox: multiprocessing.Queue[Find
                 message = f"bench.ranks={len(processes)}: {', '.join(failed)} without a word; run it again"
                 raise EngineError(message) from None
             continue
-        if finding.what == "error":
-            raise EngineError(f"bench.ranks={len(processes)}: {finding.side} failed:\n{finding.text}")
-        if finding.what == "done":
+        if finding.kind == "error":
+            raise EngineError(f"bench.ranks={len(processes)}: rank {finding.rank} failed:\n{finding.text}")
+        if finding.kind == "done":
             return
         yield finding

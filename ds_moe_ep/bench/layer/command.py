@@ -1,4 +1,4 @@
-"""Races one layer, forward and backward: ours serial and overlapped, DeepSpeed's own, the matmuls alone.
+"""Times one layer, forward and backward: ours serial and overlapped, DeepSpeed's own, the matmuls alone.
 
     python -m ds_moe_ep.bench.layer [--ranks 4] [--rounds 20] [--out layer.jsonl]
 
@@ -7,107 +7,83 @@ Starts its own ranks on this machine. Ctrl-C ends the run; what was measured unt
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import torch
-from rich.console import Console
 
-from ds_moe_ep.bench.harness.processes import Finding, follow, free_port, on_console, started_ranks
-from ds_moe_ep.bench.layer.findings import LayerFindings
-from ds_moe_ep.bench.layer.ranks import SIDES, LayerPlan, run_rank
-from ds_moe_ep.bench.layer.table import markdown_table, terminal_table
-from ds_moe_ep.bench.rivals.cases import CASES
-from ds_moe_ep.config.command_line import Parser, output_file, whole
+from ds_moe_ep.bench.candidates.cases import CASES
+from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure
+from ds_moe_ep.bench.harness.processes import free_port
+from ds_moe_ep.bench.layer.findings import derive, layer_table, measure
+from ds_moe_ep.bench.layer.ranks import CANDIDATES, LayerPlan, run_rank
+from ds_moe_ep.config.options import option
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.provenance import command, commit, hardware
-from ds_moe_ep.records.record import write_whole
+from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table
 
-LINE_WIDTH = 110
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; 0 when it ran through, 1 when it failed, 2 when it was refused, 130 after Ctrl-C."""
-    return on_console(_run, arguments, LINE_WIDTH)
+NAMES = tuple(case.name for case in CASES)
 
 
-def _run(words: list[str], console: Console) -> int:
-    """The benchmark of a command line, and its tables."""
-    parsed = _parser().parse_args(words)
-    plan = _plan(parsed)
-    machine = hardware(plan.device, plan.num_ranks)
-    found = LayerFindings(plan, command("ds_moe_ep.bench.layer", words), commit(), machine)
-    status = _race(plan, found, console, parsed.out)
-    if status == 0 and not parsed.no_memory:
-        status = _race(replace(plan, measure="memory", port=free_port()), found, console, parsed.out)
-    records = found.records()
-    console.print(terminal_table(records))
-    console.print(markdown_table(records), markup=False, highlight=False, soft_wrap=True)
-    return status
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions(BenchmarkOptions):
+    """Options of the layer benchmark."""
+
+    ranks: int = option(4, "processes, and the expert-parallel size", least=2)
+    rounds: int = option(20, "measured rounds per case", least=1)
+    warm_ups: int = option(3, "rounds before them", least=0)
+    cases: tuple[str, ...] = option(NAMES, f"of {', '.join(NAMES)}", choices=NAMES, metavar="CASE")
+    sides: tuple[str, ...] = option(CANDIDATES, f"of {', '.join(CANDIDATES)}", choices=CANDIDATES, metavar="SIDE")
+    device: Literal["cpu", "cuda"] = option("cpu", "one device per rank")
+    no_memory: bool = option(False, "do not measure peak memory")
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m ds_moe_ep.bench.layer",
-        description="Races one layer, forward and backward, against DeepSpeed's own.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    cases = [case.name for case in CASES]
-    parser.add_argument("--ranks", type=whole(2), default=4, help="processes, and the expert-parallel size")
-    parser.add_argument("--rounds", type=whole(1), default=20, help="measured rounds a case")
-    parser.add_argument("--warm-ups", type=whole(0), default=3, help="rounds before them")
-    parser.add_argument(
-        "--cases", nargs="+", choices=cases, metavar="CASE", default=cases, help=f"of {', '.join(cases)}"
-    )
-    parser.add_argument(
-        "--sides", nargs="+", choices=SIDES, metavar="SIDE", default=list(SIDES), help=f"of {', '.join(SIDES)}"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="one device a rank")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--out", type=output_file, default=None, help="file for the records, one JSON line each")
-    return parser
+class LayerBenchmark(Benchmark):
+    """One layer against DeepSpeed's own."""
+
+    module = ("ds_moe_ep.bench.layer",)
+    options = LayerOptions
+    description = "Times one layer, forward and backward, against DeepSpeed's own."
+    prints_markdown = True
+
+    def __init__(self, options: LayerOptions) -> None:
+        cases = tuple(case for name in options.cases for case in CASES if case.name == name)
+        self.device, self.num_ranks, self._no_memory = options.device, options.ranks, options.no_memory
+        if any(case.num_experts % options.ranks for case in cases):
+            raise ConfigError(f"bench.ranks={options.ranks} must divide the layer's 16 experts: use 2, 4, 8 or 16")
+        if options.device == "cuda" and (gpus := torch.cuda.device_count()) < options.ranks:
+            raise ConfigError(f"bench.device='cuda': {options.ranks} ranks need a GPU each, and torch sees {gpus} here")
+        self.plan = LayerPlan(
+            cases=cases,
+            candidates=tuple(name for name in CANDIDATES if name in options.sides),
+            num_ranks=options.ranks,
+            rounds=options.rounds,
+            warm_ups=options.warm_ups,
+            measure="time",
+            device=options.device,
+            port=free_port(),
+        )
+
+    def launches(self, stack: ExitStack) -> Iterator[Launch]:
+        launch = partial(Launch, run=run_rank, num_ranks=self.num_ranks)
+        num_cases = len(self.plan.cases)
+        yield launch(plan=self.plan, title="time: ", steps=num_cases * self.plan.rounds)
+        if not self._no_memory:
+            plan = replace(self.plan, measure="memory", port=free_port())
+            yield launch(plan=plan, title="memory: ", steps=num_cases * len(self.plan.layers))
+
+    def measure(self, name: str) -> Measure:
+        return measure(name)
+
+    def derive(self, found: Collector) -> Iterable[Derived]:
+        return derive(self.plan, found)
+
+    def tables(self, records: Sequence[Record]) -> Iterator[Table]:
+        yield layer_table(records)
 
 
-def _plan(parsed: argparse.Namespace) -> LayerPlan:
-    cases = {case.name: case for case in CASES}
-    if any(cases[name].num_experts % parsed.ranks for name in parsed.cases):
-        raise ConfigError(f"bench.ranks={parsed.ranks} must divide the layer's 16 experts: use 2, 4, 8 or 16")
-    if parsed.device == "cuda" and (gpus := torch.cuda.device_count()) < parsed.ranks:
-        raise ConfigError(f"bench.device='cuda': {parsed.ranks} ranks need a GPU each, and torch sees {gpus} here")
-    return LayerPlan(
-        cases=tuple(cases[name] for name in parsed.cases),
-        sides=tuple(name for name in SIDES if name in parsed.sides),
-        num_ranks=parsed.ranks,
-        rounds=parsed.rounds,
-        warm_ups=parsed.warm_ups,
-        measure="time",
-        device=parsed.device,
-        port=free_port(),
-    )
-
-
-def _race(plan: LayerPlan, found: LayerFindings, console: Console, out: Path | None) -> int:
-    """Follows the ranks to their end, keeping `out` up to date after every case; 130 after Ctrl-C."""
-    timed = plan.measure == "time"
-
-    def save() -> None:
-        write_whole(found.records(), out)
-
-    def see(finding: Finding, update: Callable[..., None]) -> None:
-        if finding.what == "phase":
-            update(description=f"{plan.measure}: {finding.case}, {finding.text}")
-            save()
-        found.add(finding)
-        if finding.what == "peak" or (finding.what == "time" and finding.side == plan.sides[-1]):
-            update(advance=1)
-
-    total = len(plan.cases) * (plan.rounds if timed else len(plan.sides))
-    ranks = started_ranks(run_rank, plan, plan.num_ranks)
-    return follow(console, ranks, (f"{plan.measure}: starting the ranks", total), see, save)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = partial(run_benchmark, LayerBenchmark)

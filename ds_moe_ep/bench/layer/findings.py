@@ -1,80 +1,71 @@
-"""What the ranks told so far, and the Records that follow from it."""
+"""What the layer benchmark's samples mean, and the ratios that follow from them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
-from ds_moe_ep.bench.harness.method import Round, ratios, summarize, times_of
-from ds_moe_ep.bench.harness.processes import Finding
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure, ratios
 from ds_moe_ep.bench.layer.ranks import MATMUL, NATIVE, LayerPlan
+from ds_moe_ep.records.quantity import cell
 from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table, table
 
 TIME_NOTE = "forward and backward, slowest rank, lowest and highest 5 % dropped, quartiles"
-NOTES = {
-    "ratio": f"median of the per-round ratio to native; {TIME_NOTE}",
-    "bytes": "rows to other ranks, forward and backward, counted at the process groups; most of a rank",
-    "collective_bytes": "payload of the collectives that carry no rows, counted at the process groups",
-    "peak": "parameters, tokens, activations, gradients, buffers above the memory before; most of a rank",
-    "difference": "largest difference to the first side, of the largest element: output, loss, gradients",
+MEASURES = {
+    "time": Measure("ms", f"one layer, {TIME_NOTE}"),
+    "ratio": Measure("ratio", f"median of the per-round ratio to native; {TIME_NOTE}"),
+    "bytes": Measure("bytes", "rows to other ranks, forward and backward, counted at the process groups; fullest rank"),
+    "collective_bytes": Measure(
+        "bytes", "payload of the collectives that carry no rows, counted at the process groups"
+    ),
+    "peak": Measure(
+        "bytes", "parameters, tokens, activations, gradients, buffers above the memory before; fullest rank"
+    ),
+    "difference": Measure(
+        "ratio", "largest difference to the first layer, of the largest element: output, loss, gradients"
+    ),
 }
-UNITS = {"bytes": "bytes", "collective_bytes": "bytes", "peak": "bytes", "difference": "ratio"}
+MATMULS = Measure("ms", f"matrix products of the experts' real rows alone, {TIME_NOTE}")
 
 
-class Collected:
-    """Findings as they come, and where they come from."""
-
-    def __init__(self, command: str, commit: str, hardware: str) -> None:
-        self._source = {"command": command, "commit": commit, "hardware": hardware}
-        self._values: dict[tuple[str, str, str], list[float]] = {}
-
-    def add(self, finding: Finding) -> None:
-        self._values.setdefault((finding.case, finding.side, finding.what), []).extend(finding.values)
+def measure(name: str) -> Measure:
+    """The Measure of a name's last part."""
+    *_, candidate, what = name.split(".")
+    return MATMULS if (candidate, what) == (MATMUL, "time") else MEASURES[what]
 
 
-class LayerFindings(Collected):
-    """Collects findings; `records` may be asked for at any time and covers what is complete."""
+def derive(plan: LayerPlan, found: Collector) -> Iterator[Derived]:
+    """Times over the native layer's in the same round."""
+    for case in plan.cases:
+        native_ms = found.of(f"layer.{case.name}.{NATIVE}.time")
+        for name in plan.candidates if native_ms else ():
+            if name != NATIVE:
+                of = f"layer.{case.name}.{name}"
+                yield Derived(f"{of}.ratio", ratios(found.of(f"{of}.time"), native_ms))
 
-    def __init__(self, plan: LayerPlan, command: str, commit: str, hardware: str) -> None:
-        super().__init__(command, commit, hardware)
-        self._plan = plan
 
-    def records(self) -> list[Record]:
-        """Every record that can be made now, case by case and side by side."""
-        return [
-            record
-            for case in self._plan.cases
-            for side in self._plan.sides
-            for record in self._side_records(case.name, side)
-        ]
-
-    def _side_records(self, case: str, side: str) -> Iterator[Record]:
-        rounds = self._rounds(case)
-        if rounds:
-            note = "matrix products of the experts' real rows alone" if side == MATMUL else "one layer"
-            milliseconds = [seconds * 1e3 for seconds in times_of(rounds, side)]
-            yield self._record(f"layer.{case}.{side}.time", milliseconds, "ms", f"{note}, {TIME_NOTE}")
-            if NATIVE in self._plan.sides and side != NATIVE:
-                to_native = ratios(rounds, side, NATIVE)
-                yield self._record(f"layer.{case}.{side}.ratio", to_native, "ratio", NOTES["ratio"])
-        for what, unit in UNITS.items():
-            values = self._values.get((case, side, what), [])
-            if values:
-                yield self._record(f"layer.{case}.{side}.{what}", values, unit, NOTES[what])
-
-    def _rounds(self, case: str) -> list[Round]:
-        """The rounds that every side has finished."""
-        columns = [self._values.get((case, side, "time"), []) for side in self._plan.sides]
-        return [dict(zip(self._plan.sides, times, strict=True)) for times in zip(*columns, strict=False)]
-
-    def _record(self, name: str, values: Sequence[float], unit: str, notes: str) -> Record:
-        summary = summarize(values)
-        return Record(
-            name=name,
-            value=summary.median,
-            unit=unit,
-            spread=(summary.low, summary.high),
-            n=summary.n,
-            emulated=False,
-            notes=notes,
-            **self._source,
+def layer_table(records: Sequence[Record]) -> Table:
+    """A row per candidate and case, with the conditions below."""
+    of_rows: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in records:
+        _, case, name, what = record.name.split(".")
+        of_rows.setdefault((case, name), {})[what] = record
+    rows = [
+        (
+            *row,
+            cell(found.get("time"), "ms", 1, bar=True),
+            cell(found.get("ratio"), "ratio", 2, bar=True),
+            cell(found.get("bytes"), "MB", 2),
+            cell(found.get("peak"), "MB", 1),
         )
+        for row, found in of_rows.items()
+    ]
+    head = ("case", "candidate", "time, ms", "native = 1", "sent, MB", "peak, MB")
+    basis = [f"`{first.command}` at {first.commit} on {first.hardware}." for first in records[:1]]
+    title = "Forward + backward of one layer: median (quartiles), slowest rank; bytes per rank"
+    return replace(
+        table(title, head, rows, *basis, text_columns=2),
+        ruled_rows=frozenset(index for index, (row, after) in enumerate(pairwise(rows)) if row[0] != after[0]),
+    )

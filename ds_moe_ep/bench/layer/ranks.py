@@ -1,31 +1,31 @@
-"""What each rank of the layer benchmark does; rank 0 tells the parent what was found, as it is found."""
+"""The life of a rank of the layer benchmark; rank 0 tells the parent what was found, as it is found."""
 
 from __future__ import annotations
 
 import gc
 import os
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
 from multiprocessing.queues import Queue
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ds_moe_ep.bench.harness.method import Ranks, Round, Side, measure
-from ds_moe_ep.bench.harness.processes import Finding, live_as_rank, loopback_environment
-from ds_moe_ep.bench.layer.sides import LayerSide, SideOutcome, check_same, layer_side, matmul_side
+from ds_moe_ep.bench.candidates.cases import LayerCase
+from ds_moe_ep.bench.candidates.layers import LayerCandidate, LayerSetup, build
+from ds_moe_ep.bench.candidates.matmuls import expert_matmuls
+from ds_moe_ep.bench.harness.collective import slowest
+from ds_moe_ep.bench.harness.method import Candidate, Ranks, Round, measure
+from ds_moe_ep.bench.harness.processes import Finding, Tell, live_as_rank, loopback_environment
+from ds_moe_ep.bench.layer.same import check_same, outcome_of
 from ds_moe_ep.bench.meters.memory import peak_bytes, return_freed_memory
 from ds_moe_ep.bench.meters.traffic import counted
-from ds_moe_ep.bench.rivals.cases import LayerCase
-from ds_moe_ep.config.knobs import MoEConfig
 
 NATIVE, SERIAL, OVERLAPPED, MATMUL = "native", "serial", "overlapped", "matmul"
-SIDES = (NATIVE, SERIAL, OVERLAPPED, MATMUL)
+CANDIDATES = (NATIVE, SERIAL, OVERLAPPED, MATMUL)
+AUX_LOSS_WEIGHT = 0.01
 START_TIMEOUT_S = 300.0
 MEMORY_REPEATS = 3
 
@@ -35,13 +35,18 @@ class LayerPlan:
     """One run of the benchmark; the same on every rank."""
 
     cases: tuple[LayerCase, ...]
-    sides: tuple[str, ...]
+    candidates: tuple[str, ...]
     num_ranks: int
     rounds: int
     warm_ups: int
     measure: Literal["time", "memory"]  # memory in processes of its own: see memory.py
     device: str
     port: int
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The candidates that are layers."""
+        return tuple(name for name in self.candidates if name != MATMUL)
 
 
 def run_rank(rank: int, plan: LayerPlan, findings: Queue[Finding]) -> None:
@@ -54,8 +59,8 @@ def run_rank(rank: int, plan: LayerPlan, findings: Queue[Finding]) -> None:
     live_as_rank(rank, findings, partial(_run, rank, plan))
 
 
-def _run(rank: int, plan: LayerPlan, tell: Callable[[Finding], object]) -> None:
-    from ds_moe_ep.bench.rivals import native  # imports deepspeed, which reads DS_ACCELERATOR
+def _run(rank: int, plan: LayerPlan, tell: Tell) -> None:
+    from ds_moe_ep.bench.candidates import native  # imports deepspeed, which reads DS_ACCELERATOR
 
     device = torch.device(plan.device, rank) if plan.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
@@ -63,10 +68,7 @@ def _run(rank: int, plan: LayerPlan, tell: Callable[[Finding], object]) -> None:
     native.start_ranks("nccl" if device.type == "cuda" else "gloo", START_TIMEOUT_S)
     bench = _RankBench(rank, plan, device, tell)
     for case in plan.cases:
-        if plan.measure == "time":
-            bench.time_case(case)
-        else:
-            bench.memory_of(case)
+        (bench.time_case if plan.measure == "time" else bench.memory_of)(case)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -76,27 +78,25 @@ class _RankBench:
     rank: int
     plan: LayerPlan
     device: torch.device
-    tell: Callable[[Finding], object]
+    tell: Tell
 
     def time_case(self, case: LayerCase) -> None:
-        """Compares, counts and times the sides of a case."""
-        self.tell(Finding(case.name, "", "phase", text="comparing the sides' results"))
-        layers = {name: self.build(name, case) for name in self.plan.sides if name != MATMUL}
+        """Compares, counts and times the candidates of a case."""
+        self.tell(Finding("phase", f"{case.name}, comparing the results"))
+        layers = {name: self.build(name, case) for name in self.plan.layers}
         self._compare(case, layers)
-        for name, side in layers.items():
+        for name, candidate in layers.items():
+            candidate.prepare()
             with counted() as traffic:
-                side.step()
+                candidate.run()
             rows, rest = self.slowest([float(traffic.row_bytes), float(traffic.collective_bytes)])
-            self.tell(Finding(case.name, name, "bytes", (rows,)))
-            self.tell(Finding(case.name, name, "collective_bytes", (rest,)))
-        sides: dict[str, Side] = {name: side.side() for name, side in layers.items()}
-        if MATMUL in self.plan.sides:
-            sides[MATMUL] = matmul_side(case, self.rank, self.plan.num_ranks, self.device)
-        self.tell(Finding(case.name, "", "phase", text="timing"))
+            of = f"layer.{case.name}.{name}"
+            self.tell(Finding(samples={f"{of}.bytes": (rows,), f"{of}.collective_bytes": (rest,)}))
+        self.tell(Finding("phase", f"{case.name}, timing"))
         gc.collect()
         gc.freeze()  # what is alive now need not be looked at in a timed collection
         measure(
-            {name: sides[name] for name in self.plan.sides},
+            {name: layers[name] if name in layers else self._matmuls(case) for name in self.plan.candidates},
             rounds=self.plan.rounds,
             warm_ups=self.plan.warm_ups,
             ranks=Ranks(dist.barrier, self.slowest),
@@ -104,63 +104,53 @@ class _RankBench:
         )
         gc.unfreeze()
 
-    def _tell_round(self, case: str, index: int, times: Round) -> None:
-        for name, seconds in times.items():
-            self.tell(Finding(case, name, "time", (seconds,)))
+    def _matmuls(self, case: LayerCase) -> Candidate:
+        return expert_matmuls(case, self.rank, self.plan.num_ranks, self.device)
 
-    def _compare(self, case: LayerCase, layers: dict[str, LayerSide]) -> None:
-        reference: SideOutcome | None = None
-        for name, side in layers.items():
-            outcome = side.outcome()
-            if reference is None:
-                reference = outcome
-                continue
-            worst = check_same(f"{case.name}.{name}", outcome, reference)
-            self.tell(Finding(case.name, name, "difference", tuple(self.slowest([worst]))))
+    def _tell_round(self, case: str, index: int, times: Round) -> None:
+        samples = {f"layer.{case}.{name}.time": (1e3 * seconds,) for name, seconds in times.items()}
+        self.tell(Finding(samples=samples))
+        self.tell(Finding("phase", f"{case}, timing", advance=1))
+
+    def _compare(self, case: LayerCase, layers: dict[str, LayerCandidate]) -> None:
+        outcomes = {name: outcome_of(candidate) for name, candidate in layers.items()}
+        for name in list(outcomes)[1:]:
+            worst = check_same(f"{case.name}.{name}", outcomes[name], next(iter(outcomes.values())))
+            samples = {f"layer.{case.name}.{name}.difference": tuple(self.slowest([worst]))}
+            self.tell(Finding(samples=samples))
 
     def memory_of(self, case: LayerCase) -> None:
         """Peak memory of each layer, built afresh after one of its kind has run."""
-        self.tell(Finding(case.name, "", "phase", text="peak memory"))
-        for name in self.plan.sides:
-            if name == MATMUL:
-                continue
+        self.tell(Finding("phase", f"{case.name}, peak memory"))
+        for name in self.plan.layers:
             build = partial(self._fresh_step, name, case)
             peak_bytes(build, self.device)  # the first one warms up
             peaks = [float(peak_bytes(build, self.device)) for _ in range(MEMORY_REPEATS)]
-            self.tell(Finding(case.name, name, "peak", tuple(self.slowest(peaks))))
+            self.tell(Finding(samples={f"layer.{case.name}.{name}.peak": tuple(self.slowest(peaks))}))
+            self.tell(Finding("phase", f"{case.name}, peak memory", advance=1))
 
     def _fresh_step(self, name: str, case: LayerCase) -> Callable[[], object]:
-        side = self.build(name, case)
+        candidate = self.build(name, case)
 
         def step() -> None:
-            side.clear()
-            side.step()
+            candidate.prepare()
+            candidate.run()
 
         return step
 
-    def build(self, name: str, case: LayerCase) -> LayerSide:
+    def build(self, name: str, case: LayerCase) -> LayerCandidate:
         """The layer `name` with the case's weights and this rank's tokens. Collective."""
-        with redirect_stdout(StringIO()):  # DeepSpeed prints each group that it makes
-            layer = _layer(name, case, self.plan.num_ranks)
-        return layer_side(layer, case, self.rank, self.plan.num_ranks, self.device)
+        return build(
+            name,
+            LayerSetup(
+                case=case,
+                rank=self.rank,
+                num_ranks=self.plan.num_ranks,
+                device=self.device,
+                aux_loss_weight=AUX_LOSS_WEIGHT,
+            ),
+        )
 
     def slowest(self, values: Sequence[float]) -> list[float]:
         """The largest of each number over the ranks."""
-        largest = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return [float(value) for value in largest]
-
-
-def _layer(name: str, case: LayerCase, ep_size: int) -> nn.Module:
-    from ds_moe_ep.bench.rivals.native import native_layer
-
-    if name == NATIVE:
-        return native_layer(case, ep_size)
-    from ds_moe_ep.engine.layer import MoE
-    from ds_moe_ep.moe.experts import GeluMLP
-
-    schedule: Literal["serial", "peers"] = "serial" if name == SERIAL else "peers"
-    config = MoEConfig(num_experts=case.num_experts, ep_size=ep_size, top_k=case.top_k, schedule=schedule)
-    layer = MoE(case.hidden_size, GeluMLP(case.hidden_size, case.width, bias=True), config=config)
-    layer.set_deepspeed_parallelism()
-    return layer
+        return slowest(values, self.device)

@@ -21,14 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.bench.harness.processes import Finding
+from ds_moe_ep.bench.harness.collective import slowest
+from ds_moe_ep.bench.harness.processes import Finding, Tell
 
 LEAST, MOST = 3, 25  # samples of one thing
 SAMPLE_S = {"cpu": 2e-3, "cuda": 1e-2}  # the least length of a sample
 MOST_REPEATS = 1000
 SHORTEST_S = 1e-9  # a clock may stand still
-
-Tell = Callable[[Finding], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class ProbePlan:
 
     @property
     def precisions(self) -> dict[str, torch.dtype]:
-        """What products are measured in, the one that the device is made for first.
+        """Number types of the products that are measured, the one that the device is made for first.
 
         fp16 on a CPU is emulated, hundreds of times slower, and no number for anybody.
         """
@@ -58,7 +57,7 @@ class ProbePlan:
 
 @dataclass(frozen=True)
 class RankProbe:
-    """One rank's clock, and what it tells: findings whose case ends a Record's name and whose `what` is its unit."""
+    """One rank's clock, and what it tells."""
 
     plan: ProbePlan
     rank: int
@@ -76,12 +75,12 @@ class RankProbe:
         return tuple(order.index(host) for host in hosts)
 
     def describe(self) -> None:
-        """Tells what stands where. Collective."""
+        """Tells where the ranks are, and on what. Collective."""
         sizes = [self.nodes.count(node) for node in dict.fromkeys(self.nodes)]
         text = "nodes of " + ", ".join(map(str, sizes)) + " ranks"
         if self.device.type == "cuda":
             text += f", each on {torch.cuda.get_device_name(self.device)}"
-        self.tell(Finding("", "", "device", text=text))
+        self.tell(Finding("device", text))
 
     def samples(self, run: Callable[[], object], budget_s: float, *, alone: bool = False) -> list[float]:
         """Seconds of one `run`, as often as there is time for it. Collective, unless a rank is `alone` on a CPU."""
@@ -119,9 +118,7 @@ class RankProbe:
 
     def slowest(self, values: Sequence[float]) -> list[float]:
         """The largest of each number over the ranks. Collective."""
-        largest = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return [float(value) for value in largest]
+        return slowest(values, self.device)
 
     def random(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Numbers of about a weight's size."""
@@ -129,8 +126,8 @@ class RankProbe:
 
     def phase(self, text: str) -> None:
         """Tells what comes now."""
-        self.tell(Finding("", "", "phase", text=text))
+        self.tell(Finding("phase", text, advance=1))
 
-    def found(self, name: str, unit: str, values: Sequence[float]) -> None:
-        """Tells the samples of one Record."""
-        self.tell(Finding(name, "", unit, tuple(values)))
+    def found(self, name: str, values: Sequence[float]) -> None:
+        """Tells the samples of the Record `probe.<name>`."""
+        self.tell(Finding(samples={f"probe.{name}": tuple(values)}))

@@ -10,28 +10,28 @@ CPU the core time of messages. Ctrl-C ends it; what was measured until then is i
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
 
-from ds_moe_ep.bench.harness.processes import Finding, follow, free_port, on_console, started_ranks
+from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
+from ds_moe_ep.bench.harness.collector import Measure
+from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.bench.probe.clock import ProbePlan
-from ds_moe_ep.bench.probe.findings import ProbeFindings, probe_table
+from ds_moe_ep.bench.probe.findings import measure
 from ds_moe_ep.bench.probe.ranks import run_probe, run_probe_rank
 from ds_moe_ep.comm.launcher import World, launched
-from ds_moe_ep.config.command_line import Parser, number, whole, writable_file
+from ds_moe_ep.config.options import option
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.provenance import command, commit, hardware
-from ds_moe_ep.records.record import write_whole
+from ds_moe_ep.records.quantity import number as written
+from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table, table
 
-LINE_WIDTH = 110
 CPU_RANKS = 2
 # Widths of the layer benchmark on a CPU, of the specification's model on a GPU, and a sequence that fits beside them.
 SIZES = {
@@ -40,116 +40,94 @@ SIZES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the probe; 0 when it ran through, 1 when it failed, 2 when it was refused, 130 after Ctrl-C."""
-    return on_console(run, arguments, LINE_WIDTH)
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(BenchmarkOptions):
+    """Options of the probe."""
+
+    seconds: float = option(120.0, "time that all of it takes, about", above=0, most=3600)
+    ranks: int = option(0, "ranks started here (0: one on each GPU, two on a CPU)", least=0, metavar="N")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "what a rank computes on (auto: a GPU where there is one)")
+    node_size: int = option(0, "ranks of a node (0: by the hosts' names)", least=0, metavar="N")
+    hidden_size: int = option(0, "width of a token (0: 256 on a CPU, 8192 on a GPU)", least=0, metavar="N")
+    expert_width: int = option(0, "inner width of an expert (0: 1024 on a CPU, 32768 on a GPU)", least=0, metavar="N")
+    shaped: bool = option(False, "say in the records that the links were shaped")
 
 
-def run(words: list[str], console: Console) -> int:
-    """The probe of a command line. In a job every rank runs it, and rank 0 prints and writes."""
-    parsed = make_parser().parse_args(words)
-    world = launched(os.environ)
-    plan = make_plan(parsed, world)
-    if world is not None and world.rank > 0:
-        run_probe(plan, world.rank, world.local_rank, _silent)
-        return 0
-    if parsed.out is not None:  # rank 0's own: the others may have no such folder
-        writable_file(parsed.out, "--out")
-    found = ProbeFindings(
-        command("ds_moe_ep", ["bench", "probe", *words]),
-        commit(),
-        hardware(plan.device, plan.num_ranks),
-        is_shaped=parsed.shaped,
-    )
+class Probe(Benchmark):
+    """A device and its links. In a job every rank runs it, and rank 0 prints and writes."""
 
-    def save() -> None:
-        write_whole(found.records(), parsed.out)
+    module = ("ds_moe_ep", "bench", "probe")
+    options = ProbeOptions
+    description = (
+        "Measures products, memory and links, for `python -m ds_moe_ep calibrate`. In a job of a launcher (deepspeed "
+        "--module, torchrun -m, mpirun) the job's ranks are taken."
+    )
+    next_step = "; make a cluster of them: python -m ds_moe_ep calibrate --help"
 
-    status = _follow(plan, found, console, save) if world is None else _take_part(plan, world, found, console, save)
-    console.print(probe_table(found.records()))
-    if parsed.out is not None:
-        console.print(f"records in {parsed.out}; make a cluster of them: python -m ds_moe_ep calibrate --help")
-    return status
+    def __init__(self, options: ProbeOptions, world: World | None = None) -> None:
+        self._world = world = world or launched(os.environ)
+        self.plan, self._is_shaped = make_plan(options, world), options.shaped
+        self.device, self.num_ranks = self.plan.device, self.plan.num_ranks
+        self.is_heard = world is None or world.rank == 0
 
+    def launches(self, stack: ExitStack) -> Iterator[Launch]:
+        plan, world = self.plan, self._world
+        here = None if world is None else partial(run_probe, plan, world.rank, world.local_rank)
+        # About as many things are measured: precisions, attention, memory, launches or the host, two ways of links.
+        steps = len(plan.precisions) + 3 + 2 * (plan.num_ranks > 1)
+        yield Launch(run=run_probe_rank, plan=plan, num_ranks=plan.num_ranks, steps=steps, here=here)
 
-def make_parser() -> Parser:
-    """The command line of the probe."""
-    parser = Parser(
-        prog="python -m ds_moe_ep bench probe",
-        description="Measures products, memory and links, for `python -m ds_moe_ep calibrate`. In a job of a launcher "
-        "(deepspeed --module, torchrun -m, mpirun) the job's ranks are taken.",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=number(above=0, most=3600),
-        default=120.0,
-        help="time that all of it takes, about (default: 120)",
-    )
-    parser.add_argument(
-        "--ranks",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="ranks started here (default: one on each GPU, two on a CPU)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="what a rank computes on (default: auto, a GPU where there is one)",
-    )
-    parser.add_argument(
-        "--node-size", type=whole(0), default=0, metavar="N", help="ranks of a node (default: by the hosts' names)"
-    )
-    parser.add_argument(
-        "--hidden-size",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="width of a token (default: 256 on a CPU, 8192 on a GPU)",
-    )
-    parser.add_argument(
-        "--expert-width",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="inner width of an expert (default: 1024 on a CPU, 32768 on a GPU)",
-    )
-    parser.add_argument("--shaped", action="store_true", help="say in the records that the links were shaped")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="file for the records, one JSON line each (default: none)",
-    )
-    return parser
+    def measure(self, name: str) -> Measure:
+        return measure(name, is_shaped=self._is_shaped)
+
+    def tables(self, records: Sequence[Record]) -> Iterator[Table]:
+        """All Records, a line each."""
+        rows = (
+            (
+                record.name.removeprefix("probe."),
+                written(record.value),
+                f"{written(record.spread[0])} to {written(record.spread[1])}"
+                if record.spread[0] < record.spread[1]
+                else "",
+                record.unit,
+                str(record.n),
+            )
+            for record in records
+        )
+        head = ("what", "value", "quartiles", "unit", "samples")
+        yield table("One device and its links: median (quartiles)", head, rows)
 
 
-def make_plan(parsed: argparse.Namespace, world: World | None) -> ProbePlan:
-    """The plan that the command line describes. Raises ConfigError for what cannot be measured here."""
-    device = _device(parsed.device, world)
-    num_ranks = world.size if world is not None else _num_ranks(parsed.ranks, device)
+def _written(record: Record) -> tuple[str, str]:
+    """Value and quartiles; no quartiles where the value was counted."""
+    low, high = record.spread
+    return written(record.value), f"{written(low)} to {written(high)}" if low < high else ""
+
+
+def make_plan(options: ProbeOptions, world: World | None) -> ProbePlan:
+    """The plan that the options describe. Raises ConfigError for what cannot be measured here."""
+    device = _device(options.device, world)
+    num_ranks = world.size if world is not None else _num_ranks(options.ranks, device)
     sizes = dict(SIZES[device])
-    sizes |= {name: value for name in ("hidden_size", "expert_width") if (value := getattr(parsed, name))}
+    sizes |= {name: value for name in ("hidden_size", "expert_width") if (value := getattr(options, name))}
     if sizes["hidden_size"] % sizes["num_heads"]:
         raise ConfigError(
             f"bench.hidden_size={sizes['hidden_size']}: shared by {sizes['num_heads']} heads; give a multiple of that"
         )
-    if parsed.node_size and num_ranks % parsed.node_size:
-        raise ConfigError(f"bench.node_size={parsed.node_size} does not divide {num_ranks} ranks; leave it out")
+    if options.node_size and num_ranks % options.node_size:
+        raise ConfigError(f"bench.node_size={options.node_size} does not divide {num_ranks} ranks; leave it out")
     return ProbePlan(
         device=device,
         num_ranks=num_ranks,
-        node_size=parsed.node_size,
-        seconds=parsed.seconds,
+        node_size=options.node_size,
+        seconds=options.seconds,
         port=free_port() if world is None else 0,
         **sizes,
     )
 
 
 def _device(asked: str, world: World | None) -> Literal["cpu", "cuda"]:
-    """What is probed. `auto` is alike on all ranks of a job only where all hosts are."""
+    """The device to probe. `auto` is alike on all ranks of a job only where all hosts are."""
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
         raise ConfigError("bench.device='cuda': torch sees no GPU here; leave --device out, or see doctor")
@@ -164,47 +142,4 @@ def _num_ranks(asked: int, device: str) -> int:
     return asked or gpus or CPU_RANKS
 
 
-def _silent(finding: Finding) -> None:
-    return None
-
-
-def _follow(plan: ProbePlan, found: ProbeFindings, console: Console, save: Callable[[], None]) -> int:
-    """Starts ranks here and follows them to their end behind a progress bar."""
-
-    def see(finding: Finding, update: Callable[..., None]) -> None:
-        if finding.what == "phase":
-            update(description=finding.text, advance=1)
-            save()
-        else:
-            found.add(finding)
-
-    ranks = started_ranks(run_probe_rank, plan, plan.num_ranks)
-    return follow(console, ranks, ("starting the ranks", _num_phases(plan)), see, save)
-
-
-def _take_part(plan: ProbePlan, world: World, found: ProbeFindings, console: Console, save: Callable[[], None]) -> int:
-    """Runs rank 0 of a job in this process, with a line for each thing that is measured."""
-    try:
-        run_probe(plan, world.rank, world.local_rank, partial(_hear, found, console))
-    except KeyboardInterrupt:
-        console.print("interrupted: the records hold what was measured until now")
-        return 130
-    finally:
-        save()
-    return 0
-
-
-def _hear(found: ProbeFindings, console: Console, finding: Finding) -> None:
-    if finding.what == "phase":
-        console.print(f"measuring {finding.text}")
-    else:
-        found.add(finding)
-
-
-def _num_phases(plan: ProbePlan) -> int:
-    """About how many things are measured: precisions, attention, memory, launches or the host, two ways of links."""
-    return len(plan.precisions) + 3 + 2 * (plan.num_ranks > 1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = partial(run_benchmark, Probe)

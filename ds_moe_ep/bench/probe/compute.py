@@ -1,4 +1,4 @@
-"""What the probe measures of one device: products by rows, attention, memory, and on a GPU the host's launches."""
+"""The probe's measurements of one device: products by rows, attention, memory, and on a GPU the host's launches."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def matmul(probe: RankProbe, precision: str, dtype: torch.dtype, budget_s: float
         run = partial(_expert, probe.random(dtype, rows, D), up_FD, down_DF)
         seconds = probe.samples(run, left_s / (len(ROWS) - index), alone=True)
         left_s, last_s = left_s - probe.spent_s(seconds), seconds[-1]
-        probe.found(f"matmul.{precision}.rows{rows}", "GFLOP/s", [4e-9 * rows * D * width / s for s in seconds])
+        probe.found(f"matmul.{precision}.rows{rows}", [4e-9 * rows * D * width / s for s in seconds])
 
 
 def attention(probe: RankProbe, precision: str, dtype: torch.dtype, budget_s: float) -> None:
@@ -54,7 +54,7 @@ def attention(probe: RankProbe, precision: str, dtype: torch.dtype, budget_s: fl
     qkv = [probe.random(dtype, *shape).requires_grad_() for _ in range(3)]
     seconds = probe.samples(partial(_attend, qkv, probe.random(dtype, *shape)), budget_s, alone=True)
     flops = SCORES_PASSES * 2 * length * length * D
-    probe.found(f"attention.{precision}", "GFLOP/s", [1e-9 * flops / s for s in seconds])
+    probe.found(f"attention.{precision}", [1e-9 * flops / s for s in seconds])
 
 
 def memory(probe: RankProbe, budget_s: float) -> None:
@@ -63,7 +63,7 @@ def memory(probe: RankProbe, budget_s: float) -> None:
     x = torch.ones(MEMORY_NUMBERS[probe.device.type], device=probe.device)
     y = torch.empty_like(x)
     seconds = probe.samples(lambda: torch.add(x, 1.0, out=y), budget_s, alone=True)
-    probe.found("memory", "GB/s", [1e-9 * 2 * 4 * x.numel() / s for s in seconds])
+    probe.found("memory", [1e-9 * 2 * 4 * x.numel() / s for s in seconds])
 
 
 def launches(probe: RankProbe, budget_s: float) -> None:
@@ -88,8 +88,8 @@ def launches(probe: RankProbe, budget_s: float) -> None:
         issued_us, read_us = (1e6 * s / LAUNCHES for s in both_s)
         launch_us.append(issued_us)
         sync_us.append(max(0.0, read_us - issued_us))
-    probe.found("launch", "us", launch_us)
-    probe.found("sync", "us", sync_us)
+    probe.found("launch", launch_us)
+    probe.found("sync", sync_us)
 
 
 def _wall_s(run: Callable[[], object]) -> float:

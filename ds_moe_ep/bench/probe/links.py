@@ -1,4 +1,4 @@
-"""What the probe measures between ranks: exchanges by size, near and far, and on a CPU the core time of messages.
+"""The probe's measurements between ranks: exchanges by size, near and far, and on a CPU the core time of messages.
 
 A message is an exchange: both ranks of a pair send and receive at once, as in a dispatch. First one pair alone, then
 all pairs, so that a link which ranks share shows.
@@ -35,7 +35,7 @@ def measure(probe: RankProbe) -> None:
         lines += [(way, "one", pairs[:1])] * bool(pairs) + [(way, "all", pairs)] * (len(pairs) > 1)
         if pairs:
             senders = sum(probe.nodes[rank] == probe.nodes[pairs[0][0]] for pair in pairs for rank in pair)
-            probe.found(f"{way}.senders", "ranks", [float(senders)])
+            probe.found(f"{way}.senders", [float(senders)])
     for way, load, pairs in lines:
         probe.phase(f"{way} links, {'a pair alone' if load == 'one' else 'all pairs'}")
         line(probe, f"{way}.{load}", pairs, SHARES["links"] * probe.plan.seconds / len(lines))
@@ -67,7 +67,7 @@ def line(probe: RankProbe, name: str, pairs: Pairs, budget_s: float) -> None:
         run = _exchange(probe, peer, num_bytes)
         seconds = probe.samples(run, left_s / (len(MESSAGE_BYTES) - index))
         left_s, last_s, last_bytes = left_s - probe.spent_s(seconds), seconds[-1], num_bytes
-        probe.found(f"{name}.bytes{num_bytes}", "us", [1e6 * s for s in seconds])
+        probe.found(f"{name}.bytes{num_bytes}", [1e6 * s for s in seconds])
 
 
 def host(probe: RankProbe, pairs: Pairs) -> None:
@@ -81,10 +81,10 @@ def host(probe: RankProbe, pairs: Pairs) -> None:
     byte_us = [max(0.0, us - message_us) / WIDE_BYTES for us in _core_us(probe, wide, 2, budget_s)]
     out, into = (torch.zeros(size * TINY_BYTES, dtype=torch.uint8) for _ in range(2))
     collective_us = _core_us(probe, partial(dist.all_to_all_single, into, out), size * (size - 1), budget_s)
-    probe.found("host.cores", "cores", [float(len(os.sched_getaffinity(0)))])
-    probe.found("host.pairwise", "us", pairwise_us)
-    probe.found("host.byte", "us/MB", [1e6 * us for us in byte_us])
-    probe.found("host.collective", "us", collective_us)
+    probe.found("host.cores", [float(len(os.sched_getaffinity(0)))])
+    probe.found("host.pairwise", pairwise_us)
+    probe.found("host.byte", [1e6 * us for us in byte_us])
+    probe.found("host.collective", collective_us)
 
 
 def _core_us(probe: RankProbe, run: Callable[[], object], messages: int, budget_s: float) -> list[float]:

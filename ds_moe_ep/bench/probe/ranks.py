@@ -10,10 +10,10 @@ from multiprocessing.queues import Queue
 import torch
 import torch.distributed as dist
 
-from ds_moe_ep.bench.harness.processes import Finding, live_as_rank, loopback_environment
+from ds_moe_ep.bench.harness.processes import Finding, Tell, live_as_rank, loopback_environment
 from ds_moe_ep.bench.probe import compute as probe_compute
 from ds_moe_ep.bench.probe import links as probe_links
-from ds_moe_ep.bench.probe.clock import ProbePlan, RankProbe, Tell
+from ds_moe_ep.bench.probe.clock import ProbePlan, RankProbe
 
 START_TIMEOUT_S = 300.0
 

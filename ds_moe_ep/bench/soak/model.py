@@ -1,4 +1,4 @@
-"""What the soak trains: a classifier of two MoE layers, on points whose common direction turns and sometimes jumps."""
+"""Model and routing workload of the soak: a classifier of two MoE layers, on points whose common direction turns."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ OWN_IN_BURST = 0.02
 TURNS = (1.0, 1.7, 2.3, 3.1)  # of the direction in its four planes, while the first turns once
 
 
-class Weather:
-    """Draws the batches of a run."""
+class RoutingWorkload:
+    """Draws the batches of a run: the busiest expert changes, and in bursts one gets every row."""
 
     def __init__(self, plan: SoakPlan) -> None:
         self._plan = plan

@@ -1,4 +1,4 @@
-"""What a soak runs, and the weather of its routing: when a burst comes, which rank has how many tokens.
+"""Plan of a soak, and its routing workload: when a burst comes, which rank has how many tokens.
 
 All of it follows from (seed, step, rank), so that a run can be done again.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.model.text import fingerprint
 
+SETTLED = 0.25  # of a run: memory and handles are judged by the samples after it
 BURST_SHARE = 0.05  # of the steps: all ranks' tokens are alike and visit one expert
 EMPTY_SHARE = 0.03  # of the batches of a rank: no token at all
 DRIFT_STEPS = 300  # of one turn of the direction that the tokens of a step have in common
@@ -38,9 +39,9 @@ class SoakPlan:
     port: int = 29500
 
     @property
-    def case(self) -> str:
-        """The name of the run in findings and Records."""
-        return f"run{self.run}"
+    def prefix(self) -> str:
+        """What the names of the run's samples begin with."""
+        return f"soak.run{self.run}"
 
     @property
     def node_size(self) -> int:
@@ -52,7 +53,7 @@ class SoakPlan:
         return self.num_ranks // self.node_size
 
     def moe(self, layer: int) -> MoEConfig:
-        """The first layer has an expert a rank and top-1, the second two experts a rank, top-2 and a bias."""
+        """The first layer has an expert per rank and top-1, the second two experts per rank, top-2 and a bias."""
         of_both: dict[str, Any] = {"ep_size": self.num_ranks, "node_size": self.node_size, "schedule": "peers"}
         if layer == 0:
             return MoEConfig(num_experts=self.num_ranks, aux_loss_weight=0.01, z_loss_weight=0.001, **of_both)
@@ -70,7 +71,7 @@ class SoakPlan:
         }
 
     def is_burst(self, step: int) -> bool:
-        """Whether step `step` is a burst, on every rank."""
+        """True where step `step` is a burst, on every rank."""
         return random.Random(fingerprint(self.seed, "burst", step)).random() < BURST_SHARE
 
     def tokens_of(self, step: int, rank: int) -> int:
@@ -83,6 +84,11 @@ class SoakPlan:
     def samples(self) -> list[int]:
         """The steps after which processes are looked at; the last one is always among them."""
         return marks(self.steps, self.sample_every)
+
+    @property
+    def steady_step(self) -> int:
+        """The sample from which on handles may not change."""
+        return next(step for step in self.samples() if step >= min(100, SETTLED * self.steps))
 
     def hashes(self) -> list[int]:
         """The steps after which losses and parameters are hashed; the last one is always among them."""

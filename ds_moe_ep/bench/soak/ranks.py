@@ -1,7 +1,7 @@
-"""What each rank of a soak does: trains step after step, looks at its process now and then, hashes what it computed.
+"""The life of a rank of a soak: trains step after step, looks at its process now and then, hashes what it computed.
 
-1. What a process has open is counted before the engine is made, after every few steps, and after the engine and all
-   groups are gone. The group of the world, and the watch that lives with it, are there from before to after.
+1. What a process has open is counted before the engine is made, once it has settled, at the last step, and after the
+   engine and all groups are gone. The group of the world, and the watch that lives with it, are there all the time.
 2. Counts of Python objects, and peaks of memory, begin with the first sample: objects that are alive by then are put
    aside (gc.freeze).
 3. Losses and loads are kept on the rank between samples, and exchanged with them.
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moe_ep.bench.harness.processes import Finding, live_as_rank, loopback_environment
+from ds_moe_ep.bench.harness.processes import Finding, Tell, live_as_rank, loopback_environment
 from ds_moe_ep.bench.meters.memory import HostMeter
 from ds_moe_ep.bench.soak.plan import SoakPlan
 
@@ -37,8 +37,6 @@ MALLINFO_FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fo
 # Torch keeps the products of the last 1,024 shapes, and a record of the last 2,000 collectives: about 4 MB a rank that
 # come in the first hundreds of steps and are no leak.
 CACHES_OFF = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "TORCH_FR_BUFFER_SIZE": "0"}
-
-Tell = Callable[[Finding], object]
 
 
 def run_soak_rank(rank: int, plan: SoakPlan, findings: Queue[Finding]) -> None:
@@ -63,33 +61,33 @@ def soak(plan: SoakPlan, tell: Tell, make_model: Callable[[SoakPlan], nn.Module]
 
     `tell` hears of each step, and at every sample of what all ranks hold.
     """
-    from ds_moe_ep.bench.rivals import native  # imports deepspeed, which reads DS_ACCELERATOR
+    from ds_moe_ep.bench.candidates import native  # imports deepspeed, which reads DS_ACCELERATOR
     from ds_moe_ep.bench.soak.model import SoakModel, build_engine
     from ds_moe_ep.engine import seams
 
     native.start_ranks("gloo", START_TIMEOUT_S)
-    tell(Finding(plan.case, "", "phase", text="building the engine"))
+    tell(Finding("phase", "building the engine"))
     seams.watch_of_world(plan.moe(0).timeout_s)
     dist.barrier()
     before = opened()
-    tell_all(plan, "start", before, tell)
+    tell_all(plan, before, "start", tell)
     engine = build_engine(plan, make_model or SoakModel)
     train(engine, plan, tell)
-    tell_all(plan, "peak", {"memory": HostMeter().peak()}, tell)
+    tell_all(plan, {"peak": HostMeter().peak()}, "memory", tell)
     engine.destroy()
     del engine
     close_groups()
-    tell_all(plan, "after", left_open(before), tell)
+    tell_all(plan, left_open(before), "after", tell)
 
 
 def train(engine: Any, plan: SoakPlan, tell: Tell) -> None:
     """All steps of a run. Collective."""
-    from ds_moe_ep.bench.soak.model import Weather
+    from ds_moe_ep.bench.soak.model import RoutingWorkload
 
-    weather, journal, rank = Weather(plan), Journal(plan), dist.get_rank()
+    workload, journal, rank = RoutingWorkload(plan), Journal(plan), dist.get_rank()
     samples, hashes = set(plan.samples()), set(plan.hashes())
     for step in range(1, plan.steps + 1):
-        output = engine(*weather.batch(step, rank))
+        output = engine(*workload.batch(step, rank))
         engine.backward(output.loss)
         engine.step()
         journal.note(output.loss, output.counts_E)
@@ -100,15 +98,18 @@ def train(engine: Any, plan: SoakPlan, tell: Tell) -> None:
                 gc.collect()
                 gc.freeze()
                 HostMeter().reset()  # the peak of building and of the first steps is not that of the bursts
-            tell_all(plan, f"step{step:05d}", {**held(), **opened()}, tell)
+            tell_all(plan, held(), f"step{step:05d}", tell)
+            for when, its_step in (("steady", plan.steady_step), ("end", plan.steps)):
+                if step == its_step:
+                    tell_all(plan, opened(), when, tell)
         if step in hashes:
             journal.tell_hash(step, engine.module, tell)
-        tell(Finding(plan.case, "", "phase", text=f"step {step}"))
+        tell(Finding("phase", f"step {step}", advance=1))
     gc.unfreeze()
 
 
 def held() -> Mapping[str, float]:
-    """What this process holds: resident bytes, bytes out of malloc, live tensors and Python objects.
+    """Holdings of this process: resident bytes, bytes out of malloc, live tensors and Python objects.
 
     Garbage that waits for the collector is collected first. Objects that were put aside do not count.
     """
@@ -123,7 +124,7 @@ def held() -> Mapping[str, float]:
 
 
 def opened() -> Mapping[str, float]:
-    """What this process has open: handles, sockets among them, and threads."""
+    """Open handles of this process, sockets among them, and threads."""
     process = psutil.Process()
     return {
         "handles": process.num_fds(),
@@ -133,7 +134,7 @@ def opened() -> Mapping[str, float]:
 
 
 def left_open(before: Mapping[str, float]) -> Mapping[str, float]:
-    """What is open once that is no more than before, or after some seconds: threads that end need a moment."""
+    """As `opened`, once that is no more than before, or after some seconds: threads that end need a moment."""
     deadline_s = time.monotonic() + PATIENCE_S
     while any(now > before[what] for what, now in opened().items()) and time.monotonic() < deadline_s:
         time.sleep(0.1)
@@ -156,11 +157,11 @@ def malloc_bytes() -> float:
     return float(info.uordblks + info.hblkhd)
 
 
-def tell_all(plan: SoakPlan, when: str, values: Mapping[str, float], tell: Tell) -> None:
+def tell_all(plan: SoakPlan, values: Mapping[str, float], when: str, tell: Tell) -> None:
     """Tells the values of all ranks, in rank order. Collective."""
     here = torch.tensor(list(values.values()), dtype=torch.float64)
-    for what, of_ranks in zip(values, gathered(here).t().tolist(), strict=True):
-        tell(Finding(plan.case, "", f"{what}.{when}", tuple(of_ranks)))
+    of_ranks = zip(values, gathered(here).t().tolist(), strict=True)
+    tell(Finding(samples={f"{plan.prefix}.{what}.{when}": tuple(of_each) for what, of_each in of_ranks}))
 
 
 def gathered(here: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ def gathered(here: Tensor) -> Tensor:
 
 
 class Journal:
-    """What this rank computed: a running hash of all of it, and what was not told yet."""
+    """Record of what this rank computed: a running hash of all of it, and what was not told yet."""
 
     def __init__(self, plan: SoakPlan) -> None:
         self._plan = plan
@@ -192,9 +193,11 @@ class Journal:
         dist.all_reduce(loss_S)
         first = step + 1 - len(self._counts)
         self._losses, self._counts = [], []
+        samples: dict[str, tuple[float, ...]] = {}
         for its_step, (rows_E, loss) in enumerate(zip(rows_SE.tolist(), loss_S.tolist(), strict=True), start=first):
-            tell(Finding(self._plan.case, "", f"rows.step{its_step:05d}", tuple(rows_E)))
-            tell(Finding(self._plan.case, "", f"loss.step{its_step:05d}", (loss / dist.get_world_size(),)))
+            samples[f"{self._plan.prefix}.rows.step{its_step:05d}"] = tuple(map(float, rows_E))
+            samples[f"{self._plan.prefix}.loss.step{its_step:05d}"] = (loss / dist.get_world_size(),)
+        tell(Finding(samples=samples))
 
     def tell_hash(self, step: int, model: nn.Module, tell: Tell) -> None:
         """Tells one hash of all losses and loads until now and of all parameters, on all ranks. Collective."""
@@ -203,7 +206,7 @@ class Journal:
             here.update(bytes_of(parameter))
         digest = torch.frombuffer(bytearray(here.digest()), dtype=torch.uint8)
         text = hashlib.sha256(bytes_of(gathered(digest))).hexdigest()
-        tell(Finding(self._plan.case, "", f"hash.step{step:05d}", text=text))
+        tell(Finding(f"{self._plan.prefix}.hash.step{step:05d}", text))
 
 
 def bytes_of(tensor: Tensor) -> bytes:

@@ -5,180 +5,144 @@
     python -m ds_moe_ep bench systems --memory --out memory.jsonl
 
 The method is the specification's (section 5.2): 10 warm-ups, 100 measured, the lowest and highest 5 % dropped. All
-systems take turns in one run. Ctrl-C ends it; what was measured until then is in the file, which `python -m ds_moe_ep
+systems alternate in one run. Ctrl-C ends it; what was measured until then is in the file, which `python -m ds_moe_ep
 report` draws.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from rich.console import Console
 
-from ds_moe_ep.bench.harness.processes import Finding, follow, free_port, on_console, started_ranks
-from ds_moe_ep.bench.systems.findings import SystemFindings
-from ds_moe_ep.bench.systems.plan import EMULATED_MODEL, Bed, SystemsPlan, link_mbit
+from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure
+from ds_moe_ep.bench.harness.processes import free_port
+from ds_moe_ep.bench.systems.findings import derive, measure, summary_tables
+from ds_moe_ep.bench.systems.plan import EMULATED_MODEL, SystemsPlan, link_mbit
 from ds_moe_ep.bench.systems.ranks import run_systems_rank
-from ds_moe_ep.bench.systems.table import summary_tables
-from ds_moe_ep.bench.testbed import open_testbed
-from ds_moe_ep.config.command_line import Parser, number, output_file, whole
+from ds_moe_ep.bench.testbed import Environment, open_testbed
 from ds_moe_ep.config.knobs import MODELS
+from ds_moe_ep.config.options import option
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.names import MODES, SYSTEMS, bed_title
-from ds_moe_ep.records.provenance import command, commit, hardware
-from ds_moe_ep.records.record import write_whole
-from ds_moe_ep.schedule.spans import write_spans
+from ds_moe_ep.records.names import MODES, SYSTEMS
+from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table
+from ds_moe_ep.schedule.spans import span_of, write_spans
 from ds_moe_ep.specification.derived import cluster_traffic_ratio
 
-PROGRAM = "ds_moe_ep bench systems"
+DRAW = "; draw them: python -m ds_moe_ep report {out} -o report/"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; 0 when it ran through, 1 when it failed, 2 when it was refused, 130 after Ctrl-C."""
-    return on_console(run, arguments, 120)
+@dataclass(frozen=True, kw_only=True)
+class SystemsOptions(BenchmarkOptions):
+    """Options of the systems benchmark."""
+
+    systems: tuple[str, ...] = option(
+        tuple(SYSTEMS), f"of {', '.join(SYSTEMS)}", choices=tuple(SYSTEMS), metavar="SYSTEM"
+    )
+    modes: tuple[str, ...] = option(tuple(MODES), "what is timed", choices=tuple(MODES))
+    device: Literal["cpu", "cuda", "emulated"] = option("cpu", "what computes: emulated ones wait")
+    traffic: tuple[str, ...] = option(
+        ("0.3", "0.6", "cluster"),
+        "emulated: EP16's traffic over its compute, which the links are shaped for; `cluster` takes the ratio of the "
+        "specification's cluster, `none` does not shape",
+    )
+    model: str = option("small", "what is trained, where it is not emulated", choices=tuple(MODELS))
+    schedule: Literal["auto", "peers", "chunks"] = option("auto", "of the system ep16")
+    compute_s: float = option(8.0, "emulated compute of a training step in seconds", above=0)
+    sequences: int = option(0, "of a step (0: 64; emulated 128)", least=0)
+    rounds: int = option(100, "measured rounds", least=1)
+    warm_ups: int = option(10, "rounds before them", least=1)
+    memory: bool = option(False, "a memory breakdown instead of times, in processes of their own")
+    seed: int = option(0, "of the first weights and of the text", least=0)
 
 
-def run(words: list[str], console: Console) -> int:
-    """The benchmark of a command line, and its tables."""
-    parsed = make_parser().parse_args(words)
-    plan = make_plan(parsed)
-    with ExitStack() as stack:
-        if plan.is_emulated and plan.beds[0].rate_mbit is not None:
-            plan = replace(plan, testbed=stack.enter_context(open_testbed(plan.num_nodes)))
-        found = SystemFindings(
-            plan,
-            command("ds_moe_ep", ["bench", "systems", *words]),
-            commit(),
-            hardware("cuda" if plan.device == "cuda" else "cpu", plan.num_ranks),
+class SystemsBenchmark(Benchmark):
+    """Whole training systems in one run."""
+
+    module = ("ds_moe_ep", "bench", "systems")
+    options = SystemsOptions
+    description = "Compares whole training systems in one run, on the loopback or on shaped links."
+    width = 120
+    next_step = DRAW
+
+    def __init__(self, options: SystemsOptions) -> None:
+        is_emulated = options.device == "emulated"
+        if options.memory and is_emulated:
+            raise ConfigError(
+                "bench.memory with device='emulated': emulated experts have no weights; leave --device out"
+            )
+        if options.device == "cuda" and (gpus := torch.cuda.device_count()) < SystemsPlan().num_ranks:
+            raise ConfigError(
+                f"bench.device='cuda': 16 ranks start on this machine, which has {gpus} GPUs; run it on one with 16, "
+                "or with --device cpu or emulated"
+            )
+        plan = SystemsPlan(
+            systems=tuple(name for name in SYSTEMS if name in options.systems),
+            modes=tuple(mode for mode in MODES if mode in options.modes),
+            device=options.device,
+            measure="memory" if options.memory else "time",
+            model=EMULATED_MODEL if is_emulated else MODELS[options.model],
+            schedule=options.schedule,
+            num_sequences=options.sequences or (128 if is_emulated else 64),
+            step_compute_s=options.compute_s,
+            rounds=options.rounds,
+            warm_ups=options.warm_ups,
+            seed=options.seed,
+            port=free_port(),
         )
-        status = race(plan, found, console, parsed.out)
-    for table in summary_tables(found.records()):
-        console.print(table)
-    if parsed.out is not None:
-        console.print(f"records in {parsed.out}; draw them: python -m ds_moe_ep report {parsed.out} -o report/")
-    return status
+        if plan.num_sequences % (plan.num_ranks * plan.micro_batches):
+            raise ConfigError(
+                f"bench.sequences={plan.num_sequences}: {plan.num_ranks} ranks and {plan.micro_batches} micro-batches "
+                f"share them; give a multiple of {plan.num_ranks * plan.micro_batches}"
+            )
+        if is_emulated:
+            plan = replace(plan, environments=tuple(read_environment(text, plan) for text in options.traffic))
+        self.plan, self.num_ranks = plan, plan.num_ranks
+        self.device = "cuda" if plan.device == "cuda" else "cpu"
+
+    def launches(self, stack: ExitStack) -> Iterator[Launch]:
+        if self.plan.is_emulated and self.plan.environments[0].rate_mbit is not None:
+            self.plan = replace(self.plan, testbed=stack.enter_context(open_testbed(self.plan.num_nodes)))
+        plan, steps = self.plan, len(self.plan.systems)
+        if plan.measure == "time":
+            steps = len(plan.environments) * (plan.warm_ups + plan.rounds)
+        yield Launch(run=run_systems_rank, plan=plan, num_ranks=plan.num_ranks, steps=steps)
+
+    def measure(self, name: str) -> Measure | None:
+        return measure(self.plan, name)
+
+    def derive(self, found: Collector) -> Iterable[Derived]:
+        return derive(self.plan, found)
+
+    def tables(self, records: Sequence[Record]) -> Iterable[Table]:
+        return summary_tables(records)
+
+    def save(self, found: Collector, out: Path | None) -> None:
+        super().save(found, out)
+        if out is not None and (lines := found.texts.get("span")):
+            write_spans(out.with_suffix(".spans.jsonl"), [span_of(line, "span") for line in lines])
 
 
-def make_parser() -> Parser:
-    """The command line of the benchmark."""
-    parser = Parser(
-        prog=f"python -m {PROGRAM}",
-        description="Compares whole training systems in one run, on the loopback or on shaped links.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--systems",
-        nargs="+",
-        choices=list(SYSTEMS),
-        metavar="SYSTEM",
-        default=list(SYSTEMS),
-        help=f"of {', '.join(SYSTEMS)}",
-    )
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="what is timed")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda", "emulated"), default="cpu", help="what computes: emulated ones wait"
-    )
-    parser.add_argument(
-        "--traffic",
-        nargs="+",
-        default=["0.3", "0.6", "cluster"],
-        help="emulated: EP16's traffic over its compute, which the links are shaped for; `cluster` takes the ratio "
-        "of the specification's cluster, `none` does not shape",
-    )
-    parser.add_argument(
-        "--model", default="small", choices=list(MODELS), help="what is trained, where it is not emulated"
-    )
-    parser.add_argument("--schedule", default="auto", choices=("auto", "peers", "chunks"), help="of the system ep16")
-    parser.add_argument(
-        "--compute-s", type=number(above=0), default=8.0, help="emulated compute of a training step in seconds"
-    )
-    parser.add_argument("--sequences", type=whole(0), default=0, help="of a step (0: 64; emulated 128)")
-    parser.add_argument("--rounds", type=whole(1), default=100, help="measured rounds")
-    parser.add_argument("--warm-ups", type=whole(1), default=10, help="rounds before them")
-    parser.add_argument(
-        "--memory", action="store_true", help="bytes by kind instead of times, in processes of their own"
-    )
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the first weights and of the text")
-    parser.add_argument("--out", type=output_file, default=None, help="file for the records; spans go beside it")
-    return parser
-
-
-def make_plan(parsed: argparse.Namespace) -> SystemsPlan:
-    """The plan that the command line describes. Raises ConfigError for what cannot be compared."""
-    is_emulated = parsed.device == "emulated"
-    if parsed.memory and is_emulated:
-        raise ConfigError("bench.memory with device='emulated': emulated experts have no weights; leave --device out")
-    if parsed.device == "cuda" and (gpus := torch.cuda.device_count()) < SystemsPlan().num_ranks:
-        raise ConfigError(
-            f"bench.device='cuda': 16 ranks start on this machine, which has {gpus} GPUs; run it on one with 16, or "
-            "with --device cpu or emulated"
-        )
-    plan = SystemsPlan(
-        systems=tuple(name for name in SYSTEMS if name in parsed.systems),
-        modes=tuple(mode for mode in MODES if mode in parsed.modes),
-        device=parsed.device,
-        measure="memory" if parsed.memory else "time",
-        model=EMULATED_MODEL if is_emulated else MODELS[parsed.model],
-        schedule=parsed.schedule,
-        num_sequences=parsed.sequences or (128 if is_emulated else 64),
-        step_compute_s=parsed.compute_s,
-        rounds=parsed.rounds,
-        warm_ups=parsed.warm_ups,
-        seed=parsed.seed,
-        port=free_port(),
-    )
-    if plan.num_sequences % (plan.num_ranks * plan.micro_batches):
-        raise ConfigError(
-            f"bench.sequences={plan.num_sequences}: {plan.num_ranks} ranks and {plan.micro_batches} micro-batches "
-            f"share them; give a multiple of {plan.num_ranks * plan.micro_batches}"
-        )
-    return replace(plan, beds=tuple(read_bed(text, plan) for text in parsed.traffic)) if is_emulated else plan
-
-
-def read_bed(text: str, plan: SystemsPlan) -> Bed:
-    """The bed that one word of --traffic asks for."""
+def read_environment(text: str, plan: SystemsPlan) -> Environment:
+    """The links that one word of --traffic asks for."""
     if text == "none":
-        return Bed("unshaped", None)
+        return Environment("unshaped", None)
     if text == "cluster":
-        return Bed("cluster", link_mbit(plan, cluster_traffic_ratio()))
+        return Environment("cluster", link_mbit(plan, cluster_traffic_ratio()))
     try:
         ratio = float(text)
     except ValueError:
         ratio = 0.0
     if not 0.01 <= ratio <= 9.99:
         raise ConfigError(f"bench.traffic={text!r}: give a ratio from 0.01 to 9.99, `cluster` or `none`")
-    return Bed(f"traffic{round(100 * ratio)}", link_mbit(plan, ratio))
+    return Environment(f"traffic{round(100 * ratio)}", link_mbit(plan, ratio))
 
 
-def race(plan: SystemsPlan, found: SystemFindings, console: Console, out: Path | None) -> int:
-    """Follows the ranks to their end, keeping `out` up to date after every round; 130 after Ctrl-C."""
-
-    def save() -> None:
-        write_whole(found.records(), out)
-        if out is not None and found.spans:
-            write_spans(out.with_suffix(".spans.jsonl"), found.spans)
-
-    def see(finding: Finding, update: Callable[..., Any]) -> None:
-        if finding.what != "phase":
-            found.add(finding)
-            return
-        title = bed_title(finding.case) if finding.case else ""
-        update(description=f"{title}: {finding.text}" if title else finding.text)
-        if finding.text.startswith("round"):
-            update(advance=1)
-            save()
-
-    total = len(plan.systems) if plan.measure == "memory" else len(plan.beds) * (plan.warm_ups + plan.rounds)
-    ranks = started_ranks(run_systems_rank, plan, plan.num_ranks)
-    return follow(console, ranks, ("starting the ranks", total), see, save)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = partial(run_benchmark, SystemsBenchmark)

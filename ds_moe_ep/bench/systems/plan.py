@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ds_moe_ep.bench.testbed import TestBed
+from ds_moe_ep.bench.testbed import Environment, TestBed
 from ds_moe_ep.config.knobs import SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
 from ds_moe_ep.records.names import BASELINE, SYSTEMS
 from ds_moe_ep.schedule.shaping import HEADERS
@@ -14,27 +14,20 @@ from ds_moe_ep.sizing.footprint import expert_share
 BURST_BYTES = 64e3  # of each exchange, which the link's bucket lets pass at once
 SEEN = 0.87  # of the time that a node's link needs for an exchange, the mean rank waits: some have their rows earlier
 EXPERT_SHARE = expert_share(SPECIFICATION, MoEConfig(num_experts=16))  # the rest is attention
+OURS = ("ep16", "ep16_serial")
 EMULATED_MODEL = replace(SMALL, hidden_size=64, num_heads=8)
 OPTIMIZER: dict[str, Any] = {"lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True}
 TP8_PP2 = Layout(tp_size=8, pp_size=2)
 ROUTING = MoEConfig(num_experts=16, aux_loss_weight=0.02, z_loss_weight=0.001)
 
 
-@dataclass(frozen=True)
-class Bed:
-    """The links of one comparison: a slug for names, and the rate of every node's link (None: no limit)."""
-
-    slug: str
-    rate_mbit: float | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class SystemsPlan:
-    """One run: systems, beds, modes, and the model that all of them train."""
+    """One run: systems, environments, modes, and the model that all of them train."""
 
     systems: tuple[str, ...] = tuple(SYSTEMS)
     modes: tuple[str, ...] = ("training", "forward")
-    beds: tuple[Bed, ...] = (Bed("loopback", None),)
+    environments: tuple[Environment, ...] = (Environment("loopback", None),)
     device: Literal["cpu", "cuda", "emulated"] = "cpu"  # what computes; an emulated device waits
     measure: Literal["time", "memory"] = "time"
     model: ModelConfig = SMALL
@@ -69,6 +62,10 @@ class SystemsPlan:
         """What an emulated device takes for one token in one layer, forward: a third of a step is forward."""
         of_rank = self.tokens_of_step / self.num_ranks * self.model.num_layers
         return 1e6 * self.step_compute_s / 3 / of_rank
+
+    def prefix(self, environment: str, mode: str, system: str) -> str:
+        """The beginning of the names of a system's Records."""
+        return f"system.{environment}.{mode}.{system}"
 
     def moe(self, system: str) -> MoEConfig:
         """The routing and the schedule of a system."""

@@ -37,12 +37,12 @@ def run_rank(rank: int, plan: LocalPlan, inbox: Any) -> None:
     os.environ.update(loopback_environment(rank, plan.num_ranks, plan.port))
     from ds_moe_ep.doctor.links.ranks import try_links
 
-    inbox.put(Finding("links", str(rank), "up"))
+    inbox.put(Finding("up", rank=rank))
     world = launched(os.environ)
     assert world is not None
     outcome = try_links(world, plan.trial)
     if rank == 0:
-        inbox.put(Finding("links", str(rank), "outcome", text=outcome.to_json()))
+        inbox.put(Finding("outcome", outcome.to_json()))
     inbox.close()
     inbox.join_thread()
     os._exit(0)  # a transfer may hang in a thread
@@ -61,8 +61,8 @@ def try_local_links(num_ranks: int, trial: LinkTrial) -> LinksOutcome:
                     finding = inbox.get(timeout=POLL_S)
                 except queue.Empty:
                     continue
-                if finding.what == "up":
-                    up.add(int(finding.side))
+                if finding.kind == "up":
+                    up.add(finding.rank)
                 else:
                     heard.append(outcome_from(finding.text))
             codes = {rank: process.exitcode for rank, process in enumerate(processes)}

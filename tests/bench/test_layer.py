@@ -37,15 +37,15 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
 
 
 @pytest.mark.slow
-def test_a_short_race_leaves_records_of_time_bytes_and_memory(tmp_path: Path) -> None:
+def test_a_short_run_leaves_records_of_time_bytes_and_memory(tmp_path: Path) -> None:
     out = tmp_path / "layer.jsonl"
     done = subprocess.run([*COMMAND, "--rounds", "3", "--out", str(out)], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| k1_skewed | overlapped |" in done.stdout
     found = records_by_name(out)
-    for side in ("native", "serial", "overlapped"):
+    for name in ("native", "serial", "overlapped"):
         for what in ("time", "bytes", "peak"):
-            assert found[f"layer.k1_skewed.{side}.{what}"].value > 0
+            assert found[f"layer.k1_skewed.{name}.{what}"].value > 0
     # Half of a rank's 1,024 rows of 1 KiB, about, leave it in each of 4 transfers; native pads 16 experts to 320.
     assert found["layer.k1_skewed.native.bytes"].value == 4 * 8 * 320 * 1024
     assert found["layer.k1_skewed.serial.bytes"].value < 0.3 * found["layer.k1_skewed.native.bytes"].value

@@ -1,4 +1,4 @@
-"""DeepSpeed's AutoEP layer as a side of the benchmark: dropless, with blocking all-to-all calls around the experts.
+"""DeepSpeed's AutoEP layer as a candidate: dropless, with blocking all-to-all calls around the experts.
 
 AutoEP replaces a Hugging Face block inside `deepspeed.initialize`. Here its layer is built straight from a block of
 Mixtral's shape, so that nothing but DeepSpeed is needed. Against DeepSpeed's native layer it differs in this:
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from ds_moe_ep.bench.rivals.cases import LayerCase, expert_weights, gate_weight
+from ds_moe_ep.bench.candidates.cases import LayerCase, expert_weights, gate_weight
 from ds_moe_ep.engine import seams
 from ds_moe_ep.errors import EngineError, TopologyError
 
@@ -34,7 +34,7 @@ except ImportError as error:
 LAYER_NAMES = ("set_deepspeed_parallelism", "router", "experts", "num_local_experts", "tokens_per_expert")
 
 
-class AutoEPSide(nn.Module):
+class AutoEPLayer(nn.Module):
     """AutoEP's layer behind the benchmark's protocol: layer(x_TD) -> (y_TD, l_aux, exp_counts_E)."""
 
     def __init__(self, autoep: nn.Module) -> None:
@@ -88,7 +88,7 @@ def autoep_layer(case: LayerCase, ep_size: int) -> nn.Module:
     if missing:
         raise EngineError(f"deepspeed={deepspeed.__version__}: AutoEPMoELayer has no {', '.join(missing)}; {ADVICE}")
     layer.set_deepspeed_parallelism()
-    return AutoEPSide(layer)
+    return AutoEPLayer(layer)
 
 
 def emulate_experts(layer: nn.Module, expert: nn.Module) -> None:
@@ -98,11 +98,11 @@ def emulate_experts(layer: nn.Module, expert: nn.Module) -> None:
     of 8, at least 8. The zeros belong to AutoEP's work: they are added before its experts are called.
     Raises TopologyError where a rank has more than one expert, EngineError for another layer.
     """
-    if not isinstance(layer, AutoEPSide):
+    if not isinstance(layer, AutoEPLayer):
         raise EngineError(f"bench.layer={type(layer).__name__}: not AutoEP's; build it with autoep_layer")
     if layer.autoep.num_local_experts != 1:
         raise TopologyError(
-            f"bench.local_experts={layer.autoep.num_local_experts}: an emulated expert stands for one a rank; "
+            f"bench.local_experts={layer.autoep.num_local_experts}: an emulated expert stands for one per rank; "
             "make num_experts equal to ep_size"
         )
     layer.autoep.experts = OneExpert(expert)
@@ -125,7 +125,7 @@ def swiglu_weights(case: LayerCase, expert: int) -> tuple[Tensor, Tensor]:
 
 
 def _mixtral_block(case: LayerCase, ep_size: int, ep_rank: int) -> nn.Module:
-    """What AutoEP reads: `gate.weight`, `experts.gate_up_proj` and `experts.down_proj` of all experts.
+    """The block that AutoEP reads: `gate.weight`, `experts.gate_up_proj` and `experts.down_proj` of all experts.
 
     Only this rank's experts are filled in: AutoEP copies no others.
     """
@@ -145,7 +145,7 @@ def _mixtral_block(case: LayerCase, ep_size: int, ep_rank: int) -> nn.Module:
 
 
 def _spec(case: LayerCase) -> MoELayerSpec:
-    """What AutoEP would have found out about `_mixtral_block`."""
+    """The description that AutoEP would have made of `_mixtral_block`."""
     return MoELayerSpec(
         moe_module_name="mlp",
         model_family="mixtral",

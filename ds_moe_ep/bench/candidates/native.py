@@ -1,4 +1,4 @@
-"""DeepSpeed's own MoE layer as its user would build it: the side that ours is compared with.
+"""DeepSpeed's own MoE layer as its user would build it.
 
 It imports deepspeed, as `autoep.py` does: DeepSpeed cannot be measured without it.
 """
@@ -13,16 +13,17 @@ import deepspeed.comm
 from deepspeed.moe.layer import MoE as NativeMoE
 from torch import nn
 
-from ds_moe_ep.bench.rivals.cases import LayerCase
+from ds_moe_ep.bench.candidates.cases import LayerCase
+from ds_moe_ep.engine import seams
 
 
 def start_ranks(backend: str, timeout_s: float) -> None:
     """Joins this process to the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-    DeepSpeed's shared-memory operation is kept off, so that the backend carries the traffic of every side.
+    DeepSpeed's shared-memory operation is kept off, so that the backend carries the traffic of every candidate.
     """
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    seams.keep_shm_build_away()
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s)
     )

@@ -1,10 +1,11 @@
-"""The soak: its weather and verdicts, two real runs that agree, and runs that leak or differ, which it must find."""
+"""The soak: its routing workload and verdicts, two real runs that agree, and a run that leaks and differs."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding
 from ds_moe_ep.bench.soak import command as soak_command
-from ds_moe_ep.bench.soak.findings import SoakFindings, slope
+from ds_moe_ep.bench.soak.findings import derive, extremes, measure, slope
 from ds_moe_ep.bench.soak.plan import SoakPlan
 from ds_moe_ep.bench.soak.ranks import soak
 from ds_moe_ep.records.names import SOAK_VERDICTS
+from ds_moe_ep.records.provenance import Provenance
 from ds_moe_ep.records.record import Record, read_records
 from ds_moe_ep.report.known_names import is_known
 from tests.ranks import run_ranks
 
+SOURCE = Provenance(command="python -m bench", commit="abc", hardware="2 cores")
 PLAN = SoakPlan(num_ranks=2, steps=40, sample_every=5, hash_every=10, num_tokens=32, expert_width=64)
 PERTURBED_STEP = 15
 KEPT = 2**18  # numbers of fp32: 1 MiB
@@ -65,8 +69,8 @@ def run_soak(run: int, make_model: Callable[[SoakPlan], Any]) -> list[Finding]:
 
 
 def records_of(runs: Sequence[Sequence[Finding]]) -> dict[str, Record]:
-    found = SoakFindings(PLAN, len(runs), "python -m bench", "abc", "2 cores")
-    for finding in (finding for run in runs for finding in run if finding.what != "phase"):
+    found = Collector(SOURCE, measure, partial(derive, PLAN, len(runs)), extremes)
+    for finding in (finding for run in runs for finding in run if finding.kind != "phase"):
         found.add(finding)
     return {record.name: record for record in found.records()}
 
@@ -141,11 +145,11 @@ def test_a_run_that_is_cut_short_keeps_what_is_complete(first_run: list[Finding]
     assert {name for name in records if "verdict" in name} == {"soak.verdict.finite"}
 
 
-def test_the_weather_follows_from_seed_step_and_rank() -> None:
-    from ds_moe_ep.bench.soak.model import Weather
+def test_the_routing_workload_follows_from_seed_step_and_rank() -> None:
+    from ds_moe_ep.bench.soak.model import RoutingWorkload
 
     plan = SoakPlan()
-    first, second = Weather(plan), Weather(plan)
+    first, second = RoutingWorkload(plan), RoutingWorkload(plan)
     for step, rank in ((1, 0), (7, 3)):
         assert all(torch.equal(a, b) for a, b in zip(first.batch(step, rank), second.batch(step, rank), strict=True))
     sizes = [plan.tokens_of(step, rank) for step in range(1, 101) for rank in range(plan.num_ranks)]

@@ -1,4 +1,4 @@
-"""Memory by kind of real engines on gloo ranks, against sizes that follow from the number of parameters P."""
+"""Memory breakdown of real engines on gloo ranks, against sizes that follow from the number of parameters P."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.bench.meters import memory_kinds as kinds
-from ds_moe_ep.bench.meters.memory_kinds import kinds_of_step, peak_of_step, storages, tensors_in
+from ds_moe_ep.bench.meters.memory_breakdown import memory_breakdown, peak_of_step, storages, tensors_in
+from ds_moe_ep.engine import step_seams as seams
 from ds_moe_ep.records.names import KINDS
 from tests.ranks import run_ranks
 
@@ -71,15 +71,15 @@ def train_step(engine: Any) -> None:
     engine.step()
 
 
-def kinds_job(configs: list[dict[str, Any]]) -> list[dict[str, int]]:
-    """Kinds of an engine of each config; all engines are alive when the first is measured."""
+def breakdowns_job(configs: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Breakdowns of an engine of each config; all engines are alive when the first is measured."""
     from ds_moe_ep.bench.meters.memory import return_freed_memory
 
     return_freed_memory()
     engines = [make_engine(Holder(), config) for config in configs]
     for engine in engines:
         train_step(engine)
-    return [kinds_of_step(engine, lambda engine=engine: train_step(engine), CPU) for engine in engines]
+    return [memory_breakdown(engine, lambda engine=engine: train_step(engine), CPU) for engine in engines]
 
 
 BF16 = {"bf16": {"enabled": True}}
@@ -95,18 +95,18 @@ CASES: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
 
 
 def test_sizes_follow_from_the_parameters_with_every_engine_in_one_process() -> None:
-    found = run_ranks(2, kinds_job, [config for config, _ in CASES.values()], timeout_s=120)
+    found = run_ranks(2, breakdowns_job, [config for config, _ in CASES.values()], timeout_s=120)
     for by_engine in found:
         for (name, (_, expected)), measured in zip(CASES.items(), by_engine, strict=True):
             assert list(measured) == list(KINDS), name
-            for kind, bytes_each in zip(("weights", "gradients", "optimizer"), expected, strict=True):
+            for part, bytes_each in zip(("weights", "gradients", "optimizer"), expected, strict=True):
                 # ZeRO pads its partitions to a few numbers, and Adam counts its steps
-                assert measured[kind] == pytest.approx(bytes_each * P, abs=STEP_COUNTERS + 64), f"{name}: {kind}"
+                assert measured[part] == pytest.approx(bytes_each * P, abs=STEP_COUNTERS + 64), f"{name}: {part}"
             assert measured["buffers"] <= 12 * P + NOISE_BYTES, f"{name}: a bucket, and copies of the gradients"
 
 
 def one_rank_job() -> dict[str, int]:
-    return kinds_job([stage(0)])[0]
+    return breakdowns_job([stage(0)])[0]
 
 
 def test_without_zero_and_with_one_rank_adam_takes_16_bytes_a_parameter_exactly() -> None:
@@ -131,21 +131,21 @@ def activation_job() -> tuple[Any, ...]:
         with torch.no_grad():
             engine(torch.ones(1024 * 8, WIDTH))
 
-    without = kinds_of_step(engine, step, CPU)
+    without = memory_breakdown(engine, step, CPU)
     engine.module.holds = True
-    holding, peak = kinds_of_step(engine, step, CPU), peak_of_step(step, CPU)
+    holding, peak = memory_breakdown(engine, step, CPU), peak_of_step(step, CPU)
     engine.module.holds = False
     engine.module.register_buffer("kept", torch.ones(2**20 // 4))
-    buffer = kinds_of_step(engine, step, CPU)
-    return without, holding, peak, buffer, kinds_of_step(engine, forward, CPU)
+    buffer = memory_breakdown(engine, step, CPU)
+    return without, holding, peak, buffer, memory_breakdown(engine, forward, CPU)
 
 
-def test_activations_are_what_a_step_holds_and_buffers_what_stays_beside_the_known_kinds() -> None:
+def test_activations_are_what_a_step_holds_and_buffers_what_stays_beside_the_known_parts() -> None:
     ((without, holding, peak, buffer, forward),) = run_ranks(1, activation_job)
     assert without["activations"] < NOISE_BYTES and without["buffers"] < NOISE_BYTES, "the other engine's is not ours"
     assert holding["activations"] == pytest.approx(HELD_BYTES, abs=NOISE_BYTES)
-    assert {kind: holding[kind] for kind in ("weights", "gradients", "optimizer")} == {
-        kind: without[kind] for kind in ("weights", "gradients", "optimizer")
+    assert {part: holding[part] for part in ("weights", "gradients", "optimizer")} == {
+        part: without[part] for part in ("weights", "gradients", "optimizer")
     }
     assert peak == pytest.approx(HELD_BYTES, abs=NOISE_BYTES + 4 * P), "with or without the gradients"
     assert buffer["buffers"] == pytest.approx(without["buffers"] + 2**20, abs=NOISE_BYTES / 4)
@@ -162,7 +162,7 @@ def moe_job() -> tuple[dict[str, int], int, int]:
     engine = make_moe_engine(job)
     steps = batches(job)
     train_steps(engine, job, steps[:1])
-    found = kinds_of_step(engine, lambda: train_steps(engine, job, steps[1:2]), CPU)
+    found = memory_breakdown(engine, lambda: train_steps(engine, job, steps[1:2]), CPU)
     experts = [p.numel() for p in engine.module.parameters() if not getattr(p, "allreduce", True)]
     return found, sum(p.numel() for p in engine.module.parameters()), sum(experts)
 
@@ -187,7 +187,7 @@ def pipeline_job() -> dict[str, int]:
     engine = make_engine(model, stage(0, gradient_accumulation_steps=2))
     batch = (torch.ones(8, WIDTH), torch.zeros(8, WIDTH))
     engine.train_batch(iter([batch] * 2))
-    return kinds_of_step(engine, lambda: engine.train_batch(iter([batch] * 2)), CPU)
+    return memory_breakdown(engine, lambda: engine.train_batch(iter([batch] * 2)), CPU)
 
 
 def test_a_pipeline_stage_holds_its_half() -> None:
@@ -216,8 +216,8 @@ def test_the_installed_deepspeed_has_the_names_that_are_counted_by() -> None:
     runtime = Path(spec.origin).parent / "runtime"
     zero = (runtime / "zero" / "stage_1_and_2.py").read_text()
     sources = zero + (runtime / "bf16_optimizer.py").read_text()
-    assert [name for name in (*kinds.GRADIENTS, kinds.BUCKETS) if f"self.{name}" not in sources] == []
-    assert f"param.{kinds.PARAMETER_GRADIENT}" in zero
-    assert f"self.{kinds.UNDER_WRAPPER} = init_optimizer" in zero
+    assert [name for name in (*seams.GRADIENTS, seams.BUCKETS) if f"self.{name}" not in sources] == []
+    assert f"param.{seams.PARAMETER_GRADIENT}" in zero
+    assert f"self.{seams.UNDER_WRAPPER} = init_optimizer" in zero
     engines = (runtime / "engine.py").read_text() + (runtime / "pipe" / "engine.py").read_text()
-    assert [name for name in kinds.BATCHES if f"self.{name}" not in engines] == []
+    assert [name for name in seams.BATCHES if f"self.{name}" not in engines] == []

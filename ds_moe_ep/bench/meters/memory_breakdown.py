@@ -1,6 +1,6 @@
-"""Memory of one DeepSpeed engine on this rank, by records.names.KINDS, though other engines live in the same process.
+"""Memory breakdown of one DeepSpeed engine on this rank, though other engines live in the same process.
 
-    kinds_of_step(engine, step, device) -> bytes by kind
+    memory_breakdown(engine, step, device) -> bytes by part, of records.names.KINDS
 
 1. What stays is counted from the engine's own tensors, each storage once: weights behind the module's parameters, what
    the optimizer holds beside them (states, fp32 masters), and whatever else the engine's objects reach.
@@ -10,7 +10,7 @@
    the gradients until then. Where the peak has risen, what it holds above gradients and buckets is activations. What
    it rises by after the last gradient is buffers: flattened copies, the optimizer's temporaries.
 
-Each kind is given at its own fullest moment. They are not all full at once, so their sum is at least the peak of the
+Each part is given at its own fullest moment. They are not all full at once, so their sum is at least the peak of the
 step and what stays. Measure a step that is not the first: optimizers make their states in that one.
 """
 
@@ -28,13 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ds_moe_ep.bench.meters.memory import CudaMeter, HostMeter, peak_bytes
-
-# Names that DeepSpeed does not promise; a test reads them from the installed release.
-UNDER_WRAPPER = "optimizer"  # of DeepSpeed's optimizers: the torch optimizer inside
-GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grads_in_partition", "fp32_groups_gradients_flat")
-PARAMETER_GRADIENT = "grad_accum"  # of a parameter, beside .grad: ZeRO-1's sum in another type
-BUCKETS = "ipg_buckets"  # of ZeRO, by type: gradients are copied into .buffer, .elements of them by now, and reduced
-BATCHES = ("training_dataloader", "data_iterator")  # of an engine: the caller's data
+from ds_moe_ep.engine import step_seams as seams
 
 Storages = dict[int, int]  # bytes by address
 
@@ -44,7 +38,7 @@ def peak_of_step(step: Callable[[], object], device: torch.device) -> int:
     return peak_bytes(lambda: step, device, steps=1)
 
 
-def kinds_of_step(engine: Any, step: Callable[[], object], device: torch.device) -> dict[str, int]:
+def memory_breakdown(engine: Any, step: Callable[[], object], device: torch.device) -> dict[str, int]:
     """Bytes of each of records.names.KINDS while the engine runs `step` once, each at its fullest.
 
     `step` is a whole training step of this engine, or a forward pass. Local, if the step is. Raises EngineError on a
@@ -88,7 +82,7 @@ class _Watch:
     def hooks(self) -> Iterator[None]:
         """Looks behind every gradient and before the optimizer's step while the block runs."""
         handles = [p.register_post_accumulate_grad_hook(lambda _: self._look()) for p in self._parameters]
-        optimizer = torch_optimizer(self.engine)
+        optimizer = seams.torch_optimizer(self.engine)
         if optimizer is not None:
             handles.append(optimizer.register_step_pre_hook(lambda *_: self._look_at_gradients()))
         try:
@@ -130,9 +124,7 @@ class _Watch:
         size = sum(bucket_storages(self.engine).values())
         if self.device.type == "cuda":
             return size
-        buckets = getattr(self.engine.optimizer, BUCKETS, {})
-        filled = sum(bucket.elements * dtype.itemsize for dtype, bucket in buckets.items())
-        self._touched = max(self._touched, filled)
+        self._touched = max(self._touched, seams.filled_bucket_bytes(self.engine))
         return min(self._touched, size)
 
 
@@ -143,7 +135,7 @@ def weight_storages(engine: Any) -> Storages:
 
 def optimizer_storages(engine: Any) -> Storages:
     """States of the optimizer, and the parameters it updates where they are not the module's own (fp32 masters)."""
-    optimizer = torch_optimizer(engine)
+    optimizer = seams.torch_optimizer(engine)
     if optimizer is None:
         return {}
     weights = weight_storages(engine)
@@ -154,33 +146,24 @@ def optimizer_storages(engine: Any) -> Storages:
 
 def gradient_storages(engine: Any) -> Storages:
     """The gradients that there are at this moment, outside DeepSpeed's buckets."""
-    optimizer = torch_optimizer(engine)
+    optimizer = seams.torch_optimizer(engine)
     parameters = list(engine.module.parameters())
     if optimizer is not None:
         parameters += tensors_in([group["params"] for group in optimizer.param_groups])
-    found = [p.grad for p in parameters] + [getattr(p, PARAMETER_GRADIENT, None) for p in parameters]
-    found += tensors_in([getattr(engine.optimizer, name, None) for name in GRADIENTS])
+    found = [gradient for p in parameters for gradient in (p.grad, *seams.gradients_beside(p)) if gradient is not None]
+    found += tensors_in(seams.held_gradients(engine))
     buckets = bucket_storages(engine)
-    return {at: size for at, size in storages(t for t in found if t is not None).items() if at not in buckets}
+    return {at: size for at, size in storages(found).items() if at not in buckets}
 
 
 def bucket_storages(engine: Any) -> Storages:
     """ZeRO's buckets at this moment; gradients in them are views."""
-    buckets = getattr(engine.optimizer, BUCKETS, {})
-    return storages(tensors_in([bucket.buffer for bucket in buckets.values()]))
-
-
-def torch_optimizer(engine: Any) -> torch.optim.Optimizer | None:
-    """The optimizer inside DeepSpeed's wrappers, or None for an engine without one."""
-    optimizer = engine.optimizer
-    while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = getattr(optimizer, UNDER_WRAPPER, None)
-    return optimizer
+    return storages(tensors_in(seams.bucket_buffers(engine)))
 
 
 def reachable(engine: Any, device: torch.device) -> Storages:
     """Every storage on the device that the engine's objects hold, without the batches that it was given."""
-    held = tensors_in([value for name, value in vars(engine).items() if name not in BATCHES])
+    held = tensors_in([value for name, value in vars(engine).items() if name not in seams.BATCHES])
     return storages(tensor for tensor in held if tensor.device.type == device.type)
 
 

@@ -1,0 +1,97 @@
+"""Samples by the names of their Records as ranks tell them, and the Quantities and Records that follow.
+
+A name that a benchmark has no Measure for is an ingredient of others and makes no Record itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ds_moe_ep.bench.harness.method import Summary, summarize
+from ds_moe_ep.bench.harness.processes import Finding
+from ds_moe_ep.records.provenance import Provenance
+from ds_moe_ep.records.quantity import Quantity
+from ds_moe_ep.records.record import Record
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How samples of a kind are recorded."""
+
+    unit: str
+    note: str
+    is_emulated: bool = False
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Samples that follow from others, with a note of their own where the Measure's says too little."""
+
+    name: str
+    values: Sequence[float]
+    note: str = ""
+    n: int = 0  # samples behind the values, where these are fewer
+    unit: str = ""
+
+
+class Collector:
+    """Findings as they come; its Quantities and Records may be asked for at any time."""
+
+    def __init__(
+        self,
+        provenance: Provenance,
+        measure: Callable[[str], Measure | None],
+        derive: Callable[[Collector], Iterable[Derived]] = lambda collector: (),
+        summary: Callable[[Sequence[float]], Summary] = summarize,
+    ) -> None:
+        self.samples: dict[str, list[float]] = {}
+        self.texts: dict[str, list[str]] = {}
+        self._provenance, self._measure, self._derive, self._summary = provenance, measure, derive, summary
+
+    def add(self, finding: Finding) -> None:
+        """Takes samples, or a text under its kind."""
+        for name, values in finding.samples.items():
+            self.samples.setdefault(name, []).extend(values)
+        if finding.text:
+            self.texts.setdefault(finding.kind, []).append(finding.text)
+
+    def of(self, name: str) -> list[float]:
+        """The samples of a name; none where there are none yet."""
+        return self.samples.get(name, [])
+
+    def records(self) -> list[Record]:
+        """Every Record that can be made now: those of samples, then those that follow from them."""
+        hardware = "; ".join((self._provenance.hardware, *self.texts.get("device", ())))
+        provenance = dataclasses.replace(self._provenance, hardware=hardware)
+        return [
+            dataclasses.replace(provenance, emulated=measure.is_emulated).record(quantity)
+            for quantity, measure in self._measured()
+        ]
+
+    def _measured(self) -> Iterator[tuple[Quantity, Measure]]:
+        """Each number with its spread: the one place where samples are summarized."""
+        told = (Derived(name, values) for name, values in self.samples.items())
+        for one in (*told, *self._derive(self)):
+            measure = self._measure(one.name)
+            if measure is not None and one.values:
+                summary = self._summary(one.values)
+                yield (
+                    Quantity(
+                        name=one.name,
+                        title="",
+                        unit=one.unit or measure.unit,
+                        value=summary.median,
+                        low=summary.low,
+                        high=summary.high,
+                        n=one.n or summary.n,
+                        note=one.note or measure.note,
+                    ),
+                    measure,
+                )
+
+
+def ratios(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """`mine` over `theirs`, round by round."""
+    return [one / other for one, other in zip(mine, theirs, strict=True)]

@@ -1,1 +1,0 @@
-"""Layers that the benchmarks race: DeepSpeed's own, emulated ones."""

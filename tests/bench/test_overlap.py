@@ -1,0 +1,102 @@
+"""The overlap benchmark: its arithmetic, its records and tables, and one short run over the loopback."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ds_moe_ep.bench.candidates.layers import PHASES
+from ds_moe_ep.bench.harness.collector import Collector
+from ds_moe_ep.bench.harness.processes import Finding
+from ds_moe_ep.bench.overlap import command as overlap
+from ds_moe_ep.bench.overlap.command import OverlapBenchmark, OverlapOptions
+from ds_moe_ep.bench.testbed import Environment
+from ds_moe_ep.records.provenance import Provenance
+from ds_moe_ep.records.record import Record, read_records
+from ds_moe_ep.records.render import to_markdown
+from ds_moe_ep.schedule.shaping import HEADERS
+
+SOURCE = Provenance(command="python -m bench", commit="abc", hardware="2 cores")
+OF = "0.5 of step"
+
+
+def benchmark() -> OverlapBenchmark:
+    run = OverlapBenchmark(OverlapOptions(sides=("peers", "serial", "native", "wire"), compute_s=1.024, ratios=(0.5,)))
+    run.plan = replace(run.plan, environments=(Environment(OF, 100.0),))
+    return run
+
+
+def test_the_link_follows_from_the_ratio() -> None:
+    # 1,024 rows of 1 KiB a rank, 3 of 4 leave the node, 4 ranks: 3 MiB an exchange. A pass computes 1,024 x 1 ms.
+    plan = benchmark().plan
+    assert plan.compute_ms("forward") == pytest.approx(1024) and plan.compute_ms("step") == pytest.approx(3072)
+    seconds = 2 * 3 * 2**20 * HEADERS * 8 / (plan.link_mbit(0.5, "forward") * 1e6)
+    assert seconds == pytest.approx(0.5 * 1.024)
+    assert plan.link_mbit(1.0, "step") == pytest.approx(plan.link_mbit(1.5, "forward"))
+
+
+def records_of(run: OverlapBenchmark) -> list[Record]:
+    found = Collector(SOURCE, run.measure, run.derive, run.summary)
+    times_s = {"peers": (3.2, 3.3), "serial": (5.0, 6.0), "native": (4.0, 4.0), "wire": (2.0, 2.2)}
+    for index in range(2):
+        times = {f"{run.plan.prefix(OF, name, 'step')}.time": (1e3 * s[index],) for name, s in times_s.items()}
+        found.add(Finding(samples=times))
+    traffic = {"peers.step.hidden": 95.0, "serial.step.hidden": 0.0, "wire.step.traffic": 2000.0}
+    found.add(Finding(samples={f"overlap.{run.plan.device}.{OF}.{name}": (v,) for name, v in traffic.items()}))
+    return found.records()
+
+
+def test_records_compare_within_a_round_and_against_what_cannot_be_beaten() -> None:
+    run = benchmark()
+    records = {record.name: record for record in records_of(run)}
+    of = f"overlap.emulated.{OF}"
+    assert records[f"{of}.peers.step.to_serial"].value == pytest.approx((3.2 / 5 + 3.3 / 6) / 2)
+    assert records[f"{of}.peers.step.to_native"].value == pytest.approx(3.25 / 4)
+    assert records[f"{of}.peers.step.hidden"].value == pytest.approx(95)
+    assert records[f"{of}.peers.step.over_limit"].value == pytest.approx(3.25 / 3.072), "compute is the longer one"
+    assert f"{of}.wire.step.over_limit" not in records and f"{of}.serial.step.to_serial" not in records
+    assert all(record.emulated for record in records.values())
+    run.plan = replace(run.plan, device="real")
+    real = {record.name: record for record in records_of(run)}
+    assert real[f"overlap.real.{OF}.peers.step.over_limit"].value == pytest.approx(3.25 / 2.1)
+    assert not any(record.emulated for record in real.values())
+
+
+def test_the_table_has_a_row_per_candidate_and_a_dash_where_nothing_was_measured() -> None:
+    run = benchmark()
+    (table,) = run.tables(records_of(run))
+    assert table.title == OF and table.head[:4] == ("candidate", *PHASES)
+    lines = to_markdown(table).replace("\N{EN DASH}", "-").splitlines()
+    cells = "3,250 (3,225-3,275) | 0.59 (0.57-0.62) | 0.81 (0.81-0.82) | 1.06 (1.05-1.07)"
+    assert f"| peers | - | - | {cells} | - / - / 95 |" in lines
+    assert any(line.startswith("| native |") for line in lines)
+    assert any(line.startswith("| traffic alone | - | - | 2,000 |") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--sides", "peer"], "peers"),
+        (["--nodes", "2"], "product is 16"),
+        (["--device", "real"], "--links"),
+        (["--no-testbed"], "--links none"),
+        (["--warm-ups", "0"], "--warm-ups=0: give a whole number of 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert overlap.main(words) == 2
+    assert complaint in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_a_short_run_over_the_loopback_writes_records(tmp_path: Path) -> None:
+    out = tmp_path / "records.jsonl"
+    words = ["--links", "none", "--no-testbed", "--compute-s", "0.05", "--rounds", "2", "--out", str(out)]
+    assert overlap.main([*words, "--sides", "peers", "serial", "hooked native", "native", "autoep", "wire"]) == 0
+    records = {record.name: record for record in read_records(out)}
+    assert records["overlap.emulated.unshaped.serial.step.hidden"].value == pytest.approx(0, abs=1)
+    assert {name.split(".")[3] for name in records} == {"peers", "serial", "hooked native", "native", "autoep", "wire"}
