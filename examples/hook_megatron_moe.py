@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
-from world import set_up_process
 
 import ds_moe_ep
 from ds_moe_ep.model.text import load_corpus, training_batch
@@ -85,7 +84,7 @@ def main() -> None:
     parser.add_argument("--no-overlap", action="store_true", help="train without the hooks")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     args = parser.parse_args()
-    set_up_process()
+    ds_moe_ep.init_distributed(verbose=False)
     torch.manual_seed(0)
     model = GPTModel(ep_size=dist.get_world_size())
     parameters = [{"name": "all", "params": list(model.parameters())}]

@@ -33,7 +33,7 @@ from preparation import Job, prepare
 from world import largest, load_weights
 
 import ds_moe_ep
-from ds_moe_ep.model.text import Corpus, fingerprint, training_batch, validation_batch
+from ds_moe_ep.model.text import Corpus, fingerprint, micro_batches, validation_batch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,10 +82,8 @@ def train(engine: Any, job: Job, checkpoints: Checkpoints) -> signal.Signals | N
         for step in range(start_step := engine.global_steps, args.steps):
             start, sums = time.perf_counter(), torch.zeros((), device=engine.device)
             torch.manual_seed(fingerprint(args.seed, step, dist.get_rank()))  # of a router's noise
-            for micro_step in range(accumulation):
-                place = micro_step * dist.get_world_size() + dist.get_rank()
-                share = {"first": place * size[0], "num_sequences": engine.train_batch_size()}
-                batch = training_batch(job.corpus.train, size, seed=args.seed, step=step, **share)
+            share = {"rank": dist.get_rank(), "num_ranks": dist.get_world_size(), "accumulation": accumulation}
+            for batch in micro_batches(job.corpus.train, size, seed=args.seed, step=step, **share):
                 output = engine(*(ids.to(engine.device) for ids in batch))
                 engine.backward(output.loss)
                 engine.step()

@@ -12,7 +12,7 @@ ending.end_quietly()  # torch and deepspeed are a minute in coming where process
 import argparse
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -26,7 +26,7 @@ from preparation import Job, prepare
 from world import largest, load_weights
 
 import ds_moe_ep
-from ds_moe_ep.model.text import Batch, Corpus, fingerprint, training_batch, validation_batch
+from ds_moe_ep.model.text import Corpus, fingerprint, micro_batches, validation_batch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,11 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(engine: Any, job: Job, checkpoints: Checkpoints) -> signal.Signals | None:
     """Trains until step `--steps`, or until a signal, which it returns; a resumed engine goes on at its own step."""
     args, num_tokens = job.args, job.section.model.sequence_length
+    size = (engine.train_micro_batch_size_per_gpu(), num_tokens)
+    share = {  # of a copy of the model; together the sequences that train_ep16.py draws for a step
+        "rank": engine.grid.get_data_parallel_rank(),
+        "num_ranks": engine.grid.get_data_parallel_world_size(),
+        "accumulation": engine.gradient_accumulation_steps(),
+    }
     with Progress(args.steps, args.report_every, shown=dist.get_rank() == 0) as progress, ending.Stop() as stop:
         for step in range(engine.global_steps, args.steps):
             start = time.perf_counter()
             torch.manual_seed(fingerprint(args.seed, step, engine.grid.get_data_parallel_rank()))
-            engine.train_batch(micro_batches(engine, job.corpus, args.seed, step, num_tokens))
+            engine.train_batch(micro_batches(job.corpus.train, size, seed=args.seed, step=step, **share))
             mine = [fullest_expert(engine), get_accelerator().max_memory_allocated(), *stop.votes()]
             load, memory_bytes, *votes = largest(mine, engine.device)
             progress.show(
@@ -76,15 +82,6 @@ def train(engine: Any, job: Job, checkpoints: Checkpoints) -> signal.Signals | N
             if (stopped_by := stop.decided(votes)) and step + 1 < args.steps:
                 return stopped_by
     return None
-
-
-def micro_batches(engine: Any, corpus: Corpus, seed: int, step: int, num_tokens: int) -> Iterator[Batch]:
-    """This copy's micro-batches of a step: together the sequences that train_ep16.py draws for it."""
-    size = (engine.train_micro_batch_size_per_gpu(), num_tokens)
-    for micro_step in range(engine.gradient_accumulation_steps()):
-        place = micro_step * engine.grid.get_data_parallel_world_size() + engine.grid.get_data_parallel_rank()
-        share = {"first": place * size[0], "num_sequences": engine.train_batch_size()}
-        yield training_batch(corpus.train, size, seed=seed, step=step, **share)
 
 
 def fullest_expert(engine: Any) -> float:

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer and Accelerate on AutoEP's layers: the same losses with the hooks and without them.
+"""Trainer, Accelerate and a plain loop on AutoEP's layers: the same losses with the hooks and without them.
 
 The examples' own functions run on forked ranks, which saves seven starts of four processes. The command that a user
 types, under the real deepspeed launcher, is a slow test.
@@ -16,12 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 from ds_moe_ep.bench.harness.processes import free_port
+from tests.examples.spoilt import losses_of, spoilt
 from tests.ranks import REPOSITORY, SERVER_ENV, run_ranks
 
 EXAMPLES = REPOSITORY / "examples"
@@ -29,6 +29,11 @@ STEPS = 6
 # Each step of AdamW moves by the last bits of its gradient. Losses are printed to 1e-6; seen: 1e-6 of 4 after 12 steps.
 BOUND = 4e-6
 HOOKED = ("--schedule", "peers")
+SCRIPTS = (
+    ("trainer", "finetune_mixtral", STEPS),
+    ("loop", "finetune_mixtral_accelerate", 3),
+    ("autoep", "hook_autoep", 3),
+)
 
 
 def launched(script: str, *arguments: str, limit_s: float = 400.0) -> str:
@@ -47,17 +52,27 @@ def launched(script: str, *arguments: str, limit_s: float = 400.0) -> str:
     return printed
 
 
-def forked(runs: dict[str, tuple[str, list[str]]]) -> dict[str, str]:
-    """What rank 0 prints in each run (example, arguments); "--spoil" brings results to the wrong tokens."""
+def forked(folder: str, runs: dict[str, tuple[str, list[str]]]) -> dict[str, str]:
+    """What rank 0 prints in each run (example, arguments); "--spoil" brings results to the wrong tokens.
+
+    In `folder` lies a model with the random weights that the examples make themselves.
+    """
+    import torch
     from accelerate.state import AcceleratorState
 
+    import ds_moe_ep
+
     sys.path.insert(0, str(EXAMPLES))
+    ds_moe_ep.init_distributed(verbose=False)
+    if dist.get_rank() == 0:
+        torch.manual_seed(0)
+        importlib.import_module("hook_autoep").make_model(None).save_pretrained(folder)
+    dist.barrier()
     printed = {}
     for name, (script, arguments) in runs.items():
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate takes one plugin a process
         example: Any = importlib.import_module(script)
-        example.set_up_process()
-        args = example.parse_arguments(None, [a for a in arguments if a != "--spoil"])
+        args = example.parse_arguments([a for a in arguments if a != "--spoil"])
         with spoilt("--spoil" in arguments), contextlib.redirect_stdout(io.StringIO()) as output:
             example.train(args)
         printed[name] = output.getvalue()
@@ -65,38 +80,22 @@ def forked(runs: dict[str, tuple[str, list[str]]]) -> dict[str, str]:
     return printed
 
 
-@contextlib.contextmanager
-def spoilt(is_spoilt: bool) -> Any:
-    """Runs its block with layers that give the first token's result to the second one, and so on."""
-    from ds_moe_ep.moe import dispatcher
-
-    def misplaced(*arguments: Any) -> Any:
-        return unpermute(*arguments).roll(1, dims=0)
-
-    unpermute = dispatcher.unpermute
-    with mock.patch.object(dispatcher, "unpermute", misplaced) if is_spoilt else contextlib.nullcontext():
-        yield
-
-
-def losses_of(printed: str) -> list[float]:
-    """The losses that an example prints, step by step."""
-    return [float(loss) for loss in re.findall(r"^step \d+ \| loss ([\d.]+)$", printed, re.MULTILINE)]
-
-
 @pytest.fixture(scope="module")
-def printed() -> dict[str, str]:
-    """What rank 0 prints in runs of both examples, in the same four processes."""
-    trainer, loop = ("finetune_mixtral", ["--steps", str(STEPS)]), ("finetune_mixtral_accelerate", ["--steps", "3"])
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What rank 0 prints in runs of all examples, in the same four processes."""
+    folder = str(tmp_path_factory.mktemp("mixtral"))
     runs = {}
-    for name, (script, steps) in (("trainer", trainer), ("loop", loop)):
-        runs[f"{name}, unhooked"] = (script, [*steps, "--no-overlap"])
-        runs[f"{name}, hooked"] = (script, [*steps, *HOOKED, "--zero-stage", "3"])
-        runs[f"{name}, spoilt"] = (script, [*steps, *HOOKED, "--spoil"])
-    return run_ranks(4, forked, runs, timeout_s=200)[0]
+    for name, script, steps in SCRIPTS:
+        words = ["--steps", str(steps)]
+        stage = [] if name == "autoep" else ["--zero-stage", "3"]
+        runs[f"{name}, unhooked"] = (script, [*words, "--no-overlap", "--model", folder])
+        runs[f"{name}, hooked"] = (script, [*words, *HOOKED, *stage])
+        runs[f"{name}, spoilt"] = (script, [*words, *HOOKED, "--spoil"])
+    return run_ranks(4, forked, folder, runs, timeout_s=200)[0]
 
 
-@pytest.mark.parametrize("name", ["trainer", "loop"])
-def test_losses_are_the_same_with_hooks_under_zero_3_and_others_where_results_go_astray(
+@pytest.mark.parametrize("name", ["trainer", "loop", "autoep"])
+def test_losses_are_those_of_the_model_in_a_folder_without_hooks_and_others_where_results_go_astray(
     name: str, printed: dict[str, str]
 ) -> None:
     unhooked, hooked, spoilt_run = (losses_of(printed[f"{name}, {kind}"]) for kind in ("unhooked", "hooked", "spoilt"))

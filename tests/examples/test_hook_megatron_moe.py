@@ -1,8 +1,10 @@
-"""The Megatron-DeepSpeed style example: the same losses with the hooks and without them, on real text."""
+"""Examples that hook DeepSpeed's own MoE, one in the style of Megatron: the same losses with the hooks and without."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import pathlib
 import sys
 from contextlib import nullcontext
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.examples.spoilt import losses_of, spoilt
 from tests.ranks import run_ranks
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
@@ -58,3 +61,24 @@ def test_a_megatron_style_model_trains_to_the_same_losses_with_the_hooks() -> No
 def test_another_expert_on_another_rank_changes_its_losses() -> None:
     plain, spoilt = (run_ranks(2, losses, True, spoils, 1) for spoils in (False, True))
     assert abs(plain[0][0] - spoilt[0][0]) > 1e-5
+
+
+def printed_by_the_plain_example() -> dict[str, str]:
+    """What rank 0 prints without hooks, with them, and with hooks that bring results to the wrong tokens."""
+    sys.path.insert(0, str(EXAMPLES))
+    example: Any = importlib.import_module("hook_deepspeed_moe")
+    printed = {}
+    for name, words in (("plain", ["--no-overlap"]), ("hooked", []), ("spoilt", [])):
+        with spoilt(name == "spoilt"), contextlib.redirect_stdout(io.StringIO()) as output:
+            example.train(example.parse_arguments(["--steps", "40", *words]))
+        printed[name] = output.getvalue()
+    return printed
+
+
+def test_a_plain_model_trains_to_the_same_losses_with_the_hooks() -> None:
+    printed = run_ranks(2, printed_by_the_plain_example)[0]
+    plain, hooked, astray = (losses_of(printed[name]) for name in ("plain", "hooked", "spoilt"))
+    assert len(plain) == 2 and plain[1] < plain[0]
+    assert hooked == pytest.approx(plain, abs=2e-4), "as they are printed, to four decimals"
+    assert "layers.1: " in printed["hooked"] and "MoE" in printed["hooked"]
+    assert abs(astray[1] - plain[1]) > 1e-2

@@ -89,7 +89,7 @@ def run_case(module: Any, case: Case) -> Outcome:
 @contextlib.contextmanager
 def signalled(module: Any, case: Case) -> Iterator[None]:
     """Lets the case's rank get its signal while it draws the batches of a step; the world stays for the next case."""
-    draw: Callable[..., Any] = module.training_batch
+    draw: Callable[..., Any] = module.micro_batches
 
     def draw_and_signal(*args: Any, step: int, **kwargs: Any) -> Any:
         if case.signalled and case.signalled[1:] == (dist.get_rank(), step):
@@ -97,7 +97,7 @@ def signalled(module: Any, case: Case) -> Iterator[None]:
             time.sleep(0.3)  # a thread hears of it
         return draw(*args, step=step, **kwargs)
 
-    with mock.patch.object(module, "training_batch", draw_and_signal), mock.patch.object(dist, "destroy_process_group"):
+    with mock.patch.object(module, "micro_batches", draw_and_signal), mock.patch.object(dist, "destroy_process_group"):
         yield
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
