@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import io
 import os
-import re
 import signal
 import subprocess
 import sys

@@ -68,12 +68,12 @@ def derive(plan: SystemsPlan, found: Collector) -> Iterator[Derived]:
     """Throughput over that of each other system, and what the links were shaped for."""
     for environment in plan.environments:
         for mode in plan.modes:
-            steps = {name: found.of(f"{plan.prefix(environment.name, mode, name)}.step") for name in plan.systems}
+            prefixes = {name: plan.prefix(environment.name, mode, name) for name in plan.systems}
+            steps = {name: its_ms for name, of in prefixes.items() if (its_ms := found.of(f"{of}.step"))}
             for name, mine_ms in steps.items():
                 for other, its_ms in steps.items():
                     if name != other:
-                        of = plan.prefix(environment.name, mode, name)
-                        yield Derived(f"{of}.ratio_to_{other}", ratios(its_ms, mine_ms))
+                        yield Derived(f"{prefixes[name]}.ratio_to_{other}", ratios(its_ms, mine_ms))
         if found.of(f"system.{environment.name}.traffic.ratio"):
             yield Derived(f"system.{environment.name}.traffic.compute", [1e3 * plan.step_compute_s])
             if environment.rate_mbit is not None:
