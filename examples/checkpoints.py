@@ -73,7 +73,7 @@ class Checkpoints:
 
 
 def same(one: str, other: str | None) -> bool:
-    """Whether two names are of one folder."""
+    """True where two names are of one folder."""
     return other is not None and Path(one).resolve() == Path(other).resolve()
 
 

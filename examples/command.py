@@ -65,7 +65,7 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], ds_moe_ep.S
 
 
 def last_line(args: argparse.Namespace, step: int, stopped_by: signal.Signals | None) -> str:
-    """What a run says of its checkpoint at its end: where it lies, and the command that goes on from it."""
+    """Last line of a run, on its checkpoint: where it lies, and the command that goes on from it."""
     why = (
         f"{stopped_by.name}: stopped after step {step} of {args.steps}"
         if stopped_by

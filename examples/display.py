@@ -1,4 +1,4 @@
-"""What a run shows: a few live lines in a terminal, plain lines elsewhere, on one rank."""
+"""Display of a run: a few live lines in a terminal, plain lines elsewhere, on one rank."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Stop:
         self._heard.close()  # ends the thread
 
     def votes(self) -> list[float]:
-        """What this rank has heard, a number for each of STOPPING."""
+        """Signals that this rank has heard, a number for each of STOPPING."""
         return [float(number == self._asked) for number in STOPPING]
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What a run needs before its engine starts: read and checked on every rank, and refused once."""
+"""Needs of a run before its engine starts: read and checked on every rank, and refused once."""
 
 from __future__ import annotations
 
@@ -99,5 +99,5 @@ def check_script(section: Section, is_pipeline: bool) -> None:
 
 
 def is_launched(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher has told this process its rank."""
+    """True where a launcher has told this process its rank."""
     return any(name in environment for name in RANK_VARIABLES)

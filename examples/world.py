@@ -48,7 +48,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def agreed(action: Callable[[], Result]) -> Result:
-    """What `action()` returns on this rank; the same ConfigError on every rank where it fails on one. Collective."""
+    """Result of `action()` on this rank; the same ConfigError on every rank where it fails on one. Collective."""
     result, problem = None, ""
     try:
         result = action()

@@ -30,7 +30,7 @@ def cases(num_experts: int) -> list[LayerCase]:
 
 
 def run_case(case: LayerCase, layer: nn.Module) -> dict[str, Tensor]:
-    """What one forward and backward leaves on this rank."""
+    """Results of one forward and backward on this rank."""
     x_TD = tokens(case, dist.get_rank()).requires_grad_()
     layer(x_TD)  # counts and gradients must be those of the second call alone
     y_TD, l_aux, exp_counts_E = layer(x_TD)

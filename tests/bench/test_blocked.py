@@ -1,4 +1,4 @@
-"""What a late rank costs the others is found under the right label, however the call is made; nothing else is."""
+"""The cost of a late rank for the others is found under the right label, however the call is made; nothing else is."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def tests_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, object], Path]]:
-    """What the command prints as JSON, started as a user starts it, and the trace that it writes."""
+    """Output of the command as JSON, started as a user starts it, and the trace that it writes."""
     trace = tmp_path_factory.mktemp("demo") / "demo.json"
     words = [sys.executable, "-m", "ds_moe_ep", "demo", *TINY, "--json", "--trace", str(trace)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)

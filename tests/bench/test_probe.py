@@ -111,7 +111,7 @@ def test_two_ranks_of_this_machine_make_a_cluster(tmp_path: Path, capsys: pytest
 
 
 def in_a_job(out: str) -> int:
-    """What a launcher starts on every rank."""
+    """The command as a launcher starts it on every rank."""
     return probe.main([*SMALL, "--node-size", "2", "--shaped", "--out", out])
 
 

@@ -1,4 +1,4 @@
-"""What tests of the hooking examples share: losses as they are printed, and layers that bring results astray."""
+"""Shared by tests of the hooking examples: losses as they are printed, and layers that bring results astray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows: its figures whole in terminals of any width, and its communication with and without a meter."""
+"""Display of a run: its figures whole in terminals of any width, and its communication with and without a meter."""
 
 import contextlib
 import fcntl
@@ -36,7 +36,7 @@ def report(**changes: Any) -> StepReport:
 
 
 def shown_in_a_terminal(columns: int) -> str:
-    """What a process shows of two steps in a terminal of so many columns, as written to it."""
+    """Display of two steps in a terminal of so many columns, as written to it."""
     script = (
         "from display import Progress\nfrom tests.examples.test_display import report\n"
         "with Progress(1200, 10, shown=True) as progress:\n"

@@ -36,7 +36,7 @@ SCRIPTS = (
 
 
 def launched(script: str, *arguments: str, limit_s: float = 400.0) -> str:
-    """What an example prints under the deepspeed launcher on 4 ranks."""
+    """Output of an example under the deepspeed launcher on 4 ranks."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_gpus", "4", "--master_port", str(free_port()), str(EXAMPLES / script)]
     environment = os.environ | SERVER_ENV | {"PYTHONPATH": str(REPOSITORY)}
@@ -52,7 +52,7 @@ def launched(script: str, *arguments: str, limit_s: float = 400.0) -> str:
 
 
 def forked(folder: str, runs: dict[str, tuple[str, list[str]]]) -> dict[str, str]:
-    """What rank 0 prints in each run (example, arguments); "--spoil" brings results to the wrong tokens.
+    """Output of rank 0 in each run (example, arguments); "--spoil" brings results to the wrong tokens.
 
     In `folder` lies a model with the random weights that the examples make themselves.
     """
@@ -81,7 +81,7 @@ def forked(folder: str, runs: dict[str, tuple[str, list[str]]]) -> dict[str, str
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What rank 0 prints in runs of all examples, in the same four processes."""
+    """Output of rank 0 in runs of all examples, in the same four processes."""
     folder = str(tmp_path_factory.mktemp("mixtral"))
     runs = {}
     for name, script, steps in SCRIPTS:

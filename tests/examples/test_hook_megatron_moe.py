@@ -64,7 +64,7 @@ def test_another_expert_on_another_rank_changes_its_losses() -> None:
 
 
 def printed_by_the_plain_example() -> dict[str, str]:
-    """What rank 0 prints without hooks, with them, and with hooks that bring results to the wrong tokens."""
+    """Output of rank 0 without hooks, with them, and with hooks that bring results to the wrong tokens."""
     sys.path.insert(0, str(EXAMPLES))
     example: Any = importlib.import_module("hook_deepspeed_moe")
     printed = {}

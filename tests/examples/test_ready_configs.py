@@ -96,7 +96,7 @@ def test_the_size_of_every_shipped_ds_config_is_that_of_its_name() -> None:
 
 
 def run_script(name: str, text: str) -> tuple[str, str]:
-    """What train_ep16.py prints with a ds_config, and how it ended."""
+    """Output of train_ep16.py with a ds_config, and how it ended."""
     sys.path.insert(0, str(EXAMPLES))
     import train_ep16
 

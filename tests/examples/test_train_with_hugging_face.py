@@ -16,7 +16,7 @@ from tests.ranks import REPOSITORY, run_ranks
 
 
 def run_examples(folder: str) -> dict[str, Any]:
-    """What each example prints on this rank, and the bias of its first layer after it."""
+    """Output of each example on this rank, and the bias of its first layer after it."""
     from accelerate.state import AcceleratorState
 
     sys.path.insert(0, str(REPOSITORY / "examples"))

@@ -19,7 +19,7 @@ RAW = "a text of many words, which repeat and repeat; " * 200
 
 @pytest.fixture(scope="module", params=SCRIPTS)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
-    """What all cases of a script come to, by rank; its folder is named in the words."""
+    """Outcomes of all cases of a script, by rank; its folder is named in the words."""
     folder = tmp_path_factory.mktemp(request.param)
     for script, other in SCRIPTS.items():
         (folder / f"{script}.json").write_text(json.dumps(other))

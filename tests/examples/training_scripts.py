@@ -42,7 +42,7 @@ PIPELINE = DS_CONFIG | {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank's call of `main` came to."""
+    """Outcome of one rank's call of `main`."""
 
     code: int | None
     printed: str
@@ -64,7 +64,7 @@ class Case:
 
 
 def run_cases(script: str, cases: dict[str, Case]) -> dict[str, Outcome]:
-    """What each call of a script's `main` comes to on this rank, one after the other. Collective."""
+    """Outcomes of a script's `main` on this rank, one call after the other. Collective."""
     sys.path.insert(0, str(EXAMPLES))
     module: Any = importlib.import_module(script)
     return {name: run_case(module, case) for name, case in cases.items()}
@@ -103,7 +103,7 @@ def signalled(module: Any, case: Case) -> Iterator[None]:
 
 
 def room_for(folder: str, sizes: Sequence[int]) -> list[str]:
-    """What `check_room` says of checkpoints of these sizes; empty where they fit. Collective."""
+    """Words of `check_room` on checkpoints of these sizes; empty where they fit. Collective."""
     sys.path.insert(0, str(EXAMPLES))
     checkpoints: Any = importlib.import_module("checkpoints")
     told = []

@@ -64,7 +64,7 @@ def soak_of_rank(plan: SoakPlan, make_model: Callable[[SoakPlan], Any]) -> list[
 
 
 def run_soak(run: int, make_model: Callable[[SoakPlan], Any]) -> list[Finding]:
-    """What rank 0 told of one run."""
+    """Findings of rank 0 in one run."""
     return list(run_ranks(PLAN.num_ranks, soak_of_rank, replace(PLAN, run=run), make_model, timeout_s=120)[0])
 
 

@@ -158,7 +158,7 @@ ASK = (
 
 
 def verdicts(hosts: Hosts, folder: Path, **variables: str) -> list[str]:
-    """What the doctor says of all hosts, asked on the first."""
+    """Words of the doctor on all hosts, asked on the first."""
     log = folder / "doctor.log"
     words = [sys.executable, "-c", ASK, str(hosts.hostfile(2))]
     assert hosts.start(0, words, log, PATH=HERE, PYTHONPATH=str(ROOT), **variables).wait(100) == 0, log.read_text()

@@ -89,7 +89,7 @@ SCHEDULES: list[dict[str, object]] = [
 
 
 def compare_in_testbed(testbed: TestBed) -> tuple[list[str], list[str]]:
-    """What differs from serial under each schedule; and the control, in which one input differs by one bit."""
+    """Differences from serial under each schedule; and the control, in which one input differs by one bit."""
     in_testbed(testbed)
     links, wrong = Links(), []
     expected = run_case(serial(CASE), links.of(CASE))

@@ -1,6 +1,6 @@
 """An emulated device: experts that wait as long as their rows would take, and leave the processor to others.
 
-Many ranks on few cores cannot compute at once, so real experts there say little about a machine with a device a rank.
+Many ranks on few cores cannot compute at once, so real experts there say little about a machine with a device per rank.
 These say what a schedule hides if each rank had one. Everything else is real: routing, rows, messages, links. The
 output of an expert is its input, in both directions; it has no parameters. Every figure made with them says `emulated`.
 Attention has an emulation as well, for whole models: it keeps its parameters, since their gradients travel.

@@ -1,4 +1,4 @@
-"""What the demo runs: sizes, schedules, and the plan that every rank gets. No torch."""
+"""Plan of the demo: sizes, schedules, and what every rank gets. No torch."""
 
 from __future__ import annotations
 

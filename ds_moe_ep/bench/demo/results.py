@@ -1,4 +1,4 @@
-"""What the demo found: step times, hidden shares and their spread, from what the ranks told. No torch."""
+"""Results of the demo: step times, hidden shares and their spread, from what the ranks told. No torch."""
 
 from __future__ import annotations
 

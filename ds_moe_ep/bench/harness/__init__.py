@@ -1,1 +1,1 @@
-"""What the benchmarks share: method, processes, collected samples."""
+"""Shared by the benchmarks: method, processes, collected samples, one frame."""

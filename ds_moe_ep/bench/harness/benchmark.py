@@ -70,7 +70,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def launches(self, stack: ExitStack) -> Iterable[Launch]:
-        """What is started, one after the other; the stack closes when all of it has ended."""
+        """Ranks to start, one launch after the other; the stack closes when all have ended."""
 
     @abstractmethod
     def measure(self, name: str) -> Measure | None:

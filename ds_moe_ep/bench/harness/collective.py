@@ -1,4 +1,4 @@
-"""What the ranks of a benchmark say together."""
+"""Numbers that the ranks of a benchmark agree on."""
 
 from __future__ import annotations
 

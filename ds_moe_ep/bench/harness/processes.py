@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rank tells: samples under the names of their Records, or a text of some kind."""
+    """A rank's message: samples under the names of their Records, or a text of some kind."""
 
     kind: str = "samples"  # or phase, error, done; others are a benchmark's own
     text: str = ""

@@ -1,4 +1,4 @@
-"""What the layer benchmark's samples mean, and the ratios that follow from them."""
+"""Units and notes of the layer benchmark's samples, the ratios that follow from them, and its table."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Blocked:
             own.seconds = time.perf_counter() - start_s - (self.total_s - before_s)
 
     def call(self, function: str, method: Callable[..., Any], group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-        """What the group's method returns; its time counts, and the handle's will."""
+        """Result of the group's method; its time counts, and the handle's will."""
         if not self._counts_here():
             return method(group, *args, **kwargs)
         label = self._label(function, group.size(), group)
@@ -107,7 +107,7 @@ class Blocked:
         return work
 
     def wait(self, method: Callable[..., Any], work: Work, *args: Any, **kwargs: Any) -> Any:
-        """What the handle's wait returns; its time counts for the label of the call that started it."""
+        """Result of the handle's wait; its time counts for the label of the call that started it."""
         if not self._counts_here():
             return method(work, *args, **kwargs)
         with self._lock:

@@ -28,7 +28,7 @@ SAMPLE_S = 0.1
 
 @dataclass
 class Busy:
-    """What a meter found: `percent` is not a number until its block has ended."""
+    """Finding of a meter: `percent` is not a number until its block has ended."""
 
     percent: float = math.nan
 

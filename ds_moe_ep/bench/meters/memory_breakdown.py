@@ -63,7 +63,7 @@ def memory_breakdown(engine: Any, step: Callable[[], object], device: torch.devi
 
 @dataclass
 class _Watch:
-    """What the hooks of one step see: the largest gradients, activations and passing buffers."""
+    """Largest gradients, activations and passing buffers that the hooks of one step see."""
 
     engine: Any
     device: torch.device

@@ -1,4 +1,4 @@
-"""What the overlap benchmark's samples mean, and the ratios that follow from them."""
+"""Units and notes of the overlap benchmark's samples, the ratios that follow from them, and its tables."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def derive(plan: OverlapPlan, found: Collector) -> Iterator[Derived]:
 
 
 def _limit_ms(plan: OverlapPlan, found: Collector, environment: str, phase: str) -> float:
-    """What a step is compared with, measured in the same run; 0 where it was not."""
+    """The time that a step is compared with, measured in the same run; 0 where it was not."""
     wire = plan.prefix(environment, WIRE, phase)
     if plan.device == "real":
         times_ms = found.of(f"{wire}.time")

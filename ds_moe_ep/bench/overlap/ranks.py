@@ -57,11 +57,11 @@ class OverlapPlan:
         return self.num_nodes * self.ranks_per_node
 
     def prefix(self, environment: str, name: str, phase: str) -> str:
-        """What the names of a candidate's Records begin with."""
+        """The beginning of the names of a candidate's Records."""
         return f"overlap.{self.device}.{environment}.{name}.{phase}"
 
     def compute_ms(self, phase: str) -> float:
-        """What emulated experts take for the mean rows of a rank."""
+        """Milliseconds of emulated experts for the mean rows of a rank."""
         return COMPUTES[phase] * self.case.num_rows * self.row_us / 1e3
 
     def link_mbit(self, ratio: float, phase: str) -> float:

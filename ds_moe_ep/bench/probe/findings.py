@@ -1,4 +1,4 @@
-"""What the probe's samples mean."""
+"""Units and notes of the probe's samples."""
 
 from __future__ import annotations
 

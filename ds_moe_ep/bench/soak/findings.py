@@ -1,4 +1,4 @@
-"""What a soak's samples mean, what follows from them, and the verdicts (names: records/names.py)."""
+"""Units and notes of a soak's samples, and the verdicts that follow from them (names: records/names.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOMENTS = {
     "after": "when the engine and all groups but the world's are gone",
 }
 # What may be added over a run, by the robust slope of the rank that gains most. Memory is resident pages, which the
-# heap scatters; 2 % of it in 1,000 steps is half of one buffer of one layer's rows a step. A tensor that is kept every
+# heap scatters; 2 % of it in 1,000 steps is half of one buffer of one layer's rows per step. A tensor kept every
 # hundredth step is found, and an object every second one.
 BOUNDS: Mapping[str, tuple[float, str]] = {
     "memory": (2.0, "%"),

@@ -40,7 +40,7 @@ class SoakPlan:
 
     @property
     def prefix(self) -> str:
-        """What the names of the run's samples begin with."""
+        """The beginning of the names of the run's samples."""
         return f"soak.run{self.run}"
 
     @property

@@ -1,4 +1,4 @@
-"""What the systems benchmark's samples mean, and the ratios that follow from them (names: records/names.py)."""
+"""Units and notes of the systems benchmark's samples, the ratios that follow, and its tables (records/names.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one run of the systems benchmark compares; the same values on every rank."""
+"""Plan of one run of the systems benchmark; the same values on every rank."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SystemsPlan:
 
     @property
     def token_us(self) -> float:
-        """What an emulated device takes for one token in one layer, forward: a third of a step is forward."""
+        """Time of an emulated device for one token in one layer, forward: a third of a step is forward."""
         of_rank = self.tokens_of_step / self.num_ranks * self.model.num_layers
         return 1e6 * self.step_compute_s / 3 / of_rank
 
