@@ -29,7 +29,7 @@ from ds_moe_ep.records.quantity import cell
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table, table
 from ds_moe_ep.specification.derived import cluster_traffic_ratio
-from ds_moe_ep.specification.laws import fit
+from ds_moe_ep.specification.laws import fit, r2_text
 
 SIZES = (1, 2, 4, 8, 16)
 RANKS_PER_NODE = 4
@@ -155,8 +155,8 @@ class ScalingBenchmark(Benchmark):
                 rows.append(
                     (title, str(size), *(cell(values.get(f"{of}.{law}"), unit, 1) for law, unit in UNITS.items()))
                 )
-            fits = (cell(values.get(f"scaling.{total}.fit.{law}.r2"), "ratio", 3) for law in UNITS)
-            rows.append(("R2 of the law", "", *fits))
+            fits = (values.get(f"scaling.{total}.fit.{law}.r2") for law in UNITS)
+            rows.append(("R2 of the law", "", *(r2_text(None if r2 is None else r2.value, 3) for r2 in fits)))
             last.append(len(rows) - 1)
         found = table("Scaling: median; fits by least squares", ("held constant", "EP", *UNITS), rows, text_columns=1)
         yield replace(found, ruled_rows=frozenset(last))
