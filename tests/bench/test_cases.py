@@ -132,7 +132,7 @@ def test_only_bytes_for_other_ranks_count() -> None:
 
 def test_records_are_of_samples_and_of_ratios_within_a_round() -> None:
     run = LayerBenchmark(LayerOptions(cases=("k1_even",), sides=("native", "serial"), ranks=2))
-    found = Collector(SOURCE, run.measure, run.derive, run.summary)
+    found = Collector(SOURCE, run.metric, run.derive, run.summary)
     assert found.records() == []
     for native_ms, serial_ms in ((2000.0, 1000.0), (4000.0, 1000.0)):
         times = {"layer.k1_even.native.time": (native_ms,), "layer.k1_even.serial.time": (serial_ms,)}

@@ -38,7 +38,7 @@ def test_the_link_follows_from_the_ratio() -> None:
 
 
 def records_of(run: OverlapBenchmark) -> list[Record]:
-    found = Collector(SOURCE, run.measure, run.derive, run.summary)
+    found = Collector(SOURCE, run.metric, run.derive, run.summary)
     times_s = {"peers": (3.2, 3.3), "serial": (5.0, 6.0), "native": (4.0, 4.0), "wire": (2.0, 2.2)}
     for index in range(2):
         times = {f"{run.plan.prefix(OF, name, 'step')}.time": (1e3 * s[index],) for name, s in times_s.items()}

@@ -12,7 +12,7 @@ from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding
 from ds_moe_ep.bench.probe import command as probe
 from ds_moe_ep.bench.probe.command import ProbeOptions, make_plan
-from ds_moe_ep.bench.probe.findings import measure
+from ds_moe_ep.bench.probe.findings import metric
 from ds_moe_ep.bench.probe.links import ways_of
 from ds_moe_ep.comm.launcher import World
 from ds_moe_ep.records.provenance import Provenance
@@ -71,7 +71,7 @@ def test_a_job_gives_the_ranks_and_a_cpu_never_sees_fp16() -> None:
 
 
 def test_findings_become_records_that_say_what_was_shaped() -> None:
-    found = Collector(SOURCE, partial(measure, is_shaped=True))
+    found = Collector(SOURCE, partial(metric, is_shaped=True))
     found.add(Finding("device", "nodes of 2, 2 ranks"))
     for value in (3.0, 1.0, 2.0):
         found.add(Finding(samples={"probe.far.one.bytes8": (value,)}))

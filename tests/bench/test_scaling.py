@@ -28,7 +28,7 @@ def test_a_rank_keeps_its_tokens_or_all_ranks_share_the_same_number() -> None:
 
 def scaled(step_s: dict[int, float]) -> list[Record]:
     run = ScalingBenchmark(ScalingOptions())
-    found = Collector(SOURCE, run.measure, run.derive, run.summary)
+    found = Collector(SOURCE, run.metric, run.derive, run.summary)
     for size, seconds in step_s.items():
         plan = plan_of(1.0, "constant_rank", size)
         of, tokens = plan.prefix("unshaped", "training", "ep16"), plan.tokens_of_step

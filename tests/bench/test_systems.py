@@ -13,7 +13,7 @@ from ds_moe_ep.bench.candidates.even import even_embedding, even_gate, even_wind
 from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding, arriving, free_port, started_ranks
 from ds_moe_ep.bench.systems import command as systems
-from ds_moe_ep.bench.systems.findings import derive, measure, summary_tables
+from ds_moe_ep.bench.systems.findings import derive, metric, summary_tables
 from ds_moe_ep.bench.systems.plan import BURST_BYTES, EMULATED_MODEL, EXPERT_SHARE, SEEN, SystemsPlan, link_mbit
 from ds_moe_ep.bench.systems.ranks import run_systems_rank
 from ds_moe_ep.bench.testbed import Environment
@@ -84,7 +84,7 @@ def test_experts_have_their_share_of_the_specifications_arithmetic() -> None:
 
 
 def records_of_rounds() -> dict[str, Record]:
-    found = Collector(SOURCE, partial(measure, EMULATED), partial(derive, EMULATED))
+    found = Collector(SOURCE, partial(metric, EMULATED), partial(derive, EMULATED))
     steps_s = {"tp8_pp2": (30.0, 33.0), "ep16": (10.0, 11.0), "ep16_serial": (12.0, 11.0)}
     for index in range(2):
         steps = {f"system.traffic30.training.{name}.step": (1e3 * s[index],) for name, s in steps_s.items()}
@@ -143,7 +143,7 @@ def test_five_engines_in_one_world_train_alike_and_account_for_their_time() -> N
     assert [f.text for f in findings if f.kind == "span" and "ep16/" in f.text], "a timeline of one layer"
     rows = [value for name, value in values.items() if name.startswith(f"{of}.tp8_pp2.load.step0001.layer0")]
     assert sum(rows) == tokens
-    assert {name for name in values if measure(SMALL_WORLD, name) and not is_known(name)} == set()
+    assert {name for name in values if metric(SMALL_WORLD, name) and not is_known(name)} == set()
 
 
 def test_emulated_devices_are_as_busy_as_the_plan_says_in_every_system() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding
 from ds_moe_ep.bench.soak import command as soak_command
-from ds_moe_ep.bench.soak.findings import derive, extremes, measure, slope
+from ds_moe_ep.bench.soak.findings import derive, extremes, metric, slope
 from ds_moe_ep.bench.soak.plan import SoakPlan
 from ds_moe_ep.bench.soak.ranks import soak
 from ds_moe_ep.records.names import SOAK_VERDICTS
@@ -69,7 +69,7 @@ def run_soak(run: int, make_model: Callable[[SoakPlan], Any]) -> list[Finding]:
 
 
 def records_of(runs: Sequence[Sequence[Finding]]) -> dict[str, Record]:
-    found = Collector(SOURCE, measure, partial(derive, PLAN, len(runs)), extremes)
+    found = Collector(SOURCE, metric, partial(derive, PLAN, len(runs)), extremes)
     for finding in (finding for run in runs for finding in run if finding.kind != "phase"):
         found.add(finding)
     return {record.name: record for record in found.records()}

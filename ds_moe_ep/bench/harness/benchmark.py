@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
 from ds_moe_ep.bench.harness.method import Summary, summarize
 from ds_moe_ep.bench.harness.processes import Finding, RunRank, Tell, arriving, silent, started_ranks
 from ds_moe_ep.config.command_line import INTERRUPTED, refused, writable_file
@@ -73,7 +73,7 @@ class Benchmark(ABC):
         """Ranks to start, one launch after the other; the stack closes when all have ended."""
 
     @abstractmethod
-    def measure(self, name: str) -> Measure | None:
+    def metric(self, name: str) -> Metric | None:
         """How samples of a name are recorded; None where they are not."""
 
     def derive(self, found: Collector) -> Iterable[Derived]:
@@ -130,7 +130,7 @@ def _run(benchmark: type[Benchmark], words: list[str], console: Console) -> int:
             writable_file(options.out, "--out")
         machine = hardware(run.device, run.num_ranks)
         provenance = Provenance(command=command(module, [*more, *words]), commit=commit(), hardware=machine)
-        found = Collector(provenance, run.measure, run.derive, run.summary)
+        found = Collector(provenance, run.metric, run.derive, run.summary)
         save = partial(run.save, found, options.out)
         status = 0
         for launch in run.launches(stack):

@@ -1,6 +1,6 @@
 """Samples by the names of their Records as ranks tell them, and the Quantities and Records that follow.
 
-A name that a benchmark has no Measure for is an ingredient of others and makes no Record itself.
+A name that a benchmark has no Metric for is an ingredient of others and makes no Record itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ds_moe_ep.records.record import Record
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """How samples of a kind are recorded."""
 
     unit: str
@@ -27,7 +27,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Derived:
-    """Samples that follow from others, with a note of their own where the Measure's says too little."""
+    """Samples that follow from others, with a note of their own where the Metric's says too little."""
 
     name: str
     values: Sequence[float]
@@ -42,13 +42,13 @@ class Collector:
     def __init__(
         self,
         provenance: Provenance,
-        measure: Callable[[str], Measure | None],
+        metric: Callable[[str], Metric | None],
         derive: Callable[[Collector], Iterable[Derived]] = lambda collector: (),
         summary: Callable[[Sequence[float]], Summary] = summarize,
     ) -> None:
         self.samples: dict[str, list[float]] = {}
         self.texts: dict[str, list[str]] = {}
-        self._provenance, self._measure, self._derive, self._summary = provenance, measure, derive, summary
+        self._provenance, self._metric, self._derive, self._summary = provenance, metric, derive, summary
 
     def add(self, finding: Finding) -> None:
         """Takes samples, or a text under its kind."""
@@ -66,29 +66,29 @@ class Collector:
         hardware = "; ".join((self._provenance.hardware, *self.texts.get("device", ())))
         provenance = dataclasses.replace(self._provenance, hardware=hardware)
         return [
-            dataclasses.replace(provenance, emulated=measure.is_emulated).record(quantity)
-            for quantity, measure in self._measured()
+            dataclasses.replace(provenance, emulated=metric.is_emulated).record(quantity)
+            for quantity, metric in self._summarized()
         ]
 
-    def _measured(self) -> Iterator[tuple[Quantity, Measure]]:
+    def _summarized(self) -> Iterator[tuple[Quantity, Metric]]:
         """Each number with its spread: the one place where samples are summarized."""
         told = (Derived(name, values) for name, values in self.samples.items())
         for one in (*told, *self._derive(self)):
-            measure = self._measure(one.name)
-            if measure is not None and one.values:
+            metric = self._metric(one.name)
+            if metric is not None and one.values:
                 summary = self._summary(one.values)
                 yield (
                     Quantity(
                         name=one.name,
                         title="",
-                        unit=one.unit or measure.unit,
+                        unit=one.unit or metric.unit,
                         value=summary.median,
                         low=summary.low,
                         high=summary.high,
                         n=one.n or summary.n,
-                        note=one.note or measure.note,
+                        note=one.note or metric.note,
                     ),
-                    measure,
+                    metric,
                 )
 
 

@@ -17,9 +17,9 @@ import torch
 
 from ds_moe_ep.bench.candidates.cases import CASES
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
 from ds_moe_ep.bench.harness.processes import free_port
-from ds_moe_ep.bench.layer.findings import derive, layer_table, measure
+from ds_moe_ep.bench.layer.findings import derive, layer_table, metric
 from ds_moe_ep.bench.layer.ranks import CANDIDATES, LayerPlan, run_rank
 from ds_moe_ep.config.options import option
 from ds_moe_ep.errors import ConfigError
@@ -76,8 +76,8 @@ class LayerBenchmark(Benchmark):
             plan = replace(self.plan, measure="memory", port=free_port())
             yield launch(plan=plan, title="memory: ", steps=num_cases * len(self.plan.layers))
 
-    def measure(self, name: str) -> Measure:
-        return measure(name)
+    def metric(self, name: str) -> Metric:
+        return metric(name)
 
     def derive(self, found: Collector) -> Iterable[Derived]:
         return derive(self.plan, found)

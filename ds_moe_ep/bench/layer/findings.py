@@ -6,34 +6,32 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure, ratios
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric, ratios
 from ds_moe_ep.bench.layer.ranks import MATMUL, NATIVE, LayerPlan
 from ds_moe_ep.records.quantity import cell
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table, table
 
 TIME_NOTE = "forward and backward, slowest rank, lowest and highest 5 % dropped, quartiles"
-MEASURES = {
-    "time": Measure("ms", f"one layer, {TIME_NOTE}"),
-    "ratio": Measure("ratio", f"median of the per-round ratio to native; {TIME_NOTE}"),
-    "bytes": Measure("bytes", "rows to other ranks, forward and backward, counted at the process groups; fullest rank"),
-    "collective_bytes": Measure(
-        "bytes", "payload of the collectives that carry no rows, counted at the process groups"
-    ),
-    "peak": Measure(
+METRICS = {
+    "time": Metric("ms", f"one layer, {TIME_NOTE}"),
+    "ratio": Metric("ratio", f"median of the per-round ratio to native; {TIME_NOTE}"),
+    "bytes": Metric("bytes", "rows to other ranks, forward and backward, counted at the process groups; fullest rank"),
+    "collective_bytes": Metric("bytes", "payload of the collectives that carry no rows, counted at the process groups"),
+    "peak": Metric(
         "bytes", "parameters, tokens, activations, gradients, buffers above the memory before; fullest rank"
     ),
-    "difference": Measure(
+    "difference": Metric(
         "ratio", "largest difference to the first layer, of the largest element: output, loss, gradients"
     ),
 }
-MATMULS = Measure("ms", f"matrix products of the experts' real rows alone, {TIME_NOTE}")
+MATMULS = Metric("ms", f"matrix products of the experts' real rows alone, {TIME_NOTE}")
 
 
-def measure(name: str) -> Measure:
-    """The Measure of a name's last part."""
+def metric(name: str) -> Metric:
+    """The Metric of a name's last part."""
     *_, candidate, what = name.split(".")
-    return MATMULS if (candidate, what) == (MATMUL, "time") else MEASURES[what]
+    return MATMULS if (candidate, what) == (MATMUL, "time") else METRICS[what]
 
 
 def derive(plan: LayerPlan, found: Collector) -> Iterator[Derived]:

@@ -19,9 +19,9 @@ from typing import Literal
 from ds_moe_ep.bench.candidates.cases import CASES
 from ds_moe_ep.bench.candidates.layers import PHASES
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
 from ds_moe_ep.bench.harness.processes import free_port
-from ds_moe_ep.bench.overlap.findings import derive, measure, overlap_tables
+from ds_moe_ep.bench.overlap.findings import derive, metric, overlap_tables
 from ds_moe_ep.bench.overlap.ranks import CANDIDATES, OverlapPlan, run_overlap_rank
 from ds_moe_ep.bench.testbed import Environment, open_testbed, parse_rate
 from ds_moe_ep.config.options import option
@@ -95,8 +95,8 @@ class OverlapBenchmark(Benchmark):
         steps = len(self.plan.environments) * (self.plan.warm_ups + self.plan.rounds)
         yield Launch(run=run_overlap_rank, plan=self.plan, num_ranks=self.num_ranks, steps=steps)
 
-    def measure(self, name: str) -> Measure:
-        return measure(self.plan, name)
+    def metric(self, name: str) -> Metric:
+        return metric(self.plan, name)
 
     def derive(self, found: Collector) -> Iterable[Derived]:
         return derive(self.plan, found)

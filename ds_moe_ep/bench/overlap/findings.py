@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from ds_moe_ep.bench.candidates.layers import PHASES
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure, ratios
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric, ratios
 from ds_moe_ep.bench.harness.method import summarize
 from ds_moe_ep.bench.overlap.ranks import OverlapPlan
 from ds_moe_ep.records.quantity import NONE, cell
@@ -14,7 +14,7 @@ from ds_moe_ep.records.table import Table, table
 from ds_moe_ep.schedule.shaping import WIRE
 
 SPREAD = "lowest and highest 5 % dropped (from 20 rounds on), quartiles"
-MEASURES = {
+METRICS = {
     "time": ("ms", f"slowest rank, {SPREAD}"),
     "to_serial": ("ratio", f"ratio to serial in the same round, {SPREAD}"),
     "to_native": ("ratio", f"ratio to DeepSpeed's native layer in the same round, {SPREAD}"),
@@ -32,12 +32,12 @@ MEASURES = {
 }
 
 
-def measure(plan: OverlapPlan, name: str) -> Measure:
-    """The Measure of a name's last part."""
-    unit, note = MEASURES[name.rsplit(".", 1)[1]]
+def metric(plan: OverlapPlan, name: str) -> Metric:
+    """The Metric of a name's last part."""
+    unit, note = METRICS[name.rsplit(".", 1)[1]]
     is_emulated = plan.device == "emulated"
     note = f"emulated device; {note}" if is_emulated else note
-    return Measure(unit, note, is_emulated=is_emulated or plan.testbed is not None)
+    return Metric(unit, note, is_emulated=is_emulated or plan.testbed is not None)
 
 
 def derive(plan: OverlapPlan, found: Collector) -> Iterator[Derived]:

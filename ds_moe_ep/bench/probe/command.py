@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Measure
+from ds_moe_ep.bench.harness.collector import Metric
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.bench.probe.clock import ProbePlan
-from ds_moe_ep.bench.probe.findings import measure
+from ds_moe_ep.bench.probe.findings import metric
 from ds_moe_ep.bench.probe.ranks import run_probe, run_probe_rank
 from ds_moe_ep.comm.launcher import World, launched
 from ds_moe_ep.config.options import option
@@ -77,8 +77,8 @@ class Probe(Benchmark):
         steps = len(plan.precisions) + 3 + 2 * (plan.num_ranks > 1)
         yield Launch(run=run_probe_rank, plan=plan, num_ranks=plan.num_ranks, steps=steps, here=here)
 
-    def measure(self, name: str) -> Measure:
-        return measure(name, is_shaped=self._is_shaped)
+    def metric(self, name: str) -> Metric:
+        return metric(name, is_shaped=self._is_shaped)
 
     def tables(self, records: Sequence[Record]) -> Iterator[Table]:
         """All Records, a line each."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ds_moe_ep.bench.harness.collector import Measure
+from ds_moe_ep.bench.harness.collector import Metric
 
 SPREAD = "median and quartiles of samples; on GPUs, and between ranks, a sample is the slowest rank's"
-MEASURES = {
+METRICS = {
     "matmul": ("GFLOP/s", f"the two products of an expert, 4*R*D*F operations; {SPREAD}"),
     "attention": (
         "GFLOP/s",
@@ -23,8 +23,8 @@ MEASURES = {
 }
 
 
-def measure(name: str, *, is_shaped: bool) -> Measure:
-    """The Measure of a name's last part, where it has one of its own, or of its first."""
+def metric(name: str, *, is_shaped: bool) -> Metric:
+    """The Metric of a name's last part, where it has one of its own, or of its first."""
     _, kind, *rest = name.split(".")
-    unit, note = MEASURES[rest[-1] if rest and rest[-1] in MEASURES else kind]
-    return Measure(unit, note, is_emulated=is_shaped and kind in ("near", "far"))
+    unit, note = METRICS[rest[-1] if rest and rest[-1] in METRICS else kind]
+    return Metric(unit, note, is_emulated=is_shaped and kind in ("near", "far"))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
 from ds_moe_ep.bench.harness.method import summarize
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.bench.systems.plan import EMULATED_MODEL, SystemsPlan, link_mbit
@@ -35,13 +35,13 @@ SIZES = (1, 2, 4, 8, 16)
 RANKS_PER_NODE = 4
 SEQUENCES_PER_RANK = 8
 SYSTEM = "ep16"
-MEASURES = {
-    "tps": Measure(
+METRICS = {
+    "tps": Metric(
         "tokens/s", "emulated device; all tokens of a step over the time of the slowest rank, quartiles", True
     ),
-    "tpot": Measure("us", "emulated device; time of the slowest rank over all tokens of a step, quartiles", True),
-    "busy": Measure("%", "emulated compute over wall time, mean of the ranks, quartiles", True),
-    "memory_per_expert": Measure(
+    "tpot": Metric("us", "emulated device; time of the slowest rank over all tokens of a step, quartiles", True),
+    "busy": Metric("%", "emulated compute over wall time, mean of the ranks, quartiles", True),
+    "memory_per_expert": Metric(
         "bytes", "weights, gradients and optimizer states of the fullest rank, over the experts of a layer"
     ),
 }
@@ -119,12 +119,12 @@ class ScalingBenchmark(Benchmark):
                     plan = replace(plan, device="cpu", measure="memory", testbed=None, port=free_port())
                     yield launch(plan=plan, title=f"{title}, EP={size}: ", steps=1)
 
-    def measure(self, name: str) -> Measure | None:
+    def metric(self, name: str) -> Metric | None:
         parts = name.split(".")
         if parts[2] != "fit":
-            return MEASURES.get(".".join(parts[3:]))
-        law = MEASURES[parts[3]]
-        return Measure(law.unit if parts[4] == "coefficient" else "ratio", "", law.is_emulated)
+            return METRICS.get(".".join(parts[3:]))
+        law = METRICS[parts[3]]
+        return Metric(law.unit if parts[4] == "coefficient" else "ratio", "", law.is_emulated)
 
     def derive(self, found: Collector) -> Iterator[Derived]:
         """Memory per expert, and the laws' fits to the medians."""

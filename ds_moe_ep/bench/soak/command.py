@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ds_moe_ep.bench.harness.benchmark import MISSED, Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
 from ds_moe_ep.bench.harness.method import Summary
 from ds_moe_ep.bench.harness.processes import free_port
-from ds_moe_ep.bench.soak.findings import derive, extremes, measure
+from ds_moe_ep.bench.soak.findings import derive, extremes, metric
 from ds_moe_ep.bench.soak.plan import SoakPlan
 from ds_moe_ep.bench.soak.ranks import run_soak_rank
 from ds_moe_ep.config.options import option
@@ -78,8 +78,8 @@ class Soak(Benchmark):
             title = f"run {run} of {self.num_runs}: "
             yield Launch(run=run_soak_rank, plan=plan, num_ranks=plan.num_ranks, title=title, steps=plan.steps)
 
-    def measure(self, name: str) -> Measure | None:
-        return measure(name)
+    def metric(self, name: str) -> Metric | None:
+        return metric(name)
 
     def derive(self, found: Collector) -> Iterable[Derived]:
         return derive(self.plan, self.num_runs, found)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
 from ds_moe_ep.bench.harness.method import Summary
 from ds_moe_ep.bench.soak.plan import SETTLED, SoakPlan
 
@@ -27,28 +27,28 @@ BOUNDS: Mapping[str, tuple[float, str]] = {
     "objects": (500.0, "objects"),
 }
 OF_RUN = {
-    "memory": Measure("bytes", "resident, of the middle rank"),
-    "peak": Measure("bytes", "resident, at a run's fullest moment, bursts too"),
-    "growth": Measure("%", f"added over a run by its slope after {SETTLED:.0%} of it (Theil-Sen), of the middle rank"),
-    **{count: Measure(count, "") for count in COUNTS},
+    "memory": Metric("bytes", "resident, of the middle rank"),
+    "peak": Metric("bytes", "resident, at a run's fullest moment, bursts too"),
+    "growth": Metric("%", f"added over a run by its slope after {SETTLED:.0%} of it (Theil-Sen), of the middle rank"),
+    **{count: Metric(count, "") for count in COUNTS},
 }
 OF_ALL = {
-    "load": Measure("ratio", "fullest expert over the mean"),
-    "fullest": Measure("expert", "the fullest expert of the first layer"),
-    "weather": Measure("count", ""),
-    "loss": Measure("nats", "mean of the ranks, balance losses included"),
-    "hash": Measure("runs", ""),
-    "verdict": Measure("ratio", ""),
+    "load": Metric("ratio", "fullest expert over the mean"),
+    "fullest": Metric("expert", "the fullest expert of the first layer"),
+    "weather": Metric("count", ""),
+    "loss": Metric("nats", "mean of the ranks, balance losses included"),
+    "hash": Metric("runs", ""),
+    "verdict": Metric("ratio", ""),
 }
 
 
-def measure(name: str) -> Measure | None:
-    """The Measure of a name; None for what growth, loads and hashes are made of."""
+def metric(name: str) -> Metric | None:
+    """The Metric of a name; None for what growth, loads and hashes are made of."""
     _, first, *rest = name.split(".")
     if not first.startswith("run"):
         return OF_ALL[first]
     if rest[0] in COUNTS:
-        return Measure(rest[0], f"of the middle rank, {MOMENTS[rest[1]]}")
+        return Metric(rest[0], f"of the middle rank, {MOMENTS[rest[1]]}")
     return OF_RUN.get(rest[0])
 
 

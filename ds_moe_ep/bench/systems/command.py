@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
 from ds_moe_ep.bench.harness.processes import free_port
-from ds_moe_ep.bench.systems.findings import derive, measure, summary_tables
+from ds_moe_ep.bench.systems.findings import derive, metric, summary_tables
 from ds_moe_ep.bench.systems.plan import EMULATED_MODEL, SystemsPlan, link_mbit
 from ds_moe_ep.bench.systems.ranks import run_systems_rank
 from ds_moe_ep.bench.testbed import Environment, open_testbed
@@ -115,8 +115,8 @@ class SystemsBenchmark(Benchmark):
             steps = len(plan.environments) * (plan.warm_ups + plan.rounds)
         yield Launch(run=run_systems_rank, plan=plan, num_ranks=plan.num_ranks, steps=steps)
 
-    def measure(self, name: str) -> Measure | None:
-        return measure(self.plan, name)
+    def metric(self, name: str) -> Metric | None:
+        return metric(self.plan, name)
 
     def derive(self, found: Collector) -> Iterable[Derived]:
         return derive(self.plan, found)

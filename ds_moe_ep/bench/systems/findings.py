@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Measure, ratios
+from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric, ratios
 from ds_moe_ep.bench.systems.plan import SystemsPlan
 from ds_moe_ep.records.names import BASELINE, MODES, SYSTEMS, bed_title
 from ds_moe_ep.records.quantity import cell
@@ -17,7 +17,7 @@ BUSY = {
     "cpu": "processor time of the rank's process over wall time",
     "cuda": "utilization.gpu of nvidia-ml-py",
 }
-MEASURES = {
+METRICS = {
     "step": ("ms", f"slowest rank, {SPREAD}"),
     "tps": ("tokens/s", f"all tokens of a step over the time of the slowest rank, {SPREAD}"),
     "tpot": ("us", f"time of the slowest rank over all tokens of a step, {SPREAD}"),
@@ -53,15 +53,15 @@ COLUMNS = (
 )
 
 
-def measure(plan: SystemsPlan, name: str) -> Measure | None:
-    """The Measure of what a name says behind the system, or behind "traffic"."""
+def metric(plan: SystemsPlan, name: str) -> Metric | None:
+    """The Metric of what a name says behind the system, or behind "traffic"."""
     parts = name.split(".")
     if parts[-1] == "mean_step":
         return None
-    unit, note = TRAFFIC[parts[3]] if parts[2] == "traffic" else MEASURES.get(parts[4], RATIO)
+    unit, note = TRAFFIC[parts[3]] if parts[2] == "traffic" else METRICS.get(parts[4], RATIO)
     note = note.format(busy=BUSY[plan.device])
     note = f"emulated device; {note}" if plan.is_emulated else note
-    return Measure(unit, note, is_emulated=plan.is_emulated or plan.testbed is not None)
+    return Metric(unit, note, is_emulated=plan.is_emulated or plan.testbed is not None)
 
 
 def derive(plan: SystemsPlan, found: Collector) -> Iterator[Derived]:
