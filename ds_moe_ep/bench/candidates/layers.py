@@ -96,7 +96,8 @@ def candidate_of(layer: nn.Module, setup: LayerSetup) -> LayerCandidate:
     dy_TD = output_gradient(setup.case, setup.rank).to(setup.device)
     recorder = None
     if setup.is_recorded and (dispatcher := dispatcher_of(layer)) is not None:
-        dispatcher.recorder = recorder = HostRecorder(setup.rank)
+        recorder = HostRecorder(setup.rank)
+        dispatcher.record(recorder)
     return LayerCandidate(layer, x_TD, dy_TD, setup.aux_loss_weight, recorder)
 
 

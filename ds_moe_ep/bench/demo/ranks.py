@@ -90,7 +90,7 @@ def _build(
     layer = ExpertParallel(HIDDEN_SIZE, nn.Identity(), replace(config, **CANDIDATES[name]))
     layer.experts = EmulatedExperts(config.num_local_experts, row_us, device)
     layer.connect(transport, torus_of(range(NUM_RANKS), RANKS_PER_NODE))
-    layer.dispatcher.name = f"emulated {name}"
+    layer.dispatcher.rename(f"emulated {name}")
     return candidate_of(load_weights(layer, setup), setup)
 
 

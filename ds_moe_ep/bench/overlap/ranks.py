@@ -100,7 +100,7 @@ def _run(rank: int, plan: OverlapPlan, tell: Tell) -> None:
         if rank == 0 and plan.testbed is not None:
             plan.testbed.shape(environment.rate_mbit)
         if "auto" in candidates:
-            dispatcher_of(candidates["auto"].layer).choice = None
+            dispatcher_of(candidates["auto"].layer).forget_choice()
         for index in range(plan.warm_ups + plan.rounds):
             samples: Samples = {}
             order = rotation(plan.candidates, index)

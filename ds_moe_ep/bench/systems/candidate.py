@@ -43,7 +43,7 @@ class SystemCandidate(ABC):
         self.recorder = make_recorder(self.device, dist.get_rank()) if name in OURS else None
         if self.recorder is not None:
             for layer in engine.moe_ep_layers.values():
-                layer.deepspeed_moe.dispatcher.recorder = self.recorder
+                layer.dispatcher.record(self.recorder)
 
     @abstractmethod
     def train(self, step: int) -> object:

@@ -82,7 +82,7 @@ def measure_on(environment: Environment, systems: Mapping[str, SystemCandidate],
         plan.testbed.shape(environment.rate_mbit)
     if plan.schedule == "auto" and "ep16" in systems:
         for layer in systems["ep16"].engine.moe_ep_layers.values():
-            layer.deepspeed_moe.dispatcher.choice = None  # chosen again for these links
+            layer.dispatcher.forget_choice()  # chosen again for these links
     gc.collect()
     gc.freeze()
     for index in range(plan.warm_ups + plan.rounds):
