@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.method import Summary, summarize
 from ds_moe_ep.bench.harness.processes import Finding, RunRank, Tell, arriving, silent, started_ranks
 from ds_moe_ep.config.command_line import INTERRUPTED, refused, writable_file
@@ -76,7 +76,7 @@ class Benchmark(ABC):
     def metric(self, name: str) -> Metric | None:
         """How samples of a name are recorded; None where they are not."""
 
-    def derive(self, found: Collector) -> Iterable[Derived]:
+    def derive(self, found: Collector) -> Iterable[DerivedSamples]:
         """Ratios and verdicts."""
         return ()
 

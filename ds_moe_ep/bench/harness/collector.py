@@ -26,7 +26,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Derived:
+class DerivedSamples:
     """Samples that follow from others, with a note of their own where the Metric's says too little."""
 
     name: str
@@ -43,7 +43,7 @@ class Collector:
         self,
         provenance: Provenance,
         metric: Callable[[str], Metric | None],
-        derive: Callable[[Collector], Iterable[Derived]] = lambda collector: (),
+        derive: Callable[[Collector], Iterable[DerivedSamples]] = lambda collector: (),
         summary: Callable[[Sequence[float]], Summary] = summarize,
     ) -> None:
         self.samples: dict[str, list[float]] = {}
@@ -72,7 +72,7 @@ class Collector:
 
     def _summarized(self) -> Iterator[tuple[Quantity, Metric]]:
         """Each number with its spread: the one place where samples are summarized."""
-        told = (Derived(name, values) for name, values in self.samples.items())
+        told = (DerivedSamples(name, values) for name, values in self.samples.items())
         for one in (*told, *self._derive(self)):
             metric = self._metric(one.name)
             if metric is not None and one.values:

@@ -17,7 +17,7 @@ import torch
 
 from ds_moe_ep.bench.candidates.cases import CASES
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.bench.layer.findings import derive, layer_table, metric
 from ds_moe_ep.bench.layer.ranks import CANDIDATES, LayerPlan, run_rank
@@ -79,7 +79,7 @@ class LayerBenchmark(Benchmark):
     def metric(self, name: str) -> Metric:
         return metric(name)
 
-    def derive(self, found: Collector) -> Iterable[Derived]:
+    def derive(self, found: Collector) -> Iterable[DerivedSamples]:
         return derive(self.plan, found)
 
     def tables(self, records: Sequence[Record]) -> Iterator[Table]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric, ratios
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric, ratios
 from ds_moe_ep.bench.layer.ranks import MATMUL, NATIVE, LayerPlan
 from ds_moe_ep.records.quantity import cell
 from ds_moe_ep.records.record import Record
@@ -34,14 +34,14 @@ def metric(name: str) -> Metric:
     return MATMULS if (candidate, what) == (MATMUL, "time") else METRICS[what]
 
 
-def derive(plan: LayerPlan, found: Collector) -> Iterator[Derived]:
+def derive(plan: LayerPlan, found: Collector) -> Iterator[DerivedSamples]:
     """Times over the native layer's in the same round."""
     for case in plan.cases:
         native_ms = found.of(f"layer.{case.name}.{NATIVE}.time")
         for name in plan.candidates if native_ms else ():
             if name != NATIVE:
                 of = f"layer.{case.name}.{name}"
-                yield Derived(f"{of}.ratio", ratios(found.of(f"{of}.time"), native_ms))
+                yield DerivedSamples(f"{of}.ratio", ratios(found.of(f"{of}.time"), native_ms))
 
 
 def layer_table(records: Sequence[Record]) -> Table:

@@ -19,7 +19,7 @@ from typing import Literal
 from ds_moe_ep.bench.candidates.cases import CASES
 from ds_moe_ep.bench.candidates.layers import PHASES
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.bench.overlap.findings import derive, metric, overlap_tables
 from ds_moe_ep.bench.overlap.ranks import CANDIDATES, OverlapPlan, run_overlap_rank
@@ -98,7 +98,7 @@ class OverlapBenchmark(Benchmark):
     def metric(self, name: str) -> Metric:
         return metric(self.plan, name)
 
-    def derive(self, found: Collector) -> Iterable[Derived]:
+    def derive(self, found: Collector) -> Iterable[DerivedSamples]:
         return derive(self.plan, found)
 
     def tables(self, records: Sequence[Record]) -> Iterable[Table]:

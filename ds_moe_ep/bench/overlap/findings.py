@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from ds_moe_ep.bench.candidates.layers import PHASES
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric, ratios
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric, ratios
 from ds_moe_ep.bench.harness.method import summarize
 from ds_moe_ep.bench.overlap.ranks import OverlapPlan
 from ds_moe_ep.records.quantity import NONE, cell
@@ -40,7 +40,7 @@ def metric(plan: OverlapPlan, name: str) -> Metric:
     return Metric(unit, note, is_emulated=is_emulated or plan.testbed is not None)
 
 
-def derive(plan: OverlapPlan, found: Collector) -> Iterator[Derived]:
+def derive(plan: OverlapPlan, found: Collector) -> Iterator[DerivedSamples]:
     """Times over those of others in the same round, and over what cannot be beaten."""
     for environment in (environment.name for environment in plan.environments):
         for name in plan.candidates:
@@ -49,9 +49,9 @@ def derive(plan: OverlapPlan, found: Collector) -> Iterator[Derived]:
                 times_ms = found.of(f"{of}.time")
                 for base in ("serial", "native"):
                     if name != base and (theirs_ms := found.of(f"{plan.prefix(environment, base, phase)}.time")):
-                        yield Derived(f"{of}.to_{base}", ratios(times_ms, theirs_ms))
+                        yield DerivedSamples(f"{of}.to_{base}", ratios(times_ms, theirs_ms))
                 if name != WIRE and (limit_ms := _limit_ms(plan, found, environment, phase)):
-                    yield Derived(f"{of}.over_limit", [ms / limit_ms for ms in times_ms])
+                    yield DerivedSamples(f"{of}.over_limit", [ms / limit_ms for ms in times_ms])
 
 
 def _limit_ms(plan: OverlapPlan, found: Collector, environment: str, phase: str) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.method import summarize
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.bench.systems.plan import EMULATED_MODEL, SystemsPlan, link_mbit
@@ -126,7 +126,7 @@ class ScalingBenchmark(Benchmark):
         law = METRICS[parts[3]]
         return Metric(law.unit if parts[4] == "coefficient" else "ratio", "", law.is_emulated)
 
-    def derive(self, found: Collector) -> Iterator[Derived]:
+    def derive(self, found: Collector) -> Iterator[DerivedSamples]:
         """Memory per expert, and the laws' fits to the medians."""
         num_experts = plan_of(1.0, "constant_rank", 1).moe(SYSTEM).num_experts
         for total in TOTALS:
@@ -137,7 +137,7 @@ class ScalingBenchmark(Benchmark):
                 of_laws = {law: found.of(f"{of}.{law}") for law in LAWS}
                 if all(held):
                     of_laws["memory_per_expert"] = [sum(values[0] for values in held) / num_experts]
-                    yield Derived(f"{of}.memory_per_expert", of_laws["memory_per_expert"])
+                    yield DerivedSamples(f"{of}.memory_per_expert", of_laws["memory_per_expert"])
                 for law, values in of_laws.items():
                     if values:
                         medians[law][size] = summarize(values).median
@@ -162,12 +162,12 @@ class ScalingBenchmark(Benchmark):
         yield replace(found, ruled_rows=frozenset(last))
 
 
-def _fit(total: str, law: str, values: dict[int, float]) -> Iterator[Derived]:
+def _fit(total: str, law: str, values: dict[int, float]) -> Iterator[DerivedSamples]:
     fitted, of = fit(law, values), f"scaling.{total}.fit.{law}"
     note = f"least squares of {LAWS[law]} over the medians at EP = {', '.join(map(str, values))}"
-    yield Derived(f"{of}.coefficient", [fitted.coefficient], note, n=len(values))
+    yield DerivedSamples(f"{of}.coefficient", [fitted.coefficient], note, n=len(values))
     if fitted.r2 is not None:
-        yield Derived(f"{of}.r2", [fitted.r2], note, n=len(values))
+        yield DerivedSamples(f"{of}.r2", [fitted.r2], note, n=len(values))
 
 
 main = partial(run_benchmark, ScalingBenchmark)

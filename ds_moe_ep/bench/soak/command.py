@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from ds_moe_ep.bench.harness.benchmark import MISSED, Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.method import Summary
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.bench.soak.findings import derive, extremes, metric
@@ -81,7 +81,7 @@ class Soak(Benchmark):
     def metric(self, name: str) -> Metric | None:
         return metric(name)
 
-    def derive(self, found: Collector) -> Iterable[Derived]:
+    def derive(self, found: Collector) -> Iterable[DerivedSamples]:
         return derive(self.plan, self.num_runs, found)
 
     def summary(self, values: Sequence[float]) -> Summary:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.method import Summary
 from ds_moe_ep.bench.soak.plan import SETTLED, SoakPlan
 
@@ -57,18 +57,18 @@ def extremes(values: Sequence[float]) -> Summary:
     return Summary(statistics.median(values), min(values), max(values), len(values))
 
 
-def derive(plan: SoakPlan, num_runs: int, found: Collector) -> Iterator[Derived]:
+def derive(plan: SoakPlan, num_runs: int, found: Collector) -> Iterator[DerivedSamples]:
     """Growth run by run, then the routing, then what all runs say together."""
     runs = [f"soak.run{run}" for run in range(1, num_runs + 1)]
     growth = {(run, what): gains for run in runs for what in BOUNDS if (gains := gains_of(plan, found, run, what))}
     for (run, what), gains in growth.items():
-        yield Derived(f"{run}.growth.{what}", gains, unit=BOUNDS[what][1])
+        yield DerivedSamples(f"{run}.growth.{what}", gains, unit=BOUNDS[what][1])
     rows = rows_of(plan, found, runs[0])
     yield from _routing(plan, rows)
     for step in plan.hashes():
         losses = found.of(f"{runs[0]}.loss.step{step:05d}")
         if losses and math.isfinite(losses[0]):
-            yield Derived(f"soak.loss.step{step:05d}", losses)
+            yield DerivedSamples(f"soak.loss.step{step:05d}", losses)
     sameness = list(_sameness(plan, runs, found))
     yield from sameness
     for what, (bound, unit) in BOUNDS.items():
@@ -107,12 +107,12 @@ def rows_of(plan: SoakPlan, found: Collector, run: str) -> dict[int, list[float]
     return {step: rows for step, rows in of_steps.items() if sum(rows)}
 
 
-def _routing(plan: SoakPlan, rows: Mapping[int, list[float]]) -> Iterator[Derived]:
+def _routing(plan: SoakPlan, rows: Mapping[int, list[float]]) -> Iterator[DerivedSamples]:
     """Of the first run: all runs route alike, or the hashes say so."""
     for step, rows_E in rows.items():
         n, fullest = len(rows_E), max(rows_E)
-        yield Derived(f"soak.load.step{step:05d}", [fullest * n / sum(rows_E)], n=n)
-        yield Derived(f"soak.fullest.step{step:05d}", [float(rows_E.index(fullest))], n=n)
+        yield DerivedSamples(f"soak.load.step{step:05d}", [fullest * n / sum(rows_E)], n=n)
+        yield DerivedSamples(f"soak.fullest.step{step:05d}", [float(rows_E.index(fullest))], n=n)
     if not rows:
         return
     bursts = sum(plan.is_burst(step) for step in rows)
@@ -125,18 +125,18 @@ def _routing(plan: SoakPlan, rows: Mapping[int, list[float]]) -> Iterator[Derive
         ("idle_ranks", idle, "times that a rank received no row in the first layer"),
         ("experts_led", led, "experts that were the fullest one at some step"),
     ):
-        yield Derived(f"soak.weather.{what}", [float(value)], note, n=len(rows))
+        yield DerivedSamples(f"soak.weather.{what}", [float(value)], note, n=len(rows))
 
 
-def _sameness(plan: SoakPlan, runs: Sequence[str], found: Collector) -> Iterator[Derived]:
+def _sameness(plan: SoakPlan, runs: Sequence[str], found: Collector) -> Iterator[DerivedSamples]:
     for step in plan.hashes():
         hashes = [text for run in runs for text in found.texts.get(f"{run}.hash.step{step:05d}", [])]
         if hashes:
             note = f"runs with sha256 {hashes[0][:16]}... of losses, loads and parameters of all ranks until now"
-            yield Derived(f"soak.hash.step{step:05d}", [float(hashes.count(hashes[0]))], note, n=len(hashes))
+            yield DerivedSamples(f"soak.hash.step{step:05d}", [float(hashes.count(hashes[0]))], note, n=len(hashes))
 
 
-def _verdict_on_handles(plan: SoakPlan, runs: Sequence[str], found: Collector) -> Iterator[Derived]:
+def _verdict_on_handles(plan: SoakPlan, runs: Sequence[str], found: Collector) -> Iterator[DerivedSamples]:
     worst, n = {"changed": 0.0, "left": 0.0}, 0
     for run in runs:
         for what in COUNTS:
@@ -153,8 +153,8 @@ def _verdict_on_handles(plan: SoakPlan, runs: Sequence[str], found: Collector) -
         yield _verdict("handles", not any(worst.values()), note, n)
 
 
-def _verdict(what: str, holds: bool, note: str, n: int) -> Derived:
-    return Derived(f"soak.verdict.{what}", [float(holds)], note, n=n)
+def _verdict(what: str, holds: bool, note: str, n: int) -> DerivedSamples:
+    return DerivedSamples(f"soak.verdict.{what}", [float(holds)], note, n=n)
 
 
 def slope(steps: Sequence[int], values: Sequence[float]) -> float:

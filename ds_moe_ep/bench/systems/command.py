@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.bench.systems.findings import derive, metric, summary_tables
 from ds_moe_ep.bench.systems.plan import EMULATED_MODEL, SystemsPlan, link_mbit
@@ -118,7 +118,7 @@ class SystemsBenchmark(Benchmark):
     def metric(self, name: str) -> Metric | None:
         return metric(self.plan, name)
 
-    def derive(self, found: Collector) -> Iterable[Derived]:
+    def derive(self, found: Collector) -> Iterable[DerivedSamples]:
         return derive(self.plan, found)
 
     def tables(self, records: Sequence[Record]) -> Iterable[Table]:

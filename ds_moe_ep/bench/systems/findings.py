@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ds_moe_ep.bench.harness.collector import Collector, Derived, Metric, ratios
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric, ratios
 from ds_moe_ep.bench.systems.plan import SystemsPlan
 from ds_moe_ep.records.names import BASELINE, MODES, SYSTEMS, bed_title
 from ds_moe_ep.records.quantity import cell
@@ -64,7 +64,7 @@ def metric(plan: SystemsPlan, name: str) -> Metric | None:
     return Metric(unit, note, is_emulated=plan.is_emulated or plan.testbed is not None)
 
 
-def derive(plan: SystemsPlan, found: Collector) -> Iterator[Derived]:
+def derive(plan: SystemsPlan, found: Collector) -> Iterator[DerivedSamples]:
     """Throughput over that of each other system, and what the links were shaped for."""
     for environment in plan.environments:
         for mode in plan.modes:
@@ -73,11 +73,11 @@ def derive(plan: SystemsPlan, found: Collector) -> Iterator[Derived]:
             for name, mine_ms in steps.items():
                 for other, its_ms in steps.items():
                     if name != other:
-                        yield Derived(f"{prefixes[name]}.ratio_to_{other}", ratios(its_ms, mine_ms))
+                        yield DerivedSamples(f"{prefixes[name]}.ratio_to_{other}", ratios(its_ms, mine_ms))
         if found.of(f"system.{environment.name}.traffic.ratio"):
-            yield Derived(f"system.{environment.name}.traffic.compute", [1e3 * plan.step_compute_s])
+            yield DerivedSamples(f"system.{environment.name}.traffic.compute", [1e3 * plan.step_compute_s])
             if environment.rate_mbit is not None:
-                yield Derived(f"system.{environment.name}.traffic.link", [environment.rate_mbit])
+                yield DerivedSamples(f"system.{environment.name}.traffic.link", [environment.rate_mbit])
 
 
 def summary_tables(records: Iterable[Record]) -> Iterator[Table]:
