@@ -86,7 +86,7 @@ def torch_optimizer(engine: Any) -> torch.optim.Optimizer | None:
 
 
 def gradients_beside(parameter: Tensor) -> tuple[Tensor | None, ...]:
-    """What DeepSpeed keeps of a parameter's gradient beside `.grad`."""
+    """Gradients of a parameter that DeepSpeed keeps beside `.grad`."""
     return (getattr(parameter, PARAMETER_GRADIENT, None),)
 
 
