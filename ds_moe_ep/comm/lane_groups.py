@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_moe_ep.comm import nccl
 from ds_moe_ep.comm.transport import CONTROL, LANES
 from ds_moe_ep.errors import EngineError, TopologyError
 from ds_moe_ep.health.abort import AbortGuard
@@ -43,7 +44,9 @@ class LaneGroups:
         return total
 
 
-def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float, watch: Watch | None = None) -> LaneGroups:
+def open_lanes(
+    groups: Sequence[Sequence[int]], timeout_s: float, watch: Watch | None = None, max_ctas: int = 0
+) -> LaneGroups:
     """New communicators for every group of global ranks; returns those of this rank's own group.
 
     Without a watch of the caller's they get one of their own.
@@ -63,17 +66,23 @@ def open_lanes(groups: Sequence[Sequence[int]], timeout_s: float, watch: Watch |
             "expert-parallel group; RankGrid(...).ep_groups() makes such groups"
         )
     mine = next(tuple(group) for group in groups if rank in group)
-    timeout = timedelta(seconds=timeout_s)
+    timeout, is_on_nccl = timedelta(seconds=timeout_s), dist.get_backend() == "nccl"
     lanes: dict[str, dist.ProcessGroup] = {}
     for lane in (*LANES, CONTROL):
         for group in groups:
-            made = dist.new_group(list(group), timeout=timeout)
+            options = nccl.lane_options(timeout, max_ctas if lane in LANES else 0) if is_on_nccl else None
+            made = dist.new_group(list(group), timeout=timeout, pg_options=options)
             if rank in group:
                 lanes[lane] = made
     for lane_group in lanes.values():
         dist.barrier(
             group=lane_group
         )  # NCCL wants every rank in a group's first call; later transfers may leave some out
+    if is_on_nccl:
+        for lane in LANES:
+            nccl.connect_pairs(
+                lanes[lane], mine.index(rank), len(mine), torch.device("cuda", torch.cuda.current_device())
+            )
     guard = AbortGuard(mine.index(rank), mine, lanes.values())
     watch = watch or open_watch(timeout_s)
     watch.guards(guard)

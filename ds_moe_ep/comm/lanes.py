@@ -1,6 +1,6 @@
 """Lanes, on which ops run side by side. Streams and events on CUDA, threads and work handles on the host.
 
-The interpreter names a lane, the marks that must lie behind it, and the work. On CUDA a lane never blocks the caller.
+The interpreter names a lane, the events that must lie behind it, and the work. On CUDA a lane never blocks the caller.
 On the host compute runs where it is called, and each transfer lane has threads that move rows meanwhile.
 
 A lane is first in, first out. All transfers at once would share the link and all arrive late; one at a time would leave
@@ -23,7 +23,7 @@ from torch import Tensor
 from ds_moe_ep.comm.transport import LANES
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A point on a lane that other lanes can wait for."""
 
     def wait(self) -> None: ...
@@ -31,44 +31,44 @@ class Mark(Protocol):
 
 IN_FLIGHT = 2  # transfers of one lane on the host
 
-Work = Callable[[], Mark | None]  # starts a transfer and returns it, or computes
+Work = Callable[[], Event | None]  # starts a transfer and returns it, or computes
 
 
-Scope = AbstractContextManager[object]  # what records an op
+Scope = AbstractContextManager[object]  # records an op
 
 
 class Lanes(Protocol):
     """Order of one pass's ops over "compute", "dispatch" and "combine"."""
 
-    def entry(self) -> Mark:
+    def entry(self) -> Event:
         """The point behind all that the caller has issued."""
 
-    def issue(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor], work: Work, scope: Scope) -> Mark:
-        """Runs `work` on `lane` inside `scope`, behind the marks; returns the mark behind it.
+    def issue(self, lane: str, after: Sequence[Event], work: Work, scope: Scope, is_awaited: bool = True) -> Event:
+        """Runs `work` on `lane` inside `scope`, behind the events; returns the event behind it.
 
-        `touches` are the tensors that it reads or writes.
+        `is_awaited`: another lane, or the caller at the end, waits for it.
         """
 
-    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
-        """Puts the caller behind the marks."""
+    def leave(self, events: Sequence[Event]) -> None:
+        """Puts the caller behind the events, the awaited ones among them; what the pass used may be freed then."""
 
-    def abandon(self) -> None:
-        """Drops what was issued and has not started, after an error."""
+    def abandon(self, touches: Sequence[Tensor]) -> None:
+        """Drops what was issued and has not started, after an error; other lanes may still use these tensors."""
 
     def blocking(self) -> Lanes:
         """The lanes for a schedule in which every op waits for the one before."""
 
 
 class _Passed:
-    """A mark that lies behind already: the host runs its own work in order."""
+    """An event that lies behind already: the host runs its own work in order."""
 
     def wait(self) -> None:
         return None
 
 
 class _Pass:
-    """The right of one pass's jobs to start. The first that fails drops the others, on every lane: what started behind
-    it would meet the peers' transfer before."""
+    """The jobs of one pass, which may start until one fails. The first that fails drops the others, on every lane: what
+    started behind it would meet the peers' transfer before."""
 
     def __init__(self) -> None:
         self.is_dropped = False
@@ -87,11 +87,11 @@ class _Pass:
 
 
 class _Job:
-    """An op on a lane's threads, and its mark. Waiting for it raises what the threads have met."""
+    """An op on a lane's threads, and its event. Waiting for it raises what the threads have met."""
 
-    def __init__(self, after: Sequence[Mark], work: Work, scope: Scope, of: _Pass) -> None:
+    def __init__(self, after: Sequence[Event], work: Work, scope: Scope, of: _Pass) -> None:
         self._after, self._work, self._scope, self._of = after, work, scope, of
-        self._transfer: Mark | None = None
+        self._transfer: Event | None = None
         self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # each thread has its own
         self._done = threading.Event()
         self.error: BaseException | None = None
@@ -99,8 +99,8 @@ class _Job:
     def start(self) -> None:
         """Starts the transfer once its time has come. Called by the lane's first thread."""
         try:
-            for mark in () if self._of.is_dropped else self._after:
-                mark.wait()
+            for event in () if self._of.is_dropped else self._after:
+                event.wait()
             if self._of.is_dropped:
                 self.error = self._of.error
             else:
@@ -166,13 +166,13 @@ def _finish_jobs(started: SimpleQueue[_Job | None], places: threading.Semaphore)
 
 
 class _Waiting:
-    """Base of all lanes: the caller waits for marks; nothing is left behind that could be dropped."""
+    """The part that all lanes share: the caller waits for events; nothing is left behind that could be dropped."""
 
-    def leave(self, marks: Sequence[Mark], touches: Sequence[Tensor]) -> None:
-        for mark in marks:
-            mark.wait()
+    def leave(self, events: Sequence[Event]) -> None:
+        for event in events:
+            event.wait()
 
-    def abandon(self) -> None:
+    def abandon(self, touches: Sequence[Tensor]) -> None:
         return None
 
 
@@ -189,18 +189,18 @@ class HostLanes(_Waiting):
     def __reduce__(self) -> tuple[type[HostLanes], tuple[()]]:
         return HostLanes, ()  # a copy of a layer gets lanes of its own
 
-    def entry(self) -> Mark:
+    def entry(self) -> Event:
         self._pass = _Pass()
         return _Passed()
 
-    def issue(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor], work: Work, scope: Scope) -> Mark:
+    def issue(self, lane: str, after: Sequence[Event], work: Work, scope: Scope, is_awaited: bool = True) -> Event:
         if lane not in LANES:
-            return Inline().issue(lane, after, touches, work, scope)
+            return Inline().issue(lane, after, work, scope)
         job = _Job(after, work, scope, self._pass)
         self._lane(lane).queue.put(job)
         return job
 
-    def abandon(self) -> None:
+    def abandon(self, touches: Sequence[Tensor]) -> None:
         self._pass.drop()
         self._pass = _Pass()
 
@@ -224,12 +224,12 @@ def _finish(work: Work) -> None:
 class Inline(_Waiting):
     """The host without threads: every op is finished where it is issued."""
 
-    def entry(self) -> Mark:
+    def entry(self) -> Event:
         return _Passed()
 
-    def issue(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor], work: Work, scope: Scope) -> Mark:
-        for mark in after:
-            mark.wait()
+    def issue(self, lane: str, after: Sequence[Event], work: Work, scope: Scope, is_awaited: bool = True) -> Event:
+        for event in after:
+            event.wait()
         with scope:
             _finish(work)
         return _Passed()
@@ -238,26 +238,34 @@ class Inline(_Waiting):
         return self
 
 
-class _EventMark:
-    """An event recorded on a lane; waiting makes the current stream wait, never the host."""
+class _StreamEvent:
+    """The `number`-th point of a lane's stream; waiting makes the current stream wait, never the host.
 
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self.event = event
+    `recorded` is None where no other lane waits: the order of the lane says it already.
+    """
+
+    def __init__(self, lane: str, number: int, recorded: torch.cuda.Event | None) -> None:
+        self.lane, self.number, self.recorded = lane, number, recorded
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self.event)
+        assert self.recorded is not None, "an op that others wait for is awaited"
+        torch.cuda.current_stream().wait_event(self.recorded)
 
 
 class CudaLanes(_Waiting):
     """Three streams: compute is the caller's, dispatch and combine are the lanes' own (specification, section 3.2).
 
-    Every edge between lanes is an event, and every tensor that crosses is given to the other stream's allocator
-    record, so that its memory is not handed out again while that stream may still use it.
+    Every edge between lanes is an event. A lane that waited for one has seen all before it on that stream, and does
+    not wait again. The end of a pass puts the caller's stream behind the lanes: memory of the pass that is freed there
+    is handed out again behind all that used it, so that no tensor need be given to the allocator's record. Only a pass
+    that fails leaves its lanes open, and does that.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._own = {lane: torch.cuda.Stream(device) for lane in LANES}
+        self._own = {lane: torch.cuda.Stream(device, priority=-1) for lane in LANES}  # small copies beside compute
+        self._number = 0
+        self._seen: dict[tuple[str, str], int] = {}  # of (a lane, another): the newest event that it waited for
 
     def __reduce__(self) -> tuple[type[CudaLanes], tuple[torch.device]]:
         return CudaLanes, (self._device,)
@@ -265,25 +273,43 @@ class CudaLanes(_Waiting):
     def _stream(self, lane: str) -> torch.cuda.Stream:
         return self._own[lane] if lane in self._own else torch.cuda.current_stream()
 
-    def entry(self) -> Mark:
-        return self._mark(self._stream("compute"))
+    def entry(self) -> Event:
+        self._seen.clear()  # the caller may have come with another stream
+        return self._event("compute", self._stream("compute"))
 
-    def issue(self, lane: str, after: Sequence[Mark], touches: Sequence[Tensor], work: Work, scope: Scope) -> Mark:
+    def issue(self, lane: str, after: Sequence[Event], work: Work, scope: Scope, is_awaited: bool = True) -> Event:
         stream = self._stream(lane)
         with torch.cuda.stream(stream):
-            for mark in after:
-                mark.wait()
-            if lane in self._own:
-                for tensor in touches:
-                    tensor.record_stream(stream)
+            for event in after:
+                self._wait(lane, event)
             with scope:
                 _finish(work)  # orders the lane behind the communicator's own stream
-            return self._mark(stream)
+            return self._event(lane, stream, is_awaited)
 
-    def _mark(self, stream: torch.cuda.Stream) -> Mark:
-        event = torch.cuda.Event()
-        event.record(stream)
-        return _EventMark(event)
+    def leave(self, events: Sequence[Event]) -> None:
+        for event in events:
+            assert isinstance(event, _StreamEvent)
+            if event.recorded is not None:  # the last of a lane, which stands for those before it, is
+                self._wait("compute", event)
+
+    def abandon(self, touches: Sequence[Tensor]) -> None:
+        for tensor in touches:
+            for stream in self._own.values():
+                tensor.record_stream(stream)
+
+    def _wait(self, lane: str, event: Event) -> None:
+        """Makes the lane's stream wait, which is the current one, unless its order says so already."""
+        assert isinstance(event, _StreamEvent)
+        if event.lane != lane and self._seen.get((lane, event.lane), -1) < event.number:
+            event.wait()
+            self._seen[lane, event.lane] = event.number
+
+    def _event(self, lane: str, stream: torch.cuda.Stream, is_awaited: bool = True) -> Event:
+        self._number += 1
+        recorded = torch.cuda.Event() if is_awaited else None
+        if recorded is not None:
+            recorded.record(stream)
+        return _StreamEvent(lane, self._number, recorded)
 
     def blocking(self) -> Lanes:
         return self

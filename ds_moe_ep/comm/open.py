@@ -21,7 +21,7 @@ def open_transport(groups: Sequence[Sequence[int]], config: MoEConfig, watch: Wa
     """
     if all(len(group) == 1 for group in groups):
         return Loopback()
-    return transport_over(open_lanes(groups, config.timeout_s, watch), config)
+    return transport_over(open_lanes(groups, config.timeout_s, watch, config.max_ctas), config)
 
 
 def transport_over(lanes: LaneGroups, config: MoEConfig) -> Transport:

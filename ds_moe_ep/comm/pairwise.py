@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from ds_moe_ep.comm import nccl
 from ds_moe_ep.comm.group_transport import SHORT, Bytes, GroupTransport, wait_for
 from ds_moe_ep.comm.transport import Done, Message, Transfer
 from ds_moe_ep.health.abort import CLOSING_TAG
@@ -75,7 +76,8 @@ class Pairwise(GroupTransport):
         if not sends and not receives:
             return Done()
         if (*sends, *receives)[0].buffer_RD.is_cuda:
-            works = _start_on_cuda(group, sends, receives)
+            ends = ([(message.rows, message.peer) for message in messages] for messages in (sends, receives))
+            works: Sequence[dist.Work] = nccl.exchange(group, *ends)
         else:
             try:
                 works = _start_on_host(group, sends, receives, _wire_tag(tags))
@@ -87,18 +89,6 @@ class Pairwise(GroupTransport):
 def _wire_tag(tags: Tags) -> int:
     """A number that ranks in the same place share: rows of another layer or pass never match on the wire."""
     return zlib.crc32(f"{tags.layer} {tags.phase} {tags.peers}".encode()) % CLOSING_TAG
-
-
-def _start_on_cuda(
-    group: dist.ProcessGroup, sends: Sequence[Message], receives: Sequence[Message]
-) -> Sequence[dist.Work]:
-    """All messages in one NCCL group: one kernel, in which no peer waits for another."""
-    ops = [
-        dist.P2POp(direction, message.rows, group=group, group_peer=message.peer)
-        for direction, messages in ((dist.isend, sends), (dist.irecv, receives))
-        for message in messages
-    ]
-    return dist.batch_isend_irecv(ops)
 
 
 def _start_on_host(

@@ -83,6 +83,14 @@ class MoEConfig:
     depth: int = knob(
         2, "pieces that dispatches are issued ahead; 1 for one hardware queue; 0 blocks: nothing is hidden", 0
     )
+    weight_blocks: int = knob(
+        1,
+        "blocks of rows that a weight gradient of 'peers' is summed over, 4 at most: more fill the time of slow links",
+        1,
+    )
+    bit_equal: bool = knob(
+        False, "every schedule gives the same bits on a CPU, at the price of sums over blocks of rows"
+    )
     transport: Literal["auto", "pairwise", "collective"] = knob(
         "auto", "what moves rows: grouped isend/irecv, or all-to-all; 'auto' takes this where all ranks meet on a CPU"
     )
@@ -90,6 +98,7 @@ class MoEConfig:
         "auto",
         "routing, permute and activations: Triton's kernels (auto: on CUDA where it is installed), or plain torch",
     )
+    max_ctas: int = knob(0, "NCCL's thread blocks for the transfers of a lane at most; 0 leaves it to NCCL", 0)
     meter_every: int = knob(0, "steps between two measurements of hidden communication; 0 measures none", 0)
     attach: bool = knob(False, "initialize also hooks DeepSpeed's own MoE layers and AutoEP's (attach_overlap)")
     timeout_s: float = knob(600.0, "time limit of one transfer in seconds", 0.001)

@@ -24,6 +24,16 @@ def linear_grad_rows(dy_RO: Tensor, weight_OI: Tensor, out_RI: Tensor) -> None:
     _rows(dy_RO, weight_OI, None, out_RI)
 
 
+def add_linear_grad_rows(dy_RO: Tensor, weight_OI: Tensor, out_RI: Tensor) -> None:
+    """Adds dy @ weight to `out`. On the CPU the product is made apart, since a sum into it need not be row-stable."""
+    if not dy_RO.is_cpu:
+        out_RI.addmm_(dy_RO, weight_OI)
+        return
+    product_RI = torch.empty_like(out_RI)
+    linear_grad_rows(dy_RO, weight_OI, product_RI)
+    out_RI += product_RI
+
+
 def _rows(x_RI: Tensor, matrix_IO: Tensor, bias_O: Tensor | None, out_RO: Tensor) -> None:
     num_rows = len(x_RI)
     if num_rows == 0:

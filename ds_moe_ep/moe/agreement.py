@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from ds_moe_ep.comm.host_copies import CopyToHost, to_device
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.health.diagnosis import ranks_named
@@ -110,6 +111,7 @@ class Head(NamedTuple):
 
 
 NUM_HEAD = len(CountsHeader._fields) + 2
+AgreedCounts = tuple[list[list[int]], list[list[int]], list[Head]]  # sent [P][L], received [P][L], every rank's head
 
 
 @dataclass(frozen=True)
@@ -123,22 +125,31 @@ class Agreement:
     sees_drift: bool = False
     needs_gradient: bool = False
 
-    def on_counts(self, send_PL: Tensor, capacity: int = -1) -> tuple[list[list[int]], list[list[int]], list[Head]]:
-        """Counts sent [P][L] and received [P][L] on the host, and every rank's head. Collective.
+    def on_counts(self, send_PL: Tensor, capacity: int = -1) -> AgreedCounts:
+        """What the exchange of counts brings, at once: `begin_counts`, and its end."""
+        return self.begin_counts(send_PL, capacity)()
 
-        One device sync. Raises EngineError on every rank where one refused its input or two are not alike.
+    def begin_counts(self, send_PL: Tensor, capacity: int = -1) -> Callable[[], AgreedCounts]:
+        """Starts the exchange of counts; returns what waits for it. Collective.
+
+        One device sync, at the end: what is launched before it hides it. The end raises EngineError on every rank where
+        one refused its input or two are not alike.
         """
-        num_local, head = send_PL.shape[1], self._head(capacity)
+        num_local, head, device = send_PL.shape[1], self._head(capacity), send_PL.device
         stop = NUM_HEAD + num_local
         send_PC = send_PL.new_zeros(self.transport.size, num_columns(num_local))
-        send_PC[:, :NUM_HEAD] = send_PL.new_tensor(head.columns())
+        send_PC[:, :NUM_HEAD] = to_device(head.columns(), device)
         send_PC[:, NUM_HEAD:stop] = send_PL
-        recv_PC = self._exchange(send_PC, head)
-        both = torch.stack([send_PC, recv_PC]).tolist()  # the layer's only device sync
-        self.transport.check_open(self.call.tags)  # what a communicator that was aborted left there means nothing
-        heads = self._check(head, both[1], send_PL.device)
-        sent, received = ([row[NUM_HEAD:stop] for row in rows] for rows in both)
-        return sent, received, heads
+        on_its_way = CopyToHost(torch.stack([send_PC, self._exchange(send_PC, head)]))
+
+        def finish() -> AgreedCounts:
+            both = on_its_way.wait()  # the layer's only device sync
+            self.transport.check_open(self.call.tags)  # what a communicator that was aborted left there means nothing
+            heads = self._check(head, both[1], device)
+            sent, received = ([row[NUM_HEAD:stop] for row in rows] for rows in both)
+            return sent, received, heads
+
+        return finish
 
     def on_backward(self) -> None:
         """Makes sure that all ranks begin this backward pass now. Collective, on the host; raises as `on_counts`."""

@@ -3,21 +3,22 @@
 1. Sort the choices by expert, which sorts them by (destination rank, local expert), stable in token order.
 2. Count them, and exchange the counts in one small all-to-all, together with what the ranks must agree on
    (`agreement.py`).
-3. Bring the counts to the host: the layer's only device sync, since message sizes are host integers. With a capacity
-   every expert has the same number of rows, padded ones included, and nothing is synchronised.
+3. Bring the counts to the host: the layer's only device sync, since message sizes are host integers. What needs none
+   of them (the map of rows both ways, the rows in send order) is launched before. With a capacity every expert has the
+   same number of rows, padded ones included, and nothing is synchronised.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.kernels.permute import RowMaps
 from ds_moe_ep.kernels.sort import sort_choices
-from ds_moe_ep.moe.agreement import NO_CALL, Agreement, Call
+from ds_moe_ep.moe.agreement import NO_CALL, AgreedCounts, Agreement, Call
 from ds_moe_ep.moe.router import Routes
 
 Counts = tuple[tuple[int, ...], ...]
@@ -41,6 +42,14 @@ class DispatchPlan:
         return sum(map(sum, self.recv_rows_PL))
 
 
+@dataclass(frozen=True)
+class PendingPlan:
+    """A plan whose counts are on their way to the host; `maps` are there where they need no counts."""
+
+    maps: RowMaps | None
+    finish: Callable[[], DispatchPlan]  # waits for the counts, and raises where the ranks disagree
+
+
 def make_plan(
     routing: Routes,
     num_experts: int,
@@ -51,7 +60,21 @@ def make_plan(
     needs_gradient: bool = False,
     in_triton: bool | None = None,
 ) -> DispatchPlan:
-    """The plan of this rank's tokens. Collective over the expert group; one device sync, none with a capacity.
+    """The plan of this rank's tokens, at once: `begin_plan`, and its end."""
+    return begin_plan(routing, num_experts, transport, row_type, sees_drift, call, needs_gradient, in_triton).finish()
+
+
+def begin_plan(
+    routing: Routes,
+    num_experts: int,
+    transport: Transport,
+    row_type: tuple[int, torch.dtype],
+    sees_drift: bool = False,
+    call: Call = NO_CALL,
+    needs_gradient: bool = False,
+    in_triton: bool | None = None,
+) -> PendingPlan:
+    """The plan of this rank's tokens. Collective over the group; one device sync at its end, none with a capacity.
 
     `row_type` is the width and dtype of a row; `sees_drift` and `needs_gradient` are told to all ranks. Raises
     EngineError on every rank when ranks disagree on the type, the capacity or the call. On CUDA with a capacity the
@@ -59,17 +82,23 @@ def make_plan(
     """
     agreement = Agreement(transport, call, num_experts, row_type, sees_drift, needs_gradient)
     if routing.capacity is not None:
-        return _padded_plan(routing, num_experts, agreement)
+        plan = _padded_plan(routing, num_experts, agreement)
+        return PendingPlan(plan.maps, lambda: plan)
     in_order = sort_choices(routing.expert_ids_TK, routing.is_used_TK, num_experts, in_triton)
     choice_of_row_N, row_of_choice_TK, is_dropped_TK = in_order.choice_of_row_N, in_order.row_of_choice_TK, None
-    answer = _ask(agreement, in_order.count_E.view(transport.size, -1))
+    counts = agreement.begin_counts(in_order.count_E.view(transport.size, -1))
     if routing.is_used_TK is not None:
-        num_rows = sum(map(sum, answer.send_PL))
-        choice_of_row_N = choice_of_row_N[:num_rows]
         is_dropped_TK = ~routing.is_used_TK
         row_of_choice_TK = row_of_choice_TK.masked_fill(is_dropped_TK, 0)
     maps = RowMaps(choice_of_row_N, row_of_choice_TK, None, is_dropped_TK)
-    return DispatchPlan(maps, answer.send_PL, answer.recv_PL, answer.is_drift_seen, answer.goes_backward)
+
+    def finish() -> DispatchPlan:
+        answer = _answer(counts())
+        num_rows = sum(map(sum, answer.send_PL))  # choices that take no part stand behind all others
+        cut = maps if is_dropped_TK is None else replace(maps, choice_of_row_N=choice_of_row_N[:num_rows])
+        return DispatchPlan(cut, answer.send_PL, answer.recv_PL, answer.is_drift_seen, answer.goes_backward)
+
+    return PendingPlan(maps if is_dropped_TK is None else None, finish)
 
 
 def _padded_plan(routing: Routes, num_experts: int, agreement: Agreement) -> DispatchPlan:
@@ -91,7 +120,7 @@ def _padded_plan(routing: Routes, num_experts: int, agreement: Agreement) -> Dis
     if ids_TK.device.type != "cpu":
         goes_backward = agreement.needs_gradient or (num_peers > 1 and torch.is_grad_enabled())
         return DispatchPlan(maps, counts, counts, goes_backward=goes_backward)
-    answer = _ask(agreement, torch.tensor(counts), capacity)
+    answer = _answer(agreement.on_counts(torch.tensor(counts), capacity))
     return DispatchPlan(maps, counts, counts, answer.is_drift_seen, answer.goes_backward)
 
 
@@ -105,7 +134,7 @@ class _Answer:
     goes_backward: bool
 
 
-def _ask(agreement: Agreement, send_PL: Tensor, capacity: int = -1) -> _Answer:
-    sent, received, heads = agreement.on_counts(send_PL, capacity)
+def _answer(counts: AgreedCounts) -> _Answer:
+    sent, received, heads = counts
     send, recv = (tuple(map(tuple, rows)) for rows in (sent, received))
     return _Answer(send, recv, any(h.sees_drift for h in heads), any(h.needs_gradient for h in heads))

@@ -32,7 +32,7 @@ from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.kernels.permute import permute, unpermute
 from ds_moe_ep.moe.agreement import Agreement, Call, Mode, announce_bad_input
-from ds_moe_ep.moe.dispatch_plan import DispatchPlan, make_plan
+from ds_moe_ep.moe.dispatch_plan import DispatchPlan, PendingPlan, begin_plan
 from ds_moe_ep.moe.executor import PassContext, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
@@ -260,9 +260,12 @@ class Dispatcher:
         call = Call(self._name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
         needs = needs_gradient(x_TD, routes, experts, shared)
-        plan = make_plan(routes, self._config.num_experts, transport, row_type, sees_drift, call, needs, in_triton)
+        pending = begin_plan(routes, self._config.num_experts, transport, row_type, sees_drift, call, needs, in_triton)
+        early_ND = self._permute_early(x_TD, pending, call, in_triton)
+        plan = pending.finish()
         try:
-            rows_ND, weights_TK = in_send_order(x_TD, routes, plan, in_triton)
+            rows_ND = permute(x_TD, plan.maps, in_triton) if early_ND is None else early_ND
+            rows_ND, weights_TK = as_sent(rows_ND, routes, plan)
             if training:
                 self._tune(rows_ND, plan, experts, shared)
             # From here on: what was tuned may run another schedule than the one that this call was announced with.
@@ -277,6 +280,14 @@ class Dispatcher:
         added = [shared_TD] if shared is not None and shared_TD.dtype == results_ND.dtype else []
         y_TD = unpermute(results_ND, weights_TK, plan.maps, added, in_triton)
         return y_TD, None if added or shared is None else shared_TD
+
+    def _permute_early(self, x_TD: Tensor, pending: PendingPlan, call: Call, in_triton: bool | None) -> Tensor | None:
+        """The rows [N, D] in send order, launched before the host waits for the counts, where they need none."""
+        try:
+            return None if pending.maps is None else permute(x_TD, pending.maps, in_triton)
+        except BaseException as error:  # the peers have the counts, and are about to send rows
+            self.checked_connection().transport.abandon(error, call.tags)
+            raise
 
     def _begin_backward(self, call: Call, row_type: tuple[int, torch.dtype], is_cuda: bool) -> None:
         """Makes sure that the group's ranks all begin the backward pass of a call; on CUDA the next call does."""
@@ -310,23 +321,24 @@ class Dispatcher:
     def _context(self, x_TD: Tensor, plan: DispatchPlan, training: bool, shared: SharedExpert | None) -> PassContext:
         """The pass of a plan: where its rows lie, and by which schedules, lanes and transport they move."""
         connection = self.checked_connection()
-        transport, torus = connection.transport, connection.forward.torus
+        transport = connection.transport
         num_shared = 0 if shared is None else len(x_TD)
-        layout = lay_out(plan, connection.forward.pieces, torus, transport.rank, num_shared)
+        layout = lay_out(plan, connection.forward, transport.rank, num_shared)
         schedules = (connection.forward, connection.backward)
         if self._is_blocking:
             schedules = (connection.control_forward, connection.control_backward)
         recorder = Both.of(self._recorder, self._clock) if training else Off()
-        return PassContext(layout, *schedules, transport, self._lanes_on(x_TD.device), recorder, self._name)
+        lanes, in_triton = self._lanes_on(x_TD.device), use_triton(self._config, x_TD.device)
+        return PassContext(layout, *schedules, transport, lanes, recorder, in_triton, self._name)
 
 
-def in_send_order(x_TD: Tensor, routes: Routes, plan: DispatchPlan, in_triton: bool | None) -> tuple[Tensor, Tensor]:
-    """The rows [N, D] in the order in which they are sent, and the weights [T, K] of their results."""
-    rows_ND, weights_TK = permute(x_TD, plan.maps, in_triton), routes.weights_TK
+def as_sent(rows_ND: Tensor, routes: Routes, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
+    """The rows [N, D] as they are sent, weighted where the routes say so, and the weights [T, K] of their results."""
+    weights_TK = routes.weights_TK
     if not routes.weighs_rows:
         return rows_ND, weights_TK
     weight_of_row_N1 = weights_TK.flatten()[plan.maps.choice_of_row_N].unsqueeze(1)
-    return (rows_ND * weight_of_row_N1).to(x_TD.dtype), torch.ones_like(weights_TK)
+    return (rows_ND * weight_of_row_N1).to(rows_ND.dtype), torch.ones_like(weights_TK)
 
 
 def needs_gradient(x_TD: Tensor, routes: Routes, experts: LocalExperts, shared: SharedExpert | None) -> bool:

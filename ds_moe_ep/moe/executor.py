@@ -1,8 +1,8 @@
 """Runs a schedule: rows out, experts, results back, forward and backward, in one autograd function.
 
-The interpreter reads ops in issue order and hands each to its lane, with the marks that it must wait for; it leaves a
-mark behind. On CUDA a mark is an event and nothing blocks the host; on the CPU a lane's thread moves rows while the
-caller computes. Serial is the schedule of one piece and depth 0: there is no second code path.
+The interpreter reads ops in issue order and hands each to its lane, with the events that it must wait for; it leaves
+an event behind. On CUDA nothing blocks the host; on the CPU a lane's thread moves rows while the caller computes.
+Serial is the schedule of one piece and depth 0: there is no second code path.
 
 Parameters are inputs of the function and their gradients are its outputs, summed over all pieces: an engine's gradient
 hooks fire once a backward pass.
@@ -10,6 +10,7 @@ hooks fire once a backward pass.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_moe_ep.comm.lanes import Lanes, Mark
+from ds_moe_ep.comm.host_copies import to_device
+from ds_moe_ep.comm.lanes import Event, Lanes
 from ds_moe_ep.comm.recorder import NOT_RECORDED, Off, Recorder, Scope
 from ds_moe_ep.comm.transport import Message, Transport
 from ds_moe_ep.kernels.eager import not_compiled
@@ -32,7 +34,7 @@ from ds_moe_ep.schedule.spans import Tags
 
 @dataclass(frozen=True)
 class PassContext:
-    """What a pass needs besides rows and weights: layout, schedules, links."""
+    """The needs of a pass besides rows and weights: layout, schedules, transport, lanes."""
 
     layout: RowLayout
     forward: Schedule
@@ -40,6 +42,7 @@ class PassContext:
     transport: Transport
     lanes: Lanes
     recorder: Recorder
+    use_triton: bool | None = None  # as the kernels take it
     layer: str = ""  # its name, for the record and for errors; the same on every rank
     begin_backward: Callable[[], None] = lambda: None  # raises where the group's ranks are not all there
 
@@ -77,13 +80,14 @@ class _RunExperts(torch.autograd.Function):
         with telling(context, "forward"):
             expert_pass = experts.start(context.layout.expert_spans, may_differentiate)
             shared_pass = None if shared is None else shared.start()
+            for started in (expert_pass, shared_pass):
+                if started is not None:
+                    started.use_triton = context.use_triton
             buffers, shared_TD = Buffers.of(rows_ND.contiguous(), context), torch.empty_like(x_TD)
 
         def compute(rows: PieceRows) -> None:
-            for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
-                here = slice(start, stop)
-                with buffers.outputs_of(here, moves) as out_nD:
-                    expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
+            for expert, here, out_nD in buffers.runs_of(rows):
+                expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
             if shared_pass is not None and rows.has_tokens:
                 here = slice(*rows.tokens)
                 shared_pass.compute(0, here, x_TD[here], shared_TD[here])
@@ -96,7 +100,7 @@ class _RunExperts(torch.autograd.Function):
         ctx.num_weights = [len(parameters) - num_shared, num_shared]
         for each in ctx.passes:
             each.saved = []
-            each.let_go()
+            each.release_weights()
         return buffers.results_ND, shared_TD
 
     @staticmethod
@@ -113,10 +117,8 @@ class _RunExperts(torch.autograd.Function):
         shared_grads: list[Tensor | None] = []
 
         def compute(rows: PieceRows) -> None:
-            for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
-                here = slice(start, stop)
-                with buffers.outputs_of(here, moves) as out_nD:
-                    expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)
+            for expert, here, out_nD in buffers.runs_of(rows):
+                expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)
             for shared_pass in shared_passes if rows.has_tokens else ():
                 here = slice(*rows.tokens)
                 shared_pass.input_grads(0, here, d_shared_TD[here], dx_TD[here])
@@ -136,7 +138,7 @@ class _RunExperts(torch.autograd.Function):
             run(context.backward, context, buffers, Steps("backward", compute, weights))
         for each in ctx.passes:
             each.saved = []
-            each.let_go()
+            each.release_weights()
         return buffers.results_ND, dx_TD, None, None, None, None, *grads, *shared_grads
 
 
@@ -150,7 +152,7 @@ def _take_saved(ctx: Any) -> tuple[Tensor, Tensor]:
     for each, num_saved in zip(ctx.passes, ctx.num_saved, strict=True):
         each.saved, rest, each.may_overwrite = rest[:num_saved], rest[num_saved:], not is_retained
     for each, num_weights in zip(ctx.passes, ctx.num_weights, strict=False):
-        each.take_weights(rest[:num_weights])
+        each.restore_weights(rest[:num_weights])
         rest = rest[num_weights:]
     if not is_retained:
         ctx.maybe_clear_saved_tensors()
@@ -173,6 +175,7 @@ class Buffers:
     outputs_RD: Tensor
     wire_out_RD: Tensor
     results_ND: Tensor
+    order: RowOrder | None = None  # where rows move by index; run by run else
 
     @classmethod
     def of(cls, sent_ND: Tensor, context: PassContext, returns_in_place: bool = False) -> Buffers:
@@ -185,10 +188,36 @@ class Buffers:
             outputs_RD = torch.empty_like(inputs_RD)
             return cls(sent_ND, inputs_RD, inputs_RD, outputs_RD, outputs_RD, results_ND)
         wire_RD = torch.empty_like(inputs_RD)
-        return cls(sent_ND, wire_RD, inputs_RD, wire_RD[:0], wire_RD, results_ND)
+        order = RowOrder.of(context.layout, sent_ND.device) if moves_by_index(sent_ND.device) else None
+        return cls(sent_ND, wire_RD, inputs_RD, wire_RD[:0], wire_RD, results_ND, order)
+
+    def stack(self, rows: PieceRows) -> None:
+        """Puts a piece's rows from where they came to where they are computed."""
+        if self.order is None or not rows.moves:
+            _move(rows.moves, self.wire_in_RD, self.inputs_RD)
+        else:
+            here = slice(*rows.wire)
+            self.inputs_RD.index_copy_(0, self.order.stacked_R[here], self.wire_in_RD[here])
+
+    def runs_of(self, rows: PieceRows) -> Iterator[tuple[int, slice, Tensor]]:
+        """Each run of a piece: the expert, its stacked rows, and a place to write their results to.
+
+        Behind the last run all results lie on the wire.
+        """
+        if self.order is None or not rows.moves:
+            for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
+                with self._outputs_of(slice(start, stop), moves) as out_nD:
+                    yield expert, slice(start, stop), out_nD
+            return
+        here = slice(*rows.wire)
+        scratch_nD, first = torch.empty_like(self.wire_out_RD[here]), 0
+        for expert, (start, stop) in rows.runs:
+            yield expert, slice(start, stop), scratch_nD[first : first + stop - start]
+            first += stop - start
+        torch.index_select(scratch_nD, 0, self.order.computed_R[here], out=self.wire_out_RD[here])
 
     @contextmanager
-    def outputs_of(self, rows: slice, moves: Sequence[Move]) -> Iterator[Tensor]:
+    def _outputs_of(self, rows: slice, moves: Sequence[Move]) -> Iterator[Tensor]:
         """A place to write the results of a run of stacked rows to; after the scope they lie on the wire."""
         if not moves:
             yield self.outputs_RD[rows]
@@ -204,8 +233,43 @@ class Buffers:
 
 
 @dataclass(frozen=True)
+class RowOrder:
+    """For each received row as it lies on the wire: its stacked place, and its place among what its piece computes.
+
+    With many experts a piece has a part of each expert's rows from each peer: as copies of slices they would be as many
+    launches, by index they are one launch for each way.
+    """
+
+    stacked_R: Tensor
+    computed_R: Tensor
+
+    @classmethod
+    def of(cls, layout: RowLayout, device: torch.device) -> RowOrder:
+        """From the lengths of the parts, which are few; no device sync."""
+        parts: list[tuple[int, int, int]] = []  # how far behind its place on the wire either other place is, rows
+        for rows in layout.pieces:
+            computed_at = dict[int, int]()  # of a run, by its first stacked row
+            for _, (start, _) in rows.runs:
+                computed_at[start] = sum(other - first for _, (first, other) in rows.runs if first < start)
+            starts = sorted(computed_at)
+            for wire, stacked, num_rows in rows.moves:
+                run = starts[bisect_right(starts, stacked) - 1]
+                parts.append((stacked - wire, computed_at[run] + stacked - run - wire, num_rows))
+        columns = to_device([value for column in zip(*parts, strict=True) for value in column], device).view(3, -1)
+        num_rows = sum(part[2] for part in parts)
+        behind = torch.repeat_interleave(columns[:2], columns[2], dim=1, output_size=num_rows)
+        stacked_R, computed_R = behind + torch.arange(num_rows, device=device)
+        return cls(stacked_R, computed_R)
+
+
+def moves_by_index(device: torch.device) -> bool:
+    """True where a launch costs more than what it moves; on the CPU copies of slices are faster than gathers."""
+    return device.type != "cpu"
+
+
+@dataclass(frozen=True)
 class Steps:
-    """What a pass computes: a piece's rows, and a block of weight gradients."""
+    """The computations of a pass: a piece's rows, and a block of weight gradients."""
 
     phase: str
     compute: Callable[[PieceRows], None]
@@ -214,21 +278,19 @@ class Steps:
 
 def run(schedule: Schedule, context: PassContext, buffers: Buffers, steps: Steps) -> None:
     """Issues every op of the schedule and returns once the caller's lane is behind all of them."""
-    lanes, touched = context.lanes, buffers.everything()
-    if schedule.depth == 0:
-        lanes = lanes.blocking()
+    lanes = context.lanes.blocking() if schedule.depth == 0 else context.lanes
     entry = lanes.entry()
-    marks: list[Mark] = []
+    events: list[Event] = []
     with telling(context, steps.phase):
         try:
-            for op in schedule.ops:
-                after = [marks[index] for index in op.after] or [entry]
+            for index, op in enumerate(schedule.ops):
+                after = [events[before] for before in op.after] or [entry]
                 tags = Tags(context.layer, steps.phase, "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece])
-                work = _work(op, context, buffers, steps, tags)
-                marks.append(lanes.issue(op.kind.lane, after, touched, work, _scope(op, context, tags)))
-            lanes.leave(marks, touched)
+                work, scope = _work(op, context, buffers, steps, tags), _scope(op, context, tags)
+                events.append(lanes.issue(op.kind.lane, after, work, scope, index in schedule.awaited))
+            lanes.leave(events)
         except BaseException:
-            lanes.abandon()
+            lanes.abandon(buffers.everything())
             raise
 
 
@@ -242,8 +304,8 @@ def telling(context: PassContext, phase: str) -> Iterator[None]:
         raise
 
 
-def _work(op: Op, context: PassContext, buffers: Buffers, steps: Steps, tags: Tags) -> Callable[[], Mark | None]:
-    """What an op does, to be called on its lane."""
+def _work(op: Op, context: PassContext, buffers: Buffers, steps: Steps, tags: Tags) -> Callable[[], Event | None]:
+    """The work of an op, to be called on its lane."""
     if op.kind is Kind.WEIGHTS:
         assert steps.weights is not None, "this pass has no weight gradients"
         return partial(steps.weights, op.piece)
@@ -254,26 +316,26 @@ def _work(op: Op, context: PassContext, buffers: Buffers, steps: Steps, tags: Ta
         return partial(_combine, rows, context.transport, buffers, tags)
 
     def compute() -> None:
-        _move(rows.moves, buffers.wire_in_RD, buffers.inputs_RD)
+        buffers.stack(rows)
         steps.compute(rows)
 
     return compute
 
 
 def _scope(op: Op, context: PassContext, tags: Tags) -> Scope:
-    """What records the op; free where nothing does."""
+    """The scope that records the op; free where nothing does."""
     if isinstance(context.recorder, Off):
         return NOT_RECORDED
     return context.recorder.scope(op.kind.lane, str(op), tags)
 
 
-def _dispatch(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Mark:
+def _dispatch(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Event:
     return transport.start(
         "dispatch", _messages(buffers.sent_ND, rows.sent), _messages(buffers.wire_in_RD, rows.received), tags
     )
 
 
-def _combine(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Mark:
+def _combine(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Event:
     return transport.start(
         "combine", _messages(buffers.wire_out_RD, rows.received), _messages(buffers.results_ND, rows.sent), tags
     )

@@ -1,21 +1,21 @@
 """Where each piece's rows lie: in send order, on the wire, and stacked by expert.
 
-Three orders of rows meet in a pass. Sent rows lie by (peer, expert of the peer). Received rows come by (peer, local
-expert), one message a peer. The experts want them by (local expert, peer), so that all rows of an expert lie side by
-side in an order that no schedule changes. With one local expert the last two are the same, and rows are received where
-they are computed.
+Three orders of rows meet in a pass. Sent rows lie by (peer, expert of the peer). Received rows come by (piece, peer,
+local expert), one message per peer. The experts want them by (local expert, piece, peer), so that the rows of an expert
+that come together are one matrix product, and all of its rows are one for its weight gradients. With one local expert
+the last two are the same, and rows are received where they are computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
-from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
-from ds_moe_ep.schedule.build import Offset, Piece, weight_blocks
+from ds_moe_ep.schedule.build import Offset, Piece, Schedule
 
 Span = tuple[int, int]  # start, stop
 Run = tuple[int, Span]  # local expert, stacked span
@@ -28,7 +28,8 @@ class PieceRows:
 
     `sent` and `received`: per peer, this rank included, a span of the sent rows and of the received ones; both may be
     empty.
-    `moves`: between received and stacked order; none where they are the same.
+    `moves`: between received and stacked order; none where they are the same. They are in the order of the wire, on
+    which all of the piece's rows lie in the span `wire`.
     `runs`: (local expert, stacked span) to compute.
     `tokens`: the span of this rank's tokens that the shared expert computes beside them: those of the near rows' cut.
     """
@@ -38,6 +39,7 @@ class PieceRows:
     moves: tuple[Move, ...]
     runs: tuple[Run, ...]
     tokens: Span = (0, 0)
+    wire: Span = (0, 0)
 
     @property
     def has_tokens(self) -> bool:
@@ -60,50 +62,88 @@ class RowLayout:
 
     @property
     def is_stacked_on_arrival(self) -> bool:
-        """Whether received rows already lie by expert: one local expert, or no peers."""
+        """True where received rows already lie by expert: one local expert, or no peers."""
         return not any(rows.moves for rows in self.pieces)
 
 
-def lay_out(
-    plan: DispatchPlan, pieces: Sequence[Piece], torus: Torus, rank: int, num_shared_tokens: int = 0
-) -> RowLayout:
+def lay_out(plan: DispatchPlan, schedule: Schedule, rank: int, num_shared_tokens: int = 0) -> RowLayout:
     """The layout of a plan's rows in the pieces of a schedule, and of the shared expert's tokens. No device work."""
-    recv_PL = plan.recv_rows_PL
-    num_local = len(recv_PL[0])
+    torus, pieces = schedule.torus, schedule.pieces
+    num_local = len(plan.recv_rows_PL[0])
     sent_start_P = _starts([sum(rows) for rows in plan.send_rows_PL])
-    recv_start_P = _starts([sum(rows) for rows in recv_PL])
-    stacked_start = _starts([recv_PL[p][e] for e in range(num_local) for p in range(torus.size)])
-    start_LP = [stacked_start[e * torus.size : (e + 1) * torus.size] for e in range(num_local)]
-    expert_starts = [row[0] for row in start_LP] + [plan.num_received]
-    stacked_on_arrival = num_local == 1 or torus.size == 1
+    parts = [part for index in range(len(pieces)) for part in _parts(plan, schedule, rank, index)]
+    stacked = _places(sorted(parts, key=partial(_stacking_order, schedule)))
+    # With one local expert, or no peers, rows are received where they are computed.
+    wire = stacked if num_local == 1 or torus.size == 1 else _places(parts)
 
-    def rows_of(piece: Piece) -> PieceRows:
-        sent, received, moves, runs = [], [], [], []
+    def rows_of(index: int, piece: Piece) -> PieceRows:
+        own = [part for part in parts if part.piece == index]
+        first_from = {part.source: wire[part] for part in reversed(own)}
+        sent, received = [], []
         for offset in piece.offsets:
             target, source = torus.target(rank, offset), torus.source(rank, offset)
-            into = _cut(recv_start_P[source], sum(recv_PL[source]), piece)
+            start, (first, last) = first_from.get(source, 0), _cut(0, sum(plan.recv_rows_PL[source]), piece)
             sent.append((target, _cut(sent_start_P[target], sum(plan.send_rows_PL[target]), piece)))
-            received.append((source, into))
-            for expert, start, skipped, num_rows in _by_expert(into, recv_start_P[source], recv_PL[source]):
-                place = start_LP[expert][source] + skipped
-                runs.append((expert, (place, place + num_rows)))
-                moves.append((start, place, num_rows))
+            received.append((source, (start, start + last - first)))
+        moves = [] if wire is stacked else [(wire[part], stacked[part], part.num_rows) for part in own]
         tokens = _cut(0, num_shared_tokens, piece) if (0, 0) in piece.offsets else (0, 0)
-        moved = () if stacked_on_arrival else tuple(moves)
-        return PieceRows(tuple(sent), tuple(received), moved, _merge(runs), tokens)
+        span = (moves[0][0], moves[-1][0] + moves[-1][2]) if moves else (0, 0)
+        return PieceRows(tuple(sent), tuple(received), tuple(moves), _runs(own, stacked), tokens, span)
 
     def runs_from(block: Sequence[Offset]) -> tuple[Run, ...]:
-        sources = [torus.source(rank, offset) for offset in block]
-        return _merge(
-            [(e, (start_LP[e][p], start_LP[e][p] + recv_PL[p][e])) for e in range(num_local) for p in sources]
-        )
+        sources = {torus.source(rank, offset) for offset in block}
+        return _runs([part for part in parts if part.source in sources], stacked)
 
+    # Not those of the plan: pieces that only time transfers may carry some rows twice, and others never.
+    rows_L = [sum(part.num_rows for part in parts if part.expert == expert) for expert in range(num_local)]
     return RowLayout(
-        tuple(rows_of(piece) for piece in pieces),
-        tuple(runs_from(block) for block in weight_blocks(torus)),
-        tuple(pairwise(expert_starts)),
-        plan.num_received,
+        tuple(rows_of(index, piece) for index, piece in enumerate(pieces)),
+        tuple(runs_from(block) for block in schedule.blocks),
+        tuple(pairwise(accumulate(rows_L, initial=0))),
+        sum(rows_L),
     )
+
+
+class _Part(NamedTuple):
+    """The rows of one local expert that come from one rank in one piece; `skipped` of that rank's lie before them."""
+
+    piece: int
+    source: int
+    expert: int
+    skipped: int
+    num_rows: int
+
+
+def _parts(plan: DispatchPlan, schedule: Schedule, rank: int, index: int) -> Iterator[_Part]:
+    """The parts of a piece in the order in which their rows come; empty ones are left out.
+
+    Messages lie in the order of their ranks, so that an all-to-all finds all of a piece side by side.
+    """
+    piece = schedule.pieces[index]
+    for source in sorted(schedule.torus.source(rank, offset) for offset in piece.offsets):
+        rows_L = plan.recv_rows_PL[source]
+        span = _cut(0, sum(rows_L), piece)
+        for expert, skipped, num_rows in _by_expert(span, rows_L):
+            yield _Part(index, source, expert, skipped, num_rows)
+
+
+def _stacking_order(schedule: Schedule, part: _Part) -> tuple[int, ...]:
+    """By local expert, and then by piece, so that a piece's rows of an expert are one run, one product.
+
+    Bit-equal schedules need an order that none of them changes: by local expert, then by source.
+    """
+    if schedule.is_bit_equal:
+        return part.expert, part.source, part.skipped
+    return part.expert, schedule.stacking_place[part.piece], part.source
+
+
+def _places(parts: Sequence[_Part]) -> dict[_Part, int]:
+    """The row at which each part begins, where they follow each other in this order."""
+    return dict(zip(parts, _starts([part.num_rows for part in parts]), strict=True))
+
+
+def _runs(parts: Sequence[_Part], stacked: Mapping[_Part, int]) -> tuple[Run, ...]:
+    return _merge([(part.expert, (stacked[part], stacked[part] + part.num_rows)) for part in parts])
 
 
 def _starts(counts: Sequence[int]) -> list[int]:
@@ -118,18 +158,17 @@ def _cut(start: int, num_rows: int, piece: Piece) -> Span:
     )
 
 
-def _by_expert(span: Span, start: int, rows_L: Sequence[int]) -> list[tuple[int, int, int, int]]:
+def _by_expert(span: Span, rows_L: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """The parts of a span of one peer's received rows that belong to each local expert; empty ones left out.
 
-    Each is (expert, where the part starts, how many of the expert's rows lie before it, its rows).
+    Each is (expert, how many of the expert's rows lie before it, its rows).
     """
-    parts = []
+    start = 0
     for expert, num_rows in enumerate(rows_L):
         first, last = max(span[0], start), min(span[1], start + num_rows)
         if first < last:
-            parts.append((expert, first, first - start, last - first))
+            yield expert, first - start, last - first
         start += num_rows
-    return parts
 
 
 def _merge(runs: Sequence[Run]) -> tuple[Run, ...]:

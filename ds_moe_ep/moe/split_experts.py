@@ -1,8 +1,8 @@
 """The mathematics of experts, forward and backward, on stacked rows.
 
 A pass holds the stacked intermediate rows of all local experts. It computes any run of rows of one expert, forward or
-backward, in any order; weight gradients are summed over blocks of rows that no schedule changes, in one order, so that
-they do not depend on how the rows arrived.
+backward, in any order. A weight gradient is one product over all rows of its expert, or a sum over the schedule's
+blocks of them, in their order: deterministic either way, and with the blocks of `bit_equal` the same in every schedule.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ds_moe_ep.errors import EngineError
-from ds_moe_ep.kernels.linear import linear_grad_rows, linear_rows
+from ds_moe_ep.kernels.activation import gelu_backward, swiglu, swiglu_backward
+from ds_moe_ep.kernels.linear import add_linear_grad_rows, linear_grad_rows, linear_rows
+from ds_moe_ep.kernels.weight_product import add_weight_product
 
 Weights = dict[str, Tensor | None]
 Span = tuple[int, int]  # start, stop
@@ -28,8 +30,9 @@ BLOCK_ROWS = 512  # on the CPU: fewer cost more in small products than they save
 class ExpertPass(Protocol):
     """One pass through the local experts. `rows` is a slice of the stacked rows, all of one expert."""
 
-    saved: list[Tensor]  # what the backward pass reads; the autograd function stores it in between
-    may_overwrite: bool  # whether the backward pass may use `saved` up: nobody else will read it
+    saved: list[Tensor]  # for the backward pass; the autograd function stores it in between
+    may_overwrite: bool  # the backward pass may use `saved` up: nobody else will read it
+    use_triton: bool | None  # as the kernels take it
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         """Writes the outputs of these rows of the expert."""
@@ -40,41 +43,51 @@ class ExpertPass(Protocol):
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
         """Adds the part of these rows to the gradients of the expert's parameters; after the rows' own gradients."""
 
-    def let_go(self) -> None:
+    def release_weights(self) -> None:
         """Forgets the weights between forward and backward: only what the autograd function saves can be freed then."""
 
-    def take_weights(self, weights: Sequence[Tensor]) -> None:
+    def restore_weights(self, weights: Sequence[Tensor]) -> None:
         """Takes the weights back, in the order of the experts' parameters."""
 
     def weight_grads(self, expert: int) -> list[Tensor | None]:
         """The sums, in the order of the expert's parameters; once, after the parts of all its rows, each added once."""
 
 
-class KeptRows:
-    """The rows that each expert keeps from the forward to the backward pass: `num_kept` tensors [rows, F] an expert.
+class SavedActivations:
+    """The rows that each expert saves from the forward to the backward pass: `num_hidden` tensors [rows, F] per expert.
 
-    A tensor an expert and not one for all: blocks stay small enough for the allocator to keep, and each expert's
-    rows are given back with the last product that reads them.
+    A tensor per expert and not one for all: blocks stay small enough for the allocator to keep, and each expert's
+    rows are given back with the last product that reads them. Active rows are not saved: the backward pass makes them
+    again from the hidden ones, over their own gradient, in the pass over memory that this gradient takes anyway. A
+    recomputation saves them too (`ActiveRows`): their time is short, and making them again is not free.
     """
 
-    def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], num_kept: int) -> None:
+    def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], num_hidden: int) -> None:
         self._weights = weights
         self._sums: list[GradSums] = [GradSums(named) for named in weights]
         width_like_FD = _weight(weights[0], "up")
         self._spans = spans
-        self._num_kept = num_kept
+        self._active = ActiveRows.of_this_pass()
+        self._num_hidden, self._num_saved = num_hidden, num_hidden + (self._active is not ActiveRows.MADE_AGAIN)
         self._num_added = [0] * len(spans)  # rows whose part of the weight gradients was added
         width = len(width_like_FD)
-        self.saved = [width_like_FD.new_empty(stop - start, width) for start, stop in spans for _ in range(num_kept)]
+        self.saved = []
+        for num_rows in (stop - start for start, stop in spans):
+            self.saved += [width_like_FD.new_empty(num_rows, width) for _ in range(num_hidden)]
+            if self._active is ActiveRows.SAVED:
+                self.saved.append(width_like_FD.new_empty(num_rows, width))
+            elif self._active is ActiveRows.SAVED_LATER:  # in their shape, without their memory
+                self.saved.append(width_like_FD.new_empty(()).expand(num_rows, width))
         self.may_overwrite = False
+        self.use_triton: bool | None = None
         self._gradients: dict[int, list[Tensor]] = {}
         self._names = [[name for name, weight in named.items() if weight is not None] for named in weights]
 
-    def let_go(self) -> None:
+    def release_weights(self) -> None:
         """Forgets the weights; ZeRO-3 frees them, and recomputation makes them anew."""
-        self.take_weights([])
+        self.restore_weights([])
 
-    def take_weights(self, weights: Sequence[Tensor]) -> None:
+    def restore_weights(self, weights: Sequence[Tensor]) -> None:
         """Takes the weights back, in the order of `expert_parameters`."""
         rest = iter(weights)
         self._weights = [dict(zip(names, rest, strict=False)) for names in self._names] if weights else []
@@ -82,75 +95,98 @@ class KeptRows:
             sums.weights = named
 
     def of(self, expert: int) -> list[Tensor]:
-        """All rows that the expert keeps."""
-        return self.saved[expert * self._num_kept : (expert + 1) * self._num_kept]
+        """All rows that the expert saved."""
+        return self.saved[expert * self._num_saved : (expert + 1) * self._num_saved]
 
     def at(self, expert: int, rows: slice) -> slice:
         """The place of stacked rows among those of their expert."""
         start, _ = self._spans[expert]
         return slice(rows.start - start, rows.stop - start)
 
-    def gradients(self, expert: int, num: int) -> list[Tensor]:
-        """Where the gradients of the expert's first `num` kept tensors go: over them, where that is allowed."""
+    def gradients(self, expert: int) -> list[Tensor]:
+        """The places of the gradients of the expert's saved rows, over them where that is allowed, then of its active
+        rows."""
         if expert not in self._gradients:
-            kept = self.of(expert)[:num]
-            self._gradients[expert] = kept if self.may_overwrite else [torch.empty_like(rows) for rows in kept]
+            saved = self.of(expert)
+            hidden, active = saved[: self._num_hidden], saved[self._num_hidden :] or [torch.empty_like(saved[0])]
+            over = hidden if self.may_overwrite else [torch.empty_like(rows) for rows in hidden]
+            self._gradients[expert] = [*over, *active]
         return self._gradients[expert]
 
-    def is_last(self, expert: int, rows: slice) -> bool:
-        """Whether these rows, whose part is being added to the weight gradients, are the last ones of the expert."""
+    def active_rows(self, expert: int, here: slice, like_nF: Tensor) -> Tensor:
+        """A place for active rows in the forward pass."""
+        return self.of(expert)[-1][here] if self._active is ActiveRows.SAVED else torch.empty_like(like_nF)
+
+    def over(self, active_nF: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The place of the active rows' gradient, and that of the rows where they are made again: the same one."""
+        if self._active is ActiveRows.MADE_AGAIN:
+            return active_nF, active_nF
+        return torch.empty_like(active_nF), None
+
+    def is_whole(self, expert: int, rows: slice) -> bool:
+        """True for all rows of an expert at once: no other product adds to its weight gradients."""
+        return self._spans[expert] == (rows.start, rows.stop)
+
+    def count_added(self, expert: int, rows: slice) -> int:
+        """Notes that the part of these rows is being added to the weight gradients; returns how many rows remain."""
         self._num_added[expert] += rows.stop - rows.start
         start, stop = self._spans[expert]
-        return self._num_added[expert] == stop - start
+        return stop - start - self._num_added[expert]
 
-    def release(self, expert: int, kept: int) -> None:
-        """Gives one of the expert's kept tensors back, and its gradient."""
-        index = expert * self._num_kept + kept
-        nothing = self.saved[index] = self.saved[index].new_empty(0)
-        if kept < len(gradients := self._gradients.get(expert, [])):
-            gradients[kept] = nothing
+    def release(self, expert: int, index: int) -> None:
+        """Gives one of the expert's saved tensors back, and its gradient; the last index is that of the active rows."""
+        nothing = self.saved[0].new_empty(0)
+        if index < self._num_saved:
+            self.saved[expert * self._num_saved + index] = nothing
+        if index < len(gradients := self._gradients.get(expert, [])):
+            gradients[index] = nothing
 
     def weight_grads(self, expert: int) -> list[Tensor | None]:
         """The sums of the expert's weight gradients; its rows are not kept any longer."""
-        for kept in range(self._num_kept):
-            self.release(expert, kept)
+        for index in range(self._num_saved):
+            self.release(expert, index)
         self._gradients.pop(expert, None)
         self._num_added[expert] = 0
         return self._sums[expert].take()
 
 
 class GradSums:
-    """The gradients of one expert's weights, summed block by block, at least in fp32. None for what is frozen."""
+    """The gradients of one expert's weights. None for what is frozen.
+
+    One product over all rows is made in the weights' own type: the matrix unit sums it in fp32, and rounds once.
+    Several are summed at least in fp32.
+    """
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self._trained = {name for name, weight in weights.items() if weight is not None and weight.requires_grad}
         self._sums: dict[str, Tensor | None] = {}
 
-    def add(self, part: str, x_nI: Tensor, dy_nO: Tensor) -> None:
-        """Adds the gradients of one Linear's weight and bias, from rows of its inputs and its outputs' gradient."""
+    def add(self, part: str, x_nI: Tensor, dy_nO: Tensor, is_only: bool = False) -> None:
+        """Adds the gradients of one Linear's weight and bias, from rows of its inputs and its outputs' gradient.
+
+        `is_only`: nothing else will be added to them.
+        """
         if not len(x_nI):
             return
         for name in (f"{part}.weight", f"{part}.bias"):
-            weight = self.weights.get(name)
-            if weight is None or name not in self._trained:
+            if self.weights.get(name) is None or name not in self._trained:
                 continue
-            total = self._sums.get(name)
-            if total is not None and name.endswith("weight") and weight.dtype == total.dtype == _summed_in(weight):
-                total.addmm_(dy_nO.t(), x_nI)
+            if name.endswith("bias"):
+                self._sums[name] = _sum(self._sums.get(name), dy_nO.sum(0))
+            elif is_only:
+                self._sums[name] = dy_nO.t() @ x_nI
             else:
-                self._sums[name] = _sum(total, dy_nO.sum(0) if name.endswith("bias") else dy_nO.t() @ x_nI)
+                self._sums[name] = add_weight_product(self._sums.get(name), dy_nO, x_nI)
 
     def take(self) -> list[Tensor | None]:
         """The sums in the weights' own type and order."""
         sums, self._sums = self._sums, {}
         return [
-            _in_type_of(w, sums.get(name), name in self._trained) for name, w in self.weights.items() if w is not None
+            _in_type_of(w, sums.pop(name, None), name in self._trained)
+            for name, w in self.weights.items()
+            if w is not None
         ]
-
-
-def _summed_in(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _in_type_of(weight: Tensor, grad: Tensor | None, is_trained: bool) -> Tensor | None:
@@ -160,87 +196,108 @@ def _in_type_of(weight: Tensor, grad: Tensor | None, is_trained: bool) -> Tensor
     return torch.zeros_like(weight) if is_trained else None
 
 
+class ActiveRows(Enum):
+    """The active rows of a forward pass: made again by its backward pass, or saved for it.
+
+    A recomputation inside of a backward pass saves them, since that uses them up at once. torch's checkpoint puts what
+    the recomputation saves in the places of what the first pass saved: that one keeps a place.
+    """
+
+    MADE_AGAIN = 0
+    SAVED = 1
+    SAVED_LATER = 2
+
+    @classmethod
+    def of_this_pass(cls) -> ActiveRows:
+        hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None)(False)
+        packs = getattr(hooks[0], "__qualname__", "others'") if hooks else ""
+        if packs.startswith("_checkpoint_hook."):
+            return cls.SAVED_LATER
+        is_inside_backward = getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1
+        if is_inside_backward and (not packs or packs.startswith("_recomputation_hook.")):
+            return cls.SAVED
+        return cls.MADE_AGAIN
+
+
 def blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The tensors cut alike, on the CPU, by at most BLOCK_ROWS rows: what lies between products stays small."""
     num_blocks = -(-len(rows[0]) // BLOCK_ROWS) if rows[0].is_cpu else 1
     return [rows] if num_blocks <= 1 else zip(*(tensor.tensor_split(num_blocks) for tensor in rows), strict=True)
 
 
-class GeluPass(KeptRows):
-    """down(gelu(up(x))): keeps the rows before and after the activation."""
+class GeluPass(SavedActivations):
+    """down(gelu(up(x))): saves the rows before the activation."""
 
     def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], approximate: str) -> None:
-        super().__init__(weights, spans, 2)  # hidden rows, active rows
+        super().__init__(weights, spans, 1)  # hidden rows
         self._approximate = approximate
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)
         up, down = _weight(weights, "up"), _weight(weights, "down")
-        hidden_nF, active_nF = (rows_RF[here] for rows_RF in self.of(expert))
-        linear_rows(x_nD, up, weights.get("up.bias"), hidden_nF)
-        torch.ops.aten.gelu.out(hidden_nF, approximate=self._approximate, out=active_nF)
-        linear_rows(active_nF, down, weights.get("down.bias"), y_nD)
+        hidden_nF = self.of(expert)[0][here]
+        for x, hidden, active, y in blocks(x_nD, hidden_nF, self.active_rows(expert, here, hidden_nF), y_nD):
+            linear_rows(x, up, weights.get("up.bias"), hidden)
+            torch.ops.aten.gelu.out(hidden, approximate=self._approximate, out=active)
+            linear_rows(active, down, weights.get("down.bias"), y)
 
     def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)
         up, down = _weight(weights, "up"), _weight(weights, "down")
-        hidden_RF, (d_hidden_RF,) = self.of(expert)[0], self.gradients(expert, 1)
-        for dy, hidden, d_hidden, dx in blocks(dy_nD, hidden_RF[here], d_hidden_RF[here], dx_nD):
-            d_active = torch.empty_like(hidden)
+        hidden_RF, (d_hidden_RF, active_RF) = self.of(expert)[0], self.gradients(expert)
+        cut = blocks(dy_nD, hidden_RF[here], d_hidden_RF[here], active_RF[here], dx_nD)
+        for dy, hidden, d_hidden, active, dx in cut:
+            d_active, made_again = self.over(active)
             linear_grad_rows(dy, down, d_active)
-            torch.ops.aten.gelu_backward.grad_input(
-                d_active, hidden, approximate=self._approximate, grad_input=d_hidden
-            )
+            gelu_backward(d_active, hidden, d_hidden, made_again, self._approximate, self.use_triton)
             linear_grad_rows(d_hidden, up, dx)
 
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
-        here, sums, is_last = self.at(expert, rows), self._sums[expert], self.is_last(expert, rows)
-        sums.add("down", self.of(expert)[1][here], dy_nD)
+        here, sums, is_only = self.at(expert, rows), self._sums[expert], self.is_whole(expert, rows)
+        is_last = not self.count_added(expert, rows)
+        sums.add("down", self.gradients(expert)[1][here], dy_nD, is_only)
         if is_last:
             self.release(expert, 1)
-        sums.add("up", x_nD, self.gradients(expert, 1)[0][here])
+        sums.add("up", x_nD, self.gradients(expert)[0][here], is_only)
 
 
-class SwiGLUPass(KeptRows):
-    """down(silu(gate(x)) * up(x)): keeps gate rows, up rows and their product."""
+class SwiGLUPass(SavedActivations):
+    """down(silu(gate(x)) * up(x)): saves gate rows and up rows."""
 
     def __init__(self, weights: Sequence[Weights], spans: Sequence[Span]) -> None:
-        super().__init__(weights, spans, 3)  # gate rows, up rows, active rows
+        super().__init__(weights, spans, 2)  # gate rows, up rows
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)
-        gate_RF, up_RF, active_RF = self.of(expert)
-        for x, gate, up, active, y in blocks(x_nD, gate_RF[here], up_RF[here], active_RF[here], y_nD):
+        gate_nF, up_nF = (rows_RF[here] for rows_RF in self.of(expert)[:2])
+        active_nF = self.active_rows(expert, here, gate_nF)
+        for x, gate, up, active, y in blocks(x_nD, gate_nF, up_nF, active_nF, y_nD):
             linear_rows(x, _weight(weights, "gate"), weights.get("gate.bias"), gate)
             linear_rows(x, _weight(weights, "up"), weights.get("up.bias"), up)
-            torch.mul(F.silu(gate), up, out=active)
+            swiglu(gate, up, active, self.use_triton)
             linear_rows(active, _weight(weights, "down"), weights.get("down.bias"), y)
 
     def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)
-        (gate_RF, up_RF, _), (d_gate_RF, d_up_RF) = self.of(expert), self.gradients(expert, 2)
-        cut = blocks(dy_nD, gate_RF[here], up_RF[here], d_gate_RF[here], d_up_RF[here], dx_nD)
-        for dy, gate, up, d_gate, d_up, dx in cut:
-            d_active = torch.empty_like(gate)
+        (gate_RF, up_RF), (d_gate_RF, d_up_RF, active_RF) = self.of(expert)[:2], self.gradients(expert)
+        saved, made = (gate_RF[here], up_RF[here]), (d_gate_RF[here], d_up_RF[here], active_RF[here])
+        for dy, gate, up, d_gate, d_up, active, dx in blocks(dy_nD, *saved, *made, dx_nD):
+            d_active, made_again = self.over(active)
             linear_grad_rows(dy, _weight(weights, "down"), d_active)
-            through_up = d_active * F.silu(gate)
-            d_silu = d_active.mul_(up)  # the last use of `up`, which `d_up` may lie over
-            d_up.copy_(through_up)
-            torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_gate)
+            swiglu_backward(d_active, gate, up, d_gate, d_up, made_again, self.use_triton)
             linear_grad_rows(d_gate, _weight(weights, "gate"), dx)
-            dx_through_up = torch.empty_like(dx)
-            linear_grad_rows(d_up, _weight(weights, "up"), dx_through_up)
-            dx += dx_through_up
+            add_linear_grad_rows(d_up, _weight(weights, "up"), dx)
 
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
-        here, sums, is_last = self.at(expert, rows), self._sums[expert], self.is_last(expert, rows)
-        sums.add("down", self.of(expert)[2][here], dy_nD)
+        here, sums, is_only = self.at(expert, rows), self._sums[expert], self.is_whole(expert, rows)
+        is_last = not self.count_added(expert, rows)
+        sums.add("down", self.gradients(expert)[2][here], dy_nD, is_only)
         if is_last:
             self.release(expert, 2)
-        sums.add("up", x_nD, self.gradients(expert, 2)[1][here])
+        sums.add("up", x_nD, self.gradients(expert)[1][here], is_only)
         if is_last:
             self.release(expert, 1)
-        sums.add("gate", x_nD, self.gradients(expert, 2)[0][here])
+        sums.add("gate", x_nD, self.gradients(expert)[0][here], is_only)
 
 
 @dataclass(frozen=True)
@@ -262,6 +319,7 @@ class OpaquePass:
     def __init__(self, experts: Sequence[Opaque], keep_graph: bool) -> None:
         self.saved: list[Tensor] = []
         self.may_overwrite = False
+        self.use_triton: bool | None = None
         self._experts = experts
         self._keep_graph = keep_graph
         self._graphs: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
@@ -300,10 +358,10 @@ class OpaquePass:
         grads = dict(zip(map(id, trained), self._grads.pop(expert, [None] * len(trained)), strict=True))
         return [_in_type_of(p, grads.get(id(p)), p.requires_grad) for p in parameters]
 
-    def let_go(self) -> None:
+    def release_weights(self) -> None:
         """Nothing: the graphs hold the parameters."""
 
-    def take_weights(self, weights: Sequence[Tensor]) -> None:
+    def restore_weights(self, weights: Sequence[Tensor]) -> None:
         """Nothing."""
 
 

@@ -37,6 +37,7 @@ from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.executor import Buffers, PassContext, Steps, run, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
+from ds_moe_ep.moe.router import use_triton
 from ds_moe_ep.moe.split_experts import keep
 from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, pieces_of
 from ds_moe_ep.schedule.price import Costs, probe_pieces, ranked
@@ -48,7 +49,7 @@ PRICE_STEP = 1e-3  # of the lowest price: what is closer counts as equal
 SMOOTHING = 0.05  # weight of one pass in the mean of received rows: some 20 passes count, and no odd batch alone
 MIN_PASSES = 200  # between two measurements, each as long as some thirty passes
 
-CHOSEN = ("schedule", "peer_group_size", "row_cuts", "chunks", "depth")
+CHOSEN = ("schedule", "peer_group_size", "row_cuts", "chunks", "depth", "weight_blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +255,9 @@ class AutotuneRun:
 
     def _context(self, forward: Schedule, backward: Schedule) -> PassContext:
         num_shared = 0 if self.shared is None else len(self.shared.x_TD)
-        layout = lay_out(self.plan, forward.pieces, self.torus, self.transport.rank, num_shared)
-        return PassContext(layout, forward, backward, self.transport, self.lanes, Off())
+        layout = lay_out(self.plan, forward, self.transport.rank, num_shared)
+        in_triton = use_triton(self.config, self.rows_ND.device)
+        return PassContext(layout, forward, backward, self.transport, self.lanes, Off(), in_triton)
 
     def _mean(self, values: Sequence[float]) -> list[float]:
         """The mean of each value over the ranks. Collective; waits for the device."""

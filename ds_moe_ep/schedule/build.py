@@ -12,8 +12,10 @@ schedule, issues the same communication in the same order, and so cannot deadloc
     compute       E0      E1      E2      E3      E4
     combine          C0      C1      C2      C3      C4
 
-and backward, where weight gradients (W), which no rank waits for, fill the time of the transfers at both ends:
+and backward, where weight gradients (W), which no rank waits for, fill the time of the last transfers; with
+`weight_blocks` 4, for links on which that is not enough, that of the transfers at both ends:
 
+    compute       E0 E4 E1 E2 E3 W0
     compute       E0 E4 W0    E1      E2   W1   E3   W2   W3
 
 A lane is first in, first out: transfers start in issue order, so that the first group arrives first.
@@ -37,7 +39,7 @@ MAX_WEIGHT_BLOCKS = 4  # more would cost more in small matrix products than they
 
 
 class Kind(Enum):
-    """What an op does with its piece; the value is the lane that it runs on."""
+    """The work of an op on its piece; the value is the lane that it runs on."""
 
     DISPATCH = "dispatch"
     COMPUTE = "compute"
@@ -63,7 +65,7 @@ class Piece:
 class Op:
     """One step: `kind` on `piece`, once the ops at the indices `after` are done.
 
-    The piece of WEIGHTS is a block of `weight_blocks`: the rows from its offsets, in whatever pieces they came.
+    The piece of WEIGHTS is one of the schedule's blocks: the rows from its offsets, in whatever pieces they came.
     """
 
     kind: Kind
@@ -76,18 +78,38 @@ class Op:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Ops in issue order over pieces of the traffic between the ranks of one torus. Depth 0 blocks on each of them."""
+    """Ops in issue order over pieces of the traffic between the ranks of one torus. Depth 0 blocks on each of them.
+
+    `blocks` are the offsets whose rows one product of a weight gradient takes together. With `is_bit_equal` no
+    schedule changes them, nor the order of the rows that they sum over.
+    """
 
     name: str
     torus: Torus
     pieces: tuple[Piece, ...]
     ops: tuple[Op, ...]
     depth: int
+    blocks: tuple[tuple[Offset, ...], ...] = ()
+    is_bit_equal: bool = False
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """Whose rows each piece holds, for people: all peers, own, near, node +1, nodes +1 to +2 (1/2)."""
         return tuple(_label(piece, self.torus) for piece in self.pieces)
+
+    @cached_property
+    def awaited(self) -> frozenset[int]:
+        """The indices of ops whose end another lane waits for, or the caller: the last transfers of each lane."""
+        lanes = [op.kind.lane for op in self.ops]
+        crossed = {before for op in self.ops for before in op.after if lanes[before] != op.kind.lane}
+        last = {lane: index for index, lane in enumerate(lanes)}
+        return frozenset(crossed | set(last.values()))
+
+    @cached_property
+    def stacking_place(self) -> tuple[int, ...]:
+        """The place of each piece's rows among those of an expert, near rows first."""
+        order = near_first(self.pieces)
+        return tuple(order.index(piece) for piece in range(len(order)))
 
     def __str__(self) -> str:
         letters = {Kind.DISPATCH: "D", Kind.COMPUTE: "E", Kind.COMBINE: "C", Kind.WEIGHTS: "W"}
@@ -116,7 +138,7 @@ def _range(what: str, values: Sequence[int]) -> str:
 
 def forward_schedule(config: MoEConfig, torus: Torus) -> Schedule:
     """The ops of a forward pass."""
-    return _schedule(config, torus, [])
+    return _schedule(config, torus, is_backward=False)
 
 
 def backward_schedule(config: MoEConfig, torus: Torus) -> Schedule:
@@ -124,7 +146,7 @@ def backward_schedule(config: MoEConfig, torus: Torus) -> Schedule:
 
     A block's weight gradients come one piece later than they could: under the transfers of the pieces around them.
     """
-    return _schedule(config, torus, weight_blocks(torus))
+    return _schedule(config, torus, is_backward=True)
 
 
 def pieces_of(config: MoEConfig, torus: Torus) -> tuple[Piece, ...]:
@@ -141,13 +163,21 @@ def pieces_of(config: MoEConfig, torus: Torus) -> tuple[Piece, ...]:
     return (Piece(near, 0, 2), *far, Piece(near, 1, 2))
 
 
-def weight_blocks(torus: Torus) -> list[tuple[Offset, ...]]:
-    """The rows that one product of a weight gradient takes together, as offsets that they come from.
+def blocks_of(config: MoEConfig, torus: Torus) -> tuple[tuple[Offset, ...], ...]:
+    """The blocks of weight gradients under a configuration.
 
-    The near rows, and the far nodes in as many blocks as may be. They depend on the torus alone: every schedule sums
-    the same products in the same order.
+    One, wherever more would fill nothing: each chunk holds rows of every block. A single product sums inside of the
+    matrix unit and is written once, in the weights' own type. `bit_equal` takes what the torus alone gives, so that
+    every schedule sums the same products in the same order.
     """
-    num_far = min(torus.num_nodes, MAX_WEIGHT_BLOCKS) - 1
+    if config.bit_equal:
+        return tuple(weight_blocks(torus))
+    return tuple(weight_blocks(torus, config.weight_blocks if config.schedule == "peers" else 1))
+
+
+def weight_blocks(torus: Torus, most: int = MAX_WEIGHT_BLOCKS) -> list[tuple[Offset, ...]]:
+    """The near rows, and the far nodes, in as many blocks as may be, as offsets that the rows come from."""
+    num_far = min(torus.num_nodes, MAX_WEIGHT_BLOCKS, most) - 1
     bounds = [0, *(1 + (torus.num_nodes - 1) * block // max(num_far, 1) for block in range(num_far)), torus.num_nodes]
     return [tuple(o for o in torus.offsets() if start <= o[0] < stop) for start, stop in pairwise(bounds)]
 
@@ -165,25 +195,31 @@ def _near_and_far(torus: Torus, group_size: int) -> tuple[tuple[Offset, ...], li
     return tuple(near), [tuple(far[i : i + size]) for i in range(0, len(far), size)]
 
 
-def _schedule(config: MoEConfig, torus: Torus, blocks: Sequence[tuple[Offset, ...]]) -> Schedule:
-    pieces = pieces_of(config, torus)
+def near_first(pieces: Sequence[Piece]) -> list[int]:
+    """The pieces' indices with all near rows in front, in which backward passes compute and rows are stacked.
+
+    The two halves of the near rows then lie side by side, and so do the rows of each block of weight gradients.
+    """
+    return sorted(range(len(pieces)), key=lambda piece: (pieces[piece].offsets[0] != (0, 0), piece))
+
+
+def _schedule(config: MoEConfig, torus: Torus, *, is_backward: bool) -> Schedule:
+    pieces, blocks = pieces_of(config, torus), blocks_of(config, torus)
     depth = 0 if config.is_serial else config.depth
-    computes = _compute_order(pieces, blocks)
+    computes = _compute_order(pieces, blocks if is_backward else ())
     ops = tuple(_blocking(computes) if depth == 0 else _pipelined(computes, depth, pieces, blocks))
-    return Schedule(config.schedule, torus, pieces, ops, depth)
+    return Schedule(config.schedule, torus, pieces, ops, depth, blocks, config.bit_equal)
 
 
 Computes = list[tuple[Kind, int]]
 
 
 def _compute_order(pieces: Sequence[Piece], blocks: Sequence[tuple[Offset, ...]]) -> Computes:
-    """What the compute lane does: pieces, and each block's weight gradients one piece after its last one.
+    """The compute lane's work: pieces, and each block's weight gradients one piece after its last one.
 
     With weight gradients to fill the end, all near rows come first, under the first far dispatch, and theirs with them.
     """
-    order = list(range(len(pieces)))
-    if blocks:
-        order.sort(key=lambda piece: (pieces[piece].offsets[0] != (0, 0), piece))
+    order = near_first(pieces) if blocks else list(range(len(pieces)))
     last_of = [max(i for i, piece in enumerate(order) if set(pieces[piece].offsets) & set(block)) for block in blocks]
     computes: Computes = []
     written = 0

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise, zip_longest
 
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.build import Kind, Offset, Op, Schedule, weight_blocks
+from ds_moe_ep.schedule.build import Kind, Offset, Op, Schedule
 
 TRANSFERS = (Kind.DISPATCH, Kind.COMBINE)
 NEVER = sys.maxsize  # the op that would hold the other end of a message that nobody sends or takes
@@ -132,7 +132,7 @@ def _check_names(schedule: Schedule) -> Iterator[str]:
                 yield f"piece {index} names offset {offset}, which the torus does not have"
         if not 0 <= piece.cut < piece.num_cuts:
             yield f"piece {index} is cut {piece.cut} of {piece.num_cuts}"
-    num_blocks = len(weight_blocks(schedule.torus))
+    num_blocks = len(schedule.blocks)
     for index, op in enumerate(schedule.ops):
         if not 0 <= op.piece < (num_blocks if op.kind is Kind.WEIGHTS else len(schedule.pieces)):
             yield f"op {index} ({op}) names a {'block' if op.kind is Kind.WEIGHTS else 'piece'} that does not exist"
@@ -146,7 +146,7 @@ def _check_each_once(schedule: Schedule) -> Iterator[str]:
     found = [(op.kind, op.piece) for op in schedule.ops]
     expected = [(kind, p) for p in range(len(schedule.pieces)) for kind in (*TRANSFERS, Kind.COMPUTE)]
     if any(kind is Kind.WEIGHTS for kind, _ in found):
-        expected += [(Kind.WEIGHTS, block) for block in range(len(weight_blocks(schedule.torus)))]
+        expected += [(Kind.WEIGHTS, block) for block in range(len(schedule.blocks))]
     for kind, piece in expected:
         if found.count((kind, piece)) != 1:
             yield f"{kind.value} {piece} stands {found.count((kind, piece))} times, not once"
@@ -161,7 +161,7 @@ def _check_rows(schedule: Schedule) -> Iterator[str]:
         num_cuts = cuts[0][0] if cuts else 0
         if sorted(cuts) != [(num_cuts, cut) for cut in range(num_cuts)] or not cuts:
             yield f"rows at offset {offset} are not covered once: cuts {sorted(cuts)}"
-    blocks = weight_blocks(schedule.torus)
+    blocks = schedule.blocks
     if sorted(offset for block in blocks for offset in block) != sorted(covered) or not all(blocks):
         yield f"blocks of weight gradients do not cover each offset once: {blocks}"
 
@@ -196,7 +196,7 @@ def _check_needs(schedule: Schedule) -> Iterator[str]:
 def _needs(op: Op, schedule: Schedule) -> list[tuple[Kind, int]]:
     """The ops whose results an op reads."""
     if op.kind is Kind.WEIGHTS:
-        block = set(weight_blocks(schedule.torus)[op.piece])
+        block = set(schedule.blocks[op.piece])
         return [(Kind.COMPUTE, p) for p, piece in enumerate(schedule.pieces) if block & set(piece.offsets)]
     needed = {Kind.COMPUTE: Kind.DISPATCH, Kind.COMBINE: Kind.COMPUTE}
     return [(needed[op.kind], op.piece)] if op.kind in needed else []

@@ -15,7 +15,7 @@ from typing import Any
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, weight_blocks
+from ds_moe_ep.schedule.build import MAX_WEIGHT_BLOCKS, Kind, Op, Piece, Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.schedule.events import Phase
 from ds_moe_ep.schedule.program import START, Load, Program, add_pass
 from ds_moe_ep.schedule.spans import Tags
@@ -57,6 +57,8 @@ def candidates(torus: Torus) -> list[dict[str, Any]]:
     if torus.num_nodes > MANY_NODES:
         nodes = {2, *(-(-(torus.num_nodes - 1) // groups) for groups in FEW_GROUPS)} - {1}
         peers += [{"schedule": "peers", "peer_group_size": num * whole, "row_cuts": 1} for num in sorted(nodes)]
+    if torus.num_nodes > 1:  # behind the others: at an equal price one product for each gradient is better
+        peers += [{**knobs, "weight_blocks": MAX_WEIGHT_BLOCKS} for knobs in peers]
     chunks: list[dict[str, Any]] = [{"schedule": "chunks", "chunks": chunks} for chunks in (2, 4, 8)]
     return [{"schedule": "serial"}, *peers, *chunks]
 
@@ -72,7 +74,7 @@ def price_pass(schedule: Schedule, costs: Costs, compute_us: float) -> float:
     near = [_share(piece.offsets, schedule.torus, far=False) / piece.num_cuts for piece in schedule.pieces]
     far = [_share(piece.offsets, schedule.torus, far=True) / piece.num_cuts for piece in schedule.pieces]
     rows = [_rows(piece.offsets, schedule.torus) / piece.num_cuts for piece in schedule.pieces]
-    blocks = [_rows(block, schedule.torus) for block in weight_blocks(schedule.torus)]
+    blocks = [_rows(block, schedule.torus) for block in schedule.blocks]
 
     def load(op: Op) -> Load:
         if op.kind is Kind.COMPUTE:

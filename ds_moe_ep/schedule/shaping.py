@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 SCHEDULES: Mapping[str, Mapping[str, Any]] = {  # the benchmark's names of our schedules
-    "peers": {"schedule": "peers"},
-    "peers, 2 cuts": {"schedule": "peers", "row_cuts": 2},
+    "peers": {"schedule": "peers", "weight_blocks": 4},  # links are shaped to be slow
+    "peers, 2 cuts": {"schedule": "peers", "row_cuts": 2, "weight_blocks": 4},
     "2 chunks": {"schedule": "chunks", "chunks": 2},
     "4 chunks": {"schedule": "chunks", "chunks": 4},
     "8 chunks": {"schedule": "chunks", "chunks": 8},

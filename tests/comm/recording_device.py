@@ -2,9 +2,10 @@
 
 `RecordingDevice` stands in for `torch.cuda` under the real CudaLanes. Every stream carries a vector clock, every event
 hands one on. Every torch op is logged as reads and writes of bytes at its stream's clock; two accesses of the same
-bytes, one of them a write, must be ordered by events, and what is read must have been written. A storage that a stream
-uses without having allocated it must have been given to that stream by record_stream, or the allocator could hand its
-memory out again too early. The host may wait outside of a schedule alone, and for the whole device never.
+bytes, one of them a write, must be ordered by events, and what is read must have been written. A storage that another
+stream than its own uses must not be freed before its own stream has seen the end of that use, or the allocator could
+hand its memory out again too early, unless record_stream told it. The host may wait outside of a schedule alone, for
+the whole device never, and each of its waits is counted: copies from and to pageable memory are among them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_moe_ep.comm.transport import Message
@@ -23,7 +26,7 @@ from ds_moe_ep.schedule.spans import NO_TAGS, Tags, union, without
 Clock = dict[str, int]
 
 HOST_WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
-HOST_METHODS = ("tolist", "cpu", "numpy")  # of a tensor; on the CPU they dispatch no op
+HOST_METHODS = ("tolist", "cpu", "numpy", "new_tensor")  # of a tensor; on the CPU they dispatch no op
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
 UNWRITTEN = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
 
@@ -45,6 +48,7 @@ class Stream:
             self.clock[name] = max(self.clock.get(name, 0), time)
 
     def wait_event(self, event: Event) -> None:
+        self.device.num_stream_waits += 1
         self.see(event.clock)
 
     def synchronize(self) -> None:
@@ -60,6 +64,7 @@ class Event:
         self.clock: Clock = {}
 
     def record(self, stream: Stream | None = None) -> None:
+        self.device.num_events += 1
         self.clock = (stream or self.device.current_stream()).tick()
 
     def synchronize(self) -> None:
@@ -105,18 +110,25 @@ class RecordingDevice(TorchDispatchMode):
         self.products: list[Moment] = []
         self.transfers: list[Moment] = []
         self.num_waits = 0  # for transfers
+        self.launched: list[str] = []
+        self.host_waited: list[str] = []
+        self.forward_waits = 0
+        self.pinned: list[Tensor] = []  # memory of the host: reading it asks no device
+        self.num_events = self.num_stream_waits = self.num_given = 0
         self._is_in_schedule = False
         self._streams = [Stream("compute", self)]
-        self._num_streams = 0
+        self._by_name = {"compute": self._streams[0]}
         self._written: dict[int, list[tuple[float, float]]] = {}  # of storages that were born unwritten
         self._accesses: dict[int, list[Access]] = {}
         self._home: dict[int, str] = {}
         self._shared: set[tuple[int, str]] = set()
-        self._alive: list[Any] = []  # a freed address must not come back as another tensor
+        self._lives: dict[int, StorageWeakRef] = {}  # by address, which comes back to nobody while the reference lives
+        self._lent: dict[int, list[Access]] = {}  # uses by other streams than a storage's own, while it lives
 
-    def Stream(self, device: object = None) -> Stream:
-        self._num_streams += 1
-        return Stream(f"lane {self._num_streams}", self)
+    def Stream(self, device: object = None, priority: int = 0) -> Stream:
+        stream = Stream(f"lane {len(self._by_name)}", self)
+        self._by_name[stream.name] = stream
+        return stream
 
     def Event(self) -> Event:
         return Event(self)
@@ -141,15 +153,35 @@ class RecordingDevice(TorchDispatchMode):
         self._is_in_schedule = False
 
     def host_waits(self, what: str) -> None:
+        self.host_waited.append(what)
         if self._is_in_schedule:
             self.faults.append(f"{what} makes the host wait inside the schedule")
 
+    def empty_pinned(self, like: Tensor) -> Tensor:
+        """Memory of the host that copies reach without a wait."""
+        self.pinned.append(torch.empty_like(like))
+        return self.pinned[-1]
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return any(tensor.untyped_storage()._cdata == pinned.untyped_storage()._cdata for pinned in self.pinned)
+
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
+        self.num_given += 1
         self._shared.add((tensor.untyped_storage()._cdata, stream.name))
+
+    def check_freed(self) -> None:
+        """Finds memory that was freed while its own stream had not seen the end of another one's use."""
+        for storage in [storage for storage in self._lent if self._lives[storage].expired()]:
+            home = self._home[storage]
+            for use in self._lent.pop(storage):
+                if not use.is_before(self._by_name[home].clock) and (storage, use.stream) not in self._shared:
+                    self.faults.append(f"memory of {home} is freed while {use.op} on {use.stream} may use it")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.check_freed()
         name, clock = func.name().split(".")[0], self.current_stream().tick()
+        self.launched.append(name)
         if name in PRODUCTS:
             self.products.append(Moment(self.current_stream().name, clock))
         if name in HOST_WAITS:
@@ -165,7 +197,7 @@ class RecordingDevice(TorchDispatchMode):
             storage = tensor.untyped_storage()._cdata
             if storage not in before:
                 self._home[storage] = self.current_stream().name
-                self._alive.append(tensor.untyped_storage())
+                self._lives[storage] = StorageWeakRef(tensor.untyped_storage())
                 if name in UNWRITTEN:
                     self._written[storage] = []
                 else:
@@ -176,12 +208,10 @@ class RecordingDevice(TorchDispatchMode):
         if tensor.numel() == 0:
             return
         storage, here = tensor.untyped_storage()._cdata, self.current_stream().name
-        self._alive.append(tensor.untyped_storage())
+        self._lives.setdefault(storage, StorageWeakRef(tensor.untyped_storage()))
         start = tensor.storage_offset()
         stop = start + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         home = self._home.setdefault(storage, "compute")
-        if here != home and not here.startswith("wire") and (storage, here) not in self._shared:
-            self.faults.append(f"{op} on {here}: memory of {home} without record_stream")
         if is_write and storage in self._written:
             self._written[storage] = union([*self._written[storage], (start, stop)])
         elif storage in self._written and without([(start, stop)], self._written[storage]):
@@ -192,6 +222,8 @@ class RecordingDevice(TorchDispatchMode):
             if overlaps and not other.is_before(clock):
                 self.faults.append(f"{op} on {here} is not ordered behind {other.op} on {other.stream}")
         log.append(Access(op, here, clock[here], start, stop, is_write))
+        if here != home and not here.startswith("wire"):  # what a communicator uses, it keeps
+            self._lent.setdefault(storage, []).append(log[-1])
 
 
 def _is_alias(result: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_moe_ep.comm.lanes import IN_FLIGHT, HostLanes, Mark
+from ds_moe_ep.comm.lanes import IN_FLIGHT, Event, HostLanes
 from ds_moe_ep.comm.transport import Done
 from ds_moe_ep.errors import EngineError
 
@@ -30,7 +30,7 @@ class FakeTransfer:
         self.num_waits = 0
         self._error, self._error_at_start = error, error_at_start
 
-    def start(self) -> Mark:
+    def start(self) -> Event:
         self.has_started.set()
         if self._error_at_start:
             raise self._error_at_start
@@ -49,11 +49,11 @@ class FakeTransfer:
         return not self.has_started.wait(QUIET_S)
 
 
-def issue(lanes: HostLanes, lane: str, work: Callable[[], Mark | None], after: Sequence[Mark] = ()) -> Mark:
-    return lanes.issue(lane, after, (), work, nullcontext())
+def issue(lanes: HostLanes, lane: str, work: Callable[[], Event | None], after: Sequence[Event] = ()) -> Event:
+    return lanes.issue(lane, after, work, nullcontext())
 
 
-def is_passed(mark: Mark) -> bool:
+def is_passed(mark: Event) -> bool:
     thread = threading.Thread(target=mark.wait, daemon=True)
     thread.start()
     thread.join(QUIET_S)
@@ -89,7 +89,7 @@ def test_a_lane_starts_transfers_in_issue_order_with_two_in_flight(lanes: HostLa
     transfers = [FakeTransfer() for _ in range(5)]
     order: list[int] = []
 
-    def start(index: int) -> Mark:
+    def start(index: int) -> Event:
         order.append(index)
         return transfers[index].start()
 
@@ -102,7 +102,7 @@ def test_a_lane_starts_transfers_in_issue_order_with_two_in_flight(lanes: HostLa
         transfers[ends].may_end.set()
         marks[ends].wait()
     transfers[4].may_end.set()
-    lanes.leave(marks, ())
+    lanes.leave(marks)
     assert order == [0, 1, 2, 3, 4]
     assert [transfer.num_waits for transfer in transfers] == [1] * 5
 
@@ -114,7 +114,7 @@ def test_a_later_transfer_that_ends_first_gives_no_place_away(lanes: HostLanes) 
     assert transfers[2].stays_unstarted()
     assert not is_passed(marks[1])
     end_all(transfers)
-    lanes.leave(marks, ())
+    lanes.leave(marks)
 
 
 def test_the_caller_computes_while_a_transfer_is_under_way(lanes: HostLanes) -> None:
@@ -125,7 +125,7 @@ def test_the_caller_computes_while_a_transfer_is_under_way(lanes: HostLanes) -> 
     assert computed_on == [threading.current_thread()]
     assert not is_passed(mark)
     transfer.may_end.set()
-    lanes.leave([mark], ())
+    lanes.leave([mark])
 
 
 def test_a_full_lane_holds_neither_the_other_lane_nor_the_caller(lanes: HostLanes) -> None:
@@ -134,7 +134,7 @@ def test_a_full_lane_holds_neither_the_other_lane_nor_the_caller(lanes: HostLane
     other.may_end.set()
     issue(lanes, "combine", other.start).wait()
     end_all(full)
-    lanes.leave(marks, ())
+    lanes.leave(marks)
 
 
 @pytest.mark.parametrize("lane", ["compute", "combine"])
@@ -142,7 +142,7 @@ def test_an_op_begins_behind_the_marks_that_it_is_given(lanes: HostLanes, lane: 
     transfer, has_begun = FakeTransfer(), threading.Event()
     behind = issue(lanes, "dispatch", transfer.start)
 
-    def begin() -> Mark:
+    def begin() -> Event:
         assert transfer.num_waits == 1
         has_begun.set()
         return Done()
@@ -157,7 +157,7 @@ def test_blocking_lanes_finish_every_op_where_it_is_issued() -> None:
     blocking, transfer = HostLanes().blocking(), FakeTransfer()
     threads = lane_threads()
     transfer.may_end.set()
-    blocking.issue("dispatch", [blocking.entry()], (), transfer.start, nullcontext())
+    blocking.issue("dispatch", [blocking.entry()], transfer.start, nullcontext())
     assert transfer.num_waits == 1
     assert lane_threads() <= threads
     assert blocking.blocking() is blocking
@@ -172,7 +172,7 @@ def test_a_scope_is_open_from_the_start_of_a_transfer_to_its_end(lanes: HostLane
         yield
         events.append(("close", transfer.num_waits == 1))
 
-    mark = lanes.issue("dispatch", (), (), transfer.start, scope())
+    mark = lanes.issue("dispatch", (), transfer.start, scope())
     assert transfer.starts()
     assert events == [("open", False)]
     transfer.may_end.set()
@@ -190,7 +190,7 @@ def test_an_error_reaches_every_op_that_waits_for_it_and_the_caller(lanes: HostL
     for call in (
         mark.wait,
         behind.wait,
-        lambda: lanes.leave([mark], ()),
+        lambda: lanes.leave([mark]),
         lambda: issue(lanes, "compute", lambda: started.append("compute"), [mark]),
     ):
         with pytest.raises(EngineError) as found:
@@ -220,7 +220,7 @@ def test_the_next_pass_runs_after_an_error(lanes: HostLanes) -> None:
     failed = issue(lanes, "dispatch", failing.start)
     lanes.entry()
     marks = [issue(lanes, "dispatch", transfer.start) for transfer in fine]
-    lanes.leave(marks, ())
+    lanes.leave(marks)
     assert [transfer.num_waits for transfer in fine] == [1] * len(fine)
     with pytest.raises(EngineError):
         failed.wait()
@@ -231,10 +231,10 @@ def test_an_abandoned_pass_starts_nothing_more_and_the_next_pass_runs(lanes: Hos
     for transfer in [*under_way, *queued]:
         issue(lanes, "dispatch", transfer.start)
     assert all(transfer.starts() for transfer in under_way)
-    lanes.abandon()
+    lanes.abandon(())
     marks = [issue(lanes, "dispatch", transfer.start) for transfer in later]
     end_all([*under_way, *queued, *later])
-    lanes.leave(marks, ())
+    lanes.leave(marks)
     assert [transfer.num_waits for transfer in under_way] == [1] * IN_FLIGHT
     assert not any(transfer.has_started.is_set() for transfer in queued)
 
@@ -245,7 +245,7 @@ def test_an_op_that_waited_when_its_pass_was_abandoned_is_not_started(lanes: Hos
     late = issue(lanes, "combine", behind.start, [mark])
     assert first.starts()
     assert behind.stays_unstarted()  # the lane's thread has taken it, and waits for the mark
-    lanes.abandon()
+    lanes.abandon(())
     end_all([first, behind])
     late.wait()
     assert not behind.has_started.is_set()
@@ -255,7 +255,7 @@ def test_threads_end_with_their_lanes() -> None:
     before = lane_threads()
     lanes = HostLanes()
     for lane in ("dispatch", "combine"):
-        lanes.leave([issue(lanes, lane, Done) for _ in range(3)], ())
+        lanes.leave([issue(lanes, lane, Done) for _ in range(3)])
     threads = lane_threads() - before
     assert len(threads) == 4
     gone = weakref.ref(lanes)
@@ -280,7 +280,7 @@ def test_a_copy_has_lanes_of_its_own(lanes: HostLanes) -> None:
     mark = issue(lanes, "dispatch", stuck.start)
     copied = copy.deepcopy(lanes)
     assert isinstance(copied, HostLanes)
-    copied.abandon()  # the pass of the original is not meant
+    copied.abandon(())  # the pass of the original is not meant
     free.may_end.set()
     issue(copied, "dispatch", free.start).wait()
     stuck.may_end.set()
@@ -303,12 +303,12 @@ def test_what_an_op_holds_is_released_once_it_is_done(lanes: HostLanes, outcome:
     blocker = FakeTransfer()
     behind = issue(lanes, "combine", blocker.start)
 
-    def work(held: Rows = rows, start: Callable[[], Mark] = transfer.start) -> Mark:
+    def work(held: Rows = rows, start: Callable[[], Event] = transfer.start) -> Event:
         return start()
 
     mark = issue(lanes, "dispatch", work, [behind])
     if outcome == "dropped":
-        lanes.abandon()
+        lanes.abandon(())
     blocker.may_end.set()
     try:
         mark.wait()
@@ -334,7 +334,7 @@ def test_a_transfer_runs_in_the_grad_mode_of_the_caller(lanes: HostLanes, mode: 
         def wait(self) -> None:
             found.append(caller_modes())
 
-    def start() -> Mark:
+    def start() -> Event:
         found.append(caller_modes())
         return Asks()
 

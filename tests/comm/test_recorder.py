@@ -35,10 +35,10 @@ def run_pass(lanes: Lanes, recorder: HostRecorder) -> None:
     transfer = recorder.scope("dispatch", "dispatch 0", NEAR)
     compute = recorder.scope("compute", "compute 0", NEAR)
     marks = [
-        lanes.issue("dispatch", [entry], (), lambda: Sleep(0.04), transfer),
-        lanes.issue("compute", [entry], (), lambda: time.sleep(0.12), compute),
+        lanes.issue("dispatch", [entry], lambda: Sleep(0.04), transfer),
+        lanes.issue("compute", [entry], lambda: time.sleep(0.12), compute),
     ]
-    lanes.leave(marks, ())
+    lanes.leave(marks)
 
 
 def test_a_transfer_under_compute_is_hidden_and_a_blocking_one_is_not() -> None:
@@ -78,7 +78,7 @@ def test_lanes_of_several_threads_record_every_span() -> None:
 
 def test_the_error_of_a_recorded_transfer_reaches_the_waiter() -> None:
     lanes, recorder = HostLanes(), HostRecorder(rank=0)
-    mark = lanes.issue("combine", [], (), Broken, recorder.scope("combine", "combine 2", NEAR))
+    mark = lanes.issue("combine", [], Broken, recorder.scope("combine", "combine 2", NEAR))
     with pytest.raises(ConnectionError, match="peer 3"):
         mark.wait()
 

@@ -11,7 +11,7 @@ from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.kernels.permute import RowMaps
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.layout import RowLayout, lay_out
-from ds_moe_ep.schedule.build import forward_schedule, weight_blocks
+from ds_moe_ep.schedule.build import forward_schedule
 
 NO_MAPS = RowMaps(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64))
 
@@ -22,15 +22,16 @@ NO_MAPS = RowMaps(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, dtype=tor
     num_local=st.integers(1, 3),
     schedule=st.sampled_from(["serial", "chunks", "peers"]),
     cuts=st.integers(1, 3),
+    bit_equal=st.booleans(),
     data=st.data(),
 )
-def test_every_row_reaches_its_expert_in_source_order_and_is_computed_once(
-    torus: Torus, num_local: int, schedule: str, cuts: int, data: st.DataObject
+def test_every_row_reaches_its_expert_and_is_computed_once_in_an_order_that_bit_equal_schedules_share(
+    torus: Torus, num_local: int, schedule: str, cuts: int, bit_equal: bool, data: st.DataObject
 ) -> None:
     size = torus.size
     rows = draw_rows(data, size, num_local)
-    pieces = forward_schedule(MoEConfig(schedule=schedule, row_cuts=cuts, chunks=cuts), torus).pieces
-    layouts = [lay_out(plan, pieces, torus, rank) for rank, plan in enumerate(plans_of(rows))]
+    made = forward_schedule(MoEConfig(schedule=schedule, row_cuts=cuts, chunks=cuts, bit_equal=bit_equal), torus)
+    layouts = [lay_out(plan, made, rank) for rank, plan in enumerate(plans_of(rows))]
     sent = [[(rank, d, e, i) for d in range(size) for e in range(num_local) for i in range(rows[rank][d][e])]
             for rank in range(size)]  # fmt: skip
     for rank in range(size):
@@ -41,8 +42,14 @@ def test_every_row_reaches_its_expert_in_source_order_and_is_computed_once(
             for source in range(size)
             for i in range(rows[source][rank][e])
         ]
-        assert stacked == expected
         spans = layouts[rank].expert_spans
+        if bit_equal:
+            assert stacked == expected
+        else:
+            assert [sorted(stacked[start:stop]) for start, stop in spans] == [expected[a:b] for a, b in spans]
+            for piece in layouts[rank].pieces:
+                experts = [expert for expert, _ in piece.runs]
+                assert len(experts) == len({*experts}), "a piece's rows of an expert are one run"
         assert [stop - start for start, stop in spans] == [
             sum(rows[s][rank][e] for s in range(size)) for e in range(num_local)
         ]
@@ -59,13 +66,13 @@ def test_weight_runs_are_each_blocks_rows_by_expert_in_every_schedule(
     torus: Torus, num_local: int, schedule: str, data: st.DataObject
 ) -> None:
     rows = draw_rows(data, torus.size, num_local)
-    pieces = forward_schedule(MoEConfig(schedule=schedule), torus).pieces
+    made = forward_schedule(MoEConfig(schedule=schedule, bit_equal=True), torus)
     for rank, plan in enumerate(plans_of(rows)):
-        layout = lay_out(plan, pieces, torus, rank)
+        layout = lay_out(plan, made, rank)
         stacked = [
             (e, source) for e in range(num_local) for source in range(torus.size) for _ in range(rows[source][rank][e])
         ]
-        for block, runs in zip(weight_blocks(torus), layout.weight_runs, strict=True):
+        for block, runs in zip(made.blocks, layout.weight_runs, strict=True):
             sources = {torus.source(rank, offset) for offset in block}
             expected = [(e, index) for index, (e, source) in enumerate(stacked) if source in sources]
             assert [(e, index) for e, (start, stop) in runs for index in range(start, stop)] == expected
@@ -81,13 +88,36 @@ def test_weight_runs_are_each_blocks_rows_by_expert_in_every_schedule(
 def test_the_shared_expert_takes_each_token_once_beside_rows_of_the_first_weight_block(
     torus: Torus, schedule: str, cuts: int, num_tokens: int
 ) -> None:
-    pieces = forward_schedule(MoEConfig(schedule=schedule, row_cuts=cuts, chunks=cuts), torus).pieces
-    no_rows = ((0,),) * torus.size
-    layout = lay_out(DispatchPlan(NO_MAPS, no_rows, no_rows), pieces, torus, 0, num_tokens)
+    made = forward_schedule(MoEConfig(schedule=schedule, row_cuts=cuts, chunks=cuts), torus)
+    no_rows, pieces = ((0,),) * torus.size, made.pieces
+    layout = lay_out(DispatchPlan(NO_MAPS, no_rows, no_rows), made, 0, num_tokens)
     tokens = [token for rows in layout.pieces for token in range(*rows.tokens)]
     assert sorted(tokens) == list(range(num_tokens))
-    near = set(weight_blocks(torus)[0])  # whose weight gradients the shared expert's come with
+    near = set(made.blocks[0])  # whose weight gradients the shared expert's come with
     assert all(near & set(p.offsets) for p, rows in zip(pieces, layout.pieces, strict=True) if range(*rows.tokens))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    torus=st.builds(Torus, st.integers(1, 5), st.integers(1, 2)),
+    num_local=st.integers(1, 3),
+    schedule=st.sampled_from(["serial", "chunks", "peers"]),
+    num_blocks=st.integers(1, 4),
+    cuts=st.integers(1, 3),
+    data=st.data(),
+)
+def test_a_block_of_weight_gradients_is_one_run_per_expert(
+    torus: Torus, num_local: int, schedule: str, num_blocks: int, cuts: int, data: st.DataObject
+) -> None:
+    knobs = MoEConfig(schedule=schedule, weight_blocks=num_blocks, row_cuts=cuts, chunks=cuts)
+    made = forward_schedule(knobs, torus)
+    rows = draw_rows(data, torus.size, num_local)
+    for rank, plan in enumerate(plans_of(rows)):
+        layout = lay_out(plan, made, rank)
+        for block, runs in zip(made.blocks, layout.weight_runs, strict=True):
+            sources = [torus.source(rank, offset) for offset in block]
+            rows_L = [sum(plan.recv_rows_PL[source][e] for source in sources) for e in range(num_local)]
+            assert [(e, stop - start) for e, (start, stop) in runs] == [(e, n) for e, n in enumerate(rows_L) if n]
 
 
 def draw_rows(data: st.DataObject, size: int, num_local: int) -> list[list[tuple[int, ...]]]:

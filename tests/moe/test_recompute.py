@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 from ds_moe_ep.moe.layer import ExpertParallel
 from tests.moe.layer_cases import CaseData, D, LayerCase, LayerResult, OddExpert, case_data
@@ -24,7 +26,7 @@ from tests.ranks import run_ranks
 CASES = [
     LayerCase(
         name=f"recompute {kind} {knobs}",
-        config=config(ep_size=4, top_k=2, row_cuts=2, **knobs),
+        config=config(ep_size=4, top_k=2, row_cuts=2, bit_equal=True, **knobs),
         rows=(18, 18, 18, 18) if "capacity_factor" in knobs else (18, 5, 0, 27),
         expert=kind,
         shared=kind == "gelu",
@@ -66,6 +68,34 @@ def checkpointed(case: LayerCase, links: Links) -> list[str]:
 
 def test_recomputed_layers_give_the_same_bits() -> None:
     assert run_ranks(4, for_each_case, checkpointed, timeout_s=120) == [[]] * 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("expert", [GeluMLP, SwiGLU])
+def test_active_rows_are_made_again_unless_a_recomputation_has_just_made_them(
+    reentrant: bool, expert: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    layer = ExpertParallel(8, expert(8, 16), MoEConfig(num_experts=2))
+    start = layer.experts.start
+
+    def started(*args: Any) -> Any:
+        made = start(*args)
+        seen.append([rows.untyped_storage().nbytes() for rows in made.saved])
+        return made
+
+    monkeypatch.setattr(layer.experts, "start", started)
+    x = torch.randn(6, 8, requires_grad=True)
+    layer(x)[0].sum().backward()
+    assert x.grad is not None
+    plain, x.grad = x.grad, None
+    checkpoint(layer, x, use_reentrant=reentrant)[0].sum().backward()
+    alone, first, again = (sum(sizes) for sizes in seen)
+    num_hidden = 1 if expert is GeluMLP else 2
+    all_rows = 6 * 16 * 4  # one tensor of rows [6, F] in fp32, over both experts
+    assert alone == num_hidden * all_rows and again == (num_hidden + 1) * all_rows
+    assert first <= alone + 2 * 4, "a place for what comes later, without its memory"
+    assert torch.equal(x.grad, plain)
 
 
 def without_gradients(case: LayerCase, links: Links) -> list[str]:

@@ -1,4 +1,4 @@
-"""Overlapped equals serial bit for bit, whatever the schedule, the transport, the delays and the routing.
+"""Overlapped equals serial bit for bit with `bit_equal`, whatever the schedule, transport, delays and routing.
 
 Rows of a product do not depend on how many rows are computed together (kernels/linear.py), weight gradients are summed
 over blocks that no schedule changes, and each token's results are added in the order of its choices: so nothing is left
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from ds_moe_ep.config.knobs import MoEConfig
 from tests.moe.faulty_transports import Counting, Delayed
 from tests.moe.layer_cases import LayerCase, LayerResult, case_data, errors, reference_results
 from tests.moe.layer_runs import Links, build_layer, config, forward_backward, run_case, torus_for
@@ -39,30 +40,35 @@ VARIANTS = [
 ]
 
 
+def exact(**knobs: object) -> MoEConfig:
+    """A configuration under which every schedule gives the same bits."""
+    return config(bit_equal=True, **knobs)
+
+
 def base_cases() -> list[LayerCase]:
     """Balanced and skewed routing, one and several local experts, dropless and capacity, every form of expert."""
     table = [
-        LayerCase(name="one local", config=config(num_experts=4, ep_size=4, top_k=2), rows=(30, 30, 30, 30)),
-        LayerCase(name="unequal rows", config=config(ep_size=4, top_k=1), rows=(41, 3, 0, 18), expert="gelu_bias"),
-        LayerCase(name="skewed", config=config(ep_size=4, top_k=2), rows=(25,) * 4, skew=3.0, expert="swiglu_bias"),
-        LayerCase(name="capacity", config=config(ep_size=4, top_k=4, capacity_factor=1.0), rows=(21,) * 4),
-        LayerCase(name="shared", config=config(ep_size=4), rows=(31, 7, 0, 18), shared=True, expert="gelu_bias"),
-        LayerCase(name="swiglu", config=config(num_experts=4, ep_size=4), rows=(13, 14, 15, 16), expert="swiglu"),
-        LayerCase(name="module", config=config(ep_size=4, top_k=2), rows=(19, 20, 21, 22), expert="module"),
-        LayerCase(name="odd width", config=config(ep_size=4, top_k=2), rows=(19,) * 4, expert="swiglu_odd"),
-        LayerCase(name="bf16", config=config(ep_size=4, top_k=2), rows=(33,) * 4, dtype=torch.bfloat16),
+        LayerCase(name="one local", config=exact(num_experts=4, ep_size=4, top_k=2), rows=(30, 30, 30, 30)),
+        LayerCase(name="unequal rows", config=exact(ep_size=4, top_k=1), rows=(41, 3, 0, 18), expert="gelu_bias"),
+        LayerCase(name="skewed", config=exact(ep_size=4, top_k=2), rows=(25,) * 4, skew=3.0, expert="swiglu_bias"),
+        LayerCase(name="capacity", config=exact(ep_size=4, top_k=4, capacity_factor=1.0), rows=(21,) * 4),
+        LayerCase(name="shared", config=exact(ep_size=4), rows=(31, 7, 0, 18), shared=True, expert="gelu_bias"),
+        LayerCase(name="swiglu", config=exact(num_experts=4, ep_size=4), rows=(13, 14, 15, 16), expert="swiglu"),
+        LayerCase(name="module", config=exact(ep_size=4, top_k=2), rows=(19, 20, 21, 22), expert="module"),
+        LayerCase(name="odd width", config=exact(ep_size=4, top_k=2), rows=(19,) * 4, expert="swiglu_odd"),
+        LayerCase(name="bf16", config=exact(ep_size=4, top_k=2), rows=(33,) * 4, dtype=torch.bfloat16),
     ]
     return table
 
 
 def edge_cases() -> list[LayerCase]:
     """Routing at its limits."""
-    wide, one_each = config(ep_size=4, top_k=2), config(num_experts=4, ep_size=4)
+    wide, one_each = exact(ep_size=4, top_k=2), exact(num_experts=4, ep_size=4)
     return [
         LayerCase(name="every row to one expert", config=one_each, rows=(20,) * 4, skew=3.0, gate_scale=0.05),
         LayerCase(
             name="every row to one of two local experts",
-            config=config(ep_size=4),
+            config=exact(ep_size=4),
             rows=(20,) * 4,
             skew=3.0,
             gate_scale=0.05,
@@ -71,21 +77,21 @@ def edge_cases() -> list[LayerCase]:
         LayerCase(name="only one rank has rows", config=wide, rows=(0, 0, 0, 9)),
         LayerCase(name="no rows anywhere", config=wide, rows=(0, 0, 0, 0)),
         LayerCase(
-            name="no rows anywhere, group balance", config=config(ep_size=4, balance_scope="group"), rows=(0,) * 4
+            name="no rows anywhere, group balance", config=exact(ep_size=4, balance_scope="group"), rows=(0,) * 4
         ),
         LayerCase(name="no rows, modules", config=wide, rows=(0, 0, 0, 0), expert="module"),
         LayerCase(name="one row", config=wide, rows=(1, 0, 0, 0)),
         LayerCase(name="one row each", config=one_each, rows=(1, 1, 1, 1)),
-        LayerCase(name="fewer rows than pieces", config=config(ep_size=4, top_k=8), rows=(1, 2, 3, 1)),
+        LayerCase(name="fewer rows than pieces", config=exact(ep_size=4, top_k=8), rows=(1, 2, 3, 1)),
         LayerCase(name="a prime number of rows", config=wide, rows=(23, 29, 31, 37)),
-        LayerCase(name="every expert chosen", config=config(ep_size=4, top_k=8), rows=(9,) * 4),
-        LayerCase(name="an expert without rows", config=config(num_experts=32, ep_size=4), rows=(3, 2, 4, 1)),
+        LayerCase(name="every expert chosen", config=exact(ep_size=4, top_k=8), rows=(9,) * 4),
+        LayerCase(name="an expert without rows", config=exact(num_experts=32, ep_size=4), rows=(3, 2, 4, 1)),
         LayerCase(name="no token used", config=wide, rows=(0, 5, 5, 0), masked=True),
         LayerCase(
-            name="one place an expert", config=config(ep_size=4, capacity_factor=0.01, min_capacity=1), rows=(9,) * 4
+            name="one place an expert", config=exact(ep_size=4, capacity_factor=0.01, min_capacity=1), rows=(9,) * 4
         ),
-        LayerCase(name="more places than rows", config=config(ep_size=4, capacity_factor=64.0), rows=(5,) * 4),
-        LayerCase(name="capacity, no rows", config=config(ep_size=4, capacity_factor=1.0), rows=(0,) * 4),
+        LayerCase(name="more places than rows", config=exact(ep_size=4, capacity_factor=64.0), rows=(5,) * 4),
+        LayerCase(name="capacity, no rows", config=exact(ep_size=4, capacity_factor=1.0), rows=(0,) * 4),
     ]
 
 

@@ -18,7 +18,7 @@ ROWS, WIDTH = 9, 16
 @pytest.mark.parametrize(
     ("expert", "kept_at_last"),
     [
-        (GeluMLP(8, WIDTH), {"down": 2 * ROWS, "up": ROWS}),
+        (GeluMLP(8, WIDTH), {"down": 2 * ROWS, "up": ROWS}),  # hidden rows, and active ones made again
         (SwiGLU(8, WIDTH), {"down": 3 * ROWS, "up": 2 * ROWS, "gate": ROWS}),
     ],
     ids=["gelu", "swiglu"],
@@ -33,9 +33,9 @@ def test_kept_rows_go_with_the_last_product_that_reads_them(
     kept: dict[str, int] = {}
     add = GradSums.add
 
-    def count(self: GradSums, part: str, x_nI: Tensor, dy_nO: Tensor) -> None:
-        kept[part] = sum(len(rows) for rows in started.saved)
-        add(self, part, x_nI, dy_nO)
+    def count(self: GradSums, part: str, x_nI: Tensor, dy_nO: Tensor, is_only: bool) -> None:
+        kept[part] = sum(len(rows) for rows in [*started.saved, started.gradients(0)[-1]])
+        add(self, part, x_nI, dy_nO, is_only)
 
     monkeypatch.setattr(GradSums, "add", count)
     x_RD, dy_RD, y_RD, dx_RD = torch.randn(4, ROWS, 8).unbind()

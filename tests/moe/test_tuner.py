@@ -32,7 +32,7 @@ ROW_US = 250.0  # of an emulated expert, forward: 50 ms per pass of even routing
 
 def make_layer(link_row_us: float, emulated: bool = True, **knobs: Any) -> ExpertParallel:
     torch.manual_seed(0)
-    config = MoEConfig(num_experts=4, ep_size=4, **knobs)
+    config = MoEConfig(num_experts=4, ep_size=4, bit_equal=True, **knobs)
     layer = ExpertParallel(D, GeluMLP(D, 2 * D), config)
     if emulated:
         layer.experts = EmulatedExperts(1, ROW_US)

@@ -23,6 +23,8 @@ ANY_KNOBS = st.fixed_dictionaries(
         "depth": st.integers(0, 5),
         "chunks": st.integers(1, 7),
         "row_cuts": st.integers(1, 4),
+        "weight_blocks": st.integers(1, 4),
+        "bit_equal": st.booleans(),
         "peer_group_size": st.integers(0, 9),
     }
 )
@@ -71,11 +73,12 @@ NODE = [tuple((node, place) for place in range(4)) for node in range(4)]  # the 
 
 @pytest.mark.parametrize("name", ["serial", "auto"])
 def test_serial_is_one_piece_in_which_every_op_waits_for_the_one_before(name: str) -> None:
-    schedule = backward(FOUR_BY_FOUR, schedule=name)
+    schedule = backward(FOUR_BY_FOUR, schedule=name, bit_equal=True)
     assert (schedule.pieces, schedule.depth) == ((Piece(tuple(FOUR_BY_FOUR.offsets())),), 0)
     assert str(forward(FOUR_BY_FOUR, schedule=name)) == "D0 E0 C0"
     assert str(schedule) == "D0 E0 C0 W0 W1 W2 W3"
     assert [op.after for op in schedule.ops] == [(), (0,), (1,), (2,), (3,), (4,), (5,)]
+    assert str(backward(FOUR_BY_FOUR, schedule=name)) == "D0 E0 C0 W0"
 
 
 def test_near_rows_bracket_the_far_ones_on_four_nodes_of_four() -> None:
@@ -86,7 +89,7 @@ def test_near_rows_bracket_the_far_ones_on_four_nodes_of_four() -> None:
 
 
 def test_backward_near_rows_come_first_and_weight_gradients_one_piece_late() -> None:
-    schedule = backward(FOUR_BY_FOUR, schedule="peers", depth=1)
+    schedule = backward(FOUR_BY_FOUR, schedule="peers", depth=1, weight_blocks=4)
     assert str(schedule) == "D0 D4 E0 C0 D1 E4 C4 W0 D2 E1 C1 D3 E2 C2 W1 E3 C3 W2 W3"
     afters = {str(op): [str(schedule.ops[i]) for i in op.after] for op in schedule.ops}
     for piece in range(5):
@@ -97,21 +100,38 @@ def test_backward_near_rows_come_first_and_weight_gradients_one_piece_late() -> 
     assert [afters[f"weights {block}"] for block in (1, 2, 3)] == [["compute 1"], ["compute 2"], ["compute 3"]]
 
 
+def test_one_product_makes_a_weight_gradient_unless_more_blocks_are_asked_for() -> None:
+    whole = "D0 D4 E0 C0 D1 E4 C4 D2 E1 C1 D3 E2 C2 E3 C3 W0"
+    assert str(backward(FOUR_BY_FOUR, schedule="peers", depth=1)) == whole
+    assert str(backward(FOUR_BY_FOUR, schedule="chunks", chunks=2, depth=1, weight_blocks=4)) == "D0 D1 E0 C0 E1 C1 W0"
+    two = "D0 D4 E0 C0 D1 E4 C4 W0 D2 E1 C1 D3 E2 C2 E3 C3 W1"
+    assert str(backward(FOUR_BY_FOUR, schedule="peers", depth=1, weight_blocks=2)) == two
+    near, far = weight_blocks(FOUR_BY_FOUR, 2)
+    assert (near, far) == (NODE[0], NODE[1] + NODE[2] + NODE[3])
+
+
+def test_bit_equal_schedules_sum_over_blocks_of_the_torus_alone() -> None:
+    for knobs in ({"schedule": "serial"}, {"schedule": "chunks"}, {"schedule": "peers", "weight_blocks": 2}):
+        assert backward(FOUR_BY_FOUR, bit_equal=True, **knobs).blocks == tuple(NODE)
+
+
 def test_depth_issues_that_many_dispatches_ahead() -> None:
     assert str(forward(FOUR_BY_FOUR, schedule="peers", depth=2)) == "D0 D1 D2 E0 C0 D3 E1 C1 D4 E2 C2 E3 C3 E4 C4"
     ahead = "D0 D4 D1 E0 C0 D2 E4 C4 W0 D3 E1 C1 E2 C2 W1 E3 C3 W2 W3"
-    assert str(backward(FOUR_BY_FOUR, schedule="peers", depth=2)) == ahead
+    assert str(backward(FOUR_BY_FOUR, schedule="peers", depth=2, weight_blocks=4)) == ahead
     assert str(forward(FOUR_BY_FOUR, schedule="peers", depth=9)) == "D0 D1 D2 D3 D4 E0 C0 E1 C1 E2 C2 E3 C3 E4 C4"
 
 
 def test_weight_gradients_of_chunks_come_last_since_each_chunk_has_rows_of_every_block() -> None:
-    schedule = backward(FOUR_BY_FOUR, schedule="chunks", chunks=3, depth=1)
+    schedule = backward(FOUR_BY_FOUR, schedule="chunks", chunks=3, depth=1, bit_equal=True)
     assert str(schedule) == "D0 D1 E0 C0 D2 E1 C1 E2 C2 W0 W1 W2 W3"
     assert {schedule.ops[-1].after, schedule.ops[-4].after} == {(2, 5, 7)}
 
 
 def test_weight_gradients_of_a_group_that_spans_two_blocks_wait_for_it_in_both() -> None:
-    schedule = backward(FOUR_BY_FOUR, schedule="peers", depth=1, peer_group_size=8)  # nodes 1 and 2, node 3
+    schedule = backward(
+        FOUR_BY_FOUR, schedule="peers", depth=1, peer_group_size=8, weight_blocks=4
+    )  # nodes 1 and 2, node 3
     assert str(schedule) == "D0 D3 E0 C0 D1 E3 C3 W0 D2 E1 C1 E2 C2 W1 W2 W3"
     assert [schedule.ops[i].after for i in (-3, -2, -1)] == [(9,), (9,), (11,)]
 

@@ -64,7 +64,7 @@ def test_the_serial_schedule_takes_the_sum_of_its_parts(torus: Torus, found: Cos
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6])
 def test_peers_hide_everything_while_traffic_is_short(ratio: float) -> None:
-    assert price(FOUR_NODES, costs(ratio), schedule="peers") == pytest.approx(3e6)
+    assert price(FOUR_NODES, costs(ratio), schedule="peers", weight_blocks=4) == pytest.approx(3e6)
     assert price(FOUR_NODES, costs(ratio), schedule="serial") == pytest.approx(3e6 + 4 * ratio * 0.5e6)
 
 
@@ -75,9 +75,18 @@ def test_chunks_leave_the_first_dispatch_and_the_last_combine_of_the_forward_pas
 
 def test_equal_traffic_and_compute_want_row_cuts() -> None:
     # By hand, forward with whole groups: 1.083 (the tail of the last group is exposed); with two cuts all is hidden.
-    whole, cut = (price(FOUR_NODES, costs(1.0), schedule="peers", row_cuts=cuts) for cuts in (1, 2))
+    knobs = {"schedule": "peers", "weight_blocks": 4}
+    whole, cut = (price(FOUR_NODES, costs(1.0), **knobs | more) for more in ({}, {"row_cuts": 2}))
     assert whole == pytest.approx(3.083e6, rel=1e-3)
     assert cut < 3.02e6
+
+
+def test_one_product_for_a_weight_gradient_leaves_the_far_dispatches_of_a_slow_link_to_the_input_gradients_alone() -> (
+    None
+):
+    one, four = (price(FOUR_NODES, costs(2.0), schedule="peers", weight_blocks=blocks) for blocks in (1, 4))
+    assert one > 1.1 * four
+    assert price(FOUR_NODES, costs(0.2), schedule="peers") == pytest.approx(3e6)
 
 
 def test_the_cheapest_candidate_comes_first_and_a_fast_link_makes_all_alike() -> None:

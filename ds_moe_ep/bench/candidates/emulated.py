@@ -98,6 +98,7 @@ class EmulatedPass:
     def __init__(self, row_us: float, device: EmulatedDevice) -> None:
         self.saved: list[Tensor] = []
         self.may_overwrite = False
+        self.use_triton: bool | None = None
         self._row_us, self._device = row_us, device
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
@@ -111,10 +112,10 @@ class EmulatedPass:
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
         self._device.work(len(dy_nD), self._row_us)
 
-    def let_go(self) -> None:
+    def release_weights(self) -> None:
         """Nothing: there are no weights."""
 
-    def take_weights(self, weights: Sequence[Tensor]) -> None:
+    def restore_weights(self, weights: Sequence[Tensor]) -> None:
         """Nothing."""
 
     def weight_grads(self, expert: int) -> list[Tensor | None]:

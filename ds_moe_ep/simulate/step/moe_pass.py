@@ -12,7 +12,7 @@ from functools import cached_property
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, weight_blocks
+from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.schedule.program import Event, Load, LoadOf, Program, add_pass
 from ds_moe_ep.schedule.spans import Tags
 from ds_moe_ep.simulate.cluster.machine import Machine, Volume
@@ -103,7 +103,7 @@ class LayerPass:
         volumes = [_volume(piece, self.rows, rank, self.row_bytes) for piece in schedule.pieces]
         from_each = self.rows.to(rank)
         rows = [len(piece.offsets) * from_each / piece.num_cuts for piece in schedule.pieces]
-        blocks = [len(block) * from_each for block in weight_blocks(schedule.torus)]
+        blocks = [len(block) * from_each for block in schedule.blocks]
 
         def load(op: Op) -> Load:
             if op.kind is Kind.WEIGHTS:

@@ -1,0 +1,51 @@
+"""The part of lanes that only NCCL has: grouped messages, options of a communicator, connections made ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _coalescing_manager
+
+Ends = Sequence[tuple[Tensor, int]]  # rows, and the rank of the group at the other end
+
+
+def exchange(group: dist.ProcessGroup, sends: Ends, receives: Ends) -> list[dist.Work]:
+    """Starts all messages as one NCCL group: one kernel, in which no peer waits for another.
+
+    As `dist.batch_isend_irecv`, without its wrapper around each message, whose checks cost the host three times as much
+    as the message itself.
+    """
+    device = (*sends, *receives)[0][0].device
+    with _coalescing_manager(group, device, async_ops=True) as coalesced:
+        for rows, peer in sends:
+            group.send([rows], peer, 0)
+        for rows, peer in receives:
+            group.recv([rows], peer, 0)
+    return list(coalesced.works)
+
+
+def lane_options(timeout: timedelta, max_ctas: int, make: Callable[..., Any] | None = None) -> Any:
+    """The options of a lane's communicator: a stream before compute's in the queue, few thread blocks if so wanted.
+
+    A transfer that waits for multiprocessors behind a matrix product hides nothing; one that takes many of them slows
+    the product that hides it. `max_ctas` 0 leaves their number to NCCL. `make` stands for ProcessGroupNCCL.Options.
+    """
+    options = (make or dist.ProcessGroupNCCL.Options)(is_high_priority_stream=True)
+    options._timeout = timeout
+    if max_ctas:
+        options.config.max_ctas = max_ctas
+    return options
+
+
+def connect_pairs(group: dist.ProcessGroup, rank: int, size: int, device: torch.device) -> None:
+    """Makes the connections of this rank with every other one, which NCCL else makes in the first pass. Collective."""
+    others = [peer for peer in range(size) if peer != rank]
+    sent, received = torch.zeros(2, size, device=device)
+    works = exchange(group, [(sent[p : p + 1], p) for p in others], [(received[p : p + 1], p) for p in others])
+    for work in works:
+        work.wait()

@@ -1,0 +1,89 @@
+"""Bounds on what a layer asks of a device beside its products, counted at the specification's sizes."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ds_moe_ep.config.topology import Torus
+from tests.account.counting import Account
+from tests.account.kernels import stand_ins
+from tests.account.layer import Sizes, count
+from tests.account.summary import REPOSITORY, SPECIFICATION, TOP_2, figures, num_pieces
+
+
+@pytest.mark.parametrize("schedule", ["serial", "peers", "chunks"])
+def test_weight_gradients_cost_no_memory_beside_one_product_each(schedule: str) -> None:
+    found = figures(replace(SPECIFICATION, schedule=schedule))
+    assert (found.weight_gradient_gb, found.weight_products) == (0, 2)
+
+
+def test_sums_of_several_products_cost_one_cast_at_their_end() -> None:
+    found = figures(replace(SPECIFICATION, knobs={"weight_blocks": 4}))
+    parameters = 2 * SPECIFICATION.width * SPECIFICATION.expert_width
+    assert found.weight_products == 2 * 4
+    assert found.weight_gradient_gb == pytest.approx(parameters * (4 + 2) / 1e9)
+
+
+@pytest.mark.parametrize(("schedule", "percent"), [("serial", 98), ("peers", 94), ("chunks", 95)])
+def test_a_pieces_rows_are_two_products_which_are_large_enough(schedule: str, percent: int) -> None:
+    sizes = replace(SPECIFICATION, schedule=schedule)
+    found = figures(sizes)
+    assert found.forward_products == 2 * num_pieces(sizes)
+    assert round(found.efficiency_percent) >= percent
+
+
+def test_bit_equal_schedules_pay_with_smaller_products() -> None:
+    """The control: rows stacked by source are cut into a run per peer."""
+    found = figures(replace(SPECIFICATION, knobs={"bit_equal": True}))
+    assert found.forward_products == 22
+    assert round(found.efficiency_percent) == 88
+    assert found.weight_gradient_gb > 3
+
+
+@pytest.mark.parametrize(("sizes", "most_ms"), [(SPECIFICATION, 3.5), (TOP_2, 5.0)], ids=["k=1", "k=2"])
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_a_layer_spends_little_time_on_memory_beside_its_products(
+    sizes: Sizes, most_ms: float, is_reentrant: bool
+) -> None:
+    assert figures(replace(sizes, is_reentrant=is_reentrant)).memory_ms <= most_ms
+
+
+def test_the_peak_of_a_layer_fits_beside_its_states() -> None:
+    assert figures(SPECIFICATION).peak_gb <= 6.3
+
+
+def test_the_kernels_of_the_account_take_what_the_real_ones_take() -> None:
+    for name, stand in stand_ins(Account()).items():
+        path = REPOSITORY / (name.replace(".", "/") + ".py")
+        if not path.exists():
+            continue
+        real = {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+        for function, replaced in vars(stand).items():
+            assert [a.arg for a in real[function].args.args] == list(inspect.signature(replaced).parameters), function
+
+
+LARGE = 2**22  # bytes: more than the places of all rows take, less than the rows of any piece
+QWEN3 = Sizes(  # 128 experts of 1,536, each token in 8, as Qwen3-235B-A22B; 8 experts per GPU
+    num_tokens=8192, width=4096, expert_width=1536, num_experts=128, top_k=8, expert="swiglu", dtype=torch.bfloat16
+)
+DEEPSEEK = replace(QWEN3, width=7168, expert_width=2048, num_experts=256)  # as DeepSeek-V3; 16 experts per GPU
+DEEPSEEK_EP8 = replace(DEEPSEEK, torus=Torus(2, 4))  # 32 experts per GPU
+
+
+@pytest.mark.parametrize("sizes", [QWEN3, DEEPSEEK, DEEPSEEK_EP8], ids=["8 experts", "16 experts", "32 experts"])
+@pytest.mark.parametrize("schedule", ["serial", "peers"])
+def test_rows_of_many_experts_move_in_one_launch_each_way_and_piece(sizes: Sizes, schedule: str) -> None:
+    sizes = replace(sizes, schedule=schedule)
+    account, pieces = count(sizes), num_pieces(sizes)
+    moves = [launch for launch in account.forward if launch.op in ("index_copy_", "index_select")]
+    assert len([launch for launch in moves if launch.written_bytes > LARGE]) == 2 * pieces
+    num_local = sizes.num_experts // sizes.torus.size
+    products = [launch for launch in account.forward if launch.where == "experts" and launch.product]
+    assert len(products) == 3 * pieces * num_local
+    weights = [launch for launch in account.backward if launch.where == "weight gradients"]
+    assert len(weights) == 3 * num_local and all(launch.product for launch in weights)
