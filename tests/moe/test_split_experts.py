@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,7 @@ def test_kept_rows_go_with_the_last_product_that_reads_them(
         assert kept == kept_at_last
         started.add_weight_grads(0, slice(ROWS, ROWS), x_RD[ROWS:], dy_RD[ROWS:])
         grads = started.weight_grads(0)
+    assert not any(rows.numel() for rows in started.saved), "rows are kept although nothing reads them any more"
     expected = torch.autograd.grad(expert(x_RD), list(expert.parameters()), dy_RD)
     for mine, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(mine, reference)
@@ -64,3 +67,24 @@ def test_a_layer_keeps_nothing_of_a_pass_that_went_backward_while_its_output_liv
     output.sum().backward(retain_graph=True)
     assert output.grad_fn is not None
     assert [(each.saved, each._weights) for each in passes] == [([], [])]
+
+
+@pytest.mark.parametrize("is_cast", [False, True], ids=["own type", "autocast"])
+def test_rows_and_cast_weights_that_autograd_packs_away_are_held_by_nobody_else(is_cast: bool) -> None:
+    layer, rows = ExpertParallel(8, GeluMLP(8, WIDTH), MoEConfig(num_experts=2)), torch.randn(ROWS, 8)
+    seen: list[weakref.ref[Tensor]] = []
+
+    def moved(tensor: Tensor) -> Tensor:
+        if WIDTH in tensor.shape and not isinstance(tensor, nn.Parameter):
+            seen.append(weakref.ref(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: moved(t).clone(), lambda t: moved(t.clone())):
+        with torch.autocast("cpu", enabled=is_cast):
+            output, _, _ = layer(rows)
+        num_packed = len(seen)
+        assert num_packed >= (6 if is_cast else 2), "a tensor of rows per expert, and two cast weights"
+        assert not [each for each in seen if each() is not None], "held after the forward pass"
+        output.sum().backward(retain_graph=True)
+    assert len(seen) >= 2 * num_packed
+    assert not [each for each in seen if each() is not None], "held after the backward pass"
