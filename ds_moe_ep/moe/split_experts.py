@@ -19,9 +19,10 @@ from torch import Tensor
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.activation import gelu_backward, swiglu, swiglu_backward
 from ds_moe_ep.kernels.linear import add_linear_grad_rows, linear_grad_rows, linear_rows
-from ds_moe_ep.kernels.weight_product import add_weight_product
+from ds_moe_ep.kernels.weight_sums import GradSums as GradSums
+from ds_moe_ep.kernels.weight_sums import Weights as Weights
+from ds_moe_ep.kernels.weight_sums import in_type_of, sum_of
 
-Weights = dict[str, Tensor | None]
 Span = tuple[int, int]  # start, stop
 
 BLOCK_ROWS = 512  # on the CPU: fewer cost more in small products than they save, more need more memory in between
@@ -148,52 +149,6 @@ class SavedActivations:
         self._gradients.pop(expert, None)
         self._num_added[expert] = 0
         return self._sums[expert].take()
-
-
-class GradSums:
-    """The gradients of one expert's weights. None for what is frozen.
-
-    One product over all rows is made in the weights' own type: the matrix unit sums it in fp32, and rounds once.
-    Several are summed at least in fp32.
-    """
-
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
-        self._trained = {name for name, weight in weights.items() if weight is not None and weight.requires_grad}
-        self._sums: dict[str, Tensor | None] = {}
-
-    def add(self, part: str, x_nI: Tensor, dy_nO: Tensor, is_only: bool = False) -> None:
-        """Adds the gradients of one Linear's weight and bias, from rows of its inputs and its outputs' gradient.
-
-        `is_only`: nothing else will be added to them.
-        """
-        if not len(x_nI):
-            return
-        for name in (f"{part}.weight", f"{part}.bias"):
-            if self.weights.get(name) is None or name not in self._trained:
-                continue
-            if name.endswith("bias"):
-                self._sums[name] = _sum(self._sums.get(name), dy_nO.sum(0))
-            elif is_only:
-                self._sums[name] = dy_nO.t() @ x_nI
-            else:
-                self._sums[name] = add_weight_product(self._sums.get(name), dy_nO, x_nI)
-
-    def take(self) -> list[Tensor | None]:
-        """The sums in the weights' own type and order."""
-        sums, self._sums = self._sums, {}
-        return [
-            _in_type_of(w, sums.pop(name, None), name in self._trained)
-            for name, w in self.weights.items()
-            if w is not None
-        ]
-
-
-def _in_type_of(weight: Tensor, grad: Tensor | None, is_trained: bool) -> Tensor | None:
-    """A parameter's gradient in its own type: zeros where no row gave one, None where it is frozen."""
-    if grad is not None:
-        return grad.to(weight.dtype)
-    return torch.zeros_like(weight) if is_trained else None
 
 
 class ActiveRows(Enum):
@@ -347,7 +302,7 @@ class OpaquePass:
             )
         dx_nD.copy_(torch.zeros_like(dx_nD) if dx_ND is None else dx_ND)
         known = self._grads.get(expert, [None] * len(grads))
-        self._grads[expert] = [_sum(old, new) for old, new in zip(known, grads, strict=True)]
+        self._grads[expert] = [sum_of(old, new) for old, new in zip(known, grads, strict=True)]
 
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
         """Nothing: they came with the rows' own gradients."""
@@ -356,7 +311,7 @@ class OpaquePass:
         parameters = self._experts[expert].parameters
         trained = [p for p in parameters if p.requires_grad]
         grads = dict(zip(map(id, trained), self._grads.pop(expert, [None] * len(trained)), strict=True))
-        return [_in_type_of(p, grads.get(id(p)), p.requires_grad) for p in parameters]
+        return [in_type_of(p, grads.get(id(p)), p.requires_grad) for p in parameters]
 
     def release_weights(self) -> None:
         """Nothing: the graphs hold the parameters."""
@@ -401,13 +356,6 @@ def hooks_off(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter, hooks in kept:
             parameter._backward_hooks = hooks
-
-
-def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The sum of two parts of a gradient, at least in fp32: in bf16 every part would cost a rounding."""
-    if total is None or part is None:
-        return part if total is None else total
-    return total.to(torch.promote_types(total.dtype, torch.float32)) + part
 
 
 def keep(tensor: Tensor) -> Tensor:
