@@ -40,6 +40,7 @@ class CopyToHost:
 
 
 def runs_beside_the_host(device: torch.device) -> bool:
+    """True for a device whose queue the host fills without a wait."""
     return device.type == "cuda"
 
 

@@ -126,7 +126,7 @@ class Agreement:
     needs_gradient: bool = False
 
     def on_counts(self, send_PL: Tensor, capacity: int = -1) -> AgreedCounts:
-        """What the exchange of counts brings, at once: `begin_counts`, and its end."""
+        """The exchanged counts, at once: `begin_counts`, and its end."""
         return self.begin_counts(send_PL, capacity)()
 
     def begin_counts(self, send_PL: Tensor, capacity: int = -1) -> Callable[[], AgreedCounts]:

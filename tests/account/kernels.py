@@ -5,7 +5,7 @@ Kernels that multiply tokens with the gate's weights count as products, as the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,10 +19,10 @@ def gate_product(x_TD: Tensor, weight_ED: Tensor) -> tuple[int, int, int]:
     return len(x_TD), x_TD.shape[1], len(weight_ED)
 
 
-def stand_ins(account: Account) -> dict[str, ModuleType]:
-    """The modules of Triton kernels, each kernel one launch that reads and writes what it says."""
-    one = account.kernel
+Kernel = Callable[..., None]  # one launch: its name, what it reads, what it writes, and its product
 
+
+def permute_kernels(one: Kernel) -> SimpleNamespace:
     def spread(x_TD: Tensor, row_of_choice_TK: Tensor, is_dropped_TK: Tensor | None, rows_ND: Tensor) -> None:
         one("spread", [x_TD, row_of_choice_TK, is_dropped_TK], [rows_ND])
 
@@ -48,6 +48,10 @@ def stand_ins(account: Account) -> dict[str, ModuleType]:
     ) -> None:
         one("collect", [rows_ND, weights_TK, row_of_choice_TK, is_dropped_TK, *added], [y_TD])
 
+    return SimpleNamespace(spread=spread, weighted_spread=weighted_spread, collect=collect)
+
+
+def activation_kernels(one: Kernel) -> SimpleNamespace:
     def swiglu(gate_nF: Tensor, up_nF: Tensor, active_nF: Tensor) -> None:
         one("swiglu", [gate_nF, up_nF], [active_nF])
 
@@ -66,6 +70,10 @@ def stand_ins(account: Account) -> dict[str, ModuleType]:
     ) -> None:
         one("swiglu_backward", [d_active_nF, gate_nF, up_nF], [d_gate_nF, d_up_nF, active_nF])
 
+    return SimpleNamespace(swiglu=swiglu, gelu_backward=gelu_backward, swiglu_backward=swiglu_backward)
+
+
+def gate_kernels(one: Kernel) -> SimpleNamespace:
     def logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         logits_TE = weight_ED.new_empty(len(x_TD), len(weight_ED))
         one("gate logits", [x_TD, weight_ED], [logits_TE], gate_product(x_TD, weight_ED))
@@ -112,17 +120,27 @@ def stand_ins(account: Account) -> dict[str, ModuleType]:
             one("gate's weight gradients", [d_logits_TE, x_TD], [d_weight_ED], product)
         return dx_TD, d_weight_ED
 
+    return SimpleNamespace(logits=logits, routes=routes, logit_gradients=logit_gradients, gradients=gradients)
+
+
+def sort_kernels(one: Kernel) -> SimpleNamespace:
     def sort_choices(ids_TK: Tensor, is_used_TK: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         rows = ids_TK.new_empty(ids_TK.numel()), torch.empty_like(ids_TK), ids_TK.new_zeros(num_experts)
         one("count", [ids_TK, is_used_TK], [])
         one("place", [ids_TK, is_used_TK], rows)
         return rows
 
+    return SimpleNamespace(sort_choices=sort_choices)
+
+
+def stand_ins(account: Account) -> dict[str, ModuleType]:
+    """The modules of Triton kernels, each kernel one launch that reads and writes what it says."""
+    one = account.kernel
     stands = {
-        "gate": SimpleNamespace(logits=logits, routes=routes, logit_gradients=logit_gradients, gradients=gradients),
-        "sort": SimpleNamespace(sort_choices=sort_choices),
-        "permute": SimpleNamespace(spread=spread, weighted_spread=weighted_spread, collect=collect),
-        "activation": SimpleNamespace(swiglu=swiglu, gelu_backward=gelu_backward, swiglu_backward=swiglu_backward),
+        "permute": permute_kernels(one),
+        "activation": activation_kernels(one),
+        "gate": gate_kernels(one),
+        "sort": sort_kernels(one),
     }
     package: Any = ModuleType("ds_moe_ep.kernels.compiled")
     named = {package.__name__: package}
