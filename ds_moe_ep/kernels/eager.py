@@ -1,10 +1,12 @@
-"""Leaving functions out of what torch.compile compiles."""
+"""Leaving code out of what surrounds it: of torch.compile, of torch.autocast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch._compile import _disable_dynamo
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -18,3 +20,10 @@ def not_compiled(function: F) -> F:
     """
     left_out: F = _disable_dynamo(function)  # type: ignore[assignment]
     return left_out
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """A scope in which operations compute in their tensors' types; for every device, the meta device too."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

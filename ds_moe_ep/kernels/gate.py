@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_moe_ep.kernels.choose import runs_triton
-from ds_moe_ep.kernels.eager import not_compiled
+from ds_moe_ep.kernels.eager import not_compiled, without_autocast
 
 BLOCK_TOKENS = 512  # widened at a time
 MAX_EXPERTS = 256  # of one pass: a block holds the logits of its tokens all at once
@@ -117,7 +117,7 @@ def gate_gradients(
         return kernels.gradients(*given, wanted)
     dx_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format) if wanted[0] else None
     d_weight_ED = torch.zeros_like(weight_ED) if wanted[1] else None
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD.device.type):
         if dx_TD is not None:
             for dx, d_logits in _token_blocks(dx_TD, d_logits_TE):
                 dx.copy_(d_logits @ weight_ED)

@@ -144,10 +144,11 @@ class _Unpermute(torch.autograd.Function):
         dots_N = weights_TK.new_empty(len(rows_ND)) if ctx.needs_input_grad[1] else None
 
         def by_rows(rows: slice) -> Tensor:
-            dy_ND = gather_tokens(dy_TD, maps, rows).to(weights_TK.dtype)
+            dy_ND = gather_tokens(dy_TD, maps, rows)
             if dots_N is not None:
-                torch.sum(dy_ND * rows_ND[rows], 1, out=dots_N[rows])
-            return dy_ND.mul_(weights_TK.flatten().index_select(0, maps.choice_of_row_N[rows]).unsqueeze(1))
+                torch.sum(dy_ND.to(weights_TK.dtype) * rows_ND[rows], 1, out=dots_N[rows])
+            weight_of_row_N1 = weights_TK.flatten().index_select(0, maps.choice_of_row_N[rows]).unsqueeze(1)
+            return torch.mul(dy_ND, weight_of_row_N1, out=dy_ND)
 
         d_rows_ND = _by_blocks(len(rows_ND), rows_ND, by_rows)
         return d_rows_ND, None if dots_N is None else _at_choices(dots_N, maps), None, None, *d_added
@@ -159,10 +160,12 @@ def _weighted_sum(rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps, added: Seq
     if len(rows_ND) == 0:
         y_TD = weights_TK.new_zeros(len(weights_TK), rows_ND.shape[1])
     else:
-        y_TD = gather_choice(rows_ND, maps, 0, tokens).to(weights_TK.dtype).mul_(weights_TK[:, :1])
-        for choice in range(1, weights_TK.shape[1]):
-            picked_TD = gather_choice(rows_ND, maps, choice, tokens).to(weights_TK.dtype)
-            y_TD.addcmul_(picked_TD, weights_TK[:, choice : choice + 1])
+        picked_TD, num_choices = gather_choice(rows_ND, maps, 0, tokens), weights_TK.shape[1]
+        if num_choices == 1 and not added:  # one rounding, and no sum to keep in a wider type
+            return torch.mul(picked_TD, weights_TK, out=picked_TD)
+        y_TD = torch.mul(picked_TD, weights_TK[:, :1]).to(weights_TK.dtype)
+        for choice in range(1, num_choices):
+            y_TD.addcmul_(gather_choice(rows_ND, maps, choice, tokens), weights_TK[:, choice : choice + 1])
     for each in added:
         y_TD += each[tokens]
     return y_TD

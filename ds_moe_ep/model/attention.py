@@ -6,13 +6,19 @@ of one, D width, H width of one head.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROTARY_BASE = 10_000.0
+from ds_moe_ep.kernels.attention import blockwise_causal_attention
+from ds_moe_ep.kernels.rotary import Rotation, split_rotated, turn
 
-Rotation = tuple[torch.Tensor, torch.Tensor]
+ROTARY_BASE = 10_000.0
+MAX_FLASH_HEAD = 256
+
+AttentionPath = Literal["torch", "flash", "blocks"]
 
 
 class CausalAttention(nn.Module):
@@ -25,20 +31,30 @@ class CausalAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.head_size = hidden_size // num_heads
+        self.use_triton: bool | None = None  # for the rotation, as every operation of `kernels` takes it
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, x_BSD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        """Values that each token gathers from itself and the tokens before it: [B, S, D].
-
-        torch picks the kernel. On CUDA its flash kernel ends at heads of 256; the specification's heads of
-        512 take the memory-efficient one, which does not store the S x S scores either.
-        """
-        per_head = self.qkv(x_BSD).unflatten(-1, (-1, 3, self.head_size)).transpose(1, 3)  # [B, 3, heads, S, H]
-        query, key, value = per_head.unbind(1)
-        gathered = F.scaled_dot_product_attention(rotate(query, rotation), rotate(key, rotation), value, is_causal=True)
+        """Values that each token gathers from itself and the tokens before it: [B, S, D]; `attention_path` says how."""
+        query, key, value = split_rotated(self.qkv(x_BSD), rotation, self.head_size, self.use_triton)
+        if attention_path(self.head_size, x_BSD.device) == "blocks":
+            gathered = blockwise_causal_attention(query, key, value)
+        else:
+            gathered = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         mixed: torch.Tensor = self.out(gathered.transpose(1, 2).flatten(2))
         return mixed
+
+
+def attention_path(head_size: int, device: torch.device) -> AttentionPath:
+    """Way that attention is computed: torch's choice on a CPU, and on CUDA a flash kernel or blocks of queries.
+
+    Flash kernels end at heads of 256. For wider ones torch would fall back to a kernel whose tiles are too narrow to
+    feed tensor cores.
+    """
+    if device.type != "cuda":
+        return "torch"
+    return "flash" if head_size <= MAX_FLASH_HEAD else "blocks"
 
 
 def rotation_of(num_positions: int, head_size: int, device: torch.device) -> Rotation:
@@ -54,6 +70,6 @@ def rotation_of(num_positions: int, head_size: int, device: torch.device) -> Rot
 
 def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """`x` [..., S, H] with the pair (i, i + H/2) of every token turned by its position's angle."""
-    cos, sin = rotation
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = torch.empty_like(x)
+    turn(x, *rotation, turned)
+    return turned

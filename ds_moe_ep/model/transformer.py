@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.model.attention import CausalAttention, Rotation, rotation_of
+from ds_moe_ep.kernels.rotary import Rotation
+from ds_moe_ep.model.attention import CausalAttention, rotation_of
 from ds_moe_ep.model.feed_forward import make_expert, make_shared_expert
 from ds_moe_ep.model.norm import layer_norm
 
@@ -128,4 +129,8 @@ def build_transformer(model: ModelConfig, moe: MoEConfig, make_moe: Callable[...
     def feed_forward(layer_index: int) -> nn.Module:
         return make_moe(model.hidden_size, make_expert(model), config=moe, shared=make_shared_expert(model))
 
-    return Transformer(model, feed_forward)
+    transformer = Transformer(model, feed_forward)
+    for module in transformer.modules():
+        if isinstance(module, CausalAttention) and moe.kernels == "torch":
+            module.use_triton = False
+    return transformer

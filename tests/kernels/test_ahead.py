@@ -70,6 +70,14 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, Any], int, int, int]] = {
     "gate.weight_gradients": (
         {**of(FULL, "d_logits", "parts"), "x": HALF, "per_split": NUMBER, **TOKENS}, SHAPE, 4, 128, 6,
     ),
+    "rotary.rotate": (
+        {
+            **of(HALF, "packed", "query", "key", "value"), **of(FULL, "cos", "sin"),
+            **of(NUMBER, *(f"{part}_{axis}" for part in ("query", "key", "value") for axis in "bhs")),
+            **of(NUMBER, "num_tokens", "num_heads", "half"),
+        },
+        {"IS_BACKWARD": True, "HEADS": 4, "TILE": 256}, 4, 96, 6,
+    ),
 }  # fmt: skip
 
 
@@ -92,7 +100,7 @@ def check(name: str, capability: int) -> None:
 def test_every_kernel_stands_in_the_table() -> None:
     found = {
         f"{module}.{name.removesuffix('_kernel')}"
-        for module in ("activation", "permute", "sort", "gate")
+        for module in ("activation", "permute", "sort", "gate", "rotary")
         for name in vars(import_module(f"ds_moe_ep.kernels.compiled.{module}"))
         if name.endswith("_kernel")
     }

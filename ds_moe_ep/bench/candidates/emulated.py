@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.model.attention import CausalAttention, Rotation
+from ds_moe_ep.kernels.rotary import Rotation
+from ds_moe_ep.model.attention import CausalAttention
 from ds_moe_ep.moe.experts import Experts
 from ds_moe_ep.moe.split_experts import ExpertPass, Span
 

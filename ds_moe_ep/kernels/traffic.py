@@ -1,0 +1,80 @@
+"""Bytes that each operation moves at least and the kernels that it launches, by its sizes. Needs no torch.
+
+The bound is what the Triton kernel does: every wide tensor passes memory once. Index maps and numbers per token, less
+than a thousandth of a wide tensor, are left out. Plain torch moves more, step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationSizes:
+    """Sizes that operations depend on: T tokens of width D with K choices each, E experts of width F."""
+
+    num_tokens: int
+    width: int
+    num_choices: int = 1
+    num_experts: int = 16
+    expert_width: int = 0
+    item_bytes: int = 2  # of a token's number
+    num_added: int = 0  # tensors [T, D] that unpermute adds
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of all tokens: the unit of most operations."""
+        return self.num_tokens * self.width * self.item_bytes
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden rows of as many rows as there are choices."""
+        return self.num_tokens * self.num_choices * self.expert_width * self.item_bytes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes read and written by one call, and its launches."""
+
+    num_bytes: int
+    num_launches: int
+
+
+def _tokens(times: Callable[[OperationSizes], int], num_launches: int = 1) -> Callable[[OperationSizes], Traffic]:
+    return lambda sizes: Traffic(times(sizes) * sizes.token_bytes, num_launches)
+
+
+def _hidden(times: int) -> Callable[[OperationSizes], Traffic]:
+    return lambda sizes: Traffic(times * sizes.hidden_bytes, 1)
+
+
+def _gate(times: int, num_launches: int) -> Callable[[OperationSizes], Traffic]:
+    """The tokens some times, and the weight in fp32 as often."""
+    return lambda s: Traffic(times * (s.token_bytes + 4 * s.num_experts * s.width), num_launches)
+
+
+def _sort(sizes: OperationSizes) -> Traffic:
+    """Choices are read twice, both maps written once, all as int64."""
+    return Traffic(4 * 8 * sizes.num_tokens * sizes.num_choices, 3)
+
+
+TRAFFIC: dict[str, Callable[[OperationSizes], Traffic]] = {
+    "permute forward": _tokens(lambda s: 1 + s.num_choices),
+    "permute backward": _tokens(lambda s: s.num_choices + 1),
+    "unpermute forward": _tokens(lambda s: s.num_choices + 1 + s.num_added),
+    "unpermute backward": _tokens(lambda s: 1 + 2 * s.num_choices),
+    "gate forward": _gate(1, 2),  # counts are cleared first
+    "gate backward": _gate(2, 4),  # logits, tokens, parts of the weight, their sum
+    "sort": _sort,  # counts are cleared first
+    "swiglu": _hidden(3),
+    "gelu backward": _hidden(4),  # with the active rows made again
+    "swiglu backward": _hidden(6),
+    "rotation forward": _tokens(lambda s: 4),  # queries and keys in, and out
+    "rotation backward": _tokens(lambda s: 6),  # values too
+}
+
+
+def traffic(operation: str, sizes: OperationSizes) -> Traffic:
+    """The least traffic of one call of an operation of TRAFFIC."""
+    return TRAFFIC[operation](sizes)
