@@ -44,7 +44,23 @@ def _installed() -> tuple[str, bool]:
     except Exception as error:
         reason = f"Triton does not load: {type(error).__name__}: {error}"
     else:
+        reason = "" if triton.knobs.runtime.interpret else _why_nothing_compiles()
+    if not reason:
         logger.info("kernels run as Triton %s compiles them", triton.__version__)
         return "", bool(triton.knobs.runtime.interpret)
     logger.info("kernels run as plain torch: %s", reason)
     return reason, False
+
+
+def _why_nothing_compiles() -> str:
+    """Error of a first small kernel, as where there is no C compiler; empty where it gives what it should."""
+    if not torch.cuda.is_available():
+        return ""
+    try:
+        from ds_moe_ep.kernels.compiled import permute
+
+        rows_ND = torch.ones(1, 16, device="cuda")
+        permute.clear_padding(rows_ND, torch.ones(1, dtype=torch.bool, device="cuda"))
+        return "a kernel gave a wrong result" if rows_ND.any() else ""
+    except Exception as error:
+        return f"Triton compiles no kernel: {type(error).__name__}: {error}"

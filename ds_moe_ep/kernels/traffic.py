@@ -34,32 +34,32 @@ class OperationSizes:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class LeastTraffic:
     """Bytes read and written by one call, and its launches."""
 
     num_bytes: int
     num_launches: int
 
 
-def _tokens(times: Callable[[OperationSizes], int], num_launches: int = 1) -> Callable[[OperationSizes], Traffic]:
-    return lambda sizes: Traffic(times(sizes) * sizes.token_bytes, num_launches)
+def _tokens(times: Callable[[OperationSizes], int], num_launches: int = 1) -> Callable[[OperationSizes], LeastTraffic]:
+    return lambda sizes: LeastTraffic(times(sizes) * sizes.token_bytes, num_launches)
 
 
-def _hidden(times: int) -> Callable[[OperationSizes], Traffic]:
-    return lambda sizes: Traffic(times * sizes.hidden_bytes, 1)
+def _hidden(times: int) -> Callable[[OperationSizes], LeastTraffic]:
+    return lambda sizes: LeastTraffic(times * sizes.hidden_bytes, 1)
 
 
-def _gate(times: int, num_launches: int) -> Callable[[OperationSizes], Traffic]:
+def _gate(times: int, num_launches: int) -> Callable[[OperationSizes], LeastTraffic]:
     """The tokens some times, and the weight in fp32 as often."""
-    return lambda s: Traffic(times * (s.token_bytes + 4 * s.num_experts * s.width), num_launches)
+    return lambda s: LeastTraffic(times * (s.token_bytes + 4 * s.num_experts * s.width), num_launches)
 
 
-def _sort(sizes: OperationSizes) -> Traffic:
+def _sort(sizes: OperationSizes) -> LeastTraffic:
     """Choices are read twice, both maps written once, all as int64."""
-    return Traffic(4 * 8 * sizes.num_tokens * sizes.num_choices, 3)
+    return LeastTraffic(4 * 8 * sizes.num_tokens * sizes.num_choices, 3)
 
 
-TRAFFIC: dict[str, Callable[[OperationSizes], Traffic]] = {
+TRAFFIC: dict[str, Callable[[OperationSizes], LeastTraffic]] = {
     "permute forward": _tokens(lambda s: 1 + s.num_choices),
     "permute backward": _tokens(lambda s: s.num_choices + 1),
     "unpermute forward": _tokens(lambda s: s.num_choices + 1 + s.num_added),
@@ -75,6 +75,6 @@ TRAFFIC: dict[str, Callable[[OperationSizes], Traffic]] = {
 }
 
 
-def traffic(operation: str, sizes: OperationSizes) -> Traffic:
+def traffic(operation: str, sizes: OperationSizes) -> LeastTraffic:
     """The least traffic of one call of an operation of TRAFFIC."""
     return TRAFFIC[operation](sizes)

@@ -19,6 +19,9 @@ class MachineCode:
     num_global_loads: int
     num_wide_loads: int  # of 128 bits
     num_wide_stores: int
+    narrow_products: tuple[
+        str, ...
+    ]  # of two numbers that only a call knows, in 32 bits: an offset may overflow in them
 
 
 def compile_ahead(
@@ -54,7 +57,22 @@ def compile_ahead(
         num_global_loads=len(loads),
         num_wide_loads=sum(".128" in line for line in loads),
         num_wide_stores=sum(".128" in line for line in stores),
+        narrow_products=tuple(narrow_products(made.asm["ttir"])),
     )
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Products in 32 bits neither of whose factors is a constant, in Triton's intermediate code."""
+    made_by = dict(re.findall(r"^\s*(%[\w-]+) = (.*)$", ttir, re.MULTILINE))
+
+    def is_constant(name: str) -> bool:
+        made = made_by.get(name, "")
+        if made.startswith(("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi")):
+            return is_constant(re.findall(r"%[\w-]+", made)[0])
+        return made.startswith("arith.constant")
+
+    products = re.findall(r"arith\.muli (%[\w-]+), (%[\w-]+)\S* : (?:tensor<[\dx]*x)?i32>?", ttir)
+    return [f"{one} * {other}" for one, other in products if not is_constant(one) and not is_constant(other)]
 
 
 def told(*command: Any) -> str:

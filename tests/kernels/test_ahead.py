@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.ahead import compile_ahead
+from tests.kernels.ahead import compile_ahead, narrow_products
 from tests.kernels.interpreter import needs_triton
 
 HOPPER, AMPERE = 90, 80
@@ -94,6 +94,8 @@ def check(name: str, capability: int) -> None:
     assert code.num_local_bytes == 0, f"{name} spills: {code}"
     assert code.num_registers <= most_registers, code
     assert code.num_wide_loads >= num_wide, code
+    if not name.startswith("sort."):  # whose largest product is that of blocks and experts
+        assert code.narrow_products == (), f"{name}: an offset past 2^31 would overflow"
 
 
 @needs_triton
@@ -118,6 +120,20 @@ def test_arguments_of_unknown_divisibility_would_cost_narrow_loads() -> None:
     arguments, constants, num_warps, *_ = KERNELS["permute.collect"]
     code = compile_ahead(kernel_of("permute.collect"), arguments, constants, HOPPER, num_warps, divisor=1)
     assert code.num_wide_loads == 0 and code.num_global_loads > 20
+
+
+@needs_triton
+def test_an_offset_in_32_bits_would_be_found() -> None:
+    constants = {"HAS_USED": True, "TILE": 32, "BLOCK": 256}
+    arguments, *_ = KERNELS["sort.count"]
+    code = compile_ahead(kernel_of("sort.count"), arguments, constants, HOPPER)
+    assert len(code.narrow_products) == 1  # block * (num_experts + 1)
+    wide = "%1 = tt.get_program_id x : i32\n %2 = arith.extsi %1 : i32 to i64\n %3 = arith.muli %2, %arg : i64"
+    assert narrow_products(wide) == []
+    assert narrow_products(wide.replace(": i64", ": i32").replace("i64", "i32")) == ["%2 * %arg"]
+    assert (
+        narrow_products("%c = arith.constant dense<8> : tensor<4xi32>\n %3 = arith.muli %2, %c : tensor<4xi32>") == []
+    )
 
 
 @needs_triton

@@ -58,6 +58,19 @@ def test_an_installed_triton_is_taken_on_cuda_and_says_so(caplog: pytest.LogCapt
     assert [record.message.startswith("kernels run as Triton 3.") for record in caplog.records] == [True]
 
 
+@needs_triton
+def test_a_device_on_which_no_kernel_runs_keeps_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_moe_ep.kernels import choose
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    choose._installed.cache_clear()
+    reason = why_no_triton("cuda")
+    choose._installed.cache_clear()
+    if torch.version.cuda is None:
+        assert reason.startswith("Triton compiles no kernel: AssertionError: ")
+    assert reason or torch.cuda.device_count()
+
+
 @under_interpreter
 def test_fp64_stays_with_plain_torch_whatever_is_wished() -> None:
     assert runs_triton(True, torch.ones(2)) and not runs_triton(True, torch.ones(2, dtype=torch.float64))

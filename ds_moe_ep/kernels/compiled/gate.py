@@ -308,7 +308,7 @@ def weight_gradients_kernel(
     """A block of columns of the weight's gradient, from one split of the tokens."""
     column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     expert = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    split = tl.program_id(2)
+    split = tl.program_id(2).to(tl.int64)
     known, exists = (expert < num_experts)[None, :], (column < width)[None, :]
     total = tl.zeros([TILE, BLOCK_WIDTH], tl.float32)
     for start in range(0, per_split, BLOCK_TOKENS):
