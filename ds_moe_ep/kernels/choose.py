@@ -16,6 +16,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+OLDEST = (8, 0)  # compute capability: the gate's product takes three of TF32
 TYPES = (torch.float16, torch.bfloat16, torch.float32)  # fp64 is for tests, which want all of its digits
 
 
@@ -57,6 +58,8 @@ def _why_nothing_compiles() -> str:
     if not torch.cuda.is_available():
         return ""
     try:
+        if torch.version.hip or torch.cuda.get_device_capability() < OLDEST:
+            return "the kernels are made for CUDA devices from compute capability 8.0 on"
         from ds_moe_ep.kernels.compiled import permute
 
         rows_ND = torch.ones(1, 16, device="cuda")

@@ -71,6 +71,18 @@ def test_a_device_on_which_no_kernel_runs_keeps_plain_torch(monkeypatch: pytest.
     assert reason or torch.cuda.device_count()
 
 
+@needs_triton
+def test_a_device_that_is_too_old_keeps_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_moe_ep.kernels import choose
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    choose._installed.cache_clear()
+    reason = why_no_triton("cuda")
+    choose._installed.cache_clear()
+    assert reason == "the kernels are made for CUDA devices from compute capability 8.0 on"
+
+
 @under_interpreter
 def test_fp64_stays_with_plain_torch_whatever_is_wished() -> None:
     assert runs_triton(True, torch.ones(2)) and not runs_triton(True, torch.ones(2, dtype=torch.float64))
