@@ -21,7 +21,7 @@ TYPES = (torch.float16, torch.bfloat16, torch.float32)  # fp64 is for tests, whi
 
 
 def runs_triton(use_triton: bool | None, *tensors: Tensor) -> bool:
-    """Whether the kernel computes these tensors; all of them lie on the first one's device."""
+    """True where the kernel computes these tensors; all of them lie on the first one's device."""
     if use_triton is False or not all(tensor.dtype in TYPES for tensor in tensors):
         return False
     return use_triton or (tensors[0].is_cuda and not why_no_triton("cuda"))
