@@ -30,7 +30,7 @@ class GateRule(NamedTuple):
 
 
 class GateRoutes(NamedTuple):
-    """What the gate says of T tokens; `counts_KE` has the k-th choices of each expert by tokens that take part."""
+    """Answer of the gate for T tokens; `counts_KE` has the k-th choices of each expert by tokens that take part."""
 
     logits_TE: Tensor
     scores_TE: Tensor

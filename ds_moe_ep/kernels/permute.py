@@ -190,7 +190,7 @@ def _at_choices(values_N: Tensor, maps: RowMaps) -> Tensor:
 
 
 def _both(maps: RowMaps) -> tuple[Tensor, Tensor | None]:
-    """What the kernels read: the row of each choice, and which of them has none."""
+    """Maps as the kernels read them: the row of each choice, and which of them has none."""
     dropped_TK = maps.is_dropped_TK
     return maps.row_of_choice_TK.contiguous(), None if dropped_TK is None else dropped_TK.contiguous()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What one kernel takes on one kind of device."""
+    """Needs of one kernel on one kind of device."""
 
     num_registers: int  # per thread
     num_local_bytes: int  # per thread, of spilled registers; 0 is none
@@ -76,5 +76,5 @@ def narrow_products(ttir: str) -> list[str]:
 
 
 def told(*command: Any) -> str:
-    """What a command prints."""
+    """Output of a command."""
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout

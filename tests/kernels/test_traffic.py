@@ -1,4 +1,4 @@
-"""What plain torch moves, counted on meta tensors, beside the bound that each kernel meets."""
+"""Traffic of plain torch, counted on meta tensors, beside the bound that each kernel meets."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def forward_and_backward(function: Callable[..., Any], *tensors: Tensor) -> tupl
 
 
 def counted(operation: str, k: int) -> Count:
-    """What plain torch moves for an operation at the sizes of the reference job."""
+    """Traffic of plain torch for an operation at the sizes of the reference job."""
     name, *phase = operation.rsplit(" ", 1)
     is_backward = phase == ["backward"]
     hidden = [meta(T * k, F) for _ in range(6)]
