@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.load import folder_to_load, wants_states
+from ds_moe_ep.engine.checkpoint.load import folder_to_load, reshards, saved_ranks, wants_states
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.errors import EngineError
 
@@ -91,8 +91,14 @@ class IncompleteCheckpoints(EngineCallback):
         if self._engine.load_universal_checkpoint():
             return
         wants = wants_states(load.args, load.kwargs)
-        num_ranks = dist.get_world_size(seams.data_parallel_group()) if wants else 0
+        num_ranks = self._num_ranks(load) if wants else 0
         _agree(_problem(Path(load.load_dir), load.tag, self._experts, num_ranks))
+
+    def _num_ranks(self, load: LoadCall) -> int:
+        """How many ranks' optimizer states must be there: those that were saved, where they can be cut anew."""
+        folder = folder_to_load(Path(load.load_dir), load.tag)
+        saved = saved_ranks(folder) if folder is not None and reshards(self._engine) else 0
+        return saved or dist.get_world_size(seams.data_parallel_group())
 
 
 def _agree(problem: str) -> None:

@@ -1,33 +1,44 @@
-"""Checkpoints under another ep_size.
+"""Checkpoints under another ep_size, or another number of ranks.
 
 Saving and loading are the engine's own: the layer's parameters carry DeepSpeed's names, so its checkpoints are
 DeepSpeed's native ones, and experts, one file each, load under any ep_size. Optimizer states do not: DeepSpeed cuts
 them by expert-parallel rank and cannot cut them anew. Loaded all the same they would land on the wrong experts, some
-of them without a word; the engine is therefore asked first.
+of them without a word. Those of ZeRO 1 and 2 are therefore cut anew here (`reshard.py`); others are refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.checkpoint.reshard import SavedStates, can_reshard, load_states
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
-from ds_moe_ep.errors import EngineError
+from ds_moe_ep.errors import EngineError, MoEError
 
-OPTIONS = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states", "load_module_only")
+OPTIONS = (
+    "load_module_strict",
+    "load_optimizer_states",
+    "load_lr_scheduler_states",
+    "load_module_only",
+    "custom_load_fn",
+)
+MAIN_FILE = "mp_rank_00_model_states.pt"
 _LOCAL_EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
 _OPTIMIZER_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 
 
 class SavedEpSize(EngineCallback):
-    """Refuses to load optimizer states that were saved under another ep_size. Local, alike on every rank.
+    """Loads optimizer states that were saved under another ep_size or by another number of ranks, or refuses them.
 
-    It raises EngineError before anything is loaded.
+    It raises EngineError before anything is loaded where they cannot be cut anew. Collective over the world.
     """
 
     def __init__(self, engine: Any, ep_size: int) -> None:
@@ -39,14 +50,19 @@ class SavedEpSize(EngineCallback):
 
     def before_load(self, load: LoadCall) -> None:
         saved = saved_ep_size(load.load_dir, load.tag) if self._loads_states(load) else None
-        if saved is not None and saved != self._ep_size:
+        if saved is not None and saved != self._ep_size and not reshards(self._engine):
             raise EngineError(
-                f"{load.load_dir}: saved with ep_size={saved}, this run has ep_size={self._ep_size}; DeepSpeed cannot "
-                "divide the experts' optimizer states anew. Load the weights alone: load_checkpoint(..., "
+                f"{load.load_dir}: saved with ep_size={saved}, this run has ep_size={self._ep_size}; optimizer states "
+                "are cut anew with zero_optimization.stage 1 and 2 alone. Load the weights: load_checkpoint(..., "
                 "load_module_only=True)"
             )
 
     def around_load(self, load: LoadCall, proceed: Callable[[LoadCall], Any]) -> Any:
+        if self._is_cut_otherwise(load):
+            options = {**dict(zip(OPTIONS, load.args, strict=False)), **load.kwargs, "load_optimizer_states": False}
+            found = proceed(replace(load, args=(), kwargs=options))
+            seams.settle(self._load_anew(load))
+            return found
         try:
             return proceed(load)
         except (KeyError, AttributeError) as error:  # as 0.17 and 0.18 end: they look into a file without states
@@ -57,6 +73,56 @@ class SavedEpSize(EngineCallback):
                 f"ZeRO ({error!r}). Load the weights alone (load_checkpoint(..., load_module_only=True)), train with "
                 f"zero_optimization.stage=1, or pip install 'deepspeed>={seams.TESTED[-1]}', which loads this folder"
             ) from error
+
+    def _is_cut_otherwise(self, load: LoadCall) -> bool:
+        """True where states were saved under another ep_size or by another number of ranks, and can be cut anew."""
+        folder = folder_to_load(Path(load.load_dir), load.tag) if self._loads_states(load) else None
+        if folder is None or not reshards(self._engine):
+            return False
+        ranks = saved_ranks(folder)
+        if ranks == 0:
+            return False
+        saved = saved_ep_size(load.load_dir, load.tag)
+        return (saved is not None and saved != self._ep_size) or ranks != dist.get_world_size()
+
+    def _load_anew(self, load: LoadCall) -> MoEError | None:
+        """Takes this rank's part of the saved states; the error that it met, for all ranks."""
+        folder = folder_to_load(Path(load.load_dir), load.tag)
+        assert folder is not None, "something was loaded from it"
+        num_experts = {name: int(m.num_experts) for name, m in _moe_layers(self._engine)}
+        is_interleaved = seams.has_data_before_experts(self._engine)
+        saved = saved_ep_size(load.load_dir, load.tag) or self._ep_size
+        grid = RankGrid(world_size=dist.get_world_size(), ep_size=self._ep_size, data_before_expert=is_interleaved)
+        try:
+            states = SavedStates(folder, saved, is_interleaved, num_experts)
+            load_states(self._engine.optimizer, states, grid.ep_rank(dist.get_rank()), self._ep_size, num_experts)
+        except MoEError as error:
+            return error
+        except (OSError, RuntimeError, KeyError, IndexError) as error:
+            return EngineError(f"{folder}: optimizer states cannot be read ({type(error).__name__}: {error})")
+        seams.log_rank0(
+            f"{folder}: optimizer states of ep_size={saved} on {saved_ranks(folder)} ranks were cut anew for "
+            f"ep_size={self._ep_size} on {dist.get_world_size()}"
+        )
+        return None
+
+
+def _moe_layers(engine: Any) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in engine.module.named_modules() if seams.is_moe_layer(module)]
+
+
+def reshards(engine: Any) -> bool:
+    """True where the optimizer states of this engine can be cut anew. Local, alike on every rank."""
+    return can_reshard(engine.optimizer) and not any(seams.is_autoep_layer(m) for m in engine.module.modules())
+
+
+def saved_ranks(folder: Path) -> int:
+    """How many data-parallel ranks saved their ZeRO states; 0 where there are none, or the model file is missing."""
+    has_states = folder.is_dir() and any("zero_pp_rank_" in path.name for path in folder.glob("*_optim_states.pt"))
+    if not has_states or not (folder / MAIN_FILE).is_file():
+        return 0
+    state = torch.load(folder / MAIN_FILE, map_location="cpu", mmap=True, weights_only=False)
+    return int(state.get("dp_world_size") or 0)
 
 
 def wants_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

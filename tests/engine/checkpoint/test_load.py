@@ -143,9 +143,8 @@ def refusal(job: Job, folder: str) -> tuple[str, str]:
     return "nothing", ""
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_optimizer_states_under_another_ep_size_are_refused_on_every_rank(stage: int, tmp_path: pathlib.Path) -> None:
-    job = replace(BASE, stage=stage)
+def test_optimizer_states_without_zero_are_refused_on_every_rank_under_another_ep_size(tmp_path: pathlib.Path) -> None:
+    job = replace(BASE, stage=0)
     run_ranks(4, save_then_go_on, job, str(tmp_path), timeout_s=60)
     for name, message in run_ranks(4, refusal, replace(job, ep_size=4), str(tmp_path), timeout_s=60):
         assert name == "EngineError"
