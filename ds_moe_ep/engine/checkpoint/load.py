@@ -3,7 +3,8 @@
 Saving and loading are the engine's own: the layer's parameters carry DeepSpeed's names, so its checkpoints are
 DeepSpeed's native ones, and experts, one file each, load under any ep_size. Optimizer states do not: DeepSpeed cuts
 them by expert-parallel rank and cannot cut them anew. Loaded all the same they would land on the wrong experts, some
-of them without a word. Those of ZeRO 1 and 2 are therefore cut anew here (`reshard.py`); others are refused.
+of them without a word. Those of ZeRO 1 and 2, and of fp32 without ZeRO, are therefore cut anew here (`reshard.py`,
+`reshard_plain.py`); others are refused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.reshard import SavedStates, can_reshard, load_states
+from ds_moe_ep.engine.checkpoint.reshard_plain import can_reshard_plain, load_plain_states
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.errors import EngineError, MoEError
 
@@ -53,8 +55,8 @@ class SavedEpSize(EngineCallback):
         if saved is not None and saved != self._ep_size and not reshards(self._engine):
             raise EngineError(
                 f"{load.load_dir}: saved with ep_size={saved}, this run has ep_size={self._ep_size}; optimizer states "
-                "are cut anew with zero_optimization.stage 1 and 2 alone. Load the weights: load_checkpoint(..., "
-                "load_module_only=True)"
+                "are cut anew with zero_optimization.stage 1 and 2, and in fp32 with 0. Load the weights: "
+                "load_checkpoint(..., load_module_only=True)"
             )
 
     def around_load(self, load: LoadCall, proceed: Callable[[LoadCall], Any]) -> Any:
@@ -79,11 +81,8 @@ class SavedEpSize(EngineCallback):
         folder = folder_to_load(Path(load.load_dir), load.tag) if self._loads_states(load) else None
         if folder is None or not reshards(self._engine):
             return False
-        ranks = saved_ranks(folder)
-        if ranks == 0:
-            return False
-        saved = saved_ep_size(load.load_dir, load.tag)
-        return (saved is not None and saved != self._ep_size) or ranks != dist.get_world_size()
+        saved, ranks = saved_ep_size(load.load_dir, load.tag), saved_ranks(folder)
+        return saved not in (None, self._ep_size) or ranks not in (0, dist.get_world_size())
 
     def _load_anew(self, load: LoadCall) -> MoEError | None:
         """Takes this rank's part of the saved states; the error that it met, for all ranks."""
@@ -93,16 +92,20 @@ class SavedEpSize(EngineCallback):
         is_interleaved = seams.has_data_before_experts(self._engine)
         saved = saved_ep_size(load.load_dir, load.tag) or self._ep_size
         grid = RankGrid(world_size=dist.get_world_size(), ep_size=self._ep_size, data_before_expert=is_interleaved)
+        ep_rank = grid.ep_rank(dist.get_rank())
         try:
-            states = SavedStates(folder, saved, is_interleaved, num_experts)
-            load_states(self._engine.optimizer, states, grid.ep_rank(dist.get_rank()), self._ep_size, num_experts)
+            if can_reshard_plain(self._engine.optimizer):
+                load_plain_states(self._engine, folder, ep_rank, (saved, self._ep_size), num_experts)
+            else:
+                states = SavedStates(folder, saved, is_interleaved, num_experts)
+                load_states(self._engine.optimizer, states, ep_rank, self._ep_size, num_experts)
         except MoEError as error:
             return error
         except (OSError, RuntimeError, KeyError, IndexError) as error:
             return EngineError(f"{folder}: optimizer states cannot be read ({type(error).__name__}: {error})")
         seams.log_rank0(
-            f"{folder}: optimizer states of ep_size={saved} on {saved_ranks(folder)} ranks were cut anew for "
-            f"ep_size={self._ep_size} on {dist.get_world_size()}"
+            f"{folder}: optimizer states of ep_size={saved} were cut anew for ep_size={self._ep_size} on "
+            f"{dist.get_world_size()} ranks"
         )
         return None
 
@@ -113,7 +116,8 @@ def _moe_layers(engine: Any) -> list[tuple[str, Any]]:
 
 def reshards(engine: Any) -> bool:
     """True where the optimizer states of this engine can be cut anew. Local, alike on every rank."""
-    return can_reshard(engine.optimizer) and not any(seams.is_autoep_layer(m) for m in engine.module.modules())
+    is_known = can_reshard(engine.optimizer) or can_reshard_plain(engine.optimizer)
+    return is_known and not any(seams.is_autoep_layer(m) for m in engine.module.modules())
 
 
 def saved_ranks(folder: Path) -> int:

@@ -143,8 +143,8 @@ def refusal(job: Job, folder: str) -> tuple[str, str]:
     return "nothing", ""
 
 
-def test_optimizer_states_without_zero_are_refused_on_every_rank_under_another_ep_size(tmp_path: pathlib.Path) -> None:
-    job = replace(BASE, stage=0)
+def test_states_in_another_form_are_refused_on_every_rank_under_another_ep_size(tmp_path: pathlib.Path) -> None:
+    job = replace(BASE, stage=0, bf16=True)
     run_ranks(4, save_then_go_on, job, str(tmp_path), timeout_s=60)
     for name, message in run_ranks(4, refusal, replace(job, ep_size=4), str(tmp_path), timeout_s=60):
         assert name == "EngineError"

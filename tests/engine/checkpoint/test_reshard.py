@@ -1,4 +1,4 @@
-"""Optimizer states of ZeRO 1 and 2 load under another ep_size and on another number of ranks, bit for bit.
+"""Optimizer states of ZeRO 0, 1 and 2 load under another ep_size and on another number of ranks, bit for bit.
 
 By parameter: master weights, both moments of Adam and its step, by its global name. The controls: states that were
 not loaded differ, and so do those of an expert beside the right one.
@@ -33,6 +33,8 @@ def states_of(engine: Any, job: Job) -> States:
     from ds_moe_ep.model.initialize import global_name
 
     index, found, optimizer = job.expert_index(dist.get_rank()), {}, engine.optimizer
+    if job.stage == 0:
+        return plain_states_of(engine, index)
     for group, flat in enumerate(optimizer.single_partition_of_fp32_groups):  # DeepSpeed links moments when it steps
         lazy_init_hp_params_optimizer_state(optimizer.bit16_groups[group], flat, optimizer.optimizer.state)
     for name, parameter in engine.module.named_parameters():
@@ -46,11 +48,25 @@ def states_of(engine: Any, job: Job) -> States:
     return found
 
 
+def plain_states_of(engine: Any, index: Any) -> States:
+    """The same without ZeRO, where nothing is cut."""
+    from ds_moe_ep.model.initialize import global_name
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        state, known = engine.optimizer.state[parameter], global_name(name, index)
+        found |= {f"{known} {kind}": state[kind].clone() for kind in (*KINDS, "step")}
+        found[f"{known} master"] = parameter.detach().clone()
+    found["options"] = torch.tensor([group["lr"] for group in engine.optimizer.param_groups])[:1]
+    return found
+
+
 def save(job: Job, folder: Path) -> tuple[States, list[float]]:
     """The states where the checkpoint was saved, after two steps, and the losses of two more."""
     engine, steps = make_engine(job), batches(job)
     train_steps(engine, job, steps[:2])
-    engine.optimizer.optimizer.param_groups[0]["lr"] = 0.02  # as a scheduler does
+    optimizer = engine.optimizer if job.stage == 0 else engine.optimizer.optimizer
+    optimizer.param_groups[0]["lr"] = 0.02  # as a scheduler does
     engine.save_checkpoint(str(folder), tag="two")
     return states_of(engine, job), train_steps(engine, job, steps[2:])
 
@@ -88,17 +104,30 @@ def test_states_load_under_every_ep_size_and_training_goes_on(tmp_path: Path) ->
     extra = replace(BASE, stage=2, bf16=True)
     saves.append(("bf16", replace(extra, ep_size=2)))
     loads += [("bf16", replace(extra, ep_size=4)), ("bf16", replace(extra, ep_size=1))]
-    by_rank = run_ranks(4, run, saves, loads, tmp_path, timeout_s=280)
+    expected = all_load(saves, loads, tmp_path)
+    assert sum("exp_avg_sq" in name and "deepspeed_experts" in name for name in expected["ep4"]) == 8 * NUM_EXPERTS
+    moments = [
+        next(name for name in expected["ep4"] if f"experts.{expert}.fc1.weight exp_avg" in name) for expert in (0, 1)
+    ]
+    assert not torch.equal(*(expected["ep4"][name] for name in moments)), "the control: a neighbour's moments differ"
+
+
+def test_states_without_zero_load_under_another_ep_size(tmp_path: Path) -> None:
+    """In a world of its own: DeepSpeed names these files by the largest expert-parallel group of the process."""
+    plain = replace(BASE, stage=0, ep_size=2)
+    all_load([("plain", plain)], [("plain", replace(plain, ep_size=ep)) for ep in (1, 4)], tmp_path)
+
+
+def all_load(saves: Sequence[tuple[str, Job]], loads: Sequence[tuple[str, Job]], folder: Path) -> dict[str, States]:
+    """Asserts that all that is loaded is what was saved, and goes on as it did; returns that by name."""
+    by_rank = run_ranks(4, run, saves, loads, folder, timeout_s=280)
     expected = {name: merged([saved[name][0] for saved, _ in by_rank]) for name, _ in saves}
     for index, (name, job) in enumerate(loads):
         found = merged([loaded[index][0] for _, loaded in by_rank])
         assert differing(found, expected[name]) == [], (name, job)
         losses, undisturbed = by_rank[0][1][index][1], by_rank[0][0][name][1]
         assert losses == pytest.approx(undisturbed, rel=2e-2 if job.bf16 else 1e-5), (name, job)
-    assert sum("exp_avg_sq" in name and "deepspeed_experts" in name for name in expected["ep4"]) == 8 * NUM_EXPERTS
-    moments = [f"layers.0.experts.deepspeed_experts.{expert}.fc1.weight exp_avg" for expert in (0, 1)]
-    names = [next(known for known in expected["ep4"] if known.endswith(name.split("layers.0.")[1])) for name in moments]
-    assert not torch.equal(*(expected["ep4"][name] for name in names)), "the control: a neighbour's moments differ"
+    return expected
 
 
 def test_states_load_on_more_and_on_fewer_ranks(tmp_path: Path) -> None:
