@@ -72,7 +72,7 @@ class SavedStates:
 
     @property
     def first(self) -> dict[str, Any]:
-        """What the first rank saved: values that all ranks have alike."""
+        """States of the first rank: values that all ranks have alike."""
         return self._files[0]
 
     def of_group(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
