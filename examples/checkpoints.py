@@ -13,8 +13,8 @@ from typing import Any
 from world import gather
 
 from ds_moe_ep import ConfigError, Section
-from ds_moe_ep.config.training import BYTES, Training
-from ds_moe_ep.sizing.footprint import count_parameters, optimizer_bytes
+from ds_moe_ep.config.training import Training
+from ds_moe_ep.sizing.footprint import count_parameters, memory_of_rank
 
 PROBE_BYTES = 1 << 16
 
@@ -35,7 +35,8 @@ def checkpoint_bytes(section: Section, training: Training) -> int:
     """Bytes of a whole checkpoint: every weight and its optimizer states once."""
     assert section.model is not None
     weights = count_parameters(section.model, section.moe).total
-    return BYTES[training.precision] * weights + optimizer_bytes(training, weights)
+    whole = memory_of_rank(training, weights, weights, activations=0, step=0)
+    return whole.weights + whole.optimizer + whole.host_optimizer
 
 
 def check_room(folder: str, num_bytes: int) -> None:
