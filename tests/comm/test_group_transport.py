@@ -14,7 +14,7 @@ import torch
 from ds_moe_ep.comm.group_transport import Bytes, GroupTransport
 from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.pairwise import Works
-from ds_moe_ep.comm.transport import Message
+from ds_moe_ep.comm.transport import Loopback, Message
 from ds_moe_ep.errors import PeerError
 from ds_moe_ep.health.abort import AbortGuard
 from ds_moe_ep.health.watch import Unwatched
@@ -140,3 +140,8 @@ def test_a_peer_that_is_late_while_nobody_is_in_trouble_is_no_echo_of_another_fa
 def test_of_a_communicators_error_the_first_sentence_is_told_at_most_two_hundred_letters_of_it() -> None:
     text = str(failure(transport(), Bytes((1,), 8, 8), "[a/b.cc:12] " + 300 * "z"))
     assert text.count("z") == 200
+
+
+def test_a_group_of_one_is_rank_zero_of_itself() -> None:
+    alone = Loopback()
+    assert (alone.rank, alone.size, tuple(alone.ranks)) == (0, 1, (0,))

@@ -6,9 +6,10 @@ import threading
 import time
 
 import pytest
+import torch
 
 from ds_moe_ep.comm.lanes import HostLanes, Lanes
-from ds_moe_ep.comm.recorder import HostRecorder, Off
+from ds_moe_ep.comm.recorder import Both, HostRecorder, Off, make_recorder
 from ds_moe_ep.schedule.spans import Tags, overlap
 
 NEAR = Tags("moe", "forward", "near")
@@ -89,3 +90,18 @@ def test_off_records_nothing_and_makes_no_scope_of_its_own() -> None:
     with scope:
         pass
     assert off.spans() == [] and off.scope("compute", "compute 1", Tags()) is scope
+
+
+def test_two_recorders_are_one_where_one_of_them_is_off() -> None:
+    off, one, other = Off(), HostRecorder(0), HostRecorder(1)
+    assert Both.of(one, off) is one and Both.of(off, one) is one
+    with Both.of(one, other).scope("compute", "both", NEAR):
+        pass
+    assert [[(span.rank, span.name) for span in each.spans()] for each in (one, other)] == [
+        [(0, "both")],
+        [(1, "both")],
+    ]
+
+
+def test_the_host_is_timed_by_its_own_clock() -> None:
+    assert isinstance(make_recorder(torch.device("cpu"), 3), HostRecorder)

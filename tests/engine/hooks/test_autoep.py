@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_moe_ep.errors import ConfigError
 from tests.engine.hooks import autoep_models
 from tests.engine.hooks.autoep_models import AutoEPJob, autoep_layers, make_engine, named_weights, train_steps
 from tests.engine.hooks.hooked_layers import KNOBS, hooked, rank, same_state, state_of
@@ -90,6 +91,8 @@ def removed(job: AutoEPJob) -> tuple[list[str], bool, bool]:
         loss = engine(input_ids=ids, labels=ids).loss
         weights, before = named_weights(engine, job), state_of(engine.module)
         with hooked(engine, **KNOBS[0]):
+            with pytest.raises(ConfigError, match=r"input\.shape=\(2, 3, 60\)"):
+                next(iter(autoep_layers(engine).values()))(torch.zeros(2, 3, 60))
             engine.module.eval()
             assert torch.allclose(engine(input_ids=ids, labels=ids).loss, loss, rtol=LOSS)
             engine.module.train()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.hooks.unconverted import blocks_of, options_of, pattern_of, refuse_unconverted
+from ds_moe_ep.engine.hooks.unconverted import UnconvertedBlock, blocks_of, options_of, pattern_of, refuse_unconverted
 from ds_moe_ep.errors import EngineError
 from tests.ranks import run_ranks
 
@@ -180,3 +180,11 @@ def test_the_error_names_the_family_to_autoep_and_what_it_says_converts_the_mode
             assert {name: section.get(name) for name in options} == options, message
         assert "gate_up_proj_bias, which AutoEP leaves out" in told["gpt_oss"][0]
         assert max(off.values()) <= 2e-6
+
+
+def test_the_first_name_of_a_configuration_that_can_be_top_k_is_said() -> None:
+    from types import SimpleNamespace
+
+    config = SimpleNamespace(moe_top_k=2, second_topk=4)
+    block = UnconvertedBlock("layers.0", "experts", "gate", 4, frozenset())
+    assert options_of([block], config)["top_k_attr"] == "moe_top_k"
