@@ -115,7 +115,7 @@ def opaque(expert: nn.Module) -> Opaque:
 
 
 def first_output(expert: nn.Module, rows: Tensor) -> Tensor:
-    """What the module gives for rows; as DeepSpeed, without a second output (a bias)."""
+    """The module's output for rows; as DeepSpeed, without a second output (a bias)."""
     out = expert(rows)
     first: Tensor = out[0] if isinstance(out, tuple) else out
     return first

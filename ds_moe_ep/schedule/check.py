@@ -1,4 +1,4 @@
-"""What is wrong with a schedule, found without running it: deadlock, missing waits, rows lost, traffic in the open.
+"""Faults of a schedule, found without running it: deadlock, missing waits, rows lost, traffic in the open.
 
 Deadlock is disproved by playing all ranks in the strictest order that any lanes keep: ops start in issue order, as with
 one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1), each once what it waits for and the op before it on its lane are
@@ -24,7 +24,7 @@ Queue = dict[Key, list[tuple[int, str]]]  # the op's index and the rows of each 
 
 
 def check(schedule: Schedule) -> list[str]:
-    """What is wrong with a schedule that every rank runs, as sentences; empty for a sound one.
+    """The faults of a schedule that every rank runs, as sentences; empty for a sound one.
 
     1. Pieces and ops name what exists, each op once. 2. Each offset's rows are covered once, by pieces and by blocks of
     weight gradients. 3. Senders and receivers agree, and no rank waits forever. 4. Each op waits for what it needs, and
@@ -41,7 +41,7 @@ def check(schedule: Schedule) -> list[str]:
 
 
 def check_together(schedules: Sequence[Schedule]) -> list[str]:
-    """What goes wrong between ranks of which rank r runs `schedules[r]`: orders, messages, endless ops."""
+    """The faults between ranks of which rank r runs `schedules[r]`: orders, messages, endless ops."""
     partners, wrong = _meet(schedules)
     waits = [_waits(schedule.ops) for schedule in schedules]
     started = [0] * len(schedules)  # of each rank's ops, in issue order
@@ -92,7 +92,7 @@ def _meet(schedules: Sequence[Schedule]) -> tuple[Ends, list[str]]:
 
 
 def _messages(schedules: Sequence[Schedule]) -> tuple[Queue, Queue]:
-    """What senders send and what receivers expect."""
+    """The messages that senders send, and those that receivers expect."""
     sent: Queue = {}
     received: Queue = {}
     for rank, schedule in enumerate(schedules):
@@ -225,7 +225,7 @@ def _check_issue_order(schedule: Schedule) -> Iterator[str]:
 
 
 def _check_one_queue(schedule: Schedule, on_compute: Sequence[int]) -> Iterator[str]:
-    """Whether each transfer can run beside some compute where ops start in issue order.
+    """Checks that each transfer can run beside some compute where ops start in issue order.
 
     An op then waits for all that an op before it waits for. That costs the first `depth` dispatches, which fill the
     lane before the first compute; nothing can hide the last combine, if no weight gradients come behind it.

@@ -72,7 +72,7 @@ def critical_path_us(tasks: Sequence[Task], capacities: Sequence[float] = ()) ->
 
 
 def alone_us(phase: Phase, capacities: Sequence[float]) -> float:
-    """What the phase takes with all resources to itself."""
+    """Time of the phase with all resources to itself."""
     demand: dict[int, float] = {}
     for resource, use in phase.uses:
         demand[resource] = demand.get(resource, 0.0) + use
@@ -121,7 +121,7 @@ class _Run:
                     waiting.append(follower)
 
     def _enter(self, index: int) -> bool:
-        """Whether the task has a phase left that takes time; it is in it then."""
+        """True where the task has a phase left that takes time; it is in it then."""
         phases = self._tasks[index].phases
         while self._phase[index] < len(phases):
             phase = phases[self._phase[index]]

@@ -1,4 +1,4 @@
-"""What a schedule will take, from measured costs: a few events a pass, no clock.
+"""Price of a schedule, from measured costs: a few events per pass, no clock.
 
 1. A piece's compute takes its share of the rows' time; weight gradients likewise.
 2. A lane is first in, first out, with one transfer on the wire (the host keeps a second one behind it). Near and far
@@ -102,12 +102,12 @@ def _share(offsets: Sequence[tuple[int, int]], torus: Torus, *, far: bool) -> fl
 
 
 def is_far(offset: tuple[int, int], torus: Torus) -> bool:
-    """Whether rows at the offset leave the node; on one node all but the rank's own count as far."""
+    """True where rows at the offset leave the node; on one node all but the rank's own count as far."""
     return offset[0] != 0 if torus.num_nodes > 1 else offset != (0, 0)
 
 
 def probe_pieces(torus: Torus, num_rows: int) -> tuple[Piece, Piece, Piece]:
-    """What `Costs` is measured on: the near rows, the far rows, and about one far row a peer."""
+    """The pieces that `Costs` is measured on: the near rows, the far rows, and about one far row per peer."""
     near = tuple(o for o in torus.offsets() if not is_far(o, torus))
     far = tuple(o for o in torus.offsets() if is_far(o, torus))
     return Piece(near), Piece(far), Piece(far, 0, max(num_rows // torus.size, 1))

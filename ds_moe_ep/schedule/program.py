@@ -27,7 +27,7 @@ START: Event = ()
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What an op takes: phases in a row, then chains of phases side by side, and a delay that leaves its lane free."""
+    """Load of an op: phases in a row, then chains of phases side by side, and a delay that leaves its lane free."""
 
     first: tuple[Phase, ...] = ()
     beside: tuple[tuple[Phase, ...], ...] = ()

@@ -170,7 +170,7 @@ def chrome_trace(spans: Iterable[Span]) -> str:
 
 
 def _headings(rank: int, lanes: Sequence[str]) -> list[Mapping[str, object]]:
-    """What names and sorts a rank's process and its threads."""
+    """Events that name and sort a rank's process and its threads."""
 
     def heading(what: str, thread: int, args: Mapping[str, object]) -> Mapping[str, object]:
         return {"name": what, "ph": "M", "pid": rank, "tid": thread, "args": args}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tests.policy.sources import PACKAGE, ROOT, own_python
 
-ROOMS = ("check", "comm", "doctor", "engine", "health", "report")
+ROOMS = ("check", "comm", "doctor", "engine", "health", "kernels", "moe", "report", "schedule")
 NOT_FIRST = {"What", "Whether"}  # a reader looks for the thing itself
 
 
