@@ -20,6 +20,7 @@ import torch
 
 from ds_moe_ep.records.provenance import command, commit
 from ds_moe_ep.records.record import Record, write_whole
+from tests.gpu.kernels import kernels
 from tests.gpu.layers import Sizes, sizes
 from tests.gpu.parts import parts
 from tests.gpu.sections import Finding, check, memory, speed, sync
@@ -28,6 +29,7 @@ Section = Callable[[Sizes, int], Iterator[Finding]]
 SECTIONS: dict[str, Section] = {
     "check": lambda of, _: check(of),
     "sync": lambda of, _: sync(of),
+    "kernels": kernels,
     "speed": speed,
     "memory": lambda of, _: memory(of),
     "parts": parts,
