@@ -36,9 +36,10 @@ def test_places_are_the_positions_in_each_experts_queue(
         assert [int(place_TK[tk]) for tk in queue] == list(range(len(queue)))
 
 
-def test_choices_that_take_no_part_stand_behind_every_capacity() -> None:
+@pytest.mark.parametrize("num_experts", [1, 2, 3])
+def test_choices_that_take_no_part_stand_behind_every_capacity(num_experts: int) -> None:
     is_used_TK = torch.tensor([[True], [False], [True]])
-    place_TK = places(torch.zeros(3, 1, dtype=torch.int64), is_used_TK, None, num_experts=2)
+    place_TK = places(torch.zeros(3, 1, dtype=torch.int64), is_used_TK, None, num_experts)
     assert place_TK[0] == 0 and place_TK[2] == 1 and place_TK[1] > 10**9
 
 

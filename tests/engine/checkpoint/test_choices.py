@@ -54,6 +54,11 @@ def test_choices_for_another_torus_or_schedule_or_an_unknown_layer_are_left_and_
     assert layers["a"].choice is None
     take_choices(layers, {"a": {"torus": [1, 1], "choice": choice}}, "ckpt")
     assert layers["a"].choice is not None
+    apart = {"a": MoE(8, GeluMLP(8, 16), config=MoEConfig(num_experts=4, ep_size=2))}
+    take_choices(apart, {"a": {"torus": [1, 2], "choice": choice}}, "ckpt")
+    assert apart["a"].choice is None, "a layer without a group stands alone"
+    take_choices(apart, {"a": {"torus": [1, 1], "choice": choice}}, "ckpt")
+    assert apart["a"].choice is not None
     fixed = {"a": MoE(8, GeluMLP(8, 16), config=MoEConfig(num_experts=4, schedule="serial"))}
     take_choices(fixed, {"a": {"torus": [1, 1], "choice": choice}}, "ckpt")
     assert fixed["a"].choice is None
