@@ -162,9 +162,11 @@ def _native(setup: LayerSetup) -> nn.Module:
 def _hooked(setup: LayerSetup) -> nn.Module:
     """DeepSpeed's own layer with the hooks, on the schedule "peers, 2 cuts"."""
     from ds_moe_ep.engine.hooks.attach import attach_overlap
+    from ds_moe_ep.engine.hooks.layer import TRAFFIC
 
     layer = _native(setup)
-    attach_overlap(layer, {**OURS["peers, 2 cuts"], "node_size": setup.node_size})
+    knobs = {name: value for name, value in OURS["peers, 2 cuts"].items() if name in TRAFFIC}  # the layer is as it is
+    attach_overlap(layer, {**knobs, "node_size": setup.node_size})
     return layer
 
 
