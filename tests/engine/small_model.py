@@ -38,6 +38,7 @@ class Job:
     steps: int = 4
     seed: int = 3
     schedule: str = "peers"
+    bit_equal: bool = False  # schedules give the same bits
     interleaved: bool = False  # the ranks of an expert-parallel group are apart, not consecutive
     door: str = "ds_moe_ep"  # whose initialize is called
 
@@ -50,6 +51,7 @@ class Job:
             capacity_factor=self.capacity_factor,
             eval_capacity_factor=self.capacity_factor,
             schedule=self.schedule,
+            bit_equal=self.bit_equal,
         )
 
     def expert_index(self, rank: int) -> Callable[[int], int]:

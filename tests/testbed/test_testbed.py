@@ -75,7 +75,7 @@ def in_testbed(testbed: TestBed) -> None:
 
 CASE = LayerCase(
     name="sixteen ranks",
-    config=config(num_experts=16, ep_size=16, top_k=2, node_size=RANKS_PER_NODE),
+    config=config(num_experts=16, ep_size=16, top_k=2, node_size=RANKS_PER_NODE, bit_equal=True),
     rows=(40, 17, 0, 33, 40, 40, 1, 40, 40, 25, 40, 40, 3, 40, 40, 40),
     shared=True,
 )
