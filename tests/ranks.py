@@ -150,8 +150,9 @@ def signal_itself(number: signal.Signals) -> None:
 
 
 def _collect(pipes: list[Any], processes: list[Any], deadline: float) -> dict[int, bytes | RankFailure]:
-    """Each rank's answer; after a failure the others get a moment, not the whole limit."""
+    """Each rank's answer; after a failure the others get a moment, not the whole limit, and again after the next."""
     answers: dict[int, bytes | RankFailure] = {}
+    limit = deadline
     while len(answers) < len(pipes):
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
         ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
@@ -165,7 +166,7 @@ def _collect(pipes: list[Any], processes: list[Any], deadline: float) -> dict[in
                 processes[rank].join(5)
                 answers[rank] = RankFailure("Died", f"exit code {processes[rank].exitcode}, no answer", "")
             if isinstance(answers[rank], RankFailure):
-                deadline = min(deadline, time.monotonic() + GRACE_S)
+                deadline = min(limit, time.monotonic() + GRACE_S)
     return answers
 
 

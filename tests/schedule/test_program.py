@@ -246,7 +246,7 @@ def test_a_faster_link_never_makes_a_price_higher(torus: Torus, knobs: int, cost
 def test_a_latency_that_held_its_lane_would_break_that() -> None:
     # The control: what a transfer takes in a row on its lane, found by search; see test_events for the reason by hand.
     torus = Torus(4, 4)
-    schedule = [make(MoEConfig(schedule="peers", row_cuts=4), torus) for make in (FORWARD, BACKWARD)]
+    schedule = [make(MoEConfig(schedule="peers", row_cuts=4, bit_equal=True), torus) for make in (FORWARD, BACKWARD)]
 
     def price(far_us: float) -> float:
         return sum(_price_in_a_row(one, near_us=100.0, far_us=far_us, latency_us=50.0) for one in schedule)

@@ -248,11 +248,11 @@ def test_the_trace_has_every_op_of_all_ranks(tmp_path: Path) -> None:
     lanes = {e["tid"]: e["args"]["name"] for e in trace_events if e["name"] == "thread_name"}
     for rank in range(WORLD):
         mine = [event for event in spans if event["pid"] == rank]
-        # 2 layers x 2 micro-batches x 3 pieces, forward and backward; 2 blocks of weight gradients, backward
+        # 2 layers x 2 micro-batches x 3 pieces, forward and backward; 1 block of weight gradients, backward
         assert {lane: sum(lanes[e["tid"]] == lane for e in mine) for lane in lanes.values()} == {
             "dispatch": 24,
             "combine": 24,
-            "compute": 24 + 8,
+            "compute": 24 + 4,
         }
         assert {e["args"]["layer"] for e in mine} == {"first", "second"}
         assert {e["args"]["phase"] for e in mine} == {"forward", "backward"}
