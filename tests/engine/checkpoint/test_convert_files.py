@@ -84,7 +84,7 @@ def private_bytes() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("pipeline", [True, False])
 def test_a_conversion_holds_one_file_at_a_time(tmp_path: Folder, pipeline: bool) -> None:
-    """64 MiB of weights in files of 2 to 8: after each file what is held, malloc's share with it, is less than a third."""
+    """64 MiB of weights in files of 2 to 8: less than a third of that is held after each file."""
     run = Run(model={"expert_width": 4096, "hidden_size": 128, "vocab_size": 32}, num_experts=4)
     write_experts(tmp_path / "experts", run)
     source = tmp_path / "experts"
