@@ -17,7 +17,7 @@ from tests.faults.launch import launch
 from tests.faults.outcomes import NUM_RANKS
 from tests.faults.test_forked_faults import CASES, Case, check_resumed, undisturbed  # noqa: F401 (a fixture)
 
-IN_CI = ("kill.dispatch@3:1", "stop.backward@3:2")  # a rank that raises ends for the launcher as one that is killed
+IN_CI = ("kill.dispatch@3:1",)  # a rank that raises ends for the launcher as this one; a stopped one takes a minute
 DEAD_S, STOPPED_S = 15.0, 65.0
 
 

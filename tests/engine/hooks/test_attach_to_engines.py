@@ -39,10 +39,13 @@ def train(engine: Any, first: int = 0, count: int = 4) -> Trace:
 
 
 def own_engine(**section: Any) -> Any:
-    return plain_engine(own_layer(**BIAS), own_layer(), gas=2, moe_ep={"meter_every": 1, **section})
+    """With a schedule of its own: "auto" measures again after remove(), and may choose another."""
+    section = {"schedule": "peers", "meter_every": 1, **section}
+    return plain_engine(own_layer(**BIAS), own_layer(), gas=2, moe_ep=section)
 
 
 def mixed_engine(**section: Any) -> Any:
+    section = {"schedule": "peers", **section}
     return plain_engine(own_layer(**BIAS), deepspeeds_layer(), gas=2, moe_ep=section)
 
 
