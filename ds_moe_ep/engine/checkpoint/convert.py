@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.config.section import SECTION, load_ds_config, read_section
+from ds_moe_ep.engine.checkpoint.load import MAIN_FILE
 from ds_moe_ep.engine.checkpoint.weight_files import (
-    MAIN_FILE,
     WeightFiles,
     WeightPlace,
     expert_files,

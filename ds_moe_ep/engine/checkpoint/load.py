@@ -158,7 +158,7 @@ def saved_ep_size(load_dir: str, tag: str | None = None) -> int | None:
     ranks = [int(match[1]) for name in names if (match := _OPTIMIZER_FILE.fullmatch(name))]
     if ranks:
         return max(ranks) + 1
-    return _ep_size_by_shapes(folder / "mp_rank_00_model_states.pt")
+    return _ep_size_by_shapes(folder / MAIN_FILE)
 
 
 def _ep_size_by_shapes(model_file: Path) -> int | None:

@@ -124,9 +124,13 @@ def global_name(name: str, ep_rank: int, ep_size: int, num_experts: Mapping[str,
     match = _EXPERT.search(name)
     if match is None:
         return name
-    layer = next(layer for layer in num_experts if name.startswith(f"{layer}.") or not layer)
-    index = ep_rank * (num_experts[layer] // ep_size) + int(match[2])
+    index = ep_rank * (num_experts_of(name, num_experts) // ep_size) + int(match[2])
     return f"{name[: match.end(1)]}{index}.{name[match.end() :]}"
+
+
+def num_experts_of(name: str, num_experts: Mapping[str, int]) -> int:
+    """The number of experts of the layer that a parameter is in."""
+    return next(size for layer, size in num_experts.items() if name.startswith(f"{layer}.") or not layer)
 
 
 def can_reshard(optimizer: Any) -> bool:
@@ -153,9 +157,9 @@ def load_states(optimizer: Any, saved: SavedStates, ep_rank: int, ep_size: int, 
                 values = saved.whole(known, kind, parameter.numel())
                 target[span.start : span.start + span.numel].copy_(values[here.start : here.start + here.numel])
     first = saved.first
-    for name, key in (("loss_scaler", "loss_scaler"), ("dynamic_loss_scale", "dynamic_loss_scale")):
-        if key in first:
-            setattr(optimizer, name, first[key])
+    for name in ("loss_scaler", "dynamic_loss_scale"):
+        if name in first:
+            setattr(optimizer, name, first[name])
 
 
 def _state_of(optimizer: Any, group: int, flat: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.engine.checkpoint.reshard import OF_THE_GROUP
+from ds_moe_ep.engine.checkpoint.reshard import OF_THE_GROUP, num_experts_of
 from ds_moe_ep.errors import EngineError
 
 _EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)\.(.*)")
@@ -79,7 +79,7 @@ def _names_that_saved(names: Sequence[str], saved_size: int, num_experts: Mappin
             last_of_first = _next_of_first(names, name) is None
             if last_of_first:
                 rests = [m[3] for each in names if (m := _EXPERT.fullmatch(each)) and m[1] == match[1] and m[2] == "0"]
-                count = num_experts[_layer_of(name, num_experts)] // saved_size
+                count = num_experts_of(name, num_experts) // saved_size
                 listed.extend(f"{match[1]}{index}.{rest}" for index in range(1, count) for rest in rests)
     return listed
 
@@ -97,14 +97,10 @@ def _where(name: str, ep_rank: int, sizes: tuple[int, int], num_experts: Mapping
     match = _EXPERT.fullmatch(name)
     if match is None:
         return 0, name
-    total = num_experts[_layer_of(name, num_experts)]
+    total = num_experts_of(name, num_experts)
     index = ep_rank * (total // sizes[1]) + int(match[2])
     rank, local = divmod(index, total // sizes[0])
     return rank, f"{match[1]}{local}.{match[3]}"
-
-
-def _layer_of(name: str, num_experts: Mapping[str, int]) -> str:
-    return next(layer for layer in num_experts if name.startswith(f"{layer}.") or not layer)
 
 
 def _copied(state: Mapping[str, Any], parameter: nn.Parameter, path: str) -> dict[str, Any]:

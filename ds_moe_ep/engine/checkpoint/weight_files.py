@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
+from ds_moe_ep.engine.checkpoint.load import MAIN_FILE
 from ds_moe_ep.engine.layer import MoE
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.model.initialize import LOCAL_EXPERT, global_name
@@ -25,7 +26,6 @@ from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.parallel.stages import name_on_one_device, stage_modules
 from ds_moe_ep.parallel.tensor import Share
 
-MAIN_FILE = "mp_rank_00_model_states.pt"
 WHOLE = Share(0, 1)
 _EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")
 _MODULE_FILE = re.compile(r"layer_\d+-model_(\d+)-model_states\.pt")

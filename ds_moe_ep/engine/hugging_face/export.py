@@ -146,6 +146,13 @@ def shard_name(index: int, total: int) -> str:
     return f"model-{place}-of-{count}.safetensors"
 
 
+def write_index(folder: Path, files: Sequence[Sequence[str]], num_bytes: int) -> None:
+    """Writes which shard holds which tensor; `files` has the names in each shard, in the shards' order."""
+    weight_map = {name: shard_name(index, len(files)) for index, names in enumerate(files) for name in names}
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def _write_shards(shards: Sequence[Named], partial: Path, first: int, total: int) -> None:
     from safetensors.torch import save_file
 
@@ -159,10 +166,7 @@ def _finish(
     model: nn.Module, plans: Sequence[Sequence[Sequence[str]]], num_bytes: int, partial: Path, folder: Path
 ) -> None:
     """Index and configuration; then the folder takes its name."""
-    files = [names for plan in plans for names in plan]
-    weight_map = {name: shard_name(index, len(files)) for index, names in enumerate(files) for name in names}
-    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(partial, [names for plan in plans for names in plan], num_bytes)
     config: Any = model.config
     config.architectures = [type(model).__name__]
     config.save_pretrained(partial)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_moe_ep.engine.hugging_face.export import INDEX, SHARD_BYTES, shard_name
+from ds_moe_ep.engine.hugging_face.export import SHARD_BYTES, shard_name, write_index
 from ds_moe_ep.engine.hugging_face.families import FAMILIES, PROJECTIONS, Family
 from ds_moe_ep.engine.hugging_face.load import Weights
 from ds_moe_ep.errors import ConfigError, EngineError, nearest
@@ -174,6 +174,4 @@ def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes:
     flush()
     for index in range(len(files)):
         (folder / f"{index}.writing").rename(folder / shard_name(index, len(files)))
-    weight_map = {name: shard_name(index, len(files)) for index, names in enumerate(files) for name in names}
-    index_of = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index_of, indent=2) + "\n", encoding="utf-8")
+    write_index(folder, files, num_bytes)
