@@ -60,10 +60,11 @@ class SavedEpSize(EngineCallback):
             )
 
     def around_load(self, load: LoadCall, proceed: Callable[[LoadCall], Any]) -> Any:
-        if self._is_cut_otherwise(load):
+        cut = self._cut_otherwise(load)
+        if cut is not None:
             options = {**dict(zip(OPTIONS, load.args, strict=False)), **load.kwargs, "load_optimizer_states": False}
             found = proceed(replace(load, args=(), kwargs=options))
-            seams.settle(self._load_anew(load))
+            seams.settle(self._load_anew(*cut))
             return found
         try:
             return proceed(load)
@@ -76,21 +77,22 @@ class SavedEpSize(EngineCallback):
                 f"zero_optimization.stage=1, or pip install 'deepspeed>={seams.TESTED[-1]}', which loads this folder"
             ) from error
 
-    def _is_cut_otherwise(self, load: LoadCall) -> bool:
-        """True where states were saved under another ep_size or by another number of ranks, and can be cut anew."""
+    def _cut_otherwise(self, load: LoadCall) -> tuple[Path, int] | None:
+        """The folder and its ep_size where states were saved under another, or by another number of ranks; else None.
+
+        None too where they cannot be cut anew.
+        """
         folder = folder_to_load(Path(load.load_dir), load.tag) if self._loads_states(load) else None
         if folder is None or not reshards(self._engine):
-            return False
-        saved, ranks = saved_ep_size(load.load_dir, load.tag), saved_ranks(folder)
-        return saved not in (None, self._ep_size) or ranks not in (0, dist.get_world_size())
+            return None
+        saved = saved_ep_size(load.load_dir, load.tag) or self._ep_size
+        is_same = saved == self._ep_size and saved_ranks(folder) in (0, dist.get_world_size())
+        return None if is_same else (folder, saved)
 
-    def _load_anew(self, load: LoadCall) -> MoEError | None:
+    def _load_anew(self, folder: Path, saved: int) -> MoEError | None:
         """Takes this rank's part of the saved states; the error that it met, for all ranks."""
-        folder = folder_to_load(Path(load.load_dir), load.tag)
-        assert folder is not None, "something was loaded from it"
         num_experts = {name: int(m.num_experts) for name, m in _moe_layers(self._engine)}
         is_interleaved = seams.has_data_before_experts(self._engine)
-        saved = saved_ep_size(load.load_dir, load.tag) or self._ep_size
         grid = RankGrid(world_size=dist.get_world_size(), ep_size=self._ep_size, data_before_expert=is_interleaved)
         ep_rank = grid.ep_rank(dist.get_rank())
         try:

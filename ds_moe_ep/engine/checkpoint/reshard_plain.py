@@ -70,26 +70,17 @@ def _files(folder: Path, saved_size: int) -> list[dict[str, Any]]:
 def _names_that_saved(names: Sequence[str], saved_size: int, num_experts: Mapping[str, int]) -> list[str]:
     """The names of a group in the run that saved: as many experts of each layer as its ranks had."""
     listed: list[str] = []
+    done: set[str] = set()
     for name in names:
         match = _EXPERT.fullmatch(name)
         if match is None:
             listed.append(name)
-        elif int(match[2]) == 0:
-            listed.append(name)
-            last_of_first = _next_of_first(names, name) is None
-            if last_of_first:
-                rests = [m[3] for each in names if (m := _EXPERT.fullmatch(each)) and m[1] == match[1] and m[2] == "0"]
-                count = num_experts_of(name, num_experts) // saved_size
-                listed.extend(f"{match[1]}{index}.{rest}" for index in range(1, count) for rest in rests)
+        elif match[1] not in done:  # a layer's experts stand side by side, and the first one says what each has
+            done.add(match[1])
+            rests = [m[3] for each in names if (m := _EXPERT.fullmatch(each)) and m[1] == match[1] and m[2] == "0"]
+            count = num_experts_of(name, num_experts) // saved_size
+            listed.extend(f"{match[1]}{index}.{rest}" for index in range(count) for rest in rests)
     return listed
-
-
-def _next_of_first(names: Sequence[str], name: str) -> str | None:
-    """The next parameter of the same first expert behind `name`; None where it is the last."""
-    prefix = _EXPERT.fullmatch(name)
-    assert prefix is not None
-    later = names[names.index(name) + 1 :]
-    return next((each for each in later if each.startswith(f"{prefix[1]}0.")), None)
 
 
 def _where(name: str, ep_rank: int, sizes: tuple[int, int], num_experts: Mapping[str, int]) -> tuple[int, str]:
