@@ -32,8 +32,8 @@ SUITES = {
     "test_seams": "",
     "test_native_parity": "",
     "test_initialize": "",
-    "test_hooks_native": "hooked_layers or seen_through or leave_nothing",
-    "test_finite": "fp16-1",
+    "hooks/test_native": "hooked_layers or seen_through or leave_nothing",
+    "extensions/test_nonfinite": "fp16-1",
 }
 
 
