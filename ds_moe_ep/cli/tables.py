@@ -72,8 +72,9 @@ def figure_table(claims: Iterable[Figure]) -> str:
 def _kinds(hint: object) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in get_args(hint))
-    kinds = get_args(hint) or (hint,)
-    return " or ".join("null" if kind is type(None) else str(getattr(kind, "__name__", kind)) for kind in kinds)
+    if get_args(hint):
+        return " or ".join(_kinds(kind) for kind in get_args(hint))
+    return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
 def _tables(check: Check) -> list[Table]:

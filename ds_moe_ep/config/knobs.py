@@ -70,6 +70,13 @@ class MoEConfig:
     z_loss_weight: float = knob(0.0, "weight of the router z-loss (arXiv 2202.08906) in l_aux", 0)
     bias_step: float = knob(0.001, "step of the expert bias after each optimizer step", 0)
 
+    replicas: int | Literal["auto"] = knob(
+        0,
+        "slots per rank for copies of hot experts of other ranks, which change the time alone; 0 is off, 'auto' takes "
+        "what pays",
+        0,
+    )
+
     # traffic
     schedule: Literal["auto", "serial", "chunks", "peers"] = knob(
         "auto", "pieces of the exchange: measured and chosen, all at once, equal token chunks, or groups of peers"
@@ -125,6 +132,12 @@ class MoEConfig:
             raise ConfigError(
                 f"moe_ep.sample_second=true with top_k={self.top_k}: only top-2 draws its second expert; "
                 "set it to false"
+            )
+        others = self.num_experts - self.num_local_experts
+        if self.replicas != "auto" and self.ep_size > 1 and self.replicas > others:
+            raise ConfigError(
+                f"moe_ep.replicas={self.replicas}: other ranks have only {others} experts to copy; lower it, or set it "
+                "to 'auto'"
             )
 
     @classmethod
@@ -247,6 +260,11 @@ class Layout:
                 f"moe_ep.model.expert_bias=true with moe_ep.layout.tp_size={self.tp_size}: the sum over the tensor "
                 "group would add the second bias once a rank; set it to false"
             )
+        if self.size > 1 and moe.replicas:
+            raise ConfigError(
+                f"moe_ep.replicas={moe.replicas!r} with moe_ep.layout: every rank computes its share of every expert, "
+                "and none is fuller than another; set it to 0"
+            )
         if self.size > 1 and moe.balance == "bias":
             raise ConfigError(
                 "moe_ep.balance='bias' with moe_ep.layout: no pipeline engine moves the bias; set it to 'aux_loss'"
@@ -281,13 +299,13 @@ def check_fields(config: Any, path: str) -> None:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         choices, kinds = _choices_and_kinds(hints[f.name])
-        if choices:
-            if value not in choices:
-                known = ", ".join(repr(c) for c in choices)
-                raise ConfigError(f"{path}.{f.name}={value!r}: {f.metadata['help']}; choose one of {known}")
+        if value in choices:
             continue
+        if not kinds:
+            known = ", ".join(repr(c) for c in choices)
+            raise ConfigError(f"{path}.{f.name}={value!r}: {f.metadata['help']}; choose one of {known}")
         if not _has_kind(value, kinds):
-            names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            names = " or ".join(["null" if k is type(None) else k.__name__ for k in kinds] + [repr(c) for c in choices])
             raise ConfigError(f"{path}.{f.name}={value!r}: {f.metadata['help']}; it needs {names}")
         minimum = f.metadata["minimum"]
         if minimum is not None and value is not None and not value >= minimum:
@@ -303,8 +321,9 @@ def _type_hints(cls: type) -> dict[str, Any]:
 def _choices_and_kinds(hint: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint), ()
-    if isinstance(hint, types.UnionType):
-        return (), typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        choices = tuple(c for part in typing.get_args(hint) for c in _choices_and_kinds(part)[0])
+        return choices, tuple(part for part in typing.get_args(hint) if not _choices_and_kinds(part)[0])
     return (), (hint,)
 
 

@@ -60,6 +60,9 @@ def test_every_knob_takes_each_of_its_choices_or_refuses_values_below_its_minimu
         ({"renormalize": 1}, "renormalize=1: .*needs bool or null"),
         ({"capacity_factor": float("nan")}, "capacity_factor=nan"),
         ({"top_k": None}, "top_k=None: .*needs int"),
+        ({"replicas": "all"}, "replicas='all': .*needs int or 'auto'"),
+        ({"replicas": True}, "replicas=True: .*needs int or 'auto'"),
+        ({"replicas": 13, "ep_size": 4}, "replicas=13: other ranks have only 12 experts to copy; lower it, or"),
     ],
 )
 def test_a_bad_layer_knob_is_refused_with_path_rule_and_way_out(values: dict[str, Any], message: str) -> None:
@@ -95,6 +98,7 @@ def test_a_bad_model_is_refused_with_path_rule_and_way_out(values: Any, message:
             {},
             r"expert_bias=true with moe_ep.layout.tp_size=2: .*set it to false",
         ),
+        ({"pp_size": 2}, {}, {"replicas": "auto"}, r"replicas='auto' with moe_ep.layout: .*set it to 0"),
         ({"pp_size": 2}, {}, {"balance": "bias"}, r"balance='bias' with moe_ep.layout: .*set it to 'aux_loss'"),
         ({"tp_size": 2}, {}, {"noise": "jitter"}, r"noise='jitter' with moe_ep.layout.tp_size=2: .*set it to 'none'"),
     ],
@@ -105,6 +109,11 @@ def test_a_model_that_a_layout_cannot_cut_is_refused_with_path_rule_and_way_out(
     Layout().check(ModelConfig(**model), MoEConfig(**moe))  # the control: whole, it is legal
     with pytest.raises(ConfigError, match=message):
         Layout(**layout).check(ModelConfig(**model), MoEConfig(**moe))
+
+
+@pytest.mark.parametrize("replicas", [0, 1, 12, "auto"])
+def test_replicas_are_a_number_of_slots_or_auto(replicas: int | str) -> None:
+    assert MoEConfig.from_dict({"replicas": replicas, "ep_size": 4}).replicas == replicas
 
 
 def test_a_layout_counts_the_ranks_of_one_copy_of_the_model() -> None:
