@@ -1,0 +1,162 @@
+"""Placements: what the arithmetic of skewed loads promises, never worse than none, the same in every process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.schedule.placement import MARGIN, CopyCosts, Placement, levelled_rows, place, price_us
+from ds_moe_ep.schedule.price import Costs
+
+NODES = Torus(2, 8)
+ROWS_ALONE = CopyCosts(row_us=1.0)  # transfers that cost nothing
+
+
+def zipf(exponent: float, num_experts: int = 16) -> list[float]:
+    shares = [(1 + index) ** -exponent for index in range(num_experts)]
+    return [1000 * num_experts * share / sum(shares) for share in shares]
+
+
+def one_hot(times: float, expert: int = 3) -> list[float]:
+    return [1000 * times if index == expert else 1000 * (16 - times) / 15 for index in range(16)]
+
+
+def fullest(rows_E: list[float], placement: Placement) -> float:
+    """Rows of the fullest rank over the mean."""
+    return max(levelled_rows([round(1000 * rows) for rows in rows_E], placement)) * placement.ranks / sum(rows_E) / 1000
+
+
+@pytest.mark.parametrize("torus", [Torus(1, 16), NODES, Torus(4, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("rows_E", "without", "bound"),
+    [
+        (zipf(1.0), 4.73, 1.07),
+        (zipf(0.5), 2.40, 1.04),
+        (one_hot(4.0), 4.0, 1.001),
+        (one_hot(8.0), 8.0, 1.001),
+    ],
+    ids=["zipf 1.0", "zipf 0.5", "hot 4", "hot 8"],
+)
+def test_one_slot_per_rank_levels_skewed_loads(torus: Torus, rows_E: list[float], without: float, bound: float) -> None:
+    assert fullest(rows_E, Placement.without_guests(16, 1)) == pytest.approx(without, abs=0.01)
+    assert fullest(rows_E, place(rows_E, torus, 1, ROWS_ALONE)) <= bound
+
+
+def test_even_loads_get_no_copies_whatever_the_slots() -> None:
+    for slots in (1, 3, "auto"):
+        assert place([1000.0] * 16, NODES, slots, ROWS_ALONE).copies == ()
+
+
+def test_a_hot_expert_among_several_of_a_rank_is_the_one_that_is_copied() -> None:
+    rows_E = [100.0] * 16
+    rows_E[5] = 2000.0
+    placement = place(rows_E, Torus(1, 4), 1, ROWS_ALONE)
+    assert {expert for expert, _, _ in placement.copies} == {5}
+    assert placement.hosts(5) == (1, 0, 2, 3)
+    assert placement.place_on(1, 5) == 1 and placement.place_on(0, 5) == 4  # behind the four own ones
+
+
+ANY_TORUS = st.builds(Torus, st.integers(1, 3), st.integers(1, 3))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    data=st.data(),
+    torus=ANY_TORUS,
+    local=st.integers(1, 3),
+    slots=st.one_of(st.integers(0, 2), st.just("auto")),
+    costs=st.builds(
+        CopyCosts,
+        row_us=st.floats(0.001, 10),
+        near_us=st.floats(0, 1e4),
+        far_us=st.floats(0, 1e5),
+        hidden_us=st.floats(0, 1e5),
+        micro_batches=st.integers(1, 64),
+    ),
+)
+def test_no_placement_is_dearer_than_none_nor_has_more_than_its_slots(
+    data: st.DataObject, torus: Torus, local: int, slots: int | Literal["auto"], costs: CopyCosts
+) -> None:
+    loads = st.lists(st.floats(0, 1e4), min_size=local * torus.size, max_size=local * torus.size)
+    none, previous = Placement.without_guests(torus.size, local), None
+    for _ in range(3):
+        rows_E = data.draw(loads)
+        found = place(rows_E, torus, slots, costs, previous)
+        price = price_us(rows_E, found, torus, costs)
+        assert price <= price_us(rows_E, none, torus, costs)
+        if previous is not None and found != previous:
+            others = price_us(rows_E, previous, torus, costs)
+            assert price <= others * (1 - MARGIN) or (price <= others and len(found.copies) < len(previous.copies))
+        assert slots == "auto" or found.slots <= max(slots, 0)
+        previous = found
+
+
+def test_copies_that_cost_more_than_they_take_away_are_not_made() -> None:
+    far = Torus(16, 1)
+
+    def copies(far_us: float, micro_batches: int) -> int:
+        costs = CopyCosts(row_us=1.0, far_us=far_us, micro_batches=micro_batches)
+        return len(place(one_hot(4.0), far, 1, costs).copies)
+
+    assert copies(100.0, 1) > 0
+    assert copies(5000.0, 1) == 0  # one transfer and its gradient takes longer than all that could be taken away
+    assert copies(5000.0, 64) > copies(5000.0, 16) > 0  # a longer window pays for more
+
+
+def test_near_ranks_are_taken_first_where_the_far_link_is_slow() -> None:
+    costs = CopyCosts(row_us=1.0, near_us=1.0, far_us=1e6)
+    placement = place(one_hot(4.0), NODES, 1, costs)
+    assert placement.copies and all(rank < 8 for _, rank, _ in placement.copies)
+
+
+def test_auto_takes_a_second_slot_only_where_it_pays() -> None:
+    rows_E = [0.0, 0.0, 1000.0, 1000.0]
+    assert place(rows_E, Torus(1, 4), "auto", ROWS_ALONE).slots == 1
+    many = [0.0, *[3000.0] * 3]  # one idle rank takes a quarter of each of the others only if it has a slot for each
+    assert place(many, Torus(1, 4), "auto", ROWS_ALONE).slots == 3
+    dear = CopyCosts(row_us=1.0, near_us=400.0)
+    assert place(many, Torus(1, 4), "auto", dear).slots == 0
+
+
+def test_the_previous_placement_stays_until_another_gains_more_than_the_margin() -> None:
+    first = place(one_hot(4.0), NODES, 1, ROWS_ALONE)
+    assert place(one_hot(4.2), NODES, 1, ROWS_ALONE, first) == first
+    moved = place(one_hot(4.0, expert=12), NODES, 1, ROWS_ALONE, first)
+    assert moved.num_moved(first) == len(moved.copies) > 0 == first.num_moved(first)
+    assert place([1000.0] * 16, NODES, 1, ROWS_ALONE, first).copies == ()  # slots are given back
+    assert place(one_hot(4.0), NODES, 2, ROWS_ALONE, first).slots == 2  # one of other slots is no previous one
+
+
+def test_the_key_is_the_same_in_another_process_and_differs_between_placements() -> None:
+    placement = place(zipf(1.0), NODES, 1, ROWS_ALONE)
+    script = f"""
+from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.schedule.placement import CopyCosts, place
+print(place({zipf(1.0)}, {NODES}, 1, {ROWS_ALONE}).key)"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == placement.key
+    assert placement.key != place(zipf(0.5), NODES, 1, ROWS_ALONE).key
+
+
+def test_a_guest_at_home_or_twice_on_a_rank_is_no_placement() -> None:
+    Placement(2, 2, 2, ((2, 3), (0, None)))
+    for guests in (((0, None), (None, None)), ((2, 2), (None, None)), ((4, None), (None, None))):
+        with pytest.raises(AssertionError):
+            Placement(2, 2, 2, guests)
+
+
+def test_costs_follow_from_those_of_a_schedule() -> None:
+    """8 ranks of 2 nodes: 3 eighths of the rows go near, 4 eighths far."""
+    costs = Costs(near_us=30.0, far_us=400.0, latency_us=5.0, forward_us=1000, input_grad_us=1000, weight_grad_us=1000)
+    found = CopyCosts.of(costs, Torus(2, 4), 800.0, 10.0, 6000.0, 12000.0, 16)
+    assert found == CopyCosts(
+        row_us=3000 / 800, near_us=60.0, far_us=600.0, gradient_ratio=2.0, hidden_us=1400.0, micro_batches=16
+    )
+    one_node = CopyCosts.of(costs, Torus(1, 8), 800.0, 10.0, 7000.0, 7000.0, 1)
+    assert one_node.near_us == one_node.far_us == 400.0  # its peers are what `far_us` was measured with
