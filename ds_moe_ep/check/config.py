@@ -21,6 +21,7 @@ from ds_moe_ep.config.section import Section, load_ds_config, read_section
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.config.training import BYTES, WHOLE, Training, read_training
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.quantity import gigabytes
 from ds_moe_ep.sizing.fit import memory_fix, needs
 from ds_moe_ep.sizing.footprint import (
     Memory,
@@ -197,7 +198,7 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
         scores = training.micro_batch * num_heads * S * S * BYTES[training.precision]
         yield (
             f"heads of {head}: torch's flash attention ends at {FLASH_HEAD_SIZE}; the memory-efficient "
-            f"kernel must run, since the plain one would store {scores / 1e9:.1f} GB of scores"
+            f"kernel must run, since the plain one would store {gigabytes(scores, 1)} of scores"
         )
     if training.num_replicas > 1 and section.layout == WHOLE:
         grid = RankGrid(world_size=training.world_size, ep_size=moe.ep_size)

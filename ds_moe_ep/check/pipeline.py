@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.config.training import Training
+from ds_moe_ep.records.quantity import gigabytes, number, percent
 from ds_moe_ep.sizing.fit import largest_micro_batch
 from ds_moe_ep.sizing.footprint import Memory, Parameters, count_parameters
 from ds_moe_ep.sizing.pipeline import (
@@ -72,7 +73,7 @@ def pipeline_notes(
     if training.accumulation < layout.pp_size:
         yield (
             f"gradient_accumulation_steps={training.accumulation} for {layout.pp_size} stages: a stage waits "
-            f"{100 * bubble(training):.0f} % of a step, (pp_size - 1)/(m + pp_size - 1) with m micro-batches; give "
+            f"{percent(bubble(training), 0)} of a step, (pp_size - 1)/(m + pp_size - 1) with m micro-batches; give "
             f"at least {4 * layout.pp_size}"
         )
     if model is None:
@@ -107,7 +108,7 @@ def _specified_batch(model: ModelConfig, moe: MoEConfig, training: Training) -> 
     cut = dataclasses.replace(training, accumulation=-(-batch // training.micro_batch))
     yield (
         f"the specification's batch of {specified.BATCH_SEQUENCES:,} sequences in {SPECIFIED_MICRO_BATCHES} "
-        f"micro-batches ({micro_batch} sequences each) cannot fit: it would take {memory.peak / 1e9:,.0f} GB on a GPU, "
-        f"{memory.activations / 1e9:,.0f} of them activations; in micro-batches of {training.micro_batch} it takes "
-        f"{cut.accumulation} of them, with a bubble of {100 * bubble(cut):.1f} %"
+        f"micro-batches ({micro_batch} sequences each) cannot fit: it would take {gigabytes(memory.peak, 0)} on a GPU, "
+        f"{number(memory.activations / 1e9, 0)} of them activations; in micro-batches of {training.micro_batch} it "
+        f"takes {cut.accumulation} of them, with a bubble of {percent(bubble(cut), 1)}"
     )

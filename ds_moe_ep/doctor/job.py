@@ -10,6 +10,7 @@ from ds_moe_ep.config.knobs import Layout
 from ds_moe_ep.doctor.facts import Facts
 from ds_moe_ep.doctor.verdicts import Status, Verdict
 from ds_moe_ep.errors import ConfigError, TopologyError
+from ds_moe_ep.records.quantity import gigabytes
 
 RESERVE_GB = 4.0
 NO_LIMIT_GB = 1e9  # the host's memory is judged apart
@@ -113,7 +114,7 @@ def judge_host_memory(check: Check, job: JobFacts, facts: Facts) -> Iterator[Ver
     if facts.device == "cuda" or check.details is None:
         return
     needed, free = check.details.memory.peak * job.ranks_here, facts.host.free_bytes
-    found = f"the model needs {needed / 1e9:.1f} GB on {job.ranks_here} ranks, {free / 1e9:.1f} GB are free"
+    found = f"the model needs {gigabytes(needed, 1)} on {job.ranks_here} ranks, {gigabytes(free, 1)} are free"
     if needed > free:
         yield _verdict("model's memory", "problem", found, 'choose a smaller model ("model": "small") or more machines')
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ds_moe_ep.doctor.facts import BuildLock, Facts, HostFacts
 from ds_moe_ep.doctor.verdicts import Status, Verdict
+from ds_moe_ep.records.quantity import gigabytes, number
 
 RANK_BYTES = 0.6e9  # what a rank needs before it has a model: torch, deepspeed, groups
 NCCL_SHM_BYTES = 1e9
@@ -30,10 +31,10 @@ def judge_machine(facts: Facts, num_ranks: int) -> list[Verdict]:
 
 def judge_memory(free_bytes: int, num_ranks: int) -> Verdict:
     """Memory for the ranks' start; the model's is `judge_job`'s to judge."""
-    found = f"{free_bytes / 1e9:.1f} GB free"
+    found = f"{gigabytes(free_bytes, 1)} free"
     needed = RANK_BYTES * num_ranks
     if free_bytes < needed:
-        found = f"{found}: {num_ranks} ranks take {needed / 1e9:.1f} GB before they have a model"
+        found = f"{found}: {num_ranks} ranks take {gigabytes(needed, 1)} before they have a model"
         return _verdict("memory", "warning", found, "start fewer ranks here, or end what fills the memory")
     return _verdict("memory", "ok", found)
 
@@ -42,7 +43,7 @@ def judge_shared_memory(size_bytes: int | None, uses_nccl: bool) -> Verdict:
     """The room in /dev/shm for NCCL's buffers and data loaders' batches."""
     if size_bytes is None:
         return _verdict("shared memory", "note", "there is no /dev/shm")
-    found = f"/dev/shm has {size_bytes / 1e9:.2f} GB"
+    found = f"/dev/shm has {gigabytes(size_bytes, 2)}"
     if size_bytes < NCCL_SHM_BYTES and uses_nccl:
         fix = "start the container with --shm-size=8g (or --ipc=host)"
         return _verdict("shared memory", "warning", f"{found}: NCCL and data loaders share it", fix)
@@ -52,8 +53,8 @@ def judge_shared_memory(size_bytes: int | None, uses_nccl: bool) -> Verdict:
 def judge_files_left(host: HostFacts) -> Iterator[Verdict]:
     """DeepSpeed's files in shared memory, which killed ranks leave behind."""
     if host.shm_left:
-        total = sum(host.shm_left.values()) / 1e9
-        found = f"{len(host.shm_left)} DeepSpeed files in /dev/shm ({total:.1f} GB): a run's, or what killed ranks left"
+        total = gigabytes(sum(host.shm_left.values()), 1)
+        found = f"{len(host.shm_left)} DeepSpeed files in /dev/shm ({total}): a run's, or what killed ranks left"
         yield _verdict("files left", "warning", found, "when no run is on this machine: rm /dev/shm/deepspeed_*")
 
 
@@ -76,9 +77,13 @@ def judge_lock(path: str, lock: BuildLock) -> Verdict:
     """A lock is stale where no process of this host holds it, however young or old it is."""
     extension = Path(path).parent.name
     if lock.holder:
-        return _verdict("build lock", "note", f"{extension} is being built by {lock.holder} for {lock.age_s:.0f} s")
+        return _verdict(
+            "build lock", "note", f"{extension} is being built by {lock.holder} for {number(lock.age_s, 0)} s"
+        )
     if not lock.all_seen:
-        found = f"{extension}: a lock of {lock.age_s:.0f} s, of another user, whose processes cannot be looked into"
+        found = (
+            f"{extension}: a lock of {number(lock.age_s, 0)} s, of another user, whose processes cannot be looked into"
+        )
         return _verdict("build lock", "note", found, f"ask its owner; when nothing builds the extension: rm {path}")
     found = f"{extension}: no process holds the lock, so whoever needs the extension waits for ever"
     return _verdict("build lock", "warning", found, f"rm {path} (unless another host or container builds there now)")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Facts, TorchFacts, TritonFacts
 from ds_moe_ep.doctor.verdicts import Status, Verdict
+from ds_moe_ep.records.quantity import gigabytes
 
 OLDEST_PYTHON = (3, 10)
 # Releases whose AutoEP and Trainer were run with the DeepSpeed of engine/seams.py.
@@ -75,7 +76,7 @@ def judge_torch(facts: Facts) -> Iterator[Verdict]:
 
 def _judge_devices(torch: TorchFacts) -> Verdict:
     kinds = {
-        f"{device.name}, {device.memory_bytes / 1e9:.0f} GB, capability {'.'.join(map(str, device.capability))}"
+        f"{device.name}, {gigabytes(device.memory_bytes, 0)}, capability {'.'.join(map(str, device.capability))}"
         for device in torch.devices
     }
     found = f"{len(torch.devices)} x {'; '.join(sorted(kinds))}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ds_moe_ep.health.heartbeat import Fault, Heartbeat
 from ds_moe_ep.health.processes import ProcessStatus
 from ds_moe_ep.health.store import Seen
+from ds_moe_ep.records.quantity import number
 
 MOST_NAMED = 4  # ranks in trouble that one error names
 
@@ -50,7 +51,7 @@ def unhealthy(view: View) -> dict[int, str]:
         heartbeat = seen.heartbeat
         if is_silent(view, heartbeat.rank):
             is_stopped = view.statuses.get(heartbeat.rank) is ProcessStatus.STOPPED
-            state = "is stopped" if is_stopped else f"has given no sign of life for {seen.silent_s:.0f} s"
+            state = "is stopped" if is_stopped else f"has given no sign of life for {number(seen.silent_s, 0)} s"
         elif is_gone(view, heartbeat.rank) and heartbeat.fault is None:
             state = "has ended" if heartbeat.has_left else "is gone"
         else:
@@ -133,10 +134,9 @@ def slow_step(view: View, own: Heartbeat, took_s: float, median_s: float) -> str
     seen = {**view.seen, own.rank: Seen(own, 0.0, 0.0)}
     whole = View(-1, seen, view.statuses, view.store_silent_s, view.silence_s)
     parts = [spread(whole, [rank for rank in seen if rank not in wrong]), *wrong.values()]
-    times = took_s / median_s
-    return f"step {own.step} has taken {took_s:.1f} s, {times:.0f} times the median of {median_s:.2g} s: " + "; ".join(
-        part for part in parts if part
-    )
+    times, median = number(took_s / median_s, 0), number(median_s, significant=2)
+    slow = f"step {own.step} has taken {number(took_s, 1)} s, {times} times the median of {median} s"
+    return f"{slow}: {'; '.join(part for part in parts if part)}"
 
 
 def named(heartbeat: Heartbeat) -> str:

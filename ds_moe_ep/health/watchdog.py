@@ -21,6 +21,7 @@ from ds_moe_ep.errors import PeerError
 from ds_moe_ep.health.diagnosis import View, explain, is_deadlocked, is_gone, is_silent, slow_step, spread, unhealthy
 from ds_moe_ep.health.processes import ProcessStatus
 from ds_moe_ep.health.rank_state import RankState
+from ds_moe_ep.records.quantity import number
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class Watchdog:
         waiting = self._state.waiting()
         if waiting is None or waiting.still_s <= self._timeout_s + MARGIN_S:
             return
-        text = f"rank {view.own} has waited for {waiting.still_s:.0f} s in {waiting.call}, in {own.place}: "
+        text = f"rank {view.own} has waited for {number(waiting.still_s, 0)} s in {waiting.call}, in {own.place}: "
         # Each reason must have held for the limit itself: a rank may fail late in a wait that was long for another.
         if now_s - min(self._unhealthy_since.values(), default=now_s) > self._timeout_s + MARGIN_S:
             self._end_process(text + explain(view, self._unhealthy_since))

@@ -39,6 +39,7 @@ from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.router import use_triton
 from ds_moe_ep.moe.split_experts import keep
+from ds_moe_ep.records.quantity import number
 from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, pieces_of
 from ds_moe_ep.schedule.price import Costs, probe_pieces, ranked
 from ds_moe_ep.schedule.spans import Span
@@ -63,10 +64,10 @@ class Choice:
     raced: Mapping[str, float]  # the others of the benchmark, under the name that checkpoints have: times over serial's
 
     def __str__(self) -> str:
-        others = "".join(f"; {name}: {ratio:.2f}" for name, ratio in self.raced.items())
+        others = "".join(f"; {name}: {number(ratio, 2)}" for name, ratio in self.raced.items())
         return (
-            f"{described(self.knobs)}, {self.time_to_serial:.2f} of serial's {self.serial_ms:.1f} ms per pass "
-            f"({self.predicted_to_serial:.2f} predicted{others})"
+            f"{described(self.knobs)}, {number(self.time_to_serial, 2)} of serial's {number(self.serial_ms, 1)} ms "
+            f"per pass ({number(self.predicted_to_serial, 2)} predicted{others})"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from ds_moe_ep.records.quantity import Quantity
+from ds_moe_ep.records.quantity import Quantity, number
 from ds_moe_ep.records.record import Record
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -71,7 +71,7 @@ def hardware(device: str, num_ranks: int) -> str:
     versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "deepspeed"))
     python = ".".join(str(part) for part in sys.version_info[:3])
     ranks = "gloo ranks of one thread" if device == "cpu" else f"{device} ranks"
-    machine = f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    machine = f"{_processor()}, {os.cpu_count()} cores, {number(memory, 0)} GiB"
     return f"{machine}; {num_ranks} {ranks}; {versions}, python {python}"
 
 

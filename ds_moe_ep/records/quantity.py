@@ -127,12 +127,17 @@ class Quantity:
         return f"{self.into('percent').text(decimals, bar=bar)} %"
 
 
-def number(value: float, decimals: int | None = None, *, digits: int | None = None) -> str:
+def number(
+    value: float, decimals: int | None = None, *, digits: int | None = None, significant: int | None = None
+) -> str:
     """A number for people: with so many decimals, or with three or more digits that count (450,120, 45.3, 0.0123).
 
-    `digits` also rounds whole numbers, to so many digits: 412,000.
+    `digits` also rounds whole numbers, to so many digits: 412,000. `significant` leaves so many digits, and no zero
+    at the end: 1.5, 0.02.
     """
     size = abs(value)
+    if significant is not None:
+        return f"{rounded(value, significant):,.15g}"
     if decimals is not None:
         return f"{round(value, decimals) + 0.0:,.{decimals}f}"  # + 0.0: no "-0.0"
     if size == 0 or math.isinf(size):
@@ -146,12 +151,22 @@ def number(value: float, decimals: int | None = None, *, digits: int | None = No
     return f"{value:,.{decimals}f}"
 
 
+def rounded(value: float, significant: int) -> float:
+    """The number that so many digits tell."""
+    return float(f"{value:.{significant}g}")
+
+
 def size(num_bytes: float, decimals: int = 2) -> str:
     """Bytes in the unit that reads well (1 GB = 1e9 bytes)."""
     for unit in ("GB", "MB", "kB"):
         if num_bytes >= SCALES[unit][1]:
             return f"{number(num_bytes / SCALES[unit][1], decimals)} {unit}"
     return f"{num_bytes:.0f} B"
+
+
+def gigabytes(num_bytes: float, decimals: int = 1) -> str:
+    """Bytes in GB whatever their size, for numbers that a reader compares."""
+    return f"{number(num_bytes / SCALES['GB'][1], decimals)} GB"
 
 
 def percent(share: float, decimals: int = 1) -> str:

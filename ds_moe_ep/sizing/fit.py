@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.config.training import WHOLE, Training, micro_batch_fix, most_sequences
+from ds_moe_ep.records.quantity import gigabytes, number
 from ds_moe_ep.sizing.footprint import Memory, count_memory
 from ds_moe_ep.sizing.pipeline import fullest_stage
 
@@ -61,5 +62,5 @@ def needs(memory: Memory) -> str:
         "optimizer": memory.optimizer,
         "activations and buffers": memory.peak - memory.persistent,
     }
-    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    return f"a GPU needs {memory.peak / 1e9:.1f} GB ({listed})"
+    listed = ", ".join(f"{name} {number(num_bytes / 1e9, 1)}" for name, num_bytes in parts.items())
+    return f"a GPU needs {gigabytes(memory.peak, 1)} ({listed})"

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ds_moe_ep.records.names import LAWS
+from ds_moe_ep.records.quantity import number
 from ds_moe_ep.specification import derived, simulated
 from ds_moe_ep.specification.claim import SYSTEMS, Claim, Derived, Figure
 from ds_moe_ep.specification.stated import BASELINE, EXPERT_TOKENS, HARDWARE, STATED, Hardware, Stated
-from ds_moe_ep.specification.verdicts import agree, at_least, compared, near, percent, times, within_limit
+from ds_moe_ep.specification.verdicts import agree, at_least, compared, near, rounded_percent, times, within_limit
 
 RATIO = "tokens per second, EP16 over TP8/PP2"
 NOT_STATED = "-"
@@ -35,13 +36,13 @@ def _distribution(stated: Stated, its: Derived) -> str:
         verdict = "holds only if no byte leaves a node"
     else:
         verdict = at_least(stated.distribution_ms, its["link_ms"], "a link per GPU takes")
-    return f"{verdict}; {its['far']:.0f} of {its['all']:.0f} destinations are on others"
+    return f"{verdict}; {number(its['far'], 0)} of {number(its['all'], 0)} destinations are on others"
 
 
 def _hidden(stated: Stated, its: Derived) -> str:
     allowed = its["allowed"]
     if stated.hidden > allowed and not agree(stated.hidden, allowed):
-        return f"contradicts the stated times, which allow {percent(allowed)}"
+        return f"contradicts the stated times, which allow {rounded_percent(allowed)}"
     return "possible with the stated times"
 
 
@@ -64,7 +65,7 @@ def _connections(stated: Stated, its: Derived) -> str:
 
 def _pieces(stated: Stated, its: Derived) -> str:
     total, whole = its["total"], its["whole"]
-    return "consistent with itself" if agree(total, whole) else f"does not add up: {percent(total / whole)}"
+    return "consistent with itself" if agree(total, whole) else f"does not add up: {rounded_percent(total / whole)}"
 
 
 def _off(stated: Iterable[float], its: Derived, remark: str) -> str:
@@ -87,7 +88,7 @@ def _nothing(stated: Stated) -> str:
 
 
 def _each(numbers: Iterable[float], sign: str = " and ") -> str:
-    return sign.join(f"{number:g}" for number in numbers)
+    return sign.join(number(each, significant=6) for each in numbers)
 
 
 def _law_claim(index: int, name: str, title: str) -> Claim:
@@ -109,9 +110,9 @@ CLAIMS = (
         lambda s, _: f"{compared(s.expert_tokens, EXPERT_TOKENS)} for balanced top-1 routing"),
     Claim("distribution", "distribution of tokens", "3.2", lambda s: f"{s.distribution_ms:g} ms",
         derived.distribution, _distribution, simulated.distribution),
-    Claim("expert_time", "expert computation", "3.2", lambda s: f"{s.expert_ms:.1f} ms", derived.expert_time,
+    Claim("expert_time", "expert computation", "3.2", lambda s: f"{number(s.expert_ms, 1)} ms", derived.expert_time,
         lambda s, its: within_limit(1 / s.expert_ms, 1 / its["ms"], "the peak"), simulated.expert_time),
-    Claim("hidden", "communication hidden", "3.2", lambda s: percent(s.hidden),
+    Claim("hidden", "communication hidden", "3.2", lambda s: rounded_percent(s.hidden),
         derived.hidden, _hidden, simulated.hidden),
     Claim("tps", "tokens per second, TP8/PP2 and EP16", "4.1", lambda s: f"{s.tps[0]:,} and {s.tps[1]:,}", derived.tps,
         lambda s, its: within_limit(s.tps[1], its["limit"], "peak in training", f"{s.tps[1] / 1e3:g} k is "),

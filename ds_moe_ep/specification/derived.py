@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.records.quantity import gigabytes, number
 from ds_moe_ep.schedule.build import backward_schedule, forward_schedule
 from ds_moe_ep.schedule.check import check
 from ds_moe_ep.sizing.footprint import (
@@ -31,10 +32,10 @@ from ds_moe_ep.specification.stated import (
     Hardware,
     Stated,
 )
-from ds_moe_ep.specification.verdicts import percent
+from ds_moe_ep.specification.verdicts import rounded_percent
 
 
-def number(what: str, unit: str, stated: float | None = None, derived: float | None = None) -> FigureNumber:
+def figure_number(what: str, unit: str, stated: float | None = None, derived: float | None = None) -> FigureNumber:
     """A number of a claim."""
     return FigureNumber(what=what, unit=unit, stated=stated, derived=derived)
 
@@ -42,7 +43,7 @@ def number(what: str, unit: str, stated: float | None = None, derived: float | N
 def pair(unit: str, stated: Iterable[float] | None, derived: Iterable[float]) -> tuple[FigureNumber, ...]:
     """A number of each system."""
     values: Iterable[float | None] = stated if stated is not None else (None, None)
-    return tuple(number(what, unit, a, b) for what, a, b in zip(SYSTEMS, values, derived, strict=True))
+    return tuple(figure_number(what, unit, a, b) for what, a, b in zip(SYSTEMS, values, derived, strict=True))
 
 
 def cluster_traffic_ratio(hardware: Hardware = HARDWARE) -> float:
@@ -60,35 +61,37 @@ def cluster_traffic_ratio(hardware: Hardware = HARDWARE) -> float:
 def expert(stated: Stated, hardware: Hardware) -> Derived:
     """Parameters of one expert, and their bytes."""
     params, num_bytes = MODEL.expert_params, 2 * MODEL.expert_params
-    text = f"{params / 1e6:.1f} M parameters, {num_bytes / 1e6:,.0f} MB in FP16"
-    numbers = (number("bytes", "bytes", stated.expert_mb * 1e6, num_bytes),)
+    text = f"{number(params / 1e6, 1)} M parameters, {number(num_bytes / 1e6, 0)} MB in FP16"
+    numbers = (figure_number("bytes", "bytes", stated.expert_mb * 1e6, num_bytes),)
     return Derived(text, numbers, {"parameters": params, "bytes": num_bytes})
 
 
 def memory_ep16(stated: Stated, hardware: Hardware) -> Derived:
     """Bytes that a GPU of EP16 keeps from step to step."""
     kept, weights = count_memory(MODEL, EP16, TRAINING).persistent, 2 * count_rank_parameters(MODEL, EP16).total
-    text = f"{weights / 1e9:.2f} GB of weights; {kept / 1e9:.1f} GB with gradients, Adam, ZeRO-1"
-    return Derived(text, (number("peak", "bytes", stated.ep16_memory_mb * 1e6, kept),), {"weights": weights})
+    text = f"{gigabytes(weights, 2)} of weights; {gigabytes(kept, 1)} with gradients, Adam, ZeRO-1"
+    return Derived(text, (figure_number("peak", "bytes", stated.ep16_memory_mb * 1e6, kept),), {"weights": weights})
 
 
 def memory_tp8_pp2(stated: Stated, hardware: Hardware) -> Derived:
     """Bytes of a GPU's share of all weights."""
     share = 2 * count_parameters(MODEL, EP16).total / hardware.num_gpus
-    text = f"{share / 1e9:.2f} GB of weights, all cut over {hardware.num_gpus}"
-    return Derived(text, (number("peak", "bytes", stated.base_memory_gb * 1e9, share),), {"share": share})
+    text = f"{gigabytes(share, 2)} of weights, all cut over {hardware.num_gpus}"
+    return Derived(text, (figure_number("peak", "bytes", stated.base_memory_gb * 1e9, share),), {"share": share})
 
 
 def activations(stated: Stated, hardware: Hardware) -> Derived:
     """Bytes of one batch's hidden rows at one expert, and the room for them."""
     rows = EXPERT_TOKENS * MODEL.expert_width * 2
     room = hardware.memory_bytes - count_memory(MODEL, EP16, TRAINING).persistent
-    return Derived(f"{rows / 1e9:.1f} GB", (number("hidden_rows", "bytes", None, rows),), {"rows": rows, "room": room})
+    return Derived(
+        gigabytes(rows, 1), (figure_number("hidden_rows", "bytes", None, rows),), {"rows": rows, "room": room}
+    )
 
 
 def expert_tokens(stated: Stated, hardware: Hardware) -> Derived:
     """Rows of an expert under balanced top-1 routing."""
-    return Derived(f"{EXPERT_TOKENS:,}", (number("rows", "rows", stated.expert_tokens, EXPERT_TOKENS),))
+    return Derived(f"{EXPERT_TOKENS:,}", (figure_number("rows", "rows", stated.expert_tokens, EXPERT_TOKENS),))
 
 
 def distribution(stated: Stated, hardware: Hardware) -> Derived:
@@ -98,13 +101,13 @@ def distribution(stated: Stated, hardware: Hardware) -> Derived:
     link_ms = sent * hardware.far_share / hardware.link_bytes_per_s * 1e3
     shared_ms = hardware.gpus_per_node * link_ms
     text = (
-        f"{node_ms:.1f} ms at {hardware.node_bytes_per_s / 1e9:g} GB/s; {link_ms:.1f} ms with a link per GPU; "
-        f"{shared_ms:.0f} ms with a link per node"
+        f"{number(node_ms, 1)} ms at {hardware.node_bytes_per_s / 1e9:g} GB/s; "
+        f"{number(link_ms, 1)} ms with a link per GPU; {number(shared_ms, 0)} ms with a link per node"
     )
     numbers = (
-        number("inside_a_node", "ms", stated.distribution_ms, node_ms),
-        number("link_a_gpu", "ms", None, link_ms),
-        number("link_a_node", "ms", None, shared_ms),
+        figure_number("inside_a_node", "ms", stated.distribution_ms, node_ms),
+        figure_number("link_a_gpu", "ms", None, link_ms),
+        figure_number("link_a_node", "ms", None, shared_ms),
     )
     far, num_gpus = hardware.num_gpus - hardware.gpus_per_node, hardware.num_gpus
     return Derived(text, numbers, {"node_ms": node_ms, "link_ms": link_ms, "far": far, "all": num_gpus})
@@ -117,7 +120,7 @@ def _expert_ms(hardware: Hardware) -> float:
 def expert_time(stated: Stated, hardware: Hardware) -> Derived:
     """Milliseconds of an expert's forward pass at the peak."""
     ms = _expert_ms(hardware)
-    return Derived(f"{ms:.0f} ms at peak", (number("forward", "ms", stated.expert_ms, ms),), {"ms": ms})
+    return Derived(f"{number(ms, 0)} ms at peak", (figure_number("forward", "ms", stated.expert_ms, ms),), {"ms": ms})
 
 
 def hidden(stated: Stated, hardware: Hardware) -> Derived:
@@ -125,10 +128,10 @@ def hidden(stated: Stated, hardware: Hardware) -> Derived:
     times = stated.expert_ms, _expert_ms(hardware)
     allowed, share = (min(compute / (2 * stated.distribution_ms), 1.0) for compute in times)
     text = (
-        f"at most {percent(allowed)} with the stated {times[0]:.1f} ms; "
-        f"{'all of it' if share == 1 else percent(share)} with {times[1]:.0f} ms"
+        f"at most {rounded_percent(allowed)} with the stated {number(times[0], 1)} ms; "
+        f"{'all of it' if share == 1 else rounded_percent(share)} with {number(times[1], 0)} ms"
     )
-    return Derived(text, (number("share", "ratio", stated.hidden, share),), {"allowed": allowed})
+    return Derived(text, (figure_number("share", "ratio", stated.hidden, share),), {"allowed": allowed})
 
 
 def _limit(hardware: Hardware) -> float:
@@ -141,31 +144,34 @@ def tps(stated: Stated, hardware: Hardware) -> Derived:
     forward, training = forward_flops(MODEL, EP16), training_flops(MODEL, EP16)
     limit, forward_limit = _limit(hardware), hardware.num_gpus * hardware.peak_flops / forward
     text = (
-        f"limit {forward_limit / 1e6:.2f} M forward, {limit / 1e3:.0f} k training "
-        f"({forward / 1e9:.2f} and {training / 1e9:.1f} GFLOP per token)"
+        f"limit {number(forward_limit / 1e6, 2)} M forward, {number(limit / 1e3, 0)} k training "
+        f"({number(forward / 1e9, 2)} and {number(training / 1e9, 1)} GFLOP per token)"
     )
-    numbers = (*pair("tokens/s", stated.tps, (limit, limit)), number("ep16_forward", "tokens/s", None, forward_limit))
+    numbers = (
+        *pair("tokens/s", stated.tps, (limit, limit)),
+        figure_number("ep16_forward", "tokens/s", None, forward_limit),
+    )
     return Derived(text, numbers, {"limit": limit})
 
 
 def ratio(stated: Stated, hardware: Hardware) -> Derived:
     """Quotient of the stated tokens per second."""
     base, ours = stated.tps
-    text = f"{ours / 1e3:g}/{base / 1e3:g} = {ours / base:.2f}"
-    return Derived(text, (number("ep16", "ratio", stated.ratio, ours / base),), {"ratio": ours / base})
+    text = f"{ours / 1e3:g}/{base / 1e3:g} = {number(ours / base, 2)}"
+    return Derived(text, (figure_number("ep16", "ratio", stated.ratio, ours / base),), {"ratio": ours / base})
 
 
 def batches(stated: Stated, hardware: Hardware) -> Derived:
     """Batches per second that the stated tokens per second make."""
     rates = [its / BATCH_TOKENS for its in stated.tps]
-    text = " and ".join(f"{rate:.4f}" for rate in rates)
+    text = " and ".join(number(rate, 4) for rate in rates)
     return Derived(text, pair("1/s", stated.batches_per_s, rates), dict(zip(SYSTEMS, rates, strict=True)))
 
 
 def tpot(stated: Stated, hardware: Hardware) -> Derived:
     """Microseconds per token that the stated tokens per second make."""
     token_us = [1e6 / its for its in stated.tps]
-    text = " and ".join(f"{us:.2f}" for us in token_us) + " us"
+    text = " and ".join(number(us, 2) for us in token_us) + " us"
     numbers = pair("us", [1e3 * ms for ms in stated.tpot_ms], token_us)
     return Derived(text, numbers, dict(zip(SYSTEMS, token_us, strict=True)))
 
@@ -175,7 +181,9 @@ def pieces(which: int) -> Callable[[Stated, Hardware], Derived]:
 
     def derive(stated: Stated, hardware: Hardware) -> Derived:
         total, whole = sum((stated.base_pieces_ms, stated.ep16_pieces_ms)[which]), stated.tpot_ms[which]
-        return Derived(f"{total:.2f} ms", (number("sum", "ms", whole, total),), {"total": total, "whole": whole})
+        return Derived(
+            f"{number(total, 2)} ms", (figure_number("sum", "ms", whole, total),), {"total": total, "whole": whole}
+        )
 
     return derive
 
@@ -184,14 +192,16 @@ def gain(stated: Stated, hardware: Hardware) -> Derived:
     """Gain that the stated utilizations make."""
     before, after = sum(stated.utilization_percent[0]) / 2, stated.utilization_percent[1][1]
     found = 100 * (after / before - 1)
-    text = f"{after:g}/{before:g} - 1 = {found:.1f} %"
-    return Derived(text, (number("gain", "percent", stated.gain_percent, found),), {"gain": found})
+    text = f"{after:g}/{before:g} - 1 = {number(found, 1)} %"
+    return Derived(text, (figure_number("gain", "percent", stated.gain_percent, found),), {"gain": found})
 
 
 def utilization(stated: Stated, hardware: Hardware) -> Derived:
     """Share of the peak that the stated tokens per second need."""
     needed = [its / _limit(hardware) for its in stated.tps]
-    text = f"{' and '.join(map(percent, needed))} of peak are what the stated tokens per second need in training"
+    text = (
+        f"{' and '.join(map(rounded_percent, needed))} of peak are what the stated tokens per second need in training"
+    )
     numbers = pair("ratio", [sum(both) / 200 for both in stated.utilization_percent], needed)
     return Derived(text, numbers, dict(zip(SYSTEMS, needed, strict=True)))
 
@@ -201,20 +211,20 @@ def traffic_bytes(stated: Stated, hardware: Hardware) -> Derived:
     ep16 = 2 * dispatch_bytes(BATCH_TOKENS // hardware.num_gpus, MODEL, EP16, "fp16")
     tp = BASELINE.tp_size
     tp8 = 2 * (tp - 1) / tp * 2 * BATCH_TOKENS * MODEL.hidden_size * 2
-    text = f"{tp8 / 1e9:.0f} GB and {ep16 / 1e9:.1f} GB"
+    text = f"{gigabytes(tp8, 0)} and {gigabytes(ep16, 1)}"
     return Derived(text, pair("bytes", None, (tp8, ep16)), {"tp8_pp2": tp8, "ep16": ep16})
 
 
 def pipeline_bubble(stated: Stated, hardware: Hardware) -> Derived:
     """Share of the baseline's step that a stage waits."""
     share = bubble(dataclasses.replace(TRAINING, layout=BASELINE, accumulation=stated.micro_batches))
-    return Derived(percent(share), (number("share", "ratio", None, share),))
+    return Derived(rounded_percent(share), (figure_number("share", "ratio", None, share),))
 
 
 def connections(stated: Stated, hardware: Hardware) -> Derived:
     """Rule that follows from a single hardware queue."""
     text = "launches run in issue order, so a transfer must be issued before the compute that hides it"
-    return Derived(text, (number("connections", "count", stated.max_connections),))
+    return Derived(text, (figure_number("connections", "count", stated.max_connections),))
 
 
 def schedule_faults() -> list[str]:
@@ -234,8 +244,8 @@ def law(name: str, index: int) -> Callable[[Stated, Hardware], Derived]:
 
     def derive(stated: Stated, hardware: Hardware) -> Derived:
         r2 = _memory_r2() if name == "memory_per_expert" else None
-        text = texts[name] if r2 is None else f"{r2:.3f} from shapes, EP = 1 to 16"
-        return Derived(text, (number("r2", "ratio", stated.r2[index], r2),), {} if r2 is None else {"r2": r2})
+        text = texts[name] if r2 is None else f"{number(r2, 3)} from shapes, EP = 1 to 16"
+        return Derived(text, (figure_number("r2", "ratio", stated.r2[index], r2),), {} if r2 is None else {"r2": r2})
 
     return derive
 

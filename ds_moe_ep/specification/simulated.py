@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ds_moe_ep.records.names import LAWS, PARTS, TOTALS
-from ds_moe_ep.records.quantity import Quantity
+from ds_moe_ep.records.quantity import Quantity, gigabytes, number
 from ds_moe_ep.specification.claim import SYSTEMS, Simulated, SimulatedJobs, SimulatedStep
 from ds_moe_ep.specification.laws import r2_text
 from ds_moe_ep.specification.stated import BATCH_TOKENS, MODEL, Stated
@@ -25,9 +25,9 @@ def memory(system: str) -> Answer:
 
     def answer(jobs: SimulatedJobs, stated: Stated) -> Simulated:
         found, sequences = jobs.memory(system)
-        text = f"{found.peak / 1e9:.1f} GB with activations of {sequences} sequence{'s' * (sequences > 1)} and buffers"
+        text = f"{gigabytes(found.peak, 1)} with activations of {sequences} sequence{'s' * (sequences > 1)} and buffers"
         if found.peak > jobs.free_bytes:
-            text += f": does not fit, times are of devices with more than {jobs.free_bytes / 1e9:.1f} GB free"
+            text += f": does not fit, times are of devices with more than {gigabytes(jobs.free_bytes, 1)} free"
         return Simulated(text=text, numbers=(Quantity.of(found.peak, unit="bytes", name="peak"),))
 
     return answer
@@ -122,7 +122,7 @@ def _pieces(job: SimulatedStep) -> Simulated:
     """Time of a token in each part of a step."""
     tokens, parts_us = job.step.setup.batch_tokens, job.step.parts_us
     parts = {part: parts_us[part] / tokens for part in PARTS if parts_us.get(part)}
-    text = f"{' + '.join(f'{us:.2g} {PARTS[part]}' for part, us in parts.items())} us per token"
+    text = f"{' + '.join(f'{number(us, significant=2)} {PARTS[part]}' for part, us in parts.items())} us per token"
     return Simulated(text=text, numbers=tuple(Quantity.of(us, unit="us", name=part) for part, us in parts.items()))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ds_moe_ep.records.quantity import number, percent
+
 ROUNDING = 0.02  # a document rounds to two or three digits
 
 
@@ -18,7 +20,7 @@ def compared(stated: float, derived: float) -> str:
         return "holds"
     power = round(math.log10(stated / derived)) if stated > 0 and derived > 0 else 0
     if power and agree(stated / 10**power, derived):
-        return f"off by {10 ** abs(power):,}"
+        return f"off by {number(10 ** abs(power), 0)}"
     return f"does not hold: stated is {times(stated / derived)} what follows" if derived else "does not hold"
 
 
@@ -26,7 +28,7 @@ def near(stated: float, derived: float, within: float = 0.25) -> str:
     """`holds` or `close`, and by how much; where it is neither, how many times as much is stated."""
     if agree(stated, derived) or abs(stated / derived - 1) > within:
         return compared(stated, derived)
-    return f"close: {percent(abs(stated / derived - 1))} {'more' if stated > derived else 'less'}"
+    return f"close: {rounded_percent(abs(stated / derived - 1))} {'more' if stated > derived else 'less'}"
 
 
 def within_limit(stated: float, limit: float, limit_name: str, what: str = "") -> str:
@@ -34,7 +36,7 @@ def within_limit(stated: float, limit: float, limit_name: str, what: str = "") -
     share = stated / limit
     if share > 1:
         return f"impossible: {times(share)} {limit_name}"
-    return f"possible: {what}{percent(share)} of {limit_name}"
+    return f"possible: {what}{rounded_percent(share)} of {limit_name}"
 
 
 def at_least(stated: float, least: float, least_name: str) -> str:
@@ -48,7 +50,7 @@ def reached(stated: float, low: float, high: float) -> str:
     """A simulated number between `low` and `high` against what is stated: reached, exceeded, or by how much not."""
     if low <= stated <= high:
         return "reached"
-    return "exceeded" if low > stated else f"not reached, {percent(high / stated)} at best"
+    return "exceeded" if low > stated else f"not reached, {rounded_percent(high / stated)} at best"
 
 
 def slower(stated: float, low: float, high: float) -> str:
@@ -72,9 +74,9 @@ def compared_range(stated: tuple[float, float], low: float, high: float) -> str:
 
 def times(ratio: float) -> str:
     """`139 times`, `9.7 times`, `0.34 times`."""
-    return f"{ratio:,.0f} times" if ratio >= 20 else f"{ratio:.2g} times"
+    return f"{number(ratio, 0)} times" if ratio >= 20 else f"{number(ratio, significant=2)} times"
 
 
-def percent(share: float) -> str:
+def rounded_percent(share: float) -> str:
     """`61 %`; small shares keep a digit that counts."""
-    return f"{100 * share:.0f} %" if share >= 0.0095 or share == 0 else f"{100 * share:.1g} %"
+    return percent(share, 0) if share >= 0.0095 or share == 0 else f"{number(100 * share, significant=1)} %"

@@ -32,6 +32,7 @@ class Figures:
     most_files: int  # modules of one folder
     double_names: int  # public class names that several modules define
     formatters: int  # functions that make text of a number, outside the one place for it
+    roundings: int  # places in a text that say how far a number is rounded, outside of it
     wrappers: int  # places that put a function where a method of an engine was
     wrapped_methods: int
     test_lines: int
@@ -46,6 +47,7 @@ BEFORE: Mapping[str, int] = {
     "most_files": 43,
     "double_names": 17,
     "formatters": 18,
+    "roundings": 139,
     "wrappers": 10,
     "wrapped_methods": 6,
     "test_lines": 21384,
@@ -58,6 +60,7 @@ TITLES: Mapping[str, str] = {
     "most_files": "modules of the fullest folder",
     "double_names": "public class names with two meanings",
     "formatters": "functions that write numbers, beside the one formatter",
+    "roundings": "places in a text that round a number, beside the one formatter",
     "wrappers": "places that replace a method of an engine",
     "wrapped_methods": "methods that they replace",
     "test_lines": "lines of the tests",
@@ -77,6 +80,7 @@ def count(root: Path = ROOT) -> Figures:
         most_files=max(Counter(path.parent for path in trees).values()),
         double_names=len(double_names(trees)),
         formatters=len(list(formatters(trees))),
+        roundings=sum(len(list(roundings(tree))) for path, tree in trees.items() if path != ONE_FORMATTER),
         wrappers=len(wraps),
         wrapped_methods=len(set(wraps)),
         test_lines=num_lines(modules(root / "tests")),
@@ -113,6 +117,18 @@ def formatters(trees: Mapping[Path, ast.Module]) -> Iterator[str]:
             numbers = {"int", "float"} & {word for given in node.args.args for word in words_of(given.annotation)}
             if numbers and words_of(node.returns) == {"str"} and writes_number(node):
                 yield f"{path}: {node.name}"
+
+
+def roundings(tree: ast.AST) -> Iterator[int]:
+    """The line of each formatted text that says how many digits a number keeps: `.1f`, `.3g`, `.0%`.
+
+    `:,` and `:g` keep a number as it was given, and `:05d` pads an index in a name.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FormattedValue) and isinstance(node.format_spec, ast.JoinedStr):
+            spec = "".join(str(part.value) for part in node.format_spec.values if isinstance(part, ast.Constant))
+            if "." in spec:
+                yield node.lineno
 
 
 def words_of(annotation: ast.expr | None) -> set[str]:

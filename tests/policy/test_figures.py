@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.policy.figures import BEFORE, TITLES, count, double_names, formatters, replaced_methods, table
+from tests.policy.figures import BEFORE, TITLES, count, double_names, formatters, replaced_methods, roundings, table
 from tests.policy.test_house import MAX_MODULES
 
 
@@ -16,7 +16,7 @@ def test_the_house_has_few_loose_files_short_folders_and_names_of_one_meaning() 
     assert set(vars(now)) == set(TITLES) == set(BEFORE)
     assert (now.loose_files, now.double_names) == (3, 0)  # __init__, __main__, errors
     assert now.most_files <= MAX_MODULES < BEFORE["most_files"]
-    assert now.formatters < BEFORE["formatters"]
+    assert (now.formatters, now.roundings) == (0, 0)
     assert now.readme_lines <= 200
     assert f"| {TITLES['files']} | {BEFORE['files']:,} | {now.files:,} |" in table(now)
 
@@ -35,6 +35,14 @@ def test_the_house_has_few_loose_files_short_folders_and_names_of_one_meaning() 
 def test_a_formatter_gets_a_number_and_gives_a_text_in_a_format_of_its_own(source: str, number: int) -> None:
     assert len(list(formatters({Path("some.py"): ast.parse(source)}))) == number
     assert not list(formatters({Path("records/quantity.py"): ast.parse(source)}))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("{x:.1f} and {100 * y:.0%}", 2), ("{x:,.{digits}f}", 1), ("{x:,} of {x:g} in step{i:05d}, {name:>8}", 0)],
+)
+def test_a_text_that_rounds_a_number_by_itself_is_found(text: str, number: int) -> None:
+    assert len(list(roundings(ast.parse(f"told = f'{text}'")))) == number
 
 
 def test_each_method_of_an_engine_that_is_replaced_counts() -> None:

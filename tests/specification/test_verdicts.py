@@ -10,8 +10,8 @@ from ds_moe_ep.specification.verdicts import (
     compared,
     compared_range,
     near,
-    percent,
     reached,
+    rounded_percent,
     slower,
     within_limit,
 )
@@ -74,4 +74,4 @@ def test_a_simulated_bar_reaches_exceeds_or_misses_what_is_stated() -> None:
 
 
 def test_small_shares_keep_a_digit() -> None:
-    assert [percent(share) for share in (0.614, 1.0, 0.0, 0.004)] == ["61 %", "100 %", "0 %", "0.4 %"]
+    assert [rounded_percent(share) for share in (0.614, 1.0, 0.0, 0.004)] == ["61 %", "100 %", "0 %", "0.4 %"]

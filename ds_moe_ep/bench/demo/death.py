@@ -17,6 +17,7 @@ from rich.console import Console
 from ds_moe_ep.bench.demo.plan import NUM_RANKS, TIMEOUT_S, DemoPlan
 from ds_moe_ep.bench.harness.processes import Finding
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.records.quantity import number
 
 LIMIT_S = 2 * TIMEOUT_S  # for the ranks to start and run one pass; then, again, for the survivors' words
 
@@ -85,7 +86,7 @@ def show_death(death: Death, console: Console) -> None:
     ]
     for said in death.sayings:
         verb = "names" if death.is_named_in(said.text) else "does not name"
-        lines += ["", f"rank {said.rank} {verb} it {said.after_s:.1f} s later. PeerError: {said.text}"]
+        lines += ["", f"rank {said.rank} {verb} it {number(said.after_s, 1)} s later. PeerError: {said.text}"]
     for rank in sorted(set(range(NUM_RANKS)) - {death.victim, *(said.rank for said in death.sayings)}):
         lines += ["", f"rank {rank} says nothing"]
     for line in lines:

@@ -70,7 +70,8 @@ def link_rate(text: str) -> float:
     if STEP_BYTES / bytes_per_s > LONGEST_S:
         took_s, least_mbit = STEP_BYTES / bytes_per_s, 8e-6 * STEP_BYTES / LONGEST_S
         raise argparse.ArgumentTypeError(
-            f"={text}: the traffic of one step would take {took_s:,.0f} s; give {math.ceil(least_mbit)}mbit or more"
+            f"={text}: the traffic of one step would take {number(took_s, 0)} s; give {math.ceil(least_mbit)}mbit or "
+            "more"
         )
     return bytes_per_s
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from ds_moe_ep.bench.demo.plan import CANDIDATES, NUM_NODES, NUM_RANKS, PHASES
 from ds_moe_ep.bench.demo.results import MeasuredStep, Results
 from ds_moe_ep.bench.harness.method import Summary
+from ds_moe_ep.records.quantity import number
 from ds_moe_ep.schedule.spans import LANES, Interval, Span, length, union, without
 
 LABEL = "emulated "
@@ -56,11 +57,11 @@ def _labelled(text: str, width: int) -> list[Text]:
 
 
 def _heading(results: Results, glyphs: Glyphs) -> str:
-    link = f"{8e-6 * results.plan.bytes_per_s:.4g} Mbit/s"
+    link = f"{number(8e-6 * results.plan.bytes_per_s, significant=4)} Mbit/s"
     return (
         f"experts and link ({link} per node) under the real layer: {NUM_RANKS} gloo ranks, {NUM_NODES} nominal nodes; "
-        f"traffic takes {results.traffic_ratio().median:.2f} of compute; below, rank {RANK}: {glyphs.busy} busy, "
-        f"{glyphs.exposed} traffic that no compute covers"
+        f"traffic takes {number(results.traffic_ratio().median, 2)} of compute; below, rank {RANK}: "
+        f"{glyphs.busy} busy, {glyphs.exposed} traffic that no compute covers"
     )
 
 
@@ -71,8 +72,8 @@ def _title(name: str, results: Results) -> str:
 
 def _summary(results: Results) -> Iterator[str]:
     for phase in PHASES:
-        times = " -> ".join(f"{results.time_ms(name, phase).median:,.0f}" for name in CANDIDATES)
-        hidden = " -> ".join(f"{results.hidden_percent(name, phase).median:.0f}" for name in CANDIDATES)
+        times = " -> ".join(number(results.time_ms(name, phase).median, 0) for name in CANDIDATES)
+        hidden = " -> ".join(number(results.hidden_percent(name, phase).median, 0) for name in CANDIDATES)
         yield f"{phase}: {times} ms, hidden {hidden} %"
     rounds = results.plan.rounds
     how = f"median and quartiles of {rounds} alternating rounds" if rounds > 1 else "one round"
@@ -80,7 +81,7 @@ def _summary(results: Results) -> Iterator[str]:
 
 
 def _spread(summary: Summary, digits: int) -> str:
-    median, low, high = (f"{value:,.{digits}f}" for value in (summary.median, summary.low, summary.high))
+    median, low, high = (number(value, digits) for value in (summary.median, summary.low, summary.high))
     return median if low == high else f"{median} ({low} to {high})"
 
 

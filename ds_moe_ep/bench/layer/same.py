@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ds_moe_ep.bench.candidates.layers import LayerCandidate, experts_of, gate_of
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.records.quantity import number
 
 SAME_TOLERANCE = 1e-5  # of the largest element: fp32 sums of 1,024 terms in another order differ by 1e-6
 
@@ -59,8 +60,8 @@ def check_same(name: str, found: LayerOutcome, expected: LayerOutcome, tolerance
         difference = float((value - reference).abs().max() / scale)
         if not difference <= tolerance:
             raise EngineError(
-                f"bench.{name}.{key}: differs by {difference:.1e} of the largest element, more than "
-                f"{tolerance:.0e}; layers that compute different things must not be compared by time"
+                f"bench.{name}.{key}: differs by {number(difference, significant=2)} of the largest element, more than "
+                f"{number(tolerance, significant=1)}; layers that compute different things must not be compared by time"
             )
         worst = max(worst, difference)
     return worst

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.method import Summary
 from ds_moe_ep.bench.soak.plan import SETTLED, SoakPlan
+from ds_moe_ep.records.quantity import number, percent
 
 COUNTS = ("handles", "sockets", "threads")
 MOMENTS = {
@@ -29,7 +30,9 @@ BOUNDS: Mapping[str, tuple[float, str]] = {
 OF_RUN = {
     "memory": Metric("bytes", "resident, of the middle rank"),
     "peak": Metric("bytes", "resident, at a run's fullest moment, bursts too"),
-    "growth": Metric("%", f"added over a run by its slope after {SETTLED:.0%} of it (Theil-Sen), of the middle rank"),
+    "growth": Metric(
+        "%", f"added over a run by its slope after {percent(SETTLED, 0)} of it (Theil-Sen), of the middle rank"
+    ),
     **{count: Metric(count, "") for count in COUNTS},
 }
 OF_ALL = {
@@ -74,7 +77,7 @@ def derive(plan: SoakPlan, num_runs: int, found: Collector) -> Iterator[DerivedS
     for what, (bound, unit) in BOUNDS.items():
         if of_runs := [max(gains) for (_, its), gains in growth.items() if its == what]:
             most = max(of_runs)
-            note = f"the rank that gains most gains {most:.2f} {unit} over {plan.steps} steps, bound {bound:g}"
+            note = f"the rank that gains most gains {number(most, 2)} {unit} over {plan.steps} steps, bound {bound:g}"
             yield _verdict(what, most <= bound, note, len(of_runs))
     yield from _verdict_on_handles(plan, runs, found)
     if sameness and sameness[0].n > 1:
@@ -147,8 +150,9 @@ def _verdict_on_handles(plan: SoakPlan, runs: Sequence[str], found: Collector) -
                 worst["left"] = max(worst["left"], *(b - a for a, b in zip(start, after, strict=True)))
     if n:
         note = (
-            f"handles, sockets and threads of a rank differ by {worst['changed']:.0f} from step{plan.steady_step:05d} "
-            f"to the last step, and {worst['left']:.0f} are left when the engine and its groups are gone"
+            f"handles, sockets and threads of a rank differ by {number(worst['changed'], 0)} from "
+            f"step{plan.steady_step:05d} to the last step, and {number(worst['left'], 0)} are left when the engine and "
+            "its groups are gone"
         )
         yield _verdict("handles", not any(worst.values()), note, n)
 

@@ -76,14 +76,16 @@ def judge_ranks(outcome: LinksOutcome) -> Iterator[Verdict]:
     """Verdicts on ranks that did not come up, measure, or end."""
     size, missing = outcome.world_size, outcome.missing
     if missing:
-        found = f"{_ranks(missing)} of {size} did not come up in {outcome.waited_s:.0f} s"
+        found = f"{_ranks(missing)} of {size} did not come up in {number(outcome.waited_s, 0)} s"
         reasons = [f"rank {rank}: {outcome.failed[rank]}" for rank in missing if rank in outcome.failed]
         fix = "look at what that rank's process says, and whether its host reaches MASTER_ADDR and MASTER_PORT"
         yield _verdict("ranks", "problem", "; ".join([found, *reasons]), fix)
         return
     hosts = len({presence.host for presence in outcome.up.values()})
     where = "1 host" if hosts == 1 else f"{hosts} hosts"
-    yield _verdict("ranks", "ok", f"{size} of {size} came up in {outcome.waited_s:.1f} s on {where}, {outcome.backend}")
+    yield _verdict(
+        "ranks", "ok", f"{size} of {size} came up in {number(outcome.waited_s, 1)} s on {where}, {outcome.backend}"
+    )
     yield from judge_devices(outcome.up)
     if outcome.failed:
         rank, error = min(outcome.failed.items(), key=lambda item: is_secondary_message(item[1]))
@@ -168,8 +170,8 @@ def _told(links: Sequence[TriedLink]) -> str:
     """The median of a class of links, and its range."""
     latency, rate = _medians(links)
     rates = sorted(link.gb_per_s for link in links)
-    number = "1 pair" if len(links) == 1 else f"{len(links)} pairs"
-    found = f"{number}: {latency:.0f} us for a byte, {_rate(rate)} for large messages"
+    pairs = "1 pair" if len(links) == 1 else f"{len(links)} pairs"
+    found = f"{pairs}: {number(latency, 0)} us for a byte, {_rate(rate)} for large messages"
     return found if len(links) == 1 else f"{found} ({_rate(rates[0])} to {_rate(rates[-1])})"
 
 
@@ -181,9 +183,10 @@ def judge_slow_pairs(name: str, links: Sequence[TriedLink]) -> Iterator[Verdict]
         return
     worst = min(slow, key=lambda link: link.gb_per_s)
     named = ", ".join(link.name for link in slow[:6]) + (f" and {len(slow) - 6} more" if len(slow) > 6 else "")
-    found = f"much slower than the others: ranks {named} (the worst {worst.latency_us:.0f} us, {_rate(worst.gb_per_s)})"
+    at_worst = f"the worst {number(worst.latency_us, 0)} us, {_rate(worst.gb_per_s)}"
+    found = f"much slower than the others: ranks {named} ({at_worst})"
     ranks = Counter(rank for link in slow for rank in (link.low, link.high))
-    common = [rank for rank, number in ranks.items() if len(slow) > 1 and number == len(slow)]
+    common = [rank for rank, times in ranks.items() if len(slow) > 1 and times == len(slow)]
     fix = f"look at rank {common[0]}'s host and adapter" if common else "look at the cable, adapter or load of these"
     yield _verdict(name, "warning", found, f"{fix}; all ranks wait for the slowest pair")
 

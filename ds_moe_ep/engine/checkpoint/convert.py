@@ -34,6 +34,7 @@ from ds_moe_ep.engine.checkpoint.weight_files import (
 )
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.parallel.tensor import cut_dimension
+from ds_moe_ep.records.quantity import gigabytes, number
 
 KEPT = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler", "ds_version")
 
@@ -83,8 +84,8 @@ class Conversion:
         free = shutil.disk_usage(home).free
         if free < self.num_bytes:
             raise EngineError(
-                f"{self.target}: needs {self.num_bytes / 1e9:.1f} GB, and {home} has {free / 1e9:.1f} GB left; name a "
-                "folder on another disk"
+                f"{self.target}: needs {gigabytes(self.num_bytes, 1)}, and {home} has {gigabytes(free, 1)} left; name "
+                "a folder on another disk"
             )
 
     def _write_files(self, folder: Path, on_written: Callable[[int], None]) -> None:
@@ -102,8 +103,8 @@ class Conversion:
         num_files = len({place.file for place in files.places} | set(files.state_files()))
         return (
             f"{len(self.parts)} weights from {self.source_files.words} to {files.words}: "
-            f"{self.num_bytes / 1e9:,.3g} GB in {num_files} files of {self.target} (tag {self.tag!r}); load them with "
-            f"engine.load_checkpoint({str(self.target)!r}, load_module_only=True)"
+            f"{number(self.num_bytes / 1e9, significant=3)} GB in {num_files} files of {self.target} "
+            f"(tag {self.tag!r}); load them with engine.load_checkpoint({str(self.target)!r}, load_module_only=True)"
         )
 
 

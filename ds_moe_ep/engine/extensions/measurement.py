@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ds_moe_ep.records.quantity import number
 from ds_moe_ep.schedule.spans import Overlap, Tags
 
 Event = tuple[str, float, int]
@@ -41,19 +42,19 @@ def table(measured: Measurement, control: Measurement | None) -> str:
     for key, part in measured.parts.items():
         if key.phase or not key.layer:  # a layer's two passes say more than their sum
             control_part = control.parts.get(key) if control is not None else None
-            times = (f"{measured.mean_ms(time):.2f}" for time in (part.total_us, part.exposed_us, part.hidden_us))
+            times = (number(measured.mean_ms(time), 2) for time in (part.total_us, part.exposed_us, part.hidden_us))
             names = (name or "all" for name in (key.layer, key.phase, key.peers))
             lines.append(ROW.format(*names, *times, percent(part), percent(control_part)))
     for lane, part in measured.lanes.items():
         control_part = control.lanes.get(lane) if control is not None else None
-        times = (f"{measured.mean_ms(time):.2f}" for time in (part.total_us, part.exposed_us, part.hidden_us))
+        times = (number(measured.mean_ms(time), 2) for time in (part.total_us, part.exposed_us, part.hidden_us))
         lines.append(ROW.format("all", "all", f"{lane} lane", *times, percent(part), percent(control_part)))
     return "\n".join(lines)
 
 
 def percent(part: Overlap | None) -> str:
     """The hidden share as text; n/a where nothing was measured."""
-    return "n/a" if part is None or part.hidden_percent is None else f"{part.hidden_percent:.1f}"
+    return "n/a" if part is None or part.hidden_percent is None else number(part.hidden_percent, 1)
 
 
 def events(measured: Measurement, control: Measurement | None, num_samples: int) -> list[Event]:

@@ -54,7 +54,7 @@ def _loads(findings: Findings) -> list[StepLoad]:
 
 def _workload(findings: Findings) -> str:
     told = [(record, title) for what, title in WORKLOAD.items() if (record := findings.get("soak", "weather", what))]
-    counts = ", ".join(f"{record.value:,.0f} {title}" for record, title in told)
+    counts = ", ".join(f"{number(record.value, 0)} {title}" for record, title in told)
     return f"In {told[0][0].n:,} steps: {counts}." if told else ""
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.quantity import percent
 from ds_moe_ep.records.record import Record, read_records
 from ds_moe_ep.simulate.calibrate.overlap_case import OverlapCase, overlap_cases
 from ds_moe_ep.simulate.calibrate.overlap_fit import CasePrediction, fit_overlap
@@ -61,7 +62,8 @@ def calibrate_files(
     found = calibrate(records, load_cluster(base), hold_out=hold_out, precision=precision)
     if out is not None:
         names = ", ".join(Path(path).name for path in paths)
-        notes = f"Calibrated from {Path(base).name} by {names}; {hold_out:.0%} of the runs were held out of the fit."
+        share = percent(hold_out, 0)
+        notes = f"Calibrated from {Path(base).name} by {names}; {share} of the runs were held out of the fit."
         write_cluster(out, found.cluster, notes)
     return found
 

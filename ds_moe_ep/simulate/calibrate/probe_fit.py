@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.quantity import number, rounded
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.simulate.calibrate.probe_samples import (  # fmt: skip
     PREFIX,
@@ -54,7 +55,7 @@ class FittedNumber:
 
     def rounded(self) -> FittedNumber:
         """The number with DIGITS digits, and a range that still holds it."""
-        value, low, high = (float(f"{x:.{DIGITS}g}") for x in (self.value, self.low, self.high))
+        value, low, high = (rounded(x, DIGITS) for x in (self.value, self.low, self.high))
         return FittedNumber(value, min(low, value), max(value, high), self.source)
 
 
@@ -244,7 +245,7 @@ def _points(cluster: Cluster, records: Sequence[Record], hold_out: float) -> Ite
     for precision in PRECISIONS:
         for index, sample in enumerate(samples_below(records, f"matmul.{precision}", "flop/us")):
             simulated = 1e6 / matmul_us(bare, precision, 1e6, sample.size)
-            label, held_out = f"{sample.size:,.0f} rows", is_held_out(index, hold_out)
+            label, held_out = f"{number(sample.size, 0)} rows", is_held_out(index, hold_out)
             unit = "TFLOP/s" if sample.value > SCALES["flop/us"]["TFLOP/s"] else "GFLOP/s"
             scale = SCALES["flop/us"][unit]
             yield SamplePoint(
@@ -256,7 +257,10 @@ def _points(cluster: Cluster, records: Sequence[Record], hold_out: float) -> Ite
             if load == "all" and cluster.host.cores and way == "near":
                 continue  # pairs share the host's cores, and what comes of that is what `plan` simulates
             for index, sample in enumerate(samples_below(records, f"{way}.{load}", "us")):
-                simulated, label = exchange_us(link, cluster.host, sample.size, senders), f"{sample.size:,.0f} bytes"
+                simulated, label = (
+                    exchange_us(link, cluster.host, sample.size, senders),
+                    f"{number(sample.size, 0)} bytes",
+                )
                 yield SamplePoint(
                     f"{way} link, {title}", label, "us", simulated, sample.value, is_held_out(index, hold_out)
                 )

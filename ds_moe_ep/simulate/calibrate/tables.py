@@ -65,7 +65,7 @@ def run_table(points: Sequence[SamplePoint]) -> Table:
     worst = sorted(held_out, key=lambda point: -abs(point.error))[:LISTED]
     which = "" if len(held_out) <= LISTED else f", the {LISTED} worst of {len(held_out)}"
     rows = [
-        (p.group, p.label, p.unit, number(p.simulated), number(p.measured), f"{100 * p.error:+.1f} %")
+        (p.group, p.label, p.unit, number(p.simulated), number(p.measured), f"{'+' * (p.error >= 0)}{percent(p.error)}")
         for p in held_out
         if p in worst
     ]

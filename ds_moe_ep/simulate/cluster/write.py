@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.quantity import rounded
 from ds_moe_ep.simulate.cluster.cluster import PARTS, SCALES, Cluster
 
 UNKNOWN = "unknown"  # the source of a number that has none
@@ -69,8 +70,8 @@ def unit_of(value: float, kind: str) -> str:
 
 def _plain(number: float) -> float | int:
     """The number with 12 digits, which is more than anybody measures, as a whole one where it is one."""
-    rounded = float(f"{number:.12g}")
-    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+    short = rounded(number, 12)
+    return int(short) if short.is_integer() and abs(short) < 1e15 else short
 
 
 def json_of(values: Mapping[str, Any]) -> str:

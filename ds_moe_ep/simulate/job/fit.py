@@ -11,6 +11,7 @@ from typing import Any
 
 from ds_moe_ep.config.training import Training
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.quantity import gigabytes
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.step.setup import Setup
 from ds_moe_ep.sizing.fit import fullest_memory, largest_micro_batch, memory_fix, needs
@@ -103,7 +104,7 @@ def refuse_what_does_not_fit(path: str, setup: Setup, fit: MemoryFit) -> None:
     fix = memory_fix(setup.model, setup.moe, setup.training, _free_bytes(setup.cluster), load)
     raise ConfigError(
         f"cluster.device.memory_bytes={device.memory_bytes / 1e9:g} GB with {path}: {needs(fit.memory)} beside a "
-        f"reserve of {device.reserve_bytes / 1e9:g}: {-fit.spare_bytes / 1e9:.1f} GB too many; {fix}"
+        f"reserve of {device.reserve_bytes / 1e9:g}: {gigabytes(-fit.spare_bytes, 1)} too many; {fix}"
     )
 
 

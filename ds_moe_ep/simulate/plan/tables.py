@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.records.names import KINDS
-from ds_moe_ep.records.quantity import Quantity, number
+from ds_moe_ep.records.quantity import Quantity, number, percent
 from ds_moe_ep.records.render import print_lines, print_tables, to_terminal
 from ds_moe_ep.records.table import Table, quantity_table, table
 from ds_moe_ep.simulate.audit.audit import AuditRow
@@ -115,10 +115,10 @@ def _stated(plan: Plan) -> str:
             "below": "less than is predicted",
             "within": "within the bar of what is predicted",
         }[place]
-    repeated = f" ({100 * stated.repeated:.0f} % with recomputation)" if stated.repeated > stated.training else ""
+    repeated = f" ({percent(stated.repeated, 0)} with recomputation)" if stated.repeated > stated.training else ""
     return (
-        f"The specification states {number(stated.tps)} tokens/s for {plan.title}: {100 * stated.training:.0f} % of "
-        f"the peak of {setup.training.world_size} devices when training{repeated}, {100 * stated.forward:.0f} % "
+        f"The specification states {number(stated.tps)} tokens/s for {plan.title}: {percent(stated.training, 0)} of "
+        f"the peak of {setup.training.world_size} devices when training{repeated}, {percent(stated.forward, 0)} "
         "forward. "
         f"Predicted for {MODES[setup.mode]}: {_text(tps)} tokens/s, {mfu.text(1)} % of the peak. "
         f"What is stated is {verdict}."
@@ -148,7 +148,7 @@ def _print_head(plan: Plan, console: Console) -> None:
     ranks = f"{training.world_size} ranks on {cluster.num_nodes} nodes"
     lines = [f"{plan.title}, {MODES[setup.mode]}, {ranks}; {batch} x {training.num_copies}"]
     if setup.loads:
-        lines.append(f"load: the fullest rank receives {max(setup.loads):.2f} times the mean rows")
+        lines.append(f"load: the fullest rank receives {number(max(setup.loads), 2)} times the mean rows")
     print_lines(lines, console)
     _print_notes([plan], console)
 
@@ -198,7 +198,7 @@ def _choices(plan: Plan) -> Iterator[Table]:
         for layer_us, knobs in plan.choices:
             ends = [name for name, best in zip(ENDS, plan.at_ends, strict=True) if best == knobs]
             where = ["here", *ends] if knobs == plan.choices[0][1] else ends
-            rows.append((_knobs(knobs), _number(layer_us / 1e3), f"{layer_us / best_us:.2f}", ", ".join(where)))
+            rows.append((_knobs(knobs), _number(layer_us / 1e3), number(layer_us / best_us, 2), ", ".join(where)))
         basis = "The rows of one layer through the experts and back; best here, and at the ends of the ranges."
         title = f'schedules that "auto" of {plan.title} would choose among'
         yield table(title, ("schedule", "per layer, ms", "over the best", "best"), rows, basis)
