@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import Record
@@ -125,6 +126,27 @@ class Quantity:
     def percent(self, decimals: int = 1, *, bar: bool = True) -> str:
         """A share in percent: 98.4 (98.3-98.6) %."""
         return f"{self.into('percent').text(decimals, bar=bar)} %"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Numbers of one thing: a row of a table, an object in JSON. `labels` say what they are of."""
+
+    labels: Mapping[str, Any]
+    quantities: tuple[Quantity, ...]
+
+    @property
+    def title(self) -> str:
+        """The values of the labels."""
+        return ", ".join(map(str, self.labels.values()))
+
+    def __getitem__(self, key: str) -> Quantity:
+        """The number of a key of JSON, like `step_ms`."""
+        return next(quantity for quantity in self.quantities if quantity.key == key)
+
+    def to_json(self, *exact: str) -> dict[str, Any]:
+        """The labels, and [value, low, high] of each number; the value alone where its key is in `exact`."""
+        return {**self.labels, **{q.key: q.value if q.key in exact else q.bar for q in self.quantities}}
 
 
 def number(

@@ -21,7 +21,7 @@ from ds_moe_ep.bench.demo.death import Death, Saying, show_death
 from ds_moe_ep.bench.demo.links import Paced, Uplink
 from ds_moe_ep.bench.demo.options import LONGEST_S, link_rate
 from ds_moe_ep.bench.demo.plan import CANDIDATES, NUM_RANKS, PHASES, STEP_BYTES, DemoPlan
-from ds_moe_ep.bench.demo.results import MeasuredStep, Results
+from ds_moe_ep.bench.demo.results import SPEEDUP, TRAFFIC_RATIO, MeasuredStep, Results
 from ds_moe_ep.bench.demo.show import show
 from ds_moe_ep.bench.harness.processes import late_interrupt
 from ds_moe_ep.cli.main import main
@@ -90,26 +90,34 @@ def results() -> Results:
                 tags = Tags(f"emulated {name}", phase, "all peers")
                 spans += [Span(lane, rank, lane, start_us, start_us + 1e3 * took_ms, tags) for rank in range(NUM_RANKS)]
         seconds = {"forward": stretch * 0.2, "backward": stretch * 0.2, "step": stretch * 0.4}
-        return MeasuredStep(name, seconds, tuple(spans))
+        return MeasuredStep(name, seconds, tuple(spans))  # what a rank tells of it is its finding
 
     plan = DemoPlan(12.5e6, 200 / 3, 2, 0, "")
     serial, overlapped = step("serial", (0, 40, 140), 1.0), step("overlapped", (10, 0, 50), 0.5)
     slow = replace(overlapped, seconds={phase: 2 * s for phase, s in overlapped.seconds.items()})
-    return Results(plan, (serial, overlapped, slow, serial))
+    return Results(plan, [measured.finding() for measured in (serial, overlapped, slow, serial)])
 
 
 def test_figures_are_medians_over_rounds_and_sums_over_ranks() -> None:
     found = results()
-    assert [found.hidden_percent(side).median for side in CANDIDATES] == pytest.approx([0, 100])
-    assert found.time_ms("serial").median == 400 and found.time_ms("overlapped").median == pytest.approx(300)
-    assert found.speedup().median == pytest.approx(1.5) and found.speedup().n == 2
-    assert found.traffic_ratio().median == pytest.approx(160 / 200)
-    assert [step.name for step in found.shown()] == ["serial", "overlapped"]
+    assert [found[f"{side}.step.hidden"].value for side in CANDIDATES] == pytest.approx([0, 100])
+    assert found["serial.step.time"].value == 400 and found["overlapped.step.time"].value == pytest.approx(300)
+    assert found[SPEEDUP].value == pytest.approx(1.5) and found[SPEEDUP].n == 2
+    assert found[TRAFFIC_RATIO].value == pytest.approx(160 / 200)
+    assert list(found.shown()) == ["serial", "overlapped"]
 
 
-def test_a_slower_round_is_paired_with_its_own_serial_step() -> None:
-    shown = results().shown()
-    assert abs(shown[1].seconds["step"] - 0.3) == pytest.approx(0.1)
+def test_the_round_that_is_shown_is_the_one_nearest_to_the_median() -> None:
+    steps = [MeasuredStep(name, dict.fromkeys(PHASES, s), (_span(name, s),)) for s in ROUNDS_S for name in CANDIDATES]
+    shown = Results(DemoPlan(12.5e6, 200 / 3, 3, 0, ""), [step.finding() for step in steps]).shown()
+    assert {name: spans[0].stop_us for name, spans in shown.items()} == dict.fromkeys(CANDIDATES, 1e6 * MIDDLE_S)
+
+
+ROUNDS_S, MIDDLE_S = (0.5, 0.2, 0.3), 0.3
+
+
+def _span(name: str, seconds: float) -> Span:
+    return Span("compute", 0, "compute", 0.0, 1e6 * seconds, Tags(f"emulated {name}", "forward", "all peers"))
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])

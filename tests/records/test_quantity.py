@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.quantity import NONE, Quantity, number, size, to_json
+from ds_moe_ep.records.quantity import NONE, Quantity, Row, number, size, to_json
 from ds_moe_ep.records.render import print_tables, to_html, to_markdown
 from ds_moe_ep.records.table import quantity_table
 
@@ -41,6 +41,13 @@ def test_a_quantity_converts_within_its_kind_alone() -> None:
     assert Quantity.of(0.984, unit="ratio").percent() == "98.4 %"
     with pytest.raises(ConfigError, match=r"step\.unit='us': not a unit of size"):
         step.into("GB")
+
+
+def test_a_row_says_its_numbers_by_the_keys_of_json() -> None:
+    step, saved = Quantity.of(2.0, unit="ms", name="step"), Quantity.of(0.5, 0.4, unit="ratio", name="saved")
+    row = Row({"resource": "links"}, (step, saved))
+    assert (row.title, row["step_ms"], row["saved_ratio"]) == ("links", step, saved)
+    assert row.to_json("step_ms") == {"resource": "links", "step_ms": 2.0, "saved_ratio": [0.5, 0.4, 0.5]}
 
 
 def test_a_table_says_the_same_in_three_writings() -> None:

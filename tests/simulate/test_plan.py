@@ -184,8 +184,8 @@ def test_parts_sum_to_the_step_and_shares_are_shares(cluster: Cluster, config: s
 def test_auto_takes_the_best_of_the_candidates_and_a_named_schedule_stays(cluster: Cluster) -> None:
     auto = plan_of(EP16, cluster)
     moe = auto.job.setup.moe
-    assert {name: getattr(moe, name) for name in auto.choices[0][1]} == auto.choices[0][1]
-    assert auto.at_ends == tuple(make_plan(EP16, end).choices[0][1] for end in cluster.ends())
+    assert {name: getattr(moe, name) for name in auto.choices[0].labels} == auto.choices[0].labels
+    assert auto.at_ends == tuple(make_plan(EP16, end).choices[0].labels for end in cluster.ends())
     serial = make_plan(
         config_of(EP16, {"moe_ep": {**dataclasses.asdict(moe), "schedule": "serial", "model": "specification"}}),
         cluster,
@@ -194,7 +194,7 @@ def test_auto_takes_the_best_of_the_candidates_and_a_named_schedule_stays(cluste
     assert serial.serial is None
     assert auto.serial is not None
     assert auto.serial.step.step_us == serial.prediction.step.step_us > auto.prediction.step.step_us
-    assert [knobs for _, knobs in serial.choices] == [knobs for _, knobs in auto.choices]
+    assert [choice.labels for choice in serial.choices] == [choice.labels for choice in auto.choices]
 
 
 def test_a_forward_pass_is_a_third_of_training_or_less(cluster: Cluster) -> None:
@@ -208,34 +208,35 @@ def test_a_forward_pass_is_a_third_of_training_or_less(cluster: Cluster) -> None
 
 def test_the_verdict_flips_to_the_link_when_the_link_is_slow(cluster: Cluster) -> None:
     usual = plan_of(EP16, cluster)
-    assert usual.bounds[0].resource == "matrix products and attention"
+    assert usual.bounds[0].title == "matrix products and attention"
     slow = make_plan(EP16, cluster.with_far(bandwidth=cluster.far.bandwidth / 50))
-    assert slow.bounds[0].resource == FAR
-    assert slow.bounds[0].saved.value > 0.5
+    assert slow.bounds[0].title == FAR
+    assert slow.bounds[0]["saved_ratio"].value > 0.5
 
 
 def test_what_is_saved_is_the_step_without_the_resource(cluster: Cluster) -> None:
     plan = plan_of(TP8_PP2, cluster)
-    far = next(bound for bound in plan.bounds if bound.resource == FAR)
+    far = next(bound for bound in plan.bounds if bound.title == FAR)
     free = dataclasses.replace(cluster, far=dataclasses.replace(cluster.far, bandwidth=math.inf, latency_us=0.0))
     left_us = predict(read_job(TP8_PP2, free).setup).step.step_us
-    assert far.step_us == pytest.approx(left_us)
-    assert far.saved.value == pytest.approx(1 - left_us / plan.prediction.step.step_us)
-    assert far.saved.low <= far.saved.value <= far.saved.high
+    assert far["step_ms"].value == pytest.approx(left_us / 1e3)
+    saved = far["saved_ratio"]
+    assert saved.value == pytest.approx(1 - left_us / plan.prediction.step.step_us)
+    assert saved.low <= saved.value <= saved.high
 
 
 def test_a_resource_that_takes_no_time_saves_nothing(cluster: Cluster) -> None:
     free = dataclasses.replace(
         cluster, ranges={}, far=dataclasses.replace(cluster.far, bandwidth=math.inf, latency_us=0.0)
     )
-    saved = {bound.resource: bound.saved.value for bound in make_plan(EP16, free).bounds}
+    saved = {bound.title: bound["saved_ratio"].value for bound in make_plan(EP16, free).bounds}
     assert saved[FAR] == 0
     assert set(saved) == set(RESOURCES)
 
 
 def test_one_node_has_no_links_between_nodes(cluster: Cluster) -> None:
     one = dataclasses.replace(cluster, num_nodes=1, node_size=16)
-    assert FAR not in {bound.resource for bound in make_plan(EP16, one).bounds}
+    assert FAR not in {bound.title for bound in make_plan(EP16, one).bounds}
 
 
 # what else fits
@@ -243,19 +244,22 @@ def test_one_node_has_no_links_between_nodes(cluster: Cluster) -> None:
 
 def test_what_is_offered_instead_fits_and_is_simulated_as_changed(cluster: Cluster) -> None:
     plan = plan_of(EP16, cluster)
-    by_change = {other.change: other for other in plan.others}
+    by_change = {other.title: other for other in plan.others}
     stored = by_change["moe_ep.model.recompute=false"]
     moe = {
         **json.loads(Path(EP16).read_text(encoding="utf-8"))["moe_ep"],
         "model": {"name": "specification", "recompute": False},
     }
     by_hand = make_plan(config_of(EP16, {"moe_ep": moe}), cluster)
-    assert stored.prediction.step.step_us == by_hand.prediction.step.step_us
-    assert stored.spare_bytes == by_hand.fit.spare_bytes >= 0
-    assert stored.ratio.value == pytest.approx(by_hand.prediction.tps.value / plan.prediction.tps.value)
+    assert stored["throughput_tokens_per_s"].bar == by_hand.prediction.tps.bar
+    assert stored["spare_bytes"].value == by_hand.fit.spare_bytes >= 0
+    assert stored["tps_ratio"].value == pytest.approx(by_hand.prediction.tps.value / plan.prediction.tps.value)
     larger = by_change[f"train_micro_batch_size_per_gpu={plan.fit.largest_of_batch}"]
-    assert larger.prediction.step.setup.training.batch == 1024
-    assert [other.ratio.value for other in plan.others] == sorted((o.ratio.value for o in plan.others), reverse=True)
+    with_larger = make_plan(EP16, cluster, micro_batch=plan.fit.largest_of_batch)
+    assert with_larger.job.setup.training.batch == 1024
+    assert larger["throughput_tokens_per_s"].bar == with_larger.prediction.tps.bar
+    ratios = [other["tps_ratio"].value for other in plan.others]
+    assert ratios == sorted(ratios, reverse=True)
 
 
 def test_what_does_not_fit_is_not_offered(cluster: Cluster) -> None:
@@ -348,7 +352,7 @@ def test_the_command_prints_json_that_agrees_with_the_plan(
     assert printed["training"]["micro_batch"] == 2
     assert printed["fit"]["largest_micro_batch"] == plan.fit.largest
     assert "impossible: 139 times the peak" in {row["verdict"].split(";")[0] for row in printed["figures"]}
-    assert [bound["resource"] for bound in printed["bounds"]] == [bound.resource for bound in plan.bounds]
+    assert [bound["resource"] for bound in printed["bounds"]] == [bound.title for bound in plan.bounds]
     assert main(["plan", "--config", EP16, "--cluster", CLUSTER_PATH, "--compare", TP8_PP2, "--json"]) == 0
     both = json.loads(capsys.readouterr().out)
     assert both["tps_ratio"][0] == pytest.approx(

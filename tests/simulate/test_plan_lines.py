@@ -22,7 +22,12 @@ def test_the_answers_of_one_job_are_eight_lines(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and "fits" in lines[0] and "--verbose" in lines[-1]
     told = "\n".join(lines)
-    for expected in (plan.prediction.tps.text(digits=3), plan.bounds[0].resource, plan.others[0].change, "hidden"):
+    for expected in (
+        plan.prediction.tps.text(digits=3),
+        plan.bounds[0].title,
+        plan.others[0].title,
+        "hidden",
+    ):
         assert expected in told
 
 

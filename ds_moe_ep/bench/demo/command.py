@@ -20,7 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ds_moe_ep.bench.demo.death import Death, show_death, watch_death
 from ds_moe_ep.bench.demo.plan import NUM_RANKS, DemoPlan, run_rank
-from ds_moe_ep.bench.demo.results import Results, results_of
+from ds_moe_ep.bench.demo.results import Results
 from ds_moe_ep.bench.demo.show import show
 from ds_moe_ep.bench.harness.benchmark import FAILED
 from ds_moe_ep.bench.harness.processes import arriving, free_port, started_ranks
@@ -85,7 +85,7 @@ def measure(plan: DemoPlan) -> Results:
             if finding.kind == "phase":
                 progress.update(task, description=f"emulated: {finding.text}")
             findings.append(finding)
-    return results_of(plan, findings)
+    return Results(plan, findings)
 
 
 def kill(plan: DemoPlan) -> Death:
@@ -107,5 +107,5 @@ def _progress() -> Iterator[Progress]:
 def write_trace(results: Results, path: Path) -> None:
     """Writes the shown steps of all ranks as a Chrome trace; the file is never half written."""
     part = path.with_name(path.name + ".part")
-    part.write_text(chrome_trace(span for step in results.shown() for span in step.spans), encoding="utf-8")
+    part.write_text(chrome_trace(span for spans in results.shown().values() for span in spans), encoding="utf-8")
     part.replace(path)

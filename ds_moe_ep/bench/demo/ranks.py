@@ -32,6 +32,7 @@ from ds_moe_ep.bench.demo.plan import (
     WARM_UPS,
     DemoPlan,
 )
+from ds_moe_ep.bench.demo.results import MeasuredStep
 from ds_moe_ep.bench.harness.method import rotation
 from ds_moe_ep.bench.harness.processes import Finding, Tell, live_as_rank, loopback_environment
 from ds_moe_ep.comm.open import open_transport
@@ -40,7 +41,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import torus_of
 from ds_moe_ep.errors import PeerError
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.schedule.spans import Span, line_of
+from ds_moe_ep.schedule.spans import Span
 
 CASE = LayerCase(
     name="demo",
@@ -107,9 +108,8 @@ def _measure(plan: DemoPlan, candidates: Mapping[str, LayerCandidate], tell: Tel
             everyones: list[tuple[dict[str, float], list[Span]]] = [({}, [])] * NUM_RANKS
             dist.all_gather_object(everyones, (candidates[name].seconds, recorder.spans()))
             if index >= WARM_UPS:
-                slowest = {phase: (max(seconds[phase] for seconds, _ in everyones),) for phase in PHASES}
-                lines = (line_of(span) for _, spans in everyones for span in spans)
-                tell(Finding(name, "\n".join(lines), slowest))
+                slowest = {phase: max(seconds[phase] for seconds, _ in everyones) for phase in PHASES}
+                tell(MeasuredStep(name, slowest, tuple(span for _, spans in everyones for span in spans)).finding())
 
 
 def _step(candidate: LayerCandidate) -> None:

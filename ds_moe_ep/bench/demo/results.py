@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ds_moe_ep.bench.demo.plan import CANDIDATES, HIDDEN_SIZE, NUM_NODES, NUM_RANKS, NUM_TOKENS, PHASES, DemoPlan
-from ds_moe_ep.bench.harness.method import Summary, summarize
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric, ratios
 from ds_moe_ep.bench.harness.processes import Finding
-from ds_moe_ep.schedule.spans import Overlap, Span, overlap, span_of
+from ds_moe_ep.records.quantity import Quantity
+from ds_moe_ep.schedule.spans import Overlap, Span, line_of, overlap, span_of
+
+UNITS = {"time": "ms", "hidden": "percent", "speedup": "ratio", "traffic_ratio": "ratio"}
+SPEEDUP, TRAFFIC_RATIO = "step.speedup", "step.traffic_ratio"
 
 
 @dataclass(frozen=True)
@@ -20,61 +24,63 @@ class MeasuredStep:
     seconds: dict[str, float]
     spans: tuple[Span, ...]
 
-    @classmethod
-    def of(cls, finding: Finding) -> MeasuredStep:
-        spans = tuple(span_of(line, "demo.spans") for line in finding.text.splitlines())
-        return cls(finding.kind, {phase: seconds for phase, (seconds,) in finding.samples.items()}, spans)
+    def finding(self) -> Finding:
+        """The step as a rank tells it: its spans in lines, and its samples by name."""
+        return Finding(self.name, "\n".join(map(line_of, self.spans)), dict(self._samples()))
 
-    def of_rank(self, rank: int) -> list[Span]:
-        return [span for span in self.spans if span.rank == rank]
+    def _samples(self) -> Iterator[tuple[str, tuple[float, ...]]]:
+        for phase in PHASES:
+            yield f"{self.name}.{phase}.time", (1e3 * self.seconds[phase],)
+            yield f"{self.name}.{phase}.hidden", (self._communication(phase).hidden_percent or 0.0,)
+        yield f"{self.name}.communication", (self._communication("step").total_us,)
 
-    def overlap(self, phase: str) -> Overlap:
+    def _communication(self, phase: str) -> Overlap:
         """The communication of a pass or of the step, summed over the ranks."""
         spans = [span for span in self.spans if phase in ("step", span.tags.phase)]
         parts = [overlap(span for span in spans if span.rank == rank) for rank in range(NUM_RANKS)]
         return Overlap(sum(part.total_us for part in parts), sum(part.exposed_us for part in parts))
 
 
-@dataclass(frozen=True)
+def metric(name: str) -> Metric | None:
+    """The Metric of a name's last part; None for an ingredient of others."""
+    unit = UNITS.get(name.rsplit(".", 1)[-1])
+    return Metric(unit, "emulated experts and link", is_emulated=True) if unit else None
+
+
 class Results:
     """All measured steps of one run."""
 
-    plan: DemoPlan
-    steps: tuple[MeasuredStep, ...]
+    def __init__(self, plan: DemoPlan, findings: Iterable[Finding]) -> None:
+        self.plan = plan
+        self._found = Collector(None, metric, self._derive)
+        for finding in findings:
+            self._found.add(finding)
+        self._quantities = {quantity.name: quantity for quantity in self._found.quantities()}
 
-    def of(self, name: str) -> list[MeasuredStep]:
-        return [step for step in self.steps if step.name == name]
-
-    def time_ms(self, name: str, phase: str = "step") -> Summary:
-        return summarize([1e3 * step.seconds[phase] for step in self.of(name)])
-
-    def hidden_percent(self, name: str, phase: str = "step") -> Summary:
-        return summarize([step.overlap(phase).hidden_percent or 0.0 for step in self.of(name)])
-
-    def speedup(self) -> Summary:
-        """The serial step's time over the overlapped one's, round by round."""
-        pairs = zip(self.of("serial"), self.of("overlapped"), strict=True)
-        return summarize([serial.seconds["step"] / overlapped.seconds["step"] for serial, overlapped in pairs])
-
-    def traffic_ratio(self) -> Summary:
-        """The serial step's communication over the experts' emulated time, mean of the ranks."""
+    def _derive(self, found: Collector) -> Iterator[DerivedSamples]:
+        """The serial step's time over the overlapped one's; its communication over the experts' emulated time."""
+        yield DerivedSamples(SPEEDUP, ratios(*(found.of(f"{name}.step.time") for name in CANDIDATES)))
         compute_us = 3e3 * self.plan.compute_ms * NUM_RANKS
-        return summarize([step.overlap("step").total_us / compute_us for step in self.of("serial")])
+        yield DerivedSamples(TRAFFIC_RATIO, [us / compute_us for us in found.of("serial.communication")])
 
-    def shown(self) -> list[MeasuredStep]:
-        """The steps of one round, serial first: of that whose overlapped step is nearest to the median."""
-        median_ms = self.time_ms("overlapped").median
-        rounds: list[tuple[MeasuredStep, ...]] = list(zip(*map(self.of, CANDIDATES), strict=True))
-        middle = min(rounds, key=lambda steps: abs(1e3 * steps[-1].seconds["step"] - median_ms))
-        return list(middle)
+    def __getitem__(self, name: str) -> Quantity:
+        """A number by its name, like `overlapped.step.hidden`: median and quartiles."""
+        return self._quantities[name]
+
+    def shown(self) -> dict[str, list[Span]]:
+        """The spans of all ranks in one round by candidate: of that whose overlapped step is nearest to the median."""
+        times_ms = self._found.of("overlapped.step.time")
+        median_ms = self["overlapped.step.time"].value
+        middle = min(range(len(times_ms)), key=lambda index: abs(times_ms[index] - median_ms))
+        return {name: _spans(self._found.texts[name][middle]) for name in CANDIDATES}
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON has them."""
-        figures = {
+        sides = {
             name: {
                 phase: {
-                    "ms": asdict(self.time_ms(name, phase)),
-                    "hidden_percent": asdict(self.hidden_percent(name, phase)),
+                    "ms": _values(self[f"{name}.{phase}.time"]),
+                    "hidden_percent": _values(self[f"{name}.{phase}.hidden"]),
                 }
                 for phase in PHASES
             }
@@ -91,12 +97,15 @@ class Results:
             "forward_compute_ms": self.plan.compute_ms,
             "rounds": self.plan.rounds,
             "schedules": {name: dict(knobs) for name, knobs in CANDIDATES.items()},
-            "sides": figures,
-            "serial_over_overlapped": asdict(self.speedup()),
-            "traffic_over_compute": asdict(self.traffic_ratio()),
+            "sides": sides,
+            "serial_over_overlapped": _values(self[SPEEDUP]),
+            "traffic_over_compute": _values(self[TRAFFIC_RATIO]),
         }
 
 
-def results_of(plan: DemoPlan, findings: Sequence[Finding]) -> Results:
-    """The results in what rank 0 told."""
-    return Results(plan, tuple(MeasuredStep.of(finding) for finding in findings if finding.kind in CANDIDATES))
+def _spans(text: str) -> list[Span]:
+    return [span_of(line, "demo.spans") for line in text.splitlines()]
+
+
+def _values(quantity: Quantity) -> dict[str, float]:
+    return {"median": quantity.value, "low": quantity.low, "high": quantity.high, "n": quantity.n}

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ds_moe_ep.bench.demo.plan import CANDIDATES, NUM_NODES, NUM_RANKS, PHASES
-from ds_moe_ep.bench.demo.results import MeasuredStep, Results
-from ds_moe_ep.bench.harness.method import Summary
-from ds_moe_ep.records.quantity import number
+from ds_moe_ep.bench.demo.results import SPEEDUP, TRAFFIC_RATIO, Results
+from ds_moe_ep.records.quantity import DASH, Quantity, number
 from ds_moe_ep.schedule.spans import LANES, Interval, Span, length, union, without
 
 LABEL = "emulated "
@@ -38,11 +37,12 @@ RANK = 0  # whose timelines are shown
 def show(results: Results, console: Console) -> None:
     """Prints both timelines and the figures."""
     width = min(console.width, WIDEST)
-    steps, glyphs = results.shown(), ASCII if console.options.ascii_only else BLOCKS
-    longest_us = max(length([_whole(step)]) for step in steps)
+    glyphs = ASCII if console.options.ascii_only else BLOCKS
+    steps = {name: [span for span in spans if span.rank == RANK] for name, spans in results.shown().items()}
+    longest_us = max(length([_whole(spans)]) for spans in steps.values())
     lines = _labelled(_heading(results, glyphs), width)
-    for step in steps:
-        lines += [*_labelled(_title(step.name, results), width), *_timeline(step, longest_us, width, glyphs)]
+    for name, spans in steps.items():
+        lines += [*_labelled(_title(name, results), width), *_timeline(spans, longest_us, width, glyphs)]
     for text in _summary(results):
         lines += _labelled(text, width)
     for line in lines:
@@ -60,41 +60,41 @@ def _heading(results: Results, glyphs: Glyphs) -> str:
     link = f"{number(8e-6 * results.plan.bytes_per_s, significant=4)} Mbit/s"
     return (
         f"experts and link ({link} per node) under the real layer: {NUM_RANKS} gloo ranks, {NUM_NODES} nominal nodes; "
-        f"traffic takes {number(results.traffic_ratio().median, 2)} of compute; below, rank {RANK}: "
+        f"traffic takes {number(results[TRAFFIC_RATIO].value, 2)} of compute; below, rank {RANK}: "
         f"{glyphs.busy} busy, {glyphs.exposed} traffic that no compute covers"
     )
 
 
 def _title(name: str, results: Results) -> str:
-    hidden = _spread(results.hidden_percent(name), 0)
-    return f"{name}: step {_spread(results.time_ms(name), 0)} ms, hidden {hidden} %"
+    time, hidden = (_spread(results[f"{name}.step.{what}"], 0) for what in ("time", "hidden"))
+    return f"{name}: step {time} ms, hidden {hidden} %"
 
 
 def _summary(results: Results) -> Iterator[str]:
     for phase in PHASES:
-        times = " -> ".join(number(results.time_ms(name, phase).median, 0) for name in CANDIDATES)
-        hidden = " -> ".join(number(results.hidden_percent(name, phase).median, 0) for name in CANDIDATES)
+        times, hidden = (
+            " -> ".join(results[f"{name}.{phase}.{what}"].text(0, bar=False) for name in CANDIDATES)
+            for what in ("time", "hidden")
+        )
         yield f"{phase}: {times} ms, hidden {hidden} %"
     rounds = results.plan.rounds
     how = f"median and quartiles of {rounds} alternating rounds" if rounds > 1 else "one round"
-    yield f"overlapped is {_spread(results.speedup(), 2)} times as fast ({how})"
+    yield f"overlapped is {_spread(results[SPEEDUP], 2)} times as fast ({how})"
 
 
-def _spread(summary: Summary, digits: int) -> str:
-    median, low, high = (number(value, digits) for value in (summary.median, summary.low, summary.high))
-    return median if low == high else f"{median} ({low} to {high})"
+def _spread(quantity: Quantity, decimals: int) -> str:
+    """The number and its bar, without a dash that some terminals lack."""
+    return quantity.text(decimals).replace(DASH, " to ")
 
 
-def _whole(step: MeasuredStep) -> Interval:
-    """From the first span of the shown rank to its last."""
-    spans = step.of_rank(RANK)
+def _whole(spans: Sequence[Span]) -> Interval:
+    """From the first span to the last."""
     return min(span.start_us for span in spans), max(span.stop_us for span in spans)
 
 
-def _timeline(step: MeasuredStep, longest_us: float, width: int, glyphs: Glyphs) -> Iterator[Text]:
+def _timeline(spans: Sequence[Span], longest_us: float, width: int, glyphs: Glyphs) -> Iterator[Text]:
     """A line for the passes, and a bar for each lane; `longest_us` fills the width."""
-    spans = step.of_rank(RANK)
-    start_us, stop_us = _whole(step)
+    start_us, stop_us = _whole(spans)
     num_cells = width - len(LABEL) - NAME_WIDTH
     cell_us = longest_us / num_cells
     backward_us = min(span.start_us for span in spans if span.tags.phase == "backward")

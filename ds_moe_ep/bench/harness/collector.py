@@ -37,11 +37,11 @@ class DerivedSamples:
 
 
 class Collector:
-    """Findings as they come; its Quantities and Records may be asked for at any time."""
+    """Findings as they come; its Quantities and Records may be asked for at any time, Records with a provenance."""
 
     def __init__(
         self,
-        provenance: Provenance,
+        provenance: Provenance | None,
         metric: Callable[[str], Metric | None],
         derive: Callable[[Collector], Iterable[DerivedSamples]] = lambda collector: (),
         summary: Callable[[Sequence[float]], Summary] = summarize,
@@ -61,8 +61,13 @@ class Collector:
         """The samples of a name; none where there are none yet."""
         return self.samples.get(name, [])
 
+    def quantities(self) -> list[Quantity]:
+        """Every number that can be told now: those of samples, then those that follow from them."""
+        return [quantity for quantity, _ in self._summarized()]
+
     def records(self) -> list[Record]:
-        """Every Record that can be made now: those of samples, then those that follow from them."""
+        """The numbers as Records."""
+        assert self._provenance is not None
         hardware = "; ".join((self._provenance.hardware, *self.texts.get("device", ())))
         provenance = dataclasses.replace(self._provenance, hardware=hardware)
         return [

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ds_moe_ep.records.quantity import Quantity
+from ds_moe_ep.records.quantity import Quantity, Row
 from ds_moe_ep.simulate.job.fit import MemoryFit, fit_memory, with_micro_batch
 from ds_moe_ep.simulate.step.predict import Prediction, predict
 from ds_moe_ep.simulate.step.setup import Setup
 
 
-@dataclass(frozen=True)
-class Alternative:
-    """A change of the ds_config, the bytes to spare then, and its throughput over the job's, both at the same end."""
+def alternatives(prediction: Prediction, fit: MemoryFit) -> tuple[Row, ...]:
+    """Changes after which the job fits, the fastest first: `spare_bytes`, `throughput_tokens_per_s`, and `tps_ratio`.
 
-    change: str
-    spare_bytes: float
-    prediction: Prediction
-    ratio: Quantity
-
-
-def alternatives(prediction: Prediction, fit: MemoryFit) -> tuple[Alternative, ...]:
-    """The changes after which the job fits, the fastest first."""
+    The ratio is of tokens per second over the job's, both at the same end.
+    """
     found = []
     for change, setup in _changes(prediction.step.setup, fit):
         its_fit = fit_memory(setup)
         if its_fit.fits:
             its = predict(setup)
-            found.append(Alternative(change, its_fit.spare_bytes, its, its.over(prediction)))
-    return tuple(sorted(found, key=lambda alternative: -alternative.ratio.value))
+            spare = Quantity.of(its_fit.spare_bytes, unit="bytes", name="spare")
+            numbers = (spare, its.tps.named("throughput"), its.over(prediction).named("tps"))
+            found.append(Row({"change": change}, numbers))
+    return tuple(sorted(found, key=lambda alternative: -alternative["tps_ratio"].value))
 
 
 def _changes(setup: Setup, fit: MemoryFit) -> Iterator[tuple[str, Setup]]:

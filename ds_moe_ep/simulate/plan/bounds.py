@@ -8,32 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ds_moe_ep.records.quantity import Quantity
+from ds_moe_ep.records.quantity import Quantity, Row
 from ds_moe_ep.simulate.cluster.cluster import Cluster, Link
 from ds_moe_ep.simulate.step.predict import Prediction, on, simulate_step
 
 
-@dataclass(frozen=True)
-class Bound:
-    """One resource, and the share of a step that would be saved if it took no time."""
-
-    resource: str
-    step_us: float  # without it
-    saved: Quantity
-
-
-def bounds(prediction: Prediction) -> tuple[Bound, ...]:
-    """Every resource that the cluster has, the one that saves most first."""
+def bounds(prediction: Prediction) -> tuple[Row, ...]:
+    """`step_ms` without each resource that the cluster has, and `saved_ratio` of it; what saves most comes first."""
     found = []
     for resource, without in RESOURCES.items():
         if not _has(prediction.step.setup.cluster, resource):
             continue
         left_us = [simulate_step(on(step.setup, without(step.setup.cluster))).step_us for step in prediction.steps]
         saved = [1 - left / step.step_us for left, step in zip(left_us, prediction.steps, strict=True)]
-        found.append(Bound(resource, left_us[0], Quantity.of(*saved, unit="ratio")))
-    return tuple(sorted(found, key=lambda bound: -bound.saved.value))
+        step = Quantity.of(left_us[0] / 1e3, unit="ms", name="step")
+        found.append(Row({"resource": resource}, (step, Quantity.of(*saved, unit="ratio", name="saved"))))
+    return tuple(sorted(found, key=lambda bound: -bound["saved_ratio"].value))
 
 
 def _has(cluster: Cluster, resource: str) -> bool:

@@ -22,13 +22,13 @@ from typing import Any, Literal
 from ds_moe_ep.check.pipeline import has_specified_shapes
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.records.names import KINDS
-from ds_moe_ep.records.quantity import Quantity
+from ds_moe_ep.records.quantity import Quantity, Row
 from ds_moe_ep.simulate.cluster.cluster import Cluster
-from ds_moe_ep.simulate.job.choose import Choice, choose_schedule, with_knobs
+from ds_moe_ep.simulate.job.choose import choose_schedule, with_knobs
 from ds_moe_ep.simulate.job.fit import MemoryFit, fit_memory, refuse_what_does_not_fit
 from ds_moe_ep.simulate.job.job import Job, Mode, read_job, title_of
-from ds_moe_ep.simulate.plan.alternatives import Alternative, alternatives
-from ds_moe_ep.simulate.plan.bounds import Bound, bounds
+from ds_moe_ep.simulate.plan.alternatives import alternatives
+from ds_moe_ep.simulate.plan.bounds import bounds
 from ds_moe_ep.simulate.step.predict import Prediction, on, predict
 from ds_moe_ep.simulate.step.quantities import breakdown, headline
 from ds_moe_ep.simulate.step.setup import Setup
@@ -57,10 +57,10 @@ class Plan:
     fit: MemoryFit
     prediction: Prediction
     serial: Prediction | None  # the same where nothing is hidden; None where that is the job, or there are no peers
-    choices: tuple[Choice, ...]
+    choices: tuple[Row, ...]  # `layer_ms` under the knobs of each schedule
     at_ends: tuple[Mapping[str, Any], ...]  # the best at the slower and at the faster end
-    bounds: tuple[Bound, ...]
-    others: tuple[Alternative, ...]
+    bounds: tuple[Row, ...]
+    others: tuple[Row, ...]
     stated: StatedThroughput | None
     name: str = ""  # for a reader, where the system's own would not tell it apart
 
@@ -131,7 +131,7 @@ def make_plan(
     fit = fit_memory(job.setup)
     refuse_what_does_not_fit(job.path, job.setup, fit)
     choices = _choices(job.setup)
-    at_ends = tuple(_choices(on(job.setup, end))[0][1] for end in cluster.ends() if choices)
+    at_ends = tuple(_choices(on(job.setup, end))[0].labels for end in cluster.ends() if choices)
     job = _chosen(job, choices)
     prediction = predict(job.setup)
     return Plan(
@@ -147,18 +147,19 @@ def make_plan(
     )
 
 
-def _choices(setup: Setup) -> tuple[Choice, ...]:
+def _choices(setup: Setup) -> tuple[Row, ...]:
     """The schedules worth a look, the best first; none under a layout, and where a rank has no peers."""
     if setup.training.layout != WHOLE or setup.moe.ep_size == 1:
         return ()
-    return tuple(choose_schedule(setup))
+    priced = ((Quantity.of(us / 1e3, unit="ms", name="layer"), knobs) for us, knobs in choose_schedule(setup))
+    return tuple(Row(knobs, (layer,)) for layer, knobs in priced)
 
 
-def _chosen(job: Job, choices: tuple[Choice, ...]) -> Job:
+def _chosen(job: Job, choices: tuple[Row, ...]) -> Job:
     """The job with the schedule that "auto" takes; others keep theirs."""
     if job.setup.moe.schedule != "auto":
         return job
-    return replace(job, setup=with_knobs(job.setup, choices[0][1] if choices else SERIAL))
+    return replace(job, setup=with_knobs(job.setup, choices[0].labels if choices else SERIAL))
 
 
 def _serial(job: Job) -> Prediction | None:

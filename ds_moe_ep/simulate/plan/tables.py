@@ -56,17 +56,18 @@ def answers(plan: Plan, *, in_brief: bool = False) -> dict[str, str]:
     """Throughput, traffic hidden, utilization, the bound and the fastest change, each by its name."""
     named = {quantity.name: quantity for quantity in plan.quantities}
     hidden, bound = named.get("hidden"), plan.bounds[0]
-    faster = [other for other in plan.others if other.ratio.value > 1]
+    faster = [other for other in plan.others if other["tps_ratio"].value > 1]
+    ratios = [_text(other["tps_ratio"]) for other in faster]
     gain = faster_with = ""
     if not in_brief:
         gain = f"; {_text(plan.gain)} times the same job with nothing hidden" if plan.gain is not None else ""
-        faster_with = f" with {faster[0].change}" if faster else ""
+        faster_with = f" with {faster[0].title}" if faster else ""
     return {
         "tokens per second": _text(named["tps"]),
         "traffic hidden": f"{_text(hidden)} %{gain}" if hidden is not None else "none: no experts' traffic",
         "utilization": f"{_text(named['mfu'])} % of the peak",
-        "bounded by": f"{bound.resource}: {bound.saved.percent()} of a step",
-        "faster": f"{_text(faster[0].ratio)} times{faster_with}" if faster else "no change of the file that fits",
+        "bounded by": f"{bound.title}: {bound['saved_ratio'].percent()} of a step",
+        "faster": f"{ratios[0]} times{faster_with}" if ratios else "no change of the file that fits",
         "largest": f"{_largest(plan.fit)} sequences per micro-batch",
     }
 
@@ -91,8 +92,8 @@ def told(plan: Plan) -> Iterator[str]:
     """The bound of the job, what its schedule hides, and the specification's throughput beside it, as sentences."""
     first = plan.bounds[0]
     yield (
-        f"{plan.title} is bounded by {first.resource}: if they took no time, a step would be "
-        f"{first.saved.percent()} shorter."
+        f"{plan.title} is bounded by {first.title}: if they took no time, a step would be "
+        f"{first['saved_ratio'].percent()} shorter."
     )
     if plan.gain is not None:
         yield f"{plan.title} has {_text(plan.gain)} times the throughput of the same job where nothing is hidden."
@@ -194,11 +195,13 @@ def _parts(plans: Sequence[Plan]) -> Table:
 
 def _choices(plan: Plan) -> Iterator[Table]:
     if plan.choices:
-        best_us, rows = plan.choices[0][0], []
-        for layer_us, knobs in plan.choices:
-            ends = [name for name, best in zip(ENDS, plan.at_ends, strict=True) if best == knobs]
-            where = ["here", *ends] if knobs == plan.choices[0][1] else ends
-            rows.append((_knobs(knobs), _number(layer_us / 1e3), number(layer_us / best_us, 2), ", ".join(where)))
+        best, rows = plan.choices[0], []
+        for choice in plan.choices:
+            knobs, layer_ms = choice.labels, choice["layer_ms"]
+            ends = [name for name, its in zip(ENDS, plan.at_ends, strict=True) if its == knobs]
+            over_best = number(layer_ms.value / best["layer_ms"].value, 2)
+            where = ["here", *ends] if choice is best else ends
+            rows.append((_knobs(knobs), _text(layer_ms), over_best, ", ".join(where)))
         basis = "The rows of one layer through the experts and back; best here, and at the ends of the ranges."
         title = f'schedules that "auto" of {plan.title} would choose among'
         yield table(title, ("schedule", "per layer, ms", "over the best", "best"), rows, basis)
@@ -209,7 +212,7 @@ def _knobs(knobs: Mapping[str, Any]) -> str:
 
 
 def _bounds(plan: Plan) -> Iterator[Table]:
-    rows = [(bound.resource, _number(bound.step_us / 1e3), bound.saved.percent()) for bound in plan.bounds]
+    rows = [(b.title, _text(b["step_ms"]), b["saved_ratio"].percent()) for b in plan.bounds]
     is_cut = plan.job.setup.training.layout != WHOLE
     basis = ["The pipeline's bubble is a share of whatever is left."] if is_cut else []
     head = ("if this took no time", "a step would take, ms", "shorter by")
@@ -218,7 +221,8 @@ def _bounds(plan: Plan) -> Iterator[Table]:
 
 def _others(plan: Plan) -> Iterator[Table]:
     if plan.others:
-        rows = [(o.change, _gb(o.spare_bytes), _text(o.prediction.tps), _text(o.ratio)) for o in plan.others]
+        keys = ("throughput_tokens_per_s", "tps_ratio")
+        rows = [(o.title, _gb(o["spare_bytes"].value), *(_text(o[key]) for key in keys)) for o in plan.others]
         head = ("change of the ds_config", "to spare, GB", "tokens per second", "times as many")
         yield table(f"changes that fit, instead of {plan.title} as above", head, rows)
 
@@ -232,10 +236,6 @@ def _claims(rows: Sequence[AuditRow]) -> Iterator[Table]:
 
 def _text(quantity: Quantity) -> str:
     return quantity.text(digits=DIGITS)
-
-
-def _number(value: float) -> str:
-    return number(value, digits=DIGITS)
 
 
 def _gb(num_bytes: float) -> str:

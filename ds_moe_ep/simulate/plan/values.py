@@ -30,16 +30,10 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "bar": BAR,
         **_of_step(plan.quantities),
         "serial": _of_step(plan.serial_quantities) if plan.serial else None,
-        "choices": [{"layer_ms": layer_us / 1e3, **knobs} for layer_us, knobs in plan.choices],
+        "choices": [choice.to_json("layer_ms") for choice in plan.choices],
         "choices_at_slower_and_faster_end": [dict(knobs) for knobs in plan.at_ends],
-        "bounds": [
-            {"resource": bound.resource, "step_ms": bound.step_us / 1e3, "saved_ratio": bound.saved.bar}
-            for bound in plan.bounds
-        ],
-        "alternatives": [
-            {"change": other.change, "spare_bytes": other.spare_bytes, "tps_ratio": other.ratio.bar}
-            for other in plan.others
-        ],
+        "bounds": [bound.to_json("step_ms") for bound in plan.bounds],
+        "alternatives": [other.to_json("spare_bytes") for other in plan.others],
         "stated": dataclasses.asdict(plan.stated) if plan.stated else None,
     }
 
