@@ -27,7 +27,7 @@ class StepReport:
     """The figures of one optimizer step, over all ranks."""
 
     step: int
-    loss: float  # cross-entropy, nats a token
+    loss: float  # cross-entropy, nats per token
     learning_rate: float
     gradient_norm: float | None  # of all parameters, before clipping; None where DeepSpeed does not tell
     tokens_per_s: float

@@ -1,6 +1,6 @@
 """Real gloo ranks for tests: `run_ranks(4, function, *args)` gives the four results, or says which rank failed.
 
-1. A fork server that has imported torch, deepspeed and this package once forks a process a rank.
+1. A fork server that has imported torch, deepspeed and this package once forks a process per rank.
 2. The ranks meet at a store that the parent serves on 127.0.0.1, and form torch's default process group.
 3. Each rank sends its pickled result, or its exception with the traceback, and waits for the parent's release, so
    that nobody leaves while another still reads from it. A rank that failed waits a moment only: its exit wakes
@@ -198,7 +198,7 @@ def _release(pipes: list[Any], processes: list[Any]) -> None:
 
 
 def _fork_server() -> Any:
-    """The multiprocessing context whose fork server has the heavy modules loaded, with one thread a rank."""
+    """The multiprocessing context whose fork server has the heavy modules loaded, with one thread per rank."""
     context = multiprocessing.get_context("forkserver")
     changed = SERVER_ENV | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.getenv("PYTHONPATH")])])}
     before = {name: os.environ.get(name) for name in changed}

@@ -11,7 +11,7 @@ equations 2 to 6), ST-MoE's z-loss (arXiv 2202.08906, equation 5), and what Deep
    "First come": all first choices in the order of tokens, then all second ones, and so on (GShard).
 4. The kept scores of a token, divided by their sum unless k = 1, weight its experts' outputs.
 
-The batch is a list of shards, one a rank: capacity and the losses are a rank's own, experts see everybody's rows.
+The batch is a list of shards, one per rank: capacity and the losses are a rank's own, experts see everybody's rows.
 Gradients are autograd's through these loops.
 """
 

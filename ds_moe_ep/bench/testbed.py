@@ -190,7 +190,7 @@ def parse_rate(text: str) -> float | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command once a rank; the first exit code that is not 0, or 0."""
+    """Runs a command once per rank; the first exit code that is not 0, or 0."""
     try:
         parsed, words = _read(arguments)
         with open_testbed(parsed.nodes, parsed.rate) as testbed:
@@ -203,7 +203,7 @@ def _read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     """The options, and the words of the command that every rank runs."""
     parser = Parser(
         prog="python -m ds_moe_ep.bench.testbed",
-        description="Runs a command once a rank, on nodes of this machine that are joined by shaped links.",
+        description="Runs a command once per rank, on nodes of this machine that are joined by shaped links.",
     )
     parser.add_argument("--nodes", type=whole(1, 200), default=4, help="network namespaces (default: 4)")
     parser.add_argument("--ranks", type=whole(1), default=4, help="processes in each of them (default: 4)")

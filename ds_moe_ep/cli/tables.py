@@ -161,7 +161,7 @@ def _work(check: Check, details: ModelCheck) -> dict[str, str]:
         "tokens of a rank's micro-batch": f"{details.micro_batch_tokens:,}",
         "tokens of a batch": f"{details.batch_tokens:,}",
         "mean rows of a rank from its group": f"{details.micro_batch_tokens * moe.top_k:,}",
-        "rows an expert takes from a rank": (
+        "rows that an expert takes from a rank": (
             "no limit" if details.capacity_rows is None else f"{details.capacity_rows:,}"
         ),
         "fits while the fullest rank gets": f"{number(details.load_that_fits, 1)} x the mean rows",

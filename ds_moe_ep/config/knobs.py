@@ -39,7 +39,7 @@ class MoEConfig:
     node_size: int = knob(0, "ranks of one node; 0 counts the ranks that share a host name", 0)
 
     # routing
-    top_k: int = knob(1, "experts a token visits", 1)
+    top_k: int = knob(1, "experts that a token visits", 1)
     score: Literal["softmax", "sigmoid"] = knob("softmax", "what turns gate logits into scores, in fp32")
     renormalize: bool | None = knob(
         None, "divide the k weights by their sum; null does what DeepSpeed does: not for top-1, else yes"
@@ -51,7 +51,7 @@ class MoEConfig:
 
     # capacity
     capacity_factor: float | None = knob(
-        None, "rows an expert takes from a rank, times tokens * top_k / num_experts; null drops nothing", 0
+        None, "rows that an expert takes from a rank, times tokens * top_k / num_experts; null drops nothing", 0
     )
     eval_capacity_factor: float | None = knob(None, "the same outside training", 0)
     min_capacity: int = knob(4, "smallest capacity of an expert, in rows", 0)
@@ -258,7 +258,7 @@ class Layout:
         if self.tp_size > 1 and model.expert_bias:
             raise ConfigError(
                 f"moe_ep.model.expert_bias=true with moe_ep.layout.tp_size={self.tp_size}: the sum over the tensor "
-                "group would add the second bias once a rank; set it to false"
+                "group would add the second bias once per rank; set it to false"
             )
         if self.size > 1 and moe.replicas:
             raise ConfigError(

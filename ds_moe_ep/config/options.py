@@ -1,13 +1,13 @@
 """Options of a command: each is a field of a frozen dataclass, as each knob of the configuration is.
 
     @dataclass(frozen=True, kw_only=True)
-    class RaceOptions:
+    class DrawOptions:
         rounds: int = option(5, "measured rounds", least=1)         # --rounds N, refused below 1
         device: Literal["cpu", "cuda"] = option("cpu", "computes")  # --device, one of these
         out: Path | None = option(None, "Records", type=output_file)
         memory: bool = option(True, "leave memory out")             # --no-memory
 
-    options = parse(RaceOptions, words, prog="ds_moe_ep bench race")
+    options = parse(DrawOptions, words, prog="ds_moe_ep bench draw")
 
 A field's type gives the option's: numbers have ends (least, most, above), a Literal has choices, a bool takes no value,
 a tuple takes several. A field without a default is required. Help, defaults and refusals follow from the field.

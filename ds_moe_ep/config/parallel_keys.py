@@ -1,4 +1,4 @@
-"""Parallelisms that change which tokens a rank has: why experts do not go with them, and the keys that ask for them.
+"""Parallelisms that change the tokens of a rank: why experts do not go with them, and the keys that ask for them.
 
 DeepSpeed 0.19 takes `data_parallel_size` and `sequence_parallel_size` together as the shape of a mesh of ranks, as it
 does `mesh_param` of `deepspeed.initialize`, and counts the batch over the first. Alone neither makes groups:

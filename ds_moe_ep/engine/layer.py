@@ -31,7 +31,7 @@ from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.tuner import Choice
 
-SHAPING = ("num_experts", "ep_size")  # knobs that shape parameters and cannot change once a layer is made
+SHAPING = ("num_experts", "ep_size")  # knobs that shape parameters and cannot change after a layer is made
 
 
 class MoE(DeepSpeedMoE):

@@ -7,7 +7,7 @@
    expert computes beside the near rows, under the far ones' transfers.
 4. Unpermute and weight the results.
 
-It knows no gate: whatever says which experts a token visits can use it, the package's router as well as the gates of
+It knows no gate: whatever says which experts tokens visit can use it, the package's router as well as the gates of
 layers that DeepSpeed made.
 """
 

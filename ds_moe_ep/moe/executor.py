@@ -236,8 +236,8 @@ class Buffers:
 class RowOrder:
     """For each received row as it lies on the wire: its stacked place, and its place among what its piece computes.
 
-    With many experts a piece has a part of each expert's rows from each peer: as copies of slices they would be as many
-    launches, by index they are one launch for each way.
+    With many experts, a piece has a part of each expert's rows from each peer: as copies of slices they would be as
+    many launches, by index they are one launch for each way.
     """
 
     stacked_R: Tensor

@@ -2,7 +2,7 @@
 
 Parameters live where DeepSpeed keeps them: one module an expert in a list, so that checkpoints, optimizer states and
 parameter groups are interchangeable with DeepSpeed's own layer. Rows are stacked instead: all rows of an expert lie
-side by side, and each product is one matrix product an expert and piece.
+side by side, and each product is one matrix product per expert and piece.
 
 A form (`split_experts.py`) knows the mathematics of a kind of expert and splits its gradient in two: input gradients,
 which other ranks wait for, and weight gradients, which nothing waits for. Unknown experts go through autograd.

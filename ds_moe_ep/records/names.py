@@ -2,18 +2,18 @@
 
 A name is a dotted path; its parts are slugs without dots. Bench and simulate write these names, report reads them.
 
-    system.<bed>.<mode>.<system>.<what>           tps, tpot, step, busy, ratio_to_<system>
-    system.<bed>.<mode>.<system>.breakdown.<part> a step of the mean rank, cut into parts that sum to it
-    system.<bed>.<mode>.<system>.hidden           share of the experts' traffic that ran behind compute
-    system.<bed>.<mode>.<system>.memory.<kind>    bytes of the fullest rank
-    system.<bed>.training.<system>.loss.step<n>   of the n-th step of the run, the same batches for every system
-    system.<bed>.training.<system>.load.step<n>.layer<l>.expert<e>   rows of all ranks
-    system.<bed>.traffic.<what>                   ratio (of EP16's traffic alone to its compute), compute, link
+    system.<place>.<mode>.<system>.<what>           tps, tpot, step, busy, ratio_to_<system>
+    system.<place>.<mode>.<system>.breakdown.<part> a step of the mean rank, cut into parts that sum to it
+    system.<place>.<mode>.<system>.hidden           share of the experts' traffic that ran behind compute
+    system.<place>.<mode>.<system>.memory.<kind>    bytes of the fullest rank
+    system.<place>.training.<system>.loss.step<n>   of the n-th step of the run, the same batches for every system
+    system.<place>.training.<system>.load.step<n>.layer<l>.expert<e>   rows of all ranks
+    system.<place>.traffic.<what>                   ratio (of EP16's traffic alone to its compute), compute, link
     scaling.<total>.ep<n>.<what>                  tps, tpot, busy, memory_per_expert
     scaling.<total>.fit.<law>.<what>              r2, coefficient
-    sweep.<bed>.<total>.ep<n>.dp<m>.<what>        tps, tpot, busy, memory_per_expert, mfu, hidden, memory (simulated)
-    sweep.<bed>.<total>.fit.<law>.<what>          r2, coefficient; of the points with the fewest copies
-    audit.<bed>.<figure>.<what>.<column>          stated, derived, simulated
+    sweep.<place>.<total>.ep<n>.dp<m>.<what>        tps, tpot, busy, memory_per_expert, mfu, hidden, memory (simulated)
+    sweep.<place>.<total>.fit.<law>.<what>          r2, coefficient; of the points with the fewest copies
+    audit.<place>.<figure>.<what>.<column>          stated, derived, simulated
     layer.<case>.<side>.<what>                    one layer against DeepSpeed's; with audit's and the probe's, what the
                                                   report has no place for
     soak.run<r>.memory.step<n>                    resident bytes, the middle of the ranks between the least and the most
@@ -100,17 +100,17 @@ SIDES: Mapping[str, str] = {
 }
 
 
-SIMULATED = "simulated_"  # beds that were never built: this, and the name of a cluster's file
+SIMULATED = "simulated_"  # environments that were never built: this, and the name of a cluster's file
 
 
-def bed_title(bed: str) -> str:
-    """Title of a bed: `loopback`, `unshaped`, `cluster`, `traffic<percent>` or `simulated_<cluster>`."""
-    if bed.startswith(SIMULATED):
-        return f"simulated on {bed.removeprefix(SIMULATED)}, not measured"
-    if bed == "loopback":
+def environment_title(environment: str) -> str:
+    """Title of an environment: `loopback`, `unshaped`, `cluster`, `traffic<percent>` or `simulated_<cluster>`."""
+    if environment.startswith(SIMULATED):
+        return f"simulated on {environment.removeprefix(SIMULATED)}, not measured"
+    if environment == "loopback":
         return "loopback, real compute"
-    if bed == "unshaped":
+    if environment == "unshaped":
         return "loopback, emulated devices"
-    if bed == "cluster":
+    if environment == "cluster":
         return "links as in the specification's cluster"
-    return f"links on which EP16's traffic takes {int(bed.removeprefix('traffic')) / 100:g} of its compute"
+    return f"links on which EP16's traffic takes {int(environment.removeprefix('traffic')) / 100:g} of its compute"

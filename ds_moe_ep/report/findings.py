@@ -11,7 +11,7 @@ from pathlib import Path
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import MODES, SYSTEMS
 from ds_moe_ep.records.record import Record, read_records
-from ds_moe_ep.report.known_names import bed_order, is_known
+from ds_moe_ep.report.known_names import environment_order, is_known
 from ds_moe_ep.schedule.spans import Span, read_spans
 
 OTHERS = {  # what Records of other names are, by the first part
@@ -67,34 +67,38 @@ class Findings:
         return {name.removeprefix(start): record for name, record in self.by_name.items() if name.startswith(start)}
 
     @cached_property
-    def beds(self) -> tuple[str, ...]:
-        """The beds in the order of a page."""
-        return tuple(sorted({bed for bed, *_ in self._system_names}, key=bed_order))
+    def environments(self) -> tuple[str, ...]:
+        """The environments in the order of a page."""
+        return tuple(sorted({environment for environment, *_ in self._system_names}, key=environment_order))
 
     @cached_property
     def swept(self) -> tuple[str, ...]:
-        """The beds on which a sweep was simulated."""
-        return tuple(sorted({name.split(".")[1] for name in self.by_name if name.startswith("sweep.")}, key=bed_order))
+        """The environments on which a sweep was simulated."""
+        return tuple(
+            sorted({name.split(".")[1] for name in self.by_name if name.startswith("sweep.")}, key=environment_order)
+        )
 
     def places(self, *whats: str) -> list[tuple[str, str]]:
-        """(bed, mode) of each place where a system has a Record `what` or below `what`, in the order of a page."""
-        found = {(bed, mode) for bed, mode, _, what in self._system_names if what in whats}
-        return [(bed, mode) for bed in self.beds for mode in MODES if (bed, mode) in found]
+        """(environment, mode) wherever a system has a Record `what` or below `what`, in the order of a page."""
+        found = {(environment, mode) for environment, mode, _, what in self._system_names if what in whats}
+        return [
+            (environment, mode) for environment in self.environments for mode in MODES if (environment, mode) in found
+        ]
 
-    def systems(self, *whats: str, bed: str = "", mode: str = "") -> tuple[str, ...]:
-        """Systems with a Record `what` or below `what`, of one bed and mode where they are given."""
+    def systems(self, *whats: str, environment: str = "", mode: str = "") -> tuple[str, ...]:
+        """Systems with a Record `what` or below `what`, of one environment and mode where they are given."""
         found = {
             name
             for its_bed, its_mode, name, what in self._system_names
-            if what in whats and bed in ("", its_bed) and mode in ("", its_mode)
+            if what in whats and environment in ("", its_bed) and mode in ("", its_mode)
         }
         return tuple(system for system in SYSTEMS if system in found)
 
     @cached_property
     def _system_names(self) -> Sequence[tuple[str, str, str, str]]:
-        """(bed, mode, system, the first part of what) of every Record of a system; traffic is of a bed alone."""
+        """(environment, mode, system, the first part of what) of every Record; traffic is of an environment alone."""
         parts = [name.split(".") for name in self.by_name if name.startswith("system.")]
-        return [(bed, mode, system, (*rest, "")[0]) for _, bed, mode, system, *rest in parts]
+        return [(environment, mode, system, (*rest, "")[0]) for _, environment, mode, system, *rest in parts]
 
 
 def read_findings(paths: Sequence[Path]) -> Findings:

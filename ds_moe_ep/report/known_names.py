@@ -52,13 +52,13 @@ def is_known(name: str) -> bool:
 
 
 def place_of(name: str) -> str:
-    """Where a known Record was measured, in few words: the bed, what was kept while EP grew, the devices, the soak."""
+    """Where a known Record was measured, in few words: environment, what was kept while EP grew, devices, soak."""
     first, second = name.split(".")[:2]
     if first == "soak":
         return "soak"
     if first == "overlap":
         return f"schedules, {DEVICES[second]}"
-    return TOTALS[second] if first == "scaling" else short_bed(second)
+    return TOTALS[second] if first == "scaling" else short_environment(second)
 
 
 def number_in(part: str, word: str) -> int:
@@ -66,12 +66,16 @@ def number_in(part: str, word: str) -> int:
     return int(part.removeprefix(word))
 
 
-def bed_order(bed: str) -> tuple[int, int, str]:
-    """Sorts beds: loopback, unshaped, cluster, shaped links by growing traffic, then what is simulated by name."""
+def environment_order(environment: str) -> tuple[int, int, str]:
+    """Sorts environments: loopback, unshaped, cluster, shaped links by traffic, then what is simulated by name."""
     fixed = ("loopback", "unshaped", "cluster")
-    if bed.startswith(SIMULATED):
-        return len(fixed) + 1, 0, bed
-    return (fixed.index(bed), 0, "") if bed in fixed else (len(fixed), number_in(bed, "traffic"), "")
+    if environment.startswith(SIMULATED):
+        return len(fixed) + 1, 0, environment
+    return (
+        (fixed.index(environment), 0, "")
+        if environment in fixed
+        else (len(fixed), number_in(environment, "traffic"), "")
+    )
 
 
 def shaping_order(shaping: str) -> tuple[bool, float]:
@@ -80,10 +84,10 @@ def shaping_order(shaping: str) -> tuple[bool, float]:
     return (True, 0.0) if first == "unshaped" else (False, float(first))
 
 
-def short_bed(bed: str) -> str:
-    """A bed in few words, for panels and cells."""
-    if bed.startswith(SIMULATED):
-        return f"simulated {bed.removeprefix(SIMULATED)}"
-    if bed.startswith("traffic"):
-        return f"traffic {number_in(bed, 'traffic') / 100:g} \u00d7 compute"
-    return {"loopback": "loopback", "unshaped": "unshaped", "cluster": "cluster's links"}[bed]
+def short_environment(environment: str) -> str:
+    """An environment in few words, for panels and cells."""
+    if environment.startswith(SIMULATED):
+        return f"simulated {environment.removeprefix(SIMULATED)}"
+    if environment.startswith("traffic"):
+        return f"traffic {number_in(environment, 'traffic') / 100:g} \u00d7 compute"
+    return {"loopback": "loopback", "unshaped": "unshaped", "cluster": "cluster's links"}[environment]

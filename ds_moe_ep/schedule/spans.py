@@ -152,7 +152,7 @@ def length(intervals: Sequence[Interval]) -> float:
 
 
 def chrome_trace(spans: Iterable[Span]) -> str:
-    """The spans as a Chrome or Perfetto trace (JSON): a process a rank, a thread a lane, labels in "args".
+    """The spans as a Chrome or Perfetto trace (JSON): a process per rank, a thread per lane, labels in "args".
 
     A rank's times start at its own first span. Clocks of different machines, and events of different devices, share
     no origin: compare lengths between ranks, not moments.

@@ -84,7 +84,7 @@ def breakdowns_job(configs: list[dict[str, Any]]) -> list[dict[str, int]]:
 
 BF16 = {"bf16": {"enabled": True}}
 FP32_SUMS = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
-# config, and bytes a parameter of weights, gradients and optimizer on one of two ranks
+# config, and bytes per parameter of weights, gradients and optimizer on one of two ranks
 CASES: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
     "fp32": (stage(0), (4, 4, 8)),
     "fp32 ZeRO-1: half of the moments, and masters": (stage(1), (4, 4, 4 + 2)),

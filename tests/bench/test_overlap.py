@@ -29,7 +29,7 @@ def benchmark() -> OverlapBenchmark:
 
 
 def test_the_link_follows_from_the_ratio() -> None:
-    # 1,024 rows of 1 KiB a rank, 3 of 4 leave the node, 4 ranks: 3 MiB an exchange. A pass computes 1,024 x 1 ms.
+    # 1,024 rows of 1 KiB per rank, 3 of 4 leave the node, 4 ranks: 3 MiB per exchange. A pass computes 1,024 x 1 ms.
     plan = benchmark().plan
     assert plan.compute_ms("forward") == pytest.approx(1024) and plan.compute_ms("step") == pytest.approx(3072)
     seconds = 2 * 3 * 2**20 * HEADERS * 8 / (plan.link_mbit(0.5, "forward") * 1e6)

@@ -43,7 +43,7 @@ SMALL_WORLD = SystemsPlan(
 
 
 def test_the_link_follows_from_the_ratio_of_traffic_to_compute() -> None:
-    # 1,024 tokens of 256 bytes a rank, 4 ranks a node, 3 of 4 rows leave it; 16 exchanges in 8 s of compute.
+    # 1,024 tokens of 256 bytes per rank, 4 ranks per node, 3 of 4 rows leave it; 16 exchanges in 8 s of compute.
     exchange_bytes = 4 * 1024 * 256 * 3 / 4 * HEADERS - BURST_BYTES
     seconds = 16 * exchange_bytes * SEEN * 8 / (link_mbit(EMULATED, 0.3) * 1e6)
     assert seconds == pytest.approx(0.3 * 8.0)
@@ -149,7 +149,7 @@ def test_five_engines_in_one_world_train_alike_and_account_for_their_time() -> N
 def test_emulated_devices_are_as_busy_as_the_plan_says_in_every_system() -> None:
     plan = replace(
         SMALL_WORLD,
-        systems=("tp8_pp2", "ep16_serial", "ep16", "native_ep16"),  # AutoEP's emulation needs an expert a rank
+        systems=("tp8_pp2", "ep16_serial", "ep16", "native_ep16"),  # AutoEP's emulation needs an expert per rank
         modes=("training",),
         device="emulated",
         schedule="peers",

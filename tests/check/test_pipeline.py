@@ -29,7 +29,7 @@ def small(**changes: Any) -> dict[str, Any]:
 
 
 def big(**changes: Any) -> dict[str, Any]:
-    """The specification's model in TP8/PP2, in fp16 under ZeRO-1: 16 sequences a micro-batch are too many."""
+    """The specification's model in TP8/PP2, in fp16 under ZeRO-1: 16 sequences per micro-batch are too many."""
     return small(train_batch_size=64, train_micro_batch_size_per_gpu=16, fp16={"enabled": True}) | {
         "moe_ep": {"layout": LAYOUT, "model": "specification"},
         **changes,

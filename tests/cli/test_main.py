@@ -101,7 +101,7 @@ def test_a_ds_config_without_a_model_checks_routing_alone(tmp_path: Path, capsys
 
 
 def big(**changes: Any) -> dict[str, Any]:
-    """The specification's model with 4 sequences a micro-batch, in fp16 under ZeRO-1."""
+    """The specification's model with 4 sequences per micro-batch, in fp16 under ZeRO-1."""
     return {
         "train_batch_size": 1024,
         "train_micro_batch_size_per_gpu": 4,
@@ -162,7 +162,7 @@ def test_knobs_and_figures_print_markdown(capsys: pytest.CaptureFixture[str]) ->
     assert main(["knobs"]) == 0
     printed = capsys.readouterr().out
     for knob in (
-        "| `top_k` | int | `1` | experts a token visits |",
+        "| `top_k` | int | `1` | experts that a token visits |",
         "| `num_layers` | int | `4` | transformer layers |",
         "| `pp_size` | int | `1` | pipeline stages, which share the layers |",
     ):

@@ -67,7 +67,7 @@ def run_pass(layer: ExpertParallel) -> None:
 
 
 def two_passes(folder: str, knobs: dict[str, Any], how: str, lane: str, phase: str) -> None:
-    """A pass without a disturbance, one with it, a retry; a file a rank says how the last two ended, and how soon.
+    """A pass without a disturbance, one with it, a retry; a file per rank says how the last two ended, and how soon.
 
     A rank that was stopped is killed in the end: the parent waits for each.
     """

@@ -53,8 +53,8 @@ def issue(lanes: HostLanes, lane: str, work: Callable[[], Event | None], after: 
     return lanes.issue(lane, after, work, nullcontext())
 
 
-def is_passed(mark: Event) -> bool:
-    thread = threading.Thread(target=mark.wait, daemon=True)
+def is_passed(event: Event) -> bool:
+    thread = threading.Thread(target=event.wait, daemon=True)
     thread.start()
     thread.join(QUIET_S)
     return not thread.is_alive()
@@ -93,48 +93,48 @@ def test_a_lane_starts_transfers_in_issue_order_with_two_in_flight(lanes: HostLa
         order.append(index)
         return transfers[index].start()
 
-    marks = [issue(lanes, "dispatch", lambda index=index: start(index)) for index in range(5)]
+    events = [issue(lanes, "dispatch", lambda index=index: start(index)) for index in range(5)]
     assert IN_FLIGHT == 2
     for ends in range(4):
         assert transfers[min(ends + 1, 4)].starts()
         assert ends + 2 > 4 or transfers[ends + 2].stays_unstarted()
-        assert not is_passed(marks[ends])
+        assert not is_passed(events[ends])
         transfers[ends].may_end.set()
-        marks[ends].wait()
+        events[ends].wait()
     transfers[4].may_end.set()
-    lanes.leave(marks)
+    lanes.leave(events)
     assert order == [0, 1, 2, 3, 4]
     assert [transfer.num_waits for transfer in transfers] == [1] * 5
 
 
 def test_a_later_transfer_that_ends_first_gives_no_place_away(lanes: HostLanes) -> None:
     transfers = [FakeTransfer() for _ in range(3)]
-    marks = [issue(lanes, "dispatch", transfer.start) for transfer in transfers]
+    events = [issue(lanes, "dispatch", transfer.start) for transfer in transfers]
     transfers[1].may_end.set()
     assert transfers[2].stays_unstarted()
-    assert not is_passed(marks[1])
+    assert not is_passed(events[1])
     end_all(transfers)
-    lanes.leave(marks)
+    lanes.leave(events)
 
 
 def test_the_caller_computes_while_a_transfer_is_under_way(lanes: HostLanes) -> None:
     transfer, computed_on = FakeTransfer(), []
-    mark = issue(lanes, "dispatch", transfer.start)
+    event = issue(lanes, "dispatch", transfer.start)
     assert transfer.starts()
     issue(lanes, "compute", lambda: computed_on.append(threading.current_thread()))
     assert computed_on == [threading.current_thread()]
-    assert not is_passed(mark)
+    assert not is_passed(event)
     transfer.may_end.set()
-    lanes.leave([mark])
+    lanes.leave([event])
 
 
 def test_a_full_lane_holds_neither_the_other_lane_nor_the_caller(lanes: HostLanes) -> None:
     full, other = [FakeTransfer() for _ in range(6)], FakeTransfer()
-    marks = [issue(lanes, "dispatch", transfer.start) for transfer in full]
+    events = [issue(lanes, "dispatch", transfer.start) for transfer in full]
     other.may_end.set()
     issue(lanes, "combine", other.start).wait()
     end_all(full)
-    lanes.leave(marks)
+    lanes.leave(events)
 
 
 @pytest.mark.parametrize("lane", ["compute", "combine"])
@@ -148,8 +148,8 @@ def test_an_op_begins_behind_the_marks_that_it_is_given(lanes: HostLanes, lane: 
         return Done()
 
     threading.Timer(QUIET_S, transfer.may_end.set).start()
-    mark = issue(lanes, lane, begin, [lanes.entry(), behind])
-    mark.wait()
+    event = issue(lanes, lane, begin, [lanes.entry(), behind])
+    event.wait()
     assert has_begun.is_set()
 
 
@@ -172,11 +172,11 @@ def test_a_scope_is_open_from_the_start_of_a_transfer_to_its_end(lanes: HostLane
         yield
         events.append(("close", transfer.num_waits == 1))
 
-    mark = lanes.issue("dispatch", (), transfer.start, scope())
+    event = lanes.issue("dispatch", (), transfer.start, scope())
     assert transfer.starts()
     assert events == [("open", False)]
     transfer.may_end.set()
-    mark.wait()
+    event.wait()
     assert events == [("open", False), ("close", True)]
 
 
@@ -185,13 +185,13 @@ def test_an_error_reaches_every_op_that_waits_for_it_and_the_caller(lanes: HostL
     error, started = EngineError("a peer ended"), []
     failing = FakeTransfer(error) if where == "wait" else FakeTransfer(error_at_start=error)
     failing.may_end.set()
-    mark = issue(lanes, "dispatch", failing.start)
-    behind = issue(lanes, "combine", lambda: started.append("combine"), [mark])
+    event = issue(lanes, "dispatch", failing.start)
+    behind = issue(lanes, "combine", lambda: started.append("combine"), [event])
     for call in (
-        mark.wait,
+        event.wait,
         behind.wait,
-        lambda: lanes.leave([mark]),
-        lambda: issue(lanes, "compute", lambda: started.append("compute"), [mark]),
+        lambda: lanes.leave([event]),
+        lambda: issue(lanes, "compute", lambda: started.append("compute"), [event]),
     ):
         with pytest.raises(EngineError) as found:
             call()
@@ -219,8 +219,8 @@ def test_the_next_pass_runs_after_an_error(lanes: HostLanes) -> None:
     end_all([failing, *fine])
     failed = issue(lanes, "dispatch", failing.start)
     lanes.entry()
-    marks = [issue(lanes, "dispatch", transfer.start) for transfer in fine]
-    lanes.leave(marks)
+    events = [issue(lanes, "dispatch", transfer.start) for transfer in fine]
+    lanes.leave(events)
     assert [transfer.num_waits for transfer in fine] == [1] * len(fine)
     with pytest.raises(EngineError):
         failed.wait()
@@ -232,19 +232,19 @@ def test_an_abandoned_pass_starts_nothing_more_and_the_next_pass_runs(lanes: Hos
         issue(lanes, "dispatch", transfer.start)
     assert all(transfer.starts() for transfer in under_way)
     lanes.abandon(())
-    marks = [issue(lanes, "dispatch", transfer.start) for transfer in later]
+    events = [issue(lanes, "dispatch", transfer.start) for transfer in later]
     end_all([*under_way, *queued, *later])
-    lanes.leave(marks)
+    lanes.leave(events)
     assert [transfer.num_waits for transfer in under_way] == [1] * IN_FLIGHT
     assert not any(transfer.has_started.is_set() for transfer in queued)
 
 
 def test_an_op_that_waited_when_its_pass_was_abandoned_is_not_started(lanes: HostLanes) -> None:
     first, behind = FakeTransfer(), FakeTransfer()
-    mark = issue(lanes, "dispatch", first.start)
-    late = issue(lanes, "combine", behind.start, [mark])
+    event = issue(lanes, "dispatch", first.start)
+    late = issue(lanes, "combine", behind.start, [event])
     assert first.starts()
-    assert behind.stays_unstarted()  # the lane's thread has taken it, and waits for the mark
+    assert behind.stays_unstarted()  # the lane's thread has taken it, and waits for the event
     lanes.abandon(())
     end_all([first, behind])
     late.wait()
@@ -277,14 +277,14 @@ def test_threads_start_with_the_first_transfer() -> None:
 
 def test_a_copy_has_lanes_of_its_own(lanes: HostLanes) -> None:
     stuck, free = FakeTransfer(), FakeTransfer()
-    mark = issue(lanes, "dispatch", stuck.start)
+    event = issue(lanes, "dispatch", stuck.start)
     copied = copy.deepcopy(lanes)
     assert isinstance(copied, HostLanes)
     copied.abandon(())  # the pass of the original is not meant
     free.may_end.set()
     issue(copied, "dispatch", free.start).wait()
     stuck.may_end.set()
-    mark.wait()
+    event.wait()
     assert stuck.num_waits == 1
 
 
@@ -306,19 +306,19 @@ def test_what_an_op_holds_is_released_once_it_is_done(lanes: HostLanes, outcome:
     def work(held: Rows = rows, start: Callable[[], Event] = transfer.start) -> Event:
         return start()
 
-    mark = issue(lanes, "dispatch", work, [behind])
+    event = issue(lanes, "dispatch", work, [behind])
     if outcome == "dropped":
         lanes.abandon(())
     blocker.may_end.set()
     try:
-        mark.wait()
+        event.wait()
         assert outcome in ("done", "dropped")
     except EngineError:
         assert outcome.startswith("fails")
     released = weakref.ref(rows)
     del error, transfer, work, rows
     if outcome.startswith("fails"):
-        del mark  # it carries the error, whose traceback has the frames of the work
+        del event  # it carries the error, whose traceback has the frames of the work
     assert vanishes(released)
 
 

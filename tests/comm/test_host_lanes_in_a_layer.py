@@ -51,7 +51,7 @@ class FailingTransport:
 
 
 class HeldTransport(FailingTransport):
-    """Its transfers, but for the first, end once an expert has computed."""
+    """Its transfers, but for the first, end when an expert has computed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ def test_sizes_that_do_not_fit_are_refused_with_the_way_out(world: int, ep: int,
         (range(16), 4, 4),
         (range(16), 0, 16),
         (range(4), 8, 4),  # the whole group on one node
-        (range(0, 16, 4), 4, 1),  # one rank a node
+        (range(0, 16, 4), 4, 1),  # one rank per node
         (range(0, 16, 2), 4, 2),  # every second rank
         (range(6), 4, 1),  # nodes hold unequal shares
         ([0, 4, 1, 5], 4, 1),  # nodes interleave

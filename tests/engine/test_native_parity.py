@@ -84,7 +84,7 @@ def test_our_layer_equals_deepspeeds_and_both_equal_the_reference() -> None:
 def test_in_bf16_our_layer_is_as_close_to_the_reference_as_deepspeeds() -> None:
     """Within half again of DeepSpeed's own error: the same roundings, in another order.
 
-    Arbitrary modules get a gradient a run, each rounded to bf16 before they are summed and cancel: 2.5 times.
+    Arbitrary modules get a gradient per run, each rounded to bf16 before they are summed and cancel: 2.5 times.
     """
     table = cases(torch.bfloat16)[:9]
     by_rank = run_ranks(4, run_both, table, {}, timeout_s=120)

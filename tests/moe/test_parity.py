@@ -22,7 +22,7 @@ EXCHANGES = [(s, t) for s in ("serial", "chunks", "peers") for t in ("auto", "pa
 
 
 def routing_cases(world_size: int, ep_size: int, locals_: tuple[int, ...] = (1, 3)) -> list[LayerCase]:
-    """k = 1, 2, 4, dropless and both capacities, one and several experts a rank."""
+    """k = 1, 2, 4, dropless and both capacities, one and several experts per rank."""
     cases = []
     for num_local in locals_:
         for top_k in (1, 2, 4):

@@ -44,18 +44,18 @@ def record(name: str, value: float, unit: str, spread: float = 0.0, **changes: o
     return Record(**(values | changes))  # type: ignore[arg-type]
 
 
-def system_records(beds: Sequence[str] = BEDS, spread: float = 0.012) -> Iterator[Record]:
+def system_records(environments: Sequence[str] = BEDS, spread: float = 0.012) -> Iterator[Record]:
     """Speed, shares, ratios, pieces and memory of every system."""
-    for place, bed in enumerate(beds):
+    for place, environment in enumerate(environments):
         for mode, faster in (("training", 1.0), ("forward", 3.1)):
             tps = {name: faster * value / (1 + 0.21 * place) for name, value in TPS.items()}
             for name, value in tps.items():
-                yield from _one_system(f"system.{bed}.{mode}.{name}", name, value, spread)
+                yield from _one_system(f"system.{environment}.{mode}.{name}", name, value, spread)
                 for other in ("tp8_pp2", "ep16_serial", "native_ep16", "autoep_ep16"):
                     if other != name:
                         ratio = value / tps[other]
-                        yield record(f"system.{bed}.{mode}.{name}.ratio_to_{other}", ratio, "ratio", spread)
-        yield record(f"system.{bed}.traffic.ratio", 0.65 + 0.2 * place, "ratio")
+                        yield record(f"system.{environment}.{mode}.{name}.ratio_to_{other}", ratio, "ratio", spread)
+        yield record(f"system.{environment}.traffic.ratio", 0.65 + 0.2 * place, "ratio")
 
 
 def _one_system(start: str, name: str, tps: float, spread: float) -> Iterator[Record]:
@@ -84,18 +84,20 @@ def overlap_records() -> Iterator[Record]:
                     yield record(f"{start}.hidden", hidden, "%")
 
 
-def loss_records(systems: Sequence[str] = tuple(SYSTEMS), steps: int = 60, bed: str = "loopback") -> Iterator[Record]:
+def loss_records(
+    systems: Sequence[str] = tuple(SYSTEMS), steps: int = 60, environment: str = "loopback"
+) -> Iterator[Record]:
     """Losses that fall alike, up to a little rounding that grows."""
     for place, name in enumerate(systems):
         for step in range(1, steps + 1):
             value = (
                 2.1 + 3.4 * math.exp(-step / 22) + 0.03 * math.sin(1.7 * step) + 2e-6 * place * step * math.sin(step)
             )
-            yield record(f"system.{bed}.training.{name}.loss.step{step}", value, "loss")
+            yield record(f"system.{environment}.training.{name}.loss.step{step}", value, "loss")
 
 
 def load_records(
-    systems: Sequence[str] = ("ep16", "native_ep16"), steps: int = 60, layers: int = 4, bed: str = "loopback"
+    systems: Sequence[str] = ("ep16", "native_ep16"), steps: int = 60, layers: int = 4, environment: str = "loopback"
 ) -> Iterator[Record]:
     """Rows that begin uneven and are balanced with time."""
     for place, name in enumerate(systems):
@@ -105,7 +107,7 @@ def load_records(
                 for expert in range(16):
                     uneven = 0.9 * math.sin(2.3 * expert + layer) * calm + 0.06 * math.sin(9 * expert + step)
                     rows = max(0, round(1024 * (1 + uneven)))
-                    start = f"system.{bed}.training.{name}.load.step{step}"
+                    start = f"system.{environment}.training.{name}.load.step{step}"
                     yield record(f"{start}.layer{layer}.expert{expert}", rows, "rows")
 
 
@@ -129,7 +131,7 @@ def scaling_records(
             yield record(f"scaling.{total}.fit.{what}.coefficient", coefficient, units[what], emulated=True)
 
 
-def sweep_records(bed: str = "simulated_some", sizes: Sequence[tuple[int, int]] = SWEPT) -> Iterator[Record]:
+def sweep_records(environment: str = "simulated_some", sizes: Sequence[tuple[int, int]] = SWEPT) -> Iterator[Record]:
     """Simulated points by (EP, copies), and the fits of the laws."""
     units = {"tps": "tokens/s", "tpot": "us", "busy": "ratio", "memory_per_expert": "bytes", "mfu": "ratio"}
     for total in ("constant_rank", "constant_total"):
@@ -142,13 +144,15 @@ def sweep_records(bed: str = "simulated_some", sizes: Sequence[tuple[int, int]] 
                 "mfu": 0.43,
             }
             for what, value in values.items():
-                yield record(f"sweep.{bed}.{total}.ep{ep}.dp{dp}.{what}", value, units[what], 0.1, emulated=True)
-            yield record(f"sweep.{bed}.{total}.ep{ep}.dp{dp}.memory", 46e9, "bytes", emulated=True)
+                yield record(
+                    f"sweep.{environment}.{total}.ep{ep}.dp{dp}.{what}", value, units[what], 0.1, emulated=True
+                )
+            yield record(f"sweep.{environment}.{total}.ep{ep}.dp{dp}.memory", 46e9, "bytes", emulated=True)
             if ep > 1:
-                yield record(f"sweep.{bed}.{total}.ep{ep}.dp{dp}.hidden", 0.98, "ratio", emulated=True)
+                yield record(f"sweep.{environment}.{total}.ep{ep}.dp{dp}.hidden", 0.98, "ratio", emulated=True)
         for law, coefficient in (("tps", 2e4), ("tpot", 50.0), ("busy", 1.05), ("memory_per_expert", 36e9)):
-            yield record(f"sweep.{bed}.{total}.fit.{law}.r2", 0.991, "ratio", emulated=True)
-            yield record(f"sweep.{bed}.{total}.fit.{law}.coefficient", coefficient, units[law], emulated=True)
+            yield record(f"sweep.{environment}.{total}.fit.{law}.r2", 0.991, "ratio", emulated=True)
+            yield record(f"sweep.{environment}.{total}.fit.{law}.coefficient", coefficient, units[law], emulated=True)
 
 
 def soak_records(steps: int = 40, ranks: int = 16) -> Iterator[Record]:

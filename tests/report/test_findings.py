@@ -13,7 +13,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.quantity import cell, convert, number
 from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.report.findings import Findings, Source, read_findings, spans_path
-from ds_moe_ep.report.known_names import bed_order, is_known
+from ds_moe_ep.report.known_names import environment_order, is_known
 from ds_moe_ep.report.plots.timeline import exposed, rows_of
 from ds_moe_ep.schedule.spans import Span, Tags, accounts, write_spans
 from tests.policy.sources import ROOT
@@ -32,11 +32,11 @@ def test_every_sample_record_is_known_and_other_names_are_not() -> None:
 def test_beds_modes_and_systems_come_in_the_order_of_the_page() -> None:
     records = list(system_records(("traffic130", "cluster", "traffic65", "loopback")))
     findings = Findings((Source(Path("x.jsonl"), tuple(reversed(records))),))
-    assert findings.beds == ("loopback", "cluster", "traffic65", "traffic130")
+    assert findings.environments == ("loopback", "cluster", "traffic65", "traffic130")
     assert findings.places("tps")[:2] == [("loopback", "training"), ("loopback", "forward")]
     assert findings.systems("tps") == ("tp8_pp2", "ep16_serial", "ep16", "native_ep16", "autoep_ep16")
-    assert findings.systems("hidden", bed="cluster") == ("ep16_serial", "ep16", "native_ep16", "autoep_ep16")
-    assert bed_order("traffic65") < bed_order("traffic130")
+    assert findings.systems("hidden", environment="cluster") == ("ep16_serial", "ep16", "native_ep16", "autoep_ep16")
+    assert environment_order("traffic65") < environment_order("traffic130")
 
 
 def test_a_later_record_of_the_same_name_counts_and_the_replaced_one_is_told() -> None:

@@ -53,7 +53,7 @@ NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 
 def small_records() -> list[Record]:
-    """All kinds, of one real and one emulated bed."""
+    """All kinds, of one real and one emulated environment."""
     short = {"steps": 4, "layers": 1}
     records = [*system_records(("loopback", "cluster")), *loss_records(steps=4), *load_records(**short)]
     return [*records, *scaling_records(("constant_rank",)), *sweep_records(), *soak_records(), *overlap_records()]

@@ -21,7 +21,7 @@ from ds_moe_ep.schedule.program import START, Load, LoadOf, Outcome, Program, ad
 from ds_moe_ep.schedule.spans import Span, Tags
 
 TORI = [Torus(4, 4), Torus(1, 4), Torus(2, 2), Torus(4, 1), Torus(8, 2), Torus(1, 1)]
-UPLINK = 8.0  # bytes a microsecond of a node's link, which its ranks share
+UPLINK = 8.0  # bytes per microsecond of a node's link, which its ranks share
 NVLINK = 20.0  # of each rank's own
 FORWARD, BACKWARD = forward_schedule, backward_schedule
 
@@ -68,7 +68,7 @@ def run_one(schedule: Schedule) -> Outcome:
 
 
 def run_all(schedule: Schedule, change: Callable[[int, LoadOf], LoadOf] = lambda _, load: load) -> Outcome:
-    """Every rank, with NVLinks of their own and one uplink a node; `change` may give a rank other loads."""
+    """Every rank, with NVLinks of their own and one uplink per node; `change` may give a rank other loads."""
     torus, program = schedule.torus, Program()
     ranks = range(torus.size)
     loads = [change(rank, loads_of(schedule, rank, torus.size + rank // torus.node_size)) for rank in ranks]

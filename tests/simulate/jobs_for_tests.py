@@ -26,7 +26,7 @@ def cluster(num_nodes: int = 4, node_size: int = 4, **parts: Any) -> Cluster:
 
 
 def setup(on: Cluster, model: ModelConfig = MODEL, accumulation: int = 1, **knobs: Any) -> Setup:
-    """A job of one rank a device; `knobs` are of the layer, and of the Setup where they are its own."""
+    """A job of one rank per device; `knobs` are of the layer, and of the Setup where they are its own."""
     own = {name: knobs.pop(name) for name in ("loads", "mode", "algorithm") if name in knobs}
     size = on.num_ranks
     moe = MoEConfig(**{"num_experts": size, "ep_size": size, "node_size": on.node_size, "schedule": "peers", **knobs})
@@ -47,5 +47,5 @@ def setup(on: Cluster, model: ModelConfig = MODEL, accumulation: int = 1, **knob
 
 
 def slow_link(bytes_per_us: float, shared_by: float = 1.0, latency_us: float = 0.0) -> Link:
-    """A link of so many bytes a microsecond and direction."""
+    """A link of so many bytes per microsecond and direction."""
     return Link(bandwidth=bytes_per_us, shared_by=shared_by, latency_us=latency_us)

@@ -102,7 +102,7 @@ def test_latencies_of_a_ring_are_near_ones_but_for_those_between_nodes() -> None
 @pytest.mark.parametrize(
     ("shared_by", "cores", "far"),
     [
-        (4, 0.0, 100.0),  # one link a node
+        (4, 0.0, 100.0),  # one link per node
         (1, 0.0, 400.0),  # a ring for each of four links
         (1, 2.0, 100.0),  # gloo's one ring uses one of them
         (2, 0.0, 200.0),
@@ -135,7 +135,7 @@ def test_groups_that_lie_askew_share_the_node_in_which_they_meet() -> None:
 
 
 def test_trees_and_levels_by_hand() -> None:
-    """8 MB over two nodes of four, near 400 and one link of 100 bytes a microsecond."""
+    """8 MB over two nodes of four, near 400 and one link of 100 bytes per microsecond."""
     group = group_of(cluster(2, 4, shared_by=4), 8)
     assert tree_us(group, 8e6) == pytest.approx(8e4)  # half a tensor up and half down each way: once over the link
     assert ring_us(group, 8e6) == pytest.approx(14e4)

@@ -26,7 +26,7 @@ FIGURES = {  # each row of the specification's checked figures, and the rows of 
     "one expert's parameters": ["expert"],
     "memory a GPU at EP=16": ["memory_ep16"],
     "memory a GPU at TP8/PP2": ["memory_tp8_pp2"],
-    "tokens an expert": ["expert_tokens"],
+    "tokens per expert": ["expert_tokens"],
     "distribution time": ["distribution"],
     "expert computation": ["expert_time"],
     "communication hidden": ["hidden"],

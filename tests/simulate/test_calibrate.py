@@ -206,8 +206,8 @@ def test_shares_and_precisions_that_have_no_meaning_are_refused() -> None:
         calibrate(of_gpus(), GPU, precision="fp32")
 
 
-def overlap_records(bed: Cluster) -> list[Record]:
-    """The overlap benchmark as it would be on a bed that is as the simulator thinks."""
+def overlap_records(environment: Cluster) -> list[Record]:
+    """The overlap benchmark as it would be on a test bed that is as the simulator thinks."""
     sides, shapings = ("serial", "2 chunks", "wire"), ("0.3 of step", "1 of step")
     named = [
         dataclasses.replace(
@@ -221,7 +221,7 @@ def overlap_records(bed: Cluster) -> list[Record]:
     ]
     found = []
     for case in overlap_cases(named):
-        simulated = simulate_case(case, bed)
+        simulated = simulate_case(case, environment)
         for phase, empty in case.measured.items():
             value = simulated[phase] / 1e3
             found.append(dataclasses.replace(empty, value=value, spread=(value, value)))

@@ -149,7 +149,7 @@ def test_one_stage_of_one_rank_computes_and_does_nothing_else() -> None:
 @pytest.mark.usefixtures("equal_stages")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_all_reduces_of_a_step_are_those_that_the_footprint_counts(recompute: bool) -> None:
-    """With one link of 10 bytes a microsecond a node and nothing else that costs, traffic is bytes over that."""
+    """With one link of 10 bytes per microsecond and node, and nothing else that costs, traffic is bytes over that."""
     device = Device(memory_bytes=1e9, peak_fp32=math.inf)
     job = setup(8, 2, model=replace(MODEL, recompute=recompute), far=Link(bandwidth=10.0, shared_by=4), device=device)
     work = count_work(job.model, MOE, job.training)
@@ -269,7 +269,7 @@ def test_ranks_that_compute_on_the_host_share_its_cores() -> None:
 
 
 def emulated_bed(link_mbit: float, compute_s: float, host: Host) -> Setup:
-    """The test bed of README's table: 16,384 tokens a step, devices that compute so long, a link a node, gloo."""
+    """The test bed of README's table: 16,384 tokens per step, devices that compute so long, a link per node, gloo."""
     job = setup(8, 2, micro_batch=32, far=Link(bandwidth=link_mbit / 8, efficiency=1 / 1.08, shared_by=4), host=host)
     at_one = replace(job, cluster=replace(job.cluster, device=replace(job.cluster.device, peak_fp32=1.0)))
     device = replace(job.cluster.device, peak_fp32=pipeline_step(at_one).busy_us / (1e6 * compute_s))

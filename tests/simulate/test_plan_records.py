@@ -9,10 +9,10 @@ import pytest
 
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.names import KINDS, bed_title
+from ds_moe_ep.records.names import KINDS, environment_title
 from ds_moe_ep.records.record import Record, read_records
 from ds_moe_ep.report.findings import read_findings, spans_path
-from ds_moe_ep.report.known_names import bed_order, is_known, place_of
+from ds_moe_ep.report.known_names import environment_order, is_known, place_of
 from ds_moe_ep.report.write import write_report
 from ds_moe_ep.schedule.spans import accounts, read_spans
 from ds_moe_ep.simulate.cluster.cluster import load_cluster
@@ -62,8 +62,8 @@ def test_every_record_has_a_name_that_the_report_knows_and_is_called_simulated(w
         assert record.hardware == "simulated: the specification's 4 nodes of 4 H100 (4 x 4 devices)"
         assert "not measured" in record.notes
         assert place_of(record.name) == "simulated h100_4x4"
-    assert "not measured" in bed_title(BED)
-    assert bed_order("traffic130") < bed_order(BED) < bed_order(f"{BED}_8_nodes")
+    assert "not measured" in environment_title(BED)
+    assert environment_order("traffic130") < environment_order(BED) < environment_order(f"{BED}_8_nodes")
 
 
 def test_records_hold_the_numbers_of_the_plan(comparison: Comparison, source: PredictionSource) -> None:
@@ -96,7 +96,7 @@ def test_two_jobs_of_one_name_cannot_share_a_file(comparison: Comparison, source
 
 
 def test_other_nodes_are_another_bed(comparison: Comparison) -> None:
-    assert source_of(load_cluster(CLUSTER), CLUSTER, ["typed"], 8).bed == "simulated_h100_4x4_8_nodes"
+    assert source_of(load_cluster(CLUSTER), CLUSTER, ["typed"], 8).environment == "simulated_h100_4x4_8_nodes"
     assert [slug(text) for text in ("My Cluster-2.v3", "...", "a")] == ["my_cluster_2_v3", "cluster", "a"]
 
 
@@ -141,6 +141,6 @@ def test_the_report_shows_what_was_simulated_and_calls_it_so(written: Path, tmp_
     assert "simulated on h100_4x4, not measured" in page
     assert "TP8/PP2 \u2192 EP16 serial" in page
     findings = read_findings([written])
-    assert findings.beds == (BED,)
+    assert findings.environments == (BED,)
     assert findings.num_others == 0
     assert findings.num_replaced == 0

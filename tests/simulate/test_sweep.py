@@ -46,7 +46,7 @@ PATH = ROOT / "ds_configs" / "clusters" / "h100_4x4.json"
 CLUSTER = load_cluster(PATH)
 SETUP = Setup(model=MODEL, moe=EP16, training=TRAINING, cluster=CLUSTER)
 SOURCE = PredictionSource(
-    bed="simulated_h100_4x4", command="python -m ds_moe_ep plan", commit="abc", hardware="simulated"
+    environment="simulated_h100_4x4", command="python -m ds_moe_ep plan", commit="abc", hardware="simulated"
 )
 
 
@@ -263,7 +263,7 @@ def num_tasks(ep: int, **knobs: object) -> int:
 
 
 def test_the_number_of_tasks_grows_no_faster_than_the_ranks() -> None:
-    """A group of peers a node makes most pieces: from 256 to 512 ranks they double, and so do the tasks."""
+    """A group of peers per node makes most pieces: from 256 to 512 ranks they double, and so do the tasks."""
     assert num_tasks(512, schedule="peers") < 2.05 * num_tasks(256, schedule="peers") < 10_000
     assert num_tasks(1024, schedule="peers", peer_group_size=256) < 2_000
     assert {"schedule": "peers", "peer_group_size": 256, "row_cuts": 1} in candidates(Torus(256, 4))

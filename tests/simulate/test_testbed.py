@@ -119,7 +119,7 @@ def test_records_of_uneven_routing_are_refused() -> None:
 
 
 def test_a_fit_finds_the_costs_that_made_synthetic_records() -> None:
-    """Records as if the bed with other costs had been measured: every step is met again, also those held out."""
+    """Records as if a bed with other costs had been measured: every step is met again, also those held out."""
     truth = dataclasses.replace(
         BED, host=dataclasses.replace(BED.host, collective_us=150.0, pairwise_us=250.0, transfer_us=600.0)
     )

@@ -66,7 +66,7 @@ def test_parameters_equal_those_of_the_model_that_torch_builds(expert: Any, bias
 def test_ep16_keeps_what_the_specifications_shapes_imply() -> None:
     fp16 = train(16, 16, fp16={"enabled": True}, zero_optimization={"stage": 1})
     memory = count_memory(SPECIFICATION, EP16, fp16)
-    # 16 bytes an expert parameter; 2 + 2 + 12/16 a dense one; 4 layers (figures of the specification, checked)
+    # 16 bytes per expert parameter; 2 + 2 + 12/16 per dense one; 4 layers (figures of the specification, checked)
     by_hand = 4 * (536_870_912 * 16 + 268_435_456 * (2 + 2 + 12 / 16))
     assert memory.persistent == pytest.approx(by_hand, rel=1e-3)  # the rest: embedding, gate, norms, head
 
@@ -149,7 +149,7 @@ def test_the_largest_load_is_the_one_that_just_fits() -> None:
 
 @pytest.mark.parametrize(("ep_size", "top_k", "expected"), [(1, 1, 0), (2, 1, 8000), (16, 1, 15000), (16, 4, 60000)])
 def test_dispatch_leaves_out_the_rows_that_stay(ep_size: int, top_k: int, expected: int) -> None:
-    # 1,000 tokens of 8 numbers of 2 bytes: 16,000 bytes a choice, of which 1/P stays
+    # 1,000 tokens of 8 numbers of 2 bytes: 16,000 bytes per choice, of which 1/P stays
     moe = MoEConfig(ep_size=ep_size, top_k=top_k)
     assert dispatch_bytes(1000, TINY, moe, "bf16") == expected
 

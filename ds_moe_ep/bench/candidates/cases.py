@@ -1,4 +1,4 @@
-"""The layer's cases: how many experts a token visits and how the load falls, with inputs that force it.
+"""The layer's cases: how many experts tokens visit and how the load falls, with inputs that force it.
 
 A case fixes the expert ids of every token first and then makes gate weights and tokens that lead any gate
 of the form softmax(x @ wg.T) there: the rows of wg are orthonormal, a token is noise without a part in

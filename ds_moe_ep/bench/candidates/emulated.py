@@ -82,7 +82,7 @@ class _Wait(torch.autograd.Function):
 
 
 class EmulatedExperts(Experts):
-    """The same in place of a layer's own experts: input gradients and weight gradients wait once a row each."""
+    """The same in place of a layer's own experts: input gradients and weight gradients each wait once per row."""
 
     def __init__(self, num_local_experts: int, row_us: float, device: EmulatedDevice | None = None) -> None:
         device = device or EmulatedDevice()

@@ -34,8 +34,8 @@ PATIENCE_S = 10.0  # for threads that were told to end
 
 MALLINFO_FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
 
-# Torch keeps the products of the last 1,024 shapes, and a record of the last 2,000 collectives: about 4 MB a rank that
-# come in the first hundreds of steps and are no leak.
+# Torch keeps the products of the last 1,024 shapes, and a record of the last 2,000 collectives: about 4 MB per rank
+# that come in the first hundreds of steps and are no leak.
 CACHES_OFF = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "TORCH_FR_BUFFER_SIZE": "0"}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric, ratios
 from ds_moe_ep.bench.systems.plan import SystemsPlan
-from ds_moe_ep.records.names import BASELINE, MODES, SYSTEMS, bed_title
+from ds_moe_ep.records.names import BASELINE, MODES, SYSTEMS, environment_title
 from ds_moe_ep.records.quantity import cell
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table, table
@@ -88,7 +88,7 @@ def summary_tables(records: Iterable[Record]) -> Iterator[Table]:
         if kind == "system" and mode in MODES and len(what) == 1:
             found.setdefault((environment, mode), {}).setdefault(system, {})[what[0]] = record
     for (environment, mode), systems in found.items():
-        title = f"{bed_title(environment)}, {MODES[mode]}: median (quartiles); higher ratios are faster"
+        title = f"{environment_title(environment)}, {MODES[mode]}: median (quartiles); higher ratios are faster"
         rows = (
             (SYSTEMS[system], *(cell(cells.get(what), unit, decimals, bar=True) for _, what, unit, decimals in COLUMNS))
             for system, cells in systems.items()

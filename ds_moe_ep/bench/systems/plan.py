@@ -96,7 +96,7 @@ class SystemsPlan:
 def link_mbit(plan: SystemsPlan, ratio: float) -> float:
     """The link over which the experts' traffic of a training step takes `ratio` times its emulated compute.
 
-    Four exchanges a layer: dispatch and combine, forward and backward. Of a rank's rows (N-1)/N leave its node.
+    Four exchanges per layer: dispatch and combine, forward and backward. Of a rank's rows (N-1)/N leave its node.
     """
     rows_of_node = plan.tokens_of_step / plan.num_nodes * (plan.num_nodes - 1) / plan.num_nodes
     exchange_bytes = rows_of_node * plan.model.hidden_size * 4 * HEADERS - BURST_BYTES

@@ -1,7 +1,7 @@
 """Where the weights of the one-device model lie in DeepSpeed's checkpoint files.
 
 Expert parallelism: one file per expert of a layer, and one file that holds everything else; equal for every ep_size.
-Tensor and pipeline parallelism: one file a module of the pipeline and rank of a tensor group; equal for every pp_size.
+Tensor and pipeline parallelism: one file per module of the pipeline and tensor rank; equal for every pp_size.
 In both, `mp_rank` files tell the state of the run, which `convert.py` knows.
 """
 

@@ -65,7 +65,7 @@ class Sums:
 
 
 class SkippedSteps(EngineCallback):
-    """Tells in one line of rank 0 for which ranks a step was skipped. Collective where one was.
+    """Tells in one line of rank 0 whose step was skipped. Collective where one was.
 
     Of use where DeepSpeed looks for overflows: not in fp32 without ZeRO.
     """

@@ -19,7 +19,7 @@ from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.tuner import Choice
 
-# What a hooked layer takes from a configuration: how rows move. Which expert a token visits is its own gate's to say.
+# What a hooked layer takes from a configuration: how rows move. Which experts tokens visit is its own gate's to say.
 TRAFFIC = (
     "node_size",
     "schedule",

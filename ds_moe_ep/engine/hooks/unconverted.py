@@ -59,7 +59,7 @@ def _blocks_in(name: str, module: nn.Module) -> Iterator[UnconvertedBlock]:
 
 
 def _size_of(experts: nn.Module) -> tuple[int, frozenset[str]]:
-    """How many experts a module holds, stacked or as a list, and the names of their matrices; 0 where it is none."""
+    """Number of experts in a module, stacked or as a list, and the names of their matrices; 0 where it is none."""
     if isinstance(experts, nn.ModuleList):
         kinds = {type(expert) for expert in experts}
         names = frozenset(name for name, _ in experts[0].named_children()) if len(kinds) == 1 else frozenset[str]()

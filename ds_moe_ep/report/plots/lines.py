@@ -42,15 +42,15 @@ class LawPanel:
     fit: str  # how well the law fits
 
 
-def draw_losses(beds: Sequence[tuple[str, Sequence[Curve]]], baseline: str) -> Drawing:
-    """Loss over steps, a panel per bed; under it how far each system is from the baseline, where that is there."""
-    with_difference = any(len(curves) > 1 and _of(curves, baseline) for _, curves in beds)
-    num_columns = min(len(beds), 2)
-    num_bands = -(-len(beds) // num_columns)
+def draw_losses(environments: Sequence[tuple[str, Sequence[Curve]]], baseline: str) -> Drawing:
+    """Loss over steps, a panel per environment; under it each system's distance from the baseline, if that is there."""
+    with_difference = any(len(curves) > 1 and _of(curves, baseline) for _, curves in environments)
+    num_columns = min(len(environments), 2)
+    num_bands = -(-len(environments) // num_columns)
 
     def paint(figure: Figure) -> None:
         bands = figure.subfigures(num_bands, num_columns, squeeze=False).flat
-        for band, (title, curves) in zip(bands, beds, strict=False):
+        for band, (title, curves) in zip(bands, environments, strict=False):
             rows = 2 if with_difference else 1
             ratios = [2.4, 1.0][:rows]
             axes = band.subplots(rows, 1, squeeze=False, sharex=True, height_ratios=ratios)
@@ -58,7 +58,7 @@ def draw_losses(beds: Sequence[tuple[str, Sequence[Curve]]], baseline: str) -> D
             if with_difference:
                 _paint_differences(axes[1][0], curves, baseline)
             axes[-1][0].set_xlabel("step", color=FAINT)
-        labels = {curve.system: curve.label for _, curves in beds for curve in curves}
+        labels = {curve.system: curve.label for _, curves in environments for curve in curves}
         legend(figure, [_line(system, label) for system, label in labels.items()], num_columns=5)
 
     return draw((4.4 if with_difference else 3.2) * num_bands + 0.4, paint)

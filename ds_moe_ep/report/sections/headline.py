@@ -15,7 +15,7 @@ from ds_moe_ep.records.names import (
     SOAK_VERDICTS,
     SYSTEMS,
     TOTALS,
-    bed_title,
+    environment_title,
 )
 from ds_moe_ep.records.quantity import TIMES, cell, convert, number
 from ds_moe_ep.records.record import Record
@@ -25,7 +25,7 @@ from ds_moe_ep.report.known_names import number_in
 OURS, SERIAL, NATIVE = "ep16", "ep16_serial", "native_ep16"
 MOST = 3
 VERBS = {"training": "trains", "forward": "passes forward"}
-FIRST_BEDS = ("cluster", "traffic", SIMULATED, "unshaped", "loopback")  # those with links before those without
+FIRST_ENVIRONMENTS = ("cluster", "traffic", SIMULATED, "unshaped", "loopback")  # those with links before those without
 
 
 def headline(findings: Findings) -> tuple[str, ...]:
@@ -95,8 +95,8 @@ def _range(values: Sequence[float]) -> str:
 
 def _losses(findings: Findings) -> str:
     """The spread of the systems' losses at the last step that all of them have."""
-    for bed in findings.beds:
-        losses = {system: findings.below("system", bed, "training", system, "loss") for system in SYSTEMS}
+    for environment in findings.environments:
+        losses = {system: findings.below("system", environment, "training", system, "loss") for system in SYSTEMS}
         runs = [records for records in losses.values() if records]
         common = set.intersection(*map(set, runs)) if len(runs) > 1 else set()
         if common:
@@ -109,17 +109,19 @@ def _losses(findings: Findings) -> str:
 
 def _simulated(findings: Findings) -> str:
     """Throughput over the simulated sizes."""
-    for bed in findings.swept:
+    for environment in findings.swept:
         for total in TOTALS:
             points: dict[int, Record] = {}
-            for name, record in findings.below("sweep", bed, total).items():
+            for name, record in findings.below("sweep", environment, total).items():
                 parts = name.split(".")
                 if parts[0].startswith("ep") and parts[1:] == ["dp1", "tps"]:
                     points[number_in(parts[0], "ep")] = record
             if len(points) > 1:
                 least, most = min(points), max(points)
                 ends = [f"{cell(points[ep], 'tokens/s')} tokens/s at EP={ep}" for ep in (least, most)]
-                return f"Throughput goes from {' to '.join(ends)} with {TOTALS[total]} ({bed_title(bed)})."
+                return (
+                    f"Throughput goes from {' to '.join(ends)} with {TOTALS[total]} ({environment_title(environment)})."
+                )
     return ""
 
 
@@ -134,18 +136,24 @@ def _soak(findings: Findings) -> str:
 
 
 def _first_place(findings: Findings, what: str) -> tuple[str, str] | None:
-    """The bed and mode for a headline: links before none, training before forward passes."""
-    places = [(bed, mode) for bed, mode in findings.places(what) if findings.get("system", bed, mode, OURS, what)]
+    """The environment and mode for a headline: links before none, training before forward passes."""
+    places = [
+        (environment, mode)
+        for environment, mode in findings.places(what)
+        if findings.get("system", environment, mode, OURS, what)
+    ]
     return min(places, key=lambda place: (_rank(place[0]), list(MODES).index(place[1])), default=None)
 
 
-def _rank(bed: str) -> int:
-    return next(place for place, start in enumerate(FIRST_BEDS) if bed.startswith(start))
+def _rank(environment: str) -> int:
+    return next(place for place, start in enumerate(FIRST_ENVIRONMENTS) if environment.startswith(start))
 
 
-def _where(findings: Findings, bed: str, mode: str) -> str:
-    record = next(iter(findings.below("system", bed, mode, OURS).values()))
-    return bed_title(bed) + ("; emulated" if record.emulated and not bed.startswith(SIMULATED) else "")
+def _where(findings: Findings, environment: str, mode: str) -> str:
+    record = next(iter(findings.below("system", environment, mode, OURS).values()))
+    return environment_title(environment) + (
+        "; emulated" if record.emulated and not environment.startswith(SIMULATED) else ""
+    )
 
 
 def _ratio(record: Record) -> str:

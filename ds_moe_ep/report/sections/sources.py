@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ds_moe_ep.records.names import SYSTEMS, TOTALS, bed_title
+from ds_moe_ep.records.names import SYSTEMS, TOTALS, environment_title
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.page import EMULATED, REAL, Block, Code, Lines, PageSection, Prose, emulation_of
@@ -15,13 +15,13 @@ MEANING = "Emulated means that a device or a link was simulated or shaped."
 
 
 def head(findings: Findings, absent: Sequence[str]) -> PageSection:
-    """Systems, beds, hardware and revision of what was measured; emulated or not; sections without Records."""
+    """Systems, environments, hardware and revision of what was measured; emulated or not; sections without Records."""
     records = list(findings.by_name.values())
     named = {system for system in SYSTEMS for name in findings.by_name if f".{system}." in name}
     systems = ", ".join(title for system, title in SYSTEMS.items() if system in named)
-    beds = "; ".join(map(bed_title, findings.beds))
+    environments = "; ".join(map(environment_title, findings.environments))
     totals = ", ".join(title for total, title in TOTALS.items() if findings.below("scaling", total))
-    items = [f"Systems: {systems}." if systems else "", f"Environments: {beds}." if beds else ""]
+    items = [f"Systems: {systems}." if systems else "", f"Environments: {environments}." if environments else ""]
     items += [f"Scaling with {totals}." if totals else ""]
     items += [f"Hardware: {hardware}." for hardware in _first(_unique(record.hardware for record in records))]
     commits = _unique(record.commit for record in records)

@@ -9,7 +9,7 @@ from ds_moe_ep.records.quantity import NONE, convert, number
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
-from ds_moe_ep.report.known_names import short_bed
+from ds_moe_ep.report.known_names import short_environment
 from ds_moe_ep.report.page import PageSection, Prose, emulation_of
 from ds_moe_ep.report.sections.scaling import r2_of
 from ds_moe_ep.specification.claims import RATIO, stated_and_derived
@@ -65,23 +65,23 @@ def _questions() -> Iterator[tuple[str, str, str, str, Answer | None]]:
 
 
 def _values(systems: Sequence[str], whats: Mapping[str, str], unit: str, end: str = "") -> Answer:
-    """A line per bed: these Records of these systems, with their titles where there are some; all or none of a bed."""
+    """A line per environment that has all of these Records of these systems, with their titles where there are some."""
 
     def answer(findings: Findings) -> Iterator[Found]:
-        for bed in findings.beds:
+        for environment in findings.environments:
             for mode in MODES:
-                of_systems = [_some(findings, bed, mode, system, whats) for system in systems]
+                of_systems = [_some(findings, environment, mode, system, whats) for system in systems]
                 if all(of_systems):
                     texts = [_listed(of_system, whats, unit) for of_system in of_systems]
                     records = [record for of_system in of_systems for record in of_system.values()]
-                    yield short_bed(bed), f"{' and '.join(texts)}{end}", records
+                    yield short_environment(environment), f"{' and '.join(texts)}{end}", records
                     break
 
     return answer
 
 
-def _some(findings: Findings, bed: str, mode: str, system: str, whats: Mapping[str, str]) -> dict[str, Record]:
-    found = {what: findings.get("system", bed, mode, system, what) for what in whats}
+def _some(findings: Findings, environment: str, mode: str, system: str, whats: Mapping[str, str]) -> dict[str, Record]:
+    found = {what: findings.get("system", environment, mode, system, what) for what in whats}
     return {what: record for what, record in found.items() if record is not None}
 
 
@@ -99,11 +99,11 @@ def _fit(law: str) -> Answer:
             record = r2_of(findings, total, law)
             if record is not None:
                 yield title, r2_text(record.value), [record]
-        for bed in findings.swept:
+        for environment in findings.swept:
             for total, title in TOTALS.items():
-                record = findings.get("sweep", bed, total, "fit", law, "r2")
+                record = findings.get("sweep", environment, total, "fit", law, "r2")
                 if record is not None:
-                    yield f"{short_bed(bed)}, {title}", r2_text(record.value), [record]
+                    yield f"{short_environment(environment)}, {title}", r2_text(record.value), [record]
 
     return answer
 

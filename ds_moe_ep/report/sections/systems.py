@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ds_moe_ep.records.names import BASELINE, KINDS, MODES, PARTS, SIMULATED, SYSTEMS, bed_title
+from ds_moe_ep.records.names import BASELINE, KINDS, MODES, PARTS, SIMULATED, SYSTEMS, environment_title
 from ds_moe_ep.records.quantity import TIMES, cell, convert, number
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
-from ds_moe_ep.report.known_names import short_bed
+from ds_moe_ep.report.known_names import short_environment
 from ds_moe_ep.report.page import Block, Lines, PageSection, Picture, Prose, basis_of
 from ds_moe_ep.report.plots.bars import Bar, BarPanel, Stack, StackPanel, draw_bars, draw_stacks
 from ds_moe_ep.report.plots.style import KIND_COLORS, PART_COLORS
@@ -19,17 +19,17 @@ HEADLINE = ("tps", "tpot", "step", "busy", "hidden")
 DECOMPOSITION = (("ep16_serial", "tp8_pp2"), ("ep16", "ep16_serial"), ("ep16", "tp8_pp2"))
 REFERENCES = ("native_ep16", "autoep_ep16")
 SIMULATION = (
-    " Of a simulated bed nothing was measured: its brackets and whiskers hold what the simulation gives where all of "
-    "the cluster's ranges are at their slower ends, and where all are at their faster ones."
+    " Of a simulated environment nothing was measured: its brackets and whiskers hold what the simulation gives where "
+    "all of the cluster's ranges are at their slower ends, and where all are at their faster ones."
 )
 
 
 def throughput(findings: Findings) -> PageSection | None:
-    """The headline: a table for each bed and mode, and the bars."""
+    """The headline: a table for each environment and mode, and the bars."""
     whats = (*HEADLINE, *(f"ratio_to_{system}" for system in SYSTEMS))
     blocks: list[Block] = []
-    for bed, mode in findings.places(*whats):
-        blocks += _headline(findings, bed, mode, findings.systems(*whats, bed=bed, mode=mode))
+    for environment, mode in findings.places(*whats):
+        blocks += _headline(findings, environment, mode, findings.systems(*whats, environment=environment, mode=mode))
     if not blocks:
         return None
     explained = Prose(
@@ -37,14 +37,14 @@ def throughput(findings: Findings) -> PageSection | None:
         f"throughput over that of {SYSTEMS[BASELINE]}: above 1 is faster. Busy is the share of a step in which "
         "a device works: emulated compute, processor time on a CPU that ranks share, utilization.gpu on a GPU. Hidden "
         "is the share of the experts' traffic that ran behind compute."
-        + (SIMULATION if any(bed.startswith(SIMULATED) for bed in findings.beds) else "")
+        + (SIMULATION if any(environment.startswith(SIMULATED) for environment in findings.environments) else "")
     )
     bars = _throughput_bars(findings)
     return PageSection("Throughput", (explained, *([bars] if bars else []), *blocks))
 
 
-def _headline(findings: Findings, bed: str, mode: str, systems: Sequence[str]) -> list[Block]:
-    of_place = {system: findings.below("system", bed, mode, system) for system in systems}
+def _headline(findings: Findings, environment: str, mode: str, systems: Sequence[str]) -> list[Block]:
+    of_place = {system: findings.below("system", environment, mode, system) for system in systems}
     used = [
         record
         for records in of_place.values()
@@ -61,9 +61,9 @@ def _headline(findings: Findings, bed: str, mode: str, systems: Sequence[str]) -
         ratio = records.get(f"ratio_to_{BASELINE}")
         rows.append((*row, "baseline" if system == BASELINE else cell(ratio, "ratio", bar=True)))
     strong = frozenset(index for index, system in enumerate(of_place) if system == OURS)
-    title = f"{bed_title(bed)} \u2013 {MODES[mode]}"
+    title = f"{environment_title(environment)} \u2013 {MODES[mode]}"
     table = Table(title, (*head, f"{TIMES} {SYSTEMS[BASELINE]}"), tuple(rows), basis_of(used), strong_rows=strong)
-    told = [line for line in (_traffic(findings, bed), *_ratios(of_place)) if line]
+    told = [line for line in (_traffic(findings, environment), *_ratios(of_place)) if line]
     return [table, *([Lines(tuple(told))] if told else [])]
 
 
@@ -81,9 +81,9 @@ def _ratios(of_place: Mapping[str, Mapping[str, Record]]) -> list[str]:
     return [line for line in lines if line]
 
 
-def _traffic(findings: Findings, bed: str) -> str:
-    """The measured traffic of a bed's links."""
-    record = findings.get("system", bed, "traffic", "ratio")
+def _traffic(findings: Findings, environment: str) -> str:
+    """The measured traffic of an environment's links."""
+    record = findings.get("system", environment, "traffic", "ratio")
     if record is None:
         return ""
     return f"EP16's traffic alone took {number(convert(record, 'ratio').value)} of the time of its compute here."
@@ -91,16 +91,16 @@ def _traffic(findings: Findings, bed: str) -> str:
 
 def _throughput_bars(findings: Findings) -> Picture | None:
     panels, used = [], []
-    for bed, mode in findings.places("tps"):
+    for environment, mode in findings.places("tps"):
         bars = []
-        for system in findings.systems("tps", bed=bed, mode=mode):
-            record = findings.by_name[f"system.{bed}.{mode}.{system}.tps"]
-            ratio = findings.get("system", bed, mode, system, f"ratio_to_{BASELINE}")
+        for system in findings.systems("tps", environment=environment, mode=mode):
+            record = findings.by_name[f"system.{environment}.{mode}.{system}.tps"]
+            ratio = findings.get("system", environment, mode, system, f"ratio_to_{BASELINE}")
             quantity = convert(record, "tokens/s")
             text = number(quantity.value) + (f"  {number(convert(ratio, 'ratio').value)} {TIMES}" if ratio else "")
             bars.append(Bar(system, SYSTEMS[system], quantity, text))
             used += [record, *([ratio] if ratio and system != BASELINE else [])]
-        panels.append(BarPanel(_title(bed, mode), _axis("tokens per second", used[-1]), bars))
+        panels.append(BarPanel(_title(environment, mode), _axis("tokens per second", used[-1]), bars))
     if not panels:
         return None
     caption = (
@@ -116,14 +116,14 @@ def latency(findings: Findings) -> PageSection | None:
     if not places:
         return None
     panels, used = [], []
-    for bed, mode in places:
+    for environment, mode in places:
         stacks = []
-        for system in findings.systems("breakdown", bed=bed, mode=mode):
-            parts = findings.below("system", bed, mode, system, "breakdown")
-            step = findings.get("system", bed, mode, system, "step")
+        for system in findings.systems("breakdown", environment=environment, mode=mode):
+            parts = findings.below("system", environment, mode, system, "breakdown")
+            step = findings.get("system", environment, mode, system, "step")
             used += [*parts.values(), *([step] if step else [])]
             stacks.append(_stack(system, parts, "ms", f"step {cell(step, 'ms')}" if step else ""))
-        panels.append(StackPanel(_title(bed, mode), _axis("ms of a step", used[-1]), stacks))
+        panels.append(StackPanel(_title(environment, mode), _axis("ms of a step", used[-1]), stacks))
     caption = (
         "A step of the mean rank, cut into parts that sum to it. Traffic counts only while no compute hides it. "
         "Behind the bars: the median step."
@@ -141,7 +141,7 @@ def memory(findings: Findings) -> PageSection | None:
     of_places = {
         place: {system: findings.below("system", *place, system, "memory") for system in systems}
         for place in places
-        if (systems := findings.systems("memory", bed=place[0], mode=place[1]))
+        if (systems := findings.systems("memory", environment=place[0], mode=place[1]))
     }
     used = [record for of_place in of_places.values() for records in of_place.values() for record in records.values()]
     unit = "GB" if max(convert(record, "GB").value for record in used) >= 1 else "MB"
@@ -159,8 +159,8 @@ def _stack(system: str, parts: Mapping[str, Record], unit: str, text: str) -> St
     return Stack(system, SYSTEMS[system], {part: convert(record, unit).value for part, record in parts.items()}, text)
 
 
-def _title(bed: str, mode: str) -> str:
-    return f"{short_bed(bed)}, {MODES[mode]}"
+def _title(environment: str, mode: str) -> str:
+    return f"{short_environment(environment)}, {MODES[mode]}"
 
 
 def _axis(unit: str, record: Record) -> str:

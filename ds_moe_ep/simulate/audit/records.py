@@ -1,4 +1,4 @@
-"""The audit as Records, audit.<bed>.<figure>.<what>.<stated|derived|simulated>, and as plain values for JSON."""
+"""The audit as Records, audit.<place>.<figure>.<what>.<stated|derived|simulated>, and as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DERIVED = "derived from shapes, peaks and links, not measured"
 def audit_records(rows: Sequence[AuditRow], source: PredictionSource) -> Iterator[Record]:
     """Every number of the audit, each column apart."""
     for row in rows:
-        start = f"audit.{source.bed}.{row.figure.key}"
+        start = f"audit.{source.environment}.{row.figure.key}"
         notes = {"stated": f"stated by the specification, section {row.figure.section}", "derived": DERIVED}
         for number in row.figure.numbers:
             for column, note in notes.items():

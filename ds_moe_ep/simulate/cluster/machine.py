@@ -20,7 +20,7 @@ CORES = 0  # the host's cores; behind it two resources of each link
 
 @dataclass(frozen=True)
 class Ways:
-    """Resources of one rank's links, one a direction."""
+    """Resources of one rank's links, one per direction."""
 
     near_out: int
     near_in: int

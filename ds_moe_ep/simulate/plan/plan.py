@@ -209,7 +209,7 @@ def compare(ours: Plan, theirs: Plan) -> Comparison:
 
 
 def _same_batch(ours: Plan, theirs: Plan) -> Quantity | None:
-    """The ratio where the other accumulates until its batch is ours: once a step counts alike then, and the bubble."""
+    """The ratio where the other accumulates until its batch is ours: costs per step and the bubble count alike then."""
     wanted, training = ours.job.setup.training.batch, theirs.job.setup.training
     each = training.micro_batch * training.num_copies
     if wanted == training.batch or wanted % each:

@@ -1,4 +1,4 @@
-"""Plans as Records and spans, as measured runs have them, on a bed that is called simulated; and as JSON."""
+"""Plans as Records and spans, as measured runs have them, on an environment that is called simulated; and as JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plan_records(plan: Plan, source: PredictionSource) -> Iterator[Record]:
 
 def _start(plan: Plan, source: PredictionSource) -> str:
     """Begin of the names of a plan's Records, those of measured systems likewise."""
-    return f"system.{source.bed}.{plan.job.setup.mode}"
+    return f"system.{source.environment}.{plan.job.setup.mode}"
 
 
 def comparison_records(comparison: Comparison, source: PredictionSource) -> Iterator[Record]:

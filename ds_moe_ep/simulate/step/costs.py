@@ -1,7 +1,7 @@
 """Times of the parts of a model for one rank, forward and backward, in microseconds.
 
 T tokens of the rank (of its tensor group), t ranks that share every width, N rows of the rank's experts. Matrix
-products cost 2 flops a parameter and row forward and twice that backward (input and weight gradients apart);
+products cost 2 flops per parameter and row forward and twice that backward (input and weight gradients apart);
 elementwise work costs the bytes that it reads and writes. Letters as in sizing/footprint.py.
 """
 
@@ -57,7 +57,7 @@ class LayerCosts:
         return self._memory(2 * rows * self.model.hidden_size, 1)
 
     def experts(self, rows: float, num_experts: int, passes: int = 1) -> float:
-        """All rows of `num_experts` experts through m matrices: 2*m*D*F/t flops a row; `passes` 2 is a whole backward.
+        """All rows of `num_experts` experts through m matrices: 2*m*D*F/t flops per row; backward it is 2 `passes`.
 
         One of its two products each: input gradients alone, or weight gradients alone, are one pass. The activation
         moves 3*N*F*b bytes forward and as many for its gradient.

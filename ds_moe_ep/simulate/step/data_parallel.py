@@ -27,12 +27,12 @@ def finish_step(setup: Setup, costs: LayerCosts) -> Outcome:
     everyone = group_of(cluster, training.world_size)
     owners = group_of(cluster, training.num_replicas, stride=training.ep_size)
     shares = (("dense", everyone, held.dense), ("experts", owners, held.experts))
-    program, mark = Program(), START
+    program, event = Program(), START
 
     def add(name: str, lane: str, load: Load) -> None:
-        nonlocal mark
+        nonlocal event
         if load != Load():
-            mark = program.add(name, 0, lane, load, mark, STEP)
+            event = program.add(name, 0, lane, load, event, STEP)
 
     for _ in range(training.accumulation if training.zero_stage == 2 else 1):
         for name, group, parameters in shares:

@@ -76,39 +76,39 @@ class EpJob:
         """One layer forward."""
         costs, tokens, rows = self.costs, self.setup.micro_batch_tokens, self.rows.sent
         before = costs.attention(tokens) + costs.gate(tokens) + costs.permute(rows)
-        mark = self._compute(program, "attention, gate", before, start, Tags(name, "forward"))
-        mark = self.host(program, self.setup.cluster.host.forward_us, mark, Tags(name, "forward"))
-        mark = self.counts(program, mark, Tags(name, "forward"))
-        mark = self.layer.forward(program, mark, name)
+        event = self._compute(program, "attention, gate", before, start, Tags(name, "forward"))
+        event = self.host(program, self.setup.cluster.host.forward_us, event, Tags(name, "forward"))
+        event = self.counts(program, event, Tags(name, "forward"))
+        event = self.layer.forward(program, event, name)
         after = costs.permute(2 * rows) + costs.shared_expert(tokens)
-        return self._compute(program, "unpermute", after, mark, Tags(name, "forward"))
+        return self._compute(program, "unpermute", after, event, Tags(name, "forward"))
 
     def backward(self, program: Program, start: Event, name: str) -> Event:
         """One layer backward."""
         costs, tokens, rows = self.costs, self.setup.micro_batch_tokens, self.rows.sent
         before = costs.permute(2 * rows) + costs.shared_expert(tokens, backward=True)
-        mark = self._compute(program, "unpermute", before, start, Tags(name, "backward"))
-        mark = self.host(program, self.setup.cluster.host.backward_us, mark, Tags(name, "backward"))
-        mark = self.layer.backward(program, mark, name)
+        event = self._compute(program, "unpermute", before, start, Tags(name, "backward"))
+        event = self.host(program, self.setup.cluster.host.backward_us, event, Tags(name, "backward"))
+        event = self.layer.backward(program, event, name)
         after = costs.permute(rows) + costs.gate(tokens, backward=True) + costs.attention(tokens, backward=True)
-        return self._compute(program, "attention, gate", after, mark, Tags(name, "backward"))
+        return self._compute(program, "attention, gate", after, event, Tags(name, "backward"))
 
     def micro_batch(self) -> Program:
         """The whole model on one micro-batch: forward, and backward where the job trains."""
-        setup, program, mark = self.setup, Program(), START
+        setup, program, event = self.setup, Program(), START
         names = [f"layers.{index}" for index in range(setup.model.num_layers)]
         for name in names:
-            mark = self.forward(program, mark, name)
+            event = self.forward(program, event, name)
         head = self.costs.head(setup.micro_batch_tokens)
-        mark = self._compute(program, "head", head, mark, Tags("head", "forward"))
+        event = self._compute(program, "head", head, event, Tags("head", "forward"))
         if setup.mode == "forward":
             return program
         head = self.costs.head(setup.micro_batch_tokens, backward=True)
-        mark = self._compute(program, "head", head, mark, Tags("head", "backward"))
+        event = self._compute(program, "head", head, event, Tags("head", "backward"))
         for name in reversed(names):
             if setup.model.recompute:
-                mark = self.forward(program, mark, name)
-            mark = self.backward(program, mark, name)
+                event = self.forward(program, event, name)
+            event = self.backward(program, event, name)
         return program
 
     def _compute(self, program: Program, name: str, time_us: float, start: Event, tags: Tags) -> Event:
@@ -136,12 +136,12 @@ class EpJob:
             far_messages=far,
             is_joint=True,
         )
-        marks = [
+        events = [
             program.add("counts", rank, "counts", self.machine.transfer(rank, volume), start, tags)
             for rank in self._actors
         ]
         sync = Load((self.machine.compute(self.setup.cluster.device.sync_us),))
-        return program.add("sizes", 0, "counts", sync, program.join(marks), tags)
+        return program.add("sizes", 0, "counts", sync, program.join(events), tags)
 
     @property
     def _actors(self) -> range:

@@ -18,7 +18,7 @@ from ds_moe_ep.simulate.step.ep_step import ep_step
 from ds_moe_ep.simulate.step.pipeline_step import pipeline_step
 from ds_moe_ep.simulate.step.setup import Setup, Step
 
-SETTLED = 4  # micro-batches a stage behind which a pipeline repeats itself
+SETTLED = 4  # micro-batches per stage behind which a pipeline repeats itself
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Setup:
         world, ranks = self.training.world_size, self.cluster.num_ranks
         if world != ranks:
             raise ConfigError(
-                f"cluster.num_ranks={ranks}: the job has {world} ranks, one a device; take a cluster of as many "
+                f"cluster.num_ranks={ranks}: the job has {world} ranks, one per device; take a cluster of as many "
                 "(--nodes) or another world size"
             )
         if self.loads and len(self.loads) != self.moe.ep_size:

@@ -20,9 +20,9 @@ COUNTED = "counted from shapes, not measured"
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionSource(Provenance):
-    """Origin of all Records of one simulation; `bed` stands in their names for a test bed's."""
+    """Origin of all Records of one simulation; `environment` stands in their names for a test bed's."""
 
-    bed: str
+    environment: str
     emulated: bool = True
 
     def record(self, quantity: Quantity, start: str = "", notes: str = NOTE) -> Record:
@@ -35,9 +35,9 @@ class PredictionSource(Provenance):
 
 
 def source_of(cluster: Cluster, path: str, words: Sequence[str], nodes: int | None = None) -> PredictionSource:
-    """The source of a command line's Records: its bed is named for the cluster's file, and for `nodes` of its own."""
+    """The source of a command line's Records: its environment is named for the cluster's file, and for its `nodes`."""
     return PredictionSource(
-        bed=SIMULATED + slug(Path(path).stem + (f"_{nodes}_nodes" if nodes is not None else "")),
+        environment=SIMULATED + slug(Path(path).stem + (f"_{nodes}_nodes" if nodes is not None else "")),
         command=command("ds_moe_ep", words),
         commit=commit(),
         hardware=f"simulated: {cluster.name} ({cluster.num_nodes} x {cluster.node_size} devices)",

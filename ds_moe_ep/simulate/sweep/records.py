@@ -17,7 +17,7 @@ from ds_moe_ep.specification.laws import STATED_R2
 def sweep_records(sweep: Sweep, source: PredictionSource) -> Iterator[Record]:
     """Every point, and the laws' fits to them."""
     for total in TOTALS:
-        start = f"sweep.{source.bed}.{total}"
+        start = f"sweep.{source.environment}.{total}"
         for point in sweep.of(total):
             yield from source.records(f"{start}.ep{point.ep}.dp{point.dp}", point.quantities.values())
         sizes = ", ".join(str(size) for size in sorted({point.ep for point in sweep.of(total)}))

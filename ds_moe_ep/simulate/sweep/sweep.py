@@ -1,6 +1,6 @@
 """Scaling of a job: the same model on more and more devices of a cluster's kind, simulated size by size.
 
-nodes      as many as the ranks fill; below one node's ranks a node has fewer, and a shared link no more than those
+nodes      as many as the ranks fill; one that they do not fill has fewer, and a shared link no more than those
 experts    those of the ds_config while EP is at most their number, one per rank beyond; the tokens' k stays
 tokens     twice: of a rank held constant, and of all ranks, where the batch of the ds_config is shared out until a
            rank has one sequence
@@ -190,7 +190,7 @@ def setup_at(setup: Setup, total: str, ep: int, dp: int, load: str = "even") -> 
     if ep < num_experts and num_experts % ep:
         raise ConfigError(
             f"sweep.ep={ep}: cannot share {num_experts} experts evenly; take a size that divides {num_experts}, or "
-            "one beyond it, which has one expert a rank"
+            "one beyond it, which has one expert per rank"
         )
     moe = replace(setup.moe, num_experts=max(num_experts, ep), ep_size=ep, node_size=0)
     training = _training_at(setup.training, total, ep, dp)

@@ -97,7 +97,7 @@ def test_files_and_keys_are_those_of_deepspeeds_layer(tmp_path: pathlib.Path) ->
     ours, native = (sorted((tmp_path / layer / "two").iterdir()) for layer in ("ours", "native"))
     assert [path.name for path in ours] == [path.name for path in native]
     experts = [path.name for path in ours if path.name.startswith("layer_")]
-    assert len(experts) == 2 * BASE.num_experts, "one file a layer and expert"
+    assert len(experts) == 2 * BASE.num_experts, "one file per layer and expert"
     for mine, theirs in zip(ours, native, strict=True):
         assert structure(torch.load(mine, weights_only=False)) == structure(torch.load(theirs, weights_only=False))
 

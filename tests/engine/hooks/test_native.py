@@ -46,7 +46,7 @@ def test_hooked_layers_give_the_output_the_losses_and_the_gradients_of_plain_one
 
 
 def test_hooked_layers_in_bf16_are_as_close_to_the_reference_as_plain_ones() -> None:
-    """Within half again of the plain layer's own error; arbitrary modules round a gradient a run: 2.5 times."""
+    """Within half again of the plain layer's own error; arbitrary modules round a gradient per run: 2.5 times."""
     table = shared_cases(torch.bfloat16)[:8]
     by_rank = run_ranks(4, run_hooked_and_plain, table, timeout_s=120)
     for index, case in enumerate(table):
