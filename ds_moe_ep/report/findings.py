@@ -102,8 +102,12 @@ class Findings:
 
 
 def read_findings(paths: Sequence[Path]) -> Findings:
-    """Findings of the files. Raises ConfigError for a file that cannot be read or where there is no Record at all."""
-    sources = tuple(map(_read_source, paths))
+    """Findings of the files; a file of spans may be named with its Records, as `*.jsonl` does.
+
+    Raises ConfigError for a file that cannot be read or where there is no Record at all.
+    """
+    beside = set(map(spans_path, paths))
+    sources = tuple(_read_source(path) for path in paths if path not in beside)
     if not any(source.records for source in sources):
         names = ", ".join(map(str, paths)) or "nothing"
         raise ConfigError(f"records={names}: no Record in there; {WAY_OUT}")

@@ -83,6 +83,14 @@ def test_a_broken_file_of_spans_is_an_error_that_names_file_and_line(tmp_path: P
         read_findings([path])
 
 
+def test_spans_that_are_named_with_their_records_are_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    write_records(path, [record(LOSS, 3.0, "loss")])
+    write_spans(spans_path(path), spans()[:2])
+    (source,) = read_findings(sorted(tmp_path.glob("*.jsonl"))).sources
+    assert (source.path, len(source.records), len(source.spans)) == (path, 1, 2)
+
+
 def test_missing_files_files_of_spans_and_repeated_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -70,7 +70,9 @@ def draw_scaling(law_panels: Sequence[LawPanel]) -> Drawing:
     def paint(figure: Figure) -> None:
         for axis, panel in zip(panels(figure, len(law_panels), 2), law_panels, strict=True):
             _paint_law(axis, panel)
-        handles = [Line2D([], [], color=MEASURED, marker="o", linestyle="none", label="measured, with quartiles")]
+        is_spread = any(quantity.is_spread for panel in law_panels for quantity in panel.points.values())
+        measured = "measured, with quartiles" if is_spread else "measured"
+        handles = [Line2D([], [], color=MEASURED, marker="o", linestyle="none", label=measured)]
         if any(panel.law for panel in law_panels):
             handles.append(Line2D([], [], color=FITTED, linewidth=1.6, label="the law, fitted"))
         legend(figure, handles)
