@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ds_moe_ep.comm.transport import Message, Transfer, Transport
+from ds_moe_ep.comm.transport import InFront, Message, Transfer, Transport
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
@@ -59,25 +59,12 @@ class TransferCallback:
         """The buffer is filled: writes `message.rows` from it, where it is another one."""
 
 
-class WithCallbacks:
+class WithCallbacks(InFront):
     """A transport whose messages pass callbacks. One rank that has them needs peers that have them too."""
 
     def __init__(self, inner: Transport, callbacks: Sequence[TransferCallback]) -> None:
-        self.rank, self.size, self.ranks = inner.rank, inner.size, inner.ranks
+        super().__init__(inner)
         self.callbacks = tuple(callbacks)
-        self._inner = inner
-
-    def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
-        return self._inner.exchange_counts(counts_PC, tags)
-
-    def sum(self, values: Tensor) -> Tensor:
-        return self._inner.sum(values)
-
-    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
-        self._inner.abandon(error, tags)
-
-    def check_open(self, tags: Tags = NO_TAGS) -> None:
-        self._inner.check_open(tags)
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         crossings: list[_Crossing] = []

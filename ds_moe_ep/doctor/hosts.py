@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from ds_moe_ep.doctor.verdicts import Status, Verdict
+from ds_moe_ep.doctor.verdicts import Verdict
 from ds_moe_ep.errors import ConfigError
+
+_verdict = partial(Verdict, "job")
 
 LAUNCHERS = {"pdsh": "pdsh", "openmpi": "ompi_info"}  # --launcher -> the command that it looks for
 # What a rank reads and no launcher takes along by itself; CUDA's accelerator takes NCCL_* along.
@@ -121,7 +124,3 @@ def judge_variables(facts: HostsFacts) -> Iterator[Verdict]:
         found = f"{', '.join(left)}: set here, and no launcher takes it to the other hosts"
         where = [f"./{ENV_FILE}", *facts.env_files][-1]
         yield _verdict("environment", "warning", found, f"write it into {where}, one per line: {settings}")
-
-
-def _verdict(name: str, status: Status, found: str, fix: str = "") -> Verdict:
-    return Verdict("job", name, status, found, fix)

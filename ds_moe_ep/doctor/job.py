@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from ds_moe_ep.check.config import Budget, Check, check_config
 from ds_moe_ep.config.knobs import Layout
 from ds_moe_ep.doctor.facts import Facts
-from ds_moe_ep.doctor.verdicts import Status, Verdict
+from ds_moe_ep.doctor.verdicts import Verdict
 from ds_moe_ep.errors import ConfigError, TopologyError
 from ds_moe_ep.records.quantity import gigabytes
+
+_verdict = partial(Verdict, "job")
 
 RESERVE_GB = 4.0
 NO_LIMIT_GB = 1e9  # the host's memory is judged apart
@@ -119,7 +122,3 @@ def judge_host_memory(check: Check, job: JobFacts, facts: Facts) -> Iterator[Ver
         yield _verdict("model's memory", "problem", found, 'choose a smaller model ("model": "small") or more machines')
     else:
         yield _verdict("model's memory", "ok", found)
-
-
-def _verdict(name: str, status: Status, found: str, fix: str = "") -> Verdict:
-    return Verdict("job", name, status, found, fix)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from ds_moe_ep.doctor.facts import BuildLock, Facts, HostFacts
-from ds_moe_ep.doctor.verdicts import Status, Verdict
+from ds_moe_ep.doctor.verdicts import Verdict
 from ds_moe_ep.records.quantity import gigabytes, number
+
+_verdict = partial(Verdict, "machine")
 
 RANK_BYTES = 0.6e9  # what a rank needs before it has a model: torch, deepspeed, groups
 NCCL_SHM_BYTES = 1e9
@@ -124,7 +127,3 @@ def judge_compiler(host: HostFacts) -> Verdict:
         return _verdict("compiler", "ok", host.compiler)
     found = "no C++ compiler: DeepSpeed cannot build its own operations (an offloaded optimizer needs one)"
     return _verdict("compiler", "note", found, "install g++, or set torch_adam in the optimizer's params")
-
-
-def _verdict(name: str, status: Status, found: str, fix: str = "", *, applies: bool = True) -> Verdict:
-    return Verdict("machine", name, status, found, fix, applies)

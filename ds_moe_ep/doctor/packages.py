@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Facts, TorchFacts, TritonFacts
 from ds_moe_ep.doctor.verdicts import Status, Verdict
 from ds_moe_ep.records.quantity import gigabytes
+
+_verdict = partial(Verdict, "packages")
 
 OLDEST_PYTHON = (3, 10)
 # Releases whose AutoEP and Trainer were run with the DeepSpeed of engine/seams.py.
@@ -190,7 +193,3 @@ def judge_helpers(facts: Facts) -> Verdict:
     if wanted:
         return _verdict("others", "warning", found, f"pip install {' '.join(wanted)}")
     return _verdict("others", "ok", found)
-
-
-def _verdict(name: str, status: Status, found: str, fix: str = "", *, applies: bool = True) -> Verdict:
-    return Verdict("packages", name, status, found, fix, applies)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from ds_moe_ep.doctor.facts import Facts
-from ds_moe_ep.doctor.verdicts import Status, Verdict
+from ds_moe_ep.doctor.verdicts import Verdict
+
+_verdict = partial(Verdict, "environment")
 
 SPECIFIED = {
     "CUDA_VISIBLE_DEVICES": "0,1,2,...,15",
@@ -200,7 +203,3 @@ def judge_harmful(facts: Facts) -> Iterator[Verdict]:
 def _shown(facts: Facts, name: str) -> str:
     value = facts.environment.get(name)
     return "not set" if value is None else value or "set to nothing"
-
-
-def _verdict(name: str, status: Status, found: str, fix: str = "", *, applies: bool = True) -> Verdict:
-    return Verdict("environment", name, status, found, fix, applies)

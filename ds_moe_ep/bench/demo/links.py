@@ -16,9 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
-from ds_moe_ep.comm.transport import Message, Transfer, Transport
+from ds_moe_ep.comm.transport import InFront, Message, Transfer, Transport
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 
@@ -48,24 +46,12 @@ class Uplink:
         return float(free_s)
 
 
-class Paced:
+class Paced(InFront):
     """A transport whose messages to other nodes pass the node's uplink; `far` are their peers in the group."""
 
     def __init__(self, inner: Transport, uplink: Uplink, far: frozenset[int]) -> None:
-        self.rank, self.size, self.ranks = inner.rank, inner.size, inner.ranks
-        self._inner, self._uplink, self._far = inner, uplink, far
-
-    def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
-        return self._inner.exchange_counts(counts_PC, tags)
-
-    def sum(self, values: Tensor) -> Tensor:
-        return self._inner.sum(values)
-
-    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
-        self._inner.abandon(error, tags)
-
-    def check_open(self, tags: Tags = NO_TAGS) -> None:
-        self._inner.check_open(tags)
+        super().__init__(inner)
+        self._uplink, self._far = uplink, far
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         """Returns once the messages have passed the uplink: the lane's thread sleeps meanwhile."""

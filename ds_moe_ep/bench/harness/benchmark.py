@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
-from ds_moe_ep.bench.harness.method import Summary, summarize
+from ds_moe_ep.bench.harness.method import summarize
 from ds_moe_ep.bench.harness.processes import Finding, RunRank, Tell, arriving, silent, started_ranks
 from ds_moe_ep.config.command_line import INTERRUPTED, refused, writable_file
 from ds_moe_ep.config.options import option, parse
 from ds_moe_ep.errors import EngineError, MoEError
 from ds_moe_ep.records.provenance import Provenance, command, commit, hardware
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.records.record import Record, write_whole
 from ds_moe_ep.records.render import print_tables, to_markdown
 from ds_moe_ep.records.table import Table
@@ -80,7 +81,7 @@ class Benchmark(ABC):
         """Ratios and verdicts."""
         return ()
 
-    def summary(self, values: Sequence[float]) -> Summary:
+    def summary(self, values: Sequence[float]) -> Quantity:
         """The value of a Record, and its spread."""
         return summarize(values)
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ds_moe_ep.bench.harness.method import Summary, summarize
+from ds_moe_ep.bench.harness.method import summarize
 from ds_moe_ep.bench.harness.processes import Finding
 from ds_moe_ep.records.provenance import Provenance
 from ds_moe_ep.records.quantity import Quantity
@@ -44,7 +44,7 @@ class Collector:
         provenance: Provenance | None,
         metric: Callable[[str], Metric | None],
         derive: Callable[[Collector], Iterable[DerivedSamples]] = lambda collector: (),
-        summary: Callable[[Sequence[float]], Summary] = summarize,
+        summary: Callable[[Sequence[float]], Quantity] = summarize,
     ) -> None:
         self.samples: dict[str, list[float]] = {}
         self.texts: dict[str, list[str]] = {}
@@ -81,20 +81,9 @@ class Collector:
         for one in (*told, *self._derive(self)):
             metric = self._metric(one.name)
             if metric is not None and one.values:
-                summary = self._summary(one.values)
-                yield (
-                    Quantity(
-                        name=one.name,
-                        title="",
-                        unit=one.unit or metric.unit,
-                        value=summary.median,
-                        low=summary.low,
-                        high=summary.high,
-                        n=one.n or summary.n,
-                        note=one.note or metric.note,
-                    ),
-                    metric,
-                )
+                found = self._summary(one.values)
+                number = found.named(one.name, unit=one.unit or metric.unit)
+                yield dataclasses.replace(number, n=one.n or found.n, note=one.note or metric.note), metric
 
 
 def ratios(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.quantity import Quantity
 
 DROPPED_FRACTION = 0.05  # at each end (the specification, section 5.2)
 
@@ -46,16 +47,6 @@ class Ranks:
 
 
 ALONE = Ranks(barrier=_nothing, slowest=tuple)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Median and quartiles of the `n` values that were kept."""
-
-    median: float
-    low: float
-    high: float
-    n: int
 
 
 Round = dict[str, float]  # seconds of every candidate in one round
@@ -116,12 +107,12 @@ def trimmed(values: Sequence[float], fraction: float = DROPPED_FRACTION) -> list
     return ordered[dropped : len(ordered) - dropped]
 
 
-def summarize(values: Sequence[float]) -> Summary:
+def summarize(values: Sequence[float]) -> Quantity:
     """Median and quartiles of the trimmed values. Raises ConfigError for no values."""
     if not values:
         raise ConfigError("bench.rounds=0: there is nothing to summarize; let one round finish")
     kept = trimmed(values)
     if len(kept) == 1:
-        return Summary(kept[0], kept[0], kept[0], 1)
+        return Quantity.of(kept[0])
     low, middle, high = statistics.quantiles(kept, n=4, method="inclusive")
-    return Summary(middle, low, high, len(kept))
+    return Quantity("", "", "", middle, low, high, len(kept))

@@ -59,9 +59,9 @@ def _limit_ms(plan: OverlapPlan, found: Collector, environment: str, phase: str)
     wire = plan.prefix(environment, WIRE, phase)
     if plan.device == "real":
         times_ms = found.of(f"{wire}.time")
-        return summarize(times_ms).median if times_ms else 0.0
+        return summarize(times_ms).value if times_ms else 0.0
     traffic_ms = found.of(f"{wire}.traffic")
-    return max(plan.compute_ms(phase), summarize(traffic_ms).median) if traffic_ms else 0.0
+    return max(plan.compute_ms(phase), summarize(traffic_ms).value) if traffic_ms else 0.0
 
 
 def overlap_tables(records: Iterable[Record]) -> Iterator[Table]:

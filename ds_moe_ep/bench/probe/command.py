@@ -83,16 +83,7 @@ class Probe(Benchmark):
     def tables(self, records: Sequence[Record]) -> Iterator[Table]:
         """All Records, a line each."""
         rows = (
-            (
-                record.name.removeprefix("probe."),
-                written(record.value),
-                f"{written(record.spread[0])} to {written(record.spread[1])}"
-                if record.spread[0] < record.spread[1]
-                else "",
-                record.unit,
-                str(record.n),
-            )
-            for record in records
+            (record.name.removeprefix("probe."), *_written(record), record.unit, str(record.n)) for record in records
         )
         head = ("what", "value", "quartiles", "unit", "samples")
         yield table("One device and its links: median (quartiles)", head, rows)

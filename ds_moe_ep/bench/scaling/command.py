@@ -140,7 +140,7 @@ class ScalingBenchmark(Benchmark):
                     yield DerivedSamples(f"{of}.memory_per_expert", of_laws["memory_per_expert"])
                 for law, values in of_laws.items():
                     if values:
-                        medians[law][size] = summarize(values).median
+                        medians[law][size] = summarize(values).value
             for law, of_sizes in medians.items():
                 if len(of_sizes) > 1:
                     yield from _fit(total, law, of_sizes)

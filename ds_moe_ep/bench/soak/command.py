@@ -17,7 +17,6 @@ from functools import partial
 
 from ds_moe_ep.bench.harness.benchmark import MISSED, Benchmark, BenchmarkOptions, Launch, run_benchmark
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
-from ds_moe_ep.bench.harness.method import Summary
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.bench.soak.findings import derive, extremes, metric
 from ds_moe_ep.bench.soak.plan import SoakPlan
@@ -25,7 +24,7 @@ from ds_moe_ep.bench.soak.ranks import run_soak_rank
 from ds_moe_ep.config.options import option
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import SOAK_VERDICTS
-from ds_moe_ep.records.quantity import NONE
+from ds_moe_ep.records.quantity import NONE, Quantity
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table, table
 
@@ -84,7 +83,7 @@ class Soak(Benchmark):
     def derive(self, found: Collector) -> Iterable[DerivedSamples]:
         return derive(self.plan, self.num_runs, found)
 
-    def summary(self, values: Sequence[float]) -> Summary:
+    def summary(self, values: Sequence[float]) -> Quantity:
         return extremes(values)
 
     def tables(self, records: Sequence[Record]) -> Iterator[Table]:

@@ -7,9 +7,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
-from ds_moe_ep.bench.harness.method import Summary
 from ds_moe_ep.bench.soak.plan import SETTLED, SoakPlan
-from ds_moe_ep.records.quantity import number, percent
+from ds_moe_ep.records.quantity import Quantity, number, percent
 
 COUNTS = ("handles", "sockets", "threads")
 MOMENTS = {
@@ -55,9 +54,9 @@ def metric(name: str) -> Metric | None:
     return OF_RUN.get(rest[0])
 
 
-def extremes(values: Sequence[float]) -> Summary:
+def extremes(values: Sequence[float]) -> Quantity:
     """The middle of the values between the least and the most."""
-    return Summary(statistics.median(values), min(values), max(values), len(values))
+    return Quantity("", "", "", statistics.median(values), min(values), max(values), len(values))
 
 
 def derive(plan: SoakPlan, num_runs: int, found: Collector) -> Iterator[DerivedSamples]:

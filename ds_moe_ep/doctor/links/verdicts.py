@@ -9,13 +9,16 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from ds_moe_ep.config.topology import Torus, even_share, torus_of
 from ds_moe_ep.doctor.links.outcome import LinksOutcome, Presence, TriedLink
-from ds_moe_ep.doctor.verdicts import Status, Verdict
+from ds_moe_ep.doctor.verdicts import Verdict
 from ds_moe_ep.health.secondary_failures import is_secondary_message
 from ds_moe_ep.records.quantity import number
+
+_verdict = partial(Verdict, "links")
 
 Reach = Literal["near", "far"]
 SLOW = 3.0  # a pair this many times slower than the median of its class stands out
@@ -239,7 +242,3 @@ def _rate(gb_per_s: float) -> str:
 def _ranks(ranks: Sequence[int]) -> str:
     shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
-
-
-def _verdict(name: str, status: Status, found: str, fix: str = "") -> Verdict:
-    return Verdict("links", name, status, found, fix)
