@@ -105,6 +105,10 @@ class MoEConfig:
         "auto",
         "routing, permute and activations: Triton's kernels (auto: on CUDA where it is installed), or plain torch",
     )
+    grouped_products: Literal["auto", "on", "off"] = knob(
+        "auto",
+        "one matrix product for all experts of a rank (auto: bf16 on compute capability 9 and 10, or with a capacity)",
+    )
     max_ctas: int = knob(0, "NCCL's thread blocks for the transfers of a lane at most; 0 leaves it to NCCL", 0)
     meter_every: int = knob(0, "steps between two measurements of hidden communication; 0 measures none", 0)
     attach: bool = knob(False, "initialize also hooks DeepSpeed's own MoE layers and AutoEP's (attach_overlap)")
@@ -127,6 +131,11 @@ class MoEConfig:
             raise ConfigError(
                 f"moe_ep.drop_policy='random' with top_k={self.top_k}: random token selection is defined for "
                 "top-1 alone; use 'position' or 'score'"
+            )
+        if self.bit_equal and self.grouped_products == "on":
+            raise ConfigError(
+                "moe_ep.bit_equal=true with grouped_products='on': a grouped product sums in an order of its own; "
+                "use 'auto' or 'off'"
             )
         if self.sample_second and self.top_k != 2:
             raise ConfigError(

@@ -35,6 +35,7 @@ from ds_moe_ep.moe.agreement import Agreement, Call, Mode, announce_bad_input
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan, PendingPlan, begin_plan
 from ds_moe_ep.moe.executor import PassContext, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
+from ds_moe_ep.moe.grouped.choice import groups_products
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.router import Routes, use_triton
 from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift
@@ -269,7 +270,7 @@ class Dispatcher:
             if training:
                 self._tune(rows_ND, plan, experts, shared)
             # From here on: what was tuned may run another schedule than the one that this call was announced with.
-            context = self._context(x_TD, plan, training, shared)
+            context = self._context(rows_ND, plan, experts, training, shared)
             if plan.goes_backward and not needs:  # a peer's pass backward needs this rank's
                 rows_ND.requires_grad_()
         except BaseException as error:  # the peers are about to send rows, and to wait for some
@@ -318,17 +319,20 @@ class Dispatcher:
         self.take_choice(run.choose())
         self._drift.restart()
 
-    def _context(self, x_TD: Tensor, plan: DispatchPlan, training: bool, shared: SharedExpert | None) -> PassContext:
+    def _context(
+        self, rows_ND: Tensor, plan: DispatchPlan, experts: LocalExperts, training: bool, shared: SharedExpert | None
+    ) -> PassContext:
         """The pass of a plan: where its rows lie, and by which schedules, lanes and transport they move."""
         connection = self.checked_connection()
         transport = connection.transport
-        num_shared = 0 if shared is None else len(x_TD)
-        layout = lay_out(plan, connection.forward, transport.rank, num_shared)
+        num_shared = 0 if shared is None else len(shared.x_TD)
         schedules = (connection.forward, connection.backward)
         if self._is_blocking:
             schedules = (connection.control_forward, connection.control_backward)
+        is_grouped = groups_products(self._config, experts, schedules, rows_ND, plan)
+        layout = lay_out(plan, connection.forward, transport.rank, num_shared, is_grouped)
         recorder = Both.of(self._recorder, self._clock) if training else Off()
-        lanes, in_triton = self._lanes_on(x_TD.device), use_triton(self._config, x_TD.device)
+        lanes, in_triton = self._lanes_on(rows_ND.device), use_triton(self._config, rows_ND.device)
         return PassContext(layout, *schedules, transport, lanes, recorder, in_triton, self._name)
 
 

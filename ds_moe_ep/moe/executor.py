@@ -27,6 +27,7 @@ from ds_moe_ep.comm.recorder import NOT_RECORDED, Off, Recorder, Scope
 from ds_moe_ep.comm.transport import Message, Transport
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
+from ds_moe_ep.moe.grouped.experts import GroupedPass
 from ds_moe_ep.moe.layout import Move, PieceRows, RowLayout
 from ds_moe_ep.schedule.build import Kind, Op, Schedule
 from ds_moe_ep.schedule.spans import Tags
@@ -78,7 +79,8 @@ class _RunExperts(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with telling(context, "forward"):
-            expert_pass = experts.start(context.layout.expert_spans, may_differentiate)
+            layout = context.layout
+            expert_pass = experts.start(layout.expert_spans, may_differentiate, layout.grouping)
             shared_pass = None if shared is None else shared.start()
             for started in (expert_pass, shared_pass):
                 if started is not None:
@@ -86,8 +88,12 @@ class _RunExperts(torch.autograd.Function):
             buffers, shared_TD = Buffers.of(rows_ND.contiguous(), context), torch.empty_like(x_TD)
 
         def compute(rows: PieceRows) -> None:
-            for expert, here, out_nD in buffers.runs_of(rows):
-                expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
+            if isinstance(expert_pass, GroupedPass):
+                for here in buffers.group_of(rows):
+                    buffers.spread(rows, expert_pass.compute(here, buffers.inputs_RD[here]))
+            else:
+                for expert, here, out_nD in buffers.runs_of(rows):
+                    expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
             if shared_pass is not None and rows.has_tokens:
                 here = slice(*rows.tokens)
                 shared_pass.compute(0, here, x_TD[here], shared_TD[here])
@@ -117,8 +123,12 @@ class _RunExperts(torch.autograd.Function):
         shared_grads: list[Tensor | None] = []
 
         def compute(rows: PieceRows) -> None:
-            for expert, here, out_nD in buffers.runs_of(rows):
-                expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)
+            if isinstance(expert_pass, GroupedPass):
+                for here in buffers.group_of(rows):
+                    buffers.spread(rows, expert_pass.input_grads(here, buffers.inputs_RD[here]))
+            else:
+                for expert, here, out_nD in buffers.runs_of(rows):
+                    expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)
             for shared_pass in shared_passes if rows.has_tokens else ():
                 here = slice(*rows.tokens)
                 shared_pass.input_grads(0, here, d_shared_TD[here], dx_TD[here])
@@ -188,7 +198,8 @@ class Buffers:
             outputs_RD = torch.empty_like(inputs_RD)
             return cls(sent_ND, inputs_RD, inputs_RD, outputs_RD, outputs_RD, results_ND)
         wire_RD = torch.empty_like(inputs_RD)
-        order = RowOrder.of(context.layout, sent_ND.device) if moves_by_index(sent_ND.device) else None
+        by_index = moves_by_index(sent_ND.device) or context.layout.grouping is not None
+        order = RowOrder.of(context.layout, sent_ND.device) if by_index else None
         return cls(sent_ND, wire_RD, inputs_RD, wire_RD[:0], wire_RD, results_ND, order)
 
     def stack(self, rows: PieceRows) -> None:
@@ -215,6 +226,18 @@ class Buffers:
             yield expert, slice(start, stop), scratch_nD[first : first + stop - start]
             first += stop - start
         torch.index_select(scratch_nD, 0, self.order.computed_R[here], out=self.wire_out_RD[here])
+
+    def group_of(self, rows: PieceRows) -> tuple[slice, ...]:
+        """The stacked rows of a piece whose products are grouped; none where it has no rows."""
+        return tuple(slice(*span) for _, span in rows.runs)
+
+    def spread(self, rows: PieceRows, results_nD: Tensor) -> None:
+        """Puts the results of a whole piece, in stacked order, to where they leave from."""
+        if self.order is None:
+            self.outputs_RD[self.group_of(rows)[0]] = results_nD
+        else:
+            here = slice(*rows.wire)
+            torch.index_select(results_nD, 0, self.order.computed_R[here], out=self.wire_out_RD[here])
 
     @contextmanager
     def _outputs_of(self, rows: slice, moves: Sequence[Move]) -> Iterator[Tensor]:

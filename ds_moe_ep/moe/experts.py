@@ -2,7 +2,7 @@
 
 Parameters live where DeepSpeed keeps them: one module an expert in a list, so that checkpoints, optimizer states and
 parameter groups are interchangeable with DeepSpeed's own layer. Rows are stacked instead: all rows of an expert lie
-side by side, and each product is one matrix product per expert and piece.
+side by side, and each product is one matrix product per expert and piece, or one of all experts (`grouped/`).
 
 A form (`split_experts.py`) knows the mathematics of a kind of expert and splits its gradient in two: input gradients,
 which other ranks wait for, and weight gradients, which nothing waits for. Unknown experts go through autograd.
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.moe.grouped.experts import GroupedPass, start_grouped
+from ds_moe_ep.moe.layout import Grouping
 from ds_moe_ep.moe.recognise import ExpertForms, Form
 from ds_moe_ep.moe.snapshot import has_foreign_hooks
 from ds_moe_ep.moe.split_experts import ExpertPass, GeluPass, Opaque, OpaquePass, Span, SwiGLUPass, Weights
@@ -60,8 +62,16 @@ class LocalExperts(Protocol):
     def expert_parameters(self) -> list[Tensor]:
         """All parameters, expert by expert: the order in which a pass returns their gradients."""
 
-    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
-        """A pass over each expert's span of stacked rows; with `keep_graph` it may go backward."""
+    def start(
+        self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None
+    ) -> ExpertPass | GroupedPass:
+        """A pass over each expert's span of stacked rows; with `keep_graph` it may go backward.
+
+        With a grouping, for which experts must be known: over all experts' rows at once.
+        """
+
+    def known(self) -> tuple[Form, Sequence[Weights]] | None:
+        """The form and the weights of the experts; None where their mathematics is unknown."""
 
     def buffers(self) -> Iterator[Tensor]:
         """State that a pass may change."""
@@ -101,12 +111,32 @@ class Experts(nn.Module):
         """The known mathematics that all of them have in common now; None where there is none."""
         return self._forms.common(list(self.deepspeed_experts))
 
-    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
+    def lay_together(self) -> None:
+        """Moves the parameters of all experts side by side, one memory for each name: their products can be grouped.
+
+        An engine's flat buffer serves as well. Local, before anything keeps the parameters' memory (an optimizer may
+        have the parameters themselves); moving the module to another type or device undoes it.
+        """
+        names = [name for name, _ in self.deepspeed_experts[0].named_parameters()]
+        by_name = [dict(expert.named_parameters()) for expert in self.deepspeed_experts]
+        for name in names:
+            stacked = torch.stack([named[name].detach() for named in by_name])
+            for named, place in zip(by_name, stacked, strict=True):
+                named[name].data = place
+
+    def known(self) -> tuple[Form, Sequence[Weights]] | None:
+        """The form and the weights of all of them; None where they have no known one in common."""
+        form = self.form
+        return None if form is None else (form, [form.weights_of(expert) for expert in self.deepspeed_experts])
+
+    def start(
+        self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None
+    ) -> ExpertPass | GroupedPass:
         """A pass over each expert's span of stacked rows; `keep_graph`: modules of unknown form may go backward."""
-        experts, form = list(self.deepspeed_experts), self.form
-        if form is None:
-            return OpaquePass([opaque(expert) for expert in experts], keep_graph)
-        return start_pass(form, [form.weights_of(expert) for expert in experts], spans)
+        known = self.known()
+        if known is None:
+            return OpaquePass([opaque(expert) for expert in self.deepspeed_experts], keep_graph)
+        return start_pass(*known, spans, grouping)
 
 
 def opaque(expert: nn.Module) -> Opaque:
@@ -130,11 +160,17 @@ class SharedExpert:
 
     def start(self) -> ExpertPass:
         """A pass over the tokens."""
-        return self.experts.start([(0, len(self.x_TD))], keep_graph=False)
+        started = self.experts.start([(0, len(self.x_TD))], keep_graph=False)
+        assert not isinstance(started, GroupedPass), "one expert is no group"
+        return started
 
 
-def start_pass(form: Form, weights: Sequence[Weights], spans: Sequence[Span]) -> ExpertPass:
+def start_pass(
+    form: Form, weights: Sequence[Weights], spans: Sequence[Span], grouping: Grouping | None = None
+) -> ExpertPass | GroupedPass:
     """A pass over each expert's span of stacked rows by the split mathematics of their form."""
+    if grouping is not None:
+        return start_grouped(form, weights, grouping)
     return GeluPass(weights, spans, form.approximate) if form.kind == "gelu" else SwiGLUPass(weights, spans)
 
 
@@ -147,8 +183,13 @@ class KnownExperts:
     def expert_parameters(self) -> list[Tensor]:
         return [tensor for named in self._weights for tensor in named.values() if tensor is not None]
 
-    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
-        return start_pass(self._form, self._weights, spans)
+    def known(self) -> tuple[Form, Sequence[Weights]]:
+        return self._form, self._weights
+
+    def start(
+        self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None
+    ) -> ExpertPass | GroupedPass:
+        return start_pass(self._form, self._weights, spans, grouping)
 
     def buffers(self) -> Iterator[Tensor]:
         return iter(())
@@ -168,7 +209,10 @@ class OpaqueExperts:
     def expert_parameters(self) -> list[Tensor]:
         return [parameter for expert in self._experts for parameter in expert.parameters]
 
-    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
+    def known(self) -> None:
+        return None
+
+    def start(self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None) -> ExpertPass:
         return OpaquePass([Opaque(partial(self._call, each), each.parameters) for each in self._experts], keep_graph)
 
     def _call(self, expert: Opaque, rows_nD: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ Three orders of rows meet in a pass. Sent rows lie by (peer, expert of the peer)
 local expert), one message per peer. The experts want them by (local expert, piece, peer), so that the rows of an expert
 that come together are one matrix product, and all of its rows are one for its weight gradients. With one local expert
 the last two are the same, and rows are received where they are computed.
+
+Where products are grouped, the experts want rows by (piece, local expert, peer) instead: a piece's rows lie side by
+side and are one product for all experts. Weight gradients need them by expert then, and `Grouping` knows the way.
 """
 
 from __future__ import annotations
@@ -52,13 +55,29 @@ class PieceRows:
 
 
 @dataclass(frozen=True)
+class Grouping:
+    """Rows per local expert: of each piece, by the first of its stacked rows, and of all pieces.
+
+    `moves` lead from stacked order to the order by expert, none where the two are the same; they are in stacked order.
+    """
+
+    rows_of_piece: Mapping[int, tuple[int, ...]]
+    rows_L: tuple[int, ...]
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True)
 class RowLayout:
-    """The rows of a whole pass: one PieceRows a piece, runs of each block of weight gradients, each expert's span."""
+    """The rows of a whole pass: one PieceRows a piece, runs of each block of weight gradients, each expert's span.
+
+    Where products are grouped, all local experts stand for one: each piece has one run, and so has the only block.
+    """
 
     pieces: tuple[PieceRows, ...]
     weight_runs: tuple[tuple[Run, ...], ...]
     expert_spans: tuple[Span, ...]
     num_received: int
+    grouping: Grouping | None = None
 
     @property
     def is_stacked_on_arrival(self) -> bool:
@@ -66,13 +85,19 @@ class RowLayout:
         return not any(rows.moves for rows in self.pieces)
 
 
-def lay_out(plan: DispatchPlan, schedule: Schedule, rank: int, num_shared_tokens: int = 0) -> RowLayout:
-    """The layout of a plan's rows in the pieces of a schedule, and of the shared expert's tokens. No device work."""
+def lay_out(
+    plan: DispatchPlan, schedule: Schedule, rank: int, num_shared_tokens: int = 0, is_grouped: bool = False
+) -> RowLayout:
+    """The layout of a plan's rows in the pieces of a schedule, and of the shared expert's tokens. No device work.
+
+    `is_grouped`: products are made for all local experts at once; the schedule has one block of weight gradients.
+    """
     torus, pieces = schedule.torus, schedule.pieces
     num_local = len(plan.recv_rows_PL[0])
     sent_start_P = _starts([sum(rows) for rows in plan.send_rows_PL])
     parts = [part for index in range(len(pieces)) for part in _parts(plan, schedule, rank, index)]
-    stacked = _places(sorted(parts, key=partial(_stacking_order, schedule)))
+    order = partial(_stacking_order, schedule, is_grouped)
+    stacked = _places(sorted(parts, key=order))
     # With one local expert, or no peers, rows are received where they are computed.
     wire = stacked if num_local == 1 or torus.size == 1 else _places(parts)
 
@@ -88,16 +113,24 @@ def lay_out(plan: DispatchPlan, schedule: Schedule, rank: int, num_shared_tokens
         moves = [] if wire is stacked else [(wire[part], stacked[part], part.num_rows) for part in own]
         tokens = _cut(0, num_shared_tokens, piece) if (0, 0) in piece.offsets else (0, 0)
         span = (moves[0][0], moves[-1][0] + moves[-1][2]) if moves else (0, 0)
-        return PieceRows(tuple(sent), tuple(received), tuple(moves), _runs(own, stacked), tokens, span)
+        runs = _whole(_runs(own, stacked)) if is_grouped else _runs(own, stacked)
+        return PieceRows(tuple(sent), tuple(received), tuple(moves), runs, tokens, span)
 
     def runs_from(block: Sequence[Offset]) -> tuple[Run, ...]:
         sources = {torus.source(rank, offset) for offset in block}
         return _runs([part for part in parts if part.source in sources], stacked)
 
     # Not those of the plan: pieces that only time transfers may carry some rows twice, and others never.
-    rows_L = [sum(part.num_rows for part in parts if part.expert == expert) for expert in range(num_local)]
+    rows_L = _rows_of_experts(parts, num_local)
+    rows_of_pieces = tuple(rows_of(index, piece) for index, piece in enumerate(pieces))
+    if is_grouped:
+        assert len(schedule.blocks) <= 1 and not schedule.is_bit_equal, "a weight gradient is one product"
+        whole = (0, sum(rows_L))
+        runs = ((0, whole),) if sum(rows_L) else ()
+        grouping = _grouping(parts, stacked, num_local)
+        return RowLayout(rows_of_pieces, (runs,) * len(schedule.blocks), (whole,), sum(rows_L), grouping)
     return RowLayout(
-        tuple(rows_of(index, piece) for index, piece in enumerate(pieces)),
+        rows_of_pieces,
         tuple(runs_from(block) for block in schedule.blocks),
         tuple(pairwise(accumulate(rows_L, initial=0))),
         sum(rows_L),
@@ -127,11 +160,39 @@ def _parts(plan: DispatchPlan, schedule: Schedule, rank: int, index: int) -> Ite
             yield _Part(index, source, expert, skipped, num_rows)
 
 
-def _stacking_order(schedule: Schedule, part: _Part) -> tuple[int, ...]:
+def _grouping(parts: Sequence[_Part], stacked: Mapping[_Part, int], num_local: int) -> Grouping:
+    """The groups of each piece's rows, and of all rows."""
+    by_piece: dict[int, list[_Part]] = {}
+    for part in parts:
+        by_piece.setdefault(part.piece, []).append(part)
+    in_order = sorted(parts, key=lambda part: stacked[part])
+    by_expert = _places(sorted(in_order, key=lambda part: part.expert))
+    moves = [(stacked[part], by_expert[part], part.num_rows) for part in in_order] if len(by_piece) > 1 else []
+    first_rows = {piece: min(stacked[part] for part in own) for piece, own in by_piece.items()}
+    rows_of_piece = {first_rows[piece]: tuple(_rows_of_experts(own, num_local)) for piece, own in by_piece.items()}
+    return Grouping(rows_of_piece, tuple(_rows_of_experts(parts, num_local)), tuple(moves))
+
+
+def _rows_of_experts(parts: Sequence[_Part], num_local: int) -> list[int]:
+    rows_L = [0] * num_local
+    for part in parts:
+        rows_L[part.expert] += part.num_rows
+    return rows_L
+
+
+def _whole(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Runs that follow each other, as one of all experts."""
+    return ((0, (runs[0][1][0], runs[-1][1][1])),) if runs else ()
+
+
+def _stacking_order(schedule: Schedule, is_grouped: bool, part: _Part) -> tuple[int, ...]:
     """By local expert, and then by piece, so that a piece's rows of an expert are one run, one product.
 
-    Bit-equal schedules need an order that none of them changes: by local expert, then by source.
+    By piece first where its products are grouped. Bit-equal schedules need an order that none of them changes: by local
+    expert, then by source.
     """
+    if is_grouped:
+        return part.piece, part.expert, part.source
     if schedule.is_bit_equal:
         return part.expert, part.source, part.skipped
     return part.expert, schedule.stacking_place[part.piece], part.source

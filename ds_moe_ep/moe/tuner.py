@@ -36,6 +36,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.executor import Buffers, PassContext, Steps, run, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
+from ds_moe_ep.moe.grouped.choice import groups_products
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.router import use_triton
 from ds_moe_ep.moe.split_experts import keep
@@ -256,7 +257,8 @@ class AutotuneRun:
 
     def _context(self, forward: Schedule, backward: Schedule) -> PassContext:
         num_shared = 0 if self.shared is None else len(self.shared.x_TD)
-        layout = lay_out(self.plan, forward, self.transport.rank, num_shared)
+        is_grouped = groups_products(self.config, self.experts, (forward, backward), self.rows_ND, self.plan)
+        layout = lay_out(self.plan, forward, self.transport.rank, num_shared, is_grouped)
         in_triton = use_triton(self.config, self.rows_ND.device)
         return PassContext(layout, forward, backward, self.transport, self.lanes, Off(), in_triton)
 

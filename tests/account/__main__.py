@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from tests.account.layer import count
-from tests.account.summary import SPECIFICATION, TOP_2, figures, memory_ms_by_place
+from tests.account.summary import DEEPSEEK, DEEPSEEK_EP8, EP8, QWEN3, SPECIFICATION, TOP_2, figures, memory_ms_by_place
 
 BEFORE = {  # with sums over blocks, rows stacked by source, plain torch beside the products, kept active rows
     "serial": {"weight_gradient_gb": 22.5, "forward_products": 2},
@@ -19,6 +19,9 @@ def main() -> None:
     cases = {name: replace(SPECIFICATION, schedule=name) for name in ("serial", "peers", "chunks")}
     cases["peers, k=2"] = TOP_2
     cases["peers, 4 weight blocks"] = replace(SPECIFICATION, knobs={"weight_blocks": 4})
+    many = {"64 experts, EP=8": EP8, "Qwen3": QWEN3, "DeepSeek": DEEPSEEK, "DeepSeek, EP=8": DEEPSEEK_EP8}
+    for name, sizes in many.items():
+        cases |= {f"{name}: {how}": replace(sizes, knobs={"grouped_products": how}) for how in ("off", "auto")}
     for name, sizes in cases.items():
         print(name)
         for figure, value in asdict(figures(sizes)).items():

@@ -22,7 +22,7 @@ VIEWS = frozenset(
     "split_with_sizes unbind view_as lift_fresh promote_types".split()
 )
 UNWRITTEN = frozenset("empty empty_like new_empty empty_strided new_empty_strided".split())
-PRODUCTS = frozenset("mm addmm addmm_ _grouped_mm".split())
+PRODUCTS = frozenset("mm addmm addmm_ bmm _grouped_mm".split())
 OVERWRITTEN = frozenset("copy_ fill_ zero_ uniform_ exponential_".split())  # ops that do not read what they write
 
 
@@ -128,7 +128,7 @@ def _product(name: str, args: Sequence[Any]) -> tuple[int, int, int] | None:
     if name not in PRODUCTS:
         return None
     left, right = [tensor for tensor in tensors(args) if tensor.dim() > 1][-2:]
-    return left.shape[-2], left.shape[-1], right.shape[-1]
+    return left.shape[:-1].numel(), left.shape[-1], right.shape[-1]
 
 
 def tensors(values: Any) -> Iterator[Tensor]:

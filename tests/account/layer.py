@@ -27,6 +27,7 @@ from ds_moe_ep.kernels import permute as permute_ops
 from ds_moe_ep.moe import agreement, executor, router, split_experts
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
+from ds_moe_ep.moe.grouped.experts import GroupedPass
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 from tests.account.counting import Account, Launch
@@ -141,6 +142,7 @@ def _layer(sizes: Sizes, account: Account) -> tuple[ExpertParallel, Counted]:
     expert = {"gelu": GeluMLP, "swiglu": SwiGLU}[sizes.expert]
     with account, torch.device("meta"):  # parameters are alive at the peak, too
         layer = ExpertParallel(sizes.width, expert(sizes.width, sizes.expert_width), config).to(sizes.dtype)
+        layer.experts.lay_together()  # as in an engine's flat buffer
     account.launches.clear()
     transport = Counted(size, account)
     layer.connect(transport, sizes.torus)
@@ -159,7 +161,7 @@ def _instrumented(sizes: Sizes, account: Account) -> Iterator[None]:
         (permute_ops._Unpermute, "forward", "unpermute"),
         (permute_ops._Unpermute, "backward", "unpermute backward"),
     ]
-    for kind in (split_experts.GeluPass, split_experts.SwiGLUPass):
+    for kind in (split_experts.GeluPass, split_experts.SwiGLUPass, GroupedPass):
         places += [(kind, "compute", "experts"), (kind, "input_grads", "input gradients")]
         places += [(kind, "add_weight_grads", "weight gradients"), (kind, "weight_grads", "weight gradients")]
     places += [(router.Router, "forward", "gate"), (Dispatcher, "_permute_early", "permute")]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule.build import forward_schedule
 from ds_moe_ep.simulate.cluster.cluster import load_cluster
 from tests.account.counting import Launch
@@ -18,6 +21,12 @@ HALF_ROWS = load_cluster(REPOSITORY / "ds_configs/clusters/h100_4x4.json").devic
 
 SPECIFICATION = Sizes()
 TOP_2 = Sizes(top_k=2)
+QWEN3 = Sizes(  # 128 experts of 1,536, each token in 8, as Qwen3-235B-A22B; 8 experts per GPU
+    num_tokens=8192, width=4096, expert_width=1536, num_experts=128, top_k=8, expert="swiglu", dtype=torch.bfloat16
+)
+DEEPSEEK = replace(QWEN3, width=7168, expert_width=2048, num_experts=256)  # as DeepSeek-V3; 16 experts per GPU
+DEEPSEEK_EP8 = replace(DEEPSEEK, torus=Torus(2, 4))  # 32 experts per GPU
+EP8 = replace(QWEN3, num_experts=64, torus=Torus(2, 4))
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ds_moe_ep.config.topology import Torus
 from tests.account.counting import Account
 from tests.account.kernels import stand_ins
 from tests.account.layer import Sizes, count
-from tests.account.summary import REPOSITORY, SPECIFICATION, TOP_2, figures, num_pieces
+from tests.account.summary import (
+    DEEPSEEK,
+    DEEPSEEK_EP8,
+    EP8,
+    QWEN3,
+    REPOSITORY,
+    SPECIFICATION,
+    TOP_2,
+    figures,
+    num_pieces,
+)
 
 
 @pytest.mark.parametrize("schedule", ["serial", "peers", "chunks"])
@@ -68,17 +77,12 @@ def test_the_kernels_of_the_account_take_what_the_real_ones_take() -> None:
 
 
 LARGE = 2**22  # bytes: more than the places of all rows take, less than the rows of any piece
-QWEN3 = Sizes(  # 128 experts of 1,536, each token in 8, as Qwen3-235B-A22B; 8 experts per GPU
-    num_tokens=8192, width=4096, expert_width=1536, num_experts=128, top_k=8, expert="swiglu", dtype=torch.bfloat16
-)
-DEEPSEEK = replace(QWEN3, width=7168, expert_width=2048, num_experts=256)  # as DeepSeek-V3; 16 experts per GPU
-DEEPSEEK_EP8 = replace(DEEPSEEK, torus=Torus(2, 4))  # 32 experts per GPU
 
 
 @pytest.mark.parametrize("sizes", [QWEN3, DEEPSEEK, DEEPSEEK_EP8], ids=["8 experts", "16 experts", "32 experts"])
 @pytest.mark.parametrize("schedule", ["serial", "peers"])
 def test_rows_of_many_experts_move_in_one_launch_each_way_and_piece(sizes: Sizes, schedule: str) -> None:
-    sizes = replace(sizes, schedule=schedule)
+    sizes = replace(sizes, schedule=schedule, knobs={"grouped_products": "off"})
     account, pieces = count(sizes), num_pieces(sizes)
     moves = [launch for launch in account.forward if launch.op in ("index_copy_", "index_select")]
     assert len([launch for launch in moves if launch.written_bytes > LARGE]) == 2 * pieces
@@ -89,3 +93,36 @@ def test_rows_of_many_experts_move_in_one_launch_each_way_and_piece(sizes: Sizes
     assert len(products) == 3 * num_parts * num_local
     weights = [launch for launch in account.backward if launch.where == "weight gradients"]
     assert len(weights) == 3 * num_local and all(launch.product for launch in weights)
+
+
+@pytest.mark.parametrize("sizes", [QWEN3, DEEPSEEK, DEEPSEEK_EP8], ids=["8 experts", "16 experts", "32 experts"])
+@pytest.mark.parametrize("schedule", ["serial", "peers"])
+def test_many_experts_are_one_product_per_matrix_and_piece(sizes: Sizes, schedule: str) -> None:
+    sizes = replace(sizes, schedule=schedule)
+    account, pieces = count(sizes), num_pieces(sizes)
+    for launches in (account.forward, account.recomputed):
+        assert len([launch for launch in launches if launch.where == "experts" and launch.product]) == 3 * pieces
+    backward = [launch for launch in account.backward if launch.where == "input gradients" and launch.product]
+    assert len(backward) == 3 * pieces
+    weights = [launch for launch in account.backward if launch.where == "weight gradients"]
+    assert len([launch for launch in weights if launch.product]) == 3
+    # To bring tokens, results' gradients and three kinds of hidden rows by expert; nothing where there is one piece.
+    assert len(weights) == 3 + (pieces > 1) * (2 + 3 * pieces)
+    looped = figures(replace(sizes, knobs={"grouped_products": "off"}))
+    assert figures(sizes).launches < looped.launches
+
+
+@pytest.mark.parametrize(("schedule", "products", "launches"), [("serial", 3, 131), ("peers", 9, 198)])
+def test_a_layer_of_64_experts_on_8_ranks_is_few_launches(schedule: str, products: int, launches: int) -> None:
+    """By default 3 products per piece, and about half of the launches that a product per expert would make."""
+    sizes = replace(EP8, schedule=schedule)
+    found, looped = figures(sizes), figures(replace(sizes, knobs={"grouped_products": "off"}))
+    assert (found.forward_products, found.weight_products) == (products, 3)
+    assert found.launches <= launches and looped.launches > 1.7 * launches
+    assert looped.forward_products > 5 * products
+
+
+def test_other_types_without_a_kernel_and_weights_apart_are_looped() -> None:
+    """The control: by default half-precision numbers that torch does not group are a product per expert."""
+    sizes = replace(QWEN3, schedule="serial", dtype=torch.float16)
+    assert figures(sizes).forward_products == 3 * 8

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ds_moe_ep.kernels.rotary import Rotation
 from ds_moe_ep.model.attention import CausalAttention
 from ds_moe_ep.moe.experts import Experts
+from ds_moe_ep.moe.layout import Grouping
 from ds_moe_ep.moe.split_experts import ExpertPass, Span
 
 
@@ -89,7 +90,7 @@ class EmulatedExperts(Experts):
         super().__init__(EmulatedExpert(row_us, device), num_local_experts)
         self.row_us, self.device = row_us, device
 
-    def start(self, spans: Sequence[Span], keep_graph: bool) -> ExpertPass:
+    def start(self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None) -> ExpertPass:
         return EmulatedPass(self.row_us, self.device)
 
 

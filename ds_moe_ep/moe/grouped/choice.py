@@ -1,0 +1,95 @@
+"""The choice whether a pass makes its products for all local experts at once, and why not; said in the log once."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.kernels.grouped import is_one_kernel, lie_together
+from ds_moe_ep.moe.dispatch_plan import DispatchPlan
+from ds_moe_ep.moe.grouped.experts import PARTS, named_tensors
+from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.split_experts import Weights
+from ds_moe_ep.schedule.build import Schedule
+
+logger = logging.getLogger(__name__)
+
+# Numbers of the hidden rows of one expert and piece from which its product fills a device six times over: 132
+# multiprocessors with tiles of 128 x 256. Its last, partly filled round costs less then than rows by expert do.
+LARGE_PRODUCT = 6 * 132 * 128 * 256
+
+
+class KnowsWeights(Protocol):
+    """Experts that may know their form."""
+
+    def known(self) -> tuple[Form, Sequence[Weights]] | None:
+        """The form and the weights; None where the mathematics is unknown."""
+
+
+def groups_products(
+    config: MoEConfig,
+    experts: KnowsWeights,
+    schedules: tuple[Schedule, Schedule],
+    rows_ND: Tensor,
+    plan: DispatchPlan,
+) -> bool:
+    """True where a pass makes one product for all local experts; why not is said in the log, once. Local.
+
+    Raises ConfigError where the configuration demands it, and the experts are unknown.
+    """
+    if config.num_local_experts == 1 or config.grouped_products == "off":
+        return False
+    reason = _why_by_schedule(schedules) or _why_by_device(config, rows_ND, plan)
+    known = None if reason else experts.known()
+    if not reason and known is None:
+        reason = "the experts are modules of unknown form"
+        if config.grouped_products == "on":
+            raise ConfigError(
+                f'moe_ep.grouped_products="on": {reason}, which run one by one; write "auto", or make them an '
+                "MLP of Linear, GELU and Linear, or a SwiGLU of three Linears"
+            )
+    if not reason and known is not None and config.grouped_products == "auto":
+        reason = _why_by_weights(config, *known, len(schedules[0].pieces), plan.num_received)
+    say_once(reason)
+    return not reason
+
+
+def _why_by_schedule(schedules: Sequence[Schedule]) -> str:
+    if any(len(each.blocks) > 1 or each.is_bit_equal for each in schedules):
+        return "weight gradients are sums over blocks of rows (weight_blocks, bit_equal)"
+    return ""
+
+
+def _why_by_device(config: MoEConfig, rows_ND: Tensor, plan: DispatchPlan) -> str:
+    if config.grouped_products == "on":
+        return ""
+    if rows_ND.is_cpu:
+        return "rows are on the CPU, whose library has no grouped product"
+    has_equal_rows = plan.maps.is_padding_N is not None  # with a capacity: a batched product, in any type
+    if not (has_equal_rows or is_one_kernel(rows_ND)):
+        return f"torch has one kernel for bf16 on devices of compute capability 9 and 10, not for {rows_ND.dtype} here"
+    return ""
+
+
+def _why_by_weights(
+    config: MoEConfig, form: Form, weights: Sequence[Weights], num_pieces: int, num_received: int
+) -> str:
+    parts = [named_tensors(weights, f"{part}.weight") for part in (*PARTS[form.kind], "down")]
+    if any(lie_together(matrices) is None for matrices in parts):
+        return "the experts' weights do not lie at equal distances in one memory, as in an engine's flat buffer"
+    numbers = num_received * len(parts[0][0]) / (config.num_local_experts * num_pieces)
+    if num_pieces > 1 and numbers > LARGE_PRODUCT:
+        return "each expert's product fills the device by itself"
+    return ""
+
+
+@functools.cache
+def say_once(reason: str) -> None:
+    """Tells the log how products are made, once for each reason."""
+    logger.info("products of experts: %s", f"one per expert, since {reason}" if reason else "one for all of a rank")
