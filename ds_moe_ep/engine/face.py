@@ -96,12 +96,14 @@ class LayerFace(Timed, ExpertParallel, MOELayer):
         self.ep_group_name = f"ep_size_{self.ep_size}"
 
     @not_compiled
-    def forward(self, x: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, used_token: Tensor | None = None, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         clock = self.gate.clock
         clock.begin(self._device, is_on=self.wall_clock_breakdown and self.training)
         self.dispatcher.time_with(clock.lanes)
         with clock.scope("moe"):
-            output, self.l_aux, self.exp_counts = super().forward(x, used_token)
+            output, self.l_aux, self.exp_counts = super().forward(x, used_token, residual)
         return output, self.l_aux, self.exp_counts
 
     @property

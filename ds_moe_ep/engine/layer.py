@@ -48,6 +48,8 @@ class MoE(DeepSpeedMoE):
     `set_deepspeed_parallelism` again. Raises ConfigError for arguments that cannot work or have no meaning here.
     """
 
+    adds_residual = True  # its forward takes `residual`
+
     def __init__(
         self,
         hidden_size: int,
@@ -194,14 +196,21 @@ class MoE(DeepSpeedMoE):
         node_size = self.config.node_size or even_share(hosts)
         self.deepspeed_moe.connect(transport_over(lanes, self.config), torus_of(ranks, node_size))
 
-    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(output, l_aux, exp_counts), as DeepSpeed's layer returns them; collective over the expert group."""
-        output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token)
+    def forward(
+        self, hidden_states: Tensor, used_token: Tensor | None = None, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(output, l_aux, exp_counts), as DeepSpeed's layer returns them; collective over the expert group.
+
+        `residual` is added to the output.
+        """
+        added = None if self.use_residual else residual
+        output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token, added)
         if self.use_residual:
             dense = self.mlp(hidden_states)
             dense = dense[0] if isinstance(dense, tuple) else dense  # as DeepSpeed: a second output is left out
             share = F.softmax(self.coefficient(hidden_states), dim=-1)
             output = output * share[..., 0:1] + dense * share[..., 1:]
+            output = output if residual is None else output + residual
         return output, l_aux, exp_counts
 
 

@@ -39,9 +39,16 @@ class RowMaps:
         return self.choice_of_row_N if num_choices == 1 else self.choice_of_row_N // num_choices
 
 
-def permute(x_TD: Tensor, maps: RowMaps, use_triton: bool | None = None) -> Tensor:
-    """Rows [N, D] in send order: row n is the token of choice n. Differentiable, local."""
-    rows_ND: Tensor = _Permute.apply(x_TD, maps, use_triton)  # type: ignore[no-untyped-call]
+def permute(x_TD: Tensor, maps: RowMaps, use_triton: bool | None = None, weights_TK: Tensor | None = None) -> Tensor:
+    """Rows [N, D] in send order: row n is the token of choice n, times its weight where weights are given.
+
+    Products are made in the weights' type (fp32) and rounded once. Differentiable, local.
+    """
+    rows_ND: Tensor
+    if weights_TK is None:
+        rows_ND = _Permute.apply(x_TD, maps, use_triton)  # type: ignore[no-untyped-call]
+    else:
+        rows_ND = _WeightedPermute.apply(x_TD, weights_TK, maps, use_triton)  # type: ignore[no-untyped-call]
     return rows_ND
 
 
@@ -106,6 +113,56 @@ class _Permute(torch.autograd.Function):
         return dx_TD, None, None
 
 
+class _WeightedPermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, maps: RowMaps, use_triton: bool | None) -> Tensor:
+        ctx.maps, ctx.use_triton = maps, use_triton
+        ctx.save_for_backward(x_TD, weights_TK)
+        if runs_triton(use_triton, x_TD, weights_TK):
+            from ds_moe_ep.kernels.compiled import permute as kernels
+
+            rows_ND = x_TD.new_empty(len(maps.choice_of_row_N), x_TD.shape[1])
+            x_TD, weights_TK = x_TD.contiguous(), weights_TK.contiguous()
+            kernels.weighted_spread(x_TD, rows_ND, weights_TK, *_both(maps), rows_ND, None)
+            if maps.is_padding_N is not None:
+                kernels.clear_padding(rows_ND, maps.is_padding_N)
+            return rows_ND
+
+        def by_rows(rows: slice) -> Tensor:
+            return gather_tokens(x_TD, maps, rows) * _weight_of_rows(weights_TK, maps, rows)
+
+        return _by_blocks(len(maps.choice_of_row_N), x_TD, by_rows)
+
+    @staticmethod
+    @not_compiled
+    def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weights_TK = ctx.saved_tensors
+        maps: RowMaps = ctx.maps
+        if len(d_rows_ND) == 0 or len(x_TD) == 0:
+            return torch.zeros_like(x_TD), torch.zeros_like(weights_TK), None, None
+        wants_weights = ctx.needs_input_grad[1]
+        if runs_triton(ctx.use_triton, d_rows_ND, x_TD, weights_TK):
+            from ds_moe_ep.kernels.compiled import permute as kernels
+
+            dx_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+            d_weights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
+            given = d_rows_ND.contiguous(), x_TD.contiguous(), weights_TK.contiguous()
+            wanted = d_weights_TK if wants_weights else None
+            kernels.weighted_collect(*given, *_both(maps), dx_TD, wanted)
+            return dx_TD, wanted, None, None
+        by_tokens = partial(_weighted_sum, d_rows_ND, weights_TK, maps, ())
+        dx_TD = _by_blocks(len(x_TD), d_rows_ND, by_tokens)
+        if not wants_weights:
+            return dx_TD, None, None, None
+
+        def dots(rows: slice) -> Tensor:
+            products_ND = gather_tokens(x_TD, maps, rows).to(weights_TK.dtype) * d_rows_ND[rows]
+            return products_ND.sum(1, keepdim=True)
+
+        dots_N1 = _by_blocks(len(d_rows_ND), weights_TK.new_empty(0, x_TD.shape[1]), dots, width=1)
+        return dx_TD, _at_choices(dots_N1.squeeze(1), maps), None, None
+
+
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -147,8 +204,7 @@ class _Unpermute(torch.autograd.Function):
             dy_ND = gather_tokens(dy_TD, maps, rows)
             if dots_N is not None:
                 torch.sum(dy_ND.to(weights_TK.dtype) * rows_ND[rows], 1, out=dots_N[rows])
-            weight_of_row_N1 = weights_TK.flatten().index_select(0, maps.choice_of_row_N[rows]).unsqueeze(1)
-            return torch.mul(dy_ND, weight_of_row_N1, out=dy_ND)
+            return torch.mul(dy_ND, _weight_of_rows(weights_TK, maps, rows), out=dy_ND)
 
         d_rows_ND = _by_blocks(len(rows_ND), rows_ND, by_rows)
         return d_rows_ND, None if dots_N is None else _at_choices(dots_N, maps), None, None, *d_added
@@ -181,6 +237,11 @@ def _sum_of_choices(rows_ND: Tensor, maps: RowMaps, tokens: slice) -> Tensor:
     return sum_TD
 
 
+def _weight_of_rows(weights_TK: Tensor, maps: RowMaps, rows: slice) -> Tensor:
+    """The weight [n, 1] of each (of these) row's choice."""
+    return weights_TK.flatten().index_select(0, maps.choice_of_row_N[rows]).unsqueeze(1)
+
+
 def _at_choices(values_N: Tensor, maps: RowMaps) -> Tensor:
     """The values of the rows of each choice, zeros where it was dropped."""
     values_TK = values_N.take(maps.row_of_choice_TK)
@@ -195,8 +256,8 @@ def _both(maps: RowMaps) -> tuple[Tensor, Tensor | None]:
     return maps.row_of_choice_TK.contiguous(), None if dropped_TK is None else dropped_TK.contiguous()
 
 
-def _by_blocks(num_rows: int, like_ND: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
-    """Rows of the width and type of `like_ND` that `compute` gives for a slice of them.
+def _by_blocks(num_rows: int, like_ND: Tensor, compute: Callable[[slice], Tensor], width: int | None = None) -> Tensor:
+    """Rows of the width (unless another is given) and type of `like_ND` that `compute` gives for a slice of them.
 
     By blocks on the CPU; all at once on other devices, where a launch costs more than a pass over memory.
     """
@@ -205,7 +266,7 @@ def _by_blocks(num_rows: int, like_ND: Tensor, compute: Callable[[slice], Tensor
         per_block = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // max(like_ND.shape[1], 1))
     if num_rows <= per_block:
         return compute(slice(0, num_rows)).to(like_ND.dtype)
-    rows_ND = like_ND.new_empty(num_rows, like_ND.shape[1])
+    rows_ND = like_ND.new_empty(num_rows, like_ND.shape[1] if width is None else width)
     for start in range(0, num_rows, per_block):
         rows_ND[start : start + per_block] = compute(slice(start, min(start + per_block, num_rows)))
     return rows_ND

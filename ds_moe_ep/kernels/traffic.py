@@ -62,6 +62,8 @@ def _sort(sizes: OperationSizes) -> LeastTraffic:
 TRAFFIC: dict[str, Callable[[OperationSizes], LeastTraffic]] = {
     "permute forward": _tokens(lambda s: 1 + s.num_choices),
     "permute backward": _tokens(lambda s: s.num_choices + 1),
+    "weighted permute forward": _tokens(lambda s: 1 + s.num_choices),
+    "weighted permute backward": _tokens(lambda s: s.num_choices + 2),  # the tokens too, for the weights
     "unpermute forward": _tokens(lambda s: s.num_choices + 1 + s.num_added),
     "unpermute backward": _tokens(lambda s: 1 + 2 * s.num_choices),
     "gate forward": _gate(1, 2),  # counts are cleared first

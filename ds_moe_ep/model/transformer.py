@@ -50,6 +50,9 @@ class Layer(nn.Module):
 
     def forward(self, x_BSD: torch.Tensor, rotation: Rotation) -> LayerOutput:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation)
+        if getattr(self.feed_forward, "adds_residual", False):  # in the pass over memory that writes its output
+            whole: LayerOutput = self.feed_forward(self.feed_forward_norm(x_BSD), residual=x_BSD)
+            return whole
         y_BSD, l_aux, exp_counts_E = self.feed_forward(self.feed_forward_norm(x_BSD))
         return x_BSD + y_BSD, l_aux, exp_counts_E
 

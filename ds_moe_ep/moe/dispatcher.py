@@ -250,8 +250,11 @@ class Dispatcher:
         experts: LocalExperts,
         training: bool,
         shared: SharedExpert | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The weighted results [T, D] with the shared expert's outputs added, or beside them where types differ.
+        residual_TD: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The weighted results [T, D] with the shared expert's outputs and the residual added.
+
+        Beside them is what is left to add: those of the two whose type is another one.
 
         Collective over the expert group, forward and backward: every rank of the group calls it equally often.
         """
@@ -262,11 +265,10 @@ class Dispatcher:
         self._num_calls += 1
         needs = needs_gradient(x_TD, routes, experts, shared)
         pending = begin_plan(routes, self._config.num_experts, transport, row_type, sees_drift, call, needs, in_triton)
-        early_ND = self._permute_early(x_TD, pending, call, in_triton)
+        early_ND = self._permute_early(x_TD, routes, pending, call, in_triton)
         plan = pending.finish()
         try:
-            rows_ND = permute(x_TD, plan.maps, in_triton) if early_ND is None else early_ND
-            rows_ND, weights_TK = as_sent(rows_ND, routes, plan)
+            rows_ND = permute(x_TD, plan.maps, in_triton, sent_weights(routes)) if early_ND is None else early_ND
             if training:
                 self._tune(rows_ND, plan, experts, shared)
             # From here on: what was tuned may run another schedule than the one that this call was announced with.
@@ -278,14 +280,18 @@ class Dispatcher:
             raise
         context = replace(context, begin_backward=partial(self._begin_backward, call, row_type, x_TD.is_cuda))
         results_ND, shared_TD = run_experts(rows_ND, experts, context, shared)
-        added = [shared_TD] if shared is not None and shared_TD.dtype == results_ND.dtype else []
+        weights_TK = torch.ones_like(routes.weights_TK) if routes.weighs_rows else routes.weights_TK
+        to_add = [*([] if shared is None else [shared_TD]), *([] if residual_TD is None else [residual_TD])]
+        added = [each for each in to_add if each.dtype == results_ND.dtype]
         y_TD = unpermute(results_ND, weights_TK, plan.maps, added, in_triton)
-        return y_TD, None if added or shared is None else shared_TD
+        return y_TD, [each for each in to_add if each.dtype != results_ND.dtype]
 
-    def _permute_early(self, x_TD: Tensor, pending: PendingPlan, call: Call, in_triton: bool | None) -> Tensor | None:
+    def _permute_early(
+        self, x_TD: Tensor, routes: Routes, pending: PendingPlan, call: Call, in_triton: bool | None
+    ) -> Tensor | None:
         """The rows [N, D] in send order, launched before the host waits for the counts, where they need none."""
         try:
-            return None if pending.maps is None else permute(x_TD, pending.maps, in_triton)
+            return None if pending.maps is None else permute(x_TD, pending.maps, in_triton, sent_weights(routes))
         except BaseException as error:  # the peers have the counts, and are about to send rows
             self.checked_connection().transport.abandon(error, call.tags)
             raise
@@ -336,13 +342,9 @@ class Dispatcher:
         return PassContext(layout, *schedules, transport, lanes, recorder, in_triton, self._name)
 
 
-def as_sent(rows_ND: Tensor, routes: Routes, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
-    """The rows [N, D] as they are sent, weighted where the routes say so, and the weights [T, K] of their results."""
-    weights_TK = routes.weights_TK
-    if not routes.weighs_rows:
-        return rows_ND, weights_TK
-    weight_of_row_N1 = weights_TK.flatten()[plan.maps.choice_of_row_N].unsqueeze(1)
-    return (rows_ND * weight_of_row_N1).to(rows_ND.dtype), torch.ones_like(weights_TK)
+def sent_weights(routes: Routes) -> Tensor | None:
+    """The weights [T, K] that rows are multiplied by before they are sent; None where results are weighted."""
+    return routes.weights_TK if routes.weighs_rows else None
 
 
 def needs_gradient(x_TD: Tensor, routes: Routes, experts: LocalExperts, shared: SharedExpert | None) -> bool:

@@ -58,6 +58,7 @@ class ExpertParallel(nn.Module):
     """
 
     router_class: type[Router] = Router
+    adds_residual = True  # its forward takes `residual`; whoever holds a layer of any kind can ask
 
     def __init__(self, hidden_size: int, expert: nn.Module, config: MoEConfig, shared: nn.Module | None = None) -> None:
         nn.Module.__init__(self)  # a subclass may inherit from another layer's class too, whose constructor builds it
@@ -93,38 +94,51 @@ class ExpertParallel(nn.Module):
         self.dispatcher.connect(transport, torus)
 
     @not_compiled
-    def forward(self, x: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, used_token: Tensor | None = None, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [..., D], the weighted balance loss [], and this rank's choices per expert [E] for input [..., D].
 
         Collective over the expert group, forward and backward: every rank of the group calls it equally often, with
         any number of tokens (with a capacity: the same number). `used_token` [...] is zero for tokens to leave out;
-        their output is zero.
+        their output is zero. `residual`, of the input's shape, is added to the output, where the results are summed.
         """
         connection = self.dispatcher.checked_connection()
         with self.dispatcher.announcing(self._device, self.training):
             self.experts.check()
-            self._check_input(x, used_token)
+            self._check_input(x, used_token, residual)
             x_TD = x.reshape(-1, self.hidden_size)
             routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
         inside = replace(routing, weights_TK=self.region.copy_to_tp(routing.weights_TK))
-        y_TD = self.region.reduce_from_tp(self._dispatch(self.region.copy_to_tp(x_TD), inside))
+        residual_TD = None if residual is None else residual.reshape(-1, self.hidden_size)
+        is_whole = isinstance(self.region, Whole)  # else each rank of the region would add it
+        y_TD = self._dispatch(self.region.copy_to_tp(x_TD), inside, residual_TD if is_whole else None)
+        y_TD = self.region.reduce_from_tp(y_TD)
+        if residual_TD is not None and not is_whole:
+            y_TD = residual_TD + y_TD
         loss = router_loss(routing, self.config, connection.transport.sum, connection.transport.size)
         self.last_counts_E = routing.load_E().to(torch.int64)
         return y_TD.view(x.shape), loss, self.last_counts_E
 
-    def _dispatch(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _dispatch(self, x_TD: Tensor, routing: Routing, residual_TD: Tensor | None) -> Tensor:
         rows_TD, experts = local_experts(self.experts, x_TD)
         shared_form = None if self.shared is None else self._shared_forms.common([self.shared])
         shared = None if self.shared is None or shared_form is None else shared_expert(shared_form, self.shared, x_TD)
-        y_TD, shared_TD = self.dispatcher(rows_TD, routing, experts, self.training, shared)
+        is_opaque = isinstance(experts, OpaqueExperts)  # whose results may get another type than the rows'
+        added = residual_TD if residual_TD is not None and not is_opaque else None
+        y_TD, rest = self.dispatcher(rows_TD, routing, experts, self.training, shared, added)
         if isinstance(experts, OpaqueExperts):
             self.experts.output_type = experts.output_type
             y_TD = y_TD.to(experts.output_type or x_TD.dtype)
         if self.shared is not None and shared is None:
-            shared_TD = self.shared(x_TD)
-        return y_TD if shared_TD is None else y_TD + shared_TD
+            rest.append(self.shared(x_TD))
+        if residual_TD is not None and is_opaque:
+            rest.append(residual_TD)
+        for each in rest:
+            y_TD = y_TD + each
+        return y_TD
 
-    def _check_input(self, x: Tensor, used_token: Tensor | None) -> None:
+    def _check_input(self, x: Tensor, used_token: Tensor | None, residual: Tensor | None) -> None:
         """Raises ConfigError for an input that the layer cannot take."""
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise ConfigError(
@@ -138,6 +152,11 @@ class ExpertParallel(nn.Module):
             raise ConfigError(
                 f"input.dtype={x.dtype}: the experts' parameters are {parameter.dtype}; cast the input or the model, "
                 "or call the layer inside of torch.autocast, which casts every floating type but float64"
+            )
+        if residual is not None and residual.shape != x.shape:
+            raise ConfigError(
+                f"residual.shape={tuple(residual.shape)}: it is added to an output of the input's shape "
+                f"{tuple(x.shape)}; pass one of that shape"
             )
         if used_token is not None and used_token.numel() != x.numel() // self.hidden_size:
             raise ConfigError(

@@ -38,6 +38,18 @@ def permute_kernels(one: Kernel) -> SimpleNamespace:
         reads = [dy_TD, None if d_weights_TK is None else rows_ND, weights_TK, row_of_choice_TK, is_dropped_TK]
         one("weighted_spread", reads, [d_rows_ND, d_weights_TK])
 
+    def weighted_collect(
+        d_rows_ND: Tensor,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        row_of_choice_TK: Tensor,
+        is_dropped_TK: Tensor | None,
+        dx_TD: Tensor,
+        d_weights_TK: Tensor | None,
+    ) -> None:
+        reads = [d_rows_ND, None if d_weights_TK is None else x_TD, weights_TK, row_of_choice_TK, is_dropped_TK]
+        one("weighted_collect", reads, [dx_TD, d_weights_TK])
+
     def collect(
         rows_ND: Tensor,
         weights_TK: Tensor | None,
@@ -48,7 +60,9 @@ def permute_kernels(one: Kernel) -> SimpleNamespace:
     ) -> None:
         one("collect", [rows_ND, weights_TK, row_of_choice_TK, is_dropped_TK, *added], [y_TD])
 
-    return SimpleNamespace(spread=spread, weighted_spread=weighted_spread, collect=collect)
+    return SimpleNamespace(
+        spread=spread, weighted_spread=weighted_spread, weighted_collect=weighted_collect, collect=collect
+    )
 
 
 def activation_kernels(one: Kernel) -> SimpleNamespace:

@@ -48,6 +48,7 @@ class Sizes:
     expert: str = "gelu"
     schedule: str = "peers"
     knobs: dict[str, Any] = field(default_factory=dict)
+    residual: str = ""  # added to the output: "inside" of the layer, "outside" of it, or not at all
     is_reentrant: bool = False  # of the checkpoint around the layer: torch's own, as in the package's model
 
     @property
@@ -109,11 +110,13 @@ def count(sizes: Sizes) -> LayerAccount:
     with _instrumented(sizes, account):
         layer, transport = _layer(sizes, account)
         x_TD = torch.empty(sizes.num_tokens, sizes.width, dtype=sizes.dtype, device="meta", requires_grad=True)
+        r_TD = torch.empty_like(x_TD, requires_grad=bool(sizes.residual))
         marks: list[int] = []
 
         def run(x_TD: Tensor) -> tuple[Tensor, Tensor]:
             marks.append(len(account.launches))
-            y_TD, loss, _ = layer(x_TD)
+            y_TD, loss, _ = layer(x_TD, residual=r_TD) if sizes.residual == "inside" else layer(x_TD)
+            y_TD = r_TD + y_TD if sizes.residual == "outside" else y_TD
             marks.append(len(account.launches))
             return y_TD, loss
 

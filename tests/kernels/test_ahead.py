@@ -44,6 +44,10 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, Any], int, int, int]] = {
         {**of(HALF, "dy", "rows", "d_rows"), **of(FULL, "weights", "d_weights"), **MAPS},
         {**ROWS, "K": 2, "HAS_DROPPED": True, "WRITES_DOTS": True}, 4, 64, 4,
     ),
+    "permute.weighted_collect": (
+        {**of(HALF, "d_rows", "x", "dx"), **of(FULL, "weights", "d_weights"), **MAPS},
+        {**ROWS, "K": 2, "K_TILE": 2, "HAS_DROPPED": True, "WRITES_DOTS": True}, 4, 64, 3,
+    ),
     "permute.collect": (
         {**of(HALF, "rows", "first", "second", "y"), "weights": FULL, **MAPS},
         {**ROWS, "K": 2, "IS_WEIGHTED": True, "HAS_DROPPED": True, "NUM_ADDED": 2}, 4, 40, 4,

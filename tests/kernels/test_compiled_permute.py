@@ -67,6 +67,43 @@ def test_results_and_gradients_equal_plain_torch_in_float64(
     assert num_tokens == 1 or width == 1 or not torch.allclose(spoilt[1], ours[1], atol=0.01)
 
 
+def sent_and_summed(x_TD: Tensor, weights_TK: Tensor, maps: RowMaps, use_triton: bool) -> list[Tensor]:
+    """Rows that are weighted on their way out, and the gradients of tokens and weights."""
+    x, weights = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+    rows_ND = permute(x, maps, use_triton, weights)
+    rows_ND.backward(torch.linspace(-1, 1, rows_ND.numel(), dtype=torch.float64).view_as(rows_ND).to(rows_ND.dtype))
+    assert x.grad is not None and weights.grad is not None
+    return [rows_ND.detach(), x.grad, weights.grad]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize(("num_tokens", "width", "num_choices"), [(5, 8, 1), (7, 1, 2), (3, 1031, 8), (4, 2048, 3)])
+@under_interpreter
+def test_weighted_rows_and_their_gradients_equal_plain_torch_in_float64(
+    num_tokens: int, width: int, num_choices: int, kind: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(num_tokens)
+    maps = MAPS[kind](num_tokens, num_choices, seed=1)
+    x_TD, weights_TK = torch.randn(num_tokens, width).to(dtype), torch.rand(num_tokens, num_choices)
+    exact = sent_and_summed(x_TD.double(), weights_TK.double(), maps, False)
+    for use_triton in (True, False):
+        for one, other in zip(sent_and_summed(x_TD, weights_TK, maps, use_triton), exact, strict=True):
+            assert one.dtype in (dtype, torch.float32)
+            bound = 4 * TOLERANCE[dtype] * float(other.abs().max().clamp(min=1))
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=bound)
+    other_weights = sent_and_summed(x_TD, weights_TK + 0.5, maps, True)
+    assert not torch.allclose(other_weights[0].double(), exact[0], atol=0.01)
+
+
+@under_interpreter
+def test_weights_without_gradient_read_no_tokens_backward() -> None:
+    maps = dropless_maps(3, 2, seed=0)
+    x_TD = torch.randn(3, 40, requires_grad=True)
+    permute(x_TD, maps, True, torch.full((3, 2), 2.0)).sum().backward()
+    assert x_TD.grad is not None and torch.equal(x_TD.grad, torch.full((3, 40), 4.0))
+
+
 @pytest.mark.parametrize(("num_tokens", "num_rows"), [(0, 0), (0, 3), (3, 0)])
 @under_interpreter
 def test_no_tokens_or_no_rows_yield_zeros(num_tokens: int, num_rows: int) -> None:
@@ -79,6 +116,8 @@ def test_no_tokens_or_no_rows_yield_zeros(num_tokens: int, num_rows: int) -> Non
     unpermute(rows_ND, weights_TK, maps, (), True).sum().backward()
     assert x_TD.grad is not None and torch.equal(x_TD.grad, torch.zeros(num_tokens, 5))
     assert weights_TK.grad is not None and torch.equal(weights_TK.grad, torch.zeros(num_tokens, 2))
+    permute(x_TD, maps, True, weights_TK).sum().backward()
+    assert torch.equal(x_TD.grad, torch.zeros(num_tokens, 5))
 
 
 @under_interpreter

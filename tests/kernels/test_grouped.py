@@ -32,8 +32,12 @@ def exact(x_nI: Tensor, w_LIO: Tensor, rows_L: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("rows_L", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("width", [16, 12])  # 12 half-precision numbers are no multiple of 16 bytes
 def test_grouped_products_equal_a_product_per_expert(rows_L: tuple[int, ...], dtype: torch.dtype, width: int) -> None:
+    check(rows_L, dtype, width, CPU)
+
+
+def check(rows_L: tuple[int, ...], dtype: torch.dtype, width: int, device: torch.device) -> None:
     torch.manual_seed(len(rows_L))
-    num_rows, groups = sum(rows_L), Groups.of(rows_L, CPU)
+    num_rows, groups = sum(rows_L), Groups.of(rows_L, device)
     x_nI, dy_nO = torch.randn(num_rows, width).to(dtype), torch.randn(num_rows, 24).to(dtype)
     w_LOI = torch.randn(len(rows_L), 24, width).to(dtype)
     y_nO = grouped_rows(x_nI, w_LOI.transpose(1, 2), groups)

@@ -11,7 +11,15 @@ from torch import Tensor
 from ds_moe_ep.kernels.attention import blockwise_causal_attention
 from ds_moe_ep.kernels.choose import why_no_triton
 from ds_moe_ep.kernels.permute import RowMaps, permute, unpermute
-from tests.kernels import test_activation, test_attention, test_compiled_permute, test_gate, test_rotary, test_sort
+from tests.kernels import (
+    test_activation,
+    test_attention,
+    test_compiled_permute,
+    test_gate,
+    test_grouped,
+    test_rotary,
+    test_sort,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +62,8 @@ def test_rows_leave_and_come_back_as_in_float64(
         ours = test_compiled_permute.there_and_back(x_TD, weights_TK, added, maps, use_triton=True)
         wide = x_TD.double(), weights_TK.double(), [each.double() for each in added]
         exact = test_compiled_permute.there_and_back(*wide, maps, use_triton=False)
+        ours += test_compiled_permute.sent_and_summed(x_TD, weights_TK, maps, use_triton=True)
+        exact += test_compiled_permute.sent_and_summed(*wide[:2], maps, use_triton=False)
     for one, other in zip(ours, exact, strict=True):
         bound = 4 * test_compiled_permute.TOLERANCE[dtype] * float(other.abs().max().clamp(min=1))
         torch.testing.assert_close(one.double(), other, rtol=0, atol=bound)
@@ -99,6 +109,13 @@ def test_attention_by_blocks_equals_torchs(dtype: torch.dtype, monkeypatch: pyte
     bound = {torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-6}[dtype]
     for one, other in zip(ours, exact, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=bound, atol=bound * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("rows_L", test_grouped.ROWS.values(), ids=test_grouped.ROWS)
+def test_grouped_products_equal_a_product_per_expert(rows_L: tuple[int, ...]) -> None:
+    with torch.device("cuda"):
+        for dtype in (torch.bfloat16, torch.float16):
+            test_grouped.check(rows_L, dtype, 64, torch.device("cuda"))
 
 
 def test_rows_beyond_two_to_the_31_elements_are_where_they_belong() -> None:

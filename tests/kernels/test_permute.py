@@ -105,3 +105,20 @@ def test_tokens_that_have_no_row_at_all_yield_zeros_and_get_zero_gradients(num_c
     assert torch.equal(y_TD, torch.zeros(3, 2))
     assert x_TD.grad is not None and torch.equal(x_TD.grad, torch.zeros(3, 2))
     assert weights_TK.grad is not None and torch.equal(weights_TK.grad, torch.zeros(3, num_choices))
+
+
+@pytest.mark.parametrize("make_maps", [dropless_maps, padded_maps])
+@pytest.mark.parametrize("num_choices", [1, 2, 3])
+def test_weighted_rows_equal_plain_indexing(make_maps: object, num_choices: int) -> None:
+    maps = make_maps(5, num_choices, seed=num_choices)  # type: ignore[operator]
+    torch.manual_seed(0)
+    x_TD, weights_TK = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, num_choices, dtype=torch.float64)
+    results = []
+    for weighted in (True, False):
+        x, w = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+        weight_of_row_N1 = w.flatten()[maps.choice_of_row_N].unsqueeze(1)
+        rows_ND = permute(x, maps, False, w) if weighted else permute(x, maps, False) * weight_of_row_N1
+        rows_ND.backward(torch.linspace(1, 2, rows_ND.numel(), dtype=torch.float64).view_as(rows_ND))
+        results.append((rows_ND.detach(), x.grad, w.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

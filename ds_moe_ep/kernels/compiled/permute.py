@@ -1,7 +1,9 @@
 """Rows of tokens, both ways: one reads each token once and writes its rows, one reads the rows and writes the token.
 
 `spread` is permute forward and, with weights and dot products, unpermute backward; `collect` is unpermute forward and,
-without weights, permute backward. Both go by tokens, so that the wide tensor of tokens passes memory once.
+without weights, permute backward. Where weights are applied to the rows on their way out it is the other way round:
+`weighted_spread` is forward, and `weighted_collect` backward, with the dot products of the weights. All go by tokens,
+so that the wide tensor of tokens passes memory once.
 """
 
 from __future__ import annotations
@@ -60,6 +62,38 @@ def weighted_spread(
             weights_TK if d_weights_TK is None else d_weights_TK,
             dy_TD.shape[1],
             K=num_choices,
+            HAS_DROPPED=is_dropped_TK is not None,
+            WRITES_DOTS=d_weights_TK is not None,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+
+
+def weighted_collect(
+    d_rows_ND: Tensor,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    row_of_choice_TK: Tensor,
+    is_dropped_TK: Tensor | None,
+    dx_TD: Tensor,
+    d_weights_TK: Tensor | None,
+) -> None:
+    """Writes the weighted sum of each token's rows, and their dot products with the token."""
+    num_tokens, num_choices = weights_TK.shape
+    if num_tokens == 0:
+        return
+    with torch.cuda.device_of(d_rows_ND):
+        weighted_collect_kernel[(num_tokens,)](
+            d_rows_ND,
+            x_TD,
+            weights_TK,
+            row_of_choice_TK,
+            row_of_choice_TK if is_dropped_TK is None else is_dropped_TK,
+            dx_TD,
+            weights_TK if d_weights_TK is None else d_weights_TK,
+            x_TD.shape[1],
+            K=num_choices,
+            K_TILE=triton.next_power_of_2(num_choices),
             HAS_DROPPED=is_dropped_TK is not None,
             WRITES_DOTS=d_weights_TK is not None,
             BLOCK=BLOCK,
@@ -150,6 +184,35 @@ def weighted_spread_kernel(
             tl.store(d_rows + row * width + column, d * weight, mask=inside)
         if WRITES_DOTS:
             tl.store(d_weights + token * K + k, tl.sum(dots))
+
+
+@triton.jit
+def weighted_collect_kernel(
+    d_rows, x, weights, row_of_choice, is_dropped, dx, d_weights, width,
+    K: tl.constexpr, K_TILE: tl.constexpr, HAS_DROPPED: tl.constexpr, WRITES_DOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token from the rows of its choices, times their weights; its dot products with these rows."""
+    token = tl.program_id(0).to(tl.int64)
+    choice = tl.arange(0, K_TILE)
+    dots = tl.zeros([K_TILE], tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        total = tl.zeros([BLOCK], tl.float32)
+        if WRITES_DOTS:
+            mine = tl.load(x + token * width + column, mask=inside, other=0.0).to(tl.float32)
+        for k in tl.static_range(K):
+            row = tl.load(row_of_choice + token * K + k).to(tl.int64)
+            bound = width  # the bound carries the condition: the row of a dropped choice is not read
+            if HAS_DROPPED:
+                bound = tl.where(tl.load(is_dropped + token * K + k) == 0, width, 0)
+            d = tl.load(d_rows + row * width + column, mask=column < bound, other=0.0).to(tl.float32)
+            total += d * tl.load(weights + token * K + k).to(tl.float32)
+            if WRITES_DOTS:
+                dots += tl.where(choice == k, tl.sum(d * mine), 0.0)
+        tl.store(dx + token * width + column, total, mask=inside)
+    if WRITES_DOTS:
+        tl.store(d_weights + token * K + choice, dots, mask=choice < K)
 
 
 @triton.jit
