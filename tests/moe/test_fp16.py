@@ -1,7 +1,7 @@
 """The whole layer in fp16, the reference job's type, against float64: with a loss scale, and with an overflow.
 
-Both compute from the same fp16 numbers. Bound: 8e-4 of the largest value of a tensor's kind, about one and a half
-roundings of fp16 (2^-11 is 4.9e-4): rows are rounded on their way, and weight gradients once, at their end.
+Both compute from the same fp16 numbers. Bound: 1.5e-3 of the largest value of a tensor's kind, three roundings of fp16
+(2^-11 is 4.9e-4 each): of hidden rows, of active rows, and of results, or of a weight gradient at its end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.moe.layer_cases import LayerCase, LayerResult, case_data, errors, ref
 from tests.moe.layer_runs import Links, build_layer, config, gather_result, torus_for
 from tests.ranks import run_ranks
 
-BOUND = 8e-4
+BOUND = 1.5e-3
 SCALE = 2.0**12
 SMALL = 2.0**-17  # of output gradients: in fp16 those of the rows would be denormal, or zero
 KNOBS = {"ep_size": 4, "top_k": 2, "node_size": 2}
@@ -79,7 +79,7 @@ def test_a_layer_in_fp16_equals_float64_within_its_rounding(size: float) -> None
 
 def test_without_a_scale_small_gradients_are_lost() -> None:
     by_rank = run_ranks(4, run_scaled, CASES[:1], 1.0, SMALL, None, timeout_s=240)
-    assert worst(CASES[0], [r[0] for r in by_rank], SMALL)[1] > 10 * BOUND
+    assert worst(CASES[0], [r[0] for r in by_rank], SMALL)[1] > 5 * BOUND
 
 
 def test_an_overflow_on_one_rank_stays_with_what_its_rows_reach() -> None:

@@ -47,7 +47,8 @@ def test_a_residual_inside_equals_one_outside(case: str, capacity_factor: float 
     tolerance = 2**-7 if CASES[case][2] is torch.bfloat16 else 1e-6
     for one, other in zip(inside, outside, strict=True):
         assert one.dtype == other.dtype
-        assert float((one - other).abs().max()) <= tolerance * float(other.abs().max())
+        scale = max(float(other.abs().max()), 1e-3)  # what cancels to nothing is rounding alone
+        assert float((one - other).abs().max()) <= tolerance * scale
     assert float((none[0] - outside[0]).abs().max()) > 0.1
 
 
