@@ -1,5 +1,6 @@
 """One thread for the parent too: torch's thread pool and busy ranks on the same cores slow each other by a hundred."""
 
+import gc
 import os
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+gc.disable()  # until all tests are imported: collections would look again and again at objects that all stay
 
 # A deadline measures the machine's load, not the code.
 settings.register_profile("without deadlines", deadline=None)
@@ -27,3 +30,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from tests.lanes import put_in_order
 
         put_in_order(items)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()

@@ -1,8 +1,11 @@
 """What the fork server of `tests.ranks` does once, so that no rank does it: tables that torch makes at their first use.
 
 And what all ranks have: a short measurement where a layer's schedule is "auto", since few tests ask what it chooses.
-Those take `full_measurement()`.
+Those take `full_measurement()`. What is imported stays as long as a rank does: no garbage collection looks at it, which
+would take half a second each time and copy every page that ranks share.
 """
+
+import gc
 
 import torch
 from torch.overrides import get_overridable_functions, get_testing_overrides
@@ -13,6 +16,9 @@ get_testing_overrides()
 get_overridable_functions()
 with torch.random.fork_rng():  # ranks that set no seed begin with torch's own
     torch.fx.symbolic_trace(torch.nn.Linear(1, 1))
+
+gc.collect()
+gc.freeze()
 
 FULL = (tuner.PROBES, tuner.ROUNDS)
 tuner.PROBES, tuner.ROUNDS = 1, 2

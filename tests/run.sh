@@ -12,6 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 ensure_environment test
 cd "$ROOT"
+unset PYTHONDONTWRITEBYTECODE # each rank and subprocess would compile the tests and the package anew
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy

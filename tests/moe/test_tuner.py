@@ -6,6 +6,7 @@ two nodes of two.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -39,6 +40,11 @@ def make_layer(link_row_us: float, emulated: bool = True, **knobs: Any) -> Exper
     transport = open_transport([list(range(4))], config)
     layer.connect(Slow(transport, 1e-6 * link_row_us) if link_row_us else transport, Torus(2, 2))
     return layer
+
+
+def each(function: Callable[..., Any], words: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """On a rank: what the function gives for each of several arguments, one after the other."""
+    return [function(*each_words) for each_words in words]
 
 
 def tokens(rows: int = TOKENS) -> Tensor:
@@ -89,8 +95,7 @@ def results_and_gradients(schedule: str) -> list[Tensor]:
 
 
 def test_measuring_changes_no_result_and_leaves_no_gradient() -> None:
-    tuned, serial = (run_ranks(4, results_and_gradients, schedule) for schedule in ("auto", "serial"))
-    for mine, expected in zip(tuned, serial, strict=True):
+    for mine, expected in run_ranks(4, each, results_and_gradients, [("auto",), ("serial",)]):
         assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
 
 
@@ -142,12 +147,12 @@ def choices_under_drift(watchers: tuple[int, ...]) -> list[int]:
     return passes
 
 
-@pytest.mark.parametrize(("watchers", "expected"), [((3,), [0, 3]), ((1,), [0, 3]), ((), [0])])
-def test_drift_that_one_rank_sees_makes_all_ranks_measure_in_the_same_pass(
-    watchers: tuple[int, ...], expected: list[int]
-) -> None:
+def test_drift_that_one_rank_sees_makes_all_ranks_measure_in_the_same_pass() -> None:
     """Seen in pass 2, told in the exchange of pass 3; nobody who watches, nobody who measures."""
-    assert run_ranks(4, choices_under_drift, watchers) == [expected] * 4
+    assert run_ranks(4, each, choices_under_drift, [((3,),), ((1,),), ((),)]) == [[[0, 3], [0, 3], [0]]] * 4
+
+
+UNEQUAL = [(41, 3, 0, 18), (0, 0, 0, 9), (0, 0, 0, 0)]
 
 
 def pass_with_rows(rows: tuple[int, ...]) -> tuple[dict[str, Any], bool]:
@@ -160,10 +165,9 @@ def pass_with_rows(rows: tuple[int, ...]) -> tuple[dict[str, Any], bool]:
     return layer.dispatcher.choice.to_dict(), y_TD.shape == x_TD.shape and bool(x_TD.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("rows", [(41, 3, 0, 18), (0, 0, 0, 9), (0, 0, 0, 0)])
-def test_ranks_with_unequal_rows_or_none_agree(rows: tuple[int, ...]) -> None:
-    results = run_ranks(4, pass_with_rows, rows)
-    assert all(result == results[0] for result in results) and results[0][1]
+def test_ranks_with_unequal_rows_or_none_agree() -> None:
+    for results in zip(*run_ranks(4, each, pass_with_rows, [(rows,) for rows in UNEQUAL]), strict=True):
+        assert all(result == results[0] for result in results) and results[0][1]
 
 
 class Restless(torch.nn.Module):
@@ -190,8 +194,8 @@ def state_after_a_pass(schedule: str) -> tuple[Tensor, list[Tensor]]:
 
 
 def test_measuring_moves_neither_random_numbers_nor_statistics_of_experts() -> None:
-    tuned, serial = (run_ranks(4, state_after_a_pass, schedule) for schedule in ("auto", "serial"))
-    for (rng, buffers), (expected_rng, expected_buffers) in zip(tuned, serial, strict=True):
+    by_rank = run_ranks(4, each, state_after_a_pass, [("auto",), ("serial",)])
+    for (rng, buffers), (expected_rng, expected_buffers) in by_rank:
         assert torch.equal(rng, expected_rng)
         assert all(torch.equal(a, b) for a, b in zip(buffers, expected_buffers, strict=True))
 
@@ -204,12 +208,12 @@ def recomputed_gradients(schedule: str, reentrant: bool) -> list[Tensor]:
     return [x_TD.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_a_recomputed_layer_may_measure_in_its_first_pass(reentrant: bool) -> None:
-    tuned, serial = (run_ranks(4, recomputed_gradients, schedule, reentrant) for schedule in ("auto", "serial"))
-    for mine, expected in zip(tuned, serial, strict=True):
-        assert len(mine) == len(expected) > 2
-        assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+def test_a_recomputed_layer_may_measure_in_its_first_pass() -> None:
+    words = [(schedule, reentrant) for reentrant in (True, False) for schedule in ("auto", "serial")]
+    for found in run_ranks(4, each, recomputed_gradients, words):
+        for mine, expected in zip(found[::2], found[1::2], strict=True):
+            assert len(mine) == len(expected) > 2
+            assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
 
 
 def hooks_of_a_pass() -> int:

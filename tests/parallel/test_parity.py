@@ -9,7 +9,8 @@ is off by 0.1 and more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,27 +25,36 @@ BF16_GRADIENT, BF16_LOSS = 0.04, 1e-3
 RICH: dict[str, Any] = {"expert": "swiglu", "shared_expert_width": 16, "recompute": True}
 FELT = 0.05  # a limit far below the gradients' norm of about 2
 
+
+def short(**knobs: Any) -> Run:
+    """A run of one layer per stage, two layers at least."""
+    model = {"num_layers": max(2, knobs.get("pp_size", 2)), **knobs.pop("model", {})}
+    return Run(model=model, **knobs)
+
+
 PIPELINES = [
     Run(),
-    Run(stage=1, top_k=2, model=RICH),
-    Run(top_k=2, model={"recompute": True}),
-    Run(stage=1, tp_size=4, pp_size=1, model={"shared_expert_width": 16}),
-    Run(tp_size=1, pp_size=4, model={"expert": "swiglu"}),
-    Run(stage=1, pp_size=1, top_k=2),  # two copies, each cut by two
-    Run(clipping=FELT),
-    Run(stage=1, clipping=FELT),
-    Run(tp_size=1, clipping=FELT),  # two copies of two stages
-    Run(stage=1, pp_size=1, clipping=FELT, model=RICH),
-    Run(stage=1, clipping=FELT, steps=4),
+    short(stage=1, top_k=2, model=RICH),
+    short(top_k=2, model={"recompute": True}),
+    short(stage=1, tp_size=4, pp_size=1, model={"shared_expert_width": 16}),
+    short(tp_size=1, pp_size=4, model={"expert": "swiglu"}),
+    short(stage=1, pp_size=1, top_k=2),  # two copies, each cut by two
+    short(clipping=FELT),
+    short(stage=1, clipping=FELT),
+    short(tp_size=1, clipping=FELT),  # two copies of two stages
+    short(stage=1, pp_size=1, clipping=FELT, model=RICH),
+    short(stage=1, clipping=FELT, steps=4),
 ]
 EXPERTS = [
-    Run(),
-    Run(stage=1, top_k=2, model=RICH),
-    Run(ep_size=2, top_k=2, model={"recompute": True}),
-    Run(ep_size=2, stage=1, clipping=FELT, model={"expert": "swiglu"}),
-    Run(stage=1, clipping=FELT),
-    Run(stage=1, clipping=FELT, steps=4),
+    short(),
+    short(stage=1, top_k=2, model=RICH),
+    short(ep_size=2, top_k=2, model={"recompute": True}),
+    short(ep_size=2, stage=1, clipping=FELT, model={"expert": "swiglu"}),
+    short(stage=1, clipping=FELT),
+    short(stage=1, clipping=FELT, steps=4),
 ]
+# In bf16 all experts are chosen: a choice that rounding turns over would be another training.
+ROUNDED = [short(bf16=True, top_k=4), short(bf16=True, top_k=4, stage=1)]
 FAULTS = [
     "no all-reduce of the output",
     "no all-reduce of the input's gradient",
@@ -53,16 +63,23 @@ FAULTS = [
     "no column of losses",
     "no marks of cut parameters",
 ]
+FAULTY = [short(clipping=FELT, tampering=fault) for fault in FAULTS]
+FAULTY += [short(clipping=FELT, stage=1, tampering=FAULTS[-1])]
+OF_SINGLE_RANKS = short(balance_scope="rank")
+one_device = functools.cache(on_one_device)
 
 
-def of_run(by_rank: Sequence[Sequence[Outcome]], index: int) -> list[Outcome]:
-    """What each rank saw of one of the runs."""
-    return [outcomes[index] for outcomes in by_rank]
+@functools.cache
+def trained(train: Callable[[Sequence[Run]], list[Outcome]]) -> dict[Run, list[Outcome]]:
+    """What each rank saw of each run of the tables, all in one world."""
+    runs = [*PIPELINES, *ROUNDED, *FAULTY] if train is by_pipeline else [*EXPERTS, *ROUNDED, OF_SINGLE_RANKS]
+    by_rank = run_ranks(4, train, runs, timeout_s=300)
+    return {run: [outcomes[index] for outcomes in by_rank] for index, run in enumerate(runs)}
 
 
 def assert_equal(found: Sequence[Outcome], run: Run) -> None:
     """Every rank's part of the run is that of one device, within the bounds of fp32."""
-    expected = on_one_device(run)
+    expected = one_device(run)
     off, where = furthest(found, expected, "gradients" if run.steps == 1 else "weights")
     assert off <= GRADIENT, (run, where)
     for outcome in found:
@@ -74,68 +91,64 @@ def assert_equal(found: Sequence[Outcome], run: Run) -> None:
 
 
 def test_pipelines_of_shares_compute_the_gradients_and_steps_of_one_device() -> None:
-    by_rank = run_ranks(4, by_pipeline, PIPELINES, timeout_s=200)
-    for index, run in enumerate(PIPELINES):
-        assert_equal(of_run(by_rank, index), run)
+    for run in PIPELINES:
+        assert_equal(trained(by_pipeline)[run], run)
 
 
 def test_experts_over_ranks_compute_the_gradients_and_steps_of_one_device() -> None:
     """Clipped with ZeRO alone: without it DeepSpeed clips MoE models by the mean of the ranks' norms."""
-    by_rank = run_ranks(4, by_experts, EXPERTS, timeout_s=200)
-    for index, run in enumerate(EXPERTS):
-        assert_equal(of_run(by_rank, index), run)
+    for run in EXPERTS:
+        assert_equal(trained(by_experts)[run], run)
 
 
 @pytest.mark.parametrize("train", [by_pipeline, by_experts])
 def test_in_bf16_gradients_are_those_of_float64_up_to_a_few_roundings(train: Any) -> None:
-    """All experts are chosen: a choice that rounding turns over would be another training."""
-    runs = [Run(bf16=True, top_k=4), Run(bf16=True, top_k=4, stage=1)]
-    by_rank = run_ranks(4, train, runs, timeout_s=100)
-    for index, run in enumerate(runs):
-        found, expected = of_run(by_rank, index), on_one_device(run)
+    for run in ROUNDED:
+        found, expected = trained(train)[run], one_device(run)
         off, where = furthest(found, expected, "gradients")
         assert GRADIENT < off <= BF16_GRADIENT, (run, where)
         assert loss_distance(found[0], expected) <= BF16_LOSS, run
 
 
 def test_each_fault_of_the_baseline_is_seen() -> None:
-    runs = [Run(clipping=FELT, tampering=fault) for fault in FAULTS]
-    runs += [Run(clipping=FELT, stage=1, tampering=FAULTS[-1])]
-    by_rank = run_ranks(4, by_pipeline, runs, timeout_s=100)
-    expected = on_one_device(runs[0])
-    for index, run in enumerate(runs):
-        off, _ = furthest(of_run(by_rank, index), expected, "gradients")
+    for run in FAULTY:
+        expected = one_device(replace(run, tampering=""))
+        off, _ = furthest(trained(by_pipeline)[run], expected, "gradients")
         assert off > 10_000 * GRADIENT, run
-    lost_column = of_run(by_rank, FAULTS.index("no column of losses"))[0]
+    run = FAULTY[FAULTS.index("no column of losses")]
+    lost_column, expected = trained(by_pipeline)[run][0], one_device(replace(run, tampering=""))
     assert loss_distance(lost_column, expected) > 0.01, "the routing losses are part of what is reported"
 
 
 def test_auxiliary_losses_of_single_ranks_are_another_training() -> None:
     """The control of balance_scope "group": with DeepSpeed's own, which is by rank, the three would differ."""
-    run = Run(balance_scope="rank")
-    by_rank = run_ranks(4, by_experts, [run], timeout_s=60)
-    assert furthest(of_run(by_rank, 0), on_one_device(run), "gradients")[0] > 1000 * GRADIENT
+    found = trained(by_experts)[OF_SINGLE_RANKS]
+    assert furthest(found, on_one_device(OF_SINGLE_RANKS), "gradients")[0] > 1000 * GRADIENT
 
 
-SIXTEEN = Run(
+SIXTEEN = short(
     world_size=16,
     ep_size=16,
     tp_size=8,
     pp_size=2,
     num_experts=16,
     num_sequences=16,
+    num_micro_batches=2,
     model={"num_heads": 8},
     stage=1,
     clipping=FELT,
 )
 
 
-@pytest.mark.parametrize("train", [by_experts, by_pipeline])
-def test_sixteen_ranks_train_as_one_device_by_experts_and_by_tp8_pp2(train: Any) -> None:
+def both_ways(runs: Sequence[Run]) -> tuple[list[Outcome], list[Outcome]]:
+    return by_experts(runs), by_pipeline(runs)
+
+
+def test_sixteen_ranks_train_as_one_device_by_experts_and_by_tp8_pp2() -> None:
     """Gradients of one step, and the curve of three; from the curve's equality to one device follows the layouts'."""
     runs = [SIXTEEN, replace(SIXTEEN, steps=3)]
-    by_rank = run_ranks(16, train, runs, timeout_s=200)
-    for index, run in enumerate(runs):
-        assert_equal(of_run(by_rank, index), run)
-    losses = by_rank[0][1].losses
-    assert losses[-1] < losses[0], "it learns"
+    for by_rank in zip(*run_ranks(16, both_ways, runs, timeout_s=300), strict=True):
+        for index, run in enumerate(runs):
+            assert_equal([outcomes[index] for outcomes in by_rank], run)
+        losses = by_rank[0][1].losses
+        assert losses[-1] < losses[0], "it learns"

@@ -1,6 +1,6 @@
 """The small transformer trained in three ways: on one device in float64, by experts over ranks, by shares and stages.
 
-A step has NUM_MICRO_BATCHES micro-batches. One device and each pipeline take them one after the other; an
+A step has several micro-batches. One device and each pipeline take them one after the other; an
 expert-parallel group shares each of them, so that with balance_scope "group" all three see the same auxiliary losses.
 """
 
@@ -21,7 +21,6 @@ from ds_moe_ep.parallel.tensor import Share
 from tests.parallel.outcomes import WHOLE, Outcome
 from tests.parallel.tampering import tampered
 
-NUM_MICRO_BATCHES = 4
 NUM_TOKENS = 8
 # One step of plain gradient descent by 2^20: a weight's change, divided by it, is its gradient up to rounding.
 GRADIENT_STEP = 2.0**20
@@ -38,10 +37,11 @@ class Run:
     ep_size: int = 4
     tp_size: int = 2
     pp_size: int = 2
-    model: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict, hash=False)
     top_k: int = 1
     num_experts: int = 4
     num_sequences: int = 4  # of a micro-batch
+    num_micro_batches: int = 4  # of a step
     stage: int = 0
     bf16: bool = False
     clipping: float = 0.0
@@ -72,7 +72,7 @@ class Run:
 
     def batches(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Token ids and target ids of each micro-batch of each step."""
-        size = (self.steps, NUM_MICRO_BATCHES, self.num_sequences, NUM_TOKENS + 1)
+        size = (self.steps, self.num_micro_batches, self.num_sequences, NUM_TOKENS + 1)
         texts = torch.randint(self.model_config.vocab_size, size, generator=torch.Generator().manual_seed(5))
         return [[(text[:, :-1], text[:, 1:]) for text in of_step] for of_step in texts]
 
@@ -124,7 +124,7 @@ def make_experts(run: Run, seed: int = 1) -> tuple[Any, dict[str, nn.Parameter]]
     index = expert_index_of(dist.get_rank() % run.ep_size, moe.num_local_experts)
     model = ds_moe_ep.build_transformer(run.model_config, moe, ds_moe_ep.MoE)
     init_weights(model, seed, index)
-    config = run.ds_config(run.num_sequences // run.ep_size, NUM_MICRO_BATCHES * run.ep_size // run.world_size)
+    config = run.ds_config(run.num_sequences // run.ep_size, run.num_micro_batches * run.ep_size // run.world_size)
     engine = ds_moe_ep.initialize(model=model, config=config)[0]
     return engine, {global_name(name, index): parameter for name, parameter in engine.module.named_parameters()}
 
@@ -168,7 +168,7 @@ def make_pipeline(run: Run, seed: int = 1) -> Any:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     layout = Layout(tp_size=run.tp_size, pp_size=run.pp_size)
     net = ds_moe_ep.build_pipeline(run.model_config, run.moe_config(), layout, seed)
-    config = run.ds_config(run.num_sequences, NUM_MICRO_BATCHES * layout.size // run.world_size)
+    config = run.ds_config(run.num_sequences, run.num_micro_batches * layout.size // run.world_size)
     return deepspeed.initialize(model=net, config=config)[0]
 
 
