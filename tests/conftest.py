@@ -18,11 +18,11 @@ settings.load_profile("without deadlines")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """The lanes under `-n 2`. Environments of other releases run tests without xdist."""
-    from tests.lanes import TwoLanes
+    """The lanes under `-n 3`. Environments of other releases run tests without xdist."""
+    from tests.lanes import Lanes
 
     config.option.loadscopereorder = False
-    return TwoLanes(config, log)
+    return Lanes(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Two lanes of pytest-xdist (`-n 2`): tests that wait beside tests that compute, so that the cores idle little.
+"""Lanes of pytest-xdist (`-n 3`): tests that wait beside tests that compute, so that the cores idle little.
 
 A file's tests stay together, in their order, on one worker: they share its fixtures and its fork server. The files
 stand in one queue, those that wait (for time limits, paced links, the end of processes) in front, those that compute at
@@ -21,13 +21,13 @@ WAITING = """
 COMPUTING = """
     tests/parallel tests/engine/test_training.py tests/moe/test_schedules.py tests/moe/test_parity.py
     tests/examples/test_ready_configs.py tests/engine/test_compile.py tests/engine/test_native_parity.py
-    tests/bench/test_systems.py tests/engine/checkpoint tests/engine/hooks tests/examples tests/kernels tests/engine
+    tests/bench/test_systems.py tests/gpu tests/engine/checkpoint tests/engine/hooks tests/examples tests/kernels tests/engine
     tests/moe tests/simulate
 """.split()
 TOGETHER = ("tests/testbed",)  # folders whose files use the same names on the machine: one worker runs them
 
 
-class TwoLanes(LoadScopeScheduling):
+class Lanes(LoadScopeScheduling):
     """Gives out whole files, from both ends of the queue."""
 
     def _split_scope(self, nodeid: str) -> str:

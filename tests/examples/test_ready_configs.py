@@ -150,5 +150,7 @@ def test_a_rank_that_stops_between_steps_ends_the_others_within_the_limit(tmp_pa
     config.write_text(json.dumps({**values, "moe_ep": {**values["moe_ep"], "timeout_s": 2, "schedule": "serial"}}))
     with pytest.raises(RankError) as caught:
         run_ranks(4, train_until_rank_1_stops, str(text), str(config), timeout_s=120)
-    ends = {rank: failure.message for rank, failure in caught.value.failures.items()}
-    assert {rank for rank, message in ends.items() if message.startswith("exit code 70")} == {0, 2, 3}
+    ends = {rank: failure.message for rank, failure in caught.value.failures.items() if rank != 1}
+    by_watch = {rank for rank, message in ends.items() if message.startswith("exit code 70")}
+    assert by_watch and ends.keys() == {0, 2, 3}
+    assert all("Connection closed by peer" in ends[rank] for rank in ends.keys() - by_watch), ends  # another was first
