@@ -21,8 +21,8 @@ WAITING = """
 COMPUTING = """
     tests/parallel tests/engine/test_training.py tests/moe/test_schedules.py tests/moe/test_parity.py
     tests/examples/test_ready_configs.py tests/engine/test_compile.py tests/engine/test_native_parity.py
-    tests/bench/test_systems.py tests/gpu tests/engine/checkpoint tests/engine/hooks tests/examples tests/kernels tests/engine
-    tests/moe tests/simulate
+    tests/bench/test_systems.py tests/gpu tests/engine/checkpoint tests/engine/hooks tests/examples tests/kernels
+    tests/engine tests/moe tests/simulate
 """.split()
 TOGETHER = ("tests/testbed",)  # folders whose files use the same names on the machine: one worker runs them
 
