@@ -53,7 +53,7 @@ def recognise(template: nn.Module) -> Form | None:
         return None
     try:
         with _NoConstants():
-            graph = torch.fx.Tracer(autowrap_modules=()).trace(template)  # type: ignore[arg-type] (any number of them)
+            graph = torch.fx.Tracer(autowrap_modules=()).trace(template)  # type: ignore[arg-type]
     except Exception:  # tracing runs the user's forward on symbols, which may fail in any way
         return None
     output = next(node for node in graph.nodes if node.op == "output").args[0]
