@@ -38,7 +38,7 @@ Outcome = tuple[list[float], dict[str, Tensor]]
 
 def outcomes(jobs: Sequence[Job]) -> list[Outcome]:
     """Losses and the world's weights of each job."""
-    by_rank = run_ranks(jobs[0].world_size, run_jobs, jobs, timeout_s=300)
+    by_rank = run_ranks(jobs[0].world_size, run_jobs, jobs, timeout_s=280)
     return [(by_rank[0][i][0], merged([results[i][1] for results in by_rank])) for i in range(len(jobs))]
 
 

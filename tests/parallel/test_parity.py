@@ -73,7 +73,7 @@ one_device = functools.cache(on_one_device)
 def trained(train: Callable[[Sequence[Run]], list[Outcome]]) -> dict[Run, list[Outcome]]:
     """What each rank saw of each run of the tables, all in one world."""
     runs = [*PIPELINES, *ROUNDED, *FAULTY] if train is by_pipeline else [*EXPERTS, *ROUNDED, OF_SINGLE_RANKS]
-    by_rank = run_ranks(4, train, runs, timeout_s=300)
+    by_rank = run_ranks(4, train, runs, timeout_s=240)
     return {run: [outcomes[index] for outcomes in by_rank] for index, run in enumerate(runs)}
 
 
@@ -147,7 +147,7 @@ def both_ways(runs: Sequence[Run]) -> tuple[list[Outcome], list[Outcome]]:
 def test_sixteen_ranks_train_as_one_device_by_experts_and_by_tp8_pp2() -> None:
     """Gradients of one step, and the curve of three; from the curve's equality to one device follows the layouts'."""
     runs = [SIXTEEN, replace(SIXTEEN, steps=3)]
-    for by_rank in zip(*run_ranks(16, both_ways, runs, timeout_s=300), strict=True):
+    for by_rank in zip(*run_ranks(16, both_ways, runs, timeout_s=240), strict=True):
         for index, run in enumerate(runs):
             assert_equal([outcomes[index] for outcomes in by_rank], run)
         losses = by_rank[0][1].losses
