@@ -24,7 +24,7 @@ from tests.examples.spoilt import losses_of, spoilt
 from tests.ranks import REPOSITORY, SERVER_ENV, run_ranks
 
 EXAMPLES = REPOSITORY / "examples"
-STEPS = 6
+STEPS = 4  # after which the meter of the Trainer's callback reports
 # Each step of AdamW moves by the last bits of its gradient. Losses are printed to 1e-6; seen: 1e-6 of 4 after 12 steps.
 BOUND = 4e-6
 HOOKED = ("--schedule", "peers")

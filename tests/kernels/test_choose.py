@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,21 +32,30 @@ def test_the_kernels_are_refused_by_name_where_they_cannot_run() -> None:
         MoEConfig(kernels="cuda")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("body", ["raise ModuleNotFoundError(name='triton')", "raise OSError('no such library')"])
-def test_a_triton_that_does_not_load_is_said_once_and_leaves_plain_torch(body: str, tmp_path: object) -> None:
-    (tmp_path / "triton.py").write_text(body)  # type: ignore[operator]
+BROKEN = {  # what a triton.py does, and what is said of it
+    "raise ModuleNotFoundError(name='triton')": "Triton is not installed",
+    "raise OSError('no such library')": "Triton does not load: OSError: no such library",
+}
+
+
+def test_a_triton_that_does_not_load_is_said_once_and_leaves_plain_torch(tmp_path: Path) -> None:
+    for number, body in enumerate(BROKEN):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "triton.py").write_text(body)
     script = f"""
 import logging, sys
-sys.path.insert(0, {str(tmp_path)!r})
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-from ds_moe_ep.kernels.choose import why_no_triton
-print([why_no_triton("cuda"), why_no_triton("cuda")])
+from ds_moe_ep.kernels import choose
+for number in range({len(BROKEN)}):
+    sys.path.insert(0, {str(tmp_path)!r} + f"/{{number}}")
+    choose._installed.cache_clear()
+    print([choose.why_no_triton("cuda"), choose.why_no_triton("cuda")])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    said, reasons = done.stdout.splitlines()
-    expected = "Triton is not installed" if "Module" in body else "Triton does not load: OSError: no such library"
-    assert said == f"kernels run as plain torch: {expected}"
-    assert reasons == str([expected, expected])
+    lines = done.stdout.splitlines()
+    for said, reasons, expected in zip(lines[::2], lines[1::2], BROKEN.values(), strict=True):
+        assert said == f"kernels run as plain torch: {expected}"
+        assert reasons == str([expected, expected])
 
 
 @needs_triton
