@@ -24,7 +24,8 @@ COMPUTING = """
     tests/bench/test_systems.py tests/gpu tests/engine/checkpoint tests/engine/hooks tests/examples tests/kernels
     tests/engine tests/moe tests/simulate
 """.split()
-TOGETHER = ("tests/testbed",)  # folders whose files use the same names on the machine: one worker runs them
+# Folders that one worker runs: their files use the same names on the machine, or the same parsed sources.
+TOGETHER = ("tests/testbed", "tests/policy")
 
 
 class Lanes(LoadScopeScheduling):

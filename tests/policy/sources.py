@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +22,11 @@ def own_files() -> Iterator[Path]:
             yield path
 
 
-def own_python() -> Iterator[tuple[Path, ast.Module]]:
-    """Every Python file of the project with its syntax tree."""
-    for path in own_files():
-        if path.suffix == ".py":
-            yield path, ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+@functools.cache
+def own_python() -> tuple[tuple[Path, ast.Module], ...]:
+    """Every Python file of the project with its syntax tree, read once: a dozen tests look at all of them."""
+    paths = [path for path in own_files() if path.suffix == ".py"]
+    return tuple((path, ast.parse(path.read_text(encoding="utf-8"), filename=str(path))) for path in paths)
 
 
 def imports_of(path: Path, tree: ast.Module) -> Iterator[str]:
