@@ -22,6 +22,7 @@ from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.config.training import BYTES, WHOLE, Training, read_training
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.quantity import gigabytes
+from ds_moe_ep.schedule.placement import MAX_AUTO_SLOTS
 from ds_moe_ep.sizing.fit import memory_fix, needs
 from ds_moe_ep.sizing.footprint import (
     Memory,
@@ -32,6 +33,7 @@ from ds_moe_ep.sizing.footprint import (
     dispatch_bytes,
     forward_flops,
     largest_load,
+    slot_bytes,
     tokens_of_batch,
     tokens_of_rank,
     training_flops,
@@ -190,6 +192,7 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
         yield from _traffic_notes(moe, training)
     else:
         yield from pipeline_notes(ds_config, moe, model, training)
+    yield from _replica_notes(moe, model, training)
     if moe.balance == "none" and moe.capacity_factor is None:
         yield "balance='none' without a capacity: nothing keeps an expert from taking every row"
     if model is not None and model.hidden_size // model.num_heads > FLASH_HEAD_SIZE:
@@ -212,6 +215,15 @@ def _traffic_notes(moe: MoEConfig, training: Training) -> Iterator[str]:
         yield "each expert has one owner (world_size = ep_size): ZeRO shares the dense optimizer states alone"
     if moe.depth == 0 or moe.schedule == "serial":
         yield f"schedule={moe.schedule!r}, depth={moe.depth}: every transfer blocks and nothing is hidden"
+
+
+def _replica_notes(moe: MoEConfig, model: ModelConfig | None, training: Training) -> Iterator[str]:
+    """Notes on slots that nothing fills, and on those that `auto` may take."""
+    if moe.replicas and moe.ep_size == 1:
+        yield f"replicas={moe.replicas!r} with ep_size=1: every expert is on every rank, and there is nothing to copy"
+    elif moe.replicas == "auto" and model is not None:
+        each = gigabytes(slot_bytes(model, training))
+        yield f"replicas='auto' takes 0 to {MAX_AUTO_SLOTS} slots per rank: memory counts one, each is {each}"
 
 
 def _is_the_specification(section: Section) -> bool:

@@ -132,7 +132,10 @@ def _memory_told(check: Check) -> dict[str, str]:
     else:
         room = f"up to {number(details.load_that_fits, 1)} x the mean rows fit"
     of = f"{budget.gpu_gb:g} - {budget.reserve_gb:g} GB reserve"
-    return {"memory of a GPU": f"{size(details.memory.peak)} of {of}; {room}"}
+    told = {"memory of a GPU": f"{size(details.memory.peak)} of {of}; {room}"}
+    if details.memory.replicas:
+        told["replicas"] = f"{check.moe.replicas} per rank and layer: {size(details.memory.replicas)} of it"
+    return told
 
 
 def _parameters(whole: Parameters, rank: Parameters, place: str = "one rank") -> Table:
@@ -147,6 +150,8 @@ def _parameters(whole: Parameters, rank: Parameters, place: str = "one rank") ->
 
 def _memory(memory: Memory, check: Check, title: str = "memory of one GPU", **labels: str) -> Table:
     rows = [(label, size(getattr(memory, kind))) for kind, label in {**ROWS_OF_MEMORY, **labels}.items()]
+    if memory.replicas:
+        rows.insert(3, (f"slots of replicas ({check.moe.replicas} per rank and layer)", size(memory.replicas)))
     if memory.host_optimizer:
         rows.append(("in the host's memory instead", size(memory.host_optimizer)))
     rows.append(("largest sum at once", size(memory.peak)))

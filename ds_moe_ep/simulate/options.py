@@ -24,6 +24,13 @@ def micro_batch(text: str) -> int | str:
     return int(text)
 
 
+def replicas(text: str) -> int | str:
+    """The value of --replicas: a number of slots, or `auto`."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"={text}: give a number of slots, or auto")
+    return text if text == "auto" else int(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """A job, its cluster, and what to print and write; `given` is all of the command line, to be typed again."""
@@ -43,6 +50,12 @@ class PlanOptions:
     )
     load: str = option(
         "even", "how rows fall on experts: even, zipf:<exponent>, or a file of rows or of Records", metavar="LOAD"
+    )
+    replicas: int | Literal["auto"] | None = option(
+        None,
+        "slots per rank for copies of hot experts in --config (default: as the file says)",
+        type=replicas,
+        metavar="N|auto",
     )
     forward: bool = option(False, "forward passes alone instead of training")
     nodes: int | None = option(

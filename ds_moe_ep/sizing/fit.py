@@ -36,6 +36,10 @@ def memory_fix(model: ModelConfig, moe: MoEConfig, training: Training, free_byte
         return fullest_memory(model, moe, smaller, load).peak <= free_bytes
 
     layout = training.layout
+    slots = 1 if moe.replicas == "auto" else moe.replicas
+    for fewer in range(slots)[::-1]:
+        if fullest_memory(model, replace(moe, replicas=fewer), training, load).peak <= free_bytes:
+            return f"lower moe_ep.replicas from {moe.replicas} to {fewer}"
     smaller = micro_batch_fix(training, fits)
     if smaller:
         return smaller
@@ -62,5 +66,7 @@ def needs(memory: Memory) -> str:
         "optimizer": memory.optimizer,
         "activations and buffers": memory.peak - memory.persistent,
     }
+    if memory.replicas:
+        parts["replicas"] = memory.replicas
     listed = ", ".join(f"{name} {number(num_bytes / 1e9, 1)}" for name, num_bytes in parts.items())
     return f"a GPU needs {gigabytes(memory.peak, 1)} ({listed})"

@@ -7,7 +7,7 @@ length, V vocabulary, m matrices of an expert (2 for GELU, 3 for SwiGLU), b byte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
@@ -15,6 +15,7 @@ from ds_moe_ep.config.training import BYTES, Training
 
 # DeepSpeed splits expert parameters into optimizer groups of at most this many (moe/utils.py)
 EXPERT_GROUP_ELEMENTS = 178_956_971
+SUM_BYTES = 4  # of one number of a copy's gradient sums, which are fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,12 @@ class Memory:
     buffers: int  # DeepSpeed's gradient buckets, beside the activations
     step: int  # fp32 gradients of an optimizer step, when activations and buckets are gone
     host_optimizer: int  # bytes in the host's memory, when the optimizer is offloaded
+    replicas: int = 0  # slots for copies of other ranks' experts
 
     @property
     def persistent(self) -> int:
         """Bytes that stay from step to step."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.replicas
 
     @property
     def peak(self) -> int:
@@ -103,16 +105,24 @@ def count_memory(model: ModelConfig, moe: MoEConfig, training: Training, load: f
     optimizer   4 * (master weight + states) * parameters. ZeRO divides it for dense parameters by the ranks,
                 for experts by the ranks that hold the same experts (world / ep_size), which may be one
     buffers     2 or 4 bytes * reduce_bucket_size (twice with overlap_comm)
+    replicas    see `slot_bytes`; "auto" counts as one slot
     """
     held = count_rank_parameters(model, moe)
     dense_cut, expert_cut = (training.world_size, training.num_replicas) if training.zero_stage else (1, 1)
-    return memory_of_rank(
+    memory = memory_of_rank(
         training,
         held.total,
         -(-held.dense // dense_cut) + -(-held.experts // expert_cut),
         activations=activation_bytes(model, moe, training, load),
         step=_step_bytes(model, held, training),
     )
+    num_slots = 1 if moe.replicas == "auto" else moe.replicas
+    return replace(memory, replicas=num_slots * slot_bytes(model, training)) if moe.ep_size > 1 else memory
+
+
+def slot_bytes(model: ModelConfig, training: Training) -> int:
+    """Bytes of one slot in each layer: L * (b + 4) * parameters of an expert, its weights and its gradient sums."""
+    return model.num_layers * (BYTES[training.precision] + SUM_BYTES) * model.expert_params
 
 
 def memory_of_rank(training: Training, held: int, partition: int, *, activations: int, step: int) -> Memory:

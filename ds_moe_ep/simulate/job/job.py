@@ -13,7 +13,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import SYSTEMS
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.fit import fit_memory, with_micro_batch
-from ds_moe_ep.simulate.job.routing import read_loads
+from ds_moe_ep.simulate.job.replicas import with_load
 from ds_moe_ep.simulate.step.setup import Setup
 
 Mode = Literal["training", "forward"]
@@ -54,10 +54,12 @@ def read_job(
     micro_batch: int | Literal["largest"] | None = None,
     load: str = "even",
     mode: Mode = "training",
+    replicas: int | Literal["auto"] | None = None,
 ) -> Job:
     """The job of a ds_config with a rank on every device of the cluster.
 
-    Another micro-batch, or more ranks than the file was written for, keep train_batch_size: accumulation adapts.
+    `replicas` stands for the section's. Another micro-batch, or more ranks than the file was written for, keep
+    train_batch_size: accumulation adapts.
     Raises ConfigError or TopologyError for what cannot work.
     """
     path = "ds_config" if isinstance(source, Mapping) else os.fspath(source)
@@ -68,15 +70,18 @@ def read_job(
             'moe_ep.model=null: time, traffic and memory follow from the model\'s shapes; add "model": "specification" '
             "or an object of its knobs"
         )
-    moe = section.moe
-    loads = read_loads(load, moe.num_experts, moe.ep_size) if section.layout == WHOLE else ()
+    moe = section.moe if replicas is None else replace(section.moe, replicas=replicas)
+    section.layout.check(section.model, moe)
     given = {key: value for key, value in ds_config.items() if key != ACCUMULATION or not _has_all(ds_config)}
     training = read_training(given, moe.ep_size, cluster.num_ranks, section.layout)
-    setup = Setup(model=section.model, moe=moe, training=training, cluster=cluster, loads=loads, mode=mode)
+    setup = Setup(model=section.model, moe=moe, training=training, cluster=cluster, mode=mode)
+    if section.layout == WHOLE:
+        setup = with_load(setup, load)
     if micro_batch == "largest":
         micro_batch = fit_memory(setup).largest_of_batch or None
     if micro_batch is not None:
         setup = replace(setup, training=with_micro_batch(training, micro_batch))
+        setup = with_load(setup, load) if section.layout == WHOLE else setup  # a longer window pays for more copies
     return Job(path=path, setup=setup, notes=tuple(_notes(ds_config, setup.training, load)))
 
 

@@ -14,23 +14,29 @@ FIX = "write even, zipf:1.0, or a file: a JSON list of each expert's rows, or Re
 
 
 def read_loads(text: str, num_experts: int, ep_size: int) -> tuple[float, ...]:
-    """Rows of each rank over the mean, by `text`: `even`, `zipf:<exponent>` or a file. () is even.
+    """Rows of each rank over the mean, by `text` as `read_rows` has it. () is even."""
+    rows = read_rows(text, num_experts)
+    return loads_of(rows, ep_size) if rows else ()
+
+
+def read_rows(text: str, num_experts: int) -> list[float]:
+    """Rows of each expert, by `text`: `even`, `zipf:<exponent>` or a file. [] is even.
 
     Raises ConfigError for anything else, or another number of experts.
     """
     kind, _, rest = text.partition(":")
     if kind == "even" and not rest:
-        return ()
+        return []
     if kind == "zipf":
         try:
             exponent = float(rest or 1.0)
         except ValueError:
             raise ConfigError(f"load={text!r}: {rest!r} is no exponent; {FIX}") from None
-        return loads_of(zipf(num_experts, exponent), ep_size)
+        return zipf(num_experts, exponent)
     rows = _recorded(Path(text))
     if len(rows) != num_experts:
         raise ConfigError(f"load={text!r}: rows of {len(rows)} experts, and the layer has {num_experts}; {FIX}")
-    return loads_of(rows, ep_size)
+    return rows
 
 
 def zipf(num_experts: int, exponent: float) -> list[float]:

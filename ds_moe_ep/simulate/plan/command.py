@@ -29,7 +29,14 @@ def run(options: PlanOptions, console: Console) -> int:
         cluster = cluster.with_nodes(options.nodes)
     if options.sweep is not None:
         return run_sweep(options, cluster, console)
-    plan = make_plan(options.config, cluster, micro_batch=options.micro_batch, load=options.load, mode=options.mode)
+    plan = make_plan(
+        options.config,
+        cluster,
+        micro_batch=options.micro_batch,
+        load=options.load,
+        mode=options.mode,
+        replicas=options.replicas,
+    )
     comparison = _comparison(options, plan, cluster) if options.compare else None
     plans = (comparison.ours, comparison.theirs) if comparison else (plan,)
     rows = audit(cluster) if plan.stated and (options.json or options.verbose) else ()

@@ -6,6 +6,7 @@ A plan has these parts:
     prediction  a step with its bar: tokens per second, parts, what is hidden, utilization
     choices     what the schedule "auto" would choose among, with what each makes of a layer
     bounds      which resource bounds the step
+    replicas    what copies of hot experts bring, where there are slots and the load is not even
     others      what else fits, and how much faster it is
     stated      the specification's throughput beside it, with the utilization that it needs
 """
@@ -27,6 +28,7 @@ from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.choose import choose_schedule, with_knobs
 from ds_moe_ep.simulate.job.fit import MemoryFit, fit_memory, refuse_what_does_not_fit
 from ds_moe_ep.simulate.job.job import Job, Mode, read_job, title_of
+from ds_moe_ep.simulate.job.replicas import ReplicaGain, gain_of
 from ds_moe_ep.simulate.plan.alternatives import alternatives
 from ds_moe_ep.simulate.plan.bounds import bounds
 from ds_moe_ep.simulate.step.predict import Prediction, on, predict
@@ -62,6 +64,7 @@ class Plan:
     bounds: tuple[Row, ...]
     others: tuple[Row, ...]
     stated: StatedThroughput | None
+    replicas: ReplicaGain | None = None
     name: str = ""  # for a reader, where the system's own would not tell it apart
 
     @property
@@ -122,12 +125,13 @@ def make_plan(
     micro_batch: int | Literal["largest"] | None = None,
     load: str = "even",
     mode: Mode = "training",
+    replicas: int | Literal["auto"] | None = None,
 ) -> Plan:
     """The plan of a ds_config on the cluster.
 
     Raises ConfigError or TopologyError for what cannot work, and for what does not fit with the fix.
     """
-    job = read_job(source, cluster, micro_batch=micro_batch, load=load, mode=mode)
+    job = read_job(source, cluster, micro_batch=micro_batch, load=load, mode=mode, replicas=replicas)
     fit = fit_memory(job.setup)
     refuse_what_does_not_fit(job.path, job.setup, fit)
     choices = _choices(job.setup)
@@ -144,6 +148,7 @@ def make_plan(
         bounds=bounds(prediction),
         others=alternatives(prediction, fit),
         stated=stated_for(job),
+        replicas=gain_of(prediction, load),
     )
 
 

@@ -14,6 +14,7 @@ from ds_moe_ep.records.render import print_lines, print_tables, to_terminal
 from ds_moe_ep.records.table import Table, quantity_table, table
 from ds_moe_ep.simulate.audit.audit import AuditRow
 from ds_moe_ep.simulate.job.fit import MemoryFit
+from ds_moe_ep.simulate.job.replicas import ReplicaGain
 from ds_moe_ep.simulate.plan.plan import PARTS, Comparison, Plan, group_of
 from ds_moe_ep.specification.verdicts import place_in_range
 
@@ -62,14 +63,24 @@ def answers(plan: Plan, *, in_brief: bool = False) -> dict[str, str]:
     if not in_brief:
         gain = f"; {_text(plan.gain)} times the same job with nothing hidden" if plan.gain is not None else ""
         faster_with = f" with {faster[0].title}" if faster else ""
+    replicas = {"replicas": replicas_told(plan.replicas)} if plan.replicas is not None else {}
     return {
         "tokens per second": _text(named["tps"]),
         "traffic hidden": f"{_text(hidden)} %{gain}" if hidden is not None else "none: no experts' traffic",
+        **replicas,
         "utilization": f"{_text(named['mfu'])} % of the peak",
         "bounded by": f"{bound.title}: {bound['saved_ratio'].percent()} of a step",
         "faster": f"{ratios[0]} times{faster_with}" if ratios else "no change of the file that fits",
         "largest": f"{_largest(plan.fit)} sequences per micro-batch",
     }
+
+
+def replicas_told(gain: ReplicaGain) -> str:
+    """Replicas in use and what they bring, in brief."""
+    return (
+        f"{_text(gain.over_none)} times without them, {_text(gain.over_even)} of an even load's: {gain.num_copies} "
+        f"copies; the fullest rank {number(gain.fullest, 2)} times the mean rows, not {number(gain.fullest_without, 2)}"
+    )
 
 
 def print_all(plans: Sequence[Plan], rows: Sequence[AuditRow], comparison: Comparison | None, console: Console) -> None:
@@ -97,6 +108,8 @@ def told(plan: Plan) -> Iterator[str]:
     )
     if plan.gain is not None:
         yield f"{plan.title} has {_text(plan.gain)} times the throughput of the same job where nothing is hidden."
+    if plan.replicas is not None:
+        yield f"Replicas: {replicas_told(plan.replicas)}."
     if plan.stated is not None:
         yield _stated(plan)
 
@@ -161,6 +174,8 @@ def _print_notes(plans: Sequence[Plan], console: Console) -> None:
 def _memory(plans: Sequence[Plan]) -> Table:
     kinds = {**KINDS, "step": "fp32 gradients of a step (not beside activations and buffers)"}
     rows = [(title, *(_gb(getattr(plan.fit.memory, kind)) for plan in plans)) for kind, title in kinds.items()]
+    if any(plan.fit.memory.replicas for plan in plans):
+        rows.append(("slots of replicas", *(_gb(plan.fit.memory.replicas) for plan in plans)))
     if any(plan.fit.memory.host_optimizer for plan in plans):
         rows.append(("in the host's memory instead", *(_gb(plan.fit.memory.host_optimizer) for plan in plans)))
     device = plans[0].fit

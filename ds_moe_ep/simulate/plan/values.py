@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ds_moe_ep.records.quantity import Quantity, to_json
+from ds_moe_ep.simulate.job.replicas import ReplicaGain
 from ds_moe_ep.simulate.plan.plan import PARTS, Comparison, Plan, group_of
 
 BAR = "[value, low, high]: low and high are the simulation at both ends of the cluster's ranges, all numbers at once"
@@ -34,6 +35,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "choices_at_slower_and_faster_end": [dict(knobs) for knobs in plan.at_ends],
         "bounds": [bound.to_json("step_ms") for bound in plan.bounds],
         "alternatives": [other.to_json("spare_bytes") for other in plan.others],
+        "replicas": _of_replicas(plan.replicas) if plan.replicas else None,
         "stated": dataclasses.asdict(plan.stated) if plan.stated else None,
     }
 
@@ -47,6 +49,17 @@ def comparison_values(comparison: Comparison) -> dict[str, Any]:
         "tps_ratio": comparison.ratio.bar,
         "tps_ratio_of_same_batch": same_batch.bar if same_batch else None,
         "ratio_bar": "both jobs at the same end of the cluster's ranges",
+    }
+
+
+def _of_replicas(gain: ReplicaGain) -> dict[str, Any]:
+    return {
+        "slots": gain.slots,
+        "copies": gain.num_copies,
+        "fullest": gain.fullest,
+        "fullest_without": gain.fullest_without,
+        "tps_ratio_to_none": gain.over_none.bar,
+        "tps_ratio_to_even": gain.over_even.bar,
     }
 
 

@@ -4,8 +4,11 @@
                   backward in reverse, with each layer's forward pass again where it is recomputed
     step          micro-batches one after the other, then gradients (dense ones over all ranks, experts' over those that
                   hold the same), the optimizer, and under ZeRO the updated weights to all ranks
+    copies        of experts: their weights leave as the first micro-batch begins, and each layer's rows wait for its
+                  own; their gradient sums leave as the layer's last backward pass ends
 
-Nothing of one micro-batch runs beside another's, so one of them is simulated and counts for all.
+Nothing of one micro-batch runs beside another's, so one of them is simulated and counts for all. Where there are copies
+one more is, that both sends weights and returns gradient sums: the first and the last of a step in one.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from ds_moe_ep.config.training import BYTES
 from ds_moe_ep.schedule.program import START, Event, Load, Program
 from ds_moe_ep.schedule.spans import LANES, Span, Tags, length, overlap, union
 from ds_moe_ep.simulate.cluster.machine import Machine, Volume, machine_for_group, machine_for_one
+from ds_moe_ep.simulate.step.copies import CopyTraffic
 from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.data_parallel import finish_step
 from ds_moe_ep.simulate.step.moe_pass import ExpertTimes, LayerPass, Rows
 from ds_moe_ep.simulate.step.setup import Setup, Step
+from ds_moe_ep.sizing.footprint import SUM_BYTES
 
 COUNT_BYTES = 8  # of one expert's count in the exchange before rows are posted
 
@@ -64,6 +69,8 @@ class EpJob:
     def layer(self) -> LayerPass:
         """The experts' part of a layer; `rows` of its times fall evenly on the rank's experts."""
         setup, costs, local = self.setup, self.costs, self.setup.moe.num_local_experts
+        if setup.placement is not None:
+            local += setup.placement.slots
         times = ExpertTimes(
             forward=lambda rows: costs.experts(rows, local),
             input_grads=lambda rows: costs.experts(rows, local),
@@ -72,13 +79,23 @@ class EpJob:
         row_bytes = setup.model.hidden_size * BYTES[setup.training.precision]
         return LayerPass(setup.moe, self.machine, self.rows, row_bytes, times)
 
-    def forward(self, program: Program, start: Event, name: str) -> Event:
-        """One layer forward."""
+    @cached_property
+    def copies(self) -> CopyTraffic | None:
+        """Weights and gradient sums of the experts' copies in a layer; None where there are none."""
+        setup = self.setup
+        if setup.placement is None or setup.mode == "forward" or not setup.placement.copies:
+            return None
+        weight_bytes = float(setup.model.expert_params * BYTES[setup.training.precision])
+        gradient_bytes = float(setup.model.expert_params * SUM_BYTES)
+        return CopyTraffic(setup.placement, self.torus, self.machine, weight_bytes, gradient_bytes)
+
+    def forward(self, program: Program, start: Event, name: str, ready: Event = START) -> Event:
+        """One layer forward; its rows wait for `ready`."""
         costs, tokens, rows = self.costs, self.setup.micro_batch_tokens, self.rows.sent
         before = costs.attention(tokens) + costs.gate(tokens) + costs.permute(rows)
         event = self._compute(program, "attention, gate", before, start, Tags(name, "forward"))
         event = self.host(program, self.setup.cluster.host.forward_us, event, Tags(name, "forward"))
-        event = self.counts(program, event, Tags(name, "forward"))
+        event = program.join([self.counts(program, event, Tags(name, "forward")), ready])
         event = self.layer.forward(program, event, name)
         after = costs.permute(2 * rows) + costs.shared_expert(tokens)
         return self._compute(program, "unpermute", after, event, Tags(name, "forward"))
@@ -93,12 +110,13 @@ class EpJob:
         after = costs.permute(rows) + costs.gate(tokens, backward=True) + costs.attention(tokens, backward=True)
         return self._compute(program, "attention, gate", after, event, Tags(name, "backward"))
 
-    def micro_batch(self) -> Program:
-        """The whole model on one micro-batch: forward, and backward where the job trains."""
+    def micro_batch(self, copies: CopyTraffic | None = None) -> Program:
+        """The whole model on one micro-batch, with that of copies: forward, and backward where the job trains."""
         setup, program, event = self.setup, Program(), START
         names = [f"layers.{index}" for index in range(setup.model.num_layers)]
+        ready = copies.send_weights(program, names) if copies else {}
         for name in names:
-            event = self.forward(program, event, name)
+            event = self.forward(program, event, name, ready.get(name, START))
         head = self.costs.head(setup.micro_batch_tokens)
         event = self._compute(program, "head", head, event, Tags("head", "forward"))
         if setup.mode == "forward":
@@ -109,7 +127,15 @@ class EpJob:
             if setup.model.recompute:
                 event = self.forward(program, event, name)
             event = self.backward(program, event, name)
+            if copies:
+                copies.send_gradients(program, event, name)
         return program
+
+    def copies_us(self, micro_us: float) -> float:
+        """What copies add to a step whose micro-batches take `micro_us` each: what no computation hides."""
+        if self.copies is None:
+            return 0.0
+        return self.micro_batch(self.copies).run(self.machine.capacities).makespan_us - micro_us
 
     def _compute(self, program: Program, name: str, time_us: float, start: Event, tags: Tags) -> Event:
         """The same work on every rank that is simulated."""
@@ -157,11 +183,12 @@ def ep_step(setup: Setup) -> Step:
     traffic = overlap(span for span in mine if span.lane in LANES)
     compute_us = times * _length(mine, "compute")
     end = finish_step(setup, job.costs) if setup.mode == "training" else Program().run()
-    step_us = times * micro_us + end.makespan_us
+    copies_us = job.copies_us(micro_us) if setup.mode == "training" else 0.0
+    step_us = times * micro_us + copies_us + end.makespan_us
     parts = {
         "compute": compute_us,
         "experts_traffic": times * traffic.exposed_us,
-        "gradients": end.makespan_us,
+        "gradients": end.makespan_us + copies_us,
     }
     return Step(
         setup=setup,

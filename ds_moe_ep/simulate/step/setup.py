@@ -10,6 +10,7 @@ from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.config.training import Training
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import PARTS
+from ds_moe_ep.schedule.placement import Placement
 from ds_moe_ep.schedule.spans import Span
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.sizing.footprint import forward_flops, tokens_of_batch, tokens_of_rank, training_flops
@@ -19,13 +20,17 @@ Algorithm = Literal["ring", "tree", "levels", "auto"]  # of an all-reduce; "auto
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """One job on one cluster. `loads` has what each rank of an expert group receives over the mean; () is even."""
+    """One job on one cluster. `loads` has what each rank of an expert group receives over the mean; () is even.
+
+    `placement` has the copies of experts that made the loads as they are, in each layer; None where there are none.
+    """
 
     model: ModelConfig
     moe: MoEConfig
     training: Training
     cluster: Cluster
     loads: tuple[float, ...] = ()
+    placement: Placement | None = None
     algorithm: Algorithm = "auto"
     mode: Literal["training", "forward"] = "training"
 

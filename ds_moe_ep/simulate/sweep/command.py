@@ -30,7 +30,14 @@ def run_sweep(options: PlanOptions, cluster: Cluster, console: Console) -> int:
     for name, value in (("compare", options.compare), ("trace", options.trace)):
         if value is not None:
             raise ConfigError(f"{name}={value!r}: a sweep is of one job and has no spans; leave it out")
-    job = read_job(options.config, cluster, micro_batch=options.micro_batch, load=options.load, mode=options.mode)
+    job = read_job(
+        options.config,
+        cluster,
+        micro_batch=options.micro_batch,
+        load=options.load,
+        mode=options.mode,
+        replicas=options.replicas,
+    )
     with Progress(console=Console(stderr=True), transient=True, disable=options.json) as progress:
         task = progress.add_task("simulating", total=len(TOTALS) * len(sizes.ep) * len(sizes.dp))
         found = sweep(job.setup, sizes, load=options.load, see=lambda *_: progress.advance(task))

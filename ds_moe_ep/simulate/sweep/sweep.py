@@ -22,7 +22,7 @@ from ds_moe_ep.records.names import LAWS, TOTALS
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.choose import as_auto
-from ds_moe_ep.simulate.job.routing import read_loads
+from ds_moe_ep.simulate.job.replicas import with_load
 from ds_moe_ep.simulate.step.predict import Prediction, predict
 from ds_moe_ep.simulate.step.setup import Setup
 from ds_moe_ep.simulate.step.source import COUNTED, NOTE
@@ -196,13 +196,9 @@ def setup_at(setup: Setup, total: str, ep: int, dp: int, load: str = "even") -> 
     training = _training_at(setup.training, total, ep, dp)
     if training is None:
         return None
-    return replace(
-        setup,
-        moe=moe,
-        training=training,
-        cluster=cluster_at(setup.cluster, ep * dp),
-        loads=read_loads(load, moe.num_experts, ep),
-    )
+    cluster = cluster_at(setup.cluster, ep * dp)
+    bare = replace(setup, moe=moe, training=training, cluster=cluster, loads=(), placement=None)
+    return with_load(bare, load)
 
 
 def _training_at(training: Training, total: str, ep: int, dp: int) -> Training | None:
