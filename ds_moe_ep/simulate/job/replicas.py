@@ -68,7 +68,7 @@ def copy_costs(setup: Setup) -> CopyCosts:
 
 
 def gain_of(prediction: Prediction, load: str) -> ReplicaGain | None:
-    """What replicas bring to a job; None where it has no slots, or its load is even."""
+    """The gain of a job by its replicas; None where it has no slots, or its load is even."""
     setup = prediction.step.setup
     if setup.placement is None:
         return None

@@ -21,7 +21,7 @@ LANE = "replicas"
 
 @dataclass(frozen=True)
 class CopyTraffic:
-    """What the copies of a placement move in each layer."""
+    """Traffic of a placement's copies in each layer."""
 
     placement: Placement
     torus: Torus

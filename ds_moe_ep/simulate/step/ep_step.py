@@ -132,7 +132,7 @@ class EpJob:
         return program
 
     def copies_us(self, micro_us: float) -> float:
-        """What copies add to a step whose micro-batches take `micro_us` each: what no computation hides."""
+        """Time that copies add to a step whose micro-batches take `micro_us` each: of transfers that nothing hides."""
         if self.copies is None:
             return 0.0
         return self.micro_batch(self.copies).run(self.machine.capacities).makespan_us - micro_us
