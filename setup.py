@@ -44,7 +44,10 @@ setup(
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=["ds_moe_ep", "ds_moe_ep.*"]), *DATA],
     package_dir=DATA,
-    package_data={"ds_moe_ep": ["ARCHITECTURE.md", "py.typed", "docs/*.md"], **{name: ["*.json"] for name in DATA}},
+    package_data={
+        "ds_moe_ep": ["ARCHITECTURE.md", "py.typed", "docs/*.md", "live/page.html"],
+        **{name: ["*.json"] for name in DATA},
+    },
     python_requires=">=3.10",
     keywords="mixture of experts, MoE, expert parallelism, DeepSpeed, distributed training, overlap, all-to-all",
     classifiers=[

@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ds_moe_ep import __version__
@@ -22,6 +23,7 @@ from ds_moe_ep.config.command_line import INTERRUPTED, Parser, refused
 from ds_moe_ep.config.options import Command
 from ds_moe_ep.doctor.options import DoctorOptions
 from ds_moe_ep.errors import EngineError, MoEError
+from ds_moe_ep.live.options import WatchOptions
 from ds_moe_ep.report.options import ReportOptions
 from ds_moe_ep.simulate.options import AuditOptions, CalibrateOptions, PlanOptions
 
@@ -146,6 +148,16 @@ def _of_files() -> tuple[Command[Any], ...]:
     benchmarks = "\n".join(f"  {name:<10}{help}" for name, help in BENCHMARKS.items())
     return (
         Command(
+            "watch",
+            "serve a live page of a run: loss, speed, hidden share, load of experts and ranks",
+            WatchOptions,
+            run_watch,
+            "Serves one page on this machine that shows a run as it goes, or after it: loss, tokens per second, hidden "
+            "share beside its blocking control, layers by experts over time, rows per rank, slowest rank, replicas. It "
+            "reads the files in the folder alone, which may be a copy from another machine, and fetches nothing.",
+            example="python -m ds_moe_ep watch runs/first",
+        ),
+        Command(
             "report",
             "turn measured records into a page with figures",
             ReportOptions,
@@ -258,6 +270,13 @@ def run_report(options: ReportOptions) -> int:
     for path in write_report(options.records, options.out):
         print(path)
     return 0
+
+
+def run_watch(options: WatchOptions) -> int:
+    """Serves the page of a run until Ctrl-C, or prints one snapshot; 0."""
+    from ds_moe_ep.live.command import run
+
+    return run(options, partial(print, flush=True))
 
 
 def run_convert(options: ConvertOptions) -> int:

@@ -111,6 +111,15 @@ class MoEConfig:
     )
     max_ctas: int = knob(0, "NCCL's thread blocks for the transfers of a lane at most; 0 leaves it to NCCL", 0)
     meter_every: int = knob(0, "steps between two measurements of hidden communication; 0 measures none", 0)
+    watch: str | None = knob(
+        None, "folder in which rank 0 writes the run's figures, for `python -m ds_moe_ep watch`; null writes none"
+    )
+    report_every: int = knob(
+        0, "steps between two reports of the load; 0 takes 10 with `watch`, else DeepSpeed's steps_per_print", 0
+    )
+    heat_map_every: int = knob(
+        100, "steps between two pictures of the load in TensorBoard, layers by experts; 0 draws none", 0
+    )
     attach: bool = knob(False, "initialize also hooks DeepSpeed's own MoE layers and AutoEP's (attach_overlap)")
     timeout_s: float = knob(600.0, "time limit of one transfer in seconds", 0.001)
 
@@ -137,6 +146,8 @@ class MoEConfig:
                 "moe_ep.bit_equal=true with grouped_products='on': a grouped product sums in an order of its own; "
                 "use 'auto' or 'off'"
             )
+        if self.watch is not None and not self.watch.strip():
+            raise ConfigError(f"moe_ep.watch={self.watch!r}: names no folder; give one, or null to write nothing")
         if self.sample_second and self.top_k != 2:
             raise ConfigError(
                 f"moe_ep.sample_second=true with top_k={self.top_k}: only top-2 draws its second expert; "

@@ -372,3 +372,11 @@ def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
     total = values.clone()
     dist.all_reduce(total, group=data_parallel_group())
     return total
+
+
+def write_picture(engine: Any, name: str, picture: torch.Tensor, num_samples: int) -> None:
+    """Writes a picture [height, width, 3] to the TensorBoard of an engine's monitor, where there is one. Local."""
+    writer = getattr(getattr(engine.monitor, "tb_monitor", None), "summary_writer", None)
+    if writer is not None:
+        writer.add_image(name, picture.numpy(), num_samples, dataformats="HWC")
+        writer.flush()

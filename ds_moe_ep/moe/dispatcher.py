@@ -13,7 +13,7 @@ layers that DeepSpeed made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -40,6 +40,8 @@ from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.router import Routes, use_triton
 from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift
 from ds_moe_ep.schedule.build import Schedule, backward_schedule, forward_schedule
+
+Observer = Callable[[Routes, DispatchPlan], None]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Dispatcher:
         self._device: torch.device | None = None  # of the lanes
         self._recorder: Recorder = Off()
         self._clock: Recorder = Off()
+        self._observer: Observer | None = None
         self._is_blocking = False
         self._choice: Choice | None = None
         self._drift = Drift(config.retune_drift)
@@ -158,6 +161,10 @@ class Dispatcher:
     def time_with(self, clock: Recorder) -> None:
         """Takes a second recorder, of whoever times the layer besides."""
         self._clock = clock
+
+    def observe(self, observer: Observer | None) -> None:
+        """Hands routes and plan of each pass of training to an observer; None ends it. Local, between passes."""
+        self._observer = observer
 
     def configure(self, config: MoEConfig) -> None:
         """Takes other knobs than it was made with. Local; the number of experts and ep_size stay."""
@@ -267,6 +274,8 @@ class Dispatcher:
         pending = begin_plan(routes, self._config.num_experts, transport, row_type, sees_drift, call, needs, in_triton)
         early_ND = self._permute_early(x_TD, routes, pending, call, in_triton)
         plan = pending.finish()
+        if training and self._observer is not None:
+            self._observer(routes, plan)
         try:
             rows_ND = permute(x_TD, plan.maps, in_triton, sent_weights(routes)) if early_ND is None else early_ND
             if training:

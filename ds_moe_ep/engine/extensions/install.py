@@ -24,19 +24,22 @@ from ds_moe_ep.engine.extensions.loss_scale import LossScale
 from ds_moe_ep.engine.extensions.nonfinite import SkippedSteps
 from ds_moe_ep.engine.extensions.overlap_meter import OverlapMeter
 from ds_moe_ep.engine.extensions.param_groups import refuse_misplaced
-from ds_moe_ep.engine.extensions.reports import LoadReport, MeterReport
+from ds_moe_ep.engine.extensions.reports import MeterReport
 from ds_moe_ep.engine.hooks.layer import HookedLayer
+from ds_moe_ep.engine.load.report import LoadReport, steps_between_reports
 from ds_moe_ep.engine.older_engines import OlderEngine
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.live.run_log import RunLog
 
 ATTRIBUTES = ("moe_ep_layers", "moe_ep_meter", "moe_ep_watch")  # of an engine that is extended
 
 
-def extend(engine: Any, layers: Mapping[str, OverlappedLayer]) -> Callable[[], None]:
+def extend(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog | None = None) -> Callable[[], None]:
     """Installs all that goes along with an engine and its layers. Every rank calls it; local.
 
-    Returns what makes the engine what it was. Raises EngineError where the engine is extended already.
+    `log` is rank 0's, of `"watch"`. Returns what makes the engine what it was. Raises EngineError where the engine is
+    extended already.
     """
     refuse_second(engine)
     refuse_misplaced(engine)
@@ -48,7 +51,9 @@ def extend(engine: Any, layers: Mapping[str, OverlappedLayer]) -> Callable[[], N
             vars(engine).pop(name, None)
 
     try:
-        for callback in _callbacks(engine, layers):  # one by one: those that exist are closed where a later one fails
+        for callback in _callbacks(
+            engine, layers, log
+        ):  # one by one: those that exist are closed where a later one fails
             callbacks.append(callback)
         EngineExtensions.of(engine).install(callbacks)
     except BaseException:
@@ -58,7 +63,7 @@ def extend(engine: Any, layers: Mapping[str, OverlappedLayer]) -> Callable[[], N
     return undo
 
 
-def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer]) -> Iterator[EngineCallback]:
+def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog | None) -> Iterator[EngineCallback]:
     """The callbacks that this engine needs and does not have. Their order is `order.ORDER`, and not this one."""
     config = next(iter(layers.values())).config
     if config.meter_every:
@@ -72,7 +77,8 @@ def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer]) -> Iterator[E
     has_bias = any(layer.balance is not None for layer in layers.values())
     if has_bias and not EngineExtensions.of(engine).has(BalanceSteps):
         yield BalanceSteps(engine, layers)
-    yield LoadReport(engine, layers)
+    if every := steps_between_reports(engine, config):
+        yield LoadReport(engine, layers, every, log, getattr(engine, "moe_ep_meter", None))
     watch = engine.moe_ep_watch = seams.watch_of_world(config.timeout_s)
     if saves_safely(engine):
         yield SafeSaver(engine, watch)

@@ -17,14 +17,18 @@ from ds_moe_ep.engine.extensions.callback import EngineCallback
 from ds_moe_ep.engine.extensions.clipping import GradientClipping, WrapperClipping
 from ds_moe_ep.engine.extensions.loss_scale import LossScale
 from ds_moe_ep.engine.extensions.nonfinite import SkippedSteps
-from ds_moe_ep.engine.extensions.reports import LoadReport, MeterReport
+from ds_moe_ep.engine.extensions.reports import MeterReport
+from ds_moe_ep.engine.load.report import LoadReport
 from ds_moe_ep.engine.older_engines import OlderEngine
 
 ORDER: tuple[type[EngineCallback], ...] = (
     # Names the causes of failed collectives, those of the callbacks below too. A step is over for the watch when all of
     # them have reported.
     Supervision,
-    # Ends the meter's step behind the other reports: its all-reduce must not be in the time of the next step.
+    # Reports behind the meter, whose step has ended then: what was measured in this step is told with its load. Hears
+    # the loss as the model gave it.
+    LoadReport,
+    # Ends the meter's step behind all that is further in: nothing of it must be in the time of the next step.
     MeterReport,
     # Puts the choices into the client state before anybody saves it, and takes them from it when all is loaded.
     ChoiceKeeper,
@@ -33,7 +37,6 @@ ORDER: tuple[type[EngineCallback], ...] = (
     SavedEpSize,
     # Innermost of those that save: it calls the engine's own method with a folder of its own.
     SafeSaver,
-    LoadReport,
     # Hears of a skipped step first, before anything is reported of it; hears the loss as the model gave it.
     SkippedSteps,
     # Next to the engine: what it scales is what the engine gets.

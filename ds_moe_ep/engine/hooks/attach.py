@@ -25,6 +25,7 @@ from ds_moe_ep.engine.hooks.hook import candidates, hook
 from ds_moe_ep.engine.hooks.layer import TRAFFIC, HookedLayer, traffic_of
 from ds_moe_ep.engine.hooks.unconverted import EXPERT_PARALLEL, fix, refuse_unconverted
 from ds_moe_ep.engine.layer import MoE, moe_layers
+from ds_moe_ep.engine.load.report import open_run_log
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.engine.own_layers import with_given_knobs
 from ds_moe_ep.errors import ConfigError, EngineError, MoEError, nearest
@@ -161,7 +162,7 @@ def extend_engine(
     layers: dict[str, OverlappedLayer] = {**own, **hooked}
     if not own:  # with layers of the package, the section speaks of theirs
         check_routing(section, hooked)
-    undo = extend(engine, layers)
+    undo = extend(engine, layers, open_run_log(engine, layers))
     first = next(iter(layers.values())).config
     seams.log_rank0(
         f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "

@@ -31,6 +31,9 @@ TRAFFIC = (
     "transport",
     "kernels",
     "meter_every",
+    "watch",
+    "report_every",
+    "heat_map_every",
     "timeout_s",
 )
 
