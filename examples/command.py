@@ -17,7 +17,7 @@ import ds_moe_ep
 from ds_moe_ep.config.command_line import Parser, whole
 
 OVERWRITTEN = ("--save", "--resume", "--steps", "--weights", "--local_rank")
-PATHS = ("--data", "--deepspeed_config", "--trace")
+PATHS = ("--data", "--deepspeed_config", "--trace", "--watch")
 # DeepSpeed counts local ranks in the order of ranks and refuses to start where Open MPI does not.
 MPI_MAPPING = ("--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none")
 TRACE_EVERY = 10  # steps between two measurements, where --trace has to turn the meter on
@@ -43,6 +43,8 @@ def parse_arguments(description: str | None, config: str, arguments: Sequence[st
     parser.add_argument("--report-every", type=whole(1), default=10, help="steps between lines without a terminal")
     trace = f"writes the last measured step as a Chrome trace; without meter_every, measures every {TRACE_EVERY} steps"
     parser.add_argument("--trace", type=Path, metavar="FILE", help=trace)
+    watch = "writes a report of each step there, for `python -m ds_moe_ep watch DIR`, and turns the meter on"
+    parser.add_argument("--watch", metavar="DIR", help=watch)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     args: argparse.Namespace = deepspeed.add_config_arguments(parser).parse_args(arguments)
     if args.deepspeed_config is None:
@@ -51,16 +53,19 @@ def parse_arguments(description: str | None, config: str, arguments: Sequence[st
 
 
 def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], ds_moe_ep.Section]:
-    """The ds_config of a run and its section "moe_ep"; with --trace the meter is on, and measures before the end."""
+    """The ds_config of a run and its section "moe_ep"; --trace and --watch turn the meter on."""
     ds_config = ds_moe_ep.load_ds_config(args.deepspeed_config)
     section = ds_moe_ep.read_section(ds_config)
     if section.model is None:
         raise ds_moe_ep.ConfigError(
             f'{args.deepspeed_config}: moe_ep.model is missing; add for example "model": "small"'
         )
-    if args.trace:
+    if args.trace or args.watch:  # a trace needs a measured step before the end
         every = min(section.moe.meter_every or TRACE_EVERY, args.steps)
         ds_config["moe_ep"] = {**ds_config.get("moe_ep", {}), "meter_every": every}
+    if args.watch:
+        every = section.moe.report_every or 1
+        ds_config["moe_ep"] = {**ds_config["moe_ep"], "watch": args.watch, "report_every": every}
     return ds_config, section
 
 

@@ -66,6 +66,8 @@ def read_job(args: argparse.Namespace | ConfigError, is_pipeline: bool) -> Job:
         raise ConfigError(f"--weights={args.weights}: --resume brings its own weights; leave one of the two out")
     if args.trace and is_pipeline:
         raise ConfigError("--trace: records the experts' traffic, of which a pipeline has none; leave it out")
+    if args.watch and is_pipeline:
+        raise ConfigError("--watch: shows how ranks share experts, which they do not in a pipeline; leave it out")
     for name in ("resume", "weights"):
         if getattr(args, name):
             check_resume(getattr(args, name), f"--{name}")

@@ -36,7 +36,8 @@ def initialize(
     3. Calls deepspeed.initialize, which makes the groups and connects the layers.
     4. After each optimizer step, moves the balancing bias and reports the experts' load to the engine's monitor.
        What the schedule "auto" chose is told in the log and kept in checkpoints; `engine.moe_ep_layers` has the layers.
-       With "meter_every" the engine also gets `moe_ep_meter`, an OverlapMeter, whose figures go there too.
+       With "meter_every" the engine also gets `moe_ep_meter`, an OverlapMeter, whose figures go there too; with "watch"
+       rank 0 writes all of it for `python -m ds_moe_ep watch`.
     5. With "attach", hooks the MoE layers that DeepSpeed or AutoEP made, as `attach_overlap` does.
 
     Collective over the world. The other arguments are deepspeed.initialize's. Raises ConfigError, TopologyError or

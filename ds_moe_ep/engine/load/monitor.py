@@ -14,7 +14,7 @@ PICTURE = f"{PREFIX}/expert_load/heat_map"
 MAX_EXPERTS = 1024  # of all layers: with more, each expert's own numbers would be thousands of curves
 
 CELL = 12  # pixels
-LEAST, MOST = 1 / 8, 8.0  # times the mean, where the colours end
+LEAST, MOST = 1 / 4, 4.0  # times the mean, where the colours end
 COLD, EVEN, HOT, DEAD = (33, 102, 172), (240, 240, 240), (200, 80, 30), (0, 0, 0)
 
 
