@@ -81,7 +81,6 @@ class _Handler(BaseHTTPRequestHandler):
     server: LiveServer
     server_version = "ds_moe_ep"
     sys_version = ""
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)

@@ -108,7 +108,7 @@ def test_replicas_and_numbers_that_are_not_finite_are_shown(page: BrowserPage, t
             "times need meter_every",
         )
         assert [each for each in words if each not in text] == []
-        assert "1 of the reports have no finite number here" in text and page.problems() == []
+        assert "1 report has no finite number here" in text and page.problems() == []
 
 
 def test_a_server_that_stops_is_told(page: BrowserPage, tmp_path: Path) -> None:
