@@ -62,8 +62,8 @@ class RunReport:
     layers: tuple[LayerLoad, ...]
 
     def line(self) -> dict[str, Any]:
-        layers = [{**dataclasses.asdict(layer), "rank_rows_R": _tenths(layer.rank_rows_R)} for layer in self.layers]
-        return {"kind": "report", **vars(self), "expert_ms_R": _tenths(self.expert_ms_R, 3), "layers": layers}
+        layers = [{**dataclasses.asdict(layer), "rank_rows_R": _rounded(layer.rank_rows_R)} for layer in self.layers]
+        return {"kind": "report", **vars(self), "expert_ms_R": _rounded(self.expert_ms_R), "layers": layers}
 
     @property
     def p50(self) -> float:
@@ -80,7 +80,7 @@ def end_line(step: int, time_s: float) -> dict[str, Any]:
     return {"kind": "end", "step": step, "time_s": time_s}
 
 
-def _tenths(values: tuple[float, ...], digits: int = 1) -> list[float]:
+def _rounded(values: tuple[float, ...], digits: int = 2) -> list[float]:
     return [round(value, digits) for value in values]
 
 
