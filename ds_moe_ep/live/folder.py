@@ -18,7 +18,7 @@ from ds_moe_ep.live.run_log import NAME
 
 
 @dataclass(frozen=True)
-class Entry:
+class ReportPlace:
     """One report: where it lies, and its numbers for curves."""
 
     path: Path
@@ -41,7 +41,7 @@ class SeenRun:
     """All that was read of one run."""
 
     head: RunHead
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[ReportPlace] = field(default_factory=list)
     is_ended: bool = False
     last_s: float = 0.0  # the time of its last line
 
@@ -105,7 +105,7 @@ class RunFolder:
                 run.is_ended, run.last_s = True, float(line["time_s"])
                 return
             report = report_of(line)
-            run.entries.append(Entry(path, offset, len(text), figures_of(report)))
+            run.entries.append(ReportPlace(path, offset, len(text), figures_of(report)))
             run.last_s = report.time_s
         except (ValueError, TypeError, KeyError):
             self.num_skipped += 1

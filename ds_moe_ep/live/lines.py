@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_moe_ep.live.load import LayerLoad
+from ds_moe_ep.live.load import LayerReport
 
 SCHEMA = 1  # of the lines: a reader refuses another one by name
 
@@ -59,7 +59,7 @@ class RunReport:
     hidden_percent: float | None
     control_percent: float | None  # the same share of the blocking control: the meter's own error
     expert_ms_R: tuple[float, ...]  # of that step: the time of each rank's experts; empty where none was measured
-    layers: tuple[LayerLoad, ...]
+    layers: tuple[LayerReport, ...]
 
     def line(self) -> dict[str, Any]:
         layers = [{**dataclasses.asdict(layer), "rank_rows_R": _rounded(layer.rank_rows_R)} for layer in self.layers]
@@ -110,7 +110,9 @@ def head_of(line: Mapping[str, Any]) -> RunHead:
 
 def report_of(line: Mapping[str, Any]) -> RunReport:
     """The report of a `report` line. Raises ValueError, TypeError or KeyError for what is none."""
-    layers = tuple(LayerLoad(**_fields(LayerLoad, {**layer, "name": str(layer["name"])})) for layer in line["layers"])
+    layers = tuple(
+        LayerReport(**_fields(LayerReport, {**layer, "name": str(layer["name"])})) for layer in line["layers"]
+    )
     return RunReport(**_fields(RunReport, {**line, "layers": layers}))
 
 

@@ -15,7 +15,7 @@ Guests = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerLoad:
+class LayerReport:
     """Counts of one layer, over all ranks.
 
     `rank_rows_R` are the rows that each rank computed per pass, on average; with a capacity padded ones count, since

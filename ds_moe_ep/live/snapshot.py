@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.live.folder import Entry, RunFolder, SeenRun
+from ds_moe_ep.live.folder import ReportPlace, RunFolder, SeenRun
 from ds_moe_ep.live.lines import RunReport
-from ds_moe_ep.live.load import LayerLoad, fullest_over_mean
+from ds_moe_ep.live.load import LayerReport, fullest_over_mean
 
 MAX_POINTS = 1000  # of a curve
 MAX_COLUMNS = 240  # of a heat map over time
@@ -66,7 +66,7 @@ def state_of(run: SeenRun, now_s: float) -> str:
     return "silent" if is_silent else "live"
 
 
-def series_of(entries: Sequence[Entry]) -> dict[str, list[Any]]:
+def series_of(entries: Sequence[ReportPlace]) -> dict[str, list[Any]]:
     """The curves, by name: at most MAX_POINTS points, the last one among them."""
     thinned = [entries[index] for index in thin(len(entries), MAX_POINTS)]
     names = list(thinned[0].figures) if thinned else []
@@ -133,7 +133,7 @@ def layer_over_time(run: SeenRun, name: str) -> dict[str, Any]:
     return {"layer": name, "columns": columns}
 
 
-def _layer(layer: LayerLoad) -> dict[str, Any]:
+def _layer(layer: LayerReport) -> dict[str, Any]:
     return {
         **dataclasses.asdict(layer),
         "rows_per_pass_E": [layer.rows_per_pass(expert) for expert in range(len(layer.rows_E))],

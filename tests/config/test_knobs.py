@@ -182,7 +182,7 @@ def another_value(field: dataclasses.Field[Any]) -> Any:
     hint = get_type_hints(MoEConfig)[field.name]
     if get_origin(hint) is Literal:
         return next(choice for choice in get_args(hint) if choice != field.default)
-    kind = next(kind for kind in (bool, int, float) if kind in (get_args(hint) or (hint,)))
+    kind = next(kind for kind in (bool, int, float, str) if kind in (get_args(hint) or (hint,)))
     return True if kind is bool else kind((field.default or 0) + 1)
 
 

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from ds_moe_ep.live.folder import RunFolder
 from tests.examples.training_scripts import EXPERT_PARALLEL, PIPELINE, Case, Outcome, room_for, run_cases
 from tests.ranks import run_ranks
 
@@ -39,6 +40,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         "stopped": Case([*to_end, "--save", checkpoint], signalled=(signal.SIGTERM, 1, 2)),
         "resumed": Case([*to_end, "--save", checkpoint, "--resume", checkpoint, "--save-every", "2"]),
         "not saved": Case(to_end, signalled=(signal.SIGINT, 0, 0)),
+        "watched": Case([*usual, "--steps", "2", "--watch", str(folder / "run")]),
         "mistyped": Case([*usual, "--stepz", "3"]),
         "no config": Case(data),
         "missing": Case([*config, "--data", str(folder / "none")]),
@@ -81,6 +83,21 @@ def test_a_run_that_saves_nowhere_says_so_when_it_is_stopped(outcomes: list[dict
     stopped = outcomes[0]["not saved"]
     assert stopped.code == outcomes[1]["not saved"].code == 128 + signal.SIGINT
     assert stopped.printed.endswith(f"SIGINT: stopped after step 1 of {STEPS}; nothing is saved: give --save DIR\n")
+
+
+def test_a_watched_run_writes_a_report_of_each_step_and_a_pipeline_refuses_to(
+    outcomes: list[dict[str, Outcome]],
+) -> None:
+    first, other = (of_rank["watched"] for of_rank in outcomes)
+    if first.code is None:
+        assert first == other and first.error.startswith("ConfigError: --watch: shows how ranks share experts")
+        return
+    checkpoint = pathlib.Path(re.findall(r"checkpoint in (\S+);", outcomes[0]["resumed"].printed)[0])
+    folder = RunFolder(checkpoint.parent / "run")
+    folder.refresh()
+    (run,) = folder.runs.values()
+    assert [entry.figures["step"] for entry in run.entries] == [1, 2]
+    assert run.entries[-1].figures["hidden_percent"] is not None, "the meter is on"
 
 
 @pytest.mark.parametrize(

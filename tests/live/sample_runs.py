@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_moe_ep.live.lines import LayerShape, RunHead, RunReport
-from ds_moe_ep.live.load import LayerLoad, fullest_over_mean
+from ds_moe_ep.live.load import LayerReport, fullest_over_mean
 from ds_moe_ep.live.run_log import RunLog
 
 START_S = 1_795_900_000.0
@@ -21,12 +21,12 @@ def head(run: str = "20261128-120000-0a0a", **changes: Any) -> RunHead:
     return dataclasses.replace(made, **changes)
 
 
-def layer(name: str, rows_E: tuple[int, ...] = ROWS_E, **changes: Any) -> LayerLoad:
+def layer(name: str, rows_E: tuple[int, ...] = ROWS_E, **changes: Any) -> LayerReport:
     """A layer whose two ranks compute the rows of their own experts, in two passes."""
     half = len(rows_E) // 2
     rank_rows_R = (sum(rows_E[:half]) / 2, sum(rows_E[half:]) / 2)
     ratio = fullest_over_mean(rank_rows_R)
-    made = LayerLoad(
+    made = LayerReport(
         name=name,
         num_passes=2,
         rows_E=rows_E,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.load.observer import MAX_PASSES, OwnLoad
-from ds_moe_ep.live.load import Guests, LayerLoad, fullest_over_mean, quantile
+from ds_moe_ep.live.load import Guests, LayerReport, fullest_over_mean, quantile
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class OwnStep:
 class GatheredLoad:
     """The load of all ranks, on the host, the same on each."""
 
-    layers: tuple[LayerLoad, ...]
+    layers: tuple[LayerReport, ...]
     num_tokens: int
     loss: float | None
     expert_ms_R: tuple[float, ...]
@@ -60,13 +60,13 @@ def gather_load(own: Mapping[str, OwnLoad], step: OwnStep, guests: Mapping[str, 
     return GatheredLoad(layers, round(sum(tokens_R)), loss, tuple(expert_ms_R))
 
 
-def _layer(name: str, rows_E: Tensor, dropped_E: Tensor, passes_RM: Tensor, guests: Guests) -> LayerLoad:
+def _layer(name: str, rows_E: Tensor, dropped_E: Tensor, passes_RM: Tensor, guests: Guests) -> LayerReport:
     """A layer's load from what the ranks told of each of its passes."""
     there = passes_RM.amin(0) > 0
     rows_MR: Sequence[Sequence[float]] = (passes_RM[:, there] - 1).T.tolist()
     ratios = [fullest_over_mean(rows_R) for rows_R in rows_MR]
     num_ranks, num_passes = len(passes_RM), len(rows_MR)
-    return LayerLoad(
+    return LayerReport(
         name=name,
         num_passes=num_passes,
         rows_E=tuple(int(rows) for rows in rows_E.tolist()),

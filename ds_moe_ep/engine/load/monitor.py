@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ds_moe_ep.engine.extensions.measurement import Event
 from ds_moe_ep.live.lines import RunReport
-from ds_moe_ep.live.load import LayerLoad
+from ds_moe_ep.live.load import LayerReport
 
 PREFIX = "Train/moe_ep"
 PICTURE = f"{PREFIX}/expert_load/heat_map"
@@ -28,7 +28,7 @@ def load_events(report: RunReport, num_samples: int) -> list[Event]:
     ]
 
 
-def _values(layer: LayerLoad, has_experts: bool) -> list[tuple[str, float]]:
+def _values(layer: LayerReport, has_experts: bool) -> list[tuple[str, float]]:
     found = [
         ("load_max_over_mean", layer.max_over_mean),
         ("expert_load/dead_experts", float(len(layer.dead_experts))),
@@ -49,7 +49,7 @@ def _values(layer: LayerLoad, has_experts: bool) -> list[tuple[str, float]]:
     return found
 
 
-def heat_map(layers: tuple[LayerLoad, ...]) -> Tensor:
+def heat_map(layers: tuple[LayerReport, ...]) -> Tensor:
     """A picture [height, width, 3] in bytes: a row per layer, the first on top, and a column per expert.
 
     Grey has the mean of its layer, blue less and orange more, on a logarithmic scale that ends at LEAST and MOST times

@@ -25,7 +25,7 @@ class SeenPass:
     """One forward pass of a layer on this rank; `chosen_E` is None where the sent rows tell."""
 
     send_rows_PL: Counts
-    num_received: int
+    recv_rows_PL: Counts
     capacity: int | None
     chosen_E: Tensor | None
 
@@ -56,11 +56,11 @@ class LoadObserver:
         if routes.capacity is not None or len(plan.send_rows_PL[0]) != self.layer.config.num_local_experts:
             # A layer that is hooked has counted before it dispatches; the package's own counts after.
             chosen_E = routes.load_E() if isinstance(routes, Routing) else self.layer.last_counts_E
-        self._passes.append(SeenPass(plan.send_rows_PL, plan.num_received, routes.capacity, chosen_E))
+        self._passes.append(SeenPass(plan.send_rows_PL, plan.recv_rows_PL, routes.capacity, chosen_E))
         self._num_tokens += len(routes.expert_ids_TK)
 
     def take(self, device: torch.device) -> OwnLoad:
-        """What was seen since the last call, on a device. No sync."""
+        """The load that was seen since the last call, on a device. No sync."""
         passes, num_tokens = list(self._passes), self._num_tokens
         self._passes.clear()
         self._num_tokens = 0
@@ -75,4 +75,5 @@ class LoadObserver:
                 rows_E += chosen_E
                 if seen.capacity is not None:
                     dropped_E += (chosen_E - seen.capacity).clamp(min=0)
-        return OwnLoad(rows_E, dropped_E, tuple(seen.num_received for seen in passes), num_tokens)
+        received = tuple(sum(map(sum, seen.recv_rows_PL)) for seen in passes)
+        return OwnLoad(rows_E, dropped_E, received, num_tokens)

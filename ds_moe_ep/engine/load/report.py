@@ -78,8 +78,10 @@ def open_run_log(engine: Any, layers: Mapping[str, OverlappedLayer]) -> RunLog |
 
 
 def guests_of(layer: OverlappedLayer) -> Guests:
-    """The experts in each rank's replica slots; none where a layer has no slots."""
-    return tuple(map(tuple, getattr(layer.dispatcher, "guests_RS", ())))
+    """The experts in each rank's replica slots, -1 in one that is free; none where a layer has no slots."""
+    replicas = getattr(layer.dispatcher, "replicas", None)
+    guests_RS = () if replicas is None else replicas.placement.guests_RS
+    return tuple(tuple(-1 if guest is None else int(guest) for guest in guests) for guests in guests_RS)
 
 
 class LoadReport(EngineCallback):
