@@ -35,7 +35,7 @@ def visit(page: BrowserPage, url: str, width: int = 1280, scheme: str = "light")
     page.send("Page.navigate", url=url)
     page.wait_for(f"location.href === {url!r} && document.readyState === 'complete' && {READY}")
     text: str = page.value("document.body.innerText")
-    return text
+    return text.replace("\u00a0", " ")
 
 
 def test_an_empty_folder_says_what_it_waits_for_and_then_shows_the_first_report(
@@ -89,7 +89,7 @@ def test_the_heat_map_is_drawn_by_report_and_over_time(page: BrowserPage, tmp_pa
         page.wait_for("document.querySelector('#step').textContent === 'step 10'")
         page.value("document.querySelector('#byTime').click()")
         page.wait_for("document.querySelector('#cell').textContent.includes('expert 0 at step 10')")
-        assert "50.00 % of the layer" in page.value("document.querySelector('#cell').textContent")
+        assert "50.00\u00a0% of the layer" in page.value("document.querySelector('#cell').textContent")
         assert page.problems() == []
 
 
