@@ -88,7 +88,7 @@ def test_the_heat_map_is_drawn_by_report_and_over_time(page: BrowserPage, tmp_pa
         )
         page.wait_for("document.querySelector('#step').textContent === 'step 10'")
         page.value("document.querySelector('#byTime').click()")
-        page.wait_for("document.querySelector('#cell').textContent.includes('expert 0 at step 10')")
+        page.wait_for("document.querySelector('#cell').textContent.includes('expert 0 at step\u00a010')")
         assert "50.00\u00a0% of the layer" in page.value("document.querySelector('#cell').textContent")
         assert page.problems() == []
 
