@@ -11,6 +11,7 @@ import torch
 from torch.overrides import get_overridable_functions, get_testing_overrides
 
 from ds_moe_ep.moe import tuner
+from ds_moe_ep.schedule import race
 
 get_testing_overrides()
 get_overridable_functions()
@@ -20,10 +21,10 @@ with torch.random.fork_rng():  # ranks that set no seed begin with torch's own
 gc.collect()
 gc.freeze()
 
-FULL = (tuner.PROBES, tuner.ROUNDS)
-tuner.PROBES, tuner.ROUNDS = 1, 2
+FULL = (tuner.PROBES, race.STAGES, tuner.MOST)
+tuner.PROBES, race.STAGES, tuner.MOST = 1, (1, 1), 3
 
 
 def full_measurement() -> None:
     """Lets layers of this rank measure as long as a user's do."""
-    tuner.PROBES, tuner.ROUNDS = FULL
+    tuner.PROBES, race.STAGES, tuner.MOST = FULL

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -63,8 +63,8 @@ class Collective(GroupTransport):
         if all(message.peer == self.rank for message in sends):
             self.keep_own(sends, receives)
             return Done()
-        sends, receives = (sorted(messages, key=lambda m: m.peer) for messages in (sends, receives))
-        place.waits_for = self.members([message.peer for message in receives if message.peer != self.rank])
+        sends, receives = (sorted(messages, key=_peer_of) for messages in (sends, receives))
+        place.waits_for = [self.ranks[message.peer] for message in receives if message.peer != self.rank]
         sent, received = side_by_side(sends), side_by_side(receives)
         if sent is None:
             sent = torch.cat([message.rows for message in sends])
@@ -93,14 +93,19 @@ class Collective(GroupTransport):
     def _splits(self, messages: Sequence[Message]) -> list[int]:
         splits = [0] * self.size
         for message in messages:
-            splits[message.peer] = len(message)
+            splits[message.peer] = message.stop - message.start
         return splits
+
+
+_peer_of = attrgetter("peer")
 
 
 def side_by_side(messages: Sequence[Message]) -> Tensor | None:
     """The rows of all messages as one view, or None where they do not follow each other in one buffer."""
-    filled = [message for message in messages if len(message)] or [messages[0]]
-    first, last = filled[0], filled[-1]
-    if any(a.buffer_RD is not b.buffer_RD or a.stop != b.start for a, b in pairwise(filled)):
-        return None
-    return first.buffer_RD[first.start : last.stop]
+    filled = [message for message in messages if message.start < message.stop] or [messages[0]]
+    first, stop = filled[0], filled[0].start
+    for message in filled:
+        if message.start != stop or message.buffer_RD is not first.buffer_RD:
+            return None
+        stop = message.stop
+    return first.buffer_RD[first.start : stop]

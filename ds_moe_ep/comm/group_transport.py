@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm.lane_groups import LaneGroups
-from ds_moe_ep.comm.transport import Message
+from ds_moe_ep.comm.transport import Answer, Message
 from ds_moe_ep.errors import PeerError
 from ds_moe_ep.health.diagnosis import ranks_named
 from ds_moe_ep.health.heartbeat import Place
@@ -60,17 +61,27 @@ class GroupTransport:
             received.rows.copy_(sent.rows)
 
     def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
-        with self._joined(tags, "exchange of counts", counts_PC):
+        with self._joined(self.begin(tags, "exchange of counts"), counts_PC):
             return self._groups.exchange_counts(counts_PC)
 
+    def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
+        place = self.begin(tags, "exchange of counts")
+        with self._joined(place, told_C):
+            finish = self._groups.consult(told_C, num_answered, answer)
+
+        def wait() -> Tensor:
+            with self._joined(place, told_C):
+                return finish(partial(self.time_left, place))
+
+        return wait
+
     def sum(self, values: Tensor) -> Tensor:
-        with self._joined(NO_TAGS, "sum over the group", values):
+        with self._joined(self.begin(NO_TAGS, "sum over the group"), values):
             return self._groups.sum(values)
 
     @contextmanager
-    def _joined(self, tags: Tags, op: str, values: Tensor) -> Iterator[None]:
-        """A small collective of the whole group, whose limit is the group's own."""
-        place = self.begin(tags, op)
+    def _joined(self, place: Place, values: Tensor) -> Iterator[None]:
+        """A small collective of the whole group, which may wait for each of the others."""
         place.waits_for = self.members(self.others)
         self.watch.enters(place)
         try:

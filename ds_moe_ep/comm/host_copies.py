@@ -44,6 +44,11 @@ def runs_beside_the_host(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def is_on_host(device: torch.device) -> bool:
+    """True for tensors that the host reads without waiting for a device."""
+    return device.type == "cpu" and not runs_beside_the_host(device)
+
+
 def empty_pinned(like: Tensor) -> Tensor:
     """Pinned host memory of a tensor's shape. The allocator hands it out again behind the copies that used it."""
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,10 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm import nccl
-from ds_moe_ep.comm.transport import CONTROL, LANES
+from ds_moe_ep.comm.transport import CONTROL, LANES, Answer
 from ds_moe_ep.errors import EngineError, TopologyError
 from ds_moe_ep.health.abort import AbortGuard
 from ds_moe_ep.health.watch import Watch, open_watch
+
+CONSULT_TAG = 1  # of the messages of `consult`
+
+Left = Callable[[], timedelta]  # until the time limit
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,34 @@ class LaneGroups:
         received = torch.empty_like(counts_PC)
         dist.all_to_all_single(received, counts_PC.contiguous(), group=self.lanes[CONTROL])
         return received
+
+    def consult(self, told_C: Tensor, num_answered: int, answer: Answer) -> Callable[[Left], Tensor]:
+        """Starts to tell the first rank; returns what waits for its answer. Collective, see the transport's."""
+        group, num_columns = self.lanes[CONTROL], len(told_C)
+        if self.rank:
+            answered_A = told_C.new_empty(num_answered)
+            works = [group.recv([answered_A], 0, CONSULT_TAG), group.send([told_C], 0, CONSULT_TAG)]
+
+            def finish(left: Left) -> Tensor:
+                for work in works:
+                    work.wait(left())
+                return answered_A
+
+            return finish
+        told_PC = told_C.new_empty(self.size, num_columns)
+        told_PC[0] = told_C
+        receives = [group.recv([told_PC[peer]], peer, CONSULT_TAG) for peer in range(1, self.size)]
+
+        def finish_first(left: Left) -> Tensor:
+            for receive in receives:
+                receive.wait(left())
+            answered_PA = answer(told_PC)
+            sends = [group.send([answered_PA[peer]], peer, CONSULT_TAG) for peer in range(1, self.size)]
+            for send in sends:
+                send.wait(left())
+            return answered_PA[0]
+
+        return finish_first
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the group. Collective."""

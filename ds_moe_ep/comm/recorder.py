@@ -28,6 +28,9 @@ class Recorder(Protocol):
     def spans(self) -> list[Span]:
         """The spans that were recorded since the last call. On CUDA waits for the device."""
 
+    def is_behind(self) -> bool:
+        """True where the device has done what was recorded, so that `spans` waits for nothing."""
+
 
 class Off:
     """The recorder that records nothing."""
@@ -37,6 +40,9 @@ class Off:
 
     def spans(self) -> list[Span]:
         return []
+
+    def is_behind(self) -> bool:
+        return True
 
 
 class Both:
@@ -61,6 +67,9 @@ class Both:
     def spans(self) -> list[Span]:
         return []
 
+    def is_behind(self) -> bool:
+        return True
+
 
 class HostRecorder:
     """Spans on the host clock."""
@@ -75,6 +84,9 @@ class HostRecorder:
     def spans(self) -> list[Span]:
         spans, self.recorded = self.recorded, []
         return spans
+
+    def is_behind(self) -> bool:
+        return True
 
 
 class _HostScope(AbstractContextManager[object]):
@@ -106,6 +118,9 @@ class CudaRecorder:
         self._origin = _event()  # a near one: elapsed times are fp32, and grow coarse with distance
         return spans
 
+    def is_behind(self) -> bool:
+        return all(scope.has_passed() for scope in self.recorded)
+
 
 class _CudaScope(AbstractContextManager[object]):
     def __init__(self, recorder: CudaRecorder, lane: str, name: str, tags: Tags) -> None:
@@ -118,6 +133,10 @@ class _CudaScope(AbstractContextManager[object]):
     def __exit__(self, *_: object) -> None:
         self._stop.record()
         self._recorder.recorded.append(self)
+
+    def has_passed(self) -> bool:
+        """True where the device has passed the end; no wait."""
+        return bool(self._stop.query())
 
     def span(self, rank: int, origin: torch.cuda.Event) -> Span:
         """The recorded times, in microseconds behind the origin."""

@@ -8,7 +8,7 @@ exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,8 @@ from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 LANES = ("dispatch", "combine")
 CONTROL = "control"  # the communicator of small collectives
+
+Answer = Callable[[Tensor], Tensor]  # told_PC of all ranks -> what each of them is answered, [P, A]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ class Transport(Protocol):
     def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         """Row p of every rank's counts [P, C] goes to rank p; returns [P, C], row p from rank p. Collective."""
 
+    def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
+        """Tells the group's first rank these columns; returns what waits for its answer [A], of `num_answered` columns.
+
+        The first rank calls `answer` with the columns of all ranks. Collective, on the host alone: a message per rank
+        and way, where an all-to-all has one per pair of ranks. All ranks tell equally many columns.
+        """
+
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         """Starts one transfer on `lane`. Every rank starts the same transfers in the same order."""
 
@@ -90,6 +99,9 @@ class InFront:
 
     def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return self._inner.exchange_counts(counts_PC, tags)
+
+    def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
+        return self._inner.consult(told_C, num_answered, answer, tags)
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         return self._inner.start(lane, sends, receives, tags)
@@ -120,6 +132,10 @@ class Loopback:
 
     def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return counts_PC
+
+    def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
+        answered_A = answer(told_C.unsqueeze(0))[0]
+        return lambda: answered_A
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         assert all(message.peer == 0 for message in (*sends, *receives)), "a group of one rank has no peers"

@@ -82,7 +82,9 @@ class MoEConfig:
         "auto", "pieces of the exchange: measured and chosen, all at once, equal token chunks, or groups of peers"
     )
     retune_drift: float = knob(
-        0.5, "'auto' measures again when the rows of some rank have changed by this share; 0 never does", 0
+        0.5,
+        "'auto' measures again when a rank's rows, or their time on the link, change by this; 0: never",
+        0,
     )
     chunks: int = knob(4, "pieces of the schedule 'chunks'", 1)
     peer_group_size: int = knob(0, "far ranks in one piece of the schedule 'peers'; 0 takes one node's", 0)

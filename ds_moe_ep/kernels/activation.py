@@ -48,13 +48,14 @@ def gelu_backward(
 
         activation.gelu_backward(d_active_nF, hidden_nF, d_hidden_nF, active_nF, approximate)
         return
+    is_read_again = active_nF is not None and d_hidden_nF.data_ptr() == hidden_nF.data_ptr()
     for d_active, hidden, d_hidden, *active in row_blocks(d_active_nF, hidden_nF, *outputs):
-        if not active:
-            torch.ops.aten.gelu_backward.grad_input(d_active, hidden, approximate=approximate, grad_input=d_hidden)
-            continue
-        gradient = torch.ops.aten.gelu_backward(d_active, hidden, approximate=approximate)
-        torch.ops.aten.gelu.out(hidden, approximate=approximate, out=active[0])
-        d_hidden.copy_(gradient)
+        gradient = torch.empty_like(hidden) if is_read_again else d_hidden
+        torch.ops.aten.gelu_backward.grad_input(d_active, hidden, approximate=approximate, grad_input=gradient)
+        if active:
+            torch.ops.aten.gelu.out(hidden, approximate=approximate, out=active[0])
+        if is_read_again:
+            d_hidden.copy_(gradient)
 
 
 def swiglu_backward(

@@ -64,22 +64,35 @@ def unpermute(
     return y_TD
 
 
-def gather_tokens(x_TD: Tensor, maps: RowMaps, rows: slice = slice(None)) -> Tensor:
-    """The token of each row (of these rows), zeros in padded rows; no gradient."""
+def gather_tokens(x_TD: Tensor, maps: RowMaps, rows: slice = slice(None), out_ND: Tensor | None = None) -> Tensor:
+    """The token of each row (of these rows), zeros in padded rows, in `out_ND` where it is given; no gradient."""
     if len(x_TD) == 0:  # padded rows alone
-        return x_TD.new_zeros(len(maps.choice_of_row_N[rows]), x_TD.shape[1])
-    rows_ND = x_TD.index_select(0, maps.token_of_row_N[rows])
+        zeros_ND = x_TD.new_zeros(len(maps.choice_of_row_N[rows]), x_TD.shape[1])
+        return zeros_ND if out_ND is None else out_ND.copy_(zeros_ND)
+    rows_ND = _index_select(x_TD, maps.token_of_row_N[rows], out_ND)
     if maps.is_padding_N is not None:
         rows_ND.masked_fill_(maps.is_padding_N[rows].unsqueeze(1), 0)
     return rows_ND
 
 
-def gather_choice(rows_ND: Tensor, maps: RowMaps, choice: int, tokens: slice = slice(None)) -> Tensor:
-    """The row of each (of these) token's k-th choice, zeros where it was dropped; no gradient."""
-    picked_TD = rows_ND.index_select(0, maps.row_of_choice_TK[tokens, choice])
+def gather_choice(
+    rows_ND: Tensor, maps: RowMaps, choice: int, tokens: slice = slice(None), out_TD: Tensor | None = None
+) -> Tensor:
+    """The row of each (of these) token's k-th choice, zeros where it was dropped, in `out_TD` where it is given.
+
+    No gradient.
+    """
+    picked_TD = _index_select(rows_ND, maps.row_of_choice_TK[tokens, choice], out_TD)
     if maps.is_dropped_TK is not None:
         picked_TD.masked_fill_(maps.is_dropped_TK[tokens, choice : choice + 1], 0)
     return picked_TD
+
+
+def _index_select(from_RD: Tensor, index_N: Tensor, out_ND: Tensor | None) -> Tensor:
+    """The rows with these indices, in `out_ND` where it is given and has their type."""
+    if out_ND is None or out_ND.dtype != from_RD.dtype:
+        return from_RD.index_select(0, index_N)
+    return torch.index_select(from_RD, 0, index_N, out=out_ND)
 
 
 class _Permute(torch.autograd.Function):
@@ -128,7 +141,7 @@ class _WeightedPermute(torch.autograd.Function):
                 kernels.clear_padding(rows_ND, maps.is_padding_N)
             return rows_ND
 
-        def by_rows(rows: slice) -> Tensor:
+        def by_rows(rows: slice, _: Tensor | None) -> Tensor:
             return gather_tokens(x_TD, maps, rows) * _weight_of_rows(weights_TK, maps, rows)
 
         return _by_blocks(len(maps.choice_of_row_N), x_TD, by_rows)
@@ -155,7 +168,7 @@ class _WeightedPermute(torch.autograd.Function):
         if not wants_weights:
             return dx_TD, None, None, None
 
-        def dots(rows: slice) -> Tensor:
+        def dots(rows: slice, _: Tensor | None) -> Tensor:
             products_ND = gather_tokens(x_TD, maps, rows).to(weights_TK.dtype) * d_rows_ND[rows]
             return products_ND.sum(1, keepdim=True)
 
@@ -200,8 +213,8 @@ class _Unpermute(torch.autograd.Function):
             return d_rows_ND, wanted, None, None, *d_added
         dots_N = weights_TK.new_empty(len(rows_ND)) if ctx.needs_input_grad[1] else None
 
-        def by_rows(rows: slice) -> Tensor:
-            dy_ND = gather_tokens(dy_TD, maps, rows)
+        def by_rows(rows: slice, out_ND: Tensor | None) -> Tensor:
+            dy_ND = gather_tokens(dy_TD, maps, rows, out_ND)
             if dots_N is not None:
                 torch.sum(dy_ND.to(weights_TK.dtype) * rows_ND[rows], 1, out=dots_N[rows])
             return torch.mul(dy_ND, _weight_of_rows(weights_TK, maps, rows), out=dy_ND)
@@ -210,15 +223,19 @@ class _Unpermute(torch.autograd.Function):
         return d_rows_ND, None if dots_N is None else _at_choices(dots_N, maps), None, None, *d_added
 
 
-def _weighted_sum(rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps, added: Sequence[Tensor], tokens: slice) -> Tensor:
+def _weighted_sum(
+    rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps, added: Sequence[Tensor], tokens: slice, out_TD: Tensor | None
+) -> Tensor:
     """The weighted sum of the tokens' rows, and of what is added, in the weights' type."""
     weights_TK = weights_TK[tokens]
     if len(rows_ND) == 0:
         y_TD = weights_TK.new_zeros(len(weights_TK), rows_ND.shape[1])
     else:
-        picked_TD, num_choices = gather_choice(rows_ND, maps, 0, tokens), weights_TK.shape[1]
+        num_choices = weights_TK.shape[1]
         if num_choices == 1 and not added:  # one rounding, and no sum to keep in a wider type
+            picked_TD = gather_choice(rows_ND, maps, 0, tokens, out_TD)
             return torch.mul(picked_TD, weights_TK, out=picked_TD)
+        picked_TD = gather_choice(rows_ND, maps, 0, tokens)
         y_TD = torch.mul(picked_TD, weights_TK[:, :1]).to(weights_TK.dtype)
         for choice in range(1, num_choices):
             y_TD.addcmul_(gather_choice(rows_ND, maps, choice, tokens), weights_TK[:, choice : choice + 1])
@@ -227,9 +244,9 @@ def _weighted_sum(rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps, added: Seq
     return y_TD
 
 
-def _sum_of_choices(rows_ND: Tensor, maps: RowMaps, tokens: slice) -> Tensor:
+def _sum_of_choices(rows_ND: Tensor, maps: RowMaps, tokens: slice, out_TD: Tensor | None) -> Tensor:
     """The sum of the tokens' rows, at least in fp32 where there is more than one."""
-    sum_TD = gather_choice(rows_ND, maps, 0, tokens)
+    sum_TD = gather_choice(rows_ND, maps, 0, tokens, out_TD)
     if (num_choices := maps.row_of_choice_TK.shape[1]) > 1:
         sum_TD = sum_TD.to(torch.promote_types(sum_TD.dtype, torch.float32))
         for choice in range(1, num_choices):
@@ -256,8 +273,12 @@ def _both(maps: RowMaps) -> tuple[Tensor, Tensor | None]:
     return maps.row_of_choice_TK.contiguous(), None if dropped_TK is None else dropped_TK.contiguous()
 
 
-def _by_blocks(num_rows: int, like_ND: Tensor, compute: Callable[[slice], Tensor], width: int | None = None) -> Tensor:
+def _by_blocks(
+    num_rows: int, like_ND: Tensor, compute: Callable[[slice, Tensor | None], Tensor], width: int | None = None
+) -> Tensor:
     """Rows of the width (unless another is given) and type of `like_ND` that `compute` gives for a slice of them.
+
+    It may write them to their place, which it is given.
 
     By blocks on the CPU; all at once on other devices, where a launch costs more than a pass over memory.
     """
@@ -265,8 +286,11 @@ def _by_blocks(num_rows: int, like_ND: Tensor, compute: Callable[[slice], Tensor
     if like_ND.is_cpu:
         per_block = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // max(like_ND.shape[1], 1))
     if num_rows <= per_block:
-        return compute(slice(0, num_rows)).to(like_ND.dtype)
+        return compute(slice(0, num_rows), None).to(like_ND.dtype)
     rows_ND = like_ND.new_empty(num_rows, like_ND.shape[1] if width is None else width)
     for start in range(0, num_rows, per_block):
-        rows_ND[start : start + per_block] = compute(slice(start, min(start + per_block, num_rows)))
+        place_ND = rows_ND[start : start + per_block]
+        block_ND = compute(slice(start, start + len(place_ND)), place_ND)
+        if block_ND is not place_ND:
+            place_ND.copy_(block_ND)
     return rows_ND

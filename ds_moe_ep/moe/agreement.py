@@ -1,8 +1,10 @@
 """Agreement of a group's ranks before rows move, and the errors where they do not agree.
 
-1. A pass begins with one small all-to-all of heads, on a communicator that carries no rows. A forward pass adds its
+1. A pass begins with one small exchange of heads, on a communicator that carries no rows. A forward pass adds its
    counts of rows; a backward pass on the host is a head alone. So whatever passes the ranks are in, they meet here.
-2. All ranks read the same heads, and all of them raise where two differ. Ranks in different passes first tell each
+   On the host the first rank compares the heads and hands out the counts, a message per rank and way; on CUDA it is an
+   all-to-all, and each rank compares.
+2. Where two heads differ, all ranks exchange them, and all of them raise. Ranks in different passes first tell each
    other, in words, where they are.
 3. On CUDA a backward pass asks no rank, since the answer would be a device sync: the next head tells which backward
    passes there were, and with a capacity nothing is exchanged at all.
@@ -19,7 +21,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from ds_moe_ep.comm.host_copies import CopyToHost, to_device
+from ds_moe_ep.comm.host_copies import CopyToHost, is_on_host, to_device
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.health.diagnosis import ranks_named
@@ -28,6 +30,7 @@ from ds_moe_ep.schedule.spans import Tags
 
 BAD_INPUT = -1  # what a rank announces in place of a width
 NUM_COLUMNS = 64  # of one exchange, whatever the layer: a message that is longer than expected would end the process
+NUM_TOLD = 8  # experts of each rank whose counts the first rank hands out; more follow in an all-to-all
 SAME_PASSES = (
     "every rank of the group calls the model's layers in the same order and equally often, in the same mode, and goes "
     "backward through each call or through none; give a rank that is out of data another batch, evaluate on all ranks "
@@ -110,8 +113,18 @@ class Head(NamedTuple):
         return cls(CountsHeader(*columns[:num]), bool(columns[num]), bool(columns[num + 1]))
 
 
-NUM_HEAD = len(CountsHeader._fields) + 2
-AgreedCounts = tuple[list[list[int]], list[list[int]], list[Head]]  # sent [P][L], received [P][L], every rank's head
+NUM_HEADER = len(CountsHeader._fields)
+NUM_HEAD = NUM_HEADER + 2
+NUM_VERDICT = 3  # columns of an answer before its counts: the heads are alike, some rank sees drift, needs a gradient
+
+
+class AgreedCounts(NamedTuple):
+    """Counts that were exchanged, [P][L] each, and what any rank of the group told."""
+
+    send_PL: list[list[int]]
+    recv_PL: list[list[int]]
+    is_drift_seen: bool
+    goes_backward: bool
 
 
 @dataclass(frozen=True)
@@ -135,29 +148,61 @@ class Agreement:
         One device sync, at the end: what is launched before it hides it. The end raises EngineError on every rank where
         one refused its input or two are not alike.
         """
+        if is_on_host(send_PL.device):
+            return self._begin_on_host(send_PL, self._head(capacity))
         num_local, head, device = send_PL.shape[1], self._head(capacity), send_PL.device
         stop = NUM_HEAD + num_local
         send_PC = send_PL.new_zeros(self.transport.size, num_columns(num_local))
         send_PC[:, :NUM_HEAD] = to_device(head.columns(), device)
         send_PC[:, NUM_HEAD:stop] = send_PL
-        on_its_way = CopyToHost(torch.stack([send_PC, self._exchange(send_PC, head)]))
+        on_its_way = CopyToHost(torch.stack([send_PC, self._exchange(send_PC)]))
 
         def finish() -> AgreedCounts:
             both = on_its_way.wait()  # the layer's only device sync
             self.transport.check_open(self.call.tags)  # what a communicator that was aborted left there means nothing
             heads = self._check(head, both[1], device)
             sent, received = ([row[NUM_HEAD:stop] for row in rows] for rows in both)
-            return sent, received, heads
+            return AgreedCounts(sent, received, any(h.sees_drift for h in heads), any(h.needs_gradient for h in heads))
 
         return finish
 
     def on_backward(self) -> None:
         """Makes sure that all ranks begin this backward pass now. Collective, on the host; raises as `on_counts`."""
-        head = self._head(-1)
-        send_PC = torch.zeros(self.transport.size, NUM_COLUMNS, dtype=torch.int64)
-        send_PC[:, :NUM_HEAD] = torch.tensor(head.columns())
-        recv_PC = self.transport.exchange_counts(send_PC, self.call.tags)
-        self._check(head, recv_PC[:, :NUM_HEAD].tolist(), recv_PC.device)
+        self._ask(self._head(-1), [])()
+
+    def _begin_on_host(self, send_PL: Tensor, head: Head) -> Callable[[], AgreedCounts]:
+        """Asks the first rank, which hands out the counts of as many experts as fit."""
+        sent, num_local = send_PL.tolist(), send_PL.shape[1]
+        if self.transport.size == 1:
+            return lambda: AgreedCounts(sent, sent, head.sees_drift, head.needs_gradient)
+        are_told = num_local <= NUM_TOLD
+        answered = self._ask(head, send_PL.flatten().tolist() if are_told else [])
+
+        def finish() -> AgreedCounts:
+            _, sees_drift, needs_gradient, *counts = answered()
+            if are_told:
+                received = [counts[first : first + num_local] for first in range(0, send_PL.numel(), num_local)]
+            else:  # all ranks have as many
+                received = self.transport.exchange_counts(send_PL, self.call.tags).tolist()
+            self.transport.check_open(self.call.tags)
+            return AgreedCounts(sent, received, bool(sees_drift), bool(needs_gradient))
+
+        return finish
+
+    def _ask(self, head: Head, counts: Sequence[int]) -> Callable[[], list[int]]:
+        """Tells its head to the first rank, and counts by peer and expert; returns what waits for the answer. Collective.
+
+        The end raises EngineError on every rank where two heads differ.
+        """
+        answered = consult_on(self.transport, head.columns(), counts, self.call)
+
+        def finish() -> list[int]:
+            answer = answered().tolist()
+            if not answer[0]:
+                self._check(head, exchange_heads(self.transport, head.columns(), self.call), torch.device("cpu"))
+            return answer
+
+        return finish
 
     def _head(self, capacity: int) -> Head:
         call, (width, dtype) = self.call, self.row_type
@@ -166,15 +211,10 @@ class Agreement:
         header = CountsHeader(width, kind, capacity, experts, layer, call.number, call.mode, schedule, call.history)
         return Head(header, self.sees_drift, self.needs_gradient)
 
-    def _exchange(self, send_PC: Tensor, own: Head) -> Tensor:
-        """The exchange of heads and counts. Counts beyond its columns follow once the ranks know their number."""
-        tags = self.call.tags
-        recv_PC = self.transport.exchange_counts(send_PC[:, :NUM_COLUMNS], tags)
-        if send_PC.shape[1] == NUM_COLUMNS:
-            return recv_PC
-        if not recv_PC.is_cuda:  # there it would be another sync
-            self._check(own, recv_PC.tolist(), recv_PC.device)
-        return torch.cat([recv_PC, self.transport.exchange_counts(send_PC[:, NUM_COLUMNS:], tags)], dim=1)
+    def _exchange(self, send_PC: Tensor) -> Tensor:
+        """The exchange of heads and counts, in messages of one length."""
+        parts = send_PC.split(NUM_COLUMNS, dim=1)
+        return torch.cat([self.transport.exchange_counts(part_PC, self.call.tags) for part_PC in parts], dim=1)
 
     def _check(self, own: Head, rows: list[list[int]], device: torch.device) -> list[Head]:
         """Every rank's head. Raises EngineError where a peer refused its input, or is not like this rank."""
@@ -243,7 +283,40 @@ def announce_bad_input(
     transport: Transport, num_local_experts: int, device: torch.device, call: Call = NO_CALL
 ) -> None:
     """Tells the peers, which wait where their passes begin, that this rank is about to raise. Collective."""
+    if is_on_host(device):
+        head = (BAD_INPUT, *[0] * (NUM_HEAD - 1))
+        consult_on(transport, head, [], call)()
+        exchange_heads(transport, head, call)
+        return
     columns_PC = torch.zeros(transport.size, num_columns(num_local_experts), dtype=torch.int64, device=device)
     columns_PC[:, 0] = BAD_INPUT
-    for part_PC in columns_PC.split(NUM_COLUMNS, dim=1) if columns_PC.is_cuda else [columns_PC[:, :NUM_COLUMNS]]:
+    for part_PC in columns_PC.split(NUM_COLUMNS, dim=1):
         transport.exchange_counts(part_PC, call.tags)
+
+
+def consult_on(transport: Transport, head: Sequence[int], counts: Sequence[int], call: Call) -> Callable[[], Tensor]:
+    """Tells its head to the first rank, and the counts [P * L]; returns what waits for the answer. Collective."""
+    num_told = NUM_TOLD * transport.size
+    told_C = torch.tensor([*head, *counts, *[0] * (num_told - len(counts))])
+    return transport.consult(told_C, NUM_VERDICT + num_told, answers, call.tags)
+
+
+def answers(told_PC: Tensor) -> Tensor:
+    """The first rank's answer to each: the verdict on all heads, and the counts of what comes to it where all agree."""
+    num_ranks = len(told_PC)
+    answers_PA = told_PC.new_zeros(num_ranks, NUM_VERDICT + NUM_TOLD * num_ranks)
+    heads = told_PC[:, :NUM_HEADER]
+    if bool((heads == heads[0]).all()) and int(heads[0, 0]) != BAD_INPUT:
+        answers_PA[:, 0] = 1
+        answers_PA[:, 1:NUM_VERDICT] = told_PC[:, NUM_HEADER:NUM_HEAD].amax(0)
+        num_local = int(heads[0, CountsHeader._fields.index("num_experts")]) // num_ranks
+        if num_local <= NUM_TOLD:
+            counts_PPL = told_PC[:, NUM_HEAD : NUM_HEAD + num_ranks * num_local].view(num_ranks, num_ranks, num_local)
+            answers_PA[:, NUM_VERDICT : NUM_VERDICT + num_ranks * num_local] = counts_PPL.transpose(0, 1).flatten(1)
+    return answers_PA
+
+
+def exchange_heads(transport: Transport, head: Sequence[int], call: Call) -> list[list[int]]:
+    """Every rank's head, after an answer that they are not alike. Collective, on the host."""
+    columns_C = torch.tensor([*head, *[0] * (NUM_COLUMNS - NUM_HEAD)])
+    return transport.exchange_counts(columns_C.repeat(transport.size, 1), call.tags).tolist()

@@ -1,7 +1,7 @@
 """From routing to rows: who sends which rows to whom, in what order.
 
 1. Sort the choices by expert, which sorts them by (destination rank, local expert), stable in token order.
-2. Count them, and exchange the counts in one small all-to-all, together with what the ranks must agree on
+2. Count them, and exchange the counts, together with what the ranks must agree on
    (`agreement.py`).
 3. Bring the counts to the host: the layer's only device sync, since message sizes are host integers. What needs none
    of them (the map of rows both ways, the rows in send order) is launched before. With a capacity every expert has the
@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.kernels.permute import RowMaps
 from ds_moe_ep.kernels.sort import sort_choices
-from ds_moe_ep.moe.agreement import NO_CALL, AgreedCounts, Agreement, Call
+from ds_moe_ep.moe.agreement import NO_CALL, Agreement, Call
 from ds_moe_ep.moe.router import Routes
 
 Counts = tuple[tuple[int, ...], ...]
@@ -93,10 +93,11 @@ def begin_plan(
     maps = RowMaps(choice_of_row_N, row_of_choice_TK, None, is_dropped_TK)
 
     def finish() -> DispatchPlan:
-        answer = _answer(counts())
-        num_rows = sum(map(sum, answer.send_PL))  # choices that take no part stand behind all others
+        agreed = counts()
+        send_PL, recv_PL = _tuples(agreed.send_PL), _tuples(agreed.recv_PL)
+        num_rows = sum(map(sum, send_PL))  # choices that take no part stand behind all others
         cut = maps if is_dropped_TK is None else replace(maps, choice_of_row_N=choice_of_row_N[:num_rows])
-        return DispatchPlan(cut, answer.send_PL, answer.recv_PL, answer.is_drift_seen, answer.goes_backward)
+        return DispatchPlan(cut, send_PL, recv_PL, agreed.is_drift_seen, agreed.goes_backward)
 
     return PendingPlan(maps if is_dropped_TK is None else None, finish)
 
@@ -120,21 +121,9 @@ def _padded_plan(routing: Routes, num_experts: int, agreement: Agreement) -> Dis
     if ids_TK.device.type != "cpu":
         goes_backward = agreement.needs_gradient or (num_peers > 1 and torch.is_grad_enabled())
         return DispatchPlan(maps, counts, counts, goes_backward=goes_backward)
-    answer = _answer(agreement.on_counts(torch.tensor(counts), capacity))
-    return DispatchPlan(maps, counts, counts, answer.is_drift_seen, answer.goes_backward)
+    agreed = agreement.on_counts(torch.tensor(counts), capacity)
+    return DispatchPlan(maps, counts, counts, agreed.is_drift_seen, agreed.goes_backward)
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """The result of the exchange: rows by peer and local expert, and what any rank of the group told."""
-
-    send_PL: Counts
-    recv_PL: Counts
-    is_drift_seen: bool
-    goes_backward: bool
-
-
-def _answer(counts: AgreedCounts) -> _Answer:
-    sent, received, heads = counts
-    send, recv = (tuple(map(tuple, rows)) for rows in (sent, received))
-    return _Answer(send, recv, any(h.sees_drift for h in heads), any(h.needs_gradient for h in heads))
+def _tuples(counts: Sequence[Sequence[int]]) -> Counts:
+    return tuple(map(tuple, counts))

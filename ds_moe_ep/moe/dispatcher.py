@@ -1,7 +1,7 @@
 """Takes routed tokens to their experts and back: all that ties a layer to the ranks that share its experts.
 
-1. Plan: sort the N = T*K row copies by (destination rank, local expert), exchange counts in one small all-to-all, one
-   device-to-host sync for the sizes; none with a capacity (`dispatch_plan.py`).
+1. Plan: sort the N = T*K row copies by (destination rank, local expert), exchange counts, with
+   one device-to-host sync for the sizes; none with a capacity (`dispatch_plan.py`).
 2. Permute the rows into send order (`kernels/permute.py`).
 3. Run the schedule: send and receive rows, compute experts, send results back, overlapped (`executor.py`). A shared
    expert computes beside the near rows, under the far ones' transfers.
@@ -38,7 +38,7 @@ from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.grouped.choice import groups_products
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.router import Routes, use_triton
-from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift
+from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift, LinkMeter
 from ds_moe_ep.schedule.build import Schedule, backward_schedule, forward_schedule
 
 Observer = Callable[[Routes, DispatchPlan], None]
@@ -87,7 +87,7 @@ class Dispatcher:
         self._observer: Observer | None = None
         self._is_blocking = False
         self._choice: Choice | None = None
-        self._drift = Drift(config.retune_drift)
+        self._drift, self._link = Drift(config.retune_drift), LinkMeter(config.retune_drift)
         self._num_calls = 0
         self._history = 0  # a digest of the backward passes so far
         self._bare: Transport | None = None  # the transport without the callbacks
@@ -171,7 +171,7 @@ class Dispatcher:
         own = self._config
         assert (config.num_experts, config.ep_size) == (own.num_experts, own.ep_size), "these shape parameters"
         self._config = config
-        self._drift = Drift(config.retune_drift)
+        self._drift, self._link = Drift(config.retune_drift), LinkMeter(config.retune_drift)
         self.forget_choice()
 
     def connect(self, transport: Transport, torus: Torus | None = None) -> None:
@@ -267,7 +267,7 @@ class Dispatcher:
         """
         connection, in_triton = self.checked_connection(), use_triton(self._config, x_TD.device)
         transport, row_type = connection.transport, (x_TD.shape[1], x_TD.dtype)
-        sees_drift = self._drift.is_beyond_bound()
+        sees_drift = self._link.is_beyond_bound() or self._drift.is_beyond_bound()
         call = Call(self._name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
         needs = needs_gradient(x_TD, routes, experts, shared)
@@ -331,8 +331,10 @@ class Dispatcher:
             shared = replace(shared, x_TD=shared.x_TD.detach())
         lanes = self._lanes_on(rows_ND.device)
         run = AutotuneRun(self._config, rows_ND.detach(), plan, experts, transport, self.torus, lanes, shared)
-        self.take_choice(run.choose())
+        before = self._choice
+        self.take_choice(choice := run.choose())
         self._drift.restart()
+        self._link.restart(before is None or before.knobs != choice.knobs)
 
     def _context(
         self, rows_ND: Tensor, plan: DispatchPlan, experts: LocalExperts, training: bool, shared: SharedExpert | None
@@ -346,9 +348,17 @@ class Dispatcher:
             schedules = (connection.control_forward, connection.control_backward)
         is_grouped = groups_products(self._config, experts, schedules, rows_ND, plan)
         layout = lay_out(plan, connection.forward, transport.rank, num_shared, is_grouped)
-        recorder = Both.of(self._recorder, self._clock) if training else Off()
+        recorder = self._recorder_of(plan, rows_ND.device) if training else Off()
         lanes, in_triton = self._lanes_on(rows_ND.device), use_triton(self._config, rows_ND.device)
         return PassContext(layout, *schedules, transport, lanes, recorder, in_triton, self._name)
+
+    def _recorder_of(self, plan: DispatchPlan, device: torch.device) -> Recorder:
+        """Whoever records a pass of training: users, the meter, and now and then the tuner."""
+        recorder, rank = Both.of(self._recorder, self._clock), self.checked_connection().transport.rank
+        if self._choice is None or self._config.schedule != "auto" or self._is_blocking:
+            return recorder
+        num_rows = sum(sum(rows) for peer, rows in enumerate(plan.send_rows_PL) if peer != rank)
+        return Both.of(recorder, self._link.recorder(device, rank, num_rows))
 
 
 def sent_weights(routes: Routes) -> Tensor | None:

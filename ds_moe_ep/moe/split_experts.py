@@ -25,7 +25,7 @@ from ds_moe_ep.kernels.weight_sums import in_type_of, sum_of
 
 Span = tuple[int, int]  # start, stop
 
-BLOCK_ROWS = 512  # on the CPU: fewer cost more in small products than they save, more need more memory in between
+BLOCK_ROWS = 1024  # on the CPU: fewer cost more in small products than they save, more need more memory in between
 
 
 class ExpertPass(Protocol):
@@ -106,7 +106,7 @@ class SavedActivations:
 
     def gradients(self, expert: int) -> list[Tensor]:
         """The places of the gradients of the expert's saved rows, over them where that is allowed, then of its active
-        rows."""
+        rows; a pass may use the place of one for the other."""
         if expert not in self._gradients:
             saved = self.of(expert)
             hidden, active = saved[: self._num_hidden], saved[self._num_hidden :] or [torch.empty_like(saved[0])]
@@ -181,7 +181,11 @@ def blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 
 class GeluPass(SavedActivations):
-    """down(gelu(up(x))): saves the rows before the activation."""
+    """down(gelu(up(x))): saves the rows before the activation.
+
+    Active rows that are made again take the place of the hidden ones, and the hidden rows' gradient that of the active
+    ones' gradient: each is written over what no other needs any more, without a copy.
+    """
 
     def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], approximate: str) -> None:
         super().__init__(weights, spans, 1)  # hidden rows
@@ -199,21 +203,27 @@ class GeluPass(SavedActivations):
     def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)
         up, down = _weight(weights, "up"), _weight(weights, "down")
-        hidden_RF, (d_hidden_RF, active_RF) = self.of(expert)[0], self.gradients(expert)
-        cut = blocks(dy_nD, hidden_RF[here], d_hidden_RF[here], active_RF[here], dx_nD)
-        for dy, hidden, d_hidden, active, dx in cut:
-            d_active, made_again = self.over(active)
+        hidden_nF, (d_hidden_RF, active_RF) = self.of(expert)[0][here], self._places(expert)
+        is_made_again = self._active is ActiveRows.MADE_AGAIN
+        for dy, hidden, d_hidden, active, dx in blocks(dy_nD, hidden_nF, d_hidden_RF[here], active_RF[here], dx_nD):
+            d_active = d_hidden if is_made_again else torch.empty_like(d_hidden)
             linear_grad_rows(dy, down, d_active)
+            made_again = active if is_made_again else None
             gelu_backward(d_active, hidden, d_hidden, made_again, self._approximate, self.use_triton)
             linear_grad_rows(d_hidden, up, dx)
 
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
         here, sums, is_only = self.at(expert, rows), self._sums[expert], self.is_whole(expert, rows)
         is_last = not self.count_added(expert, rows)
-        sums.add("down", self.gradients(expert)[1][here], dy_nD, is_only)
+        sums.add("down", self._places(expert)[1][here], dy_nD, is_only)
         if is_last:
-            self.release(expert, 1)
-        sums.add("up", x_nD, self.gradients(expert)[0][here], is_only)
+            self.release(expert, 0 if self._active is ActiveRows.MADE_AGAIN else 1)
+        sums.add("up", x_nD, self._places(expert)[0][here], is_only)
+
+    def _places(self, expert: int) -> list[Tensor]:
+        """The places of the hidden rows' gradient and of the active rows."""
+        over_hidden, active = self.gradients(expert)
+        return [active, over_hidden] if self._active is ActiveRows.MADE_AGAIN else [over_hidden, active]
 
 
 class SwiGLUPass(SavedActivations):

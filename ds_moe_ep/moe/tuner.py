@@ -4,14 +4,17 @@ On the first forward pass of training, with its real rows and experts:
 
 1. Probe: one exchange of the near rows, of the far rows and of next to nothing, and one serial pass, each a few times.
    The ranks average what they measured: from here on all of them compute with the same numbers.
-2. Price every candidate (`price.py`) and keep the cheapest ones.
-3. Benchmark these beside the serial schedule, forward and backward, alternating. A schedule wins only where its time is
-   below the serial one by more than the spread of the rounds; else the layer stays serial.
+2. Price every candidate (`price.py`) and keep those that cost nearly as little as the cheapest, and the cheapest of
+   each kind: prices know no processor time, and tie where a link is nearly idle or nearly full.
+3. Benchmark these beside the serial schedule, forward and backward, alternating, in stages: after each the slower half
+   is out, so that close ones get more rounds. Of two that are as fast the cheaper one, of fewer pieces, is taken. It
+   wins only where its time is below the serial one by more than the spread of the rounds; else the layer stays serial.
 
 A choice changes the time; results are as equal as between any two schedules (ARCHITECTURE.md). A measurement leaves no
 gradient, fires no parameter's hook, and puts random numbers and experts' buffers back. When the rows that a rank
 receives drift from those of the measurement (`retune_drift`), it says so in the next exchange of counts, which every
-rank of the group reads: all of them measure again, in the same call.
+rank of the group reads: all of them measure again, in the same call. It says so too when the link has changed: of some
+passes one is recorded, and the time of a row on its way compared with that behind the measurement (`drift.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.comm.lanes import Lanes
-from ds_moe_ep.comm.recorder import Off, make_recorder
+from ds_moe_ep.comm.recorder import Off, Recorder, make_recorder
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
@@ -42,11 +45,14 @@ from ds_moe_ep.moe.router import use_triton
 from ds_moe_ep.moe.split_experts import keep
 from ds_moe_ep.records.quantity import number
 from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, pieces_of
+from ds_moe_ep.schedule.drift import LinkDrift, LinkSample
 from ds_moe_ep.schedule.price import Costs, probe_pieces, ranked
+from ds_moe_ep.schedule.race import SERIAL, described, race
 from ds_moe_ep.schedule.spans import Span
 
 PROBES = 2  # measured runs of each probe, after one that warms up
-ROUNDS = 7
+NEAR = 0.05  # of the lowest price: what is closer is worth a measurement
+MOST = 6  # schedules in the first stage, serial beside them
 PRICE_STEP = 1e-3  # of the lowest price: what is closer counts as equal
 SMOOTHING = 0.05  # weight of one pass in the mean of received rows: some 20 passes count, and no odd batch alone
 MIN_PASSES = 200  # between two measurements, each as long as some thirty passes
@@ -90,12 +96,6 @@ class Choice:
         return choice
 
 
-def described(knobs: Mapping[str, Any]) -> str:
-    """The schedule that the knobs name, for people."""
-    others = ", ".join(f"{name}={value}" for name, value in knobs.items() if name != "schedule")
-    return f"{knobs['schedule']} ({others})" if others else str(knobs["schedule"])
-
-
 class Drift:
     """How far the rows that this rank receives have moved from those of the last measurement. Local."""
 
@@ -123,6 +123,40 @@ class Drift:
         return abs(self._mean - self._base) > self._bound * max(self._base, 1.0)  # a base of no rows counts as one
 
 
+class LinkMeter:
+    """Records one of some forward passes, and knows from them when the link has changed. Local.
+
+    A pass that is not recorded costs a count. What was recorded is read when the next pass finds it done: on CUDA
+    nothing waits for the device.
+    """
+
+    def __init__(self, bound: float) -> None:
+        self._drift = LinkDrift(bound, MIN_PASSES)
+        self._recorder: Recorder = Off()
+        self._num_rows = 0
+
+    def recorder(self, device: torch.device, rank: int, num_rows: int) -> Recorder:
+        """The recorder of a training pass that sends so many rows to other ranks; off for most of them."""
+        if not self._drift.passes():
+            return Off()
+        self._recorder, self._num_rows = make_recorder(device, rank), num_rows
+        return self._recorder
+
+    def is_beyond_bound(self) -> bool:
+        """True where this rank wants another measurement."""
+        if not isinstance(self._recorder, Off) and self._recorder.is_behind():
+            sample = LinkSample.of(self._recorder.spans(), self._num_rows)
+            self._recorder = Off()
+            if sample is not None:
+                self._drift.see(sample)
+        return self._drift.is_beyond_bound()
+
+    def restart(self, has_changed: bool) -> None:
+        """A measurement was made, and has changed the schedule or not."""
+        self._recorder = Off()
+        self._drift.restart(has_changed)
+
+
 @dataclass(frozen=True)
 class AutotuneRun:
     """One measurement, with a pass's own rows (without gradient), plan, experts and transport."""
@@ -145,40 +179,44 @@ class AutotuneRun:
         # All ranks go on with the same numbers, the means: else two of them might choose two schedules, and hang.
         priced = ranked(self.config, self.torus, self.measure_costs())
         predicted_us = {str(knobs): us for us, knobs in priced}
-        serial: Mapping[str, Any] = {"schedule": "serial"}
-        finalists = self._finalists(priced)
-        times = self._benchmark([serial, *finalists])
-        serial_ms = 1e3 * statistics.median(times[0])
-        best, best_ratio = serial, 1.0
-        others: dict[str, float] = {}
-        for knobs, seconds in zip(finalists, times[1:], strict=True):
-            # Round by round: both sides of a ratio had the same neighbours on the machine and on the link.
-            ratios = [mine / its for mine, its in zip(seconds, times[0], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-            others[described(knobs)] = middle
-            # Beyond the spread: a gain within it may be chance, and serial costs nothing to keep.
-            if high + (high - low) < 1 and middle < best_ratio:
-                best, best_ratio = knobs, middle
-        others.pop(described(best), None)
-        predicted = predicted_us[str(best)] / max(predicted_us[str(serial)], 1e-9)
+        found = race(self._finalists(priced), self._benchmark)
+        ratios = {name: statistics.median(found.to_serial(name)) for name in found.seconds}
+        predicted = predicted_us[str(found.leader)] / max(predicted_us[str(SERIAL)], 1e-9)
+        serial_ms = 1e3 * statistics.median(seconds for seconds in found.serial_s if seconds)
+        ratio = ratios.pop(described(found.leader), 1.0)
         return Choice(
-            knobs=best, time_to_serial=best_ratio, predicted_to_serial=predicted, serial_ms=serial_ms, raced=others
+            knobs=found.leader,
+            time_to_serial=ratio,
+            predicted_to_serial=predicted,
+            serial_ms=serial_ms,
+            raced=ratios,
         )
 
     def _finalists(self, priced: Sequence[tuple[float, Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
-        """The cheapest schedule of each kind, and whole groups of peers: what pieces cost beside rows has no price."""
+        """The schedules worth a measurement, the cheapest first: near ones, and the first of each kind.
+
+        Of two with the same pieces, which differ in their blocks of weight gradients, the cheaper one.
+        """
         step_us = max(PRICE_STEP * priced[0][0], 1e-9)
 
         def order(item: tuple[float, Mapping[str, Any]]) -> tuple[int, int]:
-            return round(item[0] / step_us), len(pieces_of(dataclasses.replace(self.config, **item[1]), self.torus))
+            return round(item[0] / step_us), len(self._pieces(item[1]))
 
-        kinds: dict[str, Mapping[str, Any]] = {}
-        for _, knobs in sorted(priced, key=order):
-            kinds.setdefault(knobs["schedule"], knobs)
-            if knobs == {"schedule": "peers", "row_cuts": 1}:
-                kinds.setdefault("whole groups", knobs)
-        kinds.pop("serial")
-        return [knobs for i, knobs in enumerate(kinds.values()) if knobs not in list(kinds.values())[:i]]
+        of_pieces: dict[tuple[Piece, ...], tuple[float, Mapping[str, Any]]] = {}
+        for item in sorted((item for item in priced if item[1]["schedule"] != "serial"), key=order):
+            of_pieces.setdefault(self._pieces(item[1]), item)
+        firsts: list[Mapping[str, Any]] = []
+        for _, knobs in of_pieces.values():
+            is_whole = knobs["schedule"] == "peers" and knobs["row_cuts"] == 1 and "peer_group_size" not in knobs
+            # Whole groups always: what pieces cost beside rows has no price.
+            if is_whole or knobs["schedule"] not in [first["schedule"] for first in firsts]:
+                firsts.append(knobs)
+        nearest = [knobs for us, knobs in of_pieces.values() if us <= (1 + NEAR) * priced[0][0] and knobs not in firsts]
+        taken = [*firsts, *nearest][:MOST]
+        return [knobs for _, knobs in of_pieces.values() if knobs in taken]
+
+    def _pieces(self, knobs: Mapping[str, Any]) -> tuple[Piece, ...]:
+        return pieces_of(dataclasses.replace(self.config, **knobs), self.torus)
 
     def measure_costs(self) -> Costs:
         """The mean rank's costs, the same on every rank. Collective."""
@@ -216,22 +254,22 @@ class AutotuneRun:
 
     def _serial_spans(self) -> list[Span]:
         recorder = make_recorder(self.rows_ND.device, self.transport.rank)
-        self._pass(dataclasses.replace(self._context_of({"schedule": "serial"}), recorder=recorder))
+        self._pass(dataclasses.replace(self._context_of(SERIAL), recorder=recorder))
         return recorder.spans()
 
-    def _benchmark(self, knobs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    def _benchmark(self, knobs: Sequence[Mapping[str, Any]], rounds: int, warm_ups: int) -> list[list[float]]:
         """Seconds of each, round by round, of the mean rank. Collective."""
         contexts = [self._context_of(each) for each in knobs]
         times: list[list[float]] = [[] for _ in knobs]
-        for index in range(ROUNDS + 1):
+        for index in range(warm_ups + rounds):
             order = list(range(len(contexts)))
             # Back and forth, so that neither a drift of the clock nor what a neighbour left in the caches favours one.
             for side in order if index % 2 else order[::-1]:
                 seconds = self._timed(contexts[side])
-                if index:  # the first round warms up
+                if index >= warm_ups:
                     times[side].append(seconds)
         means = self._mean([seconds for side in times for seconds in side])
-        return [means[i : i + ROUNDS] for i in range(0, len(means), ROUNDS)]
+        return [means[i : i + rounds] for i in range(0, len(means), rounds)]
 
     def _timed(self, context: PassContext) -> float:
         self._synchronize()

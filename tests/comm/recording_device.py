@@ -10,7 +10,7 @@ the whole device never, and each of its waits is counted: copies from and to pag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_moe_ep.comm.transport import Message
+from ds_moe_ep.comm.transport import Answer, Message
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags, union, without
 
 Clock = dict[str, int]
@@ -276,6 +276,9 @@ class RecordingTransport:
 
     def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return counts_PC.clone()
+
+    def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
+        return lambda: answer(told_C.repeat(self.size, 1))[0]
 
     def sum(self, values: Tensor) -> Tensor:
         return values.clone()

@@ -7,13 +7,14 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from ds_moe_ep.comm.open import open_transport
 from ds_moe_ep.comm.transport import Loopback, Message, Transport
 from ds_moe_ep.config.knobs import MoEConfig
-from ds_moe_ep.moe.agreement import NUM_COLUMNS, NUM_HEAD, Call, Mode, num_columns
+from ds_moe_ep.moe.agreement import NUM_COLUMNS, NUM_HEAD, NUM_TOLD, Agreement, Call, Mode, num_columns
 from ds_moe_ep.moe.dispatch_plan import make_plan
 from ds_moe_ep.schedule.spans import Tags
 from tests.comm.disturbed import caught, make_layer, run_pass
@@ -76,6 +77,38 @@ def test_ranks_that_disagree_all_raise_and_may_go_on() -> None:
             assert error.startswith("EngineError: layers."), error
             assert re.search(pattern, error), error
             assert sent == [5, 0]
+
+
+def told_and_answered() -> list[list[list[int]]]:
+    """The answers to two consultations of three ranks: each tells its rank, and the first adds the sum of all."""
+    transport = open_transport([[0, 1, 2]], MoEConfig(num_experts=3, ep_size=3, timeout_s=20))
+
+    def answer(told_PC: torch.Tensor) -> torch.Tensor:
+        assert transport.rank == 0, "the first rank answers"
+        return torch.cat([told_PC, told_PC.sum(0, keepdim=True).expand(3, -1)], 1)
+
+    waits = [transport.consult(torch.tensor([transport.rank, number]), 4, answer) for number in range(2)]
+    return [wait().tolist() for wait in waits]
+
+
+def test_the_first_rank_answers_each_rank_from_what_all_of_them_told() -> None:
+    for rank, answered in enumerate(run_ranks(3, told_and_answered, timeout_s=40)):
+        assert answered == [[rank, number, 0 + 1 + 2, 3 * number] for number in range(2)]
+
+
+def counts_of(num_local: int) -> list[int]:
+    """The rows that this rank receives for each of its experts, where rank r sends 10 r + e rows to its e-th expert."""
+    transport = open_transport([[0, 1]], MoEConfig(num_experts=4, ep_size=2, timeout_s=20))
+    send_PL = (10 * transport.rank + torch.arange(num_local)).repeat(2, 1) * torch.tensor([[1], [2]])
+    agreed = Agreement(transport, Call("layer"), 2 * num_local, (8, torch.float32)).on_counts(send_PL)
+    return [rows for rows_L in agreed.recv_PL for rows in rows_L]
+
+
+@pytest.mark.parametrize("num_local", [1, NUM_TOLD, NUM_TOLD + 1, 3 * NUM_COLUMNS])
+def test_counts_come_to_their_ranks_whether_the_first_rank_hands_them_out_or_not(num_local: int) -> None:
+    """More local experts than fit into an answer have their counts in a second exchange."""
+    for rank, received in enumerate(run_ranks(2, counts_of, num_local, timeout_s=40)):
+        assert received == [(rank + 1) * (10 * source + e) for source in range(2) for e in range(num_local)]
 
 
 def test_a_rank_alone_agrees_with_itself() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
-from ds_moe_ep.comm.transport import Message, Transfer
+from ds_moe_ep.comm.transport import Answer, Message, Transfer
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import EngineError
@@ -28,6 +28,11 @@ class FailingTransport:
 
     def exchange_counts(self, counts_PC: torch.Tensor, tags: Tags = NO_TAGS) -> torch.Tensor:
         return counts_PC.clone()
+
+    def consult(
+        self, told_C: torch.Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS
+    ) -> Callable[[], torch.Tensor]:
+        return lambda: answer(told_C.repeat(self.size, 1))[0]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values.clone()

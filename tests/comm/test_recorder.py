@@ -10,6 +10,9 @@ import torch
 
 from ds_moe_ep.comm.lanes import HostLanes, Lanes
 from ds_moe_ep.comm.recorder import Both, HostRecorder, Off, make_recorder
+from ds_moe_ep.moe.tuner import LinkMeter
+from ds_moe_ep.schedule import drift
+from ds_moe_ep.schedule.drift import LinkDrift, LinkSample
 from ds_moe_ep.schedule.spans import Tags, overlap
 
 NEAR = Tags("moe", "forward", "near")
@@ -105,3 +108,42 @@ def test_two_recorders_are_one_where_one_of_them_is_off() -> None:
 
 def test_the_host_is_timed_by_its_own_clock() -> None:
     assert isinstance(make_recorder(torch.device("cpu"), 3), HostRecorder)
+
+
+class DeviceEvent:
+    """An event of a device that has reached `now`: a millisecond between two records."""
+
+    now, recorded, waits = 0, 0, 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = -1
+
+    def record(self) -> None:
+        self.at = DeviceEvent.recorded
+        DeviceEvent.recorded += 1
+
+    def query(self) -> bool:
+        return self.at < DeviceEvent.now
+
+    def synchronize(self) -> None:
+        DeviceEvent.waits += not self.query()
+
+    def elapsed_time(self, other: DeviceEvent) -> float:
+        return float(other.at - self.at)
+
+
+def test_on_cuda_the_tuner_reads_a_recorded_pass_when_the_device_is_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", DeviceEvent)
+    monkeypatch.setattr(drift, "SAMPLE_EVERY", 1)
+    seen: list[LinkSample] = []
+    monkeypatch.setattr(LinkDrift, "see", lambda self, sample: seen.append(sample))
+    meter = LinkMeter(0.5)
+    recorder = meter.recorder(torch.device("cuda"), 0, num_rows=10)
+    for lane in ("dispatch", "compute", "combine"):
+        with recorder.scope(lane, lane, Tags("layer", "forward")):
+            pass
+    meter.is_beyond_bound()
+    assert not seen and not DeviceEvent.waits, "the device is at the beginning"
+    DeviceEvent.now = DeviceEvent.recorded
+    meter.is_beyond_bound()
+    assert seen == [LinkSample(pass_us=5000.0, transfer_us=2000.0, num_rows=10)] and not DeviceEvent.waits

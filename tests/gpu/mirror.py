@@ -8,14 +8,15 @@ the dense expert. Far rows cross pinned host memory on both copy engines, about 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ds_moe_ep.comm.transport import Message
+from ds_moe_ep.comm.transport import Answer, Message
 from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.moe.agreement import NUM_HEAD, CountsHeader
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 TORUS = Torus(4, 4)
@@ -52,6 +53,14 @@ class MirroredTransport:
         for offset in TORUS.offsets():
             received_PC[TORUS.source(0, offset)] = counts_PC[TORUS.target(0, offset)]
         return received_PC
+
+    def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
+        """The answer to rank 0 where each peer sends it what it sends to the peer on the other side."""
+        num_local = int(told_C[CountsHeader._fields.index("num_experts")]) // self.size
+        told_PC, counts = told_C.repeat(self.size, 1), slice(NUM_HEAD, NUM_HEAD + self.size * num_local)
+        to_peers_PL = told_C[counts].view(self.size, num_local)
+        told_PC[:, NUM_HEAD : NUM_HEAD + num_local] = self.exchange_counts(to_peers_PL)
+        return lambda: answer(told_PC)[0]
 
     def sum(self, values: Tensor) -> Tensor:
         return values * self.size

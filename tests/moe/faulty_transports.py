@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ds_moe_ep.comm.transport import Message, Transfer, Transport
+from ds_moe_ep.comm.transport import Answer, Message, Transfer, Transport
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 
@@ -24,6 +24,9 @@ class Wrapper:
 
     def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return self.inner.exchange_counts(counts_PC, tags)
+
+    def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
+        return self.inner.consult(told_C, num_answered, answer, tags)
 
     def sum(self, values: Tensor) -> Tensor:
         return self.inner.sum(values)

@@ -18,6 +18,8 @@ from ds_moe_ep.comm.open import open_transport, transport_over
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.moe import agreement
+from ds_moe_ep.moe.agreement import AgreedCounts
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
 from tests.comm.disturbed import caught
@@ -280,10 +282,12 @@ def nobody_trains() -> list[bool]:
 @contextmanager
 def alone_with_its_needs() -> Iterator[None]:
     """The peers' needs are not read: what the agreement is there for."""
-    from ds_moe_ep.moe import dispatch_plan as plan
+
+    def unread(*counts: Any) -> agreement.AgreedCounts:
+        return AgreedCounts(*counts)._replace(goes_backward=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "any", lambda _: False, raising=False)
+        patch.setattr(agreement, "AgreedCounts", unread)
         yield
 
 

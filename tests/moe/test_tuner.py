@@ -23,7 +23,8 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe import tuner
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.moe.tuner import Choice, Drift
+from ds_moe_ep.moe.tuner import Choice, Drift, LinkMeter
+from ds_moe_ep.schedule import drift
 from tests.moe.faulty_transports import Counting, Slow
 from tests.ranks import run_ranks
 
@@ -155,6 +156,45 @@ def test_drift_that_one_rank_sees_makes_all_ranks_measure_in_the_same_pass() -> 
 UNEQUAL = [(41, 3, 0, 18), (0, 0, 0, 9), (0, 0, 0, 0)]
 
 
+def choices_on_a_link(rows_us: tuple[float, ...], slow_rank: int | None = None) -> list[tuple[int, str]]:
+    """The passes that made a choice, and its kind: a pass over each link of these times per row.
+
+    Where `slow_rank` is given, no other rank looks at the link.
+    """
+    tuner.MIN_PASSES = 2
+    drift.SAMPLE_EVERY, drift.WINDOW = 1, 4
+    layer = make_layer(1.0, retune_drift=1.0)
+    link = layer.dispatcher.connection.transport
+    layer.dispatcher._link = LinkMeter(1.0 if slow_rank in (None, dist.get_rank()) else 0.0)
+    found: list[tuple[int, str]] = []
+    last = None
+    for index, row_us in enumerate(rows_us):
+        link._row_s = 1e-6 * row_us
+        layer(tokens())
+        if layer.dispatcher.choice is not last:
+            last = layer.dispatcher.choice
+            found.append((index, last.knobs["schedule"]))
+    return found
+
+
+FAST, SLOW = 0.2 * ROW_US, 2 * ROW_US  # so much that another load on the cores is neither
+
+
+@pytest.mark.parametrize("slow_rank", [None, 2])
+def test_a_link_that_becomes_slow_makes_all_ranks_choose_again_in_the_same_pass(slow_rank: int | None) -> None:
+    """Four passes are the base, eight are seen to be slow, and the next one tells all ranks."""
+    results = run_ranks(4, choices_on_a_link, (FAST,) * 4 + (SLOW,) * 10, slow_rank, timeout_s=120)
+    assert all(result == results[0] for result in results)
+    (first, _), (again, schedule) = results[0]
+    assert (first, again) == (0, 12) and schedule != "serial"
+
+
+def test_a_link_that_stays_as_it_is_makes_nobody_choose_again() -> None:
+    """The control of the test above."""
+    for result in run_ranks(4, choices_on_a_link, (FAST,) * 14, timeout_s=120):
+        assert [index for index, _ in result] == [0]
+
+
 def pass_with_rows(rows: tuple[int, ...]) -> tuple[dict[str, Any], bool]:
     """The choice over unequal rows, and whether the pass after it gives finite results of the right shape."""
     layer = make_layer(2.0, emulated=False)
@@ -231,10 +271,10 @@ def test_a_measurement_fires_no_hook_of_a_parameter() -> None:
 
 def test_drift_is_smoothed_bounded_and_can_be_off() -> None:
     for bound, expected in ((0.5, True), (2.0, False), (0.0, False)):
-        drift = Drift(bound)
+        of_rows = Drift(bound)
         for rows in (100, *[200] * tuner.MIN_PASSES):
-            drift.see(rows)
-        assert drift.is_beyond_bound() == expected
+            of_rows.see(rows)
+        assert of_rows.is_beyond_bound() == expected
     brief = Drift(0.5)
     for rows in (100, *[1000] * (tuner.MIN_PASSES - 2)):
         brief.see(rows)

@@ -22,11 +22,11 @@ from ds_moe_ep.bench.candidates.cases import LayerCase, expert_weights, gate_wei
 from ds_moe_ep.bench.candidates.emulated import EmulatedExpert, EmulatedExperts
 from ds_moe_ep.comm.recorder import HostRecorder
 from ds_moe_ep.config.knobs import MoEConfig
-from ds_moe_ep.schedule.shaping import SCHEDULES, WIRE
+from ds_moe_ep.schedule.shaping import ALIKE, SCHEDULES, WIRE
 from ds_moe_ep.schedule.spans import overlap
 
-NATIVE, AUTOEP, HOOKED = "native", "autoep", "hooked native"
-OURS: Mapping[str, Mapping[str, Any]] = {"auto": {"schedule": "auto"}, **SCHEDULES}
+NATIVE, AUTOEP, HOOKED, PLAIN = "native", "autoep", "hooked native", "all-to-all-v"
+OURS: Mapping[str, Mapping[str, Any]] = {"auto": {"schedule": "auto", **ALIKE}, **SCHEDULES}
 CPU = torch.device("cpu")
 PHASES = ("forward", "backward", "step")
 
@@ -180,6 +180,13 @@ def _autoep(setup: LayerSetup) -> nn.Module:
     return layer
 
 
+def _plain(setup: LayerSetup) -> nn.Module:
+    """Two all-to-all-v and nothing else."""
+    from ds_moe_ep.bench.candidates.all_to_all import AllToAllLayer
+
+    return load_weights(AllToAllLayer(setup.case, setup.num_ranks), setup)
+
+
 def _wire(setup: LayerSetup) -> nn.Module:
     """Serial with experts that take no time: the traffic alone."""
     return _own(OURS["serial"], replace(setup, row_us=0.0))
@@ -191,5 +198,6 @@ LAYERS: Mapping[str, Callable[[LayerSetup], nn.Module]] = {
     HOOKED: _hooked,
     NATIVE: _native,
     AUTOEP: _autoep,
+    PLAIN: _plain,
     WIRE: _wire,
 }

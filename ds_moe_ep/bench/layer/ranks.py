@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ds_moe_ep.bench.candidates.cases import LayerCase
-from ds_moe_ep.bench.candidates.layers import LayerCandidate, LayerSetup, build
+from ds_moe_ep.bench.candidates.layers import PLAIN, LayerCandidate, LayerSetup, build
 from ds_moe_ep.bench.candidates.matmuls import expert_matmuls
 from ds_moe_ep.bench.harness.collective import slowest
 from ds_moe_ep.bench.harness.method import Candidate, Ranks, Round, measure
@@ -24,7 +24,7 @@ from ds_moe_ep.bench.meters.memory import peak_bytes, return_freed_memory
 from ds_moe_ep.bench.meters.traffic import counted
 
 NATIVE, SERIAL, OVERLAPPED, MATMUL = "native", "serial", "overlapped", "matmul"
-CANDIDATES = (NATIVE, SERIAL, OVERLAPPED, MATMUL)
+CANDIDATES = (NATIVE, SERIAL, OVERLAPPED, PLAIN, MATMUL)
 AUX_LOSS_WEIGHT = 0.01
 START_TIMEOUT_S = 300.0
 MEMORY_REPEATS = 3

@@ -218,17 +218,23 @@ def optimizer_time(engine: Any, waits: Blocked) -> Iterator[list[float]]:
 @contextmanager
 def counts_time() -> Iterator[list[float]]:
     """The seconds of our layers' exchange of counts, in which ranks wait for the latest."""
-    exchange, seconds = LaneGroups.exchange_counts, []
+    exchange, consult, seconds = LaneGroups.exchange_counts, LaneGroups.consult, []
 
-    def timed(lanes: LaneGroups, counts_PC: torch.Tensor) -> torch.Tensor:
+    @contextmanager
+    def timed() -> Iterator[None]:
         start_s = time.perf_counter()
         try:
-            return exchange(lanes, counts_PC)
+            yield
         finally:
             seconds.append(time.perf_counter() - start_s)
 
-    LaneGroups.exchange_counts = timed  # type: ignore[method-assign, assignment]
+    def timed_consult(lanes: LaneGroups, *words: Any) -> Any:
+        finish = consult(lanes, *words)
+        return timed()(finish)
+
+    LaneGroups.exchange_counts = timed()(exchange)  # type: ignore[method-assign]
+    LaneGroups.consult = timed_consult  # type: ignore[method-assign, assignment]
     try:
         yield seconds
     finally:
-        LaneGroups.exchange_counts = exchange  # type: ignore[method-assign]
+        LaneGroups.exchange_counts, LaneGroups.consult = exchange, consult  # type: ignore[method-assign]
