@@ -190,9 +190,9 @@ class Agreement:
         return finish
 
     def _ask(self, head: Head, counts: Sequence[int]) -> Callable[[], list[int]]:
-        """Tells its head to the first rank, and counts by peer and expert; returns what waits for the answer. Collective.
+        """Tells its head, and counts by peer and expert, to the first rank; returns what waits for the answer.
 
-        The end raises EngineError on every rank where two heads differ.
+        Collective. The end raises EngineError on every rank where two heads differ.
         """
         answered = consult_on(self.transport, head.columns(), counts, self.call)
 
