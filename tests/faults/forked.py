@@ -25,15 +25,16 @@ from tests.faults.outcomes import NUM_RANKS, Outcome
 from tests.ranks import _fork_server, _keep_shm_op_out
 
 
-def run_forked(folder: pathlib.Path, *arguments: str, limit_s: float = 90.0) -> Outcome:
+def run_forked(folder: pathlib.Path, *arguments: str, num_ranks: int = NUM_RANKS, limit_s: float = 90.0) -> Outcome:
     """How the job ended. One that has not ended after `limit_s` is killed and fails the test; stopped ranks may."""
     folder.mkdir(exist_ok=True)
     context, port = _fork_server(), free_port()
     argv = ["--folder", str(folder), *arguments]
-    processes = [context.Process(target=_life, args=(rank, port, argv), daemon=True) for rank in range(NUM_RANKS)]
+    lives = [(rank, num_ranks, port, argv) for rank in range(num_ranks)]
+    processes = [context.Process(target=_life, args=life, daemon=True) for life in lives]
     for process in processes:
         process.start()
-    ended, start = [0.0] * NUM_RANKS, time.monotonic()  # the fork server's own start lies behind
+    ended, start = [0.0] * num_ranks, time.monotonic()  # the fork server's own start lies behind
     try:
         while alive := [p for p in processes if p.is_alive()]:
             ended = [end or (0.0 if p in alive else time.time()) for end, p in zip(ended, processes, strict=True)]
@@ -49,7 +50,7 @@ def run_forked(folder: pathlib.Path, *arguments: str, limit_s: float = 90.0) -> 
             if process.is_alive():
                 process.kill()
             process.join(10)
-    return Outcome(folder, tuple(p.exitcode for p in processes), tuple(ended), seconds)
+    return Outcome(folder, tuple(p.exitcode for p in processes), tuple(ended), seconds, num_ranks=num_ranks)
 
 
 def _is_stopped(pid: int | None) -> bool:
@@ -58,14 +59,14 @@ def _is_stopped(pid: int | None) -> bool:
     return False
 
 
-def _life(rank: int, port: int, argv: Sequence[str]) -> None:
+def _life(rank: int, num_ranks: int, port: int, argv: Sequence[str]) -> None:
     """A rank, from the launcher's environment to the end of its process."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the fork server, which dies with the test
     if os.getppid() != parent:
         os._exit(1)
     atexit._clear()  # the fork server's are not this job's
-    size = str(NUM_RANKS)
+    size = str(num_ranks)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": size}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     _keep_shm_op_out()

@@ -20,12 +20,12 @@ from tests.ranks import REPOSITORY, SERVER_ENV
 MARK = "DS_MOE_EP_FAULTS"  # in the environment of every process of a job
 
 
-def launch(folder: pathlib.Path, *arguments: str, limit_s: float = 240.0) -> Outcome:
+def launch(folder: pathlib.Path, *arguments: str, num_ranks: int = NUM_RANKS, limit_s: float = 240.0) -> Outcome:
     """How the job ended. Fails where it takes longer than `limit_s` or leaves a process behind."""
     folder.mkdir(exist_ok=True)
     mark, start = uuid.uuid4().hex, time.monotonic()
     launcher = pathlib.Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_gpus", str(NUM_RANKS), "--master_port", str(free_port())]
+    command = [str(launcher), "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
     command += [str(REPOSITORY / "tests" / "faults" / "train.py"), "--folder", str(folder), *arguments]
     environment = os.environ | SERVER_ENV | {"PYTHONPATH": str(REPOSITORY), MARK: mark}
     with (folder / "launcher.log").open("wb") as log:
@@ -40,7 +40,7 @@ def launch(folder: pathlib.Path, *arguments: str, limit_s: float = 240.0) -> Out
                 os.kill(left, signal.SIGKILL)
         process.wait()
     assert orphans == [], f"processes are left of the job: {orphans}"
-    return Outcome(folder, (code,), (ended,), seconds, (folder / "launcher.log").read_text(errors="replace"))
+    return Outcome(folder, (code,), (ended,), seconds, (folder / "launcher.log").read_text(errors="replace"), num_ranks)
 
 
 def left_behind(mark: str, patience_s: float) -> list[int]:

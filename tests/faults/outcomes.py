@@ -31,6 +31,7 @@ class Outcome:
     ended: tuple[float, ...]
     seconds: float
     output: str = ""
+    num_ranks: int = NUM_RANKS
 
     def ending(self, rank: int) -> Ending | None:
         """The error that ended a rank; None where it wrote none."""
@@ -58,7 +59,7 @@ class Outcome:
     def losses(self) -> Losses:
         """The losses of the steps that every rank finished. Of a step that was run twice, the last."""
         by_rank = []
-        for rank in range(NUM_RANKS):
+        for rank in range(self.num_ranks):
             path = self.folder / f"losses.{rank}"
             lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
             by_rank.append({int(step): bits for step, bits in lines})

@@ -7,6 +7,7 @@ it is stopped and nothing but the time limit can tell (measured: 6 to 9 s).
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 from collections.abc import Callable
@@ -68,16 +69,14 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Losses]:
-    """The loss curve of the job without a fault, by its arguments; run once each."""
-    found: dict[tuple[str, ...], Losses] = {}
+    """The loss curve of the job without a fault, by its arguments and ranks; run once each."""
 
-    def run(arguments: tuple[str, ...]) -> Losses:
-        if arguments not in found:
-            outcome = run_forked(tmp_path_factory.mktemp("undisturbed") / "job", *arguments)
-            assert outcome.exit_codes == (0,) * NUM_RANKS, outcome.told(0)
-            found[arguments] = outcome.losses()
-            assert list(found[arguments]) == list(range(6))
-        return found[arguments]
+    @functools.cache
+    def run(arguments: tuple[str, ...], num_ranks: int = NUM_RANKS) -> Losses:
+        outcome = run_forked(tmp_path_factory.mktemp("undisturbed") / "job", *arguments, num_ranks=num_ranks)
+        assert outcome.exit_codes == (0,) * num_ranks, outcome.told(0)
+        assert list(outcome.losses()) == list(range(6))
+        return outcome.losses()
 
     return run
 
@@ -112,8 +111,8 @@ def check_resumed(outcome: Outcome, arguments: tuple[str, ...], expected: Losses
     saved = (outcome.folder / CHECKPOINTS).exists()
     for path in outcome.folder.glob("losses.*"):
         path.unlink()
-    resumed = run_forked(outcome.folder, *(["--resume"] if saved else []), *arguments)
-    assert resumed.exit_codes == (0,) * NUM_RANKS, resumed.told(0)
+    resumed = run_forked(outcome.folder, *(["--resume"] if saved else []), *arguments, num_ranks=outcome.num_ranks)
+    assert resumed.exit_codes == (0,) * outcome.num_ranks, resumed.told(0)
     first = 2 if saved else 0
     assert resumed.losses() == {step: expected[step] for step in range(first, 6)}
 

@@ -17,23 +17,23 @@ from tests.faults.launch import launch
 from tests.faults.outcomes import NUM_RANKS
 from tests.faults.test_forked_faults import CASES, Case, check_resumed, undisturbed  # noqa: F401 (a fixture)
 
-IN_CI = ("kill.dispatch@3:1",)  # a rank that raises ends for the launcher as this one; a stopped one takes a minute
+# A rank that raises ends for the launcher as a killed one; a stopped one takes a minute; four ranks are slow tests.
+IN_CI = "kill.dispatch@3:1"
 DEAD_S, STOPPED_S = 15.0, 65.0
+LAUNCHED = [pytest.param(case, NUM_RANKS, id=case.fault, marks=pytest.mark.slow) for case in CASES]
+LAUNCHED += [pytest.param(case, 2, id=f"{case.fault} of two") for case in CASES if case.fault == IN_CI]
 
 
-def launched(case: Case) -> object:
-    return pytest.param(case, id=case.fault, marks=() if case.fault in IN_CI else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("case", [launched(case) for case in CASES])
+@pytest.mark.parametrize(("case", "num_ranks"), LAUNCHED)
 def test_the_launcher_ends_with_an_error_and_no_process_and_the_survivors_have_said_why(
-    case: Case, tmp_path: pathlib.Path, request: pytest.FixtureRequest
+    case: Case, num_ranks: int, tmp_path: pathlib.Path, request: pytest.FixtureRequest
 ) -> None:
-    outcome = launch(tmp_path / "job", "--fault", case.fault, "--timeout_s", "15", *case.arguments)
+    arguments = ["--fault", case.fault, "--timeout_s", "15", *case.arguments]
+    outcome = launch(tmp_path / "job", *arguments, num_ranks=num_ranks)
     assert outcome.exit_codes[0] > 0, outcome.output[-2000:]
     assert outcome.ended_after_s() < (STOPPED_S if case.fault.startswith("stop") else DEAD_S)
-    for rank in set(range(NUM_RANKS)) - {case.rank}:
+    for rank in set(range(num_ranks)) - {case.rank}:
         told = outcome.told(rank)
         for words in case.words:
             assert re.search(words.format(rank=case.rank), told), f"rank {rank} says nothing of {words}: {told}"
-    check_resumed(outcome, case.arguments, request.getfixturevalue("undisturbed")(case.arguments))
+    check_resumed(outcome, case.arguments, request.getfixturevalue("undisturbed")(case.arguments, num_ranks))

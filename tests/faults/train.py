@@ -16,6 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,9 @@ def train(options: argparse.Namespace) -> None:
 
     ds_moe_ep.init_distributed()
     torch.set_num_threads(1)
-    job = Job(stage=1, capacity_factor=options.capacity_factor, steps=options.steps, bf16=options.precision == "bf16")
+    size = dist.get_world_size()
+    job = Job(world_size=size, ep_size=size, stage=1, steps=options.steps, bf16=options.precision == "bf16")
+    job = replace(job, capacity_factor=options.capacity_factor)
     fault = options.fault
     is_mine = fault is not None and fault.rank == dist.get_rank()
     if is_mine:
