@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.bench.candidates.layers import PHASES
+from ds_moe_ep.bench.candidates.layers import AUTOEP, BIAS, NATIVE, NO_REMEDY, PHASES
 from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding
 from ds_moe_ep.bench.overlap import command as overlap
@@ -20,6 +20,7 @@ from ds_moe_ep.schedule.shaping import HEADERS
 
 SOURCE = Provenance(command="python -m bench", commit="abc", hardware="2 cores")
 OF = "0.5 of step"
+OF_WORKLOADS_IN_ORDER = (NO_REMEDY, BIAS, NATIVE, AUTOEP)
 
 
 def benchmark() -> OverlapBenchmark:
@@ -100,3 +101,31 @@ def test_a_short_run_over_the_loopback_writes_records(tmp_path: Path) -> None:
     records = {record.name: record for record in read_records(out)}
     assert records["overlap.emulated.unshaped.serial.step.hidden"].value == pytest.approx(0, abs=1)
     assert {name.split(".")[3] for name in records} == {"peers", "serial", "hooked native", "native", "autoep", "wire"}
+
+
+def test_windows_of_a_workload_are_compared_with_no_remedy_and_with_balanced_loads() -> None:
+    options = OverlapOptions(workload=("W0", "W1"), micro_batches=(4,), links=(None,), no_testbed=True)
+    run = OverlapBenchmark(options)
+    assert run.plan.candidates == OF_WORKLOADS_IN_ORDER
+    even, hot = run.plan.places
+    assert (even, hot) == ("unshaped, W0, 4 micro-batches", "unshaped, W1, 4 micro-batches")
+    found = Collector(SOURCE, run.metric, run.derive, run.summary)
+    for place, no_remedy_ms, bias_ms in ((even, 100.0, 110.0), (hot, 400.0, 120.0)):
+        for name, ms in ((NO_REMEDY, no_remedy_ms), (BIAS, bias_ms)):
+            found.add(Finding(samples={f"{run.plan.prefix(place, name, 'step')}.time": (ms,)}))
+    records = {record.name: record.value for record in found.records()}
+    assert records[f"{run.plan.prefix(hot, 'bias', 'step')}.to_no_remedy"] == pytest.approx(0.3)
+    assert records[f"{run.plan.prefix(hot, 'bias', 'step')}.to_balanced"] == pytest.approx(1.2)
+    assert records[f"{run.plan.prefix(hot, NO_REMEDY, 'step')}.to_balanced"] == pytest.approx(4.0)
+    (table,) = run.tables(found.records())
+    assert [row[:2] for row in table.rows] == [(even, NO_REMEDY), (even, "bias"), (hot, NO_REMEDY), (hot, "bias")]
+
+
+@pytest.mark.slow
+def test_windows_of_unequal_loads_take_the_time_of_their_fullest_rank(tmp_path: Path) -> None:
+    out = tmp_path / "records.jsonl"
+    words = ["--links", "none", "--no-testbed", "--compute-s", "0.05", "--rounds", "2", "--out", str(out)]
+    assert overlap.main([*words, "--workload", "W0", "W1", "--micro-batches", "2", "--sides", NO_REMEDY]) == 0
+    values = {record.name: record.value for record in read_records(out)}
+    of = "overlap.emulated.unshaped, W1, 2 micro-batches"
+    assert 1.5 < values[f"{of}.{NO_REMEDY}.step.to_balanced"] < 4.5

@@ -84,12 +84,16 @@ def expert_ids(case: LayerCase, rank: int) -> Tensor:
     if case.load == "random":
         draws_TE = torch.rand(case.num_tokens, case.num_experts, generator=generator)
         return draws_TE.topk(case.top_k, dim=1).indices
-    rows_E = torch.tensor(rows_per_expert(case))
-    dealt_N = torch.repeat_interleave(torch.arange(case.num_experts), rows_E)
-    ids_TK = dealt_N.view(case.top_k, case.num_tokens).t()
+    return deal(rows_per_expert(case), case.top_k, generator)
+
+
+def deal(rows_E: list[int], top_k: int, generator: torch.Generator) -> Tensor:
+    """ids_TK in which each expert stands as often as `rows_E` says: T times at most, once in a token."""
+    dealt_N = torch.repeat_interleave(torch.arange(len(rows_E)), torch.tensor(rows_E))
+    ids_TK = dealt_N.view(top_k, -1).t()
     order_TK = torch.rand(ids_TK.shape, generator=generator).argsort(dim=1)
     ids_TK = ids_TK.gather(1, order_TK)
-    return ids_TK[torch.randperm(case.num_tokens, generator=generator)].contiguous()
+    return ids_TK[torch.randperm(len(ids_TK), generator=generator)].contiguous()
 
 
 def gate_weight(case: LayerCase) -> Tensor:
@@ -102,11 +106,13 @@ def gate_weight(case: LayerCase) -> Tensor:
 
 def tokens(case: LayerCase, rank: int) -> Tensor:
     """x_TD that a gate with `gate_weight` sends to `expert_ids`."""
+    return tokens_for(case, rank, expert_ids(case, rank))
+
+
+def tokens_for(case: LayerCase, rank: int, ids_TK: Tensor) -> Tensor:
+    """x_TD that a gate with `gate_weight` sends to these experts."""
     wg_ED = gate_weight(case).double()
-    ids_TK = expert_ids(case, rank)
-    noise_TD = torch.randn(
-        case.num_tokens, case.hidden_size, generator=_generator(case, 200 + rank), dtype=torch.float64
-    )
+    noise_TD = torch.randn(len(ids_TK), case.hidden_size, generator=_generator(case, 200 + rank), dtype=torch.float64)
     x_TD = noise_TD - (noise_TD @ wg_ED.t()) @ wg_ED
     for choice in range(case.top_k):
         x_TD += FIRST_LOGIT / (choice + 1) * wg_ED[ids_TK[:, choice]]

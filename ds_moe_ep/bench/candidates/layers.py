@@ -27,6 +27,8 @@ from ds_moe_ep.schedule.spans import overlap
 
 NATIVE, AUTOEP, HOOKED, PLAIN = "native", "autoep", "hooked native", "all-to-all-v"
 OURS: Mapping[str, Mapping[str, Any]] = {"auto": {"schedule": "auto", **ALIKE}, **SCHEDULES}
+BIAS, NO_REMEDY = "bias", "peers, 2 cuts"  # a remedy of unequal loads, and its schedule
+REMEDIES: Mapping[str, Mapping[str, Any]] = {BIAS: {**SCHEDULES[NO_REMEDY], "balance": "bias"}}
 CPU = torch.device("cpu")
 PHASES = ("forward", "backward", "step")
 
@@ -193,7 +195,7 @@ def _wire(setup: LayerSetup) -> nn.Module:
 
 
 LAYERS: Mapping[str, Callable[[LayerSetup], nn.Module]] = {
-    **{name: partial(_own, knobs) for name, knobs in OURS.items()},
+    **{name: partial(_own, knobs) for name, knobs in (*OURS.items(), *REMEDIES.items())},
     "overlapped": partial(_own, OURS["peers"]),
     HOOKED: _hooked,
     NATIVE: _native,

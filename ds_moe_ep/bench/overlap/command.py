@@ -3,6 +3,7 @@
     python -m ds_moe_ep.bench.overlap                                  # emulated devices, traffic 0.3 to 2 x compute
     python -m ds_moe_ep.bench.overlap --device real --links 100mbit 400mbit 2gbit none
     python -m ds_moe_ep.bench.overlap --device real --links none --no-testbed
+    python -m ds_moe_ep.bench.overlap --workload W0 W1 W3 --micro-batches 4 16  # unequal loads, in windows
 
 16 ranks, 4 on each of 4 nodes (`testbed.py`), one expert per rank. Without root it says so and measures nothing; with
 --no-testbed it runs over the machine's loopback. Ctrl-C ends the run; what was measured until then is written.
@@ -17,18 +18,22 @@ from functools import partial
 from typing import Literal
 
 from ds_moe_ep.bench.candidates.cases import CASES
-from ds_moe_ep.bench.candidates.layers import PHASES
+from ds_moe_ep.bench.candidates.layers import AUTOEP, BIAS, NATIVE, NO_REMEDY, PHASES
+from ds_moe_ep.bench.candidates.workloads import TITLES
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.bench.overlap.findings import derive, metric, overlap_tables
-from ds_moe_ep.bench.overlap.ranks import CANDIDATES, OverlapPlan, run_overlap_rank
+from ds_moe_ep.bench.overlap.ranks import ALL_CANDIDATES, CANDIDATES, OverlapPlan, run_overlap_rank
+from ds_moe_ep.bench.overlap.windows import WindowedLoad
 from ds_moe_ep.bench.testbed import Environment, open_testbed, parse_rate
 from ds_moe_ep.config.options import option
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table
 
+OF_WORKLOADS = (NO_REMEDY, BIAS, NATIVE, AUTOEP)
+LOADS = ", ".join(f"{name} {title}" for name, title in TITLES.items())
 RATIOS = (0.3, 0.6, 1.0, 2.0)
 PORT = 29500  # inside the namespaces, where nobody else listens
 
@@ -39,11 +44,23 @@ class OverlapOptions(BenchmarkOptions):
 
     device: Literal["emulated", "real"] = option("emulated", "what computes experts")
     case: str = option("k1_even", "routing, and top-k", choices=tuple(case.name for case in CASES))
-    sides: tuple[str, ...] = option(CANDIDATES, f"of {', '.join(CANDIDATES)}", choices=CANDIDATES, metavar="SIDE")
+    sides: tuple[str, ...] = option(
+        (),
+        f"of {', '.join(ALL_CANDIDATES)} (default: all without a workload, else {', '.join(OF_WORKLOADS)})",
+        choices=ALL_CANDIDATES,
+        metavar="SIDE",
+    )
     ratios: tuple[float, ...] = option(RATIOS, "traffic over emulated compute", above=0)
     of: str = option("step", "the pass that --ratios are of", choices=PHASES)
     links: tuple[float | None, ...] = option((), "rates instead of ratios, like 100mbit, or none", type=parse_rate)
     compute_s: float = option(1.0, "an emulated expert's forward pass in seconds", above=0)
+    workload: tuple[str, ...] = option(
+        (), f"loads of their own instead of the case's: {LOADS}", choices=tuple(TITLES), metavar="W0..W7"
+    )
+    micro_batches: tuple[int, ...] = option(
+        (1,), "of a window of a --workload: weights change behind them", least=1, metavar="N"
+    )
+    seed: int = option(0, "of the --workload", least=0)
     rounds: int = option(5, "measured rounds per environment", least=1)
     warm_ups: int = option(1, "rounds before them, in which 'auto' is chosen", least=1)
     nodes: int = option(4, "network namespaces", least=1)
@@ -72,10 +89,11 @@ class OverlapBenchmark(Benchmark):
             )
         if options.no_testbed and options.links != (None,):
             raise ConfigError("bench.no_testbed: nothing shapes the loopback; give --links none")
+        sides = options.sides or (OF_WORKLOADS if options.workload else CANDIDATES)
         self._has_testbed = not options.no_testbed
         plan = OverlapPlan(
             case=case,
-            candidates=tuple(name for name in CANDIDATES if name in options.sides),
+            candidates=tuple(name for name in ALL_CANDIDATES if name in sides),
             environments=(),
             device=options.device,
             row_us=1e6 * options.compute_s / case.num_rows,
@@ -85,6 +103,11 @@ class OverlapBenchmark(Benchmark):
             ranks_per_node=options.ranks,
             testbed=None,
             port=free_port() if options.no_testbed else PORT,
+            workloads=tuple(
+                WindowedLoad(name, number, options.seed)
+                for number in options.micro_batches
+                for name in options.workload
+            ),
         )
         self.plan = replace(plan, environments=tuple(_environments(options, plan)))
         self.num_ranks = plan.num_ranks
@@ -92,7 +115,7 @@ class OverlapBenchmark(Benchmark):
     def launches(self, stack: ExitStack) -> Iterator[Launch]:
         if self._has_testbed:
             self.plan = replace(self.plan, testbed=stack.enter_context(open_testbed(self.plan.num_nodes)))
-        steps = len(self.plan.environments) * (self.plan.warm_ups + self.plan.rounds)
+        steps = len(self.plan.places) * (self.plan.warm_ups + self.plan.rounds)
         yield Launch(run=run_overlap_rank, plan=self.plan, num_ranks=self.num_ranks, steps=steps)
 
     def metric(self, name: str) -> Metric:

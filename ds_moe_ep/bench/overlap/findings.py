@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from ds_moe_ep.bench.candidates.layers import PHASES
+from ds_moe_ep.bench.candidates.layers import NO_REMEDY, PHASES
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric, ratios
 from ds_moe_ep.bench.harness.method import summarize
 from ds_moe_ep.bench.overlap.ranks import OverlapPlan
@@ -18,6 +18,11 @@ METRICS = {
     "time": ("ms", f"slowest rank, {SPREAD}"),
     "to_serial": ("ratio", f"ratio to serial in the same round, {SPREAD}"),
     "to_native": ("ratio", f"ratio to DeepSpeed's native layer in the same round, {SPREAD}"),
+    "to_no_remedy": (
+        "ratio",
+        f"ratio to the same schedule without a remedy of unequal loads in the same round, {SPREAD}",
+    ),
+    "to_balanced": ("ratio", f"ratio to the median of that schedule on the balanced workload W0, {SPREAD}"),
     "hidden": (
         "%",
         f"share of the transfers' time under which the same rank computed, mean of the ranks, {SPREAD}",
@@ -42,16 +47,35 @@ def metric(plan: OverlapPlan, name: str) -> Metric:
 
 def derive(plan: OverlapPlan, found: Collector) -> Iterator[DerivedSamples]:
     """Times over those of others in the same round, and over what cannot be beaten."""
-    for environment in (environment.name for environment in plan.environments):
+    for environment in plan.places:
         for name in plan.candidates:
             for phase in PHASES:
                 of = plan.prefix(environment, name, phase)
                 times_ms = found.of(f"{of}.time")
+                if plan.workloads:
+                    yield from _against_no_remedy(plan, found, environment, name, phase)
                 for base in ("serial", "native"):
                     if name != base and (theirs_ms := found.of(f"{plan.prefix(environment, base, phase)}.time")):
                         yield DerivedSamples(f"{of}.to_{base}", ratios(times_ms, theirs_ms))
                 if name != WIRE and (limit_ms := _limit_ms(plan, found, environment, phase)):
                     yield DerivedSamples(f"{of}.over_limit", [ms / limit_ms for ms in times_ms])
+
+
+def _against_no_remedy(
+    plan: OverlapPlan, found: Collector, place: str, name: str, phase: str
+) -> Iterator[DerivedSamples]:
+    """Times over those without a remedy: of the same round, and of the balanced workload with as many micro-batches."""
+    of = plan.prefix(place, name, phase)
+    times_ms = found.of(f"{of}.time")
+    if not times_ms:
+        return
+    if name != NO_REMEDY and (no_remedy_ms := found.of(f"{plan.prefix(place, NO_REMEDY, phase)}.time")):
+        yield DerivedSamples(f"{of}.to_no_remedy", ratios(times_ms, no_remedy_ms))
+    environment, _, rest = place.rpartition(", W")
+    balanced = f"{environment}, W0{rest[1:]}"
+    if base_ms := found.of(f"{plan.prefix(balanced, NO_REMEDY, phase)}.time"):
+        median_ms = summarize(base_ms).value
+        yield DerivedSamples(f"{of}.to_balanced", [ms / median_ms for ms in times_ms])
 
 
 def _limit_ms(plan: OverlapPlan, found: Collector, environment: str, phase: str) -> float:
@@ -72,9 +96,26 @@ def overlap_tables(records: Iterable[Record]) -> Iterator[Table]:
         environment, name, phase, what = rest.rsplit(".", 3)
         found.setdefault(environment, {}).setdefault(name, {})[f"{phase}.{what}"] = record
     head = (*PHASES, "step, serial = 1", "step, native = 1", "step, limit = 1", "hidden, %")
+    loads = {place: its for place, its in found.items() if ", W" in place}
+    if loads:
+        yield workload_table(loads)
     for environment, of_names in found.items():
+        if environment in loads:
+            continue
         rows = [row for name, cells in of_names.items() for row in _rows(name, cells)]
         yield table(environment, ("candidate", *head), rows)
+
+
+def workload_table(found: Mapping[str, Mapping[str, Mapping[str, Record]]]) -> Table:
+    """A row per workload and candidate: the time of a window, and its ratios."""
+    compared = ("to_no_remedy", "to_balanced", "to_native")
+    rows = []
+    for place, of_names in found.items():
+        for name, cells in of_names.items():
+            ratios_to = [cell(cells.get(f"step.{what}"), "ratio", 2, bar=True) for what in compared]
+            rows.append((place, name, cell(cells.get("step.time"), "ms", 0, bar=True), *ratios_to))
+    head = ("links, workload, window", "candidate", "window", f"{NO_REMEDY} = 1", "balanced = 1", "native = 1")
+    return table("windows of unequal loads", head, rows, text_columns=2)
 
 
 def _rows(name: str, cells: Mapping[str, Record]) -> Iterator[tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.queues import Queue
@@ -19,6 +19,7 @@ from ds_moe_ep.bench.candidates.layers import (
     HOOKED,
     NATIVE,
     OURS,
+    REMEDIES,
     LayerCandidate,
     LayerSetup,
     build,
@@ -27,10 +28,12 @@ from ds_moe_ep.bench.candidates.layers import (
 from ds_moe_ep.bench.harness.collective import mean, slowest
 from ds_moe_ep.bench.harness.method import rotation
 from ds_moe_ep.bench.harness.processes import Finding, Tell, live_as_rank
+from ds_moe_ep.bench.overlap.windows import LayerWindow, MicroBatch, WindowedLoad, run_window
 from ds_moe_ep.bench.testbed import Environment, TestBed, take_place
 from ds_moe_ep.schedule.shaping import COMPUTES, WIRE, link_rate
 
 CANDIDATES = (*OURS, HOOKED, NATIVE, AUTOEP, WIRE)
+ALL_CANDIDATES = (*OURS, *REMEDIES, HOOKED, NATIVE, AUTOEP, WIRE)
 START_TIMEOUT_S = 300.0
 
 Samples = dict[str, tuple[float, ...]]
@@ -51,6 +54,12 @@ class OverlapPlan:
     ranks_per_node: int
     testbed: TestBed | None
     port: int
+    workloads: tuple[WindowedLoad, ...] = ()  # in place of the case's load
+
+    @property
+    def places(self) -> list[str]:
+        """Names of everything that is measured on: environments, with each workload where there are some."""
+        return [place_of(environment, load) for environment in self.environments for load in self.workloads or (None,)]
 
     @property
     def num_ranks(self) -> int:
@@ -101,17 +110,54 @@ def _run(rank: int, plan: OverlapPlan, tell: Tell) -> None:
             plan.testbed.shape(environment.rate_mbit)
         if "auto" in candidates:
             dispatcher_of(candidates["auto"].layer).forget_choice()
-        for index in range(plan.warm_ups + plan.rounds):
-            samples: Samples = {}
-            order = rotation(plan.candidates, index)
-            for name in order[::-1] if index % 2 else order:  # so that few rounds have different neighbours, too
-                samples |= _sampled(plan, environment.name, name, candidates[name])
-            if index >= plan.warm_ups:
-                tell(Finding(samples=samples))
-            text = f"{environment.name}: round {index + 1 - plan.warm_ups} of {plan.rounds}"
-            tell(Finding("phase", text, advance=1))
+        for load in plan.workloads or (None,):
+            _measure(plan, place_of(environment, load), load, candidates, tell)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def place_of(environment: Environment, load: WindowedLoad | None) -> str:
+    """The name of an environment, with the workload where there is one."""
+    return environment.name if load is None else f"{environment.name}, {load}"
+
+
+def _measure(
+    plan: OverlapPlan,
+    place: str,
+    load: WindowedLoad | None,
+    candidates: Mapping[str, LayerCandidate],
+    tell: Tell,
+) -> None:
+    """All rounds of one environment and workload. Collective."""
+    windows = {name: LayerWindow() for name in candidates}
+    for index in range(plan.warm_ups + plan.rounds):
+        samples: Samples = {}
+        order = rotation(plan.candidates, index)
+        batches = load.batches(plan.case, dist.get_rank(), plan.num_ranks, index) if load is not None else []
+        for name in order[::-1] if index % 2 else order:  # so that few rounds have different neighbours, too
+            if load is None:
+                samples |= _sampled(plan, place, name, candidates[name])
+            else:
+                samples |= _windowed(plan, place, name, candidates[name], batches, windows[name])
+        if index >= plan.warm_ups:
+            tell(Finding(samples=samples))
+        tell(Finding("phase", f"{place}: round {index + 1 - plan.warm_ups} of {plan.rounds}", advance=1))
+
+
+def _windowed(
+    plan: OverlapPlan,
+    place: str,
+    name: str,
+    candidate: LayerCandidate,
+    batches: Sequence[MicroBatch],
+    window: LayerWindow,
+) -> Samples:
+    """One window: the time of the slowest rank, over all micro-batches. Collective."""
+    candidate.prepare()
+    dist.barrier()
+    seconds = run_window(candidate, batches, window)
+    times_s = zip(seconds, slowest(list(seconds.values())), strict=True)
+    return {f"{plan.prefix(place, name, phase)}.time": (1e3 * each_s,) for phase, each_s in times_s}
 
 
 def _sampled(plan: OverlapPlan, environment: str, name: str, candidate: LayerCandidate) -> Samples:
