@@ -1,4 +1,4 @@
-"""Routing workloads, from (workload, seed, step) alone: how many rows each expert gets, and how many tokens a rank has.
+"""Routing workloads, from (workload, seed, step) alone: the rows of each expert and the tokens of each rank.
 
     W0 balanced          every expert alike
     W1 hot expert        one expert with 4 times the mean, the others alike
