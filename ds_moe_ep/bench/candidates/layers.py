@@ -69,7 +69,10 @@ class LayerCandidate:
         start_s = time.perf_counter()
         y_TD, l_aux, exp_counts_E = self.layer(self.x_TD)
         middle_s = time.perf_counter()
-        torch.autograd.backward((y_TD, l_aux), (self.dy_TD, torch.full_like(l_aux, self.aux_loss_weight)))
+        outputs, gradients = [y_TD], [self.dy_TD]
+        if l_aux.requires_grad:  # a bias balances without a loss
+            outputs, gradients = [y_TD, l_aux], [self.dy_TD, torch.full_like(l_aux, self.aux_loss_weight)]
+        torch.autograd.backward(outputs, gradients)
         if self.x_TD.is_cuda:
             torch.cuda.synchronize()
         stop_s = time.perf_counter()

@@ -129,7 +129,7 @@ def _measure(
     tell: Tell,
 ) -> None:
     """All rounds of one environment and workload. Collective."""
-    windows = {name: LayerWindow() for name in candidates}
+    windows = {name: LayerWindow(load.micro_batches if load is not None else 1) for name in candidates}
     for index in range(plan.warm_ups + plan.rounds):
         samples: Samples = {}
         order = rotation(plan.candidates, index)

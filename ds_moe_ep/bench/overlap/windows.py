@@ -41,8 +41,9 @@ class WindowedLoad:
 class LayerWindow:
     """The window that a layer's replicas follow, as an engine's would be."""
 
-    def __init__(self) -> None:
+    def __init__(self, micro_batches: int = 1) -> None:
         self.number = 0
+        self.micro_batches = micro_batches
         self.left = 0  # micro-batches of the window that have not gone backward
 
     def is_last(self) -> bool:

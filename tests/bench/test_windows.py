@@ -1,0 +1,44 @@
+"""Windows of a layer on unequal loads: rows that each rank's device works on, counted."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch.distributed as dist
+
+from ds_moe_ep.bench.candidates.cases import LayerCase
+from ds_moe_ep.bench.candidates.layers import BIAS, NO_REMEDY, LayerSetup, build
+from ds_moe_ep.bench.overlap.windows import LayerWindow, WindowedLoad, run_window
+from tests.ranks import run_ranks
+
+WORLD, MICRO_BATCHES, WINDOWS = 4, 2, 3
+CASE = LayerCase(name="windows", top_k=1, load="even", hidden_size=32, width=16, num_experts=WORLD, num_tokens=64)
+CANDIDATES = (NO_REMEDY, BIAS)
+
+
+def rows_worked_on() -> dict[str, list[float]]:
+    """Rows of a micro-batch that this rank's device works on, over its tokens, by candidate and workload, per window."""
+    rank, found = dist.get_rank(), dict[str, list[float]]()
+    for name in CANDIDATES:
+        for workload in ("W0", "W1"):
+            candidate = build(name, LayerSetup(case=CASE, rank=rank, num_ranks=WORLD, row_us=1.0))
+            device, window = candidate.layer.deepspeed_moe.experts.device, LayerWindow(MICRO_BATCHES)
+            busy_s = [device.busy_s]
+            for index in range(WINDOWS):
+                candidate.prepare()
+                batches = WindowedLoad(workload, MICRO_BATCHES).batches(CASE, rank, WORLD, index)
+                run_window(candidate, batches, window)
+                busy_s.append(device.busy_s)
+            each_us = 3 * MICRO_BATCHES * CASE.num_tokens  # a row works once forward and twice backward
+            found[f"{name} {workload}"] = [1e6 * (after - before) / each_us for before, after in pairwise(busy_s)]
+    return found
+
+
+def test_a_hot_expert_fills_its_rank_and_a_bias_of_three_steps_does_not_help() -> None:
+    found = run_ranks(WORLD, rows_worked_on)
+    fullest = {name: [max(rank[name][window] for rank in found) for window in range(WINDOWS)] for name in found[0]}
+    for name in CANDIDATES:
+        assert fullest[f"{name} W0"] == pytest.approx([1.0] * WINDOWS)
+    assert fullest[f"{NO_REMEDY} W1"] == pytest.approx([4.0] * WINDOWS)
+    assert fullest[f"{BIAS} W1"] == pytest.approx([4.0] * WINDOWS)
