@@ -18,7 +18,7 @@ CANDIDATES = (NO_REMEDY, BIAS)
 
 
 def rows_worked_on() -> dict[str, list[float]]:
-    """Rows of a micro-batch that this rank's device works on, over its tokens, by candidate and workload, per window."""
+    """Rows per micro-batch of this rank's device over its tokens, by candidate and workload, for each window."""
     rank, found = dist.get_rank(), dict[str, list[float]]()
     for name in CANDIDATES:
         for workload in ("W0", "W1"):
