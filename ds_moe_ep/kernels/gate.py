@@ -1,7 +1,7 @@
 """The gate: logits of tokens over experts in fp32, without a copy of the tokens in fp32, and the choice made from them.
 
-1. `gate_logits`: the product alone, for gates whose choice draws noise. Tokens of a narrower type are widened block by
-   block, forward and backward.
+1. `gate_logits`: the product alone, for gates that cannot go in one pass. Tokens of a narrower type are widened block
+   by block, forward and backward.
 2. `gate_routes`: where Triton runs, the product, the scores, the k best experts, their weights and the load in one pass
    over the tokens. The router's own steps are its plain-torch form.
 """
@@ -18,7 +18,7 @@ from ds_moe_ep.kernels.choose import runs_triton
 from ds_moe_ep.kernels.eager import not_compiled, without_autocast
 
 BLOCK_TOKENS = 512  # widened at a time
-MAX_EXPERTS = 256  # of one pass: a block holds the logits of its tokens all at once
+MAX_EXPERTS = 512  # of one pass: a block holds the logits of its tokens all at once
 
 
 class GateRule(NamedTuple):
@@ -27,6 +27,13 @@ class GateRule(NamedTuple):
     num_choices: int
     is_softmax: bool
     renormalizes: bool
+
+
+class ChoiceNoise(NamedTuple):
+    """Noise on the logits that the choices from the `first`-th on are made from."""
+
+    noise_TE: Tensor
+    first: int = 0
 
 
 class GateRoutes(NamedTuple):
@@ -48,13 +55,19 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor, use_triton: bool | None = None)
 
 
 def gate_routes(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, is_used_T: Tensor | None, rule: GateRule
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor | None,
+    is_used_T: Tensor | None,
+    rule: GateRule,
+    noise: ChoiceNoise | None = None,
 ) -> GateRoutes:
     """The routes by Triton: `bias_E` moves the choice alone, `is_used_T` says which tokens count. Differentiable.
 
-    Among equal logits the first expert is chosen; a logit that is no number counts as the largest.
+    Noise moves the choice alone too, and stands beside no bias. Among equal logits the first expert is chosen; a logit
+    that is no number counts as the largest.
     """
-    return GateRoutes(*_GateRoutes.apply(x_TD, weight_ED, bias_E, is_used_T, rule))  # type: ignore[no-untyped-call]
+    return GateRoutes(*_GateRoutes.apply(x_TD, weight_ED, bias_E, is_used_T, rule, noise))  # type: ignore[no-untyped-call]
 
 
 class _GateLogits(torch.autograd.Function):
@@ -81,11 +94,17 @@ class _GateLogits(torch.autograd.Function):
 class _GateRoutes(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, is_used_T: Tensor | None, rule: GateRule
+        ctx: Any,
+        x_TD: Tensor,
+        weight_ED: Tensor,
+        bias_E: Tensor | None,
+        is_used_T: Tensor | None,
+        rule: GateRule,
+        noise: ChoiceNoise | None,
     ) -> tuple[Tensor, ...]:
         from ds_moe_ep.kernels.compiled import gate as kernels
 
-        routes = kernels.routes(x_TD.contiguous(), weight_ED.contiguous(), bias_E, is_used_T, *rule)
+        routes = kernels.routes(x_TD.contiguous(), weight_ED.contiguous(), bias_E, is_used_T, *rule, *(noise or ()))
         logits_TE, scores_TE, weights_TK, expert_ids_TK, counts_KE = routes
         ctx.save_for_backward(x_TD, weight_ED, scores_TE, expert_ids_TK)
         ctx.rule = rule
@@ -103,7 +122,7 @@ class _GateRoutes(torch.autograd.Function):
         x_TD, weight_ED, scores_TE, expert_ids_TK = ctx.saved_tensors
         given = d_logits_TE, d_scores_TE, d_weights_TK
         whole_TE = kernels.logit_gradients(scores_TE, expert_ids_TK, *given, ctx.rule)
-        return *gate_gradients(whole_TE, x_TD, weight_ED, ctx.needs_input_grad[:2], True), None, None, None
+        return *gate_gradients(whole_TE, x_TD, weight_ED, ctx.needs_input_grad[:2], True), None, None, None, None
 
 
 def gate_gradients(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.choose import runs_triton, why_no_triton
-from ds_moe_ep.kernels.gate import MAX_EXPERTS, GateRoutes, GateRule, gate_logits, gate_routes
+from ds_moe_ep.kernels.gate import MAX_EXPERTS, ChoiceNoise, GateRoutes, GateRule, gate_logits, gate_routes
 from ds_moe_ep.kernels.sort import sort_choices
 from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.recognise import is_plain_linear
@@ -100,7 +100,7 @@ class Router(nn.Module):
         if self._takes_one_pass(x_TD, in_triton):
             rule = GateRule(config.top_k, config.score == "softmax", config.renormalizes and is_whole)
             bias_E = None if self.balance is None else self.balance.bias_E
-            routes = gate_routes(x_TD, self.wg.weight.float(), bias_E, is_used_T, rule)
+            routes = gate_routes(x_TD, self.wg.weight.float(), bias_E, is_used_T, rule, self._choice_noise(x_TD))
         else:
             routes, is_whole = self._step_by_step(x_TD, in_triton), False
         scores_TE, expert_ids_TK = routes.scores_TE, routes.expert_ids_TK
@@ -127,12 +127,26 @@ class Router(nn.Module):
         return routing
 
     def _takes_one_pass(self, x_TD: Tensor, in_triton: bool | None) -> bool:
-        """True where one kernel may go from tokens to weights: nothing is drawn, and the gate is a plain product."""
+        """True where one kernel may go from tokens to weights: the gate is a plain product, noise is drawn for one of
+        the choices at most and not for the tokens, and no bias stands beside it.
+        """
         config = self.config
-        is_drawn = config.sample_second or (self.training and config.noise != "none")
-        if is_drawn or config.num_experts > MAX_EXPERTS or not is_plain_linear(self.wg):
+        noise = config.noise if self.training else "none"
+        num_draws = (noise == "rsample") + config.sample_second
+        if noise == "jitter" or num_draws > 1 or (num_draws and self.balance is not None):
+            return False
+        if config.num_experts > MAX_EXPERTS or not is_plain_linear(self.wg):
             return False
         return runs_triton(in_triton, x_TD, self.wg.weight)
+
+    def _choice_noise(self, x_TD: Tensor) -> ChoiceNoise | None:
+        """The noise of a gate that goes in one pass, drawn as its steps would draw it."""
+        config = self.config
+        is_sampled = self.training and config.noise == "rsample"
+        if not (is_sampled or config.sample_second):
+            return None
+        like_TE = x_TD.new_empty(len(x_TD), config.num_experts, dtype=torch.float32)
+        return ChoiceNoise(gumbel_like(like_TE), 0 if is_sampled else 1)
 
     def _step_by_step(self, x_TD: Tensor, in_triton: bool | None) -> GateRoutes:
         """The routes by torch's operations; the weights are the chosen scores as they are."""

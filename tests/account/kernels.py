@@ -101,13 +101,15 @@ def gate_kernels(one: Kernel) -> SimpleNamespace:
         num_choices: int,
         is_softmax: bool,
         renormalizes: bool,
+        noise_TE: Tensor | None = None,
+        noise_from: int = 0,
     ) -> tuple[Tensor, ...]:
         logits_TE, scores_TE = (weight_ED.new_empty(len(x_TD), len(weight_ED)) for _ in range(2))
         weights_TK = weight_ED.new_empty(len(x_TD), num_choices)
         ids_TK = torch.empty_like(weights_TK, dtype=torch.int64)
         counts_KE = torch.zeros(num_choices, len(weight_ED), dtype=torch.int32, device=x_TD.device)
         made = logits_TE, scores_TE, weights_TK, ids_TK, counts_KE
-        one("gate routes", [x_TD, weight_ED, bias_E, is_used_T], made, gate_product(x_TD, weight_ED))
+        one("gate routes", [x_TD, weight_ED, bias_E, is_used_T, noise_TE], made, gate_product(x_TD, weight_ED))
         return made
 
     def logit_gradients(

@@ -17,10 +17,20 @@ MAPS = {"row_of_choice": INDEX, "is_dropped": MASK, "width": NUMBER}
 ROWS = {"BLOCK": 1024}
 SHAPE = {"TILE": 16, "BLOCK_TOKENS": 32, "BLOCK_WIDTH": 64}
 ROUTES = {
-    **{"x": HALF, "weight": FULL, "bias": FULL, "is_used": MASK, "logits": FULL, "scores": FULL, "weights": FULL},
+    **{
+        "x": HALF,
+        "weight": FULL,
+        "bias": FULL,
+        "is_used": MASK,
+        "noise": FULL,
+        "logits": FULL,
+        "scores": FULL,
+        "weights": FULL,
+    },
     **{"ids": INDEX, "counts": "*i32", **TOKENS},
 }
 RULE = {"K": 2, "K_TILE": 2, "IS_SOFTMAX": True, "RENORMALIZES": True, "HAS_BIAS": True, "HAS_USED": True}
+RULE |= {"HAS_NOISE": False, "NOISE_FROM": 0}
 GIVEN = dict.fromkeys(("HAS_LOGITS", "HAS_SCORES", "HAS_WEIGHTS"), True)
 
 
@@ -150,10 +160,22 @@ def test_every_kernel_fits_its_registers_and_loads_128_bits_at_once(name: str, c
 
 @needs_triton
 @pytest.mark.slow
-def test_256_experts_fit_one_pass() -> None:
-    shape = {"TILE": 256, "BLOCK_TOKENS": 16, "BLOCK_WIDTH": 32}
-    code = compile_ahead(kernel_of("gate.routes"), ROUTES, {**RULE, "K": 8, "K_TILE": 8, **shape}, HOPPER, 8)
-    assert code.num_local_bytes == 0, code
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE])
+@pytest.mark.parametrize("num_experts", [16, 256, 384, 512])
+@pytest.mark.parametrize("has_noise", [False, True])
+def test_many_experts_and_noise_fit_one_pass(num_experts: int, has_noise: bool, capability: int) -> None:
+    gate = import_module("ds_moe_ep.kernels.compiled.gate")
+    shape = dict(gate.choice_shape(num_experts))
+    warps = shape.pop("num_warps")
+    rule = {**RULE, "K": 8, "K_TILE": 8, "HAS_NOISE": has_noise, "HAS_BIAS": not has_noise}
+    code = compile_ahead(kernel_of("gate.routes"), ROUTES, {**rule, **shape}, capability, warps)
+    assert code.num_local_bytes == 0 and code.narrow_products == (), code
+    arguments, constants, *_ = KERNELS["gate.logit_gradients"]
+    shape = dict(gate.gradient_shape(num_experts))
+    warps = shape.pop("num_warps")
+    known = {key: kind for key, kind in arguments.items() if key in kernel_of("gate.logit_gradients").arg_names}
+    code = compile_ahead(kernel_of("gate.logit_gradients"), known, {**constants, **shape, "K": 8}, capability, warps)
+    assert code.num_local_bytes == 0 and code.narrow_products == (), code
 
 
 @needs_triton

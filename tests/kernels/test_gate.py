@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_moe_ep.kernels.gate import GateRule, gate_logits, gate_routes
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.kernels.gate import ChoiceNoise, GateRule, gate_logits, gate_routes
+from ds_moe_ep.moe.router import Router
 from tests.kernels.interpreter import under_interpreter
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -86,6 +88,7 @@ def plain_routes(
         ((37, 33, 3), 2, True, True, False),
         ((67, 200, 40), 8, True, False, True),
         ((67, 20, 8), 8, False, True, True),
+        ((5, 20, 300), 8, True, True, False),
     ],
 )
 @under_interpreter
@@ -121,6 +124,55 @@ def test_routes_and_gradients_equal_torchs_own_operations(
         torch.stack([(exact[i] * factors[i].double()).sum() for i in which]).sum().backward(retain_graph=True)
         close(x.grad, exact_x.grad, TOLERANCE[dtype])
         close(weight.grad, exact_weight.grad, 10 * TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(("first", "num_choices"), [(0, 1), (0, 4), (1, 2)])
+@pytest.mark.parametrize("num_experts", [5, 40])
+@under_interpreter
+def test_noise_moves_the_choices_from_the_first_that_it_is_for(num_experts: int, first: int, num_choices: int) -> None:
+    x_TD, weight_ED = inputs(50, 33, num_experts, torch.float32)
+    noise_TE, rule = 2 * torch.randn(50, num_experts), GateRule(num_choices, True, True)
+    routes = gate_routes(x_TD, weight_ED, None, None, rule, ChoiceNoise(noise_TE, first))
+    logits_TE = F.linear(x_TD, weight_ED)
+    key_TE, expected = logits_TE.clone(), []
+    for k in range(num_choices):
+        key_TE = key_TE + noise_TE if k == first else key_TE
+        expected.append(key_TE.argmax(1))
+        key_TE = key_TE.scatter(1, expected[-1].unsqueeze(1), float("-inf"))
+    assert torch.equal(routes.expert_ids_TK, torch.stack(expected, 1))
+    close(routes.logits_TE, logits_TE.double(), TOLERANCE[torch.float32])  # weights and losses see no noise
+    scores_TK = logits_TE.softmax(1).gather(1, routes.expert_ids_TK)
+    close(routes.weights_TK, (scores_TK / scores_TK.sum(1, keepdim=True)).double(), TOLERANCE[torch.float32])
+    quiet = gate_routes(x_TD, weight_ED, None, None, rule)
+    assert not torch.equal(quiet.expert_ids_TK, routes.expert_ids_TK)
+    assert first == 0 or torch.equal(quiet.expert_ids_TK[:, 0], routes.expert_ids_TK[:, 0])
+
+
+@pytest.mark.parametrize("knobs", [{"noise": "rsample"}, {"noise": "rsample", "top_k": 4}, {"sample_second": True}])
+@under_interpreter
+def test_a_router_draws_the_same_experts_in_one_pass_and_step_by_step(knobs: dict[str, object]) -> None:
+    routings = []
+    for kernels in ("triton", "torch"):
+        router = Router(24, MoEConfig(**{"num_experts": 8, "top_k": 2, "kernels": kernels, **knobs}))  # type: ignore[arg-type]
+        torch.manual_seed(3)
+        with torch.no_grad():
+            router.wg.weight.copy_(torch.randn(8, 24))
+        assert router._takes_one_pass(torch.zeros(1, 24), kernels == "triton") == (kernels == "triton")
+        routings.append(router(torch.randn(60, 24)))
+    assert torch.equal(routings[0].expert_ids_TK, routings[1].expert_ids_TK)
+    torch.testing.assert_close(routings[0].weights_TK, routings[1].weights_TK, rtol=1e-5, atol=1e-6)
+    assert torch.equal(routings[0].load_E(), routings[1].load_E())
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"noise": "jitter"}, {"noise": "rsample", "sample_second": True}, {"noise": "rsample", "balance": "bias"}],
+)
+def test_other_draws_go_step_by_step(knobs: dict[str, object]) -> None:
+    router = Router(24, MoEConfig(**{"num_experts": 8, "top_k": 2, **knobs}))  # type: ignore[arg-type]
+    assert not router._takes_one_pass(torch.zeros(1, 24), True)
+    router.eval()
+    assert router._takes_one_pass(torch.zeros(1, 24), True)
 
 
 @under_interpreter

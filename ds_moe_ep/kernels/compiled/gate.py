@@ -41,8 +41,14 @@ def routes(
     num_choices: int,
     is_softmax: bool,
     renormalizes: bool,
+    noise_TE: Tensor | None = None,
+    noise_from: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits and scores [T, E], weights and expert ids [T, K], and the k-th choices of each expert [K, E]."""
+    """Logits and scores [T, E], weights and expert ids [T, K], and the k-th choices of each expert [K, E].
+
+    Noise is added to the logits that choices from the `noise_from`-th on are made from; there is no bias beside it.
+    """
+    assert noise_TE is None or bias_E is None, "the choice is made from logits with noise, or from biased scores"
     (num_tokens, width), num_experts = x_TD.shape, len(weight_ED)
     logits_TE, scores_TE = (weight_ED.new_empty(num_tokens, num_experts) for _ in range(2))
     weights_TK = weight_ED.new_empty(num_tokens, num_choices)
@@ -57,6 +63,7 @@ def routes(
             weight_ED,
             weight_ED if bias_E is None else bias_E.contiguous(),
             x_TD if is_used_T is None else is_used_T.contiguous(),
+            logits_TE if noise_TE is None else noise_TE.contiguous(),
             logits_TE,
             scores_TE,
             weights_TK,
@@ -71,6 +78,8 @@ def routes(
             RENORMALIZES=renormalizes,
             HAS_BIAS=bias_E is not None,
             HAS_USED=is_used_T is not None,
+            HAS_NOISE=noise_TE is not None,
+            NOISE_FROM=noise_from,
             **shape,
         )
     return logits_TE, scores_TE, weights_TK, ids_TK, counts_KE
@@ -87,7 +96,7 @@ def logit_gradients(
     """The whole gradient of the logits, from those of the logits, the scores and the weights."""
     num_choices, is_softmax, renormalizes = rule
     whole_TE = torch.empty_like(scores_TE)
-    (num_tokens, num_experts), shape = scores_TE.shape, choice_shape(scores_TE.shape[1])
+    (num_tokens, num_experts), shape = scores_TE.shape, gradient_shape(scores_TE.shape[1])
     if num_tokens == 0:
         return whole_TE
     given = [scores_TE if each is None else each.contiguous() for each in (d_logits_TE, d_scores_TE, d_weights_TK)]
@@ -105,9 +114,7 @@ def logit_gradients(
             HAS_LOGITS=d_logits_TE is not None,
             HAS_SCORES=d_scores_TE is not None,
             HAS_WEIGHTS=d_weights_TK is not None,
-            TILE=shape["TILE"],
-            BLOCK_TOKENS=shape["BLOCK_TOKENS"],
-            num_warps=shape["num_warps"],
+            **shape,
         )
     return whole_TE
 
@@ -150,7 +157,16 @@ def choice_shape(num_experts: int) -> dict[str, int]:
     tile = int(max(MIN_EXPERTS, triton.next_power_of_2(num_experts)))
     if tile <= MAX_EXPERTS:
         return {"TILE": tile, "BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_WIDTH": BLOCK_WIDTH, "num_warps": WARPS}
-    return {"TILE": tile, "BLOCK_TOKENS": BLOCK_TOKENS // 2, "BLOCK_WIDTH": BLOCK_WIDTH // 2, "num_warps": 2 * WARPS}
+    times = 2 if tile <= 4 * MAX_EXPERTS else 4  # a block's logits over more warps, beside fewer columns of the product
+    shape = {"TILE": tile, "BLOCK_TOKENS": BLOCK_TOKENS // 2}
+    return {**shape, "BLOCK_WIDTH": BLOCK_WIDTH // times, "num_warps": times * WARPS}
+
+
+def gradient_shape(num_experts: int) -> dict[str, int]:
+    """The tiles of the logits' gradients: those of the choice, whose registers hold the widest for fewer tokens."""
+    shape = choice_shape(num_experts)
+    num_tokens = shape["BLOCK_TOKENS"] // (2 if shape["TILE"] > 4 * MAX_EXPERTS else 1)
+    return {"TILE": shape["TILE"], "BLOCK_TOKENS": num_tokens, "num_warps": shape["num_warps"]}
 
 
 @triton.jit
@@ -186,10 +202,10 @@ def logits_kernel(
 
 @triton.jit
 def routes_kernel(
-    x, weight, bias, is_used, logits, scores, weights, ids, counts,
+    x, weight, bias, is_used, noise, logits, scores, weights, ids, counts,
     num_tokens, width, num_experts,
     K: tl.constexpr, K_TILE: tl.constexpr, IS_SOFTMAX: tl.constexpr, RENORMALIZES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_USED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_USED: tl.constexpr, HAS_NOISE: tl.constexpr, NOISE_FROM: tl.constexpr,
     TILE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Logits, scores, weights, ids and counts of a block of tokens."""
@@ -219,6 +235,8 @@ def routes_kernel(
     chosen_scores = tl.zeros([BLOCK_TOKENS, K_TILE], tl.float32)
     chosen_ids = tl.zeros([BLOCK_TOKENS, K_TILE], tl.int32)
     for k in tl.static_range(K):
+        if HAS_NOISE and k == NOISE_FROM:
+            key += tl.load(noise + at, mask=inside[:, None] & exists, other=0.0)
         best = tl.max(tl.where(is_left, key, float("-inf")), 1)
         index = tl.min(tl.where(is_left & (key >= best[:, None]), expert[None, :], TILE), 1)
         is_chosen = expert[None, :] == index[:, None]
