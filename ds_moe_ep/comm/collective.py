@@ -78,7 +78,7 @@ class Collective(GroupTransport):
                 sent,
                 self._splits(receives),
                 self._splits(sends),
-                group=self._groups.lanes[lane],
+                group=self.groups.lanes[lane],
                 async_op=True,
             )
         except RuntimeError as error:  # a connection is closed already

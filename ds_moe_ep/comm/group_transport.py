@@ -51,8 +51,8 @@ class GroupTransport:
         self.ranks: Sequence[int] = groups.ranks
         self.others = tuple(peer for peer in range(groups.size) if peer != groups.rank)
         self.watch = groups.watch
-        self._groups = groups
-        self._timeout_s = timeout_s
+        self.groups = groups
+        self.timeout_s = timeout_s
 
     def keep_own(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """Copies the rows that stay on this rank."""
@@ -62,12 +62,12 @@ class GroupTransport:
 
     def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         with self._joined(self.begin(tags, "exchange of counts"), counts_PC):
-            return self._groups.exchange_counts(counts_PC)
+            return self.groups.exchange_counts(counts_PC)
 
     def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
         place = self.begin(tags, "exchange of counts")
         with self._joined(place, told_C):
-            finish = self._groups.consult(told_C, num_answered, answer)
+            finish = self.groups.consult(told_C, num_answered, answer)
 
         def wait() -> Tensor:
             with self._joined(place, told_C):
@@ -77,7 +77,7 @@ class GroupTransport:
 
     def sum(self, values: Tensor) -> Tensor:
         with self._joined(self.begin(NO_TAGS, "sum over the group"), values):
-            return self._groups.sum(values)
+            return self.groups.sum(values)
 
     @contextmanager
     def _joined(self, place: Place, values: Tensor) -> Iterator[None]:
@@ -95,14 +95,14 @@ class GroupTransport:
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
         place = str(Place(tags, "pass", 0.0))
         self.watch.report(error, place)
-        self._groups.guard.end(f"{place} ended with {type(error).__name__}: {error}")
+        self.groups.guard.end(f"{place} ended with {type(error).__name__}: {error}")
 
     def check_open(self, tags: Tags = NO_TAGS) -> None:
         self.begin(tags, "pass")
 
     def begin(self, tags: Tags, op: str) -> Place:
         """The place where this rank is from now on. Raises PeerError where the lanes are not in use any more."""
-        place, failure = Place(tags, op, time.monotonic()), self._groups.guard.failure
+        place, failure = Place(tags, op, time.monotonic()), self.groups.guard.failure
         if failure is not None:
             raise PeerError(
                 f"{place}: the lanes of {ranks_named(self.ranks)} are closed since the first failure on them, lest a "
@@ -116,24 +116,24 @@ class GroupTransport:
 
     def time_left(self, place: Place) -> timedelta:
         """The rest of an op's time limit; never nothing, which would be no limit to gloo."""
-        return max(timedelta(seconds=place.since_s + self._timeout_s - time.monotonic()), SHORT)
+        return max(timedelta(seconds=place.since_s + self.timeout_s - time.monotonic()), SHORT)
 
     def failure(self, place: Place, error: RuntimeError, owed: Bytes) -> PeerError:
         """The error of a transfer that `error` ended, and the end of the lanes with it."""
-        first = self._groups.guard.failure
-        is_late = time.monotonic() - place.since_s > self._timeout_s - CLOCK_S
+        first = self.groups.guard.failure
+        is_late = time.monotonic() - place.since_s > self.timeout_s - CLOCK_S
         what = f"did not answer rank {self.ranks[self.rank]}"
         if is_late:
-            what += f" within {self._timeout_s:g} s"
+            what += f" within {self.timeout_s:g} s"
         elif first is None:
             what += f": {_reason(error)}"
         why = first or self.watch.explain(self.members(owed.peers))
         text = f"{place}: {self._who(owed)} {what} ({owed})"
         text += f"; {why}" if why else ""
-        failure = PeerError(text + (f"; moe_ep.timeout_s={self._timeout_s:g} sets the limit" if is_late else ""))
+        failure = PeerError(text + (f"; moe_ep.timeout_s={self.timeout_s:g} sets the limit" if is_late else ""))
         failure.is_secondary = not is_late or first is not None or self.watch.knows_failure()
         self.watch.report(failure, str(place))
-        self._groups.guard.end(text)
+        self.groups.guard.end(text)
         return failure
 
     def _who(self, owed: Bytes) -> str:

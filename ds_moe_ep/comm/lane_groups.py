@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm import nccl
-from ds_moe_ep.comm.transport import CONTROL, LANES, Answer
+from ds_moe_ep.comm.transport import CONTROL, LANES, REPLICAS, Answer
 from ds_moe_ep.errors import EngineError, TopologyError
 from ds_moe_ep.health.abort import AbortGuard
 from ds_moe_ep.health.watch import Watch, open_watch
@@ -77,11 +77,15 @@ class LaneGroups:
 
 
 def open_lanes(
-    groups: Sequence[Sequence[int]], timeout_s: float, watch: Watch | None = None, max_ctas: int = 0
+    groups: Sequence[Sequence[int]],
+    timeout_s: float,
+    watch: Watch | None = None,
+    max_ctas: int = 0,
+    with_replicas: bool = False,
 ) -> LaneGroups:
     """New communicators for every group of global ranks; returns those of this rank's own group.
 
-    Without a watch of the caller's they get one of their own.
+    Without a watch of the caller's they get one of their own. `with_replicas` adds one for replicated experts.
 
     Collective over the world: every rank passes the same groups, which partition the world. Raises EngineError
     before torch.distributed is up, and TopologyError on every rank where the groups are no partition.
@@ -100,9 +104,10 @@ def open_lanes(
     mine = next(tuple(group) for group in groups if rank in group)
     timeout, is_on_nccl = timedelta(seconds=timeout_s), dist.get_backend() == "nccl"
     lanes: dict[str, dist.ProcessGroup] = {}
-    for lane in (*LANES, CONTROL):
+    pairwise = (*LANES, REPLICAS) if with_replicas else LANES
+    for lane in (*pairwise, CONTROL):
         for group in groups:
-            options = nccl.lane_options(timeout, max_ctas if lane in LANES else 0) if is_on_nccl else None
+            options = nccl.lane_options(timeout, max_ctas if lane in pairwise else 0) if is_on_nccl else None
             made = dist.new_group(list(group), timeout=timeout, pg_options=options)
             if rank in group:
                 lanes[lane] = made
@@ -111,7 +116,7 @@ def open_lanes(
             group=lane_group
         )  # NCCL wants every rank in a group's first call; later transfers may leave some out
     if is_on_nccl:
-        for lane in LANES:
+        for lane in pairwise:
             nccl.connect_pairs(
                 lanes[lane], mine.index(rank), len(mine), torch.device("cuda", torch.cuda.current_device())
             )

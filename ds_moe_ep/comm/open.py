@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from ds_moe_ep.comm.automatic import Automatic
 from ds_moe_ep.comm.collective import Collective
+from ds_moe_ep.comm.group_transport import GroupTransport
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
 from ds_moe_ep.comm.pairwise import Pairwise
-from ds_moe_ep.comm.transport import Loopback, Transport
+from ds_moe_ep.comm.transport import REPLICAS, Loopback, Transport
 from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.health.watch import Watch
 
 
@@ -21,7 +23,7 @@ def open_transport(groups: Sequence[Sequence[int]], config: MoEConfig, watch: Wa
     """
     if all(len(group) == 1 for group in groups):
         return Loopback()
-    return transport_over(open_lanes(groups, config.timeout_s, watch, config.max_ctas), config)
+    return transport_over(open_lanes(groups, config.timeout_s, watch, config.max_ctas, bool(config.replicas)), config)
 
 
 def transport_over(lanes: LaneGroups, config: MoEConfig) -> Transport:
@@ -32,3 +34,16 @@ def transport_over(lanes: LaneGroups, config: MoEConfig) -> Transport:
         "collective": Collective,
     }
     return kinds[config.transport](lanes, config.timeout_s)
+
+
+def link_of_replicas(transport: Transport, replicas: int | str) -> Transport:
+    """The link of weights and gradients of replicated experts beside a transport, a communicator of its own. Local.
+
+    Raises ConfigError where the transport was opened without one.
+    """
+    if not isinstance(transport, GroupTransport) or REPLICAS not in transport.groups.lanes:
+        raise ConfigError(
+            f"moe_ep.replicas={replicas!r}: the layer's {type(transport).__name__} has no communicator for replicas; "
+            "open it by open_transport with a configuration that has them, or set replicas to 0"
+        )
+    return Pairwise(transport.groups, transport.timeout_s)

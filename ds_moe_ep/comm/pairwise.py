@@ -70,7 +70,7 @@ class Pairwise(GroupTransport):
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         place = self.begin(tags, lane)
-        group = self._groups.lanes[lane]
+        group = self.groups.lanes[lane]
         self.keep_own(sends, receives)
         sends, receives = ([m for m in messages if len(m) and m.peer != self.rank] for messages in (sends, receives))
         if not sends and not receives:

@@ -18,6 +18,7 @@ from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 LANES = ("dispatch", "combine")
 CONTROL = "control"  # the communicator of small collectives
+REPLICAS = "replicas"  # that of the weights and gradients of replicated experts, where a layer has some
 
 Answer = Callable[[Tensor], Tensor]  # told_PC of all ranks -> what each of them is answered, [P, A]
 

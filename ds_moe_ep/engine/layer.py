@@ -187,7 +187,7 @@ class MoE(DeepSpeedMoE):
         if self.ep_size == 1:
             self.deepspeed_moe.connect(Loopback())
             return
-        lanes = seams.lanes_beside(group, grid.ep_groups(), self.config.timeout_s)
+        lanes = seams.lanes_beside(group, grid.ep_groups(), self.config.timeout_s, bool(self.config.replicas))
         if lanes.ranks != tuple(ranks):
             raise EngineError(
                 f"moe_ep.ep_size={self.ep_size}: DeepSpeed's expert-parallel group holds ranks {ranks}, the layer's "

@@ -20,6 +20,7 @@ from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.extensions.balance_steps import BalanceSteps
 from ds_moe_ep.engine.extensions.engine_extensions import EngineExtensions
 from ds_moe_ep.engine.extensions.install import prepare_steps
+from ds_moe_ep.engine.extensions.replica_windows import ReplicaWindows
 from ds_moe_ep.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def meet(engine: Any, layers: Mapping[str, MoE]) -> None:
     except ConfigError as error:
         problem = error
     seams.settle(problem)
-    EngineExtensions.of(engine).install([BalanceSteps(engine, layers)])
+    windows = [ReplicaWindows(engine, layers)] if ReplicaWindows.is_needed(layers) else []
+    EngineExtensions.of(engine).install([BalanceSteps(engine, layers), *windows])
     step_seams.once_it_has_an_optimizer(engine, partial(prepare_steps, engine))
 
 

@@ -31,6 +31,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
+from ds_moe_ep.comm.transport import REPLICAS
 from ds_moe_ep.config.deepspeed_keys import TESTED as TESTED
 from ds_moe_ep.engine.releases import LATER as LATER
 from ds_moe_ep.engine.releases import dense_routes
@@ -148,13 +149,17 @@ def known_expert_group(ep_size: int) -> dist.ProcessGroup | None:
     return found
 
 
-def lanes_beside(group: dist.ProcessGroup, all_groups: list[list[int]], timeout_s: float) -> LaneGroups:
+def lanes_beside(
+    group: dist.ProcessGroup, all_groups: list[list[int]], timeout_s: float, with_replicas: bool = False
+) -> LaneGroups:
     """The lanes beside DeepSpeed's `group`; the first call opens them, collective over the world.
 
-    The first call's time limit holds for all. Lanes that a failure has closed stay closed.
+    So does the first call of a layer with replicas, where those before had none. The opening call's time limit holds
+    for all. Lanes that a failure has closed stay closed.
     """
-    if group not in _LANES:
-        _LANES[group] = open_lanes(all_groups, timeout_s, watch_of_world(timeout_s))
+    if group not in _LANES or (with_replicas and REPLICAS not in _LANES[group].lanes):
+        watch = watch_of_world(timeout_s)
+        _LANES[group] = open_lanes(all_groups, timeout_s, watch, with_replicas=with_replicas)
     return _LANES[group]
 
 

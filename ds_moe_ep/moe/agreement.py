@@ -95,6 +95,8 @@ class CountsHeader(NamedTuple):
     mode: int
     schedule: int
     history: int
+    placement: int = 0  # of replicated experts
+    window: int = 0  # optimizer steps that their weights have seen
 
 
 class Head(NamedTuple):
@@ -103,19 +105,20 @@ class Head(NamedTuple):
     header: CountsHeader
     sees_drift: bool = False
     needs_gradient: bool = False
+    holds_placement: bool = False  # a pass of it that has not gone backward yet needs the placement that there is
 
     def columns(self) -> tuple[int, ...]:
-        return *self.header, int(self.sees_drift), int(self.needs_gradient)
+        return *self.header, *map(int, self[1:])
 
     @classmethod
     def read(cls, columns: Sequence[int]) -> Head:
         num = len(CountsHeader._fields)
-        return cls(CountsHeader(*columns[:num]), bool(columns[num]), bool(columns[num + 1]))
+        return cls(CountsHeader(*columns[:num]), *map(bool, columns[num:NUM_HEAD]))
 
 
 NUM_HEADER = len(CountsHeader._fields)
-NUM_HEAD = NUM_HEADER + 2
-NUM_VERDICT = 3  # columns of an answer before its counts: the heads are alike, some rank sees drift, needs a gradient
+NUM_HEAD = NUM_HEADER + len(Head._fields) - 1
+NUM_VERDICT = 4  # columns of an answer before its counts: the heads are alike, and what some rank of the group tells
 
 
 class AgreedCounts(NamedTuple):
@@ -125,6 +128,7 @@ class AgreedCounts(NamedTuple):
     recv_PL: list[list[int]]
     is_drift_seen: bool
     goes_backward: bool
+    is_placement_held: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,9 @@ class Agreement:
     row_type: tuple[int, torch.dtype]
     sees_drift: bool = False
     needs_gradient: bool = False
+    placement: int = 0
+    window: int = 0
+    holds_placement: bool = False
 
     def on_counts(self, send_PL: Tensor, capacity: int = -1) -> AgreedCounts:
         """The exchanged counts, at once: `begin_counts`, and its end."""
@@ -162,7 +169,23 @@ class Agreement:
             self.transport.check_open(self.call.tags)  # what a communicator that was aborted left there means nothing
             heads = self._check(head, both[1], device)
             sent, received = ([row[NUM_HEAD:stop] for row in rows] for rows in both)
-            return AgreedCounts(sent, received, any(h.sees_drift for h in heads), any(h.needs_gradient for h in heads))
+            told = [any(flags) for flags in zip(*(head[1:] for head in heads), strict=True)]
+            return AgreedCounts(sent, received, *told)
+
+        return finish
+
+    def begin_telling(self, told_C: Tensor, capacity: int = -1) -> Callable[[], AgreedCounts]:
+        """As `begin_counts`, where every rank tells all others the same columns: those are received, by rank."""
+        told_PC = told_C.expand(self.transport.size, -1)
+        if not is_on_host(told_C.device):
+            return self.begin_counts(told_PC, capacity)
+        answered = self._ask(self._head(capacity), [])
+
+        def finish() -> AgreedCounts:
+            verdict = answered()
+            received = self.transport.exchange_counts(told_PC.contiguous(), self.call.tags).tolist()
+            self.transport.check_open(self.call.tags)
+            return AgreedCounts([], received, *map(bool, verdict[1:NUM_VERDICT]))
 
         return finish
 
@@ -174,18 +197,19 @@ class Agreement:
         """Asks the first rank, which hands out the counts of as many experts as fit."""
         sent, num_local = send_PL.tolist(), send_PL.shape[1]
         if self.transport.size == 1:
-            return lambda: AgreedCounts(sent, sent, head.sees_drift, head.needs_gradient)
+            return lambda: AgreedCounts(sent, sent, *head[1:])
         are_told = num_local <= NUM_TOLD
         answered = self._ask(head, send_PL.flatten().tolist() if are_told else [])
 
         def finish() -> AgreedCounts:
-            _, sees_drift, needs_gradient, *counts = answered()
+            verdict = answered()
+            counts = verdict[NUM_VERDICT:]
             if are_told:
                 received = [counts[first : first + num_local] for first in range(0, send_PL.numel(), num_local)]
             else:  # all ranks have as many
                 received = self.transport.exchange_counts(send_PL, self.call.tags).tolist()
             self.transport.check_open(self.call.tags)
-            return AgreedCounts(sent, received, bool(sees_drift), bool(needs_gradient))
+            return AgreedCounts(sent, received, *map(bool, verdict[1:NUM_VERDICT]))
 
         return finish
 
@@ -208,8 +232,9 @@ class Agreement:
         call, (width, dtype) = self.call, self.row_type
         layer, schedule = (crc32(text.encode()) for text in (call.layer, call.schedule))
         kind, experts = DTYPES.index(dtype), self.num_experts
-        header = CountsHeader(width, kind, capacity, experts, layer, call.number, call.mode, schedule, call.history)
-        return Head(header, self.sees_drift, self.needs_gradient)
+        place = (layer, call.number, call.mode, schedule, call.history)
+        header = CountsHeader(width, kind, capacity, experts, *place, self.placement, self.window)
+        return Head(header, self.sees_drift, self.needs_gradient, self.holds_placement)
 
     def _exchange(self, send_PC: Tensor) -> Tensor:
         """The exchange of heads and counts, in messages of one length."""
@@ -276,7 +301,7 @@ def _shown(name: str, value: int) -> str:
         return "none"
     if name == "history":
         return f"{value:08x} (backward passes before)"
-    return f"{value:08x}" if name == "schedule" else str(value)
+    return f"{value:08x}" if name in ("schedule", "placement") else str(value)
 
 
 def announce_bad_input(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ds_moe_ep.comm.callbacks import TransferCallback, with_callbacks
 from ds_moe_ep.comm.lanes import Lanes, make_lanes
+from ds_moe_ep.comm.open import link_of_replicas
 from ds_moe_ep.comm.recorder import Both, Off, Recorder
 from ds_moe_ep.comm.transport import Loopback, Transport
 from ds_moe_ep.config.knobs import MoEConfig
@@ -34,10 +35,11 @@ from ds_moe_ep.kernels.permute import permute, unpermute
 from ds_moe_ep.moe.agreement import Agreement, Call, Mode, announce_bad_input
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan, PendingPlan, begin_plan
 from ds_moe_ep.moe.executor import PassContext, run_experts
-from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
+from ds_moe_ep.moe.experts import LocalExperts, SharedExpert, needs_gradient
 from ds_moe_ep.moe.grouped.choice import groups_products
 from ds_moe_ep.moe.layout import lay_out
-from ds_moe_ep.moe.router import Routes, use_triton
+from ds_moe_ep.moe.replicas.replicas import HostedPass, Replicas, Window
+from ds_moe_ep.moe.router import Routes, sent_weights, use_triton
 from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift, LinkMeter
 from ds_moe_ep.schedule.build import Schedule, backward_schedule, forward_schedule
 
@@ -93,6 +95,8 @@ class Dispatcher:
         self._bare: Transport | None = None  # the transport without the callbacks
         self._callbacks: list[TransferCallback] = []
         self._num_copies = 0
+        self._replicas: Replicas | None = None
+        self._window: Window | None = None
 
     def __deepcopy__(self, memo: object) -> Dispatcher:
         """A dispatcher of its own over the same transport: communicators, and who watches them, are the process's."""
@@ -136,6 +140,17 @@ class Dispatcher:
     def is_blocking(self) -> bool:
         """True while passes run the control."""
         return self._is_blocking
+
+    @property
+    def replicas(self) -> Replicas | None:
+        """The slots for copies of other ranks' experts; None without any."""
+        return self._replicas
+
+    def follow(self, window: Window | None) -> None:
+        """Lets copies of experts serve an engine's windows; None: one pass each. Local, between windows."""
+        self._window = window
+        if self._replicas is not None:
+            self._replicas.window = window
 
     @property
     def torus(self) -> Torus:
@@ -184,6 +199,12 @@ class Dispatcher:
                 f"moe_ep.ep_size={self._config.ep_size}, but the layer is connected to a group of {transport.size} "
                 "ranks: pass the group of ep_size ranks that share its experts"
             )
+        if not self._config.replicas or transport.size == 1:
+            self._replicas = None
+        elif self._replicas is None or self._bare is not transport:
+            link, places = link_of_replicas(transport, self._config.replicas), torus or Torus(1, transport.size)
+            self._replicas = Replicas(self._config.replicas, self._config.num_experts, link, places)
+            self._replicas.window = self._window
         self._bare = transport
         transport = with_callbacks(transport, self._callbacks)
         self._connection = Connection.of(self._resolved_config(), transport, torus or Torus(1, transport.size))
@@ -247,7 +268,8 @@ class Dispatcher:
             if device.type == "cpu" or self._config.capacity(1, training) is None:
                 with suppress(EngineError):  # the first failure is the one to tell
                     transport, call = self.checked_connection().transport, Call(self._name)
-                    announce_bad_input(transport, self._config.num_local_experts, device, call)
+                    num_counts = self._replicas.num_told if self._replicas else self._config.num_local_experts
+                    announce_bad_input(transport, num_counts, device, call)
             raise
 
     def __call__(
@@ -271,12 +293,21 @@ class Dispatcher:
         call = Call(self._name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
         needs = needs_gradient(x_TD, routes, experts, shared)
-        pending = begin_plan(routes, self._config.num_experts, transport, row_type, sees_drift, call, needs, in_triton)
+        hosted: HostedPass | None = None
+        if self._replicas is None:
+            pending = begin_plan(
+                routes, self._config.num_experts, transport, row_type, sees_drift, call, needs, in_triton
+            )
+        else:
+            agreement = Agreement(transport, call, self._config.num_experts, row_type, sees_drift, needs)
+            hosted = self._replicas.begin(routes, agreement, experts, training, in_triton)
+            pending = PendingPlan(None, hosted.finish)
         early_ND = self._permute_early(x_TD, routes, pending, call, in_triton)
         plan = pending.finish()
         if training and self._observer is not None:
             self._observer(routes, plan)
         try:
+            experts = experts if hosted is None else hosted.experts()
             rows_ND = permute(x_TD, plan.maps, in_triton, sent_weights(routes)) if early_ND is None else early_ND
             if training:
                 self._tune(rows_ND, plan, experts, shared)
@@ -284,6 +315,8 @@ class Dispatcher:
             context = self._context(rows_ND, plan, experts, training, shared)
             if plan.goes_backward and not needs:  # a peer's pass backward needs this rank's
                 rows_ND.requires_grad_()
+            if plan.goes_backward and hosted is not None:
+                rows_ND, experts = hosted.lend(rows_ND)
         except BaseException as error:  # the peers are about to send rows, and to wait for some
             transport.abandon(error, call.tags)
             raise
@@ -333,6 +366,8 @@ class Dispatcher:
         run = AutotuneRun(self._config, rows_ND.detach(), plan, experts, transport, self.torus, lanes, shared)
         before = self._choice
         self.take_choice(choice := run.choose())
+        if self._replicas is not None:
+            self._replicas.take_costs(*run.measured[-1], rows_ND, experts)
         self._drift.restart()
         self._link.restart(before is None or before.knobs != choice.knobs)
 
@@ -346,7 +381,8 @@ class Dispatcher:
         schedules = (connection.forward, connection.backward)
         if self._is_blocking:
             schedules = (connection.control_forward, connection.control_backward)
-        is_grouped = groups_products(self._config, experts, schedules, rows_ND, plan)
+        has_guests = len(plan.recv_rows_PL[0]) > self._config.num_local_experts
+        is_grouped = not has_guests and groups_products(self._config, experts, schedules, rows_ND, plan)
         layout = lay_out(plan, connection.forward, transport.rank, num_shared, is_grouped)
         recorder = self._recorder_of(plan, rows_ND.device) if training else Off()
         lanes, in_triton = self._lanes_on(rows_ND.device), use_triton(self._config, rows_ND.device)
@@ -359,17 +395,3 @@ class Dispatcher:
             return recorder
         num_rows = sum(sum(rows) for peer, rows in enumerate(plan.send_rows_PL) if peer != rank)
         return Both.of(recorder, self._link.recorder(device, rank, num_rows))
-
-
-def sent_weights(routes: Routes) -> Tensor | None:
-    """The weights [T, K] that rows are multiplied by before they are sent; None where results are weighted."""
-    return routes.weights_TK if routes.weighs_rows else None
-
-
-def needs_gradient(x_TD: Tensor, routes: Routes, experts: LocalExperts, shared: SharedExpert | None) -> bool:
-    """True where something of this rank's needs the backward pass through the experts."""
-    if not torch.is_grad_enabled():
-        return False
-    parameters = [*experts.expert_parameters(), *(() if shared is None else shared.experts.expert_parameters())]
-    is_weighed = routes.weighs_rows and routes.weights_TK.requires_grad
-    return x_TD.requires_grad or is_weighed or any(parameter.requires_grad for parameter in parameters)

@@ -24,6 +24,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.grouped.experts import GroupedPass, start_grouped
 from ds_moe_ep.moe.layout import Grouping
 from ds_moe_ep.moe.recognise import ExpertForms, Form
+from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.snapshot import has_foreign_hooks
 from ds_moe_ep.moe.split_experts import ExpertPass, GeluPass, Opaque, OpaquePass, Span, SwiGLUPass, Weights
 
@@ -178,18 +179,18 @@ class KnownExperts:
     """Experts of a known form, given by their weights: a mapping an expert, in the order of its gradients."""
 
     def __init__(self, form: Form, weights: Sequence[Weights]) -> None:
-        self._form, self._weights = form, weights
+        self.form, self.weights = form, weights
 
     def expert_parameters(self) -> list[Tensor]:
-        return [tensor for named in self._weights for tensor in named.values() if tensor is not None]
+        return [tensor for named in self.weights for tensor in named.values() if tensor is not None]
 
     def known(self) -> tuple[Form, Sequence[Weights]]:
-        return self._form, self._weights
+        return self.form, self.weights
 
     def start(
         self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None
     ) -> ExpertPass | GroupedPass:
-        return start_pass(self._form, self._weights, spans, grouping)
+        return start_pass(self.form, self.weights, spans, grouping)
 
     def buffers(self) -> Iterator[Tensor]:
         return iter(())
@@ -222,3 +223,12 @@ class OpaqueExperts:
 
     def buffers(self) -> Iterator[Tensor]:
         return iter(self._buffers)
+
+
+def needs_gradient(x_TD: Tensor, routes: Routes, experts: LocalExperts, shared: SharedExpert | None) -> bool:
+    """True where something of this rank's needs the backward pass through the experts."""
+    if not torch.is_grad_enabled():
+        return False
+    parameters = [*experts.expert_parameters(), *(() if shared is None else shared.experts.expert_parameters())]
+    is_weighed = routes.weighs_rows and routes.weights_TK.requires_grad
+    return x_TD.requires_grad or is_weighed or any(parameter.requires_grad for parameter in parameters)

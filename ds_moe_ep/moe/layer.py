@@ -23,6 +23,7 @@ from ds_moe_ep.moe.balance import router_loss
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.experts import Experts, OpaqueExperts
 from ds_moe_ep.moe.recognise import ExpertForms
+from ds_moe_ep.moe.replicas.replicas import known_or_refused
 from ds_moe_ep.moe.router import Router, Routing
 
 
@@ -89,9 +90,12 @@ class ExpertParallel(nn.Module):
     def connect(self, transport: Transport, torus: Torus | None = None) -> None:
         """Gives the layer its links. Local. `torus` places the group's ranks on nodes; by default all share one.
 
-        Raises ConfigError when the group's size is not ep_size.
+        Raises ConfigError when the group's size is not ep_size, and for replicas of experts that cannot have any.
         """
         self.dispatcher.connect(transport, torus)
+        if self.dispatcher.replicas is not None:
+            known_or_refused(self.experts, self.config.replicas, self.dispatcher.name)
+            self.dispatcher.replicas.own_experts = self.experts.known
 
     @not_compiled
     def forward(

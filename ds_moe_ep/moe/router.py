@@ -251,3 +251,8 @@ def use_triton(config: MoEConfig, device: torch.device) -> bool | None:
 def gumbel_like(logits_TE: Tensor) -> Tensor:
     """Standard Gumbel noise: the argmax of logits plus it is a draw from their softmax."""
     return -torch.empty_like(logits_TE).exponential_().log()
+
+
+def sent_weights(routes: Routes) -> Tensor | None:
+    """The weights [T, K] that rows are multiplied by before they are sent; None where results are weighted."""
+    return routes.weights_TK if routes.weighs_rows else None

@@ -169,6 +169,7 @@ class AutotuneRun:
     torus: Torus
     lanes: Lanes
     shared: SharedExpert | None = None
+    measured: list[tuple[Costs, int]] = dataclasses.field(default_factory=list)  # for so many rows per rank
 
     def choose(self) -> Choice:
         """The schedule to take. Collective over the group; some thirty passes long."""
@@ -220,11 +221,16 @@ class AutotuneRun:
 
     def measure_costs(self) -> Costs:
         """The mean rank's costs, the same on every rank. Collective."""
-        pieces = probe_pieces(self.torus, int(self._mean([len(self.rows_ND)])[0]))
+        num_rows = int(self._mean([len(self.rows_ND)])[0])
+        pieces = probe_pieces(self.torus, num_rows)
         found = [self._costs_of(self._wire_spans(pieces), self._serial_spans()) for _ in range(PROBES + 1)][1:]
         # The least of the runs: what disturbs a measurement makes it longer, never shorter.
         values = torch.tensor([dataclasses.astuple(costs) for costs in found], dtype=torch.float64).amin(0)
-        return Costs(**dict(zip((f.name for f in dataclasses.fields(Costs)), self._mean(values.tolist()), strict=True)))
+        costs = Costs(
+            **dict(zip((f.name for f in dataclasses.fields(Costs)), self._mean(values.tolist()), strict=True))
+        )
+        self.measured.append((costs, num_rows))
+        return costs
 
     def _costs_of(self, wire: Sequence[Span], serial: Sequence[Span]) -> Costs:
         near_us, far_us, latency_us = (span.stop_us - span.start_us for span in wire)

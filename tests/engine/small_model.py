@@ -41,6 +41,7 @@ class Job:
     bit_equal: bool = False  # schedules give the same bits
     interleaved: bool = False  # the ranks of an expert-parallel group are apart, not consecutive
     door: str = "ds_moe_ep"  # whose initialize is called
+    replicas: int = 0
 
     @property
     def moe_config(self) -> MoEConfig:
@@ -52,6 +53,7 @@ class Job:
             eval_capacity_factor=self.capacity_factor,
             schedule=self.schedule,
             bit_equal=self.bit_equal,
+            replicas=self.replicas,
         )
 
     def expert_index(self, rank: int) -> Callable[[int], int]:

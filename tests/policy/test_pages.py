@@ -23,7 +23,10 @@ LINKED = (
     ROOT / "examples" / "report" / "report.md",
     PACKAGE / "ARCHITECTURE.md",
 )
-ORDER = "adopt overlap reliability checkpoints planning measuring baseline knobs reference-job results troubleshooting"
+ORDER = (
+    "adopt overlap replicas reliability checkpoints planning measuring baseline knobs reference-job results "
+    "troubleshooting"
+)
 
 
 def named(path: Path) -> str:

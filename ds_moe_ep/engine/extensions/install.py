@@ -24,6 +24,7 @@ from ds_moe_ep.engine.extensions.loss_scale import LossScale
 from ds_moe_ep.engine.extensions.nonfinite import SkippedSteps
 from ds_moe_ep.engine.extensions.overlap_meter import OverlapMeter
 from ds_moe_ep.engine.extensions.param_groups import refuse_misplaced
+from ds_moe_ep.engine.extensions.replica_windows import ReplicaWindows
 from ds_moe_ep.engine.extensions.reports import MeterReport
 from ds_moe_ep.engine.hooks.layer import HookedLayer
 from ds_moe_ep.engine.load.report import LoadReport, steps_between_reports
@@ -77,6 +78,8 @@ def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog |
     has_bias = any(layer.balance is not None for layer in layers.values())
     if has_bias and not EngineExtensions.of(engine).has(BalanceSteps):
         yield BalanceSteps(engine, layers)
+    if ReplicaWindows.is_needed(layers) and not EngineExtensions.of(engine).has(ReplicaWindows):
+        yield ReplicaWindows(engine, layers)
     if every := steps_between_reports(engine, config):
         yield LoadReport(engine, layers, every, log, getattr(engine, "moe_ep_meter", None))
     watch = engine.moe_ep_watch = seams.watch_of_world(config.timeout_s)

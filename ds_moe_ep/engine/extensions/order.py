@@ -17,6 +17,7 @@ from ds_moe_ep.engine.extensions.callback import EngineCallback
 from ds_moe_ep.engine.extensions.clipping import GradientClipping, WrapperClipping
 from ds_moe_ep.engine.extensions.loss_scale import LossScale
 from ds_moe_ep.engine.extensions.nonfinite import SkippedSteps
+from ds_moe_ep.engine.extensions.replica_windows import ReplicaWindows
 from ds_moe_ep.engine.extensions.reports import MeterReport
 from ds_moe_ep.engine.load.report import LoadReport
 from ds_moe_ep.engine.older_engines import OlderEngine
@@ -45,6 +46,7 @@ ORDER: tuple[type[EngineCallback], ...] = (
     GradientClipping,
     WrapperClipping,
     BalanceSteps,
+    ReplicaWindows,
     OlderEngine,
     ModelFiles,
 )

@@ -22,8 +22,9 @@ from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
 from ds_moe_ep.moe.experts import OpaqueExperts
 from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.router import Routes
-from ds_moe_ep.moe.split_experts import Opaque
+from ds_moe_ep.moe.split_experts import Opaque, Weights
 
 SWIGLU = Form("swiglu", {"gate": "w1", "up": "w3", "down": "w2"})
 
@@ -67,6 +68,10 @@ class HookedAutoEP(HookedLayer):
             return "it has no expert-parallel group yet; call deepspeed.initialize first"
         return ""
 
+    def known_experts(self) -> Known | None:
+        experts = self._layer.experts
+        return (SWIGLU, weights_of(experts)) if experts.activation == "swiglu" else None
+
     def attach(self) -> None:
         swap_class(self._layer.experts, OverlappedGroupedExperts, self)
         swap_class(self._layer, OverlappedAutoEP, self)
@@ -74,6 +79,13 @@ class HookedAutoEP(HookedLayer):
     def remove(self) -> None:
         restore_class(self._layer, AutoEPMoELayer)
         restore_class(self._layer.experts, GroupedExperts)
+
+
+def weights_of(experts: GroupedExperts) -> list[Weights]:
+    """The weights of each expert by part, views of AutoEP's stacks."""
+    parts = {"gate.weight": experts.w1, "up.weight": experts.w3, "down.weight": experts.w2}
+    each = zip(*(stack.unbind() for stack in parts.values()), strict=True)
+    return [dict(zip(parts, tensors, strict=True)) for tensors in each]
 
 
 class OverlappedAutoEP(AutoEPMoELayer):
@@ -111,12 +123,10 @@ class OverlappedGroupedExperts(GroupedExperts):
 
     def forward(self, x_TD: Tensor, routes: Routes) -> Tensor:
         """The weighted results [T, D]."""
-        each = list(zip(self.w1.unbind(), self.w3.unbind(), self.w2.unbind(), strict=True))
-        names = ("gate.weight", "up.weight", "down.weight")
-        is_known = self.activation == "swiglu"
-        by_hand = is_known and known_experts(SWIGLU, [dict(zip(names, w, strict=True)) for w in each], x_TD)
+        by_hand = self.activation == "swiglu" and known_experts(SWIGLU, weights_of(self), x_TD)
         if by_hand:
             return self.overlap.dispatcher(by_hand[0], routes, by_hand[1], self.training)[0]
+        each = zip(self.w1.unbind(), self.w3.unbind(), self.w2.unbind(), strict=True)
         opaque = OpaqueExperts([Opaque(partial(self._call, weights), weights) for weights in each])
         y_TD, _ = self.overlap.dispatcher(x_TD, routes, opaque, self.training)
         return y_TD.to(autocast_type(x_TD, self.w1) or x_TD.dtype)  # they end in a product

@@ -42,6 +42,8 @@ def hook(
             problems.append(f"{name or 'the model'} ({type(layer).__name__}) cannot be hooked: {problem}")
         elif layer.ep_size > 1:
             hooked[name] = cls(name, layer, traffic)
+            if traffic.get("replicas") and (problem := problem_of_replicas(layer, hooked[name])):
+                problems.append(f"{name or 'the model'} ({type(layer).__name__}) cannot have replicas: {problem}")
     hosts, groups = agree(problems, hooked, [type(callback).__qualname__ for callback in callbacks])
     for layer in hooked.values():
         connect(layer, groups[layer.ep_size], hosts)
@@ -59,6 +61,15 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if seams.is_moe_layer(module) and not isinstance(module, MoE):
             yield name, module
+
+
+def problem_of_replicas(layer: nn.Module, hooked: HookedLayer) -> str:
+    """Why experts of the layer cannot have copies on other ranks, or an empty string."""
+    if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+        return "ZeRO-3 shares its weights over ranks, and no rank has a whole expert; set replicas to 0"
+    if hooked.known_experts() is None:
+        return "its experts are no Linear-GELU-Linear and no SwiGLU of plain Linears; set replicas to 0"
+    return ""
 
 
 def type_of_hook(layer: nn.Module) -> Any:
@@ -103,6 +114,8 @@ def _names(layers: list[tuple[str, str, dict[str, Any]]]) -> str:
 
 def connect(layer: HookedLayer, groups: list[list[int]], hosts: list[str]) -> None:
     """Opens or finds the lanes beside the layer's expert group. Collective over the world at first."""
-    lanes = seams.lanes_beside(layer.group, groups, layer.config.timeout_s)
+    lanes = seams.lanes_beside(layer.group, groups, layer.config.timeout_s, bool(layer.config.replicas))
     node_size = layer.config.node_size or even_share(hosts)
     layer.dispatcher.connect(transport_over(lanes, layer.config), torus_of(lanes.ranks, node_size))
+    if layer.dispatcher.replicas is not None:
+        layer.dispatcher.replicas.own_experts = layer.known_experts

@@ -17,10 +17,12 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.balance import BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
+from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.tuner import Choice
 
 # What a hooked layer takes from a configuration: how rows move. Which experts tokens visit is its own gate's to say.
 TRAFFIC = (
+    "replicas",
     "node_size",
     "schedule",
     "retune_drift",
@@ -75,6 +77,10 @@ class HookedLayer:
     def config(self) -> MoEConfig:
         """Its knobs as they are in force."""
         return self.dispatcher.config
+
+    def known_experts(self) -> Known | None:
+        """Its experts by their weights; None where their mathematics is unknown."""
+        raise NotImplementedError
 
     @property
     def choice(self) -> Choice | None:

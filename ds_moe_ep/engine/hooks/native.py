@@ -30,6 +30,7 @@ from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
 from ds_moe_ep.moe.experts import OpaqueExperts, first_output
 from ds_moe_ep.moe.recognise import ExpertForms
+from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.snapshot import has_foreign_hooks
 from ds_moe_ep.moe.split_experts import Opaque
@@ -92,6 +93,11 @@ class HookedNative(HookedLayer):
         if layer.ep_group is None:
             return "it has no expert-parallel group yet; call deepspeed.initialize first"
         return ""
+
+    def known_experts(self) -> Known | None:
+        experts = list(self._layer.experts.deepspeed_experts)
+        form = self.forms.common(experts)
+        return None if form is None else (form, [form.weights_of(expert) for expert in experts])
 
     def attach(self) -> None:
         swap_class(self._layer, OverlappedMOELayer, self)

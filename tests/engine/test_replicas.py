@@ -1,0 +1,214 @@
+"""Training with copies of hot experts is the training without them, through DeepSpeed's engine.
+
+Bounds are those of `test_training.py` and, for layers that DeepSpeed and AutoEP made, of the tests of their hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ds_moe_ep.schedule.placement import Placement
+from tests.engine.hooks import autoep_models
+from tests.engine.hooks.autoep_models import AutoEPJob
+from tests.engine.small_model import (
+    NUM_EXPERTS,
+    Job,
+    batches,
+    distance,
+    make_engine,
+    merged,
+    named_weights,
+    reference_job,
+    train_steps,
+)
+from tests.engine.test_training import LOSS, WEIGHTS, Outcome, loss_distance
+from tests.ranks import run_ranks
+
+
+def copies_in_use(layers: Any) -> int:
+    """Copies that the layers have now."""
+    slots = [layer.dispatcher.replicas for layer in layers if hasattr(layer, "dispatcher")]
+    return sum(len(each.placement.copies) for each in slots if each is not None)
+
+
+def train(job: Job, hooks: bool = False) -> tuple[Outcome, list[int]]:
+    """Losses and last weights of a job on this rank, and the copies in use after each step."""
+    from ds_moe_ep import attach_overlap
+
+    engine, used, losses = make_engine(job), [], []
+    knobs = {"schedule": job.schedule, "replicas": job.replicas}
+    layers = attach_overlap(engine, knobs).layers.values() if hooks else engine.module.layers
+    if job.top_k == NUM_EXPERTS:  # every expert gets every token: none is hot
+        for layer in layers if job.replicas else ():
+            pin(layer)
+    for step in batches(job):
+        losses += train_steps(engine, job, [step])
+        used.append(copies_in_use(layers))
+    return (losses, named_weights(engine.module, job)), used
+
+
+def pin(layer: Any) -> None:
+    """Lets each rank have the first expert of the rank before it, whatever the load."""
+    replicas = layer.dispatcher.replicas
+    size, local = replicas.link.size, replicas.num_local
+    placement = Placement(size, local, 1, tuple(((rank - 1) % size * local,) for rank in range(size)))
+    replicas.choose = lambda rows_E, before: placement
+
+
+def train_all(jobs: Sequence[tuple[Job, bool]]) -> list[tuple[Outcome, list[int]]]:
+    return [train(job, hooks) for job, hooks in jobs]
+
+
+def outcomes(jobs: Sequence[tuple[Job, bool]]) -> list[Outcome]:
+    """Losses and the world's weights of each job; copies were in use where it has slots."""
+    by_rank = run_ranks(jobs[0][0].world_size, train_all, jobs, timeout_s=280)
+    for index, (job, _) in enumerate(jobs):
+        assert (max(by_rank[0][index][1]) > 0) == bool(job.replicas), job
+    return [(by_rank[0][i][0][0], merged([results[i][0][1] for results in by_rank])) for i in range(len(jobs))]
+
+
+def jobs_in_fp32() -> list[Job]:
+    """ZeRO 0, 1, 2; EP = world and EP < world; accumulation; dropless and capacity; k > 1."""
+    return [
+        Job(stage=0, ep_size=4, accumulation=2, replicas=1),
+        Job(stage=0, ep_size=2, accumulation=3, top_k=1, replicas=1, door="deepspeed"),
+        Job(stage=1, ep_size=4, accumulation=2, top_k=1, replicas=2),
+        Job(stage=1, ep_size=2, accumulation=2, capacity_factor=1.0, replicas=1),
+        Job(stage=2, ep_size=4, accumulation=3, capacity_factor=0.75, replicas=1),
+        Job(stage=2, ep_size=2, accumulation=1, top_k=4, replicas=1),
+    ]
+
+
+def test_training_in_fp32_equals_single_process_training() -> None:
+    jobs = jobs_in_fp32()
+    for job, found in zip(jobs, outcomes([(job, False) for job in jobs]), strict=True):
+        expected = reference_job(job)
+        assert distance(found[1], expected[1]) <= WEIGHTS, job
+        assert loss_distance(found, expected) <= LOSS, job
+
+
+def test_clipping_and_bf16_train_as_without_copies() -> None:
+    """bf16: as close to float64 as without copies, as `test_training.py` has it beside DeepSpeed's own layer.
+
+    All experts are chosen there, lest rounding turns a choice over.
+    """
+    jobs = [
+        Job(stage=0, clipping=0.05, ep_size=2, replicas=1),
+        Job(stage=2, clipping=0.05, ep_size=4, accumulation=2, replicas=1),
+        Job(stage=1, bf16=True, top_k=8, accumulation=2, replicas=1),
+        Job(stage=2, bf16=True, top_k=8, ep_size=2, replicas=1),
+    ]
+    found = outcomes([(each, False) for job in jobs for each in (job, replace(job, replicas=0))])
+    for job, mine, plain in zip(jobs, found[::2], found[1::2], strict=True):
+        expected = reference_job(job) if job.bf16 else plain
+        factor, rounding = (1.5, 2**-9) if job.bf16 else (0.0, 0.0)
+        allowed = factor * distance(plain[1], expected[1]) + rounding or 2 * WEIGHTS
+        assert distance(mine[1], expected[1]) <= allowed, job
+        assert loss_distance(mine, expected) <= (factor * loss_distance(plain, expected) + rounding or 2 * LOSS), job
+
+
+def test_deepspeeds_own_layers_train_alike_with_copies_of_their_experts() -> None:
+    jobs = [
+        Job(layer="native", stage=1, ep_size=2, accumulation=2, replicas=1),
+        Job(layer="native", stage=2, ep_size=4, capacity_factor=1.0, replicas=1),
+    ]
+    found = outcomes([each for job in jobs for each in ((job, True), (replace(job, replicas=0), False))])
+    for job, mine, plain in zip(jobs, found[::2], found[1::2], strict=True):
+        assert distance(mine[1], plain[1]) <= 1e-5, job
+        assert mine[0] == pytest.approx(plain[0], rel=2e-6), job
+
+
+def train_autoep(jobs: Sequence[AutoEPJob], knobs: dict[str, Any]) -> list[Any]:
+    """Losses and last weights of each job with hooks and copies, and of each without; and the copies in use."""
+    from ds_moe_ep import attach_overlap
+
+    found: list[Any] = []
+    for job in jobs:
+        handles: list[Any] = []
+        attach = functools.partial(_attach, handles, attach_overlap, knobs)
+        mine = autoep_models.run_job(job, attach)
+        found.append((mine, autoep_models.run_job(job), copies_in_use(handles[0].layers.values())))
+    return found
+
+
+def _attach(handles: list[Any], attach_overlap: Any, knobs: dict[str, Any], engine: Any) -> None:
+    handles.append(attach_overlap(engine, knobs))
+
+
+def test_autoeps_layers_train_alike_with_copies_of_their_experts() -> None:
+    jobs = [
+        AutoEPJob(stage=1, ep_size=4, accumulation=2),
+        AutoEPJob(stage=2, ep_size=2, preset="qwen3_moe", checkpointing="non-reentrant"),
+        AutoEPJob(stage=0, ep_size=4, checkpointing="reentrant", score_apply="pre"),
+    ]
+    by_rank = run_ranks(4, train_autoep, jobs, {"schedule": "peers", "replicas": 1}, timeout_s=280)
+    for index, job in enumerate(jobs):
+        assert by_rank[0][index][2] > 0, job
+        (losses, _), (expected, _) = by_rank[0][index][:2]
+        mine, plain = (merged([results[index][side][1] for results in by_rank]) for side in (0, 1))
+        assert distance(mine, plain) <= 1e-5, job
+        assert losses == pytest.approx(expected, rel=2e-6), job
+
+
+def trained_then_evaluated(job: Job) -> tuple[bool, bool]:
+    """Whether evaluation between steps changes nothing, and whether a checkpoint knows nothing of copies."""
+    engine = make_engine(job)
+    first, *others = batches(job)
+    train_steps(engine, job, [first])
+    x, target = first[0]
+    rank = torch.distributed.get_rank()
+    with torch.no_grad():
+        engine.eval()
+        losses = [float(engine(x[rank], target[rank])) for _ in range(2)]
+    engine.train()
+    train_steps(engine, job, others)
+    names = [name for name in engine.module.state_dict() if "replica" in name or "cop" in name]
+    return losses[0] == losses[1], not names
+
+
+def test_evaluation_uses_the_copies_and_state_dicts_do_not_have_them() -> None:
+    assert run_ranks(4, trained_then_evaluated, Job(replicas=1, stage=1, steps=3)) == [(True, True)] * 4
+
+
+def events_of_a_window(job: Job) -> list[str]:
+    """What the layers do about copies from one step to the next, in order."""
+    from ds_moe_ep.moe.replicas import copies, gradients, replicas
+
+    log: list[str] = []
+
+    def logged(owner: Any, name: str, layer_of: Any) -> None:
+        original = getattr(owner, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            log.append(f"{name} {layer_of(args)}")
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapper)
+
+    engine = make_engine(job)
+    for layer in engine.module.layers:
+        pin(layer)
+    before, window = batches(job)
+    train_steps(engine, job, [before])
+    logged(gradients.Loan, "take", lambda args: args[0]._layer)
+    logged(gradients.Loan, "collect", lambda args: args[0]._layer)
+    logged(replicas.Replicas, "begin", lambda args: args[2].call.layer)
+    logged(copies.Copies, "start", lambda args: args[3].layer)
+    logged(gradients, "Returning", lambda args: args[5].layer)
+    train_steps(engine, job, [window])
+    return log
+
+
+def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_layers_backward_pass() -> None:
+    one, two = "layers.0", "layers.1"
+    first = [f"begin {one}", f"begin {two}", *(f"{do} {at}" for at in (two, one) for do in ("take", "collect"))]
+    last = [f"begin {one}", f"begin {two}", f"take {two}", f"Returning {two}", f"take {one}", f"Returning {one}"]
+    last += [f"collect {two}", f"collect {one}", f"start {one}", f"start {two}"]
+    for log in run_ranks(4, events_of_a_window, Job(replicas=1, accumulation=2, steps=2)):
+        assert log == [*first, *last]

@@ -1,0 +1,76 @@
+"""Layers with replicas on layer cases: what each rank executes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ds_moe_ep.moe.layer import ExpertParallel
+from ds_moe_ep.moe.replicas.replicas import Replicas
+from ds_moe_ep.schedule.placement import Placement
+from tests.moe.layer_cases import LayerCase, LayerResult, case_data
+from tests.moe.layer_runs import Links, build_layer, config, forward_backward, torus_for
+
+SKEW = 1.5  # of the last expert's logits
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A result, and the copies that were in use for it."""
+
+    result: LayerResult
+    copies: tuple[tuple[int, int, int], ...]
+
+
+def hosted_case(name: str, *, rows: Sequence[int] = (24, 9, 0, 31), **knobs: Any) -> LayerCase:
+    """A skewed case over ranks that share the experts, with one slot per rank unless said otherwise."""
+    case_knobs = {key: knobs.pop(key) for key in ("expert", "dtype", "shared", "masked", "training") if key in knobs}
+    size = knobs.pop("ep_size", len(rows))
+    layer = config(**{"ep_size": size, "top_k": 2, "replicas": 1, **knobs})
+    return LayerCase(name=name, config=layer, rows=tuple(rows), skew=SKEW, **case_knobs)
+
+
+@dataclass
+class Windows:
+    """Windows that a test moves on by hand."""
+
+    number: int = 0
+    last: bool = True
+    micro_batches: int = 1
+
+    def is_last(self) -> bool:
+        return self.last
+
+
+def connected(case: LayerCase, links: Links) -> ExpertParallel:
+    """The case's layer on its links."""
+    layer = build_layer(case, case_data(case))
+    layer.connect(links.of(case), torus_for(case))
+    return layer
+
+
+def replicas_of(layer: ExpertParallel) -> Replicas:
+    """The layer's slots."""
+    assert layer.dispatcher.replicas is not None
+    return layer.dispatcher.replicas
+
+
+def pin(layer: ExpertParallel, *guests: tuple[int | None, ...]) -> None:
+    """Lets the layer have these guests on each rank, whatever the load."""
+    replicas = replicas_of(layer)
+    placement = Placement(replicas.link.size, replicas.num_local, len(guests[0]), guests)
+    replicas.choose = lambda rows_E, before: placement
+
+
+def run_hosted(cases: Sequence[LayerCase]) -> list[tuple[Hosted, LayerResult]]:
+    """Each case on this rank with replicas, and without."""
+    links, found = Links(), []
+    for case in cases:
+        layer = connected(case, links)
+        result = forward_backward(layer, case, case_data(case))
+        hosted = Hosted(result, replicas_of(layer).placement.copies)
+        plain_case = replace(case, config=replace(case.config, replicas=0))
+        plain = connected(plain_case, links)
+        found.append((hosted, forward_backward(plain, plain_case, case_data(case))))
+    return found
