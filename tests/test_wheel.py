@@ -85,7 +85,8 @@ def test_the_wheel_has_every_file_of_the_package_and_every_ds_config_and_cluster
     assert len(data) >= 13
     pages = {f"{path.relative_to(ROOT)}" for path in (ROOT / "ds_moe_ep" / "docs").glob("*.md")}
     assert len(pages) >= 15
-    assert names_in(wheel) == modules | data | pages | {"ds_moe_ep/ARCHITECTURE.md", "ds_moe_ep/py.typed"}
+    others = {f"ds_moe_ep/{name}" for name in ("ARCHITECTURE.md", "py.typed", "live/page.html")}
+    assert names_in(wheel) == modules | data | pages | others
 
 
 def metadata_of(wheel: Path) -> Message:
