@@ -19,8 +19,9 @@ from ds_moe_ep.config import deepspeed_keys
 from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.config.section import Section, load_ds_config, read_section
 from ds_moe_ep.config.topology import RankGrid
-from ds_moe_ep.config.training import BYTES, WHOLE, Training, read_training
+from ds_moe_ep.config.training import WHOLE, Training, read_training
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.kernels.attention_path import MAX_FLASH_HEAD, PATHS, attention_path, queries_per_block
 from ds_moe_ep.records.quantity import gigabytes
 from ds_moe_ep.schedule.placement import MAX_AUTO_SLOTS
 from ds_moe_ep.sizing.fit import memory_fix, needs
@@ -40,8 +41,6 @@ from ds_moe_ep.sizing.footprint import (
 )
 from ds_moe_ep.specification.claim import Figure
 from ds_moe_ep.specification.claims import stated_and_derived
-
-FLASH_HEAD_SIZE = 256  # torch's flash attention ends at heads of this width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +194,13 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
     yield from _replica_notes(moe, model, training)
     if moe.balance == "none" and moe.capacity_factor is None:
         yield "balance='none' without a capacity: nothing keeps an expert from taking every row"
-    if model is not None and model.hidden_size // model.num_heads > FLASH_HEAD_SIZE:
-        head, S = model.hidden_size // model.num_heads, model.sequence_length
+    if model is not None and attention_path(model.head_size, "cuda") == "blocks":
         num_heads = model.num_heads // section.layout.tp_size
-        scores = training.micro_batch * num_heads * S * S * BYTES[training.precision]
+        queries = queries_per_block(training.micro_batch, num_heads, model.sequence_length)
+        scores = 4 * training.micro_batch * num_heads * model.sequence_length * min(queries, model.sequence_length)
         yield (
-            f"heads of {head}: torch's flash attention ends at {FLASH_HEAD_SIZE}; the memory-efficient "
-            f"kernel must run, since the plain one would store {gigabytes(scores, 1)} of scores"
+            f"heads of {model.head_size}: flash kernels end at {MAX_FLASH_HEAD}; on GPUs attention runs by "
+            f"{PATHS['blocks']}, {gigabytes(scores, 1)} of scores at a time"
         )
     if training.num_replicas > 1 and section.layout == WHOLE:
         grid = RankGrid(world_size=training.world_size, ep_size=moe.ep_size)

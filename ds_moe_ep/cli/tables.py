@@ -13,6 +13,7 @@ from ds_moe_ep.check.config import Check, ModelCheck
 from ds_moe_ep.check.pipeline import PipelineCheck
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.config.training import WHOLE
+from ds_moe_ep.kernels.attention_path import PATHS, attention_path
 from ds_moe_ep.records.quantity import number, percent, size
 from ds_moe_ep.records.render import print_lines, print_tables, to_markdown
 from ds_moe_ep.records.table import Table, table
@@ -28,7 +29,7 @@ ROWS_OF_MEMORY = {
     "buffers": "DeepSpeed's gradient buckets (backward)",
     "step": "fp32 gradients of a step (not beside the two above)",
 }
-BESIDE_THE_POINT = {"schedule", "precision"}  # of the few lines
+BESIDE_THE_POINT = {"schedule", "attention on GPUs", "precision"}  # of the few lines
 FEW_NOTES = 1  # beside the few lines; keys that DeepSpeed ignores come first
 DERIVED = "All numbers are derived from shapes; none of them was measured."
 
@@ -109,12 +110,17 @@ def _job(check: Check) -> dict[str, str]:
         ranks = f"{training.num_copies} copies x {layout.pp_size} stages x {layout.tp_size} tensor ranks"
         place, copies = f"1/{layout.tp_size} of each on a rank of the layer's stage", f"{training.num_copies} copies"
         schedule = f"1F1B of {training.accumulation} micro-batches, bubble {percent(bubble(training))}"
+    attention = {}
+    if check.details is not None:
+        path = attention_path(check.details.model.head_size, "cuda")
+        attention = {"attention on GPUs": f"{PATHS[path]}, heads of {check.details.model.head_size}"}
     summed = "" if training.gradient_precision == training.precision else f", summed in {training.gradient_precision}"
     return {
         "ranks": f"{training.world_size} = {ranks}",
         "experts per layer": f"{moe.num_experts}, {place}",
         "routing": f"top-{moe.top_k}, {moe.score}, {capacity}, balance {moe.balance}",
         "schedule": schedule,
+        **attention,
         "precision": training.precision + summed,
         "batch in sequences": (
             f"{training.batch:,} = {training.micro_batch} x {training.accumulation} micro-batches x {copies}"

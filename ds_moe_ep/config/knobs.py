@@ -227,6 +227,11 @@ class ModelConfig:
         return from_dict(cls, values, path)
 
     @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
     def expert_matrices(self) -> int:
         """Weight matrices of one expert: 2 for GELU, 3 for SwiGLU."""
         return 3 if self.expert == "swiglu" else 2

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_moe_ep.kernels.attention_path import queries_per_block, query_blocks
 from ds_moe_ep.kernels.eager import not_compiled, without_autocast
-
-BLOCK_BYTES = 2**29  # of the scores of one block
-MIN_QUERIES = 16  # of a block
 
 
 def blockwise_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -27,11 +25,6 @@ def blockwise_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Ten
     flat = [each.flatten(0, 1) for each in (query, key, value)]
     out: Tensor = _BlockwiseAttention.apply(*flat, queries_per_block(*shape[:3]))  # type: ignore[no-untyped-call]
     return out.view(shape)
-
-
-def queries_per_block(num_sequences: int, num_heads: int, num_tokens: int) -> int:
-    """Queries of one block, so that its scores take at most BLOCK_BYTES."""
-    return max(MIN_QUERIES, BLOCK_BYTES // max(4 * num_sequences * num_heads * num_tokens, 1))
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -66,8 +59,7 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 def _blocks(num_tokens: int, per_block: int) -> list[tuple[slice, slice]]:
     """Each block's queries, and the keys that they see."""
-    ends = [min(start + per_block, num_tokens) for start in range(0, num_tokens, per_block)]
-    return [(slice(start, end), slice(0, end)) for start, end in zip([0, *ends], ends, strict=False)]
+    return [(slice(start, end), slice(0, end)) for start, end in query_blocks(num_tokens, per_block)]
 
 
 def _shares(query: Tensor, key: Tensor, here: slice, upto: slice) -> Tensor:

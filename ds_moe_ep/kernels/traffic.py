@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# Numbers of the hidden rows of one expert and piece from which its product fills a device six times over: 132
+# multiprocessors with tiles of 128 x 256. Its last, partly filled round costs less then than rows by expert do.
+LARGE_PRODUCT = 6 * 132 * 128 * 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class OperationSizes:
@@ -59,7 +63,9 @@ def _sort(sizes: OperationSizes) -> LeastTraffic:
     return LeastTraffic(4 * 8 * sizes.num_tokens * sizes.num_choices, 3)
 
 
-TRAFFIC: dict[str, Callable[[OperationSizes], LeastTraffic]] = {
+Rule = Callable[[OperationSizes], LeastTraffic]
+
+TRAFFIC: dict[str, Rule] = {
     "permute forward": _tokens(lambda s: 1 + s.num_choices),
     "permute backward": _tokens(lambda s: s.num_choices + 1),
     "weighted permute forward": _tokens(lambda s: 1 + s.num_choices),
@@ -69,14 +75,58 @@ TRAFFIC: dict[str, Callable[[OperationSizes], LeastTraffic]] = {
     "gate forward": _gate(1, 2),  # counts are cleared first
     "gate backward": _gate(2, 4),  # logits, tokens, parts of the weight, their sum
     "sort": _sort,  # counts are cleared first
+    "gelu": _hidden(2),  # torch's own
     "swiglu": _hidden(3),
     "gelu backward": _hidden(4),  # with the active rows made again
+    "gelu backward, active rows kept": _hidden(3),
     "swiglu backward": _hidden(6),
+    "swiglu backward, active rows kept": _hidden(5),
     "rotation forward": _tokens(lambda s: 4),  # queries and keys in, and out
     "rotation backward": _tokens(lambda s: 6),  # values too
+}
+
+
+def _wide(s: OperationSizes) -> int:
+    """Passes over a tensor in fp32, over one of the tokens' type."""
+    return 4 // s.item_bytes
+
+
+def _plain_unpermute(s: OperationSizes) -> int:
+    """A gather, a product with weights in fp32 and a sum for each choice, then a cast."""
+    w, further = _wide(s), s.num_choices - 1
+    if s.num_choices == 1 and not s.num_added:
+        return 4
+    return (2 + 1 + w) + further * (2 + 2 * w + 1) + s.num_added * (2 * w + 1) + (w + 1) * (w > 1)
+
+
+def _plain_permute_backward(s: OperationSizes) -> int:
+    """A gather for each choice, summed in fp32 where there is more than one."""
+    w, further = _wide(s), s.num_choices - 1
+    return 2 + bool(further) * 2 * (w + 1) * (w > 1) + further * (2 + 2 * w + 1)
+
+
+PLAIN_TRAFFIC: dict[str, Rule] = {  # of plain torch on a device; gates widen the tokens, and activations go by steps
+    **TRAFFIC,
+    "permute forward": _tokens(lambda s: 2 * s.num_choices),
+    "permute backward": _tokens(_plain_permute_backward, 5),
+    "unpermute forward": _tokens(_plain_unpermute, 6),
+    "unpermute backward": _tokens(lambda s: s.num_choices * (6 + 4 * _wide(s)), 7),
+    "gate forward": _gate(5, 40),  # by blocks: cast, product
+    "gate backward": _gate(11, 80),
+    "swiglu": _hidden(5),
+    "gelu backward": _hidden(7),
+    "swiglu backward": _hidden(16),
+    "swiglu backward, active rows kept": _hidden(11),
+    "rotation forward": _tokens(lambda s: 2 * (3 + 6 * _wide(s)), 20),
+    "rotation backward": _tokens(lambda s: 2 * (3 + 6 * _wide(s)) + 2, 22),
 }
 
 
 def traffic(operation: str, sizes: OperationSizes) -> LeastTraffic:
     """The least traffic of one call of an operation of TRAFFIC."""
     return TRAFFIC[operation](sizes)
+
+
+def plain_traffic(operation: str, sizes: OperationSizes) -> LeastTraffic:
+    """The traffic of one call as plain torch makes it on a device, step by step."""
+    return PLAIN_TRAFFIC[operation](sizes)

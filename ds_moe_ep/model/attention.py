@@ -6,19 +6,15 @@ of one, D width, H width of one head.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ds_moe_ep.kernels.attention import blockwise_causal_attention
+from ds_moe_ep.kernels.attention_path import attention_path
 from ds_moe_ep.kernels.rotary import Rotation, split_rotated, turn
 
 ROTARY_BASE = 10_000.0
-MAX_FLASH_HEAD = 256
-
-AttentionPath = Literal["torch", "flash", "blocks"]
 
 
 class CausalAttention(nn.Module):
@@ -38,23 +34,12 @@ class CausalAttention(nn.Module):
     def forward(self, x_BSD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """Values that each token gathers from itself and the tokens before it: [B, S, D]; `attention_path` says how."""
         query, key, value = split_rotated(self.qkv(x_BSD), rotation, self.head_size, self.use_triton)
-        if attention_path(self.head_size, x_BSD.device) == "blocks":
+        if attention_path(self.head_size, x_BSD.device.type) == "blocks":
             gathered = blockwise_causal_attention(query, key, value)
         else:
             gathered = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         mixed: torch.Tensor = self.out(gathered.transpose(1, 2).flatten(2))
         return mixed
-
-
-def attention_path(head_size: int, device: torch.device) -> AttentionPath:
-    """Way that attention is computed: torch's choice on a CPU, and on CUDA a flash kernel or blocks of queries.
-
-    Flash kernels end at heads of 256. For wider ones torch would fall back to a kernel whose tiles are too narrow to
-    feed tensor cores.
-    """
-    if device.type != "cuda":
-        return "torch"
-    return "flash" if head_size <= MAX_FLASH_HEAD else "blocks"
 
 
 def rotation_of(num_positions: int, head_size: int, device: torch.device) -> Rotation:

@@ -151,7 +151,7 @@ def activation_bytes(model: ModelConfig, moe: MoEConfig, training: Training, loa
     loss                   T*V*(b + 12)
 
     With recompute only the inputs of L layers (T*D*b each) and one layer's set are alive. The S x S scores
-    are not counted: torch's flash and memory-efficient kernels do not store them.
+    are not counted: flash kernels do not store them, and those of a block of queries are gone before the experts' rows.
     """
     b = BYTES[training.precision]
     T, D = tokens_of_rank(model, training), model.hidden_size

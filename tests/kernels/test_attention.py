@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_moe_ep.kernels import attention
-from ds_moe_ep.kernels.attention import blockwise_causal_attention, queries_per_block
+from ds_moe_ep.kernels import attention, attention_path
+from ds_moe_ep.kernels.attention import blockwise_causal_attention
+from ds_moe_ep.kernels.attention_path import queries_per_block
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-6}
 
@@ -34,11 +35,11 @@ def torchs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def test_blocks_of_any_size_equal_torchs_attention(
     num_tokens: int, head_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "MIN_QUERIES", 1)
+    monkeypatch.setattr(attention_path, "MIN_QUERIES", 1)
     tensors = inputs(num_tokens, head_size, dtype)
     expected = results(torchs, [each.detach().double().requires_grad_() for each in tensors])
     for per_block in (1, 5, 16, 1000):
-        monkeypatch.setattr(attention, "BLOCK_BYTES", 4 * 6 * num_tokens * per_block)
+        monkeypatch.setattr(attention_path, "BLOCK_BYTES", 4 * 6 * num_tokens * per_block)
         assert queries_per_block(2, 3, num_tokens) == per_block
         for ours, exact in zip(results(blockwise_causal_attention, tensors), expected, strict=True):
             assert ours.dtype == dtype
@@ -59,8 +60,8 @@ def test_keys_behind_a_query_count_nothing_and_others_do() -> None:
 
 def test_scores_of_a_block_stay_within_their_bound() -> None:
     per_block = queries_per_block(1, 16, 10_000)
-    assert 500 < per_block < 1000 and 4 * 16 * 10_000 * per_block <= attention.BLOCK_BYTES
-    assert queries_per_block(64, 64, 100_000) == attention.MIN_QUERIES
+    assert 500 < per_block < 1000 and 4 * 16 * 10_000 * per_block <= attention_path.BLOCK_BYTES
+    assert queries_per_block(64, 64, 100_000) == attention_path.MIN_QUERIES
 
 
 def test_blocks_skip_what_lies_behind_them() -> None:

@@ -104,7 +104,7 @@ def test_attention_by_blocks_equals_torchs(dtype: torch.dtype, monkeypatch: pyte
     with torch.device("cuda"):
         tensors = test_attention.inputs(300, 512, dtype)
         exact = test_attention.results(test_attention.torchs, [t.detach().double().requires_grad_() for t in tensors])
-        monkeypatch.setattr("ds_moe_ep.kernels.attention.BLOCK_BYTES", 4 * 6 * 300 * 64)
+        monkeypatch.setattr("ds_moe_ep.kernels.attention_path.BLOCK_BYTES", 4 * 6 * 300 * 64)
         ours = test_attention.results(blockwise_causal_attention, tensors)
     bound = {torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-6}[dtype]
     for one, other in zip(ours, exact, strict=True):

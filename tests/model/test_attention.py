@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from ds_moe_ep.kernels.attention_path import attention_path
 from ds_moe_ep.model import attention as model_attention
-from ds_moe_ep.model.attention import CausalAttention, attention_path, rotate, rotation_of
+from ds_moe_ep.model.attention import CausalAttention, rotate, rotation_of
 
 
 def plain_attention(attention: CausalAttention, x_SD: torch.Tensor) -> torch.Tensor:
@@ -78,14 +79,13 @@ def test_qkv_cut_by_rows_and_out_cut_by_columns_sum_to_the_whole_layer() -> None
 def test_heads_that_no_flash_kernel_takes_go_by_blocks_on_cuda_and_give_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    paths = [attention_path(512, cuda), attention_path(256, cuda), attention_path(512, cpu)]
+    paths = [attention_path(512, "cuda"), attention_path(256, "cuda"), attention_path(512, "cpu")]
     assert paths == ["blocks", "flash", "torch"]
     torch.manual_seed(0)
     layer = CausalAttention(64, 2).double()
-    x_BSD, rotation = torch.randn(2, 9, 64, dtype=torch.float64), rotation_of(9, 32, cpu)
+    x_BSD, rotation = torch.randn(2, 9, 64, dtype=torch.float64), rotation_of(9, 32, torch.device("cpu"))
     expected = layer(x_BSD, rotation)
-    monkeypatch.setattr(model_attention, "attention_path", lambda head_size, device: "blocks")
+    monkeypatch.setattr(model_attention, "attention_path", lambda head_size, device_type: "blocks")
     torch.testing.assert_close(layer(x_BSD, rotation), expected)
     monkeypatch.setattr(model_attention, "blockwise_causal_attention", lambda query, key, value: value)
     assert not torch.allclose(layer(x_BSD, rotation), expected)

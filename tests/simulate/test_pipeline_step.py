@@ -122,7 +122,8 @@ def test_free_communication_leaves_the_compute_and_the_bubble(
     costs = LayerCosts(job.model, MOE, job.cluster.device, "fp32", 2)
     tokens = job.micro_batch_tokens
     forward_us = costs.attention(tokens) + costs.gate(tokens) + costs.experts(tokens, 16)
-    backward_us = costs.attention(tokens, True) + costs.gate(tokens, True) + costs.experts(tokens, 16, 2)
+    backward_us = costs.attention(tokens, True) + costs.gate(tokens, True) + costs.input_grads(tokens, 16)
+    backward_us += costs.weight_grads(tokens, 16)
     layer_us = forward_us + (backward_us + forward_us * recompute) * (mode == "training")
     compute_us = micro_batches * MODEL.num_layers // pp * layer_us
     step = pipeline_step(job)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.grouped import is_one_kernel, lie_together
+from ds_moe_ep.kernels.traffic import LARGE_PRODUCT
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.grouped.experts import PARTS, named_tensors
 from ds_moe_ep.moe.recognise import Form
@@ -19,10 +20,6 @@ from ds_moe_ep.moe.split_experts import Weights
 from ds_moe_ep.schedule.build import Schedule
 
 logger = logging.getLogger(__name__)
-
-# Numbers of the hidden rows of one expert and piece from which its product fills a device six times over: 132
-# multiprocessors with tiles of 128 x 256. Its last, partly filled round costs less then than rows by expert do.
-LARGE_PRODUCT = 6 * 132 * 128 * 256
 
 
 class KnowsWeights(Protocol):

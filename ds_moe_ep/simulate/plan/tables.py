@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ds_moe_ep.config.training import WHOLE
+from ds_moe_ep.kernels.attention_path import PATHS, attention_path
 from ds_moe_ep.records.names import KINDS
 from ds_moe_ep.records.quantity import Quantity, number, percent
 from ds_moe_ep.records.render import print_lines, print_tables, to_terminal
@@ -60,7 +61,9 @@ def answers(plan: Plan, *, in_brief: bool = False) -> dict[str, str]:
     faster = [other for other in plan.others if other["tps_ratio"].value > 1]
     ratios = [_text(other["tps_ratio"]) for other in faster]
     gain = faster_with = ""
+    attention = ""
     if not in_brief:
+        attention = f"; attention by {_attention(plan)}"
         gain = f"; {_text(plan.gain)} times the same job with nothing hidden" if plan.gain is not None else ""
         faster_with = f" with {faster[0].title}" if faster else ""
     replicas = {"replicas": replicas_told(plan.replicas)} if plan.replicas is not None else {}
@@ -68,7 +71,7 @@ def answers(plan: Plan, *, in_brief: bool = False) -> dict[str, str]:
         "tokens per second": _text(named["tps"]),
         "traffic hidden": f"{_text(hidden)} %{gain}" if hidden is not None else "none: no experts' traffic",
         **replicas,
-        "utilization": f"{_text(named['mfu'])} % of the peak",
+        "utilization": f"{_text(named['mfu'])} % of the peak{attention}",
         "bounded by": f"{bound.title}: {bound['saved_ratio'].percent()} of a step",
         "faster": f"{ratios[0]} times{faster_with}" if ratios else "no change of the file that fits",
         "largest": f"{_largest(plan.fit)} sequences per micro-batch",
@@ -161,10 +164,18 @@ def _print_head(plan: Plan, console: Console) -> None:
     batch = f"{training.batch:,} sequences per batch = {training.micro_batch} x {training.accumulation} micro-batches"
     ranks = f"{training.world_size} ranks on {cluster.num_nodes} nodes"
     lines = [f"{plan.title}, {MODES[setup.mode]}, {ranks}; {batch} x {training.num_copies}"]
+    lines.append(f"attention by {_attention(plan)}, heads of {setup.model.head_size}")
     if setup.loads:
         lines.append(f"load: the fullest rank receives {number(max(setup.loads), 2)} times the mean rows")
     print_lines(lines, console)
     _print_notes([plan], console)
+
+
+def _attention(plan: Plan) -> str:
+    """Way that attention runs on the cluster, for a reader."""
+    setup = plan.job.setup
+    device = "cpu" if setup.cluster.computes_on == "host" else "cuda"
+    return PATHS[attention_path(setup.model.head_size, device)]
 
 
 def _print_notes(plans: Sequence[Plan], console: Console) -> None:

@@ -20,13 +20,15 @@ from functools import cached_property
 
 from ds_moe_ep.config.topology import Torus, torus_of
 from ds_moe_ep.config.training import BYTES
+from ds_moe_ep.kernels.traffic import LARGE_PRODUCT
+from ds_moe_ep.schedule.build import Schedule
 from ds_moe_ep.schedule.program import START, Event, Load, Program
 from ds_moe_ep.schedule.spans import LANES, Span, Tags, length, overlap, union
 from ds_moe_ep.simulate.cluster.machine import Machine, Volume, machine_for_group, machine_for_one
 from ds_moe_ep.simulate.step.copies import CopyTraffic
 from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.data_parallel import finish_step
-from ds_moe_ep.simulate.step.moe_pass import ExpertTimes, LayerPass, Rows
+from ds_moe_ep.simulate.step.moe_pass import ExpertTimes, LayerPass, Rows, Share
 from ds_moe_ep.simulate.step.setup import Setup, Step
 from ds_moe_ep.sizing.footprint import SUM_BYTES
 
@@ -50,7 +52,8 @@ class EpJob:
     def costs(self) -> LayerCosts:
         """Times of the parts of the model."""
         setup = self.setup
-        return LayerCosts(setup.model, setup.moe, setup.cluster.device, setup.training.precision)
+        on_host = setup.cluster.computes_on == "host"
+        return LayerCosts(setup.model, setup.moe, setup.cluster.device, setup.training.precision, on_host=on_host)
 
     @cached_property
     def rows(self) -> Rows:
@@ -65,19 +68,19 @@ class EpJob:
             return machine_for_group(cluster, self.torus)
         return machine_for_one(cluster, self.rows.far_share(cluster.far.shared_by))
 
+    @property
+    def num_local(self) -> int:
+        """Experts of a rank, with the copies of others' that it hosts."""
+        placement = self.setup.placement
+        return self.setup.moe.num_local_experts + (0 if placement is None else placement.slots)
+
     @cached_property
     def layer(self) -> LayerPass:
         """The experts' part of a layer; `rows` of its times fall evenly on the rank's experts."""
-        setup, costs, local = self.setup, self.costs, self.setup.moe.num_local_experts
-        if setup.placement is not None:
-            local += setup.placement.slots
-        times = ExpertTimes(
-            forward=lambda rows: costs.experts(rows, local),
-            input_grads=lambda rows: costs.experts(rows, local),
-            weight_grads=lambda rows: costs.weight_grads(rows, local),
-        )
+        setup = self.setup
+        times = ExpertTimes(self._experts, self._input_grads, self._weight_grads)
         row_bytes = setup.model.hidden_size * BYTES[setup.training.precision]
-        return LayerPass(setup.moe, self.machine, self.rows, row_bytes, times)
+        return LayerPass(setup.moe, self.machine, self.rows, row_bytes, times, self.num_local)
 
     @cached_property
     def copies(self) -> CopyTraffic | None:
@@ -89,25 +92,79 @@ class EpJob:
         gradient_bytes = float(setup.model.expert_params * SUM_BYTES)
         return CopyTraffic(setup.placement, self.torus, self.machine, weight_bytes, gradient_bytes)
 
+    @cached_property
+    def is_grouped(self) -> bool:
+        """True where one product serves all experts of a rank, as moe/grouped/choice.py has it for weights in a row."""
+        moe, schedule = self.setup.moe, self.layer.schedules[1]
+        if self.num_local == 1 or moe.grouped_products == "off" or schedule.is_bit_equal:
+            return False
+        if len(schedule.blocks) > 1 or moe.grouped_products == "on":
+            return len(schedule.blocks) == 1
+        is_one_kernel = self.setup.training.precision == "bf16" or moe.capacity_factor is not None
+        runs = len(schedule.pieces) * self.num_local
+        numbers = self.rows.received(self.rows.ranks[0]) * self.setup.model.expert_width / runs
+        is_large = len(schedule.pieces) > 1 and numbers > LARGE_PRODUCT
+        return self.setup.cluster.computes_on == "device" and is_one_kernel and not is_large
+
+    def _experts(self, share: Share) -> float:
+        """A piece forward: rows into the order of experts and out of it, products, the shared expert's tokens."""
+        own_us = self.costs.shared_expert(share.tokens * self.setup.micro_batch_tokens)
+        return self._moves(share) + self.costs.experts(share.rows, share.num_runs, is_grouped=self.is_grouped) + own_us
+
+    def _input_grads(self, share: Share) -> float:
+        """A piece backward, without weight gradients."""
+        own_us = self.costs.shared_expert(share.tokens * self.setup.micro_batch_tokens, backward=True)
+        products_us = self.costs.input_grads(share.rows, share.num_runs, is_grouped=self.is_grouped)
+        return self._moves(share) + products_us + own_us
+
+    def _weight_grads(self, share: Share) -> float:
+        """A block of weight gradients; where there are several they are summed in fp32 and cast behind the last."""
+        costs, schedule = self.costs, self.layer.schedules[1]
+        is_only = len(schedule.blocks) == 1
+        found_us = costs.weight_grads(
+            share.rows,
+            share.num_runs,
+            is_only=is_only,
+            is_grouped=self.is_grouped,
+            num_pieces=len(schedule.pieces),
+        )
+        if share.tokens:
+            found_us += costs.shared_weight_grads(share.tokens * self.setup.micro_batch_tokens)
+        if share.is_last and not is_only:
+            found_us += costs.cast_weight_grads(self.num_local)
+        return found_us
+
+    def _moves(self, share: Share) -> float:
+        """Copies between the order of messages and that of experts; none with one expert per rank, or no peers."""
+        return self.costs.moves(share.rows) if self.num_local > 1 and self.setup.moe.ep_size > 1 else 0.0
+
+    def _own_rows(self, schedule: Schedule) -> float:
+        """Copies of the rows that stay on the rank."""
+        if self.setup.moe.ep_size == 1:
+            return 0.0
+        pieces = sum((0, 0) in piece.offsets for piece in schedule.pieces)
+        return self.costs.own_rows(self.rows.to(0), pieces)
+
     def forward(self, program: Program, start: Event, name: str, ready: Event = START) -> Event:
         """One layer forward; its rows wait for `ready`."""
-        costs, tokens, rows = self.costs, self.setup.micro_batch_tokens, self.rows.sent
-        before = costs.attention(tokens) + costs.gate(tokens) + costs.permute(rows)
+        costs, tokens = self.costs, self.setup.micro_batch_tokens
+        before = costs.attention(tokens) + costs.gate(tokens) + costs.permute(tokens)
         event = self._compute(program, "attention, gate", before, start, Tags(name, "forward"))
         event = self.host(program, self.setup.cluster.host.forward_us, event, Tags(name, "forward"))
         event = program.join([self.counts(program, event, Tags(name, "forward")), ready])
         event = self.layer.forward(program, event, name)
-        after = costs.permute(2 * rows) + costs.shared_expert(tokens)
+        after = costs.unpermute(tokens) + self._own_rows(self.layer.schedules[0])
         return self._compute(program, "unpermute", after, event, Tags(name, "forward"))
 
     def backward(self, program: Program, start: Event, name: str) -> Event:
         """One layer backward."""
-        costs, tokens, rows = self.costs, self.setup.micro_batch_tokens, self.rows.sent
-        before = costs.permute(2 * rows) + costs.shared_expert(tokens, backward=True)
+        costs, tokens = self.costs, self.setup.micro_batch_tokens
+        before = costs.unpermute(tokens, backward=True)
         event = self._compute(program, "unpermute", before, start, Tags(name, "backward"))
         event = self.host(program, self.setup.cluster.host.backward_us, event, Tags(name, "backward"))
         event = self.layer.backward(program, event, name)
-        after = costs.permute(rows) + costs.gate(tokens, backward=True) + costs.attention(tokens, backward=True)
+        after = costs.permute(tokens, backward=True) + self._own_rows(self.layer.schedules[1])
+        after += costs.gate(tokens, backward=True) + costs.attention(tokens, backward=True)
         return self._compute(program, "attention, gate", after, event, Tags(name, "backward"))
 
     def micro_batch(self, copies: CopyTraffic | None = None) -> Program:

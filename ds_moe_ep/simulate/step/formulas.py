@@ -26,6 +26,11 @@ def attention_us(device: Device, precision: str, flops: float) -> float:
     return device.launch_us + flops / (device.peak(precision) * device.attention_efficiency) if flops > 0 else 0.0
 
 
-def memory_us(device: Device, num_bytes: float, num_kernels: int = 1) -> float:
+def memory_us(device: Device, num_bytes: float, num_kernels: float = 1) -> float:
     """kernels * launch + bytes / (memory_bandwidth * memory_efficiency): norms, gathers, activations, optimizers."""
     return num_kernels * device.launch_us + num_bytes / (device.memory_bandwidth * device.memory_efficiency)
+
+
+def product_us(device: Device, matmul_time_us: float, num_bytes: float) -> float:
+    """A product's time, or that of the bytes which it moves for its results: whichever is longer."""
+    return max(matmul_time_us, memory_us(device, num_bytes)) if num_bytes else matmul_time_us

@@ -6,6 +6,7 @@ between all ranks are one all-to-all on a host and grouped sends and receives on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,12 +59,25 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class ExpertTimes:
-    """Microseconds that a rank's experts take for so many rows: forward, input gradients, weight gradients."""
+class Share:
+    """Work of one op: rows of a piece, or of a block of weight gradients, in so many runs that are a product each.
 
-    forward: Callable[[float], float]
-    input_grads: Callable[[float], float]
-    weight_grads: Callable[[float], float]
+    `tokens` are the rank's own that its shared expert computes beside them, as a share of all.
+    """
+
+    rows: float
+    num_runs: float
+    tokens: float = 0.0
+    is_last: bool = True  # block
+
+
+@dataclass(frozen=True)
+class ExpertTimes:
+    """Microseconds that a rank's experts take for a share of the rows: forward, input gradients, weight gradients."""
+
+    forward: Callable[[Share], float]
+    input_grads: Callable[[Share], float]
+    weight_grads: Callable[[Share], float]
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,7 @@ class LayerPass:
     rows: Rows
     row_bytes: float
     times: ExpertTimes
+    num_local: int  # experts of a rank
 
     @cached_property
     def schedules(self) -> tuple[Schedule, Schedule]:
@@ -92,28 +107,49 @@ class LayerPass:
         return self._add(program, schedule, self.times.input_grads, start, Tags(layer, "backward"))
 
     def _add(
-        self, program: Program, schedule: Schedule, compute_us: Callable[[float], float], start: Event, tags: Tags
+        self, program: Program, schedule: Schedule, compute_us: Callable[[Share], float], start: Event, tags: Tags
     ) -> Event:
         loads = [self._loads(schedule, compute_us, actor) for actor in range(self.machine.num_actors)]
         return add_pass(program, schedule, loads, start, tags, self.machine.in_flight)
 
-    def _loads(self, schedule: Schedule, compute_us: Callable[[float], float], actor: int) -> LoadOf:
+    def _loads(self, schedule: Schedule, compute_us: Callable[[Share], float], actor: int) -> LoadOf:
         """Load of each op for one rank."""
         rank = self.rows.ranks[actor]
         volumes = [_volume(piece, self.rows, rank, self.row_bytes) for piece in schedule.pieces]
         from_each = self.rows.to(rank)
-        rows = [len(piece.offsets) * from_each / piece.num_cuts for piece in schedule.pieces]
-        blocks = [len(block) * from_each for block in schedule.blocks]
+        num_local = self.num_local
+        shares = [_share(piece, from_each, num_local, schedule.is_bit_equal) for piece in schedule.pieces]
+        last = len(schedule.blocks) - 1
+        blocks = [
+            Share(len(block) * from_each, num_local, float(index == 0), index == last)  # near rows are the first
+            for index, block in enumerate(schedule.blocks)
+        ]
 
         def load(op: Op) -> Load:
             if op.kind is Kind.WEIGHTS:
                 return Load((self.machine.compute(self.times.weight_grads(blocks[op.piece])),))
             if op.kind is Kind.COMPUTE:
-                return Load((self.machine.compute(compute_us(rows[op.piece])),))
+                return Load((self.machine.compute(compute_us(shares[op.piece])),))
             volume = volumes[op.piece]
             return self.machine.transfer(actor, volume if op.kind is Kind.DISPATCH else volume.back)
 
         return load
+
+
+def _share(piece: Piece, from_each: float, num_local: int, is_bit_equal: bool) -> Share:
+    """A piece's rows and its runs: the rows of an expert that lie side by side.
+
+    A message lies by expert, so that a cut of it has some of the experts, whole where they are as many as cuts. Stacked
+    by source, as equal bits have it, cut rows of an expert from each peer lie apart.
+    """
+    first, last = (num_local * cut / piece.num_cuts for cut in (piece.cut, piece.cut + 1))
+    num_experts = math.ceil(last) - math.floor(first)
+    lies_apart = is_bit_equal and num_local % piece.num_cuts > 0
+    return Share(
+        len(piece.offsets) * from_each / piece.num_cuts,
+        num_experts * (len(piece.offsets) if lies_apart else 1),
+        1 / piece.num_cuts if (0, 0) in piece.offsets else 0.0,
+    )
 
 
 def _volume(piece: Piece, rows: Rows, rank: int, row_bytes: float) -> Volume:

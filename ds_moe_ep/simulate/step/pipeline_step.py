@@ -77,7 +77,10 @@ class _Builder:
         self.tokens_bytes = float(self.tokens * setup.model.hidden_size * num_bytes)
         self.message_bytes = float(message_numbers(setup.model, training) * num_bytes)
         self.stage_ranks = training.world_size // self.layout.pp_size
-        self.costs = LayerCosts(setup.model, setup.moe, self.cluster.device, training.precision, self.layout.tp_size)
+        on_host = self.cluster.computes_on == "host"
+        self.costs = LayerCosts(
+            setup.model, setup.moe, self.cluster.device, training.precision, self.layout.tp_size, on_host
+        )
         self.tensor_group = group_of(self.cluster, self.layout.tp_size)
         self.at: list[Event] = [START] * self.layout.pp_size
 
@@ -127,15 +130,18 @@ class _Builder:
         self._reduce("attention", stage, self.tokens_bytes, tags)
         rows = self.setup.moe.top_k * tokens
         experts_us = costs.experts(rows, self.setup.moe.num_experts) + costs.shared_expert(tokens)
-        self._compute("experts", stage, costs.gate(tokens) + costs.permute(3 * rows) + experts_us, tags)
+        moved_us = costs.permute(tokens) + costs.unpermute(tokens)
+        self._compute("experts", stage, costs.gate(tokens) + moved_us + experts_us, tags)
         self._reduce("experts", stage, self.tokens_bytes, tags)
 
     def _layer_backward(self, stage: int, layer: int) -> None:
         costs, tags, tokens = self.costs, Tags(f"layers.{layer}", "backward"), self.tokens
         self._host(stage, self.cluster.host.backward_us, tags)
         rows, num_experts = self.setup.moe.top_k * tokens, self.setup.moe.num_experts
-        experts_us = costs.experts(rows, num_experts, passes=2) + costs.shared_expert(tokens, backward=True)
-        self._compute("experts", stage, costs.permute(3 * rows) + experts_us, tags)
+        experts_us = costs.input_grads(rows, num_experts) + costs.weight_grads(rows, num_experts)
+        experts_us += costs.shared_expert(tokens, backward=True) + costs.shared_weight_grads(tokens)
+        moved_us = costs.permute(tokens, backward=True) + costs.unpermute(tokens, backward=True)
+        self._compute("experts", stage, moved_us + experts_us, tags)
         self._reduce("routing weights", stage, 4.0 * rows, tags)
         self._reduce("experts", stage, self.tokens_bytes, tags)
         self._compute("gate", stage, costs.gate(tokens, backward=True), tags)
