@@ -11,7 +11,7 @@ from ds_moe_ep.schedule import price
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.job.choose import as_auto, choose_schedule, layer_us, with_knobs
 from ds_moe_ep.simulate.step.ep_step import EpJob
-from ds_moe_ep.simulate.step.moe_pass import Share
+from ds_moe_ep.simulate.step.moe_pass import WorkShare
 from ds_moe_ep.simulate.step.setup import Setup
 from tests.policy.sources import ROOT
 from tests.simulate.jobs_for_tests import cluster, setup, slow_link
@@ -23,7 +23,7 @@ def tuner_costs(job: Setup) -> price.Costs:
     """What the tuner would measure on a cluster: exchanges alone on the wire, and all rows at once through experts."""
     parts, on = EpJob(job), job.cluster
     sent, torus = parts.rows.sent * parts.layer.row_bytes, parts.torus
-    times, rows = parts.layer.times, Share(parts.rows.sent, 1)
+    times, rows = parts.layer.times, WorkShare(parts.rows.sent, 1)
     return price.Costs(
         near_us=sent * (torus.node_size - 1) / torus.size / on.near.rate,
         far_us=sent * (torus.num_nodes - 1) / torus.num_nodes / (on.far.rate / on.far.shared_by),

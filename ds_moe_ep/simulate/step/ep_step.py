@@ -28,7 +28,7 @@ from ds_moe_ep.simulate.cluster.machine import Machine, Volume, machine_for_grou
 from ds_moe_ep.simulate.step.copies import CopyTraffic
 from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.data_parallel import finish_step
-from ds_moe_ep.simulate.step.moe_pass import ExpertTimes, LayerPass, Rows, Share
+from ds_moe_ep.simulate.step.moe_pass import ExpertTimes, LayerPass, Rows, WorkShare
 from ds_moe_ep.simulate.step.setup import Setup, Step
 from ds_moe_ep.sizing.footprint import SUM_BYTES
 
@@ -106,18 +106,18 @@ class EpJob:
         is_large = len(schedule.pieces) > 1 and numbers > LARGE_PRODUCT
         return self.setup.cluster.computes_on == "device" and is_one_kernel and not is_large
 
-    def _experts(self, share: Share) -> float:
+    def _experts(self, share: WorkShare) -> float:
         """A piece forward: rows into the order of experts and out of it, products, the shared expert's tokens."""
         own_us = self.costs.shared_expert(share.tokens * self.setup.micro_batch_tokens)
         return self._moves(share) + self.costs.experts(share.rows, share.num_runs, is_grouped=self.is_grouped) + own_us
 
-    def _input_grads(self, share: Share) -> float:
+    def _input_grads(self, share: WorkShare) -> float:
         """A piece backward, without weight gradients."""
         own_us = self.costs.shared_expert(share.tokens * self.setup.micro_batch_tokens, backward=True)
         products_us = self.costs.input_grads(share.rows, share.num_runs, is_grouped=self.is_grouped)
         return self._moves(share) + products_us + own_us
 
-    def _weight_grads(self, share: Share) -> float:
+    def _weight_grads(self, share: WorkShare) -> float:
         """A block of weight gradients; where there are several they are summed in fp32 and cast behind the last."""
         costs, schedule = self.costs, self.layer.schedules[1]
         is_only = len(schedule.blocks) == 1
@@ -134,7 +134,7 @@ class EpJob:
             found_us += costs.cast_weight_grads(self.num_local)
         return found_us
 
-    def _moves(self, share: Share) -> float:
+    def _moves(self, share: WorkShare) -> float:
         """Copies between the order of messages and that of experts; none with one expert per rank, or no peers."""
         return self.costs.moves(share.rows) if self.num_local > 1 and self.setup.moe.ep_size > 1 else 0.0
 

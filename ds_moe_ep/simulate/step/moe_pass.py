@@ -59,7 +59,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkShare:
     """Work of one op: rows of a piece, or of a block of weight gradients, in so many runs that are a product each.
 
     `tokens` are the rank's own that its shared expert computes beside them, as a share of all.
@@ -75,9 +75,9 @@ class Share:
 class ExpertTimes:
     """Microseconds that a rank's experts take for a share of the rows: forward, input gradients, weight gradients."""
 
-    forward: Callable[[Share], float]
-    input_grads: Callable[[Share], float]
-    weight_grads: Callable[[Share], float]
+    forward: Callable[[WorkShare], float]
+    input_grads: Callable[[WorkShare], float]
+    weight_grads: Callable[[WorkShare], float]
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ class LayerPass:
         return self._add(program, schedule, self.times.input_grads, start, Tags(layer, "backward"))
 
     def _add(
-        self, program: Program, schedule: Schedule, compute_us: Callable[[Share], float], start: Event, tags: Tags
+        self, program: Program, schedule: Schedule, compute_us: Callable[[WorkShare], float], start: Event, tags: Tags
     ) -> Event:
         loads = [self._loads(schedule, compute_us, actor) for actor in range(self.machine.num_actors)]
         return add_pass(program, schedule, loads, start, tags, self.machine.in_flight)
 
-    def _loads(self, schedule: Schedule, compute_us: Callable[[Share], float], actor: int) -> LoadOf:
+    def _loads(self, schedule: Schedule, compute_us: Callable[[WorkShare], float], actor: int) -> LoadOf:
         """Load of each op for one rank."""
         rank = self.rows.ranks[actor]
         volumes = [_volume(piece, self.rows, rank, self.row_bytes) for piece in schedule.pieces]
@@ -121,7 +121,7 @@ class LayerPass:
         shares = [_share(piece, from_each, num_local, schedule.is_bit_equal) for piece in schedule.pieces]
         last = len(schedule.blocks) - 1
         blocks = [
-            Share(len(block) * from_each, num_local, float(index == 0), index == last)  # near rows are the first
+            WorkShare(len(block) * from_each, num_local, float(index == 0), index == last)  # near rows are the first
             for index, block in enumerate(schedule.blocks)
         ]
 
@@ -136,7 +136,7 @@ class LayerPass:
         return load
 
 
-def _share(piece: Piece, from_each: float, num_local: int, is_bit_equal: bool) -> Share:
+def _share(piece: Piece, from_each: float, num_local: int, is_bit_equal: bool) -> WorkShare:
     """A piece's rows and its runs: the rows of an expert that lie side by side.
 
     A message lies by expert, so that a cut of it has some of the experts, whole where they are as many as cuts. Stacked
@@ -145,7 +145,7 @@ def _share(piece: Piece, from_each: float, num_local: int, is_bit_equal: bool) -
     first, last = (num_local * cut / piece.num_cuts for cut in (piece.cut, piece.cut + 1))
     num_experts = math.ceil(last) - math.floor(first)
     lies_apart = is_bit_equal and num_local % piece.num_cuts > 0
-    return Share(
+    return WorkShare(
         len(piece.offsets) * from_each / piece.num_cuts,
         num_experts * (len(piece.offsets) if lies_apart else 1),
         1 / piece.num_cuts if (0, 0) in piece.offsets else 0.0,
