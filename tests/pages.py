@@ -23,6 +23,7 @@ from ds_moe_ep.cli.main import main as command
 from ds_moe_ep.cli.tables import figure_table, knob_table
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.specification.claims import stated_and_derived
+from tests.published import published_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "ds_moe_ep" / "docs"
@@ -125,6 +126,7 @@ def annotation(value: Any) -> str:
 
 
 MAKERS: dict[str, Callable[[], str]] = {
+    "published runs": published_table,
     "knobs of moe_ep": lambda: knob_table(MoEConfig),
     "knobs of the model": lambda: knob_table(ModelConfig),
     "knobs of the layout": lambda: knob_table(Layout),
