@@ -7,7 +7,7 @@ than a thousandth of a wide tensor, are left out. Plain torch moves more, step b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Numbers of the hidden rows of one expert and piece from which its product fills a device six times over: 132
 # multiprocessors with tiles of 128 x 256. Its last, partly filled round costs less then than rows by expert do.
@@ -99,6 +99,17 @@ def _plain_unpermute(s: OperationSizes) -> int:
     return (2 + 1 + w) + further * (2 + 2 * w + 1) + s.num_added * (2 * w + 1) + (w + 1) * (w > 1)
 
 
+def _plain_weighted_permute(s: OperationSizes) -> int:
+    """A gather, a product with weights in fp32, a cast."""
+    w = _wide(s)
+    return s.num_choices * (2 + 1 + w + (w + 1) * (w > 1))
+
+
+def _plain_weighted_permute_backward(s: OperationSizes) -> int:
+    """The weighted sum of a token's rows, and the dot of each with its token for the weights."""
+    return s.num_choices * (4 + 4 * _wide(s)) + _plain_unpermute(replace(s, num_added=0))
+
+
 def _plain_permute_backward(s: OperationSizes) -> int:
     """A gather for each choice, summed in fp32 where there is more than one."""
     w, further = _wide(s), s.num_choices - 1
@@ -109,6 +120,8 @@ PLAIN_TRAFFIC: dict[str, Rule] = {  # of plain torch on a device; gates widen th
     **TRAFFIC,
     "permute forward": _tokens(lambda s: 2 * s.num_choices),
     "permute backward": _tokens(_plain_permute_backward, 5),
+    "weighted permute forward": _tokens(_plain_weighted_permute, 4),
+    "weighted permute backward": _tokens(_plain_weighted_permute_backward, 10),
     "unpermute forward": _tokens(_plain_unpermute, 6),
     "unpermute backward": _tokens(lambda s: s.num_choices * (6 + 4 * _wide(s)), 7),
     "gate forward": _gate(5, 40),  # by blocks: cast, product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,8 @@ def forward_and_backward(function: Callable[..., Any], *tensors: Tensor) -> tupl
 
 def counted(operation: str, k: int) -> Count:
     """Traffic of plain torch for an operation at the sizes of the reference job."""
-    name, _, phase = operation.partition(" ")
+    name, *phases = re.split(" (?=forward|backward)", operation)
+    phase = "".join(phases)
     is_backward = phase == "backward"
     hidden = [meta(T * k, F) for _ in range(6)]
     if name == "permute":
