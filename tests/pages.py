@@ -40,7 +40,7 @@ def page(text: str) -> str:
 
 
 def made(name: str) -> str:
-    """What stands in the part called `name`."""
+    """Text of the part called `name`."""
     if name.startswith(COMMAND):
         words, _, rest = name.removeprefix(COMMAND).partition(" | ")
         return f"```console\n$ {name}\n{filtered(output_of(shlex.split(words)), rest)}\n```"
@@ -48,7 +48,7 @@ def made(name: str) -> str:
 
 
 def output_of(words: list[str]) -> str:
-    """What the package's command line prints, 80 columns wide."""
+    """Output of the package's command line, 80 columns wide."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         status = command(words)

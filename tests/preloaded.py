@@ -1,4 +1,4 @@
-"""What the fork server of `tests.ranks` does once, so that no rank does it: tables that torch makes at their first use.
+"""Work that the fork server of `tests.ranks` does once, so that no rank does it: tables that torch makes at first use.
 
 And what all ranks have: a short measurement where a layer's schedule is "auto", since few tests ask what it chooses.
 Those take `full_measurement()`. What is imported stays as long as a rank does: no garbage collection looks at it, which

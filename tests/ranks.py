@@ -61,7 +61,7 @@ class RankFailure:
 
     @property
     def is_secondary(self) -> bool:
-        """Whether it only tells that another rank has gone."""
+        """True where it only tells that another rank has gone."""
         return any(text in self.message for text in SECONDARY) or self.type_name in ("Unanswered", "PeerError")
 
 
@@ -78,7 +78,7 @@ class RankError(Exception):
 
 @dataclass(frozen=True)
 class Orders:
-    """What one rank is told."""
+    """Orders of one rank."""
 
     rank: int
     world_size: int

@@ -31,7 +31,7 @@ Expert = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ShardOutput:
-    """What one rank would see."""
+    """Results of one rank."""
 
     output_TD: Tensor
     aux_loss: Tensor  # unweighted

@@ -17,7 +17,7 @@ MARK = ".made-by-ds-moe-ep"
 
 
 def ensure(folder: Path, extras: str = "test", **variables: str) -> subprocess.CompletedProcess[str]:
-    """What `ensure_environment` says of VENV=`folder`; its last line of output is the interpreter it settles on."""
+    """Output of `ensure_environment` for VENV=`folder`; its last line is the interpreter it settles on."""
     words = f'source "{ROOT}/tests/environment.sh"; ensure_environment {extras}; echo "$PYTHON"'
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "PYTHONPATH", "VENV")}
     environment |= {"VENV": str(folder), **variables}

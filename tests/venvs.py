@@ -61,7 +61,7 @@ def _make(folder: pathlib.Path, wishes: tuple[str, ...]) -> None:
 
 
 def run_python(python: pathlib.Path, *arguments: str, timeout_s: float = 500.0) -> str:
-    """What a command of that interpreter prints, started in the repository. Fails with its output where it fails."""
+    """Output of a command of that interpreter, started in the repository. Fails with it where the command fails."""
     done = subprocess.run(
         [python, *arguments],
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},

@@ -59,7 +59,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class LayerAccount:
-    """What a forward pass, its recomputation and the backward pass ask of a device."""
+    """Demands of a forward pass, its recomputation and the backward pass on a device."""
 
     sizes: Sizes
     forward: Sequence[Launch]

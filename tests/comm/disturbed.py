@@ -44,7 +44,7 @@ class Disturbed(Wrapper):
 
 
 def disturbance(how: str) -> Callable[[], None]:
-    """What happens to the victim."""
+    """Disturbance of the victim."""
 
     def fail() -> None:
         raise ValueError("bad luck")
@@ -100,5 +100,5 @@ def caught(function: Callable[..., object], *words: object) -> str:
 
 
 def reports(folder: Path) -> dict[int, dict[str, Any]]:
-    """What the surviving ranks wrote."""
+    """Reports of the surviving ranks."""
     return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}

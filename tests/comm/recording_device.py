@@ -79,7 +79,7 @@ class Moment:
     clock: Clock
 
     def is_beside(self, other: Moment) -> bool:
-        """Whether neither is ordered behind the other."""
+        """True where neither is ordered behind the other."""
         return not self._has_seen(other) and not other._has_seen(self)
 
     def _has_seen(self, other: Moment) -> bool:
@@ -102,7 +102,7 @@ class Access:
 
 
 class RecordingDevice(TorchDispatchMode):
-    """What `torch.cuda` offers to CudaLanes, and the log of every op under it. `faults` are what it found."""
+    """Stand-in for what CudaLanes use of `torch.cuda`, and the log of every op under it; `faults` are what it found."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -137,7 +137,7 @@ def test_a_refused_input_leaves_the_lanes_usable() -> None:
 
 
 def be_late(kind: str) -> dict[str, str]:
-    """What rank 0 of two meets where rank 1 never comes: in a transfer, and in the exchange of counts."""
+    """Errors of rank 0 of two where rank 1 never comes: in a transfer, and in the exchange of counts."""
     config = MoEConfig(num_experts=4, ep_size=2, timeout_s=1.0, transport=kind)
     errors = {}
     for op in ("transfer", "counts"):

@@ -39,7 +39,7 @@ def test_no_rows_at_all_are_an_empty_view() -> None:
 
 
 def exchanged() -> tuple[list[list[float]], list[str]]:
-    """What three transfers brought over each transport, and what "auto" moved them by."""
+    """Rows of three transfers over each transport, and what "auto" moved them by."""
     lanes, brought = open_lanes([[0, 1, 2]], 30.0), []
     used = _watched()
     for transport in (Pairwise(lanes, 30.0), Collective(lanes, 30.0), Automatic(lanes, 30.0)):

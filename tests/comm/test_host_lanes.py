@@ -61,7 +61,7 @@ def is_passed(event: Event) -> bool:
 
 
 def vanishes(reference: weakref.ref[Any]) -> bool:
-    """Whether the object goes once the lanes' threads have come to their next wait."""
+    """True where the object goes once the lanes' threads have come to their next wait."""
     deadline_s = time.monotonic() + SOON_S
     while time.monotonic() < deadline_s:
         gc.collect()

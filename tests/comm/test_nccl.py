@@ -1,4 +1,4 @@
-"""What lanes ask of NCCL, told to a stand-in that writes it down: there is no NCCL without a GPU."""
+"""Calls of lanes to NCCL, on a stand-in that writes them down: there is no NCCL without a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ds_moe_ep.comm import nccl
 
 
 class Written:
-    """What a process group of NCCL's is called with, in order."""
+    """Calls of a process group of NCCL's, in order."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []

@@ -41,7 +41,7 @@ def live(rank: int, size: int, port: int, fault: str, start_s: float, pipe: Any)
 
 
 def outcome_of(faults: Mapping[int, str], size: int, start_s: float = 60.0) -> LinksOutcome:
-    """What rank 0 knows at the end of a world of `size`, in which only the ranks of `faults` are started."""
+    """Knowledge of rank 0 at the end of a world of `size`, in which only the ranks of `faults` are started."""
     context, port = _fork_server(), free_port()
     here, there = context.Pipe()
     unheard = context.Pipe()[1]

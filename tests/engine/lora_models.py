@@ -18,7 +18,7 @@ TRAINED = ("lora_", "enter.", "leave.", "wg.")  # parts of names: adapters, and 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a run with adapters gave on one rank."""
+    """Results of a run with adapters on one rank."""
 
     losses: list[float]
     weights: dict[str, Tensor]
@@ -100,7 +100,7 @@ def forward(model: SmallModel, x: Tensor) -> Tensor:
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether our experts run as split products now; False for DeepSpeed's layer."""
+    """True where our experts run as split products now; False for DeepSpeed's layer."""
     for module in model.modules():
         if hasattr(module, "_forms"):
             return module._forms.common(list(module.deepspeed_experts)) is not None

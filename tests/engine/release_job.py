@@ -69,7 +69,7 @@ def go_on(job: Job, folder: str) -> Result:
 
 
 def without_zero(folder: str) -> str:
-    """What loading a checkpoint that was saved without ZeRO says, or an empty string; its weights load in any case."""
+    """Error of loading a checkpoint that was saved without ZeRO, or an empty string; its weights load in any case."""
     job = replace(RESUMED, stage=0)
     save_half_way(job, folder)
     engine = make_engine(job)

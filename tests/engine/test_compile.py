@@ -93,7 +93,7 @@ def doors(engine: Any, backend: Seen) -> Iterator[tuple[str, Callable[[Tensor], 
 
 
 def wrong_doors(name: str) -> list[str]:
-    """What is wrong with each door, for the package's layer or the hooked one."""
+    """Faults of each door, for the package's layer or the hooked one."""
     import deepspeed
 
     deepspeed.init_distributed("gloo")

@@ -40,7 +40,7 @@ def evaluated(model: nn.Module, job: Job) -> Tensor:
 
 
 def independent(engine: Any, job: Job) -> list[str]:
-    """What is wrong with a copy of the engine's model, made after a step, while the original trains on."""
+    """Faults of a copy of the engine's model, made after a step, while the original trains on."""
     step(engine, job, 0)
     before, twin = evaluated(engine.module, job), copy.deepcopy(engine.module)
     kept = [p.detach().clone() for p in twin.parameters()]
@@ -110,7 +110,7 @@ def test_an_averaged_model_evaluates_between_steps() -> None:
 
 
 def pickled() -> list[str]:
-    """What is wrong with a layer that was pickled, and with one that was saved whole."""
+    """Faults of a layer that was pickled, and of one that was saved whole."""
     engine = make_engine(OURS)
     step(engine, OURS, 0)
     layer, file, wrong = engine.module.layers[0], io.BytesIO(), []

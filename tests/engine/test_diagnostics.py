@@ -39,7 +39,7 @@ def step(engine: Any, job: Job, index: int) -> None:
 
 
 def breakdown(layer: str, is_hooked: bool, **section: Any) -> list[dict[str, float]]:
-    """What the engine prints of each step: (fwd_moe, 1st_a2a, 2nd_a2a, top_k, fwd)."""
+    """Times that the engine prints of each step: (fwd_moe, 1st_a2a, 2nd_a2a, top_k, fwd)."""
     engine, job = started(layer, **section)
     printed: list[dict[str, float]] = []
 

@@ -119,7 +119,7 @@ def with_still_gate(**config: Any) -> Any:
 
 
 def said() -> list[str]:
-    """What DeepSpeed's and the package's loggers say from now on."""
+    """Lines of DeepSpeed's and the package's loggers from now on."""
     lines: list[str] = []
     for name in ("DeepSpeed", "ds_moe_ep.moe.balance"):
         logging.getLogger(name).addFilter(lambda record: lines.append(record.getMessage()) is None)
@@ -252,7 +252,7 @@ def test_a_section_is_in_force_under_plain_deepspeed_initialize() -> None:
 
 
 def loop_without_an_engine(is_stepped: bool) -> tuple[list[str], list[int]]:
-    """What is said in three steps of a loop of the user's own, and the bias after them."""
+    """Lines of three steps of a loop of the user's own, and the bias after them."""
     from ds_moe_ep import ExpertParallel, GeluMLP
 
     lines = said()

@@ -45,7 +45,7 @@ def inferred(model: nn.Module, dtype: torch.dtype, ep_size: int, inject: bool = 
 
 
 def wrong_engines() -> list[str]:
-    """What is wrong with each type, gate and group size: against a connected layer, and against DeepSpeed's own."""
+    """Faults of each type, gate and group size: against a connected layer, and against DeepSpeed's own."""
     import deepspeed
     from deepspeed.moe.layer import MoE as Native
 

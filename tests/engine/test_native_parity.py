@@ -40,7 +40,7 @@ def cases(dtype: torch.dtype = torch.float32) -> list[LayerCase]:
 
 
 def native_runs(num_experts: int, top_k: int, factor: float | None) -> bool:
-    """Whether the installed release's gate computes what 0.19.8's does.
+    """True where the installed release's gate computes what 0.19.8's does.
 
     Before it, a gate of more than two choices drops by the logits, where a negative one loses against no choice at all.
     One of one choice fails where the capacity exceeds the tokens, and its compiled topk cannot be told which of equals

@@ -44,7 +44,7 @@ def folder_of(release: str) -> pathlib.Path:
 
 @functools.cache
 def results_of(release: str) -> dict[str, Any]:
-    """What came of the runs on a release; trained once."""
+    """Results of the runs on a release; trained once."""
     python, folder = python_with(f"deepspeed=={release}"), folder_of(release)
     run_python(python, "-m", "tests.engine.release_job", str(folder / "results.pt"), str(folder), timeout_s=800)
     found: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)

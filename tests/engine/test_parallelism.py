@@ -37,7 +37,7 @@ class Model(nn.Module):
 
 
 def mpu_of(tensor_size: int, prefix: str) -> Any:
-    """What a Megatron client passes, with the method names of one of its generations. Collective."""
+    """Object that a Megatron client passes, with the method names of one of its generations. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = [list(range(first, first + tensor_size)) for first in range(0, world, tensor_size)]
     columns = [list(range(first, world, tensor_size)) for first in range(tensor_size)]
@@ -81,7 +81,7 @@ ROADS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str, str]] 
 
 
 def refusals() -> dict[tuple[str, str, int], str]:
-    """What each door says on this rank, by road, door and ep_size."""
+    """Errors of each door on this rank, by road, door and ep_size."""
     import deepspeed
 
     import ds_moe_ep

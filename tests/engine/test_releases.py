@@ -1,4 +1,4 @@
-"""What stands in for names that older releases of DeepSpeed lack, held against the installed release's own."""
+"""Stand-ins for names that older releases of DeepSpeed lack, held against the installed release's own."""
 
 from __future__ import annotations
 

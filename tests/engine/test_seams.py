@@ -95,7 +95,7 @@ def test_the_shared_memory_build_stays_away_on_a_cpu() -> None:
 
 
 class SteppedEngine:
-    """What `reporting_model_step` reads of an engine; torch's own scaler skips steps and tells nobody."""
+    """Parts of an engine that `reporting_model_step` reads; torch's own scaler skips steps and tells nobody."""
 
     def __init__(self, scaler: torch.amp.GradScaler | None, is_applied: bool = True) -> None:
         self.torch_autocast_z0_gradscaler, self._is_applied = scaler, is_applied

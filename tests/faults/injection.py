@@ -30,7 +30,7 @@ LAYER = "layers.1"  # where faults are
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens where, in which step (as the engine counts them) and on which rank."""
+    """Fault: what happens where, in which step (as the engine counts them) and on which rank."""
 
     kind: str
     place: str

@@ -1,4 +1,4 @@
-"""What a job of `train.py` left behind: each rank's losses, error and stderr."""
+"""Results of a job of `train.py`: each rank's losses, error and stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What signs of life say: pure functions of what one rank has seen."""
+"""Diagnoses from signs of life: pure functions of what one rank has seen."""
 
 from __future__ import annotations
 

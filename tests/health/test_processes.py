@@ -1,4 +1,4 @@
-"""What a machine knows of its processes: real ones that run, are stopped, have ended, or whose number is another's."""
+"""Knowledge of a machine's processes: real ones that run, are stopped, have ended, or whose number is another's."""
 
 from __future__ import annotations
 

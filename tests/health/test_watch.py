@@ -32,7 +32,7 @@ QUICK_S = 0.1  # between signs, in these tests
 
 @contextmanager
 def lines(logger: logging.Logger = monitor.logger) -> Iterator[list[str]]:
-    """What the monitor, or another module, logs meanwhile."""
+    """Lines that the monitor, or another module, logs meanwhile."""
     seen: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]

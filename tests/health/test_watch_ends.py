@@ -1,4 +1,4 @@
-"""What the watch must not take for a failure: a store or a job that was paused, ranks that are done and gone."""
+"""Cases that the watch must not take for a failure: a store or a job that was paused, ranks that are done and gone."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_whoever_serves_the_store_leaves_two_seconds_later_or_behind_the_others(
 
 
 def end_while_a_sign_takes_long() -> bool:
-    """Whether the sign that is written while the thread ends is in the store behind the end."""
+    """True where the sign that is written while the thread ends is in the store behind the end."""
     memory, is_ending = dist.HashStore(), []
 
     def write() -> Heartbeat:

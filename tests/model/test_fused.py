@@ -18,7 +18,7 @@ from ds_moe_ep.moe.experts import GeluMLP
 def dense_gelu_dense(
     x_TD: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
 ) -> torch.Tensor:
-    """What apex's kernel computes, in torch."""
+    """The computation of apex's kernel, in torch."""
     return F.linear(F.gelu(F.linear(x_TD, weight1, bias1), approximate="tanh"), weight2, bias2)
 
 

@@ -82,7 +82,7 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class CaseData:
-    """What a case computes with, for the whole world."""
+    """Inputs of a case, for the whole world."""
 
     gate_ED: Tensor
     experts: list[Weights]
@@ -95,7 +95,7 @@ class CaseData:
 
 @dataclass
 class LayerResult:
-    """What one rank, or the reference for one rank, gives back."""
+    """Results of one rank, or of the reference for one rank."""
 
     output: Tensor
     l_aux: Tensor
@@ -153,7 +153,7 @@ def expert_function(kind: str, weights: Weights) -> Expert:
 
 
 def reference_results(case: LayerCase, dtype: torch.dtype = torch.float64) -> list[LayerResult]:
-    """What every rank should see. Gradients of gate and experts stand summed in the first result.
+    """Results that every rank should see. Gradients of gate and experts stand summed in the first one.
 
     The gate computes in float64 always; experts and rows in `dtype`.
     """

@@ -91,7 +91,7 @@ def forward_backward(
 def gather_result(
     layer: ExpertParallel, case: LayerCase, x: Tensor, output: Tensor, l_aux: Tensor, counts: Tensor
 ) -> LayerResult:
-    """What the pass left in the layer's gradients, by global expert."""
+    """The layer's gradients after the pass, by global expert."""
     first = dist.get_rank() % case.config.ep_size * case.config.num_local_experts
     experts: dict[int | str, nn.Module] = {first + i: e for i, e in enumerate(layer.experts.deepspeed_experts)}
     if layer.shared is not None:

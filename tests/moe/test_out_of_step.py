@@ -268,7 +268,7 @@ def test_where_some_ranks_experts_train_all_go_backward_with_one_devices_gradien
 
 
 def nobody_trains() -> list[bool]:
-    """Whether the loss can go backward where nothing trains on any rank, and what is not agreed on."""
+    """True where the loss can go backward although nothing trains on any rank; and what is not agreed on."""
     transport = open_transport([[0, 1]], MoEConfig(num_experts=4, ep_size=2, timeout_s=20.0))
     seen = []
     for trained in ([set()], [{0}]):

@@ -130,7 +130,7 @@ def off_in(cases: list[LayerCase], by_rank: Sequence[Sequence[LayerResult]]) -> 
 
 @functools.cache
 def reference(case: LayerCase) -> list[LayerResult]:
-    """What the case should give, computed once for it and its controls."""
+    """Expected results of the case, computed once for it and its controls."""
     return reference_results(case)
 
 

@@ -1,4 +1,4 @@
-"""What a pass keeps: rows are given back with the last product that reads them, and results stay the same."""
+"""Memory of a pass: rows are given back with the last product that reads them, and results stay the same."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ PARTS = ("moe", "kernels", "comm", "health", "engine")
 
 
 def outcomes_in(record: Path | None) -> dict[tuple[str, str, str], tuple[str, str, float]]:
-    """What a run that was cut off has judged already: (file, line, mutated line) to what became of it."""
+    """Outcomes of a run that was cut off: (file, line, mutated line) to what became of it."""
     kept = json.loads(record.read_text(encoding="utf-8")) if record is not None and record.exists() else []
     return {(m["path"], m["before"], m["after"]): (m["outcome"], m["because"], m["seconds"]) for m in kept}
 

@@ -33,12 +33,12 @@ class RemoveCall(Operator):  # type: ignore[misc]
 
 
 def is_worth_it(operator: str) -> bool:
-    """Whether an operator's mutants differ from the original other than by chance."""
+    """True where an operator's mutants differ from the original other than by chance."""
     return not operator.endswith(TRIVIAL)
 
 
 def has_mutants(node: Any) -> bool:
-    """Whether a place is code that runs, and no annotation, no assertion, no decorator, no text of an error."""
+    """True for a place that is code that runs, and no annotation, no assertion, no decorator, no text of an error."""
     below = None
     while node is not None:
         if node.type in NEVER or _is_told(node):

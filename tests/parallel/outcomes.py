@@ -1,4 +1,4 @@
-"""What a rank saw of a training run, and how far that is from what one device saw."""
+"""Outcome of a training run on a rank, and how far that is from what one device saw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WHOLE = Share(0, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one rank saw; the reference is an outcome too, of a rank that holds everything."""
+    """Outcome on one rank; the reference is one too, of a rank that holds everything."""
 
     losses: list[float]
     cross_entropies: list[float]

@@ -1,4 +1,4 @@
-"""What cannot be cut is refused by name, with a way out, before anything is built."""
+"""Layouts that cannot be cut are refused by name, with a way out, before anything is built."""
 
 from __future__ import annotations
 

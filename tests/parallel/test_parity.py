@@ -71,7 +71,7 @@ one_device = functools.cache(on_one_device)
 
 @functools.cache
 def trained(train: Callable[[Sequence[Run]], list[Outcome]]) -> dict[Run, list[Outcome]]:
-    """What each rank saw of each run of the tables, all in one world."""
+    """Outcomes of each run of the tables on each rank, all in one world."""
     runs = [*PIPELINES, *ROUNDED, *FAULTY] if train is by_pipeline else [*EXPERTS, *ROUNDED, OF_SINGLE_RANKS]
     by_rank = run_ranks(4, train, runs, timeout_s=240)
     return {run: [outcomes[index] for outcomes in by_rank] for index, run in enumerate(runs)}

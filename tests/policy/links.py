@@ -51,7 +51,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def is_broken(path: Path, link: str) -> bool:
-    """Whether a link of the page leads nowhere."""
+    """True where a link of the page leads nowhere."""
     to, _, anchor = link.partition("#")
     target = (path.parent / to).resolve() if to else path
     return not target.exists() or bool(anchor and anchor not in anchors(target))

@@ -55,6 +55,6 @@ def quoted(page: Path) -> list[str]:
 
 
 def is_told(message: str) -> bool:
-    """Whether most of a message's runs are in the package's texts; one without runs has nothing to compare."""
+    """True where most of a message's runs are in the package's texts; one without runs has nothing to compare."""
     runs = runs_of(message)
     return not runs or 2 * len(runs & runs_in_package()) >= len(runs)

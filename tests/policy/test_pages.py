@@ -112,7 +112,7 @@ def test_every_file_that_a_page_names_exists_and_none_is_inside_the_package(path
 
 @pytest.mark.parametrize("path", LINKED, ids=named)
 def test_commands_have_the_options_that_a_page_gives_them(path: Path) -> None:
-    """What a slow test cannot run (GPUs, hosts, hours) is at least typed right."""
+    """Commands that no slow test can run (GPUs, hosts, hours) are at least typed right."""
     wrong = []
     for line in lines_of_commands(path):
         for program, given in re.findall(r" (-m ds_moe_ep (?!bench)[\w-]+|examples/\w+\.py)( .*)?$", line):

@@ -90,7 +90,7 @@ def equal_split(active: Mapping[int, Phase], capacities: Sequence[float]) -> dic
 
 
 def _uses(index: int, phase: Phase, capacities: Sequence[float]) -> dict[object, Fraction]:
-    """What the phase takes of each resource that can bound it; of its own rate, 1."""
+    """Share that the phase takes of each resource that can bound it; of its own rate, 1."""
     uses: dict[object, Fraction] = {}
     for resource, use in phase.uses:
         if use and capacities[resource] != inf:

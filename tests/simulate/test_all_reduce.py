@@ -153,7 +153,7 @@ def test_auto_is_the_ring_on_gloo_and_the_faster_one_on_nccl() -> None:
 
 
 def cut_us(group: Group, num_bytes: float) -> float:
-    """What has to leave a device, by all of its links, and what has to leave a node, however it is done."""
+    """Time of what has to leave a device, by all of its links, and a node, however it is done."""
     P, N = group.size, group.num_nodes
     device = group.near if N == 1 else group.far if P == N else group.near + group.far / group.node_size
     return max(2 * (P - 1) / P * num_bytes / device, 2 * (N - 1) / N * num_bytes / group.far)

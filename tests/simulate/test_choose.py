@@ -20,7 +20,7 @@ H100 = load_cluster(ROOT / "ds_configs" / "clusters" / "h100_4x4.json")
 
 
 def tuner_costs(job: Setup) -> price.Costs:
-    """What the tuner would measure on a cluster: exchanges alone on the wire, and all rows at once through experts."""
+    """Costs as the tuner would measure them: exchanges alone on the wire, and all rows at once through experts."""
     parts, on = EpJob(job), job.cluster
     sent, torus = parts.rows.sent * parts.layer.row_bytes, parts.torus
     times, rows = parts.layer.times, WorkShare(parts.rows.sent, 1)

@@ -28,7 +28,7 @@ def with_links(on: Cluster, near: float, far: float) -> Cluster:
 
 
 def compute_us(job: Setup) -> float:
-    """What the model's arithmetic takes at the peak; attention's backward pass computes its scores again."""
+    """Time of the model's arithmetic at the peak; attention's backward pass computes its scores again."""
     flops = forward_flops if job.mode == "forward" else training_flops
     tokens = job.micro_batch_tokens * job.training.accumulation
     again = 0.5 * 2 * MODEL.sequence_length * MODEL.hidden_size * MODEL.num_layers * (job.mode == "training")

@@ -1,4 +1,4 @@
-"""What the simulator says of the test bed against what was measured there and no fit has seen (examples/testbed)."""
+"""Simulations of the test bed against what was measured there and no fit has seen (examples/testbed)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank of a layout costs: every number by hand from shapes, parameters against the model as torch cuts it."""
+"""Costs of a rank of a layout: every number by hand from shapes, parameters against the model as torch cuts it."""
 
 from __future__ import annotations
 

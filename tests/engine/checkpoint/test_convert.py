@@ -37,7 +37,7 @@ TOKEN_IDS = torch.arange(4 * 8).view(4, 8) * 7 % 32
 
 @dataclass(frozen=True)
 class Seen:
-    """What a rank has after training or loading."""
+    """State of a rank after training or loading."""
 
     logits: Tensor | None  # of TOKEN_IDS; None before the last stage
     weights: dict[str, Tensor]  # by their names on one device

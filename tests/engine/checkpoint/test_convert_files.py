@@ -1,4 +1,4 @@
-"""What a conversion keeps and writes, and that nothing half-written is ever left."""
+"""Files of a conversion: what it keeps and writes, and that nothing half-written is ever left."""
 
 from __future__ import annotations
 

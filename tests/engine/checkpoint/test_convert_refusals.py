@@ -1,4 +1,4 @@
-"""What a conversion refuses before it writes anything: damaged checkpoints, other models, folders that exist."""
+"""Refusals of a conversion before it writes anything: damaged checkpoints, other models, folders that exist."""
 
 from __future__ import annotations
 

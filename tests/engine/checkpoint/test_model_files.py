@@ -58,7 +58,7 @@ def pretrained(*layers: nn.Module) -> Any:
 
 
 def refused_doors(accelerator: Any, engine: Any, folder: Path) -> dict[str, str]:
-    """What each writer of model files says, and who left a file all the same."""
+    """Errors of each writer of model files, and who left a file all the same."""
     import huggingface_hub
     import safetensors.torch
 
@@ -109,7 +109,7 @@ def made(folder: Path) -> Path:
 
 
 def uses_of_one_rank(engine: Any) -> bool:
-    """What is no model file goes on: a state of one's own, copies, averages, pickles."""
+    """Uses that are no model file go on: a state of one's own, copies, averages, pickles."""
     own = engine.module.state_dict()
     average = torch.optim.swa_utils.AveragedModel(engine.module.net.layers[0].deepspeed_moe.experts)
     copied = copy.deepcopy(engine.module.net.layers[0].deepspeed_moe.gate)

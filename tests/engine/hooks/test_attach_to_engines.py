@@ -50,7 +50,7 @@ def mixed_engine(**section: Any) -> Any:
 
 
 def shape_of(engine: Any) -> dict[str, Any]:
-    """What attaching changes and removing gives back."""
+    """Changes by attaching, and what removing gives back."""
     from ds_moe_ep.engine.extensions.engine_extensions import METHODS
     from ds_moe_ep.engine.extensions.install import ATTRIBUTES
 
@@ -103,7 +103,7 @@ def configs(handle: Any) -> list[Any]:
 
 
 def load_without_an_expert(engine: Any, folder: str) -> str:
-    """What loading says of a checkpoint that lacks an expert's file."""
+    """Error of loading a checkpoint that lacks an expert's file."""
     engine.save_checkpoint(folder, tag="one")
     if dist.get_rank() == 0:
         (Path(folder) / "one" / "layer_1_expert_3_mp_rank_00_model_states.pt").unlink()
@@ -119,7 +119,7 @@ def after_our_door() -> None:
 
 
 def sections_of_hooks() -> tuple[str, str, str, str]:
-    """What a section does for hooks on an engine with DeepSpeed's layers alone, and what of it is refused."""
+    """Effects of a section for hooks on an engine with DeepSpeed's layers alone, and what of it is refused."""
     import ds_moe_ep
 
     engine = plain_engine(deepspeeds_layer(), moe_ep={"schedule": "chunks", "depth": 1, "num_experts": 4})

@@ -64,7 +64,7 @@ def test_recomputation_accumulation_and_retained_graphs_give_the_plain_gradients
 
 
 def without_gradients() -> list[bool]:
-    """Whether hooked outputs without gradients are the plain ones', in training and evaluation."""
+    """True where hooked outputs without gradients are the plain ones', in training and evaluation."""
     engine, model, ((x, target), _) = native_model()
 
     def outputs() -> list[Tensor]:

@@ -113,7 +113,7 @@ def compare(table: list[Job]) -> None:
 
 
 def removed() -> tuple[list[str], list[str], bool]:
-    """What differs after the hooks are gone: the model's state, the engine's methods; and whether outputs do."""
+    """Differences after the hooks are gone: the model's state, the engine's methods; and whether outputs differ."""
     job = Job(layer="native", steps=1)
     engine = make_engine(job)
     x = batches(job)[0][0][0][rank()]

@@ -154,7 +154,7 @@ def as_it_says(family: str) -> tuple[str, dict[str, Any]]:
 
 
 def follow_the_errors() -> tuple[dict[str, tuple[str, dict[str, Any]]], dict[str, float]]:
-    """What each family is told, and how far the converted and hooked models are from Hugging Face's own."""
+    """Errors of each family, and how far the converted and hooked models are from Hugging Face's own."""
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -126,7 +126,7 @@ def test_folders_train_as_layers_of_the_package_and_leave_as_folders(tmp_path: P
 
 
 def refusals(folder: Path) -> list[str]:
-    """What this rank is told when an export cannot be made."""
+    """Errors on this rank when an export cannot be made."""
     engine = train_one_step(make_model("mixtral"), ds_config(0, {"autoep_size": 2, "preset_model": "mixtral"}))
     told = []
 
