@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.distributed import ProcessGroup, Work
 
+from ds_moe_ep.bench.meters.wrapped import Method, wrapped
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import PARTS
 
@@ -137,25 +138,15 @@ def blocked(label: Label) -> Iterator[Blocked]:
     """A Blocked that grows while the block runs. Local; open it in the thread that runs the step, once at a time."""
     meter = Blocked(label)
     functions = {method: function for function, methods in METHODS.items() for method in methods}
-    # As they lie in the class: what getattr gives is unbound for ever, and could not be put back.
-    descriptors = {name: vars(ProcessGroup)[name] for name in functions if name in vars(ProcessGroup)}
-    wait = vars(Work)["wait"]
 
-    def wrap(function: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda group, *args, **kwargs: meter.call(function, method, group, *args, **kwargs)
+    def wrap(name: str, method: Method) -> Method:
+        return lambda group, *args, **kwargs: meter.call(functions[name], method, group, *args, **kwargs)
 
-    def wrap_wait(method: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_wait(name: str, method: Method) -> Method:
         return lambda work, *args, **kwargs: meter.wait(method, work, *args, **kwargs)
 
-    try:
-        for name in descriptors:
-            setattr(ProcessGroup, name, wrap(functions[name], getattr(ProcessGroup, name)))
-        setattr(Work, "wait", wrap_wait(Work.wait))  # noqa: B010 (mypy refuses to assign a method)
+    with wrapped(ProcessGroup, functions, wrap), wrapped(Work, ["wait"], wrap_wait):
         yield meter
-    finally:
-        for name, descriptor in descriptors.items():
-            setattr(ProcessGroup, name, descriptor)
-        setattr(Work, "wait", wait)  # noqa: B010
 
 
 @dataclass(frozen=True)

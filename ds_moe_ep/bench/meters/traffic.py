@@ -7,13 +7,15 @@ ProcessGroup; `counted` wraps those methods while it is open. Count and time in 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from ds_moe_ep.bench.meters.wrapped import Method, wrapped
 
 SENDS = ("send",)
 SPLITS = ("alltoall_base", "all_to_all_single", "alltoall")
@@ -34,10 +36,8 @@ class Traffic:
 def counted() -> Iterator[Traffic]:
     """A Traffic that grows while the block runs."""
     traffic, lock, inside = Traffic(), threading.Lock(), threading.local()
-    # As they lie in the class: what getattr gives is unbound for ever, and could not be put back.
-    descriptors = {name: vars(ProcessGroup)[name] for name in COUNTED if name in vars(ProcessGroup)}
 
-    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(name: str, original: Method) -> Method:
         def call(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             if not getattr(inside, "call", False):  # one method may be written in terms of another
                 leaving = bytes_leaving(name, group.rank(), group.size(), args)
@@ -55,13 +55,8 @@ def counted() -> Iterator[Traffic]:
 
         return call
 
-    try:
-        for name in descriptors:
-            setattr(ProcessGroup, name, wrap(name, getattr(ProcessGroup, name)))
+    with wrapped(ProcessGroup, COUNTED, wrap):
         yield traffic
-    finally:
-        for name, descriptor in descriptors.items():
-            setattr(ProcessGroup, name, descriptor)
 
 
 def bytes_leaving(name: str, rank: int, size: int, args: tuple[Any, ...]) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ds_moe_ep.bench.candidates.emulated import EmulatedDevice
 from ds_moe_ep.bench.meters.blocked import Blocked, blocked, break_down
 from ds_moe_ep.bench.meters.busy import Busy, busy_meter, elapsing_meter
+from ds_moe_ep.bench.meters.wrapped import Method, wrapped
 from ds_moe_ep.bench.systems.data import Data
 from ds_moe_ep.bench.systems.plan import OURS, SystemsPlan
 from ds_moe_ep.comm.lane_groups import LaneGroups
@@ -218,7 +219,7 @@ def optimizer_time(engine: Any, waits: Blocked) -> Iterator[list[float]]:
 @contextmanager
 def counts_time() -> Iterator[list[float]]:
     """The seconds of our layers' exchange of counts, in which ranks wait for the latest."""
-    exchange, consult, seconds = LaneGroups.exchange_counts, LaneGroups.consult, []
+    seconds: list[float] = []
 
     @contextmanager
     def timed() -> Iterator[None]:
@@ -228,13 +229,10 @@ def counts_time() -> Iterator[list[float]]:
         finally:
             seconds.append(time.perf_counter() - start_s)
 
-    def timed_consult(lanes: LaneGroups, *words: Any) -> Any:
-        finish = consult(lanes, *words)
-        return timed()(finish)
+    def wrap(name: str, method: Method) -> Method:
+        if name == "consult":  # starts an exchange, and gives back the function that ends it
+            return lambda *words: timed()(method(*words))
+        return timed()(method)
 
-    LaneGroups.exchange_counts = timed()(exchange)  # type: ignore[method-assign]
-    LaneGroups.consult = timed_consult  # type: ignore[method-assign, assignment]
-    try:
+    with wrapped(LaneGroups, ("exchange_counts", "consult"), wrap):
         yield seconds
-    finally:
-        LaneGroups.exchange_counts, LaneGroups.consult = exchange, consult  # type: ignore[method-assign]

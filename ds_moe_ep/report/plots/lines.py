@@ -12,7 +12,16 @@ from matplotlib.ticker import MaxNLocator
 
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, draw, legend, panels, plain_numbers, system_color
+from ds_moe_ep.report.plots.style import (
+    FAINT,
+    draw,
+    draw_panels,
+    legend,
+    show_at_least,
+    system_color,
+    value_axis,
+    whiskers,
+)
 
 Dash = tuple[float, Sequence[float]]  # offset, on-off lengths
 
@@ -67,17 +76,15 @@ def draw_losses(environments: Sequence[tuple[str, Sequence[Curve]]], baseline: s
 def draw_scaling(law_panels: Sequence[LawPanel]) -> Drawing:
     """Points with quartiles over EP, and the fitted laws."""
 
-    def paint(figure: Figure) -> None:
-        for axis, panel in zip(panels(figure, len(law_panels), 2), law_panels, strict=True):
-            _paint_law(axis, panel)
+    def handles() -> list[Line2D]:
         is_spread = any(quantity.is_spread for panel in law_panels for quantity in panel.points.values())
         measured = "measured, with quartiles" if is_spread else "measured"
-        handles = [Line2D([], [], color=MEASURED, marker="o", linestyle="none", label=measured)]
+        found = [Line2D([], [], color=MEASURED, marker="o", linestyle="none", label=measured)]
         if any(panel.law for panel in law_panels):
-            handles.append(Line2D([], [], color=FITTED, linewidth=1.6, label="the law, fitted"))
-        legend(figure, handles)
+            found.append(Line2D([], [], color=FITTED, linewidth=1.6, label="the law, fitted"))
+        return found
 
-    return draw(2.6 * -(-len(law_panels) // 2) + 0.4, paint)
+    return draw_panels(law_panels, _paint_law, handles, row_in=2.6)
 
 
 def _line(system: str, label: str) -> Line2D:
@@ -95,9 +102,7 @@ def _paint_losses(axis: Axes, title: str, curves: Sequence[Curve]) -> None:
         _paint_curve(axis, curve.system, curve.values, width)
     axis.set_title(title)
     axis.set_ylabel("loss", color=FAINT)
-    lowest, highest = axis.get_ylim()
-    room = max(0.0, LEAST_SHARE * highest - (highest - lowest)) / 2  # rounding must not look like a difference
-    axis.set_ylim(lowest - room, highest + room)
+    show_at_least(axis, LEAST_SHARE)
     _dress_steps(axis)
 
 
@@ -126,13 +131,11 @@ def _paint_curve(axis: Axes, system: str, values: Mapping[int, float], width: fl
 
 
 def _dress_steps(axis: Axes) -> None:
-    axis.grid(axis="y")
+    value_axis(axis)
     first, last = axis.get_xlim()
     if last - first < 1:  # a single step
         axis.set_xlim(first - 1, last + 1)
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(5))
-    plain_numbers(axis.yaxis)
 
 
 def _paint_law(axis: Axes, panel: LawPanel) -> None:
@@ -142,9 +145,8 @@ def _paint_law(axis: Axes, panel: LawPanel) -> None:
         curve = [first + (last - first) * index / 80 for index in range(81)]
         axis.plot(curve, [panel.law(ep) for ep in curve], color=FITTED, linewidth=1.6, zorder=2)
     quantities = [panel.points[ep] for ep in sizes]
-    errors = [[q.value - q.low for q in quantities], [q.high - q.value for q in quantities]]
     values = [q.value for q in quantities]
-    axis.errorbar(sizes, values, yerr=errors, color=MEASURED, fmt="o", markersize=5, capsize=3, zorder=3)
+    axis.errorbar(sizes, values, yerr=whiskers(quantities), color=MEASURED, fmt="o", markersize=5, capsize=3, zorder=3)
     axis.set_xticks(sizes, [str(ep) for ep in sizes])
     axis.margins(y=0.12)
     axis.set_ylim(bottom=0)
@@ -153,6 +155,4 @@ def _paint_law(axis: Axes, panel: LawPanel) -> None:
     axis.annotate(panel.total, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", color=FAINT)
     axis.set_xlabel("EP (ranks that share the experts)", color=FAINT)
     axis.set_ylabel(panel.unit, color=FAINT)
-    axis.grid(axis="y")
-    axis.yaxis.set_major_locator(MaxNLocator(5))
-    plain_numbers(axis.yaxis)
+    value_axis(axis)

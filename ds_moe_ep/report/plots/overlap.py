@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, GROUND, INK, draw, legend, panels, plain_numbers
+from ds_moe_ep.report.plots.style import FAINT, GROUND, INK, draw_panels, value_axis, whiskers
 
 COLORS: Mapping[str, str] = {
     "serial": "#8c8c8c",
@@ -45,14 +43,12 @@ class LinkPanel:
 
 def draw_overlap(link_panels: Sequence[LinkPanel], titles: Mapping[str, str]) -> Drawing:
     """Panels in pairs, with whiskers from quartile to quartile; `titles` name the sides in the order of the legend."""
+    shown = [side for side in titles if any(side in panel.sides for panel in link_panels)]
 
-    def paint(figure: Figure) -> None:
-        for axis, panel in zip(panels(figure, len(link_panels), 2), link_panels, strict=True):
-            _paint(axis, panel)
-        shown = [side for side in titles if any(side in panel.sides for panel in link_panels)]
-        legend(figure, [_line(side, titles[side]) for side in shown], num_columns=4)
+    def handles() -> list[Line2D]:
+        return [_line(side, titles[side]) for side in shown]
 
-    return draw(3.1 * -(-len(link_panels) // 2) + 0.6, paint)
+    return draw_panels(link_panels, _paint, handles, row_in=3.1, legend_in=0.6, num_columns=4)
 
 
 def _line(side: str, label: str) -> Line2D:
@@ -65,11 +61,10 @@ def _line(side: str, label: str) -> Line2D:
 def _paint(axis: Axes, panel: LinkPanel) -> None:
     for side, values in panel.sides.items():
         quantities = list(values.values())
-        errors = [[q.value - q.low for q in quantities], [q.high - q.value for q in quantities]]
         axis.errorbar(
             [panel.places[index] for index in values],
             [q.value for q in quantities],
-            yerr=errors,
+            yerr=whiskers(quantities),
             color=COLORS[side],
             linewidth=1.6,
             linestyle="--" if side in DASHED else "-",
@@ -85,6 +80,4 @@ def _paint(axis: Axes, panel: LinkPanel) -> None:
     axis.set_ylabel(panel.unit, color=FAINT)
     axis.margins(x=0.06, y=0.08)
     axis.set_ylim(bottom=0)
-    axis.grid(axis="y")
-    axis.yaxis.set_major_locator(MaxNLocator(5))
-    plain_numbers(axis.yaxis)
+    value_axis(axis)

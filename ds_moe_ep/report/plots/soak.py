@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, draw, legend, plain_numbers
+from ds_moe_ep.report.plots.style import FAINT, draw, legend, show_at_least, value_axis
 
 RUN_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c8c8c")
 CALM, BURST = "#0072b2", "#d55e00"
@@ -85,14 +85,10 @@ def _paint_memory(axis: Axes, runs: Sequence[RunMemory]) -> None:
         )
         width = max(1.2, 2.6 - 0.7 * index)  # equal lines lie on each other: the first is widest
         axis.plot(steps, [v.value for v in values], color=_color(index), linewidth=width)
-    lowest, highest = axis.get_ylim()
-    room = max(0.0, LEAST_SHARE * highest - (highest - lowest)) / 2  # the heap's noise must not look like growth
-    axis.set_ylim(lowest - room, highest + room)
+    show_at_least(axis, LEAST_SHARE)
     axis.set_title("memory of a rank: the middle one, in the band of all")
     axis.set_ylabel("resident, MB", color=FAINT)
-    axis.grid(axis="y")
-    axis.yaxis.set_major_locator(MaxNLocator(5))
-    plain_numbers(axis.yaxis)
+    value_axis(axis)
 
 
 def _paint_load(axis: Axes, loads: Sequence[StepLoad]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,9 +16,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
+
+Panel = TypeVar("Panel")
 
 WIDTH_IN = 9.6
 DPI = 160
@@ -127,6 +131,44 @@ def panels(figure: Figure, num: int, num_columns: int) -> list[Axes]:
 def plain_numbers(axis: Axis) -> None:
     """Writes the numbers of an axis with commas, and without powers of ten where they can be avoided."""
     axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+
+
+def value_axis(axis: Axes) -> None:
+    """Lines across the panel at a few plain numbers of its upright axis."""
+    axis.grid(axis="y")
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+    plain_numbers(axis.yaxis)
+
+
+def show_at_least(axis: Axes, share: float) -> None:
+    """Widens the upright axis to this share of its highest number, so that noise looks like no difference."""
+    lowest, highest = axis.get_ylim()
+    room = max(0.0, share * highest - (highest - lowest)) / 2
+    axis.set_ylim(lowest - room, highest + room)
+
+
+def whiskers(quantities: Sequence[Quantity]) -> list[list[float]]:
+    """Lengths of the bars below and above the values, as `errorbar` takes them."""
+    return [[q.value - q.low for q in quantities], [q.high - q.value for q in quantities]]
+
+
+def draw_panels(
+    shown: Sequence[Panel],
+    paint: Callable[[Axes, Panel], None],
+    handles: Callable[[], Sequence[Patch | Line2D]],
+    *,
+    row_in: float,
+    legend_in: float = 0.4,
+    num_columns: int = 6,
+) -> Drawing:
+    """The panels in two columns, each painted on axes of its own, over one legend."""
+
+    def paint_all(figure: Figure) -> None:
+        for axis, panel in zip(panels(figure, len(shown), 2), shown, strict=True):
+            paint(axis, panel)
+        legend(figure, handles(), num_columns)
+
+    return draw(row_in * -(-len(shown) // 2) + legend_in, paint_all)
 
 
 def legend(figure: Figure, handles: Sequence[Patch | Line2D], num_columns: int = 6) -> None:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, StrMethodFormatter
 
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, draw, legend, panels
+from ds_moe_ep.report.plots.style import FAINT, draw_panels, whiskers
 
 COLORS = ("#0072b2", "#e69f00")  # of the totals
 MARKERS = ("o", "s")
@@ -52,13 +51,7 @@ class SweepPanel:
 
 def draw_sweep(sweep_panels: Sequence[SweepPanel]) -> Drawing:
     """The panels in two columns."""
-
-    def paint(figure: Figure) -> None:
-        for axis, panel in zip(panels(figure, len(sweep_panels), 2), sweep_panels, strict=True):
-            _paint(axis, panel)
-        legend(figure, _handles(sweep_panels))
-
-    return draw(2.9 * -(-len(sweep_panels) // 2) + 0.4, paint)
+    return draw_panels(sweep_panels, _paint, lambda: _handles(sweep_panels), row_in=2.9)
 
 
 def _handles(sweep_panels: Sequence[SweepPanel]) -> list[Line2D]:
@@ -88,11 +81,10 @@ def _paint(axis: Axes, panel: SweepPanel) -> None:
 def _paint_points(axis: Axes, line: SweepLine, place: int) -> None:
     sizes = sorted(line.points)
     quantities = [line.points[size] for size in sizes]
-    errors = [[q.value - q.low for q in quantities], [q.high - q.value for q in quantities]]
     axis.errorbar(
         [size * SHIFT**place for size in sizes],
         [q.value for q in quantities],
-        yerr=errors,
+        yerr=whiskers(quantities),
         color=COLORS[place % len(COLORS)],
         fmt=MARKERS[place % len(MARKERS)],
         markersize=4.5,
