@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.quantity import number, rounded
+from ds_moe_ep.records.quantity import Quantity, number, rounded
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.simulate.calibrate.probe_samples import (  # fmt: skip
     PREFIX,
@@ -35,31 +35,7 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 WAYS = ("near", "far")
 
 
-@dataclass(frozen=True)
-class FittedNumber:
-    """A fitted number: its path in a cluster is its key."""
-
-    value: float
-    low: float
-    high: float
-    source: str
-
-    def over(self, whole: float) -> FittedNumber:
-        """The number as a share of another, or at another efficiency."""
-        return FittedNumber(self.value / whole, self.low / whole, self.high / whole, self.source)
-
-    def within(self, least: float, most: float) -> FittedNumber:
-        """The number and its range, moved into bounds."""
-        low, value, high = (min(max(x, least), most) for x in (self.low, self.value, self.high))
-        return FittedNumber(value, low, high, self.source)
-
-    def rounded(self) -> FittedNumber:
-        """The number with DIGITS digits, and a range that still holds it."""
-        value, low, high = (rounded(x, DIGITS) for x in (self.value, self.low, self.high))
-        return FittedNumber(value, min(low, value), max(value, high), self.source)
-
-
-Numbers = dict[str, FittedNumber]
+Numbers = dict[str, Quantity]  # by the path in a cluster; a note names the source
 
 
 @dataclass(frozen=True)
@@ -107,20 +83,25 @@ def fit_probe(cluster: Cluster, records: Sequence[Record], hold_out: float, prec
     return ProbeFit(fitted, tuple(numbers), tuple(_points(fitted, records, hold_out)))
 
 
-def with_numbers(cluster: Cluster, numbers: Mapping[str, FittedNumber]) -> Cluster:
+def with_numbers(cluster: Cluster, numbers: Mapping[str, Quantity]) -> Cluster:
     """The cluster with these numbers, rounded, in place of its own, their sources and their ranges."""
-    rounded = {path: number.rounded() for path, number in numbers.items()}
+    given = {path: _with_digits(found) for path, found in numbers.items()}
     parts = {
         part: dataclasses.replace(
             getattr(cluster, part),
-            **{path.split(".")[1]: number.value for path, number in rounded.items() if path.startswith(f"{part}.")},
+            **{path.split(".")[1]: found.value for path, found in given.items() if path.startswith(f"{part}.")},
         )
         for part in PARTS
     }
-    ranges = {path: pair for path, pair in cluster.ranges.items() if path not in rounded}
-    ranges |= {path: (n.low, n.high) for path, n in rounded.items() if n.low < n.high and math.isfinite(n.high)}
-    sources = {**cluster.sources, **{path: number.source for path, number in rounded.items()}}
+    ranges = {path: pair for path, pair in cluster.ranges.items() if path not in given}
+    ranges |= {path: (n.low, n.high) for path, n in given.items() if n.is_spread and math.isfinite(n.high)}
+    sources = {**cluster.sources, **{path: found.note for path, found in given.items()}}
     return dataclasses.replace(cluster, ranges=ranges, sources=sources, **parts)
+
+
+def _with_digits(found: Quantity) -> Quantity:
+    """The number with DIGITS digits, and a range that still holds it."""
+    return Quantity.of(*(rounded(each, DIGITS) for each in found.bar), note=found.note)
 
 
 def _matmul(device: Device, records: Sequence[Record], hold_out: float, precision: str | None) -> Numbers:
@@ -148,32 +129,38 @@ def _matmul(device: Device, records: Sequence[Record], hold_out: float, precisio
     efficiency = numbers["device.matmul_efficiency"].value
     for name, (other, its_source) in lines.items():
         if name != main and not getattr(device, f"peak_{name}"):  # the peak that gives its products at that efficiency
-            numbers[f"device.peak_{name}"] = _inverse(other.start, other.starts, other.residual, its_source).over(
-                efficiency
+            numbers[f"device.peak_{name}"] = _inverse(other.start, other.starts, other.residual, its_source).scaled(
+                1 / efficiency
             )
     return numbers
 
 
-def _inverse(value: float, ends: tuple[float, float], residual: float, source: str) -> FittedNumber:
+def _inverse(value: float, ends: tuple[float, float], residual: float, source: str) -> Quantity:
     """A rate from its inverse; its range goes at least as far as the line misses its points."""
     rate = 1 / value
     high = 1 / ends[0] if ends[0] else rate
-    return FittedNumber(rate, min(1 / ends[1], rate / (1 + residual)), max(high, rate * (1 + residual)), source)
+    ends_of_rate = 1 / ends[1], rate / (1 + residual), high, rate * (1 + residual)
+    return Quantity.of(rate, *ends_of_rate, note=source)
 
 
 def _quotient(
     value: tuple[float, float], above: tuple[float, float], below: tuple[float, float], source: str
-) -> FittedNumber:
+) -> Quantity:
     """A quotient of two numbers that each have a range; an end that would be infinite is the value."""
     middle = value[0] / value[1]
-    return FittedNumber(middle, above[0] / below[1], above[1] / below[0] if below[0] else middle, source)
+    return Quantity.of(middle, above[0] / below[1], above[1] / below[0] if below[0] else middle, note=source)
 
 
-def _share(whole: str, share: str, given: float, measured: FittedNumber) -> Numbers:
+def _share(whole: str, share: str, given: float, measured: Quantity) -> Numbers:
     """`share` of the file's number `whole`; where it has none, or a lower one, `whole` is what was measured."""
     if 0 < given < math.inf and measured.value <= given:
-        return {share: measured.over(given).within(0.0, 1.0)}
-    return {whole: measured, share: FittedNumber(1.0, 1.0, 1.0, measured.source)}
+        return {share: _within(measured.scaled(1 / given), 0.0, 1.0)}
+    return {whole: measured, share: Quantity.of(1.0, note=measured.note)}
+
+
+def _within(found: Quantity, least: float, most: float) -> Quantity:
+    """The number and its range, moved into bounds."""
+    return Quantity.of(*(min(max(each, least), most) for each in found.bar), note=found.note)
 
 
 def _device(device: Device, records: Sequence[Record]) -> Numbers:
@@ -182,7 +169,7 @@ def _device(device: Device, records: Sequence[Record]) -> Numbers:
     for precision in PRECISIONS:
         sample, peak = one_sample(records, f"attention.{precision}", "flop/us"), getattr(device, f"peak_{precision}")
         if sample is not None and peak:
-            numbers["device.attention_efficiency"] = _as_number(sample).over(peak).within(0.0, 1.0)
+            numbers["device.attention_efficiency"] = _within(_as_number(sample).scaled(1 / peak), 0.0, 1.0)
             break
     memory = one_sample(records, "memory", "bytes/us")
     if memory is not None:
@@ -211,17 +198,17 @@ def _link(cluster: Cluster, way: str, records: Sequence[Record], hold_out: float
     source, host, link = alone[0].source, cluster.host, getattr(cluster, way)
     line = _line(alone, hold_out, f"{PREFIX}{way}.one")
     latency = [max(0.0, start - host.pairwise_us) for start in (line.start, *line.starts)]
-    numbers = {f"{way}.latency_us": FittedNumber(latency[0], latency[1], latency[2], source)}
+    numbers = {f"{way}.latency_us": Quantity.of(*latency, note=source)}
     if line.slope > host.byte_us:
         rate = _inverse(line.slope, line.slopes, line.residual, source)
         numbers |= _share(f"{way}.bandwidth", f"{way}.efficiency", link.bandwidth, rate)
     else:
-        numbers[f"{way}.bandwidth"] = FittedNumber(math.inf, math.inf, math.inf, source)
+        numbers[f"{way}.bandwidth"] = Quantity.of(math.inf, note=source)
     everyone = samples_below(records, f"{way}.all", "us") if way == "far" or not host.cores else []
     if everyone and line.slope > host.byte_us:  # near ranks of a CPU share its cores, and that is in the host's costs
         shared = _line(everyone, hold_out, f"{PREFIX}{way}.all")
         times = _quotient((shared.slope, line.slope), shared.slopes, line.slopes, source)
-        numbers[f"{way}.shared_by"] = times.within(1.0, cluster.node_size)
+        numbers[f"{way}.shared_by"] = _within(times, 1.0, cluster.node_size)
     return numbers
 
 
@@ -230,8 +217,8 @@ def _line(samples: Sequence[Sample], hold_out: float, what: str) -> FittedLine:
     return fit_line([(sample.size, (sample.low, sample.value, sample.high)) for sample in fitted])
 
 
-def _as_number(sample: Sample) -> FittedNumber:
-    return FittedNumber(sample.value, sample.low, sample.high, sample.source)
+def _as_number(sample: Sample) -> Quantity:
+    return Quantity.of(sample.value, sample.low, sample.high, note=sample.source)
 
 
 def exchange_us(link: Link, host: Host, num_bytes: float, senders: float = 1.0) -> float:
