@@ -16,7 +16,8 @@ from xdist.workermanage import WorkerController
 WAITING = """
     tests/faults/test_launched_faults.py tests/faults/test_forked_faults.py tests/moe/test_tuner.py tests/health
     tests/doctor tests/engine/test_out_of_step.py tests/bench/test_demo.py tests/testbed tests/test_ranks.py
-    tests/comm/test_agreement.py tests/comm/test_peer_faults.py tests/bench/test_blocked.py
+    tests/comm/test_agreement.py tests/comm/test_peer_faults.py tests/bench/test_blocked.py tests/live
+    tests/moe/test_replica_faults.py
 """.split()
 COMPUTING = """
     tests/parallel tests/engine/test_training.py tests/moe/test_schedules.py tests/moe/test_parity.py
