@@ -161,6 +161,11 @@ class MoEConfig:
                 f"moe_ep.replicas={self.replicas}: other ranks have only {others} experts to copy; lower it, or set it "
                 "to 'auto'"
             )
+        if self.replicas and self.grouped_products == "on":
+            raise ConfigError(
+                f"moe_ep.replicas={self.replicas!r} with grouped_products='on': copies do not lie beside the "
+                "experts of the rank; set it to 'auto', which makes a product per expert where there are copies"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], path: str = "moe_ep") -> MoEConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,3 +213,25 @@ def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_
     last += [f"collect {two}", f"collect {one}", f"start {one}", f"start {two}"]
     for log in run_ranks(4, events_of_a_window, Job(replicas=1, accumulation=2, steps=2)):
         assert log == [*first, *last]
+
+
+def resumed(folder: str, saves_with: int) -> Outcome:
+    """Two steps, a checkpoint, and two more in a fresh engine; copies are there before it or after it, not both."""
+    job = Job(stage=1, accumulation=2, replicas=saves_with)
+    steps = batches(job)
+    first = make_engine(job)
+    train_steps(first, job, steps[:2])
+    first.save_checkpoint(folder)
+    job = replace(job, replicas=1 - saves_with, seed=9)
+    second = make_engine(job)
+    second.load_checkpoint(folder)
+    losses = train_steps(second, job, steps[2:])
+    return losses, named_weights(second.module, job)
+
+
+@pytest.mark.parametrize("saves_with", [1, 0])
+def test_a_checkpoint_saved_with_copies_loads_without_and_the_other_way(saves_with: int, tmp_path: Path) -> None:
+    expected = reference_job(Job(stage=1, accumulation=2))
+    by_rank = run_ranks(4, resumed, str(tmp_path), saves_with, timeout_s=120)
+    assert distance(merged([weights for _, weights in by_rank]), expected[1]) <= WEIGHTS
+    assert loss_distance((by_rank[0][0], {}), (expected[0][2:], {})) <= LOSS
