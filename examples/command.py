@@ -14,7 +14,7 @@ from typing import Any
 import deepspeed
 
 import ds_moe_ep
-from ds_moe_ep.config.command_line import Parser, whole
+from ds_moe_ep.config.command_line import Parser, slots, whole
 
 OVERWRITTEN = ("--save", "--resume", "--steps", "--weights", "--local_rank")
 PATHS = ("--data", "--deepspeed_config", "--trace", "--watch")
@@ -45,6 +45,8 @@ def parse_arguments(description: str | None, config: str, arguments: Sequence[st
     parser.add_argument("--trace", type=Path, metavar="FILE", help=trace)
     watch = "writes a report of each step there, for `python -m ds_moe_ep watch DIR`, and turns the meter on"
     parser.add_argument("--watch", metavar="DIR", help=watch)
+    replicas = "slots per rank for copies of hot experts, a number or auto; default: as the ds_config says"
+    parser.add_argument("--replicas", type=slots, metavar="N", help=replicas)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     args: argparse.Namespace = deepspeed.add_config_arguments(parser).parse_args(arguments)
     if args.deepspeed_config is None:
@@ -55,6 +57,8 @@ def parse_arguments(description: str | None, config: str, arguments: Sequence[st
 def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], ds_moe_ep.Section]:
     """The ds_config of a run and its section "moe_ep"; --trace and --watch turn the meter on."""
     ds_config = ds_moe_ep.load_ds_config(args.deepspeed_config)
+    if args.replicas is not None:
+        ds_config["moe_ep"] = {**ds_config.get("moe_ep", {}), "replicas": args.replicas}
     section = ds_moe_ep.read_section(ds_config)
     if section.model is None:
         raise ds_moe_ep.ConfigError(

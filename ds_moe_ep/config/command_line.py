@@ -91,6 +91,13 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
+def slots(text: str) -> int | str:
+    """The value of --replicas: a number of slots, or `auto`."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"={text}: give a number of slots, or auto")
+    return text if text == "auto" else int(text)
+
+
 def number(least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf) -> Callable[[str], float]:
     """The type of an option that takes a finite number in a range; `above` is the end that is not in it."""
     ends = ((above, "more than"), (least, "at least"), (most, "at most"))

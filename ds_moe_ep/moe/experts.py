@@ -170,6 +170,8 @@ def start_pass(
     form: Form, weights: Sequence[Weights], spans: Sequence[Span], grouping: Grouping | None = None
 ) -> ExpertPass | GroupedPass:
     """A pass over each expert's span of stacked rows by the split mathematics of their form."""
+    if form.own_pass is not None:
+        return form.own_pass(weights)
     if grouping is not None:
         return start_grouped(form, weights, grouping)
     return GeluPass(weights, spans, form.approximate) if form.kind == "gelu" else SwiGLUPass(weights, spans)

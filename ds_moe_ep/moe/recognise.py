@@ -7,7 +7,7 @@ which compares and reads again, so that a layer computes what `expert(x)` comput
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ds_moe_ep.moe.snapshot import Snapshot, has_global_hooks, has_hooks
-from ds_moe_ep.moe.split_experts import Weights
+from ds_moe_ep.moe.split_experts import ExpertPass, Weights
 
 _PRODUCTS = (torch.mul, operator.mul)
 _LEAVES = (nn.Linear, nn.GELU, nn.SiLU)
@@ -32,6 +32,7 @@ class Form:
     kind: Literal["gelu", "swiglu"]
     linears: dict[str, str]  # part ("up", "gate", "down") -> name of the Linear in the module
     approximate: str = "none"
+    own_pass: Callable[[Sequence[Weights]], ExpertPass] | None = None  # instead of the mathematics of the kind
 
     def weights_of(self, expert: nn.Module) -> Weights:
         """Weights and biases of an expert by part, in the order of the module's parameters."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ds_moe_ep.config.command_line import output_file
+from ds_moe_ep.config.command_line import output_file, slots
 from ds_moe_ep.config.options import option
 from ds_moe_ep.config.shipped import shipped_clusters, shipped_ds_configs
 
@@ -22,13 +22,6 @@ def micro_batch(text: str) -> int | str:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"={text}: give a number of sequences, or largest")
     return int(text)
-
-
-def replicas(text: str) -> int | str:
-    """The value of --replicas: a number of slots, or `auto`."""
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"={text}: give a number of slots, or auto")
-    return text if text == "auto" else int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +47,7 @@ class PlanOptions:
     replicas: int | Literal["auto"] | None = option(
         None,
         "slots per rank for copies of hot experts in --config (default: as the file says)",
-        type=replicas,
+        type=slots,
         metavar="N|auto",
     )
     forward: bool = option(False, "forward passes alone instead of training")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_moe_ep.bench.candidates.layers import AUTOEP, BIAS, NATIVE, NO_REMEDY, PHASES
+from ds_moe_ep.bench.candidates.layers import AUTOEP, BIAS, NATIVE, NO_REMEDY, PHASES, REPLICAS
 from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding
 from ds_moe_ep.bench.overlap import command as overlap
@@ -20,7 +20,7 @@ from ds_moe_ep.schedule.shaping import HEADERS
 
 SOURCE = Provenance(command="python -m bench", commit="abc", hardware="2 cores")
 OF = "0.5 of step"
-OF_WORKLOADS_IN_ORDER = (NO_REMEDY, BIAS, NATIVE, AUTOEP)
+OF_WORKLOADS_IN_ORDER = (NO_REMEDY, REPLICAS, BIAS, NATIVE, AUTOEP)
 
 
 def benchmark() -> OverlapBenchmark:

@@ -8,13 +8,13 @@ import pytest
 import torch.distributed as dist
 
 from ds_moe_ep.bench.candidates.cases import LayerCase
-from ds_moe_ep.bench.candidates.layers import BIAS, NO_REMEDY, LayerSetup, build
+from ds_moe_ep.bench.candidates.layers import BIAS, NO_REMEDY, REPLICAS, LayerSetup, build
 from ds_moe_ep.bench.overlap.windows import LayerWindow, WindowedLoad, run_window
 from tests.ranks import run_ranks
 
 WORLD, MICRO_BATCHES, WINDOWS = 4, 2, 3
 CASE = LayerCase(name="windows", top_k=1, load="even", hidden_size=32, width=16, num_experts=WORLD, num_tokens=64)
-CANDIDATES = (NO_REMEDY, BIAS)
+CANDIDATES = (NO_REMEDY, BIAS, REPLICAS)
 
 
 def rows_worked_on() -> dict[str, list[float]]:
@@ -35,10 +35,11 @@ def rows_worked_on() -> dict[str, list[float]]:
     return found
 
 
-def test_a_hot_expert_fills_its_rank_and_a_bias_of_three_steps_does_not_help() -> None:
+def test_replicas_level_a_hot_expert_that_fills_its_rank_without_them_and_under_three_steps_of_a_bias() -> None:
     found = run_ranks(WORLD, rows_worked_on)
     fullest = {name: [max(rank[name][window] for rank in found) for window in range(WINDOWS)] for name in found[0]}
     for name in CANDIDATES:
         assert fullest[f"{name} W0"] == pytest.approx([1.0] * WINDOWS)
     assert fullest[f"{NO_REMEDY} W1"] == pytest.approx([4.0] * WINDOWS)
     assert fullest[f"{BIAS} W1"] == pytest.approx([4.0] * WINDOWS)
+    assert fullest[f"{REPLICAS} W1"] == pytest.approx([1.0] * WINDOWS)

@@ -28,10 +28,23 @@ def test_a_trace_turns_the_meter_on_and_lets_it_measure_before_the_end(
     path = tmp_path / "ds.json"
     section = {"num_experts": 4, "model": "small"} | ({} if meter_every is None else {"meter_every": meter_every})
     path.write_text(json.dumps({"train_batch_size": 4, "moe_ep": section}))
-    ds_config, read = read_settings(Namespace(deepspeed_config=str(path), trace=trace, watch=None, steps=steps))
+    ds_config, read = read_settings(
+        Namespace(deepspeed_config=str(path), trace=trace, watch=None, steps=steps, replicas=None)
+    )
     assert ds_config["moe_ep"].get("meter_every", 0) == expected
     assert read.model is not None and ds_config["train_batch_size"] == 4
     assert {**ds_config["moe_ep"], "meter_every": 0} == {**section, "meter_every": 0}
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 2), (1, 1), ("auto", "auto"), (0, 0)])
+def test_replicas_of_the_command_line_stand_for_those_of_the_section(
+    given: int | str | None, expected: int | str, tmp_path: Path
+) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({"moe_ep": {"model": "small", "replicas": 2}}))
+    args = Namespace(deepspeed_config=str(path), trace=None, watch=None, steps=80, replicas=given)
+    ds_config, section = read_settings(args)
+    assert ds_config["moe_ep"]["replicas"] == section.moe.replicas == expected
 
 
 @pytest.mark.parametrize(("given", "every"), [({}, 1), ({"report_every": 5, "meter_every": 3}, 5)])
@@ -40,7 +53,9 @@ def test_a_watched_run_reports_each_step_and_measures_unless_the_section_says_ho
 ) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"moe_ep": {"model": "small", **given}}))
-    ds_config, _ = read_settings(Namespace(deepspeed_config=str(path), trace=None, watch="runs", steps=80))
+    ds_config, _ = read_settings(
+        Namespace(deepspeed_config=str(path), trace=None, watch="runs", steps=80, replicas=None)
+    )
     section = ds_config["moe_ep"]
     assert (section["watch"], section["report_every"]) == ("runs", every)
     assert section["meter_every"] == given.get("meter_every", TRACE_EVERY)

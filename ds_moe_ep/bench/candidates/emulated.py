@@ -2,7 +2,8 @@
 
 Many ranks on few cores cannot compute at once, so real experts there say little about a machine with a device per rank.
 These say what a schedule hides if each rank had one. Everything else is real: routing, rows, messages, links. The
-output of an expert is its input, in both directions; it has no parameters. Every figure made with them says `emulated`.
+output of an expert is its input, in both directions; it has no parameters, or some that only travel, where copies of
+experts do. Every figure made with them says `emulated`.
 Attention has an emulation as well, for whole models: it keeps its parameters, since their gradients travel.
 """
 
@@ -19,7 +20,8 @@ from ds_moe_ep.kernels.rotary import Rotation
 from ds_moe_ep.model.attention import CausalAttention
 from ds_moe_ep.moe.experts import Experts
 from ds_moe_ep.moe.layout import Grouping
-from ds_moe_ep.moe.split_experts import ExpertPass, Span
+from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.split_experts import ExpertPass, Span, Weights
 
 
 class EmulatedDevice:
@@ -85,10 +87,23 @@ class _Wait(torch.autograd.Function):
 class EmulatedExperts(Experts):
     """The same in place of a layer's own experts: input gradients and weight gradients each wait once per row."""
 
-    def __init__(self, num_local_experts: int, row_us: float, device: EmulatedDevice | None = None) -> None:
+    def __init__(
+        self, num_local_experts: int, row_us: float, device: EmulatedDevice | None = None, num_weights: int = 0
+    ) -> None:
         device = device or EmulatedDevice()
         super().__init__(EmulatedExpert(row_us, device), num_local_experts)
         self.row_us, self.device = row_us, device
+        num_travelling = num_local_experts if num_weights else 0
+        self.travelling = nn.ParameterList(nn.Parameter(torch.zeros(num_weights)) for _ in range(num_travelling))
+
+    def known(self) -> tuple[Form, Sequence[Weights]] | None:
+        """A form whose pass waits, and the parameters that travel; None without any."""
+        if not len(self.travelling):
+            return None
+        return Form("gelu", {}, own_pass=self._pass), [{"up.weight": weight} for weight in self.travelling]
+
+    def _pass(self, weights: Sequence[Weights]) -> ExpertPass:
+        return EmulatedPass(self.row_us, self.device, weights)
 
     def start(self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None) -> ExpertPass:
         return EmulatedPass(self.row_us, self.device)
@@ -97,8 +112,9 @@ class EmulatedExperts(Experts):
 class EmulatedPass:
     """One pass through emulated experts."""
 
-    def __init__(self, row_us: float, device: EmulatedDevice) -> None:
+    def __init__(self, row_us: float, device: EmulatedDevice, weights: Sequence[Weights] = ()) -> None:
         self.saved: list[Tensor] = []
+        self._sizes = [[weight.shape for weight in named.values() if weight is not None] for named in weights]
         self.may_overwrite = False
         self.use_triton: bool | None = None
         self._row_us, self._device = row_us, device
@@ -121,7 +137,7 @@ class EmulatedPass:
         """Nothing."""
 
     def weight_grads(self, expert: int) -> list[Tensor | None]:
-        return []
+        return [torch.zeros(size) for size in self._sizes[expert]] if self._sizes else []
 
 
 def num_rows(rows: Tensor) -> int:

@@ -27,8 +27,11 @@ from ds_moe_ep.schedule.spans import overlap
 
 NATIVE, AUTOEP, HOOKED, PLAIN = "native", "autoep", "hooked native", "all-to-all-v"
 OURS: Mapping[str, Mapping[str, Any]] = {"auto": {"schedule": "auto", **ALIKE}, **SCHEDULES}
-BIAS, NO_REMEDY = "bias", "peers, 2 cuts"  # a remedy of unequal loads, and its schedule
-REMEDIES: Mapping[str, Mapping[str, Any]] = {BIAS: {**SCHEDULES[NO_REMEDY], "balance": "bias"}}
+REPLICAS, BIAS, NO_REMEDY = "replicas", "bias", "peers, 2 cuts"  # remedies of unequal loads, and their schedule
+REMEDIES: Mapping[str, Mapping[str, Any]] = {
+    REPLICAS: {**SCHEDULES[NO_REMEDY], "replicas": 1},
+    BIAS: {**SCHEDULES[NO_REMEDY], "balance": "bias"},
+}
 CPU = torch.device("cpu")
 PHASES = ("forward", "backward", "step")
 
@@ -152,7 +155,8 @@ def _own(knobs: Mapping[str, Any], setup: LayerSetup) -> nn.Module:
     layer = MoE(case.hidden_size, GeluMLP(case.hidden_size, case.width, bias=True), config=config)
     layer.set_deepspeed_parallelism()
     if setup.row_us is not None:
-        layer.deepspeed_moe.experts = EmulatedExperts(config.num_local_experts, setup.row_us)
+        travelling = 2 * case.hidden_size * case.width if config.replicas else 0  # numbers of an expert
+        layer.deepspeed_moe.experts = EmulatedExperts(config.num_local_experts, setup.row_us, num_weights=travelling)
     return load_weights(layer, setup)
 
 

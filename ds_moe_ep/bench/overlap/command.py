@@ -18,7 +18,7 @@ from functools import partial
 from typing import Literal
 
 from ds_moe_ep.bench.candidates.cases import CASES
-from ds_moe_ep.bench.candidates.layers import AUTOEP, BIAS, NATIVE, NO_REMEDY, PHASES
+from ds_moe_ep.bench.candidates.layers import AUTOEP, BIAS, NATIVE, NO_REMEDY, PHASES, REPLICAS
 from ds_moe_ep.bench.candidates.workloads import TITLES
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
@@ -32,7 +32,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table
 
-OF_WORKLOADS = (NO_REMEDY, BIAS, NATIVE, AUTOEP)
+OF_WORKLOADS = (NO_REMEDY, REPLICAS, BIAS, NATIVE, AUTOEP)
 LOADS = ", ".join(f"{name} {title}" for name, title in TITLES.items())
 RATIOS = (0.3, 0.6, 1.0, 2.0)
 PORT = 29500  # inside the namespaces, where nobody else listens
