@@ -34,7 +34,15 @@ def write(folder: Path, values: dict[str, Any]) -> str:
 def test_check_config_tells_memory_traffic_and_the_specifications_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-config", str(EP16), "--world-size", "16", "--gpu-gb", "80", "--verbose"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("34,359,738,368", "6.45 GB", "10,240,000", "7.10 GFLOP", "668 MB", "none of them was measured"):
+    for expected in (
+        "34,359,738,368",
+        "6.45 GB",
+        "10,240,000",
+        "7.10 GFLOP",
+        "668 MB",
+        "blocks of queries",
+        "none of them was measured",
+    ):
         assert expected in printed
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.plan.plan import compare, make_plan
+from ds_moe_ep.simulate.plan.values import plan_values
 
 EP16, TP8_PP2, CLUSTER = "ep16", "tp8_pp2", "h100_4x4"
 
@@ -27,6 +30,7 @@ def test_the_answers_of_one_job_are_eight_lines(capsys: pytest.CaptureFixture[st
         plan.bounds[0].title,
         plan.others[0].title,
         "hidden",
+        "attention by blocks of queries",
     ):
         assert expected in told
 
@@ -43,3 +47,13 @@ def test_a_comparison_warns_of_other_batches_first_and_tells_the_ratio_at_equal_
     assert 0 < printed.index("With 1,024 in both, ") < printed.index(ratios[0]) < printed.index(ratios[1])
     assert main(["plan", "--config", EP16, "--cluster", CLUSTER, "--compare", EP16]) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_a_plan_names_the_attention_that_runs(cluster: Cluster) -> None:
+    plan = make_plan(EP16, cluster, mode="forward")
+    assert plan.attention == plan_values(plan)["attention"] == "blocks"
+    setup = plan.job.setup
+    narrow = replace(setup, model=replace(setup.model, num_heads=64))
+    on_host = replace(setup, cluster=replace(cluster, computes_on="host"))
+    paths = [replace(plan, job=replace(plan.job, setup=other)).attention for other in (narrow, on_host)]
+    assert paths == ["flash", "torch"]

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from ds_moe_ep.check.pipeline import has_specified_shapes
 from ds_moe_ep.config.training import WHOLE
+from ds_moe_ep.kernels.attention_path import AttentionPath, attention_path
 from ds_moe_ep.records.names import KINDS
 from ds_moe_ep.records.quantity import Quantity, Row
 from ds_moe_ep.simulate.cluster.cluster import Cluster
@@ -76,6 +77,12 @@ class Plan:
     def title(self) -> str:
         """The job's name for a reader."""
         return self.name or title_of(self.system)
+
+    @property
+    def attention(self) -> AttentionPath:
+        """Way that attention runs on the cluster."""
+        setup = self.job.setup
+        return attention_path(setup.model.head_size, "cpu" if setup.cluster.computes_on == "host" else "cuda")
 
     @cached_property
     def quantities(self) -> tuple[Quantity, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ds_moe_ep.config.training import WHOLE
-from ds_moe_ep.kernels.attention_path import PATHS, attention_path
+from ds_moe_ep.kernels.attention_path import PATHS
 from ds_moe_ep.records.names import KINDS
 from ds_moe_ep.records.quantity import Quantity, number, percent
 from ds_moe_ep.records.render import print_lines, print_tables, to_terminal
@@ -63,7 +63,7 @@ def answers(plan: Plan, *, in_brief: bool = False) -> dict[str, str]:
     gain = faster_with = ""
     attention = ""
     if not in_brief:
-        attention = f"; attention by {_attention(plan)}"
+        attention = f"; attention by {PATHS[plan.attention]}"
         gain = f"; {_text(plan.gain)} times the same job with nothing hidden" if plan.gain is not None else ""
         faster_with = f" with {faster[0].title}" if faster else ""
     replicas = {"replicas": replicas_told(plan.replicas)} if plan.replicas is not None else {}
@@ -164,18 +164,11 @@ def _print_head(plan: Plan, console: Console) -> None:
     batch = f"{training.batch:,} sequences per batch = {training.micro_batch} x {training.accumulation} micro-batches"
     ranks = f"{training.world_size} ranks on {cluster.num_nodes} nodes"
     lines = [f"{plan.title}, {MODES[setup.mode]}, {ranks}; {batch} x {training.num_copies}"]
-    lines.append(f"attention by {_attention(plan)}, heads of {setup.model.head_size}")
+    lines.append(f"attention by {PATHS[plan.attention]}, heads of {setup.model.head_size}")
     if setup.loads:
         lines.append(f"load: the fullest rank receives {number(max(setup.loads), 2)} times the mean rows")
     print_lines(lines, console)
     _print_notes([plan], console)
-
-
-def _attention(plan: Plan) -> str:
-    """Way that attention runs on the cluster, for a reader."""
-    setup = plan.job.setup
-    device = "cpu" if setup.cluster.computes_on == "host" else "cuda"
-    return PATHS[attention_path(setup.model.head_size, device)]
 
 
 def _print_notes(plans: Sequence[Plan], console: Console) -> None:

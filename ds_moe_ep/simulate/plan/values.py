@@ -25,6 +25,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "cluster": {"name": setup.cluster.name, "num_nodes": setup.cluster.num_nodes, "ranks": setup.cluster.num_ranks},
         "training": training,
         "schedule": {name: getattr(setup.moe, name) for name in SCHEDULE},
+        "attention": plan.attention,
         "loads": list(setup.loads),
         "notes": list(plan.job.notes),
         "fit": plan.fit.to_dict(),
