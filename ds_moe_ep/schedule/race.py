@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STAGES = (3, 2, 3)  # rounds, behind one that warms up
-TIE = 0.005  # of a time: what is closer is as fast
+TIE = 0.01  # of a time: what is closer is as fast
 HOPELESS = 1.1  # times serial's, of all of them after the first stage
 
 Knobs = Mapping[str, Any]
