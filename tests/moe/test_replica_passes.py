@@ -154,6 +154,29 @@ def test_whole_blocks_that_move_give_the_same_bits() -> None:
     assert [name for name in plain if not torch.equal(first[name], again[name])] == []
 
 
+def with_auto() -> tuple[LayerResult, LayerResult, float, tuple[tuple[int, int, int], ...]]:
+    """Three passes in which "auto" measures and the placement follows its prices; the last one's gradients alone."""
+    links, results = Links(), []
+    for slots in (1, 0):
+        case = hosted_case("auto", rows=(96, 40, 64, 80), schedule="auto")
+        case = replace(case, config=replace(case.config, replicas=slots))
+        layer = connected(case, links)
+        for _ in range(3):
+            layer.zero_grad()
+            found = forward_backward(layer, case, case_data(case))
+        results.append(found)
+        if slots:
+            row_us, copies = replicas_of(layer).costs.row_us, replicas_of(layer).placement.copies
+    return results[0], results[1], row_us, copies
+
+
+def test_placements_follow_the_prices_that_auto_measured_and_are_those_of_all_ranks() -> None:
+    mine, plain, row_us, copies = zip(*run_ranks(4, with_auto, timeout_s=100), strict=True)
+    assert max(errors(mine, plain).values()) <= BOUND
+    assert len(set(row_us)) == len(set(copies)) == 1
+    assert row_us[0] not in (0.0, 1.0), "measured, and not what stands for it before"
+
+
 def slots_over_time() -> tuple[list[int], bool]:
     """Bytes in this rank's slots as placements change; and whether copies are no parameters of the layer."""
     case = hosted_case("slots", rows=(24,) * 4)
