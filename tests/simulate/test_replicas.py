@@ -103,6 +103,10 @@ def test_slots_weigh_their_weights_and_their_gradient_sums() -> None:
     ("section", "words"),
     [
         ({"replicas": 1, "ep_size": 1}, "replicas=1 with ep_size=1: every expert is on every rank"),
+        (
+            {"replicas": 1, "ep_size": 2},
+            "replicas=1: in a step's last backward pass an expert's home takes in the gradient",
+        ),
         ({"replicas": "auto", "ep_size": 2}, "replicas='auto' takes 0 to 4 slots per rank: memory counts one"),
     ],
 )
