@@ -225,8 +225,8 @@ def _replica_notes(moe: MoEConfig, model: ModelConfig | None, training: Training
     if moe.replicas and model is not None:
         of_copy = gigabytes(SUM_BYTES * model.expert_params)
         yield (
-            f"replicas={moe.replicas!r}: in a step's last backward pass an expert's home takes in the gradient sums of its "
-            f"copies, {of_copy} per copy, one layer after the other; memory does not count them"
+            f"replicas={moe.replicas!r}: in a step's last backward pass an expert's home takes in the gradient sums of "
+            f"its copies, {of_copy} per copy, one layer after the other; memory does not count them"
         )
     if moe.replicas == "auto" and model is not None:
         each = gigabytes(slot_bytes(model, training))
