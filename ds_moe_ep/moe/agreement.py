@@ -238,8 +238,10 @@ class Agreement:
 
     def _exchange(self, send_PC: Tensor) -> Tensor:
         """The exchange of heads and counts, in messages of one length."""
-        parts = send_PC.split(NUM_COLUMNS, dim=1)
-        return torch.cat([self.transport.exchange_counts(part_PC, self.call.tags) for part_PC in parts], dim=1)
+        parts = [
+            self.transport.exchange_counts(part_PC, self.call.tags) for part_PC in send_PC.split(NUM_COLUMNS, dim=1)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _check(self, own: Head, rows: list[list[int]], device: torch.device) -> list[Head]:
         """Every rank's head. Raises EngineError where a peer refused its input, or is not like this rank."""
