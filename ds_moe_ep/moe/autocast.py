@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.moe.experts import Experts, KnownExperts, LocalExperts, OpaqueExperts, SharedExpert, opaque
-from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.split_experts import Weights
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.grouped.experts import GroupedPass, start_grouped
 from ds_moe_ep.moe.layout import Grouping
-from ds_moe_ep.moe.recognise import ExpertForms, Form
+from ds_moe_ep.moe.match_expert import ExpertForms, Form
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.snapshot import has_foreign_hooks
 from ds_moe_ep.moe.split_experts import ExpertPass, GeluPass, Opaque, OpaquePass, Span, SwiGLUPass, Weights

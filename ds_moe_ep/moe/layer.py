@@ -22,7 +22,7 @@ from ds_moe_ep.moe.autocast import autocast_type, local_experts, shared_expert
 from ds_moe_ep.moe.balance import router_loss
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.experts import Experts, OpaqueExperts
-from ds_moe_ep.moe.recognise import ExpertForms
+from ds_moe_ep.moe.match_expert import ExpertForms
 from ds_moe_ep.moe.replicas.replicas import known_or_refused
 from ds_moe_ep.moe.router import Router, Routing
 

@@ -19,7 +19,7 @@ from ds_moe_ep.kernels.choose import runs_triton, why_no_triton
 from ds_moe_ep.kernels.gate import MAX_EXPERTS, ChoiceNoise, GateRoutes, GateRule, gate_logits, gate_routes
 from ds_moe_ep.kernels.sort import sort_choices
 from ds_moe_ep.moe.balance import BiasBalance
-from ds_moe_ep.moe.recognise import is_plain_linear
+from ds_moe_ep.moe.match_expert import is_plain_linear
 
 JITTER = 1e-2  # relative width of the input noise, as DeepSpeed and Switch (arXiv 2101.03961) have it
 

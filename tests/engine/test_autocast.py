@@ -330,8 +330,8 @@ def all_refusals() -> list[str]:
 
 def test_experts_are_recognised_in_this_file() -> None:
     """The cases cover both ways through the experts."""
-    from ds_moe_ep.moe.recognise import recognise
+    from ds_moe_ep.moe.match_expert import match_expert
 
-    kinds = {name: recognise(make()) is not None for name, make in EXPERTS.items()}
+    kinds = {name: match_expert(make()) is not None for name, make in EXPERTS.items()}
     assert kinds == {"gelu": True, "swiglu": True, "ends narrow": False, "ends wide": False}
-    assert recognise(GeluMLP(D, D)) and recognise(SwiGLU(D, D))
+    assert match_expert(GeluMLP(D, D)) and match_expert(SwiGLU(D, D))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.moe import executor
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU, start_pass
-from ds_moe_ep.moe.recognise import recognise
+from ds_moe_ep.moe.match_expert import match_expert
 from tests.moe.layer_cases import LayerCase
 from tests.moe.layer_runs import Links, config, run_case
 from tests.moe.test_schedules import EDGE_VARIANTS, differences
@@ -29,7 +29,7 @@ CUTS = (0, 16, 20, 51, ROWS)
 
 def weight_gradients(expert: nn.Module, cuts: Sequence[int], x_RD: Tensor, dy_RD: Tensor) -> list[Tensor]:
     """The expert's weight gradients as sums over these blocks of rows."""
-    form = recognise(expert)
+    form = match_expert(expert)
     assert form is not None
     started = start_pass(form, [form.weights_of(expert)], [(0, ROWS)])
     everything = slice(0, ROWS)

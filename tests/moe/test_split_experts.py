@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU, start_pass
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.moe.recognise import recognise
+from ds_moe_ep.moe.match_expert import match_expert
 from ds_moe_ep.moe.split_experts import GradSums
 
 ROWS, WIDTH = 9, 16
@@ -29,7 +29,7 @@ ROWS, WIDTH = 9, 16
 def test_kept_rows_go_with_the_last_product_that_reads_them(
     expert: nn.Module, kept_at_last: dict[str, int], may_overwrite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    form = recognise(expert)
+    form = match_expert(expert)
     assert form is not None
     started = start_pass(form, [form.weights_of(expert)], [(0, ROWS)])
     kept: dict[str, int] = {}

@@ -20,7 +20,7 @@ from ds_moe_ep.kernels.rotary import Rotation
 from ds_moe_ep.model.attention import CausalAttention
 from ds_moe_ep.moe.experts import Experts
 from ds_moe_ep.moe.layout import Grouping
-from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.split_experts import ExpertPass, Span, Weights
 
 

@@ -21,7 +21,7 @@ from ds_moe_ep.engine.hooks.layer import HookedLayer, check_width, copied, refus
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
 from ds_moe_ep.moe.experts import OpaqueExperts
-from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.split_experts import Opaque, Weights

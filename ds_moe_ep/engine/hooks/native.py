@@ -29,7 +29,7 @@ from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
 from ds_moe_ep.moe.experts import OpaqueExperts, first_output
-from ds_moe_ep.moe.recognise import ExpertForms
+from ds_moe_ep.moe.match_expert import ExpertForms
 from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.snapshot import has_foreign_hooks

@@ -18,7 +18,7 @@ from ds_moe_ep.engine.hugging_face.families import PROJECTIONS, Family, Projecti
 from ds_moe_ep.engine.layer import MoE
 from ds_moe_ep.errors import ConfigError, ExportError
 from ds_moe_ep.moe.experts import SwiGLU
-from ds_moe_ep.moe.recognise import Form, recognise
+from ds_moe_ep.moe.match_expert import Form, match_expert
 
 AUTOEP_STACKS: Mapping[Projection, str] = {"gate": "w1", "up": "w3", "down": "w2"}
 SHARED_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -152,7 +152,7 @@ class ExpertBlock:
 
     def _form(self, expert: nn.Module) -> Form:
         """The expert's form, which must be what the family's files hold. Raises ExportError."""
-        form = recognise(expert)
+        form = match_expert(expert)
         has_bias = any(name.endswith("bias") for name, _ in expert.named_parameters())
         if form is None or form.kind != "swiglu" or has_bias:
             kind = "something else" if form is None else form.kind

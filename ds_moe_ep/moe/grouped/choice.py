@@ -15,7 +15,7 @@ from ds_moe_ep.kernels.grouped import is_one_kernel, lie_together
 from ds_moe_ep.kernels.traffic import LARGE_PRODUCT
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.grouped.experts import PARTS, named_tensors
-from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.split_experts import Weights
 from ds_moe_ep.schedule.build import Schedule
 

@@ -25,7 +25,7 @@ from ds_moe_ep.kernels.grouped import (
     lie_together,
 )
 from ds_moe_ep.moe.layout import Grouping
-from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.split_experts import ActiveRows, Weights
 
 PARTS = {"gelu": ("up",), "swiglu": ("gate", "up")}  # whose outputs the activation reads

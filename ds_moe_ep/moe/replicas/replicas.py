@@ -27,7 +27,7 @@ from ds_moe_ep.kernels.sort import SortedChoices, sort_choices
 from ds_moe_ep.moe.agreement import NUM_COLUMNS, AgreedCounts, Agreement
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.experts import KnownExperts, LocalExperts
-from ds_moe_ep.moe.recognise import Form
+from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.replicas.copies import Copies
 from ds_moe_ep.moe.replicas.gradients import Collect, Ledger, Lend, LentPass, Loan
 from ds_moe_ep.moe.replicas.rows import maps_to_hosts

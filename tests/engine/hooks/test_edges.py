@@ -125,7 +125,7 @@ def weights_after_forward() -> int:
     from ds_moe_ep.comm.open import open_transport
     from ds_moe_ep.moe.dispatcher import Dispatcher
     from ds_moe_ep.moe.experts import KnownExperts
-    from ds_moe_ep.moe.recognise import Form
+    from ds_moe_ep.moe.match_expert import Form
     from ds_moe_ep.moe.router import Routes
     from tests.moe.layer_runs import config
 

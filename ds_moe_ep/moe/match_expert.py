@@ -1,4 +1,4 @@
-"""Recognises the mathematics of an expert module: read from its traced graph, never guessed from its class.
+"""Matches an expert module to the form of its mathematics: read from its traced graph, never guessed from its class.
 
 What was read holds as long as nothing has changed that it was read from (`snapshot.py`): each pass asks `ExpertForms`,
 which compares and reads again, so that a layer computes what `expert(x)` computes whenever an expert was changed.
@@ -44,7 +44,7 @@ class Form:
         return weights
 
 
-def recognise(template: nn.Module) -> Form | None:
+def match_expert(template: nn.Module) -> Form | None:
     """The form of a module's computation, or None when it is neither a GELU MLP nor a SwiGLU of plain Linears.
 
     Reads the traced graph, so that a class of any name is found, and anything beside it (dropout, hooks, a second
@@ -96,7 +96,7 @@ class ExpertForms:
 
 def _read(modules: Sequence[nn.Module]) -> tuple[Snapshot, Form | None]:
     snapshot = Snapshot(modules)
-    forms = [recognise(module) if snapshot.is_complete else None for module in modules]
+    forms = [match_expert(module) if snapshot.is_complete else None for module in modules]
     return snapshot, forms[0] if all(form == forms[0] for form in forms) else None
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
-from ds_moe_ep.moe.recognise import recognise
+from ds_moe_ep.moe.match_expert import match_expert
 
 
 class MegatronLike(nn.Module):
@@ -79,11 +79,11 @@ def test_gelu_and_swiglu_are_recognised_by_what_they_compute() -> None:
         (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), "0", "none"),
         (MegatronLike(), "dense_h_to_4h", "tanh"),
     ):
-        form = recognise(module)
+        form = match_expert(module)
         assert form is not None and form.kind == "gelu"
         assert (form.linears["up"], form.approximate) == (up, approximate)
     for module in (SwiGLU(8, 16), Swapped(8, 16, bias=True)):
-        form = recognise(module)
+        form = match_expert(module)
         assert form is not None and form.kind == "swiglu" and form.linears["gate"] == "gate"
 
 
@@ -105,4 +105,4 @@ def test_gelu_and_swiglu_are_recognised_by_what_they_compute() -> None:
     ids=lambda module: type(module).__name__,
 )
 def test_anything_beside_them_goes_through_autograd(module: nn.Module) -> None:
-    assert recognise(module) is None
+    assert match_expert(module) is None
