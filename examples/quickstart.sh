@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the scaled-down 4-layer model with 16 experts a layer, one on each of 16 processes of this machine.
+# Trains the scaled-down 4-layer model with 16 experts per layer, one on each of 16 processes of this machine.
 #
 #   bash examples/quickstart.sh [arguments of train_ep16.py, for example --steps 200 --data my_texts/]
 #

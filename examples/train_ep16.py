@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loss = evaluate(engine, job.corpus, args.eval_batches)
     trace_note = write_trace(engine, args.trace) if args.trace else None
     if dist.get_rank() == 0:
-        print(f"validation loss {loss:.3f} nats a byte, unigram entropy {job.corpus.unigram_entropy():.3f}")
+        print(f"validation loss {loss:.3f} nats per byte, unigram entropy {job.corpus.unigram_entropy():.3f}")
         if trace_note:
             print(trace_note)
         if engine.device.type == "cpu" and (note := why_little_is_hidden(os.environ, os.cpu_count() or 1)):
@@ -114,7 +114,7 @@ def train(engine: Any, job: Job, checkpoints: Checkpoints) -> signal.Signals | N
 
 @torch.no_grad()
 def evaluate(engine: Any, corpus: Corpus, batches_of_rank: int) -> float:
-    """The mean validation loss over all ranks, in nats a byte."""
+    """The mean validation loss over all ranks, in nats per byte."""
     engine.eval()
     num_batches = batches_of_rank * dist.get_world_size()
     total = torch.zeros((), device=engine.device)

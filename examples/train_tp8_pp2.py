@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + stopped_by
     loss = evaluate(engine, job.corpus, args, section.model.sequence_length)
     if dist.get_rank() == 0:
-        print(f"validation loss {loss:.3f} nats a byte, unigram entropy {job.corpus.unigram_entropy():.3f}")
+        print(f"validation loss {loss:.3f} nats per byte, unigram entropy {job.corpus.unigram_entropy():.3f}")
     dist.destroy_process_group()
     return 0
 
@@ -91,7 +91,7 @@ def fullest_expert(engine: Any) -> float:
 
 
 def evaluate(engine: Any, corpus: Corpus, args: argparse.Namespace, num_tokens: int) -> float:
-    """The validation loss in nats a byte, over as many sequences as `--eval-batches` training steps hold."""
+    """The validation loss in nats per byte, over as many sequences as `--eval-batches` training steps hold."""
     of_step = engine.gradient_accumulation_steps() * engine.grid.get_data_parallel_world_size()
     num_batches = args.eval_batches * of_step
     size = (engine.train_micro_batch_size_per_gpu(), num_tokens)
