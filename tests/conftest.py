@@ -18,7 +18,7 @@ settings.load_profile("without deadlines")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """The lanes under `-n 4`. Environments of other releases run tests without xdist."""
+    """The lanes under `-n 3`. Environments of other releases run tests without xdist."""
     from tests.lanes import Lanes
 
     config.option.loadscopereorder = False

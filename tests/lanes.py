@@ -1,9 +1,9 @@
-"""Lanes of pytest-xdist (`-n 4`): tests that wait beside tests that compute, so that the cores idle little.
+"""Lanes of pytest-xdist (`-n 3`): tests that wait beside tests that compute, so that the cores idle little.
 
 A file's tests stay together, in their order, on one worker: they share its fixtures and its fork server. The files
 stand in one queue, those that wait (for time limits, paced links, the end of processes) in front, those that compute at
-the back. The first half of the workers takes from the front, the other from the back, until the queue is empty: nobody
-has to guess how long either takes.
+the back. The first worker takes from the front, any other from the back, until the queue is empty: nobody has to guess
+how long either lane takes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Lanes(LoadScopeScheduling):
         return next((place for place in TOGETHER if is_in(file, place)), file)
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        if node not in self.nodes[: len(self.nodes) // 2]:
+        if node is not self.nodes[0]:
             self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
         super()._assign_work_unit(node)
 

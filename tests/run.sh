@@ -4,7 +4,7 @@
 #   bash tests/run.sh                        everything but the tests marked slow or gpu
 #   bash tests/run.sh tests/config            arguments go to pytest
 #   bash tests/run.sh -m slow                a marker of your own replaces "not slow and not gpu", one test at a time
-#   bash tests/run.sh -n 0                   without the four lanes (see tests/lanes.py), in which order files stand
+#   bash tests/run.sh -n 0                   without the three lanes (see tests/lanes.py), in which order files stand
 #
 # VENV and PYTHON choose the environment (see tests/environment.sh). No test collected is a failure.
 set -euo pipefail
@@ -16,5 +16,5 @@ unset PYTHONDONTWRITEBYTECODE # each rank and subprocess would compile the tests
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-[[ " $* " == *" -m "* ]] && LANES=0 || LANES=4 # slow tests use the whole machine
+[[ " $* " == *" -m "* ]] && LANES=0 || LANES=3 # slow tests use the whole machine
 "$PYTHON" -m pytest -n "$LANES" -m "not slow and not gpu" "$@"
