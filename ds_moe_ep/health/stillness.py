@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import sys
+import faulthandler
+import re
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import PurePath
-from types import FrameType
+from typing import IO, NamedTuple
 
-COLLECTIVES = ("torch.distributed", "deepspeed.comm")  # modules whose calls wait for other ranks
-WRAPPERS = (*COLLECTIVES, "torch._dynamo", "threading")  # whose callers tell more of where a rank is
+COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")  # in paths of modules whose calls wait for other ranks
+WRAPPERS = (*COLLECTIVES, "/torch/_dynamo/", "/threading.py")  # whose callers tell more of where a rank is
 DECORATORS = ("wrapper", "log_wrapper", "_fn")  # of theirs, which name no collective
 STILL_S = 0.05  # of the processor's time: what a thread takes that moves on
+
+
+class Frame(NamedTuple):
+    """One call on a thread's stack."""
+
+    file: str
+    line: int
+    function: str
+
+    def is_in(self, paths: tuple[str, ...]) -> bool:
+        """True where the call's module lies at one of these paths."""
+        return any(path in self.file for path in paths)
 
 
 class Stillness:
@@ -24,17 +37,18 @@ class Stillness:
         self._place = ""
         self._since_s = time.monotonic()
         self._busy_s = 0.0
+        self._dump: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
 
     def look(self) -> tuple[str, float]:
         """Where the main thread is, and for how long it has not moved in one call that waits for other ranks.
 
         0 where it waits for none: a thread that computes, reads or sleeps may be slow, and comes in the end.
         """
-        frames = list(_frames(sys._current_frames().get(self._main)))
-        inner = list(takewhile(lambda frame: _module(frame).startswith(WRAPPERS), frames))
-        calls = [frame for frame in inner if _module(frame).startswith(COLLECTIVES)]
+        frames = stack_of(self._main, self._dump)
+        inner = list(takewhile(lambda frame: frame.is_in(WRAPPERS), frames))
+        calls = [frame for frame in inner if frame.is_in(COLLECTIVES)]
         place = _text(frames[min(len(inner), len(frames) - 1)]) if frames else "the process"
-        name = next((f.f_code.co_name for f in reversed(calls) if f.f_code.co_name not in DECORATORS), "")
+        name = next((frame.function for frame in reversed(calls) if frame.function not in DECORATORS), "")
         place = f"{name}, called from {place}" if name else place
         busy_s, now_s = _processor_s(self._main), time.monotonic()
         if place != self._place or busy_s is None or busy_s - self._busy_s > STILL_S:
@@ -42,19 +56,27 @@ class Stillness:
         return place, now_s - self._since_s if calls else 0.0
 
 
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))
+def stack_of(thread: int, dump: IO[bytes]) -> list[Frame]:
+    """The calls of a thread, the innermost first.
+
+    Read from a dump that the interpreter writes in one go. Frame objects of a thread that runs are no way: one that is
+    ended meanwhile points at memory that is no frame any more, and to ask it for its caller ends the process.
+    """
+    dump.seek(0)
+    dump.truncate()
+    faulthandler.dump_traceback(dump, all_threads=True)
+    dump.seek(0)
+    for part in dump.read().decode(errors="replace").split("\n\n"):
+        head, _, calls = part.partition("\n")
+        ident = re.search(r"hread 0x([0-9a-f]+)", head)
+        if ident and int(ident[1], 16) == thread:
+            found = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', calls, re.MULTILINE)
+            return [Frame(PurePath(file).as_posix(), int(line), function) for file, line, function in found]
+    return []
 
 
-def _text(frame: FrameType) -> str:
-    return f"{frame.f_code.co_name} ({PurePath(frame.f_code.co_filename).name}:{frame.f_lineno})"
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """The calls of a thread, the innermost first."""
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def _text(frame: Frame) -> str:
+    return f"{frame.function} ({PurePath(frame.file).name}:{frame.line})"
 
 
 def _processor_s(thread: int) -> float | None:
