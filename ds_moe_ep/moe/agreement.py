@@ -118,7 +118,7 @@ class Head(NamedTuple):
 
 NUM_HEADER = len(CountsHeader._fields)
 NUM_HEAD = NUM_HEADER + len(Head._fields) - 1
-NUM_VERDICT = 4  # columns of an answer before its counts: the heads are alike, and what some rank of the group tells
+NUM_VERDICT = len(Head._fields)  # columns of an answer before its counts: heads are alike; what some rank tells
 
 
 class AgreedCounts(NamedTuple):
