@@ -4,7 +4,8 @@
     deepspeed --num_gpus 4 examples/finetune_mixtral.py --model /path/to/a/model    # a folder of save_pretrained
 
 `Overlap`, a TrainerCallback, makes the difference; with --no-overlap the same losses are printed. Without --model
-a tiny random Mixtral is trained. A token is a byte: put your own tokenizer and data in the place of `sequences_of`.
+a tiny random Mixtral is trained; --save writes the trained model, experts of all ranks, as a folder of Hugging Face's.
+A token is a byte: put your own tokenizer and data in the place of `sequences_of`.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def train(args: argparse.Namespace) -> None:
-    """A run of the Trainer. Collective over the world."""
+def train(args: argparse.Namespace) -> PreTrainedModel:
+    """A run of the Trainer, and its model. Collective over the world."""
     torch.manual_seed(0)
     sequences = sequences_of(load_corpus().train)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,6 +53,9 @@ def train(args: argparse.Namespace) -> None:
         if not args.no_overlap:
             trainer.add_callback(Overlap(trainer, args.schedule))
         trainer.train()
+        if args.save:
+            trainer.save_model(args.save)
+    return model
 
 
 class Overlap(TrainerCallback):
@@ -66,7 +70,6 @@ class Overlap(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             print(self.handle, self.trainer.model_wrapped.moe_ep_meter.report(), sep="\n", flush=True)
-        self.handle.remove()
 
 
 class Losses(TrainerCallback):
@@ -122,6 +125,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--zero-stage", type=int, default=2, choices=range(4))
     parser.add_argument("--schedule", default="auto", help="of the transfers: auto, peers, chunks or serial")
+    parser.add_argument("--save", metavar="PATH", help="a folder for the trained model; without one it is not kept")
     parser.add_argument("--no-overlap", action="store_true", help="train with AutoEP's own, blocking all-to-all calls")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     return parser.parse_args(arguments)

@@ -3,7 +3,8 @@
     DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 4 examples/train_with_trainer.py
 
 The section "moe_ep" is in force as it stands. `attach_overlap` adds the watch, safe checkpoints and the meter. --output
-keeps the checkpoints, which hold the experts of all ranks; the same command goes on from the last one.
+keeps the checkpoints, and a model file in each, which hold the experts of all ranks; the same command goes on from the
+last one.
 """
 
 from __future__ import annotations
@@ -64,7 +65,6 @@ class Overlap(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             print(self.handle, self.trainer.model_wrapped.moe_ep_meter.report(), sep="\n", flush=True)
-        self.handle.remove()
 
 
 class Losses(TrainerCallback):

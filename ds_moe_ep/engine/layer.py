@@ -23,6 +23,7 @@ from ds_moe_ep.config.topology import RankGrid, even_share, torus_of
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
 from ds_moe_ep.engine.checkpoint.model_files import refuse_part_of_experts
+from ds_moe_ep.engine.checkpoint.own_experts import take_own_experts
 from ds_moe_ep.engine.face import LayerFace
 from ds_moe_ep.engine.own_layers import meet
 from ds_moe_ep.engine.parallelism import problem_of_parallelism
@@ -87,6 +88,7 @@ class MoE(DeepSpeedMoE):
         self.mark_experts()
         if self.num_local_experts < self.num_experts:
             self.register_state_dict_pre_hook(refuse_part_of_experts)
+            self.register_load_state_dict_pre_hook(take_own_experts)
         if use_residual:
             self.mlp = expert
             self.coefficient = nn.Linear(hidden_size, 2)

@@ -20,6 +20,7 @@ import pytest
 import torch.distributed as dist
 
 from ds_moe_ep.bench.harness.processes import free_port
+from tests.engine.hugging_face.tiny_models import distance, load, logits_of
 from tests.examples.spoilt import losses_of, spoilt
 from tests.ranks import REPOSITORY, SERVER_ENV, run_ranks
 
@@ -73,10 +74,21 @@ def forked(folder: str, runs: dict[str, tuple[str, list[str]]]) -> dict[str, str
         example: Any = importlib.import_module(script)
         args = example.parse_arguments([a for a in arguments if a != "--spoil"])
         with spoilt("--spoil" in arguments), contextlib.redirect_stdout(io.StringIO()) as output:
-            example.train(args)
+            model = example.train(args)
         printed[name] = output.getvalue()
+        if "--save" in arguments:
+            printed["saved"] = distance_to_saved(model, args.save)
         dist.barrier()
     return printed
+
+
+def distance_to_saved(model: Any, folder: str) -> str:
+    """The distance of the trained model's logits to those of the folder that the Trainer wrote. Collective."""
+    trained = logits_of(model)
+    dist.barrier()
+    found = f"{distance(logits_of(load(Path(folder))), trained):.1e}"
+    dist.barrier()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +98,9 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     runs = {}
     for name, script, steps in SCRIPTS:
         words = ["--steps", str(steps)]
-        stage = [] if name == "autoep" else ["--zero-stage", "3"]
+        more = {"trainer": ["--save", f"{folder}/trained"], "loop": ["--zero-stage", "3"]}.get(name, [])
         runs[f"{name}, unhooked"] = (script, [*words, "--no-overlap", "--model", folder])
-        runs[f"{name}, hooked"] = (script, [*words, *HOOKED, *stage])
+        runs[f"{name}, hooked"] = (script, [*words, *HOOKED, *more])
         runs[f"{name}, spoilt"] = (script, [*words, *HOOKED, "--spoil"])
     return run_ranks(4, forked, folder, runs, timeout_s=200)[0]
 
@@ -106,6 +118,10 @@ def test_losses_are_those_of_the_model_in_a_folder_without_hooks_and_others_wher
     assert "AutoEPMoELayer" not in printed[f"{name}, unhooked"]
     assert name != "trainer" or "dispatch lane" in printed[f"{name}, hooked"], "the callback's meter saw the transfers"
     assert max(abs(one - other) / other for one, other in zip(spoilt_run, unhooked, strict=True)) > 10 * BOUND
+
+
+def test_the_trainer_saves_the_whole_model_as_a_folder_of_hugging_faces(printed: dict[str, str]) -> None:
+    assert float(printed["saved"]) <= 2e-6, "another order of sums over two experts"
 
 
 @pytest.mark.slow

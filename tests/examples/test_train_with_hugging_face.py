@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from tests.ranks import REPOSITORY, run_ranks
 
@@ -79,6 +81,25 @@ def test_the_trainers_checkpoints_hold_all_experts_and_no_file_of_some(found: An
     for kind in ("trainer", "plain"):
         for step in (3, 6):
             checkpoint = folder / kind / f"checkpoint-{step}"
-            assert not [*checkpoint.glob("*.safetensors"), *checkpoint.glob("*model*.bin")]
+            files = [path.name for path in (*checkpoint.glob("*.safetensors"), *checkpoint.glob("*model*.bin"))]
+            assert files == (["model.safetensors"] if kind == "trainer" else []), "attach_overlap's is whole"
             assert len(list((checkpoint / f"global_step{step}").glob("layer_0_expert_*"))) == 8
     assert len(list(folder.glob("loop/**/layer_0_expert_*"))) == 8
+
+
+def test_the_trainers_model_file_loads_in_one_process_and_holds_each_expert_in_its_place(
+    found: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    trainer: Any = importlib.import_module("train_with_trainer")
+    checkpoint = folder / "trainer" / "checkpoint-6"
+    model = trainer.Model(ep_size=1)
+    missing, others = model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
+    assert not missing
+    assert {name.split(".", 2)[2] for name in others} == {"deepspeed_moe.gate.balance.steps_E"}, "the section's bias"
+    for layer in range(2):
+        for expert in range(8):
+            (path,) = checkpoint.glob(f"global_step6/layer_{layer}_expert_{expert}_*")
+            saved = torch.load(path)
+            assert len(saved) == 2
+            assert all(torch.equal(model.state_dict()[name], weight) for name, weight in saved.items()), path

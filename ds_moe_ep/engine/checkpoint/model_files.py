@@ -2,7 +2,8 @@
 
 DeepSpeed's `save_16bit_model`, Accelerate's `get_state_dict` and others write a model file from the `state_dict()` of
 one rank, which has that rank's experts alone. A layer that shares its experts looks up the stack who asks. A rank's own
-use of its state goes on, and so do checkpoints of DeepSpeed's engine, which hold all ranks' experts.
+use of its state goes on, and so do checkpoints of DeepSpeed's engine, which hold all ranks' experts. Where every rank
+asks, a layer of an engine that the package has extended completes its state instead (`whole_files`).
 
 The error is a ValueError too: Hugging Face's Trainer takes one at this place for a sign that no rank has the whole
 model, and saves the engine's checkpoint in the folder instead. So no weights are lost at the end of a training.
@@ -12,14 +13,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 from torch import nn
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.extensions.callback import EngineCallback
 from ds_moe_ep.engine.hugging_face.families import FAMILIES
 from ds_moe_ep.errors import ExportError
 
@@ -35,6 +34,7 @@ WRITERS = {
     ("transformers.trainer", "save_model"): "trainer.save_model",
 }
 TRAINER = "trainer.save_model"
+BY_ALL_RANKS = (TRAINER, "engine.save_16bit_model")  # every rank takes the model's state there
 OF_ADAPTERS = (
     TRAINER,
     "model.save_pretrained",
@@ -50,6 +50,8 @@ def refuse_part_of_experts(layer: nn.Module, prefix: str, keep_vars: bool) -> No
     """
     writer, root = writer_of_file()
     if not writer or (writer in OF_ADAPTERS and has_adapters_elsewhere(root, layer)):
+        return
+    if writer in BY_ALL_RANKS and getattr(layer, "completes_files", False):
         return
     name = prefix.removesuffix(".") or type(layer).__name__
     words = (
@@ -74,18 +76,6 @@ def way_to_one_file(layer: nn.Module, root: Any) -> str:
         "; for one file, load that checkpoint in one process, in the model made with ep_size=1 "
         "(engine.load_checkpoint(folder, load_module_only=True)), and save there"
     )
-
-
-class ModelFiles(EngineCallback):
-    """Keeps layers that DeepSpeed made out of model files, until it is closed. Local."""
-
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        layers = [model.get_submodule(name) for name in names]
-        self._handles = [layer.register_state_dict_pre_hook(refuse_part_of_experts) for layer in layers]
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 def writer_of_file() -> tuple[str, Any]:

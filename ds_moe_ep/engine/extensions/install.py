@@ -13,8 +13,8 @@ from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
-from ds_moe_ep.engine.checkpoint.model_files import ModelFiles
 from ds_moe_ep.engine.checkpoint.save import SafeSaver, saves_safely
+from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
 from ds_moe_ep.engine.explain_errors import Supervision
 from ds_moe_ep.engine.extensions.balance_steps import BalanceSteps
 from ds_moe_ep.engine.extensions.callback import EngineCallback

@@ -9,8 +9,8 @@ from __future__ import annotations
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
-from ds_moe_ep.engine.checkpoint.model_files import ModelFiles
 from ds_moe_ep.engine.checkpoint.save import SafeSaver
+from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
 from ds_moe_ep.engine.explain_errors import Supervision
 from ds_moe_ep.engine.extensions.balance_steps import BalanceSteps
 from ds_moe_ep.engine.extensions.callback import EngineCallback

@@ -19,7 +19,7 @@ from ds_moe_ep.comm.callbacks import TransferCallback
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.section import SECTION, Section, read_section
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.model_files import ModelFiles
+from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
 from ds_moe_ep.engine.extensions.install import extend, refuse_second
 from ds_moe_ep.engine.hooks.hook import candidates, hook
 from ds_moe_ep.engine.hooks.layer import TRAFFIC, HookedLayer, traffic_of

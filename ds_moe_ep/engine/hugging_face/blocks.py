@@ -1,12 +1,11 @@
-"""MoE blocks of a Hugging Face model, whoever computes them: the package's layer, DeepSpeed's, or AutoEP's.
+"""MoE blocks of a Hugging Face model: the package's layer in a block's place, and the blocks of a model.
 
-`ExpertBlock` says what a block's names in files stand for here. `MoEBlock` is the package's layer in a block's place.
+`MoEBlock` is the package's layer in a block's place; `ExpertBlock` says what a block's names in files stand for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,27 +13,11 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.hugging_face.families import PROJECTIONS, Family, Projection
+from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock, SharedWithGate
+from ds_moe_ep.engine.hugging_face.families import Family
 from ds_moe_ep.engine.layer import MoE
-from ds_moe_ep.errors import ConfigError, ExportError
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.experts import SwiGLU
-from ds_moe_ep.moe.match_expert import Form, match_expert
-
-AUTOEP_STACKS: Mapping[Projection, str] = {"gate": "w1", "up": "w3", "down": "w2"}
-SHARED_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-class SharedWithGate(nn.Module):
-    """A shared expert whose output is weighted by sigmoid(gate(x)) per token (Qwen2-MoE)."""
-
-    def __init__(self, hidden_size: int, width: int) -> None:
-        super().__init__()
-        self.expert = SwiGLU(hidden_size, width)
-        self.weight = nn.Linear(hidden_size, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.sigmoid(self.weight(x)) * self.expert(x)
-        return y
 
 
 class MoEBlock(nn.Module):
@@ -67,106 +50,6 @@ def balance_loss(model: nn.Module) -> Tensor:
             f"model={type(model).__name__}: has no block of ds_moe_ep.from_pretrained, and so no balance loss of one"
         )
     return torch.stack(losses).sum()
-
-
-@dataclass(frozen=True)
-class ExpertBlock:
-    """An MoE block on this rank: its name in the model, its family, and the layer that computes it."""
-
-    name: str
-    family: Family
-    layer: Any
-
-    @property
-    def num_experts(self) -> int:
-        """Over all ranks."""
-        return int(self.layer.num_experts)
-
-    @property
-    def num_local_experts(self) -> int:
-        return int(self.layer.num_local_experts)
-
-    @property
-    def is_autoep(self) -> bool:
-        return seams.is_autoep_layer(self.layer)
-
-    def replicated(self) -> Iterator[tuple[str, Tensor]]:
-        """Names in files, and parameters or buffers of the block that every rank holds."""
-        prefix, family = self.family.in_files(self.name), self.family
-        layer = self.layer
-        router = layer.router if self.is_autoep else layer.deepspeed_moe.gate
-        yield f"{prefix}.{family.router}", (router.gate if self.is_autoep else router.wg).weight
-        if family.router_bias:
-            yield f"{prefix}.{family.router_bias}", self._router_bias(router)
-        if family.shared:
-            yield from ((f"{prefix}.{name}", tensor) for name, tensor in self._shared())
-
-    def _router_bias(self, router: Any) -> Tensor:
-        bias = router.e_score_correction_bias if self.is_autoep else router.balance and router.balance.bias_E
-        if bias is None:
-            raise ExportError(
-                f"{self.name}: the files of {self.family.model_type} have a routing bias, the layer has none; "
-                'make it with moe_ep.balance="bias"'
-            )
-        assert isinstance(bias, Tensor)
-        return bias
-
-    def _shared(self) -> Iterator[tuple[str, Tensor]]:
-        family = self.family
-        if self.is_autoep:
-            shared, gate = self.layer.shared_experts, self.layer.shared_experts_gate
-            if shared is None or (family.shared_gate and gate is None):
-                raise ExportError(
-                    f"{self.name}: the files of {family.model_type} have a shared expert, AutoEP's layer has none; set "
-                    "expert_parallel.has_shared_experts and shared_experts_pattern before the conversion"
-                )
-            named = [(f"{name}.weight", getattr(shared, name).weight) for name in SHARED_PROJECTIONS]
-        else:
-            shared = self.layer.deepspeed_moe.shared
-            gate = shared.weight if isinstance(shared, SharedWithGate) else None
-            expert = shared.expert if isinstance(shared, SharedWithGate) else shared
-            weights = self._form(expert).weights_of(expert)
-            named = [
-                (f"{name}.weight", _present(weights[f"{projection}.weight"]))
-                for name, projection in zip(SHARED_PROJECTIONS, PROJECTIONS, strict=True)
-            ]
-        yield from ((f"{family.shared}.{name}", weight) for name, weight in named)
-        if family.shared_gate:
-            yield f"{family.shared_gate}.weight", gate.weight
-
-    def experts(self, first: int) -> Iterator[tuple[str, Tensor]]:
-        """Names in files, and weights of this rank's experts, of which `first` is the first one's global index."""
-        prefix, family = self.family.in_files(self.name), self.family
-        for local in range(self.num_local_experts):
-            weights = self._expert(local)
-            for projection in PROJECTIONS:
-                yield f"{prefix}.{family.expert(first + local, projection)}", weights[projection]
-
-    def _expert(self, local: int) -> dict[Projection, Tensor]:
-        if self.is_autoep:
-            stacks = self.layer.experts
-            return {projection: getattr(stacks, name)[local] for projection, name in AUTOEP_STACKS.items()}
-        expert = self.layer.deepspeed_moe.experts.deepspeed_experts[local]
-        weights = self._form(expert).weights_of(expert)
-        return {projection: _present(weights[f"{projection}.weight"]) for projection in PROJECTIONS}
-
-    def _form(self, expert: nn.Module) -> Form:
-        """The expert's form, which must be what the family's files hold. Raises ExportError."""
-        form = match_expert(expert)
-        has_bias = any(name.endswith("bias") for name, _ in expert.named_parameters())
-        if form is None or form.kind != "swiglu" or has_bias:
-            kind = "something else" if form is None else form.kind
-            raise ExportError(
-                f"{self.name}: files of {self.family.model_type} hold silu(gate(x)) * up(x), then down, without "
-                f"biases; an expert computes {kind}{' with biases' if has_bias else ''}. Merge adapters and take off "
-                "hooks first"
-            )
-        return form
-
-
-def _present(weight: Tensor | None) -> Tensor:
-    assert weight is not None
-    return weight
 
 
 def blocks_of(model: nn.Module, family: Family) -> list[ExpertBlock]:

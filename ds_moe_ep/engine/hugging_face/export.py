@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.hugging_face.blocks import ExpertBlock, blocks_of
+from ds_moe_ep.engine.hugging_face.blocks import blocks_of
+from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import family_of
 from ds_moe_ep.errors import ConfigError, EngineError, ExportError, MoEError
 

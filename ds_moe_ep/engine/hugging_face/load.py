@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.config.topology import RankGrid
-from ds_moe_ep.engine.hugging_face.blocks import ExpertBlock, MoEBlock, blocks_of, knobs_of
+from ds_moe_ep.engine.hugging_face.blocks import MoEBlock, blocks_of, knobs_of
+from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.export import INDEX
 from ds_moe_ep.engine.hugging_face.families import Family, family_of
 from ds_moe_ep.errors import ConfigError, EngineError

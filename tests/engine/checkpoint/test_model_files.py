@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_moe_ep.engine.checkpoint.own_experts import shifted
 from ds_moe_ep.errors import EngineError, ExportError
 from tests.engine.test_doors import E, Net, deepspeeds_layer, own_layer, plain_engine, refusal, tokens
 from tests.ranks import run_ranks
@@ -57,8 +58,8 @@ def pretrained(*layers: nn.Module) -> Any:
     return Model(PretrainedConfig())
 
 
-def refused_doors(accelerator: Any, engine: Any, folder: Path) -> dict[str, str]:
-    """Errors of each writer of model files, and who left a file all the same."""
+def refused_doors(accelerator: Any, engine: Any, folder: Path, of_all_ranks: bool = True) -> dict[str, str]:
+    """Errors of each writer of model files, none of which may leave a file."""
     import huggingface_hub
     import safetensors.torch
 
@@ -71,6 +72,8 @@ def refused_doors(accelerator: Any, engine: Any, folder: Path) -> dict[str, str]
         "safetensors.torch.save_model": lambda path: safetensors.torch.save_model(model, path / "x.safetensors"),
         "huggingface_hub.save_torch_model": lambda path: huggingface_hub.save_torch_model(model, path),
     }
+    if not of_all_ranks:
+        del doors["engine.save_16bit_model"]
     said = {}
     for name, save in doors.items():
         path = folder / f"{name} {dist.get_rank()}"
@@ -93,14 +96,51 @@ def door_cases(folder: str) -> dict[str, Any]:
     found["a rank's own use"] = uses_of_one_rank(engine)
     accelerator, hooked = prepared(pretrained(deepspeeds_layer()))
     with ds_moe_ep.attach_overlap(hooked):
-        found["hooked"] = refused_doors(accelerator, hooked, made(Path(folder) / "hooked"))
+        found["hooked"] = refused_doors(accelerator, hooked, made(Path(folder) / "hooked"), of_all_ranks=False)
+        found["whole, hooked"] = whole_and_own(hooked, folder, "hooked.bin")
     found["hooks removed"] = refusal(lambda: hooked.save_16bit_model(f"{folder}/unhooked{dist.get_rank()}"))
     engine = plain_engine(own_layer(), stage=1)
     engine.backward(engine(tokens(0)))
     engine.step()
     engine.save_checkpoint(f"{folder}/checkpoint")
+    found["whole, own"] = whole_and_own(extended(Net(own_layer(), own_layer())), folder, "own.bin")
+    found["whole, adapted"] = whole_and_own(extended(with_adapters()), folder, "adapted.bin")
     state = {name: value.clone() for name, value in engine.module.state_dict().items()}
     return {**found, "state": state}
+
+
+def extended(model: nn.Module) -> Any:
+    """An engine of the package's door, behind one step."""
+    import ds_moe_ep
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine = ds_moe_ep.initialize(model=model, config=copy.deepcopy(CONFIG), model_parameters=trained)[0]
+    engine.backward(engine(tokens(dist.get_rank())))
+    engine.step()
+    return engine
+
+
+def with_adapters() -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(Net(own_layer()), LoraConfig(r=2, target_modules=["fc1"], init_lora_weights=False))
+
+
+def whole_and_own(engine: Any, folder: str, file: str) -> tuple[dict[str, Tensor], dict[str, bool]]:
+    """This rank's state, and where it is found again once the model has loaded the file of all ranks. Collective."""
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            if "deepspeed_experts" in name:
+                parameter.add_(dist.get_rank())  # also where experts began alike
+    engine.save_16bit_model(folder, file)
+    dist.barrier()
+    own = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            parameter.zero_()
+    engine.module.load_state_dict(torch.load(f"{folder}/{file}"))
+    back = engine.module.state_dict()
+    return own, {name: torch.equal(back[name], value) for name, value in own.items()}
 
 
 def made(folder: Path) -> Path:
@@ -150,6 +190,34 @@ def test_every_writer_of_model_files_is_refused_by_name_on_every_rank(kind: str,
         for door, said in by_rank[kind].items():
             assert said.startswith(f"ExportError: {door}: the experts of net.layers.0 lie on 2 ranks"), (door, said)
             assert "engine.save_checkpoint(folder) saves all of them" in said
+
+
+@pytest.mark.parametrize("kind", ["own", "hooked", "adapted"])
+def test_a_file_that_all_ranks_write_holds_every_expert_and_each_rank_finds_its_own_in_it(
+    kind: str, found: list[dict[str, Any]], folder: str
+) -> None:
+    whole = torch.load(f"{folder}/{kind}.bin")
+    seen = set()
+    for rank, by_rank in enumerate(found):
+        own, is_back = by_rank[f"whole, {kind}"]
+        assert all(is_back.values()), (rank, is_back)
+        for name, value in own.items():
+            place = shifted(name, rank * E // 2)
+            assert torch.equal(whole[place], value), place
+            seen.add(place)
+    assert set(whole) == seen
+    first, second = (by_rank[f"whole, {kind}"][0] for by_rank in found)
+    trained = [name for name in first if "deepspeed_experts" in name and (kind != "adapted" or "lora_" in name)]
+    assert trained
+    assert not any(torch.equal(first[name], second[name]) for name in trained), "the control"
+
+
+def test_a_state_of_all_experts_is_refused_where_a_ranks_place_is_not_known() -> None:
+    layer = own_layer()
+    name = "deepspeed_moe.experts.deepspeed_experts.0.fc1.weight"
+    whole = {shifted(name, index): torch.zeros(16, 8) for index in range(E)}
+    with pytest.raises(EngineError, match=r"cannot be loaded before the expert-parallel groups of ep_size 2 exist"):
+        layer.load_state_dict(whole)
 
 
 def test_a_rank_may_use_its_own_state_and_hooks_that_are_gone_refuse_nothing(found: list[dict[str, Any]]) -> None:
