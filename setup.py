@@ -73,6 +73,7 @@ setup(
             "ruff",
             "mypy",
             "peft",
+            "tensorboard",
             *HUGGING_FACE,
             *TRITON,
         ],

@@ -15,6 +15,20 @@ cd "$ROOT"
 unset PYTHONDONTWRITEBYTECODE # each rank and subprocess would compile the tests and the package anew
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m mypy
-[[ " $* " == *" -m "* ]] && LANES=0 || LANES=3 # slow tests use the whole machine
-"$PYTHON" -m pytest -n "$LANES" -m "not slow and not gpu" "$@"
+
+# Types beside the tests, some of which only wait, and behind them for the cores.
+types=$(mktemp)
+nice "$PYTHON" -m mypy >"$types" 2>&1 &
+mypy=$!
+trap 'kill "$mypy" 2>/dev/null || true; rm -f "$types"' EXIT
+failed=0
+if [[ " $* " == *" -m "* ]]; then # slow tests use the whole machine
+    LANES=0
+    wait "$mypy" || failed=$?
+else
+    LANES=3
+fi
+"$PYTHON" -m pytest -n "$LANES" -m "not slow and not gpu" "$@" || failed=$?
+[[ $LANES == 0 ]] || wait "$mypy" || failed=$?
+cat "$types"
+exit "$failed"

@@ -53,13 +53,13 @@ def match_expert(template: nn.Module) -> Form | None:
     if not _leaves_are_torch() or not all(is_plain(module) for module in template.modules()):
         return None
     try:
-        with _NoConstants():
-            graph = torch.fx.Tracer(autowrap_modules=()).trace(template)  # type: ignore[arg-type]
+        graph = _graph_of(template)
     except Exception:  # tracing runs the user's forward on symbols, which may fail in any way
         return None
-    output = next(node for node in graph.nodes if node.op == "output").args[0]
+    steps = [node for node in graph.nodes if node.op != "get_attr"]
+    output = steps[-1].args[0]
     form = _gelu_form(template, output) or _swiglu_form(template, output)
-    if form is None or len(graph.nodes) != {"gelu": 5, "swiglu": 7}[form.kind]:
+    if form is None or len(steps) != {"gelu": 5, "swiglu": 7}[form.kind]:
         return None
     names = {name for name, _ in template.named_parameters()}  # a tied weight stands here once
     if (
@@ -100,6 +100,30 @@ def _read(modules: Sequence[nn.Module]) -> tuple[Snapshot, Form | None]:
     return snapshot, forms[0] if all(form == forms[0] for form in forms) else None
 
 
+def _graph_of(template: nn.Module) -> torch.fx.Graph:
+    """The functions that the module runs, its own modules' included, on symbols of its input and its parameters.
+
+    The parameters' symbols stand in this module meanwhile. torch.fx.Tracer.trace changes nn.Module itself, for all
+    threads, and Python looks through its hundreds of subclasses each time: milliseconds, and slower calls afterwards.
+    """
+    tracer = torch.fx.Tracer(autowrap_modules=())  # type: ignore[arg-type]
+    tracer.root, tracer.graph, tracer.tensor_attrs = template, torch.fx.Graph(), {}
+    forward, args = tracer.create_args_for_root(type(template).forward, is_module=True)
+    owned = [(vars(module)["_parameters"], name) for name, module in template.named_modules()]
+    before = [dict(parameters) for parameters, _ in owned]
+    try:
+        for parameters, name in owned:
+            for leaf in [leaf for leaf, parameter in parameters.items() if parameter is not None]:
+                parameters[leaf] = tracer.create_proxy("get_attr", f"{name}.{leaf}", (), {})
+        with _NoConstants():
+            output = forward(*args)
+    finally:
+        for (parameters, _), own in zip(owned, before, strict=True):
+            parameters.update(own)
+    tracer.create_node("output", "output", (tracer.create_arg(output),), {})
+    return tracer.graph
+
+
 class _NoConstants(TorchFunctionMode):
     """Ends a trace in which torch computes something from no input: chance, or a tensor that may change later."""
 
@@ -138,52 +162,50 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def _gelu_form(template: nn.Module, output: Any) -> Form | None:
     down = _linear(template, output)
-    approximate = _gelu(template, down.args[0]) if down else None
-    up = _linear(template, down.args[0].args[0]) if down and approximate else None
-    if not (down and up and approximate and up.args[0].op == "placeholder"):
+    gelu = _call(down.input, F.gelu) if down else None
+    up = _linear(template, gelu.args[0]) if gelu and len(gelu.args) == 1 else None
+    if not (down and up and up.input.op == "placeholder"):
         return None
-    return Form("gelu", {"up": str(up.target), "down": str(down.target)}, approximate)
+    assert gelu is not None
+    return Form("gelu", {"up": up.name, "down": down.name}, str(gelu.kwargs.get("approximate", "none")))
 
 
 def _swiglu_form(template: nn.Module, output: Any) -> Form | None:
     down = _linear(template, output)
-    product = down.args[0] if down else None
-    if product is None or product.op != "call_function" or product.target not in _PRODUCTS:
+    product = _call(down.input, *_PRODUCTS) if down else None
+    if down is None or product is None:
         return None
-    for silu, other in (product.args, product.args[::-1]):
-        gate, up = _linear(template, _silu_input(template, silu)), _linear(template, other)
-        if gate and up and gate.args[0] is up.args[0] and gate.args[0].op == "placeholder":
-            assert down is not None
-            return Form("swiglu", {"gate": str(gate.target), "up": str(up.target), "down": str(down.target)})
+    for active, other in (product.args, product.args[::-1]):
+        silu = _call(active, F.silu)
+        gate, up = _linear(template, silu.args[0]) if silu else None, _linear(template, other)
+        if gate and up and gate.input is up.input and gate.input.op == "placeholder":
+            return Form("swiglu", {"gate": gate.name, "up": up.name, "down": down.name})
     return None
 
 
-def _linear(template: nn.Module, node: Any) -> Any:
-    """The node if it calls a plain Linear, else None."""
-    is_linear = (
-        isinstance(node, torch.fx.Node)
-        and node.op == "call_module"
-        and type(template.get_submodule(str(node.target))) is nn.Linear
-        and len(node.args) == 1
-        and isinstance(node.args[0], torch.fx.Node)
-    )
-    return node if is_linear else None
+def _call(node: Any, *functions: Callable[..., Any]) -> torch.fx.Node | None:
+    """The node if it calls one of the functions, else None."""
+    is_call = isinstance(node, torch.fx.Node) and node.op == "call_function" and node.target in functions
+    return node if is_call else None
 
 
-def _gelu(template: nn.Module, node: Any) -> str | None:
-    """The `approximate` of a GELU node, or None for any other."""
-    if node.op == "call_module":
-        module = template.get_submodule(str(node.target))
-        return module.approximate if type(module) is nn.GELU else None
-    if node.op == "call_function" and node.target is F.gelu and len(node.args) == 1:
-        return str(node.kwargs.get("approximate", "none"))
-    return None
+@dataclass(frozen=True)
+class _Linear:
+    """A Linear of the module in its graph: its name, and the node of its input."""
+
+    name: str
+    input: torch.fx.Node
 
 
-def _silu_input(template: nn.Module, node: Any) -> Any:
-    """The input of a SiLU node, or None for any other node."""
-    if not isinstance(node, torch.fx.Node):
+def _linear(template: nn.Module, node: Any) -> _Linear | None:
+    """The plain Linear of the module that a node computes, with its own weight and bias; else None."""
+    call = _call(node, F.linear)
+    if call is None or len(call.args) != 3:
         return None
-    if node.op == "call_module" and type(template.get_submodule(str(node.target))) is nn.SiLU:
-        return node.args[0]
-    return node.args[0] if node.op == "call_function" and node.target is F.silu else None
+    x, weight, bias = call.args
+    name, _, leaf = str(getattr(weight, "target", "")).rpartition(".")
+    linear = dict(template.named_modules()).get(name)
+    if leaf != "weight" or type(linear) is not nn.Linear or not isinstance(x, torch.fx.Node):
+        return None
+    own = None if linear.bias is None else f"{name}.bias"
+    return _Linear(name, x) if getattr(bias, "target", None) == own else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from ds_moe_ep.comm.open import open_transport
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus, torus_of
+from ds_moe_ep.moe.experts import Experts
 from ds_moe_ep.moe.layer import ExpertParallel
 from tests.moe.faulty_transports import Lossy
 from tests.moe.layer_cases import CaseData, D, LayerCase, LayerResult, case_data, make_expert
@@ -41,7 +43,8 @@ def run_cases(cases: Sequence[LayerCase], tamper: str = "") -> list[LayerResult]
 def run_case(case: LayerCase, transport: Transport, tamper: str = "") -> LayerResult:
     """Forward and backward of one case over a transport."""
     data = case_data(case)
-    layer = build_layer(case, data, tamper)
+    experts = experts_of(case.expert, case.config.num_local_experts, case.dtype)
+    layer = build_layer(case, data, tamper, experts)
     layer.connect(Lossy(transport) if tamper == "lose a row" else transport, torus_for(case))
     return forward_backward(layer, case, data)
 
@@ -51,10 +54,20 @@ def torus_for(case: LayerCase) -> Torus:
     return torus_of(case.groups[0], case.config.node_size)
 
 
-def build_layer(case: LayerCase, data: CaseData, tamper: str = "") -> ExpertParallel:
-    """The layer with this rank's share of the case's weights, not yet connected."""
+@functools.cache
+def experts_of(kind: str, num_local: int, dtype: torch.dtype) -> Experts:
+    """Experts that all layers of this rank have in turn: to read the mathematics of others takes as long as a pass."""
+    return Experts(make_expert(kind), num_local).to(dtype)
+
+
+def build_layer(case: LayerCase, data: CaseData, tamper: str = "", experts: Experts | None = None) -> ExpertParallel:
+    """The layer with this rank's share of the case's weights, not yet connected. Experts are its own unless given."""
     shared = make_expert(case.expert) if case.shared else None
-    layer = ExpertParallel(D, make_expert(case.expert), case.config, shared=shared).to(case.dtype)
+    template = nn.Module() if experts is not None else make_expert(case.expert)
+    layer = ExpertParallel(D, template, case.config, shared=shared).to(case.dtype)
+    if experts is not None:
+        experts.zero_grad()
+        layer.experts = experts
     if shared is not None:
         shared.load_state_dict(data.shared)
     place = dist.get_rank() % case.config.ep_size if dist.is_initialized() else 0

@@ -52,6 +52,16 @@ class Branching(GeluMLP):
         return super().forward(x) if x.sum() > 0 else x
 
 
+class WithoutItsBias(GeluMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(F.linear(x, self.fc1.weight, None)))
+
+
+class OfAnothersWeight(GeluMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(F.linear(x, self.fc2.weight, self.fc1.bias)))
+
+
 class OneLinearTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -94,6 +104,8 @@ def test_gelu_and_swiglu_are_recognised_by_what_they_compute() -> None:
         Residual(8, 16),
         Unused(),
         Branching(8, 16),
+        WithoutItsBias(8, 16, bias=True),
+        OfAnothersWeight(8, 8, bias=True),
         hooked(),
         OneLinearTwice(),
         tied(),
@@ -105,4 +117,6 @@ def test_gelu_and_swiglu_are_recognised_by_what_they_compute() -> None:
     ids=lambda module: type(module).__name__,
 )
 def test_anything_beside_them_goes_through_autograd(module: nn.Module) -> None:
+    parameters = [id(parameter) for parameter in module.parameters()]
     assert match_expert(module) is None
+    assert [id(parameter) for parameter in module.parameters()] == parameters, "symbols stood there meanwhile"
