@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ds_moe_ep.errors import ConfigError, EngineError, MoEError, TopologyError
     from ds_moe_ep.model.initialize import expert_index_of, init_weights
     from ds_moe_ep.model.transformer import ModelOutput, Transformer, build_transformer
-    from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
+    from ds_moe_ep.moe.experts import GeluMLP, SharedWithGate, SwiGLU
     from ds_moe_ep.moe.layer import ExpertParallel
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "Pipeline",
     "RankGrid",
     "Section",
+    "SharedWithGate",
     "SwiGLU",
     "TopologyError",
     "TransferCallback",
@@ -88,7 +89,7 @@ _HOMES = {
     "errors": ("ConfigError", "EngineError", "MoEError", "TopologyError"),
     "model.initialize": ("expert_index_of", "init_weights"),
     "model.transformer": ("ModelOutput", "Transformer", "build_transformer"),
-    "moe.experts": ("GeluMLP", "SwiGLU"),
+    "moe.experts": ("GeluMLP", "SharedWithGate", "SwiGLU"),
     "moe.layer": ("ExpertParallel",),
     "config.section": ("Section", "load_ds_config", "read_section"),
     "config.topology": ("RankGrid",),

@@ -193,6 +193,8 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
     else:
         yield from pipeline_notes(ds_config, moe, model, training)
     yield from _replica_notes(moe, model, training)
+    if moe.force_even:
+        yield "force_even=true: EXPERTS TAKE TOKENS IN TURN, WHATEVER THE GATE SAYS; for throughput runs alone"
     if moe.balance == "none" and moe.capacity_factor is None:
         yield "balance='none' without a capacity: nothing keeps an expert from taking every row"
     if model is not None and attention_path(model.head_size, "cuda") == "blocks":

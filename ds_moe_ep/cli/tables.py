@@ -98,6 +98,12 @@ def _plain(title: str, rows: dict[str, str]) -> Table:
     return table(title, ("", ""), rows.items())
 
 
+def _choice(moe: MoEConfig) -> str:
+    """The choice of experts, in words."""
+    groups = f" in {moe.topk_group} of {moe.n_group} groups" if moe.n_group > 1 else ""
+    return "forced even routing" if moe.force_even else f"top-{moe.top_k}{groups}"
+
+
 def _job(check: Check) -> dict[str, str]:
     """Ranks, experts, routing, schedule, precision and batch, each by its name."""
     moe, training, layout = check.moe, check.training, check.training.layout
@@ -118,7 +124,7 @@ def _job(check: Check) -> dict[str, str]:
     return {
         "ranks": f"{training.world_size} = {ranks}",
         "experts per layer": f"{moe.num_experts}, {place}",
-        "routing": f"top-{moe.top_k}, {moe.score}, {capacity}, balance {moe.balance}",
+        "routing": f"{_choice(moe)}, {moe.score}, {capacity}, balance {moe.balance}",
         "schedule": schedule,
         **attention,
         "precision": training.precision + summed,

@@ -8,25 +8,16 @@ questions before anything is built.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import struct
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from ds_moe_ep.config.fields import check_fields, from_dict, knob
 from ds_moe_ep.errors import ConfigError, nearest
-
-C = TypeVar("C", "MoEConfig", "ModelConfig", "Layout")
-
-
-def knob(default: Any, help: str, minimum: float | None = None) -> Any:
-    """A dataclass field that carries its help text and its smallest legal value."""
-    return field(default=default, metadata={"help": help, "minimum": minimum})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +33,28 @@ class MoEConfig:
     top_k: int = knob(1, "experts that a token visits", 1)
     score: Literal["softmax", "sigmoid"] = knob("softmax", "what turns gate logits into scores, in fp32")
     renormalize: bool | None = knob(
-        None, "divide the k weights by their sum; null does what DeepSpeed does: not for top-1, else yes"
+        None,
+        "divide the k weights by their sum (norm_topk_prob; with softmax scores the same as a softmax after top-k); "
+        "null does what DeepSpeed does: not for top-1, else yes",
+    )
+    n_group: int = knob(
+        1,
+        "groups of experts, of which a token visits topk_group: group-limited routing, and node-limited where groups "
+        "are nodes (DeepSeek-V3, arXiv 2412.19437); 1 limits nothing",
+        1,
+    )
+    topk_group: int = knob(1, "groups of experts that a token visits at most", 1)
+    group_score: Literal["top2_sum", "max"] = knob(
+        "top2_sum", "score of a group: the sum of its two best experts (DeepSeek-V3), or its best (arXiv 2405.04434)"
+    )
+    route_scale: float = knob(1.0, "factor on the weights (routed_scaling_factor of arXiv 2412.19437)", 0)
+    router_dtype: Literal["fp32", "fp64", "tokens"] = knob(
+        "fp32", "type of the gate's product: fp32 (arXiv 2101.03961), fp64 (scores too), or that of the tokens"
+    )
+    gate_bias: bool = knob(False, "the gate's product has a trained bias (gpt-oss, arXiv 2508.10925)")
+    force_even: bool = knob(
+        False,
+        "FOR THROUGHPUT RUNS ALONE: experts take tokens in turn, whatever the gate says; nothing useful is learnt",
     )
     noise: Literal["none", "jitter", "rsample"] = knob(
         "none", "training noise: on the gate's input (jitter) or Gumbel noise on the choice (rsample)"
@@ -60,11 +72,18 @@ class MoEConfig:
     )
 
     # balance
-    balance: Literal["aux_loss", "bias", "none"] = knob(
-        "aux_loss", "load balancing: auxiliary loss, expert bias without a loss (arXiv 2408.15664), or none"
+    balance: Literal["aux_loss", "bias", "bias_and_aux_loss", "none"] = knob(
+        "aux_loss",
+        "load balancing: auxiliary loss, expert bias without a loss (arXiv 2408.15664), both (arXiv 2412.19437), or "
+        "none",
     )
-    balance_scope: Literal["rank", "group"] = knob(
-        "rank", "tokens whose load the auxiliary loss sees: this rank's (DeepSpeed), or the expert group's"
+    balance_scope: Literal["rank", "group", "sequence", "batch"] = knob(
+        "rank",
+        "tokens whose load the auxiliary loss sees: this rank's (DeepSpeed), the expert group's, each sequence's "
+        "(arXiv 2412.19437), or those of all data-parallel ranks since the last optimizer step (arXiv 2501.11873)",
+    )
+    sequence_first: bool = knob(
+        False, "tokens come as [sequence, batch, D], as Megatron has them: for balance_scope 'sequence'"
     )
     aux_loss_weight: float = knob(1.0, "weight of the auxiliary loss in l_aux", 0)
     z_loss_weight: float = knob(0.0, "weight of the router z-loss (arXiv 2202.08906) in l_aux", 0)
@@ -155,6 +174,7 @@ class MoEConfig:
                 f"moe_ep.sample_second=true with top_k={self.top_k}: only top-2 draws its second expert; "
                 "set it to false"
             )
+        self._check_groups()
         others = self.num_experts - self.num_local_experts
         if self.replicas != "auto" and self.ep_size > 1 and self.replicas > others:
             raise ConfigError(
@@ -165,6 +185,29 @@ class MoEConfig:
             raise ConfigError(
                 f"moe_ep.replicas={self.replicas!r} with grouped_products='on': copies do not lie beside the "
                 "experts of the rank; set it to 'auto', which makes a product per expert where there are copies"
+            )
+
+    def _check_groups(self) -> None:
+        """Raises ConfigError where experts cannot be chosen by groups as the knobs say."""
+        if self.num_experts % self.n_group:
+            raise ConfigError(
+                f"moe_ep.n_group={self.n_group} does not divide num_experts={self.num_experts}: groups hold equally "
+                "many experts; change one of them"
+            )
+        per_group = self.num_experts // self.n_group
+        if self.topk_group > self.n_group:
+            raise ConfigError(
+                f"moe_ep.topk_group={self.topk_group}: there are n_group={self.n_group} groups to visit; lower it"
+            )
+        if self.top_k > self.topk_group * per_group:
+            raise ConfigError(
+                f"moe_ep.top_k={self.top_k}: topk_group={self.topk_group} of n_group={self.n_group} groups hold "
+                f"{self.topk_group * per_group} experts; lower top_k or raise topk_group"
+            )
+        if self.n_group > 1 and self.group_score == "top2_sum" and per_group < 2:
+            raise ConfigError(
+                f"moe_ep.group_score='top2_sum' with n_group={self.n_group}: a group holds {per_group} expert, and no "
+                "two best ones; use 'max'"
             )
 
     @classmethod
@@ -185,6 +228,16 @@ class MoEConfig:
     def renormalizes(self) -> bool:
         """True where the k weights are divided by their sum; DeepSpeed does so for every k but 1."""
         return self.top_k > 1 if self.renormalize is None else self.renormalize
+
+    @property
+    def has_bias(self) -> bool:
+        """True where a bias per expert moves the choice."""
+        return self.balance in ("bias", "bias_and_aux_loss")
+
+    @property
+    def has_aux_loss(self) -> bool:
+        """True where the load has a loss."""
+        return self.balance in ("aux_loss", "bias_and_aux_loss") and bool(self.aux_loss_weight)
 
     def capacity(self, num_tokens: int, training: bool) -> int | None:
         """Rows that one expert takes from one rank, or None for no limit (GShard, arXiv 2006.16668, 2.2)."""
@@ -297,9 +350,19 @@ class Layout:
                 f"moe_ep.replicas={moe.replicas!r} with moe_ep.layout: every rank computes its share of every expert, "
                 "and none is fuller than another; set it to 0"
             )
-        if self.size > 1 and moe.balance == "bias":
+        if self.size > 1 and moe.has_bias:
             raise ConfigError(
-                "moe_ep.balance='bias' with moe_ep.layout: no pipeline engine moves the bias; set it to 'aux_loss'"
+                f"moe_ep.balance={moe.balance!r} with moe_ep.layout: no pipeline engine moves the bias; set it to "
+                "'aux_loss'"
+            )
+        if self.size > 1 and moe.balance_scope == "batch":
+            raise ConfigError(
+                "moe_ep.balance_scope='batch' with moe_ep.layout: several micro-batches are on their way in a "
+                "pipeline, and none knows the load of the batch; set it to 'rank' or 'sequence'"
+            )
+        if moe.sequence_first:
+            raise ConfigError(
+                "moe_ep.sequence_first=true with moe_ep.model: its tokens are [batch, sequence, D]; set it to false"
             )
         if self.tp_size > 1 and moe.noise != "none":
             raise ConfigError(
@@ -312,59 +375,6 @@ def to_fp32(value: float) -> float:
     """The nearest number that fp32 has."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
-
-
-def from_dict(cls: type[C], values: Mapping[str, Any], path: str) -> C:
-    """An instance of `cls` from a mapping, with unknown keys refused by their nearest known one."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}={values!r}: expected an object of knobs; write {{...}}")
-    known = {f.name for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{path}.{name}={values[name]!r}: unknown key; {nearest(name, known)}")
-    return cls(**values)
-
-
-def check_fields(config: Any, path: str) -> None:
-    """Raises ConfigError for a field whose value has the wrong type, is no choice, or is too small."""
-    hints = _type_hints(config.__class__)
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        choices, kinds = _choices_and_kinds(hints[f.name])
-        if value in choices:
-            continue
-        if not kinds:
-            known = ", ".join(repr(c) for c in choices)
-            raise ConfigError(f"{path}.{f.name}={value!r}: {f.metadata['help']}; choose one of {known}")
-        if not _has_kind(value, kinds):
-            names = " or ".join(["null" if k is type(None) else k.__name__ for k in kinds] + [repr(c) for c in choices])
-            raise ConfigError(f"{path}.{f.name}={value!r}: {f.metadata['help']}; it needs {names}")
-        minimum = f.metadata["minimum"]
-        if minimum is not None and value is not None and not value >= minimum:
-            raise ConfigError(f"{path}.{f.name}={value!r}: {f.metadata['help']}; it needs at least {minimum}")
-
-
-@functools.cache
-def _type_hints(cls: type) -> dict[str, Any]:
-    """The types of a class's fields: each layer has a config, and reading them takes a millisecond."""
-    return typing.get_type_hints(cls)
-
-
-def _choices_and_kinds(hint: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:
-    if typing.get_origin(hint) is Literal:
-        return typing.get_args(hint), ()
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        choices = tuple(c for part in typing.get_args(hint) for c in _choices_and_kinds(part)[0])
-        return choices, tuple(part for part in typing.get_args(hint) if not _choices_and_kinds(part)[0])
-    return (), (hint,)
-
-
-def _has_kind(value: Any, kinds: tuple[type, ...]) -> bool:
-    if isinstance(value, bool):
-        return bool in kinds
-    if isinstance(value, int) and float in kinds:
-        return True
-    return isinstance(value, kinds)
 
 
 SPECIFICATION = ModelConfig()

@@ -28,11 +28,11 @@ from ds_moe_ep.engine.face import LayerFace
 from ds_moe_ep.engine.own_layers import meet
 from ds_moe_ep.engine.parallelism import problem_of_parallelism
 from ds_moe_ep.errors import ConfigError, EngineError
-from ds_moe_ep.moe.balance import BiasBalance
+from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.tuner import Choice
 
-SHAPING = ("num_experts", "ep_size")  # knobs that shape parameters and cannot change after a layer is made
+SHAPING = ("num_experts", "ep_size", "gate_bias")  # knobs that shape parameters and cannot change after a layer is made
 
 
 class MoE(DeepSpeedMoE):
@@ -124,6 +124,11 @@ class MoE(DeepSpeedMoE):
         return self.deepspeed_moe.gate.balance
 
     @property
+    def batch_load(self) -> BatchLoad:
+        """The load of the batch so far, for balance_scope "batch"."""
+        return self.deepspeed_moe.gate.batch_load
+
+    @property
     def last_counts_E(self) -> Tensor:
         """This rank's choices per expert in the last forward pass."""
         return self.deepspeed_moe.last_counts_E
@@ -180,6 +185,7 @@ class MoE(DeepSpeedMoE):
         engine = seams.engine_being_made()
         if engine is not None:
             meet(engine, moe_layers(engine.module))
+        self._find_batch()
         self.mark_experts()
         hosts = seams.compare_ranks("moe_ep and the MoE layer", self.fingerprint())
         grid = RankGrid(
@@ -197,6 +203,17 @@ class MoE(DeepSpeedMoE):
             )
         node_size = self.config.node_size or even_share(hosts)
         self.deepspeed_moe.connect(transport_over(lanes, self.config), torus_of(ranks, node_size))
+
+    def _find_batch(self) -> None:
+        """Says which ranks share the batch, where a loss asks. Local. Raises ConfigError in pipeline stages."""
+        if self.config.balance_scope != "batch" or not self.config.has_aux_loss:
+            return
+        if seams.num_pipeline_stages() > 1:
+            raise ConfigError(
+                "moe_ep.balance_scope='batch' in pipeline stages: several micro-batches are on their way, and none "
+                "knows the load of the batch; set it to 'rank', 'group' or 'sequence'"
+            )
+        self.batch_load.sum_over_ranks = seams.sum_over_tokens
 
     def forward(
         self, hidden_states: Tensor, used_token: Tensor | None = None, residual: Tensor | None = None

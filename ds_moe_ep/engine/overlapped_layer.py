@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ds_moe_ep.config.knobs import MoEConfig
-from ds_moe_ep.moe.balance import BiasBalance
+from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.tuner import Choice
 
@@ -38,6 +38,10 @@ class OverlappedLayer(Protocol):
     @property
     def balance(self) -> BiasBalance | None:
         """Its balancing bias, where the package routes and has one."""
+
+    @property
+    def batch_load(self) -> BatchLoad | None:
+        """Its load of the batch so far, where the package computes its losses."""
 
     @property
     def last_counts_E(self) -> Tensor:

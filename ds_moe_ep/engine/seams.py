@@ -46,6 +46,7 @@ GROUP_NAMES = (
     "_get_expert_data_parallel_rank",
     "_get_expert_data_parallel_world_size",
     "_get_data_parallel_group",
+    "_get_sequence_data_parallel_group",
     "_get_sequence_parallel_world_size",
     "mpu",
 )
@@ -369,6 +370,13 @@ def sum_over_batch(engine: Any, values: torch.Tensor) -> torch.Tensor:
     """The sum over the ranks whose tokens make up the engine's batch. Collective, without gradient."""
     total = values.clone()
     dist.all_reduce(total, group=engine.seq_data_parallel_group)
+    return total
+
+
+def sum_over_tokens(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks that hold tokens of the batch. Collective, without gradient."""
+    total = values.clone()
+    dist.all_reduce(total, group=groups._get_sequence_data_parallel_group())
     return total
 
 

@@ -1,4 +1,4 @@
-"""Leaving code out of what surrounds it: of torch.compile, of torch.autocast."""
+"""The surroundings of code: leaving it out of torch.compile and torch.autocast, knowing that a backward pass runs."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def is_inside_backward() -> bool:
+    """True in a recomputation, which has to meet what its first pass met."""
+    return bool(getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1)

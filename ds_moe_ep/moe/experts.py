@@ -57,6 +57,19 @@ class SwiGLU(nn.Module):
         return y
 
 
+class SharedWithGate(nn.Module):
+    """A shared expert whose output is weighted by sigmoid(gate(x)) per token (Qwen2-MoE)."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.expert = SwiGLU(hidden_size, width)
+        self.weight = nn.Linear(hidden_size, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.sigmoid(self.weight(x)) * self.expert(x)
+        return y
+
+
 class LocalExperts(Protocol):
     """This rank's experts, as a pass goes through them."""
 

@@ -19,7 +19,7 @@ from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, local_experts, shared_expert
-from ds_moe_ep.moe.balance import router_loss
+from ds_moe_ep.moe.balance import Batch, router_loss
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.experts import Experts, OpaqueExperts
 from ds_moe_ep.moe.match_expert import ExpertForms
@@ -120,9 +120,22 @@ class ExpertParallel(nn.Module):
         y_TD = self.region.reduce_from_tp(y_TD)
         if residual_TD is not None and not is_whole:
             y_TD = residual_TD + y_TD
-        loss = router_loss(routing, self.config, connection.transport.sum, connection.transport.size)
+        loss = router_loss(routing, self.config, self._batch(x, connection.transport))
         self.last_counts_E = routing.load_E().to(torch.int64)
         return y_TD.view(x.shape), loss, self.last_counts_E
+
+    def _batch(self, x: Tensor, transport: Transport) -> Batch:
+        """The surroundings of an input's tokens that the balance loss reads."""
+        around = Batch(
+            sum_over_group=transport.sum, size=transport.size, load=self.gate.batch_load, training=self.training
+        )
+        if self.config.balance_scope != "sequence":
+            return around
+        second = x.shape[-2]
+        token_T = torch.arange(x.numel() // self.hidden_size, device=x.device)
+        if self.config.sequence_first:
+            return replace(around, sequence_T=token_T % second, num_sequences=second)
+        return replace(around, sequence_T=token_T // second, num_sequences=len(token_T) // max(second, 1))
 
     def _dispatch(self, x_TD: Tensor, routing: Routing, residual_TD: Tensor | None) -> Tensor:
         rows_TD, experts = local_experts(self.experts, x_TD)
@@ -148,6 +161,11 @@ class ExpertParallel(nn.Module):
             raise ConfigError(
                 f"input.shape={tuple(x.shape)}: the layer was made for hidden_size={self.hidden_size}; the last "
                 "dimension must be that"
+            )
+        if self.config.balance_scope == "sequence" and (x.dim() < 3 or (self.config.sequence_first and x.dim() != 3)):
+            raise ConfigError(
+                f"input.shape={tuple(x.shape)}: with moe_ep.balance_scope='sequence' the layer must know which tokens "
+                "are of one sequence; give it [batch, sequence, D], or [sequence, batch, D] with sequence_first"
             )
         if x.device != self._device:
             raise ConfigError(f"input.device={x.device}: the layer is on {self._device}; move the input there")

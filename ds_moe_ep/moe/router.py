@@ -1,13 +1,15 @@
 """Router: the experts that a token visits, and with what weight.
 
 1. Logits and scores in fp32 (GShard, arXiv 2006.16668, section 2.2; sigmoid scores: DeepSeek-V3, arXiv 2412.19437).
-2. The choice: top-k of the scores, with training noise and the balancing bias where configured.
+2. The choice: top-k of the scores, of the best groups where experts have groups (DeepSeek-V3, section 2.1.2), with
+   training noise and the balancing bias where configured.
 3. The places: with a capacity, who keeps a row of its expert (by position, by score, or drawn).
-4. The weights: the chosen scores without noise or bias, renormalised over the kept choices where configured.
+4. The weights: the chosen scores without noise or bias, renormalised over the kept choices and scaled where configured.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +20,10 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.choose import runs_triton, why_no_triton
 from ds_moe_ep.kernels.gate import MAX_EXPERTS, ChoiceNoise, GateRoutes, GateRule, gate_logits, gate_routes
 from ds_moe_ep.kernels.sort import sort_choices
-from ds_moe_ep.moe.balance import BiasBalance
-from ds_moe_ep.moe.match_expert import is_plain_linear
+from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
+from ds_moe_ep.moe.match_expert import is_plain, is_plain_linear
+
+logger = logging.getLogger(__name__)
 
 JITTER = 1e-2  # relative width of the input noise, as DeepSpeed and Switch (arXiv 2101.03961) have it
 
@@ -77,14 +81,22 @@ class Router(nn.Module):
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         nn.Module.__init__(self)  # see ExpertParallel
-        self.wg = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.wg = nn.Linear(hidden_size, config.num_experts, bias=config.gate_bias)
         self.balance: BiasBalance | None = None
+        self.batch_load = BatchLoad()
+        self._has_told_even = False
         self.configure(config)
 
     def configure(self, config: MoEConfig) -> None:
         """Gives the router its knobs; a balancing bias starts at zero where it is new."""
         self.config = config
-        if config.balance != "bias":
+        if config.force_even and not self._has_told_even:
+            self._has_told_even = True
+            logger.warning(
+                "moe_ep.force_even=true: EXPERTS TAKE TOKENS IN TURN, WHATEVER THE GATE SAYS. Times of such a run are "
+                "those of an even load; its losses and weights are worth nothing"
+            )
+        if not config.has_bias:
             self.balance = None
         elif self.balance is None:
             self.balance = BiasBalance(config).to(self.wg.weight.device)
@@ -102,7 +114,7 @@ class Router(nn.Module):
             bias_E = None if self.balance is None else self.balance.bias_E
             routes = gate_routes(x_TD, self.wg.weight.float(), bias_E, is_used_T, rule, self._choice_noise(x_TD))
         else:
-            routes, is_whole = self._step_by_step(x_TD, in_triton), False
+            routes, is_whole = self._step_by_step(x_TD, is_used_T, in_triton), False
         scores_TE, expert_ids_TK = routes.scores_TE, routes.expert_ids_TK
         with torch.no_grad():
             is_used_TK = None if is_used_T is None else is_used_T.unsqueeze(1).expand_as(expert_ids_TK)
@@ -113,7 +125,9 @@ class Router(nn.Module):
                 is_kept_TK = place_TK < capacity
         routing = Routing(
             expert_ids_TK=expert_ids_TK,
-            weights_TK=routes.weights_TK if is_whole else self._weights(routes.weights_TK, is_kept_TK),
+            weights_TK=self._scaled(
+                routes.weights_TK if is_whole else self._weights(routes.weights_TK, is_kept_TK), x_TD.dtype
+            ),
             scores_TE=scores_TE,
             logits_TE=routes.logits_TE,
             counts_KE=routes.counts_KE,
@@ -127,10 +141,12 @@ class Router(nn.Module):
         return routing
 
     def _takes_one_pass(self, x_TD: Tensor, in_triton: bool | None) -> bool:
-        """True where one kernel may go from tokens to weights: the gate is a plain product, noise is drawn for one of
-        the choices at most and not for the tokens, and no bias stands beside it.
+        """True where one kernel may go from tokens to weights: the gate is a plain product in fp32, experts have no
+        groups, noise is drawn for one of the choices at most and not for the tokens, and no bias stands beside it.
         """
         config = self.config
+        if config.n_group > 1 or config.force_even or config.router_dtype != "fp32":
+            return False
         noise = config.noise if self.training else "none"
         num_draws = (noise == "rsample") + config.sample_second
         if noise == "jitter" or num_draws > 1 or (num_draws and self.balance is not None):
@@ -148,13 +164,19 @@ class Router(nn.Module):
         like_TE = x_TD.new_empty(len(x_TD), config.num_experts, dtype=torch.float32)
         return ChoiceNoise(gumbel_like(like_TE), 0 if is_sampled else 1)
 
-    def _step_by_step(self, x_TD: Tensor, in_triton: bool | None) -> GateRoutes:
+    def _step_by_step(self, x_TD: Tensor, is_used_T: Tensor | None, in_triton: bool | None) -> GateRoutes:
         """The routes by torch's operations; the weights are the chosen scores as they are."""
         logits_TE, choice_logits_TE = self._logits(x_TD, in_triton)
-        scores_TE = logits_TE.softmax(1) if self.config.score == "softmax" else logits_TE.sigmoid()
+        scores_TE = self._scores(logits_TE)
         with torch.no_grad():
-            expert_ids_TK = self._choose(choice_logits_TE)
+            if self.config.force_even:
+                expert_ids_TK = in_turn(scores_TE, is_used_T, self.config.top_k)
+            else:
+                expert_ids_TK = self._choose(choice_logits_TE)
         return GateRoutes(logits_TE, scores_TE, scores_TE.gather(1, expert_ids_TK), expert_ids_TK, None)
+
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.softmax(1) if self.config.score == "softmax" else logits_TE.sigmoid()
 
     def _logits(self, x_TD: Tensor, in_triton: bool | None) -> tuple[Tensor, Tensor]:
         """Logits, and the logits with noise that the choice is made from."""
@@ -164,20 +186,36 @@ class Router(nn.Module):
             x_TD = x_TD.to(wide)
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - JITTER, 1 + JITTER)
         with torch.autocast(x_TD.device.type, enabled=False):  # scores stay in fp32 whatever surrounds the layer
-            if is_plain_linear(self.wg):
-                logits_TE = gate_logits(x_TD, self.wg.weight.to(wide), in_triton)
-            else:  # adapted, hooked or replaced: whatever it computes now
-                logits_TE = self.wg(x_TD.to(next(self.wg.parameters()).dtype)).to(wide)
+            logits_TE = self._product(x_TD, wide, in_triton)
         return logits_TE, logits_TE + gumbel_like(logits_TE) if noise == "rsample" else logits_TE
+
+    def _product(self, x_TD: Tensor, wide: torch.dtype, in_triton: bool | None) -> Tensor:
+        """The gate's product, in the type that is configured for it; the result is at least as wide as `wide`."""
+        if not (type(self.wg) is nn.Linear and is_plain(self.wg)):  # adapted, hooked or replaced
+            logits_TE: Tensor = self.wg(x_TD.to(next(self.wg.parameters()).dtype)).to(wide)
+            return logits_TE
+        kind = {"fp32": wide, "fp64": torch.float64, "tokens": x_TD.dtype}[self.config.router_dtype]
+        weight_ED, bias_E = self.wg.weight.to(kind), self.wg.bias
+        if kind == wide:
+            logits_TE = gate_logits(x_TD, weight_ED, in_triton)
+            return logits_TE if bias_E is None else logits_TE + bias_E.to(kind)
+        logits_TE = nn.functional.linear(x_TD.to(kind), weight_ED, None if bias_E is None else bias_E.to(kind))
+        return logits_TE.to(torch.promote_types(kind, wide))
 
     def _choose(self, logits_TE: Tensor) -> Tensor:
         """Expert ids [T, K], best first. The balancing bias moves the choice and nothing else."""
         config = self.config
-        if self.balance is not None:
-            scores_TE = logits_TE.softmax(1) if config.score == "softmax" else logits_TE.sigmoid()
-            biased_TE = scores_TE + self.balance.bias_E.to(scores_TE.dtype)
+        is_outside_TE = None
+        if self.balance is not None or config.n_group > 1:
+            biased_TE = self._scores(logits_TE)
+            if self.balance is not None:
+                biased_TE = biased_TE + self.balance.bias_E.to(biased_TE.dtype)
+            if config.n_group > 1:
+                is_outside_TE = outside_of_groups(biased_TE, config)
             # Their logarithm has the same order, and a Gumbel draw from it is one in proportion to the biased scores.
             logits_TE = biased_TE.clamp(min=TINY).log() if config.sample_second else biased_TE
+        if is_outside_TE is not None:
+            logits_TE = logits_TE.masked_fill(is_outside_TE, float("-inf"))
         if config.top_k > 2:
             return logits_TE.topk(config.top_k, dim=1).indices
         first_T1 = logits_TE.argmax(1, keepdim=True)
@@ -203,6 +241,31 @@ class Router(nn.Module):
             smallest = torch.finfo(weights_TK.dtype).eps
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=smallest)
         return weights_TK
+
+    def _scaled(self, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weights times their factor, in fp32 or the tokens' wider type, whatever the gate computes in."""
+        if self.config.route_scale != 1:
+            weights_TK = weights_TK * self.config.route_scale
+        return weights_TK.to(torch.promote_types(dtype, torch.float32))
+
+
+def outside_of_groups(scores_TE: Tensor, config: MoEConfig) -> Tensor:
+    """True for experts outside of each token's best groups, by the scores that choose (arXiv 2412.19437, 2.1.2)."""
+    scores_TGn = scores_TE.unflatten(1, (config.n_group, -1))
+    best_TG = scores_TGn.topk(2, dim=2).values.sum(2) if config.group_score == "top2_sum" else scores_TGn.amax(2)
+    visited_TM = best_TG.topk(config.topk_group, dim=1).indices
+    is_outside_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter_(1, visited_TM, False)
+    return is_outside_TG.repeat_interleave(scores_TGn.shape[2], dim=1)
+
+
+def in_turn(scores_TE: Tensor, is_used_T: Tensor | None, top_k: int) -> Tensor:
+    """Expert ids [T, K] in turn over the tokens that take part: their numbers differ by one at most."""
+    if is_used_T is None:
+        place_T = torch.arange(len(scores_TE), device=scores_TE.device)
+    else:
+        place_T = (is_used_T.long().cumsum(0) - 1).clamp(min=0)
+    choices_K = torch.arange(top_k, device=scores_TE.device)
+    return (place_T[:, None] * top_k + choices_K) % scores_TE.shape[1]
 
 
 def places(

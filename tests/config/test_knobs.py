@@ -191,7 +191,7 @@ def test_the_fingerprint_changes_with_every_knob() -> None:
     prints = {MoEConfig().fingerprint(), MoEConfig(top_k=2).fingerprint()}
     for field in dataclasses.fields(MoEConfig):
         if field.name != "top_k":
-            needs = {"top_k": 2} if field.name == "sample_second" else {}
+            needs = {"sample_second": {"top_k": 2}, "topk_group": {"n_group": 2}}.get(field.name, {})
             prints.add(MoEConfig(**{field.name: another_value(field)}, **needs).fingerprint())
     assert len(prints) == 1 + len(dataclasses.fields(MoEConfig))
 

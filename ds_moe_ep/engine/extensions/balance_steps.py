@@ -1,4 +1,4 @@
-"""The balancing bias follows the steps of an engine's optimizer."""
+"""The balancing bias, and the load of the batch, follow the steps of an engine's optimizer."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ class BalanceSteps(EngineCallback):
             step_balance(self._engine, self._layers)
         else:  # an overflow under loss scaling: a batch that moved no parameter moves no bias
             forget_load(self._layers)
+        for layer in self._layers.values():
+            if layer.batch_load is not None:
+                layer.batch_load.forget()
         if self._is_first:  # not before: ds_moe_ep.initialize extends the engine after DeepSpeed has made it
             self._is_first = False
             warn_of_unused_knobs(self._engine, self._layers)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError, EngineError
-from ds_moe_ep.moe.balance import BiasBalance
+from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.tuner import Choice
@@ -46,6 +46,7 @@ class HookedLayer:
     """One hooked layer as the engine's extensions see it (`overlapped_layer.OverlappedLayer`)."""
 
     balance: BiasBalance | None = None  # its gate is DeepSpeed's
+    batch_load: BatchLoad | None = None  # and so are its losses
     group: dist.ProcessGroup  # DeepSpeed's, of the ranks that share its experts
 
     def __init__(self, kind: str, name: str, config: MoEConfig) -> None:

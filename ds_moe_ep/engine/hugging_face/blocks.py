@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock, SharedWithGate
+from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import Family
 from ds_moe_ep.engine.layer import MoE
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.moe.experts import SwiGLU
+from ds_moe_ep.moe.experts import SharedWithGate, SwiGLU
 
 
 class MoEBlock(nn.Module):
@@ -32,6 +32,7 @@ class MoEBlock(nn.Module):
         shared: nn.Module | None = None
         if family.shared:
             shared_width = int(getattr(config, family.shared_width))
+            shared_width *= int(getattr(config, family.shared_count)) if family.shared_count else 1
             shared = (SharedWithGate if family.shared_gate else SwiGLU)(hidden_size, shared_width)
         self.moe = MoE(hidden_size, SwiGLU(hidden_size, width), config=knobs, shared=shared)
         self.l_aux = torch.zeros(())
@@ -68,7 +69,6 @@ def knobs_of(config: Any, family: Family, ep_size: int, knobs: Mapping[str, Any]
     Raises ConfigError for a router that the package does not have, and for a knob that the family decides.
     """
     for problem, is_there in (
-        (family.refused, bool(family.refused)),
         ("config.router_jitter_noise multiplies the experts' input", bool(getattr(config, "router_jitter_noise", 0))),
         ("config.hidden_act is not silu", getattr(config, "hidden_act", "silu") != "silu"),
     ):
@@ -84,9 +84,21 @@ def knobs_of(config: Any, family: Family, ep_size: int, knobs: Mapping[str, Any]
         "score": family.score,
         "renormalize": bool(getattr(config, family.renormalizes)) if family.renormalizes else True,
     }
+    if family.limits_groups:
+        decided |= {
+            "n_group": int(config.n_group or 1),
+            "topk_group": int(config.topk_group or 1),
+            "route_scale": float(config.routed_scaling_factor),
+        }
+    default = {"balance": "bias", "bias_step": 0.0} if family.router_bias else {"balance": "none"}
+    if family.router_bias and knobs.get("balance", "bias") not in ("bias", "bias_and_aux_loss"):
+        raise ConfigError(
+            f"moe_ep.balance={knobs['balance']!r}: the router of {family.model_type} chooses with a bias; write "
+            "'bias', whose bias_step of 0 leaves it as it is, or 'bias_and_aux_loss'"
+        )
     for name in decided:
         if name in knobs and knobs[name] != decided[name]:
             raise ConfigError(
                 f"moe_ep.{name}={knobs[name]!r}: the folder's config decides it ({decided[name]!r}); leave it out"
             )
-    return MoEConfig(**{"balance": "none", **knobs, **decided})
+    return MoEConfig(**{**default, **knobs, **decided})

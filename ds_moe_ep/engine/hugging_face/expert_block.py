@@ -6,30 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hugging_face.families import PROJECTIONS, Family, Projection
 from ds_moe_ep.errors import ExportError
-from ds_moe_ep.moe.experts import SwiGLU
+from ds_moe_ep.moe.experts import SharedWithGate
 from ds_moe_ep.moe.match_expert import Form, match_expert
 
 AUTOEP_STACKS: Mapping[Projection, str] = {"gate": "w1", "up": "w3", "down": "w2"}
 SHARED_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-class SharedWithGate(nn.Module):
-    """A shared expert whose output is weighted by sigmoid(gate(x)) per token (Qwen2-MoE)."""
-
-    def __init__(self, hidden_size: int, width: int) -> None:
-        super().__init__()
-        self.expert = SwiGLU(hidden_size, width)
-        self.weight = nn.Linear(hidden_size, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.sigmoid(self.weight(x)) * self.expert(x)
-        return y
 
 
 @dataclass(frozen=True)
@@ -63,6 +49,10 @@ class ExpertBlock:
             yield f"{prefix}.{family.router_bias}", self._router_bias(router)
         if family.shared:
             yield from ((f"{prefix}.{name}", tensor) for name, tensor in self._shared())
+
+    def take_router_bias(self, bias_E: Tensor) -> None:
+        """Lets the package's layer choose with a routing bias of files."""
+        self.layer.balance.start_from(bias_E)
 
     def _router_bias(self, router: Any) -> Tensor:
         bias = router.e_score_correction_bias if self.is_autoep else router.balance and router.balance.bias_E

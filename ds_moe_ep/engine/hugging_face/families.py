@@ -37,7 +37,8 @@ class Family:
     shared_width: str = ""
     score: Literal["softmax", "sigmoid"] = "softmax"
     renormalizes: str = ""
-    refused: str = ""  # why the package's router cannot stand in for the family's
+    shared_count: str = ""  # of expert widths that its shared expert has; "" where `shared_width` is its own
+    limits_groups: bool = False  # n_group, topk_group and routed_scaling_factor
 
     def expert(self, index: int, projection: Projection) -> str:
         """The name of one projection of one expert."""
@@ -85,9 +86,11 @@ FAMILIES = {
             router_bias="gate.e_score_correction_bias",
             shared="shared_experts",
             num_experts="n_routed_experts",
+            shared_width="moe_intermediate_size",
+            shared_count="n_shared_experts",
             score="sigmoid",
             renormalizes="norm_topk_prob",
-            refused="its router limits groups of experts and scales weights, which MoE's does not",
+            limits_groups=True,
         ),
     )
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -90,9 +91,10 @@ def from_pretrained(
     """The causal language model of a Hugging Face folder, with `MoE` in the place of its MoE blocks.
 
     A rank holds the dense weights and its own experts alone. `knobs` are those of `MoEConfig`; what routes tokens comes
-    from the folder's configuration, and so do logits: they equal those of transformers. No balance loss is computed
-    unless `balance` asks for one; `balance_loss(model)` is then to be added to the loss. `data_before_expert` is
-    DeepSpeed's use_data_before_expert_parallelism. `dtype` is by default that of the configuration.
+    from the folder's configuration, and so do logits: they equal those of transformers. A router that chooses with a
+    bias (DeepSeek-V3) has that of the files, which stays as it is unless `bias_step` moves it. No balance loss is
+    computed unless `balance` asks for one; `balance_loss(model)` is then to be added to the loss. `data_before_expert`
+    is DeepSpeed's use_data_before_expert_parallelism. `dtype` is by default that of the configuration.
 
     Local, but with ep_size > 1 torch.distributed must be initialized; the layers are connected by
     deepspeed.initialize. Raises ConfigError for a family or router that is not known, EngineError for files that are
@@ -154,7 +156,12 @@ def _fill(model: nn.Module, family: Family, weights: Weights, ep_rank: int) -> N
     """Sets every parameter from the files. Raises EngineError where files and model differ."""
     blocks = blocks_of(model, family)
     known = _known_names(model, blocks, family)
-    left_over = sorted(name for name in weights.file_of if name not in known and not name.endswith(_IGNORED))
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    left_over = sorted(
+        name
+        for name in weights.file_of
+        if not (name in known or name.endswith(_IGNORED) or any(each.search(name) for each in ignored))
+    )
     if left_over:
         raise EngineError(
             f"{weights.folder}: {len(left_over)} tensors have no place in the model, {left_over[0]} first; the files "
@@ -165,7 +172,10 @@ def _fill(model: nn.Module, family: Family, weights: Weights, ep_rank: int) -> N
             _copy(weights, name, target)
     for block in blocks:
         for name, target in (*block.replicated(), *block.experts(ep_rank * block.num_local_experts)):
-            _copy(weights, name, target)
+            if family.router_bias and name == f"{family.in_files(block.name)}.{family.router_bias}":
+                block.take_router_bias(_read(weights, name, target))
+            else:
+                _copy(weights, name, target)
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
@@ -192,11 +202,16 @@ def _is_tied(model: nn.Module, name: str) -> bool:
 
 
 def _copy(weights: Weights, name: str, target: Tensor) -> None:
+    with torch.no_grad():
+        target.copy_(_read(weights, name, target))
+
+
+def _read(weights: Weights, name: str, target: Tensor) -> Tensor:
+    """A tensor of the files in the place of another. Raises EngineError where it has another shape."""
     found = weights.read(name)
     if found.shape != target.shape:
         raise EngineError(
             f"{weights.folder}: {name} is {tuple(found.shape)}, and the model of config.json has "
             f"{tuple(target.shape)}; the files are of another model"
         )
-    with torch.no_grad():
-        target.copy_(found)
+    return found

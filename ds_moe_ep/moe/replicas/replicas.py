@@ -23,6 +23,7 @@ from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.health.diagnosis import ranks_named
+from ds_moe_ep.kernels.eager import is_inside_backward
 from ds_moe_ep.kernels.sort import SortedChoices, sort_choices
 from ds_moe_ep.moe.agreement import NUM_COLUMNS, AgreedCounts, Agreement
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
@@ -333,8 +334,3 @@ def known_or_refused(experts: LocalExperts, slots: int | Literal["auto"], layer:
             "for them; set it to 0"
         )
     return KnownExperts(*known)
-
-
-def is_inside_backward() -> bool:
-    """True in a recomputation, which has to meet what its first pass met."""
-    return bool(getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1)

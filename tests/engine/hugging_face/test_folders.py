@@ -39,11 +39,12 @@ OWN: list[tuple[str, int, int]] = [  # family, ep_size, ZeRO stage
     ("qwen2_moe", 2, 0),
     ("qwen3_moe", 1, 0),
     ("olmoe", 4, 2),
+    ("deepseek_v3", 2, 1),
 ]
 
 
 def test_folders_load_without_ranks_and_keep_their_logits(tmp_path: Path) -> None:
-    for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"):
+    for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"):
         model = make_model(family)
         model.save_pretrained(tmp_path / family)
         mine = ds_moe_ep.from_pretrained(tmp_path / family)
@@ -178,12 +179,30 @@ def test_folders_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 
 
 def test_routers_that_the_layer_does_not_have_are_refused(tmp_path: Path) -> None:
+    make_model("mixtral", router_jitter_noise=0.1).save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(ConfigError, match=r"router_jitter_noise multiplies the experts' input; .* attach_overlap"):
+        ds_moe_ep.from_pretrained(tmp_path / "mixtral")
     make_model("deepseek_v3").save_pretrained(tmp_path / "deepseek_v3")
-    with pytest.raises(ConfigError, match=r"its router limits groups of experts .* attach_overlap"):
-        ds_moe_ep.from_pretrained(tmp_path / "deepseek_v3")
+    with pytest.raises(ConfigError, match=r"moe_ep\.balance='aux_loss': the router of deepseek_v3 chooses with a bias"):
+        ds_moe_ep.from_pretrained(tmp_path / "deepseek_v3", balance="aux_loss")
     make_model("olmoe").save_pretrained(tmp_path / "olmoe")
     with pytest.raises(ConfigError, match=r"moe_ep\.top_k=1: the folder's config decides it"):
         ds_moe_ep.from_pretrained(tmp_path / "olmoe", top_k=1)
+
+
+def test_the_bias_of_a_family_stands_still_unless_it_is_given_a_step(tmp_path: Path) -> None:
+    source = make_model("deepseek_v3")
+    source.save_pretrained(tmp_path)
+    expected_E = source.model.layers[1].mlp.gate.e_score_correction_bias
+    for step in (0.0, 0.5):
+        model = ds_moe_ep.from_pretrained(tmp_path, bias_step=step, balance="bias_and_aux_loss", dtype=torch.bfloat16)
+        balance = model.model.layers[1].mlp.moe.balance
+        assert torch.equal(balance.bias_E, expected_E)
+        model.train()(input_ids=token_ids())
+        balance.step(lambda values: values)
+        assert torch.equal(balance.bias_E, expected_E) == (step == 0)
+        assert (balance.bias_E - expected_E).abs().max() <= step + 1e-6
+        assert ds_moe_ep.balance_loss(model) > 0
 
 
 def test_the_balance_loss_of_a_model_is_the_sum_of_its_blocks(tmp_path: Path) -> None:

@@ -42,11 +42,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_model(family: str, seed: int = 3) -> Any:
+def make_model(family: str, seed: int = 3, **changes: Any) -> Any:
     """The model with random weights, the routing bias of DeepSeek's included."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, buffer in model.named_buffers():
