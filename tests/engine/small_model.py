@@ -35,7 +35,7 @@ class Job:
     bf16: bool = False
     accumulation: int = 1
     clipping: float = 0.0
-    steps: int = 4
+    steps: int = 3
     seed: int = 3
     schedule: str = "peers"
     bit_equal: bool = False  # schedules give the same bits

@@ -2,7 +2,7 @@
 
 The reference is float64 loops on the concatenated batch with torch's Adam. Adam's eps is 1e-2, larger than most
 gradients here: a step is then nearly proportional to the gradient, so that a gradient of the wrong scale cannot hide,
-and rounding is not blown up to whole steps. fp32 bounds: 5e-6 of a tensor's largest weight after 4 steps (measured:
+and rounding is not blown up to whole steps. fp32 bounds: 5e-6 of a tensor's largest weight after 3 steps (after 4:
 5e-7, for DeepSpeed's layer too), 1e-6 of the loss.
 
 DeepSpeed sums expert gradients over the ranks that hold the expert and divides by the whole data-parallel world: the

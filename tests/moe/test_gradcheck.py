@@ -1,9 +1,9 @@
 """The layer's gradients equal central differences in float64, on two ranks.
 
 torch.autograd.gradcheck cannot be used: ranks must call the layer equally often, and a rank's output depends on the
-other's input. So all ranks step together along a random direction of one tensor, and compare the change of the
-world's loss with the gradient along it. The step of 1e-6 leaves a truncation error near 1e-12 and a rounding error
-near 1e-10 of the loss.
+other's input. So all ranks step together, each along a random direction of its own in its tensor of one name, and
+compare the change of the world's loss with the gradients along them. The step of 1e-6 leaves a truncation error near
+1e-12 and a rounding error near 1e-10 of the loss.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def summed(value: Tensor) -> float:
 
 
 def slope(layer: ExpertParallel, data: CaseData, x_TD: Tensor, tensor: Tensor, direction: Tensor) -> float:
-    """The central difference of the world's loss along `direction` of this rank's `tensor`. Collective."""
+    """The central difference of the world's loss along each rank's `direction` of its `tensor`. Collective."""
     losses = []
     with torch.no_grad():
         for sign in (1, -1):
@@ -64,7 +64,7 @@ def slope(layer: ExpertParallel, data: CaseData, x_TD: Tensor, tensor: Tensor, d
 
 
 def check(case: LayerCase, links: Links, spoil: bool) -> dict[str, float]:
-    """For each tensor of this rank, how far its gradient is from the differences, relative to its norm."""
+    """For each name of a tensor, how far the ranks' gradients are from the differences, relative to their norm."""
     data, rank = case_data(case), dist.get_rank()
     layer = build_layer(case, data)
     layer.connect(links.of(case), torus_for(case))
@@ -73,19 +73,21 @@ def check(case: LayerCase, links: Links, spoil: bool) -> dict[str, float]:
     gate_grad = layer.gate.wg.weight.grad
     assert gate_grad is not None
     dist.all_reduce(gate_grad)  # the gate is one tensor of the world: all ranks move it together
-    generator = torch.Generator().manual_seed(1)
     off = {}
     names = {"x": x_TD, **dict(layer.named_parameters())}
     for name, tensor in names.items():
-        for owner in range(1 if name == "gate.wg.weight" else dist.get_world_size()):
-            direction = torch.randn(max(case.rows) * D * F, generator=generator, dtype=torch.float64)
-            direction = direction[: tensor.numel()].view_as(tensor)  # drawn alike on all ranks, whatever their rows
-            moves = name == "gate.wg.weight" or owner == rank
-            numeric = slope(layer, data, x_TD, tensor, direction if moves else torch.zeros_like(tensor))
-            if moves:
-                assert tensor.grad is not None, name
-                grad = tensor.grad * (1.01 if spoil else 1)
-                off[name] = abs(float((grad * direction).sum()) - numeric) / (1e-3 + float(grad.norm()))
+        is_shared = name == "gate.wg.weight"
+        generator = torch.Generator().manual_seed(1 if is_shared else 1 + rank)
+        direction = torch.randn(max(case.rows) * D * F, generator=generator, dtype=torch.float64)
+        direction = direction[: tensor.numel()].view_as(tensor)
+        numeric = slope(layer, data, x_TD, tensor, direction)
+        assert tensor.grad is not None, name
+        grad = tensor.grad * (1.01 if spoil else 1)
+        parts = torch.stack(((grad * direction).sum(), grad.square().sum()))
+        if not is_shared:
+            dist.all_reduce(parts)
+        along, square = parts.tolist()
+        off[name] = abs(along - numeric) / (1e-3 + square**0.5)
     return off
 
 

@@ -31,7 +31,7 @@ from tests.parallel.training_runs import (
 from tests.ranks import run_ranks
 
 LOGITS = 2e-6
-RUN = Run(steps=2, stage=1, top_k=2, model={"expert": "swiglu", "shared_expert_width": 16})
+RUN = Run(steps=2, num_micro_batches=2, stage=1, top_k=2, model={"expert": "swiglu", "shared_expert_width": 16})
 TOKEN_IDS = torch.arange(4 * 8).view(4, 8) * 7 % 32
 
 

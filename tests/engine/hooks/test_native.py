@@ -97,7 +97,7 @@ def test_training_through_the_hooks_is_the_training_without_them() -> None:
 
 
 def compare(table: list[Job]) -> None:
-    """4 Adam steps: 1e-5 of a tensor's largest weight, 2e-6 of the loss; bf16: 1 % and half of one, a few roundings.
+    """3 Adam steps: 1e-5 of a tensor's largest weight, 2e-6 of the loss; bf16: 1 % and half of one, a few roundings.
 
     Before 0.19.8 DeepSpeed's own layer rounds the gate's weights to bf16 as well, hooked ones do not: 2 %.
     """
