@@ -347,3 +347,28 @@ def exchange_heads(transport: Transport, head: Sequence[int], call: Call) -> lis
     """Every rank's head, after an answer that they are not alike. Collective, on the host."""
     columns_C = torch.tensor([*head, *[0] * (NUM_COLUMNS - NUM_HEAD)])
     return transport.exchange_counts(columns_C.repeat(transport.size, 1), call.tags).tolist()
+
+
+def odd_pair(
+    transport: Transport, sent_P: Sequence[int], expected_P: Sequence[int], tags: Tags
+) -> tuple[int, int] | None:
+    """The first ranks (source, target) of which one sends other messages than the other expects; None without any.
+
+    Each rank gives a digest of what it sends to each peer, and of what it expects of each. Collective, on the host.
+    """
+    size = transport.size
+    told_C = torch.tensor([*sent_P, *expected_P, *[0] * (NUM_HEAD + (NUM_TOLD - 2) * size)])  # as long as a head's
+    answer = transport.consult(told_C, NUM_VERDICT + NUM_TOLD * size, _answers_of_pairs, tags)().tolist()
+    return None if answer[0] else (answer[1], answer[2])
+
+
+def _answers_of_pairs(told_PC: Tensor) -> Tensor:
+    """The first rank's answer to each: whether all expect what is sent, and the first pair that does not."""
+    size = len(told_PC)
+    answers_PA = told_PC.new_zeros(size, NUM_VERDICT + NUM_TOLD * size)
+    odd = (told_PC[:, :size] != told_PC[:, size : 2 * size].t()).nonzero()
+    if len(odd):
+        answers_PA[:, 1:3] = odd[0]
+    else:
+        answers_PA[:, 0] = 1
+    return answers_PA

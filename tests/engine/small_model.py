@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ds_moe_ep.config.knobs import MoEConfig
 from tests.engine.native_layers import PlainGelu
@@ -42,6 +43,7 @@ class Job:
     interleaved: bool = False  # the ranks of an expert-parallel group are apart, not consecutive
     door: str = "ds_moe_ep"  # whose initialize is called
     replicas: int = 0
+    recomputed: bool = False  # the MoE layers, in the backward pass
 
     @property
     def moe_config(self) -> MoEConfig:
@@ -82,8 +84,9 @@ class Job:
 class SmallModel(nn.Module):
     """Two MoE layers with a norm and a skip each, between two Linears. forward(x, target) gives the loss."""
 
-    def __init__(self, make_layer: Callable[[], nn.Module]) -> None:
+    def __init__(self, make_layer: Callable[[], nn.Module], recomputed: bool = False) -> None:
         super().__init__()
+        self.recomputed = recomputed
         self.enter = nn.Linear(D, D)
         self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
         self.layers = nn.ModuleList(make_layer() for _ in range(2))
@@ -92,7 +95,8 @@ class SmallModel(nn.Module):
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         hidden, balance = self.enter(x), x.new_zeros(())
         for norm, layer in zip(self.norms, self.layers, strict=True):
-            output, l_aux, _ = layer(norm(hidden))
+            normed = norm(hidden)
+            output, l_aux, _ = checkpoint(layer, normed, use_reentrant=False) if self.recomputed else layer(normed)
             hidden, balance = hidden + output, balance + l_aux
         return ((self.leave(hidden) - target) ** 2).mean() + AUX_WEIGHT * balance
 
@@ -141,7 +145,7 @@ def make_model(job: Job) -> SmallModel:
     """The model with this rank's part of the first weights, which depend on the seed alone."""
     from ds_moe_ep.model.initialize import init_weights
 
-    model = SmallModel(lambda: make_layer(job))
+    model = SmallModel(lambda: make_layer(job), job.recomputed)
     init_weights(model, job.seed, job.expert_index(dist.get_rank()))
     return model
 
@@ -156,8 +160,8 @@ def batches(job: Job) -> list[list[tuple[Tensor, Tensor]]]:
     return [[(draw(), draw()) for _ in range(job.accumulation)] for _ in range(job.steps)]
 
 
-def make_engine(job: Job) -> Any:
-    """The job's model in an engine. Collective."""
+def make_engine(job: Job, **arguments: Any) -> Any:
+    """The job's model in an engine, which takes the arguments. Collective."""
     import deepspeed
 
     import ds_moe_ep
@@ -165,7 +169,7 @@ def make_engine(job: Job) -> Any:
     deepspeed.init_distributed("gloo")
     model = make_model(job)
     start = ds_moe_ep.initialize if job.layer == "ours" and job.door == "ds_moe_ep" else deepspeed.initialize
-    return start(model=model, config=job.ds_config, model_parameters=list(model.parameters()))[0]
+    return start(model=model, config=job.ds_config, model_parameters=list(model.parameters()), **arguments)[0]
 
 
 def train_steps(engine: Any, job: Job, steps: Sequence[list[tuple[Tensor, Tensor]]]) -> list[float]:

@@ -6,6 +6,7 @@ Bounds are those of `test_training.py` and, for layers that DeepSpeed and AutoEP
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from ds_moe_ep.schedule.placement import Placement
+from tests.engine.extensions.test_nonfinite import make_scaled_engine
 from tests.engine.hooks import autoep_models
 from tests.engine.hooks.autoep_models import AutoEPJob
 from tests.engine.small_model import (
@@ -28,6 +30,7 @@ from tests.engine.small_model import (
     reference_job,
     train_steps,
 )
+from tests.engine.test_parallelism import forget_groups, mpu_of
 from tests.engine.test_training import LOSS, WEIGHTS, Outcome, loss_distance
 from tests.ranks import run_ranks
 
@@ -75,19 +78,21 @@ def outcomes(jobs: Sequence[tuple[Job, bool]]) -> list[Outcome]:
 
 
 def jobs_in_fp32() -> list[Job]:
-    """ZeRO 0, 1, 2; EP = world and EP < world; accumulation; dropless and capacity; k > 1."""
+    """ZeRO 0, 1, 2; EP = world, EP < world and either order of groups; accumulation; capacity; k > 1; recomputation."""
     return [
         Job(stage=0, ep_size=4, accumulation=2, replicas=1),
         Job(stage=0, ep_size=2, accumulation=3, top_k=1, replicas=1, door="deepspeed"),
         Job(stage=1, ep_size=4, accumulation=2, top_k=1, replicas=2),
-        Job(stage=1, ep_size=2, accumulation=2, capacity_factor=1.0, replicas=1),
-        Job(stage=2, ep_size=4, accumulation=3, capacity_factor=0.75, replicas=1),
-        Job(stage=2, ep_size=2, accumulation=1, top_k=4, replicas=1),
+        Job(stage=1, ep_size=2, accumulation=2, capacity_factor=1.0, interleaved=True, replicas=1),
+        Job(stage=2, ep_size=4, accumulation=3, capacity_factor=0.75, recomputed=True, replicas=1),
+        Job(stage=2, ep_size=2, accumulation=2, top_k=4, interleaved=True, recomputed=True, replicas=1),
     ]
 
 
-def test_training_in_fp32_equals_single_process_training() -> None:
-    jobs = jobs_in_fp32()
+@pytest.mark.parametrize("interleaved", [False, True], ids=["consecutive", "interleaved"])
+def test_training_in_fp32_equals_single_process_training(interleaved: bool) -> None:
+    """Each order of groups has a world of its own: DeepSpeed keeps one by its size."""
+    jobs = [job for job in jobs_in_fp32() if job.interleaved == interleaved]
     for job, found in zip(jobs, outcomes([(job, False) for job in jobs]), strict=True):
         expected = reference_job(job)
         assert distance(found[1], expected[1]) <= WEIGHTS, job
@@ -235,3 +240,63 @@ def test_a_checkpoint_saved_with_copies_loads_without_and_the_other_way(saves_wi
     by_rank = run_ranks(4, resumed, str(tmp_path), saves_with, timeout_s=120)
     assert distance(merged([weights for _, weights in by_rank]), expected[1]) <= WEIGHTS
     assert loss_distance((by_rank[0][0], {}), (expected[0][2:], {})) <= LOSS
+
+
+def under_an_mpu(job: Job) -> list[tuple[Outcome, int]]:
+    """The job without an mpu, and with Megatron's, whose data-parallel world is all ranks; copies in use at the end."""
+    found = []
+    for arguments in ({}, {"mpu": mpu_of(1, "tensor_model_parallel")}):
+        engine = make_engine(job, **arguments)
+        losses = train_steps(engine, job, batches(job))
+        found.append(((losses, named_weights(engine.module, job)), copies_in_use(engine.module.layers)))
+        forget_groups()
+    return found
+
+
+def test_megatrons_data_parallel_world_gives_the_same_bits_with_copies() -> None:
+    for (plain, _), (mine, copies) in run_ranks(4, under_an_mpu, Job(ep_size=2, accumulation=2, steps=3, replicas=1)):
+        assert copies
+        assert mine[0] == plain[0]
+        assert all(torch.equal(weight, mine[1][name]) for name, weight in plain[1].items())
+
+
+def overflowed(job: Job) -> tuple[list[tuple[bool, float, int, int]], dict[str, Any]]:
+    """Three fp16 steps, the second with an infinite loss on one rank: what was done, and the last weights.
+
+    Of each step: applied, loss scale, number of the window behind it, copies in use.
+    """
+    engine = make_scaled_engine(job, "fp16", "loss", math.inf)
+    layers, rank, steps = engine.module.model.layers, torch.distributed.get_rank(), []
+    for layer in layers if job.replicas else ():
+        pin(layer)
+    for engine.module.step, micro_batches in enumerate(batches(job)):
+        for x, target in micro_batches:
+            engine.backward(engine(x[rank].half(), target[rank].half()))
+            engine.step()
+        replicas = layers[0].dispatcher.replicas
+        number = replicas.window.number if replicas else 0
+        steps.append((engine.was_step_applied(), float(engine.optimizer.loss_scale), number, copies_in_use(layers)))
+    return steps, named_weights(engine.module.model, job)
+
+
+def overflowed_jobs(jobs: Sequence[Job]) -> list[tuple[list[tuple[bool, float, int, int]], dict[str, Any]]]:
+    return [overflowed(job) for job in jobs]
+
+
+def test_fp16_skips_a_step_that_overflows_and_goes_on_in_the_same_window_of_copies() -> None:
+    """All experts are chosen, lest rounding turns a choice over. Bound: two roundings of a weight, 2^-11 each."""
+    jobs = [
+        Job(stage=stage, ep_size=ep_size, top_k=8, accumulation=2, steps=3, replicas=replicas)
+        for stage, ep_size in ((0, 2), (2, 4))
+        for replicas in (1, 0)
+    ]
+    by_rank = run_ranks(4, overflowed_jobs, jobs, timeout_s=120)
+    for index in (0, 2):
+        for results in by_rank:
+            steps, plain = results[index][0], results[index + 1][0]
+            assert [step[:2] for step in steps] == [step[:2] for step in plain]
+            assert [step[0] for step in steps] == [True, False, True]
+            assert [step[2] for step in steps] == [1, 1, 2]
+            assert len({step[3] for step in steps}) == 1 and steps[0][3] > 0
+        mine, plain_weights = (merged([results[i][1] for results in by_rank]) for i in (index, index + 1))
+        assert distance(mine, plain_weights) <= 2**-10

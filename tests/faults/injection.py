@@ -1,8 +1,9 @@
 """Faults, put into one rank of a job from outside of the package, each at one place of one step.
 
 `kill.dispatch@3:1` kills rank 1 in step 3, in the forward dispatch of the second layer. Places are `dispatch` and
-`combine` (forward), `backward` (its dispatch), `reduce` (behind the layers' backward pass, in DeepSpeed's reduction of
-gradients) and `save` (between two files of a checkpoint).
+`combine` (forward), `backward` (its dispatch), `weights` (of replicas, to their slots), `sums` (of the replicas'
+gradients, on their way home), `reduce` (behind the layers' backward pass, in DeepSpeed's reduction of gradients) and
+`save` (between two files of a checkpoint).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tests.engine.small_model import Job
 from tests.ranks import signal_itself
 
 LANES = {"dispatch": ("dispatch", "forward"), "combine": ("combine", "forward"), "backward": ("dispatch", "backward")}
+OF_REPLICAS = {"weights": "forward", "sums": "backward"}  # phases of the lane "replicas"
 LAYER = "layers.1"  # where faults are
 
 
@@ -81,6 +83,9 @@ def inject(fault: Fault, engine: Any, folder: pathlib.Path) -> None:
     layer = engine.module.get_submodule(LAYER)
     if fault.place in LANES:
         at_transfer(layer.deepspeed_moe.dispatcher.connection.transport, *LANES[fault.place], is_time, act)
+    elif fault.place in OF_REPLICAS:
+        link = layer.deepspeed_moe.dispatcher.replicas.link
+        at_transfer(link, "replicas", OF_REPLICAS[fault.place], is_time, act, number=1)
     elif fault.place == "reduce":
         engine.module.enter.bias.register_hook(lambda grad: act() if is_time() else None)
     elif fault.place == "save":
@@ -115,14 +120,16 @@ def note(folder: pathlib.Path) -> bool:
     return True
 
 
-def at_transfer(transport: Any, lane: str, phase: str, is_time: Callable[[], bool], act: Callable[[], None]) -> None:
-    """Acts before the second transfer of a pass on a lane is started: in the middle of it."""
+def at_transfer(
+    transport: Any, lane: str, phase: str, is_time: Callable[[], bool], act: Callable[[], None], number: int = 2
+) -> None:
+    """Acts before the second transfer, or another one, of a pass on a lane is started: in the middle of it."""
     start, seen = transport.start, []
 
     def start_or_act(lane_now: str, sends: Any, receives: Any, *tags: Any) -> Any:
         if lane_now == lane and tags[0].phase == phase and is_time():
             seen.append(lane_now)
-            if len(seen) == 2:
+            if len(seen) == number:
                 act()
         return start(lane_now, sends, receives, *tags)
 

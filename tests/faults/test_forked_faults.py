@@ -25,6 +25,8 @@ GONE = r"rank {rank} \(pid \d+ on \S+\) is gone"
 STOPPED = r"rank {rank} \(pid \d+ on \S+\) is stopped"
 BROKEN = r"rank {rank}: ValueError: this expert cannot go on"
 
+REPLICAS = ("--replicas", "1")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -46,6 +48,9 @@ CASES = [
     Case("kill.dispatch@3:1", -9, (FORWARD, GONE)),
     Case("kill.combine@3:2", -9, (FORWARD, GONE)),
     Case("kill.backward@3:0", -9, (BACKWARD, GONE), resumes=True),
+    Case("kill.dispatch@3:2", -9, (FORWARD, GONE), arguments=REPLICAS),
+    Case("kill.weights@3:1", -9, (r"layers\.[01]: forward (replicas|exchange of counts)", GONE), arguments=REPLICAS),
+    Case("kill.sums@3:2", -9, (r"layers\.[01]: backward (replicas|exchange of counts)", GONE), arguments=REPLICAS),
     Case("kill.reduce@3:1", -9, (r"engine\.(backward|step), step 3: a collective of DeepSpeed's failed", GONE)),
     Case("kill.save@3:1", -9, (r"/checkpoints/last: not saved, a rank ended or stalled meanwhile", GONE), resumes=True),
     Case("stop.dispatch@3:1", -9, (FORWARD, STOPPED), STOPPED_S, resumes=True),

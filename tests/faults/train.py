@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--timeout_s", type=float, default=6.0)
     parser.add_argument("--capacity_factor", type=float, default=None)
+    parser.add_argument("--replicas", type=int, default=0)
     parser.add_argument("--experts", choices=("gelu", "brittle"), default="gelu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args(argv)
@@ -65,7 +66,7 @@ def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     size = dist.get_world_size()
     job = Job(world_size=size, ep_size=size, stage=1, steps=options.steps, bf16=options.precision == "bf16")
-    job = replace(job, capacity_factor=options.capacity_factor)
+    job = replace(job, capacity_factor=options.capacity_factor, replicas=options.replicas)
     fault = options.fault
     is_mine = fault is not None and fault.rank == dist.get_rank()
     if is_mine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from ds_moe_ep.schedule.placement import Placement
 from tests.moe.layer_cases import LayerCase, case_data, errors
 from tests.moe.layer_runs import Links, build_layer, forward_backward
 from tests.moe.replica_cases import Windows, connected, hosted_case, pin, replicas_of
-from tests.ranks import RankError, run_ranks
+from tests.ranks import run_ranks
 
 ODD, HOME = 2, 3  # the host where something goes wrong, the home of the expert that has most copies
 LIMIT_S = 8.0  # a rank of a busy machine may come seconds late
@@ -154,7 +153,7 @@ FAULTS = {
     "a gradient added twice": Fault(sums_that_went_wrong, "of 3 passes", ("twice",), is_everywhere=False),
     "a gradient forgotten": Fault(sums_that_went_wrong, "of 1 passes", ("forgotten",), is_everywhere=False),
     "a gradient sent to another home": Fault(
-        sums_that_went_wrong, "did not answer", ("elsewhere",), is_everywhere=False
+        sums_that_went_wrong, "rank 2 sends rank 0 other gradients of copies than that rank expects", ("elsewhere",)
     ),
     "gradients that never went home": Fault(unsent_sums, "did not go home before the optimizer's step"),
 }
@@ -170,21 +169,6 @@ def test_a_fault_is_told_by_name_in_bounded_time(name: str) -> None:
     else:
         assert any(fault.words in text for text in texts), texts
     assert max(seconds for _, seconds in found) <= 2 * LIMIT_S + 6
-
-
-def dies_while_weights_travel() -> tuple[str, float]:
-    layer = layer_in_a_window(CASE, Windows())
-    if is_odd():
-        copies.Copies.start = lambda *args: os._exit(3)  # type: ignore[method-assign, assignment]
-    return told(lambda: forward_backward(layer, CASE, case_data(CASE)))
-
-
-def test_a_rank_that_dies_while_weights_travel_is_named() -> None:
-    start = time.monotonic()
-    with pytest.raises(RankError) as caught:
-        run_ranks(4, dies_while_weights_travel, timeout_s=40)
-    assert "exit code 3" in caught.value.failures[ODD].message
-    assert time.monotonic() - start <= 2 * LIMIT_S + 20
 
 
 def damaged(how: str) -> tuple[Any, Any]:

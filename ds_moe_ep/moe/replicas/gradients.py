@@ -9,20 +9,24 @@ experts' product and these sums, which autograd adds before anything that hangs 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_moe_ep.comm.host_copies import to_device
+from ds_moe_ep.comm.host_copies import is_on_host, to_device
 from ds_moe_ep.comm.transport import Message, Transfer, Transport
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.weight_sums import FP32, sum_of
+from ds_moe_ep.moe.agreement import odd_pair
 from ds_moe_ep.moe.replicas.copies import message
 from ds_moe_ep.schedule.placement import Placement
 from ds_moe_ep.schedule.spans import Tags
+from ds_moe_ep.schedule.way_home import Move, rounds_home
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,56 +69,123 @@ class GradientSums:
 
 
 class Returning:
-    """GradientSums on their way home, and how they are added up there: for each expert by the rank of the host."""
+    """GradientSums on their way home, in the rounds of `way_home.py`: one expert's sums of others at a time."""
 
     def __init__(
         self,
         sums: GradientSums,
         link: Transport,
-        like: Sequence[Sequence[Tensor]],
+        like: Sequence[Tensor],
         device: torch.device,
         window: int,
         tags: Tags,
     ) -> None:
-        """Starts the transfer. Collective. `like` has shapes and types of this rank's own weights, whose sums come."""
+        """Starts the first round. Collective. `like` has shapes and types of an expert's weights.
+
+        Raises EngineError, on every rank, where one sends what another does not expect (on a CPU).
+        """
         assert sums.placement is not None
-        home, sends, receives = sums.placement.home, list[Message](), list[Message]()
-        self._first = link.rank * sums.placement.local_experts
-        self._received: list[tuple[int, int, Tensor, Tensor, dict[int, Tensor]]] = []
-        self._layer, self._ranks = tags.layer, link.ranks
-        for (expert, host), bits in sorted(sums.owed.items()):
-            labels = to_device([expert, window, sums.passes, bits], device).view(1, -1)
-            if host == link.rank:
-                parts = sums.of[expert]
-                sends.append(message(home(expert), labels))
-                for index, part in enumerate(parts):
-                    if bits >> index & 1:
-                        assert part is not None, "a trained weight has a gradient, be it zero"
-                        sends.append(
-                            message(home(expert), part.to(_sent_type(like[0][index], sums.passes)).contiguous())
-                        )
-            elif home(expert) == link.rank:
-                weights = like[expert - self._first]
-                came, room = torch.empty_like(labels), dict[int, Tensor]()
-                receives.append(message(host, came))
-                for index, weight in enumerate(weights):
-                    if bits >> index & 1:
-                        room[index] = torch.empty_like(weight, dtype=_sent_type(weight, sums.passes), device=device)
-                        receives.append(message(host, room[index]))
-                self._received.append((expert, host, labels, came, room))
-        self._kept = sends  # until the transfer is over
-        self._transfer: Transfer = link.start("replicas", sends, receives, tags)
+        self._home, self._rounds = sums.placement.home, list(rounds_home(sums.owed, sums.placement.home))
+        self._sums, self._link, self._like, self._device = sums, link, like, device
+        self._window, self._tags, self._number = window, tags, 0
+        if sums.placement.copies and is_on_host(device):
+            check_moves(self._rounds, link, tags)
+        self._started = self._start()
+
+    def _start(self) -> _Round | None:
+        """The next round, started; None behind the last. Collective."""
+        if not self._rounds:
+            return None
+        self._number += 1
+        sends, receives, came = list[Message](), list[Message](), list[_Came]()
+        for move in self._rounds.pop(0):
+            labels = to_device([move.expert, self._window, self._sums.passes, move.weights], self._device).view(1, -1)
+            types = {
+                index: weight.dtype if self._sums.passes == 1 and not move.is_summed else sum_type(weight.dtype)
+                for index, weight in enumerate(self._like)
+                if move.weights >> index & 1
+            }
+            if move.source == self._link.rank:
+                sends.append(message(move.target, labels))
+                parts = self._sums.of.pop(move.expert)
+                for index, dtype in types.items():
+                    part = parts[index]
+                    assert part is not None, "a trained weight has a gradient, be it zero"
+                    sends.append(message(move.target, part.to(dtype).contiguous()))
+            elif move.target == self._link.rank:
+                room = {
+                    index: torch.empty_like(self._like[index], dtype=dtype, device=self._device)
+                    for index, dtype in types.items()
+                }
+                came.append(_Came(move, labels, torch.empty_like(labels), room))
+                receives += [message(move.source, each) for each in (came[-1].labels, *room.values())]
+        tags = replace(self._tags, peers=f"sums of window {self._window}, round {self._number}")
+        return _Round(self._link.start("replicas", sends, receives, tags), sends, came)
 
     def add_to(self, totals: list[list[Tensor | None]]) -> None:
-        """Waits for the sums, and adds them up per own expert and weight. Raises EngineError for sums of others."""
-        self._transfer.wait()
-        self._kept = []
-        for expert, host, labels, came, room in self._received:
-            check_labels(labels, came, self._layer, self._ranks[host])
-            for index, grad in room.items():
-                own = totals[expert - self._first]
-                own[index] = sum_of(own[index], grad)
-        self._received = []
+        """Waits for the sums, and adds them up per own expert and weight. Raises EngineError for sums of others.
+
+        Collective: what others send through this rank goes on from here.
+        """
+        first = self._link.rank * len(totals)
+        while self._started is not None:
+            self._started.transfer.wait()
+            came, self._started = self._started.came, None  # what was sent is free
+            for move, expected, labels, room in came:
+                check_labels(expected, labels, self._tags.layer, self._link.ranks[move.source])
+                is_home = self._home(move.expert) == self._link.rank
+                its = totals[move.expert - first] if is_home else self._sums.of[move.expert]
+                for index, grad in room.items():
+                    its[index] = added(its[index], grad)
+            del came
+            self._started = self._start()
+
+
+class _Came(NamedTuple):
+    """Sums that come, and how they are to be labelled."""
+
+    move: Move
+    expected: Tensor
+    labels: Tensor
+    room: dict[int, Tensor]
+
+
+class _Round(NamedTuple):
+    transfer: Transfer
+    sends: list[Message]  # kept until the transfer is over
+    came: list[_Came]
+
+
+def added(total: Tensor | None, part: Tensor) -> Tensor:
+    """Their sum, in the memory of `part` where it can hold it: that came for this sum alone."""
+    if total is None:
+        return part
+    if part.dtype == sum_type(total.dtype):
+        return part.add_(total)
+    return total.to(sum_type(total.dtype)) + part
+
+
+def check_moves(rounds: Sequence[Sequence[Move]], link: Transport, tags: Tags) -> None:
+    """Raises EngineError, on every rank, where one sends sums to another that expects none, or others. Collective."""
+    sent, expected = ([list[str]() for _ in range(link.size)] for _ in range(2))
+    for number, moves in enumerate(rounds):
+        for move in moves:
+            text = f"{number} {move.expert} {move.weights}"
+            if move.source == link.rank:
+                sent[move.target].append(text)
+            elif move.target == link.rank:
+                expected[move.source].append(text)
+    digests = [[crc32(" ".join(its).encode()) for its in lists] for lists in (sent, expected)]
+    odd = odd_pair(link, *digests, tags)
+    if odd is not None:
+        source, target = (link.ranks[rank] for rank in odd)
+        error = EngineError(
+            f"{tags.layer or 'MoE layer'}: rank {source} sends rank {target} other gradients of copies than that rank "
+            "expects of it: one of them has another idea of the experts' homes, or of the rows that the copies got; "
+            "start again from the last checkpoint, or set moe_ep.replicas to 0"
+        )
+        link.abandon(error, tags)
+        raise error
 
 
 def check_labels(expected: Tensor, came: Tensor, layer: str, host: int) -> None:
@@ -129,9 +200,9 @@ def check_labels(expected: Tensor, came: Tensor, layer: str, host: int) -> None:
     )
 
 
-def _sent_type(like: Tensor, passes: int) -> torch.dtype:
-    """The type in which sums travel: that of one pass is a gradient as any, those of several keep fp32."""
-    return like.dtype if passes == 1 else torch.promote_types(like.dtype, FP32)
+def sum_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums of gradients of this type: those of several passes, or of several hosts, keep fp32."""
+    return torch.promote_types(dtype, FP32)
 
 
 class Ledger:
@@ -159,7 +230,8 @@ class Loan:
         layer: str,
     ) -> None:
         self._ledger, self._link, self._device = ledger, link, own[0][0].device
-        self._like = [[shape_of(weight) for weight in parts] for parts in own]
+        self._like = [shape_of(weight) for weight in own[0]]
+        self._types = [[weight.dtype for weight in parts] for parts in own]
         self._is_last, self._window, self._layer = is_last, window, layer
         self._returning: list[Returning] = []
 
@@ -173,12 +245,12 @@ class Loan:
 
     def collect(self) -> list[Tensor | None]:
         """The sums that came for the own weights, in the order of the parameters; waits for them."""
-        totals: list[list[Tensor | None]] = [[None] * len(parts) for parts in self._like]
+        totals: list[list[Tensor | None]] = [[None] * len(types) for types in self._types]
         returning, self._returning = self._returning, []
         for each in returning:
             each.add_to(totals)
-        both = zip((w for parts in self._like for w in parts), (t for parts in totals for t in parts), strict=True)
-        return [None if total is None else total.to(weight.dtype) for weight, total in both]
+        both = zip(chain(*self._types), chain(*totals), strict=True)
+        return [None if total is None else total.to(dtype) for dtype, total in both]
 
 
 def shape_of(weight: Tensor) -> Tensor:
