@@ -26,7 +26,6 @@ from ds_moe_ep.records.quantity import gigabytes
 from ds_moe_ep.schedule.placement import MAX_AUTO_SLOTS
 from ds_moe_ep.sizing.fit import memory_fix, needs
 from ds_moe_ep.sizing.footprint import (
-    SUM_BYTES,
     Memory,
     Parameters,
     count_memory,
@@ -35,7 +34,7 @@ from ds_moe_ep.sizing.footprint import (
     dispatch_bytes,
     forward_flops,
     largest_load,
-    slot_bytes,
+    replica_bytes,
     tokens_of_batch,
     tokens_of_rank,
     training_flops,
@@ -220,18 +219,13 @@ def _traffic_notes(moe: MoEConfig, training: Training) -> Iterator[str]:
 
 
 def _replica_notes(moe: MoEConfig, model: ModelConfig | None, training: Training) -> Iterator[str]:
-    """Notes on slots that nothing fills, on those that `auto` may take, and on what comes home."""
+    """Notes on slots that nothing fills, and on those that `auto` may take."""
     if moe.replicas and moe.ep_size == 1:
         yield f"replicas={moe.replicas!r} with ep_size=1: every expert is on every rank, and there is nothing to copy"
         return
-    if moe.replicas and model is not None:
-        of_copy = gigabytes(SUM_BYTES * model.expert_params)
-        yield (
-            f"replicas={moe.replicas!r}: in a step's last backward pass an expert's home takes in the gradient sums of "
-            f"its copies, {of_copy} per copy, one layer after the other; memory does not count them"
-        )
     if moe.replicas == "auto" and model is not None:
-        each = gigabytes(slot_bytes(model, training))
+        one, two = (replica_bytes(model, moe, training, slots) for slots in (1, 2))
+        each = gigabytes(two - one)
         yield f"replicas='auto' takes 0 to {MAX_AUTO_SLOTS} slots per rank: memory counts one, each is {each}"
 
 

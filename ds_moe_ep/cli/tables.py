@@ -163,7 +163,9 @@ def _parameters(whole: Parameters, rank: Parameters, place: str = "one rank") ->
 def _memory(memory: Memory, check: Check, title: str = "memory of one GPU", **labels: str) -> Table:
     rows = [(label, size(getattr(memory, kind))) for kind, label in {**ROWS_OF_MEMORY, **labels}.items()]
     if memory.replicas:
-        rows.insert(3, (f"slots of replicas ({check.moe.replicas} per rank and layer)", size(memory.replicas)))
+        rows.insert(
+            3, (f"replicas ({check.moe.replicas} per rank and layer) and their gradients", size(memory.replicas))
+        )
     if memory.host_optimizer:
         rows.append(("in the host's memory instead", size(memory.host_optimizer)))
     rows.append(("largest sum at once", size(memory.peak)))

@@ -1,8 +1,9 @@
 """Which host computes each source's rows of an expert that has copies; per pass, the same on every rank.
 
 1. `levelling.level` says how many of an expert's rows each host takes, so that the ranks' totals are level.
-2. A source keeps rows on its own rank, then on its node; what is left is shared out in the proportion of the places
-   that are left, so that every message has about its share.
+2. A source keeps rows on its own rank, then on its node, until a host has from its node what an even spread would send
+   it; what is left is shared out in the proportion of the places that are left. So every message has about its share:
+   where a rank's near rows are many more than its peers', those wait for the far rows that it sends behind them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ds_moe_ep.schedule.placement import Placement, home_rows
 Rows = tuple[tuple[int, ...], ...]
 
 KEPT = 0.875  # of the loads so far behind one more pass: some eight passes count
+CHANGE = 0.1  # of the rows go to other experts than before: more than draws of the same routing differ by
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,22 @@ def assign(rows_RE: Sequence[Sequence[int]], placement: Placement, torus: Torus)
     rows_E = [sum(rows) for rows in zip(*rows_RE, strict=True)]
     quotas = level(rows_E, placement.hosts_E, home_rows(rows_E, placement))
     split = {
-        expert: _split([rows[expert] for rows in rows_RE], placement.hosts_E[expert], quotas[expert], torus.node_size)
+        expert: _split([rows[expert] for rows in rows_RE], placement.hosts_E[expert], quotas[expert], torus)
         for expert in placement.hosts_E
     }
     return Assignment(placement, rows_RE, split)
 
 
-def _split(rows_R: Sequence[int], hosts: Sequence[int], quotas: Sequence[int], node_size: int) -> Rows:
+def _split(rows_R: Sequence[int], hosts: Sequence[int], quotas: Sequence[int], torus: Torus) -> Rows:
     """Rows of one expert by source and host: sums over hosts are `rows_R`, sums over sources are `quotas`."""
     left_R, left_H = list(rows_R), list(quotas)
+    near_H = [quota * torus.node_size // torus.size for quota in quotas]  # places for rows of the host's node
     split_RH = [[0] * len(hosts) for _ in rows_R]
+
+    def give_near(source: int, index: int) -> None:
+        rows = min(left_R[source], near_H[index])
+        near_H[index] -= rows
+        give(source, index, rows)
 
     def give(source: int, index: int, rows: int) -> None:
         split_RH[source][index] += rows
@@ -97,11 +105,11 @@ def _split(rows_R: Sequence[int], hosts: Sequence[int], quotas: Sequence[int], n
         left_H[index] -= rows
 
     for index, host in enumerate(hosts):
-        give(host, index, min(left_R[host], left_H[index]))
+        give_near(host, index)
     for index, host in enumerate(hosts):
-        node = host // node_size
-        for source in range(node * node_size, (node + 1) * node_size):
-            give(source, index, min(left_R[source], left_H[index]))
+        node = host // torus.node_size
+        for source in range(node * torus.node_size, (node + 1) * torus.node_size):
+            give_near(source, index)
     total = sum(left_R)
     for source, rows in enumerate(left_R):
         if not rows:
@@ -119,18 +127,29 @@ def _split(rows_R: Sequence[int], hosts: Sequence[int], quotas: Sequence[int], n
 class LoadAverage:
     """Rows of each expert per pass, smoothed exponentially: equal on all ranks that add the same counts.
 
-    Its arithmetic is that of IEEE 754 alone, so machines of different kinds agree.
+    Two passes in a row that are like each other, and unlike all before, are the loads from there on: what was before
+    is forgotten. One alone may be a burst, and is smoothed. Its arithmetic is that of IEEE 754 alone, so machines of different kinds agree.
     """
 
     def __init__(self, num_experts: int, kept: float = KEPT) -> None:
         self._sum_E = [0.0] * num_experts
         self._weight = 0.0
         self._kept = kept
+        self._last: Sequence[int] = ()
 
     def add(self, rows_E: Sequence[int]) -> None:
         """One more pass, with the rows of all sources."""
+        if self._has_changed(rows_E):
+            self._sum_E, self._weight = [float(rows) for rows in self._last], 1.0
+        self._last = rows_E
         self._sum_E = [self._kept * before + rows for before, rows in zip(self._sum_E, rows_E, strict=True)]
         self._weight = self._kept * self._weight + 1.0
+
+    def _has_changed(self, rows_E: Sequence[int]) -> bool:
+        if not self._last:
+            return False
+        apart = moved_share(rows_E, self._sum_E)
+        return min(apart, moved_share(self._last, self._sum_E)) > max(CHANGE, 2 * moved_share(rows_E, self._last))
 
     @property
     def has_passes(self) -> bool:
@@ -140,3 +159,11 @@ class LoadAverage:
     def rows_E(self) -> list[float]:
         """Rows of each expert in a pass as the last ones were; zeros before the first."""
         return [total / self._weight if self._weight else 0.0 for total in self._sum_E]
+
+
+def moved_share(rows_E: Sequence[float], before_E: Sequence[float]) -> float:
+    """The share of the rows that goes to other experts than before; 0 where there are none."""
+    total, total_before = sum(rows_E), sum(before_E)
+    if not total or not total_before:
+        return 0.0
+    return sum(abs(a / total - b / total_before) for a, b in zip(rows_E, before_E, strict=True)) / 2

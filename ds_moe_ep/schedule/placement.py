@@ -22,6 +22,7 @@ from zlib import crc32
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule.levelling import level
 from ds_moe_ep.schedule.price import Costs
+from ds_moe_ep.schedule.way_home import rounds_home
 
 MARGIN = 0.02  # of a window's price: a gain below it is not worth another placement
 MAX_AUTO_SLOTS = 4  # each costs an expert's memory on every rank, and the second gains little already
@@ -200,8 +201,8 @@ def _whole(rows_E: Sequence[float]) -> list[int]:
 
 def _price(rows: Sequence[int], placement: Placement, torus: Torus, costs: CopyCosts) -> float:
     fullest = max(levelled_rows(rows, placement))
-    transfer_us = _transfer_us(placement, torus, costs) * (1 + costs.gradient_ratio)
-    return costs.micro_batches * costs.row_us * fullest / PARTS + max(transfer_us - costs.hidden_us, 0.0)
+    transfer_us = max(_transfer_us(placement, torus, costs) - costs.hidden_us, 0.0)
+    return costs.micro_batches * costs.row_us * fullest / PARTS + transfer_us
 
 
 def levelled_rows(rows_E: Sequence[int], placement: Placement) -> list[int]:
@@ -223,12 +224,20 @@ def home_rows(rows_E: Sequence[int], placement: Placement) -> list[int]:
 
 
 def _transfer_us(placement: Placement, torus: Torus, costs: CopyCosts) -> float:
-    """Time of all copies' weights: of the link that carries most, near and far ones side by side."""
+    """Time of all copies' weights, and of the rounds in which their gradient sums go home."""
+    copies = {(expert, rank): 1 for expert, rank, _ in placement.copies}
+    weights = [(placement.home(expert), rank) for expert, rank in copies]
+    rounds = [[(move.source, move.target) for move in moves] for moves in rounds_home(copies, placement.home)]
+    sums_us = sum(_busiest_us(pairs, torus, costs) for pairs in rounds)
+    return _busiest_us(weights, torus, costs) + costs.gradient_ratio * sums_us
+
+
+def _busiest_us(pairs: Sequence[tuple[int, int]], torus: Torus, costs: CopyCosts) -> float:
+    """Time of one expert's weights from source to target of each pair, on the link that carries most of them."""
     time_of: dict[tuple[str, bool, int], float] = {}
-    for expert, rank, _ in placement.copies:
-        home = placement.home(expert)
-        is_far = home // torus.node_size != rank // torus.node_size
-        for end in (("sends", is_far, home), ("receives", is_far, rank)):
+    for source, target in pairs:
+        is_far = source // torus.node_size != target // torus.node_size
+        for end in (("sends", is_far, source), ("receives", is_far, target)):
             time_of[end] = time_of.get(end, 0.0) + (costs.far_us if is_far else costs.near_us)
     return max(time_of.values(), default=0.0)
 

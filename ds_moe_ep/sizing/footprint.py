@@ -55,7 +55,7 @@ class Memory:
     buffers: int  # DeepSpeed's gradient buckets, beside the activations
     step: int  # fp32 gradients of an optimizer step, when activations and buckets are gone
     host_optimizer: int  # bytes in the host's memory, when the optimizer is offloaded
-    replicas: int = 0  # slots for copies of other ranks' experts
+    replicas: int = 0  # slots for copies of other ranks' experts, and gradient sums on their way home
 
     @property
     def persistent(self) -> int:
@@ -105,7 +105,7 @@ def count_memory(model: ModelConfig, moe: MoEConfig, training: Training, load: f
     optimizer   4 * (master weight + states) * parameters. ZeRO divides it for dense parameters by the ranks,
                 for experts by the ranks that hold the same experts (world / ep_size), which may be one
     buffers     2 or 4 bytes * reduce_bucket_size (twice with overlap_comm)
-    replicas    see `slot_bytes`; "auto" counts as one slot
+    replicas    see `replica_bytes`; "auto" counts as one slot
     """
     held = count_rank_parameters(model, moe)
     dense_cut, expert_cut = (training.world_size, training.num_replicas) if training.zero_stage else (1, 1)
@@ -117,7 +117,20 @@ def count_memory(model: ModelConfig, moe: MoEConfig, training: Training, load: f
         step=_step_bytes(model, held, training),
     )
     num_slots = 1 if moe.replicas == "auto" else moe.replicas
-    return replace(memory, replicas=num_slots * slot_bytes(model, training)) if moe.ep_size > 1 else memory
+    return replace(memory, replicas=replica_bytes(model, moe, training, num_slots))
+
+
+def replica_bytes(model: ModelConfig, moe: MoEConfig, training: Training, num_slots: int) -> int:
+    """Bytes of so many slots in each layer, and of what one backward pass makes of them beside.
+
+    S * slot_bytes + (S * b + (E/P + 2) * 4) * parameters of an expert: gradients of the slots' experts in one layer;
+    and there, on their way home, a sum for each of the rank's own experts, one that is added to it, and one that comes
+    for the layer before.
+    """
+    if not num_slots or moe.ep_size == 1:
+        return 0
+    at_once = num_slots * BYTES[training.precision] + SUM_BYTES * (moe.num_local_experts + 2)
+    return num_slots * slot_bytes(model, training) + at_once * model.expert_params
 
 
 def slot_bytes(model: ModelConfig, training: Training) -> int:

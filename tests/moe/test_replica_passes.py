@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ds_moe_ep.config.knobs import ModelConfig
 from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.config.training import read_training
 from ds_moe_ep.moe.layer import ExpertParallel
+from ds_moe_ep.moe.replicas import gradients
 from ds_moe_ep.moe.replicas.told import present
 from ds_moe_ep.schedule.assignment import assign
-from tests.moe.layer_cases import LayerCase, LayerResult, case_data, errors, summed
+from ds_moe_ep.sizing.footprint import slot_bytes
+from tests.moe.layer_cases import D, F, LayerCase, LayerResult, case_data, errors, summed
 from tests.moe.layer_runs import Links, forward_backward, gather_result
 from tests.moe.replica_cases import Windows, connected, hosted_case, pin, replicas_of
 from tests.ranks import run_ranks
@@ -177,23 +183,59 @@ def test_placements_follow_the_prices_that_auto_measured_and_are_those_of_all_ra
     assert row_us[0] not in (0.0, 1.0), "measured, and not what stands for it before"
 
 
-def slots_over_time() -> tuple[list[int], bool]:
-    """Bytes in this rank's slots as placements change; and whether copies are no parameters of the layer."""
+class Room:
+    """torch for `gradients.py`, which counts the bytes of sums that come and are still there."""
+
+    def __init__(self) -> None:
+        self.bytes = self.most_bytes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty_like(self, like: Tensor, **how: Any) -> Tensor:
+        made = torch.empty_like(like, **how)
+        if made.is_floating_point():
+            self.bytes += made.nbytes
+            self.most_bytes = max(self.most_bytes, self.bytes)
+            weakref.finalize(made, self._freed, made.nbytes)
+        return made
+
+    def _freed(self, num_bytes: int) -> None:
+        self.bytes -= num_bytes
+
+
+def bytes_in_slots(layer: ExpertParallel) -> int:
+    """Bytes of the copies on this rank, and of their gradient sums."""
+    replicas = replicas_of(layer)
+    copies = [present(named) for named in replicas.copies.held if named is not None]
+    sums = replicas._ledger.sums.of.values()
+    return sum(each.nbytes for tensors in (*copies, *sums) for each in tensors if each is not None)
+
+
+def slots_over_time() -> tuple[list[int], int, bool]:
+    """Bytes in this rank's slots behind each micro-batch as placements change; the most bytes of sums that came; and
+    whether copies are no parameters of the layer."""
     case = hosted_case("slots", rows=(24,) * 4)
     layer = connected(case, Links())
     layer.dispatcher.follow(windows := Windows())
-    held = []
+    held, gradients.torch = [], (room := Room())  # type: ignore[attr-defined]
     for windows.number, guests in enumerate((GUESTS, ((None,),) * 4, GUESTS)):
         pin(layer, *guests)
-        forward_backward(layer, case, case_data(case))
-        copies = [named for named in replicas_of(layer).copies.held if named is not None]
-        held.append(sum(w.numel() * w.element_size() for named in copies for w in present(named)))
+        for windows.last in (False, True):
+            forward_backward(layer, case, case_data(case))
+            held.append(bytes_in_slots(layer))
+    assert room.bytes == 0, "what came is free"
     names = [name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]]
-    return held, not any("cop" in name or "replica" in name for name in names)
+    return held, room.most_bytes, not any("cop" in name or "replica" in name for name in names)
 
 
-def test_slots_have_an_experts_bytes_while_the_placement_needs_them_and_no_longer() -> None:
-    expert_bytes = 4 * 2 * 16 * 32
-    for held, is_hidden in run_ranks(4, slots_over_time):
-        assert held == [expert_bytes, 0, expert_bytes]
+def test_slots_have_the_bytes_that_check_config_counts_while_the_placement_needs_them_and_no_longer() -> None:
+    model = ModelConfig(num_layers=1, hidden_size=D, num_heads=1, expert_width=F)
+    ds_config = {"train_batch_size": 4, "optimizer": {"type": "Adam"}}
+    slot = slot_bytes(model, read_training(ds_config, ep_size=4, world_size=4))
+    weights = 4 * model.expert_params
+    for rank, (held, most_bytes, is_hidden) in enumerate(run_ranks(4, slots_over_time)):
+        assert held == [slot, weights, 0, 0, slot, weights]
+        # Expert 7 on rank 3 has two copies and the others one: a home has a sum, and one that is added to it.
+        assert most_bytes == {0: weights, 3: 2 * weights}.get(rank, 0)
         assert is_hidden

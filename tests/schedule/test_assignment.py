@@ -70,11 +70,32 @@ def test_drawn_counts_of_skewed_routing_are_levelled(torus: Torus, local: int, s
     assert max(after.rows_R()) < 1.05 * mean(after.rows_R())
 
 
-def test_rows_stay_on_their_rank_then_on_their_node() -> None:
+def test_rows_stay_on_their_rank_then_on_their_node_up_to_an_even_spreads_share() -> None:
     placement = Placement(4, 1, 1, ((None,), (0,), (None,), (0,)))  # expert 0 also on rank 1 and on rank 3
-    assignment = assign([[30, 0, 0, 0]] * 4, placement, Torus(2, 2))
-    assert assignment.split[0] == ((30, 0, 0), (0, 30, 0), (10, 10, 10), (0, 0, 30))
+    assignment = assign([[30, 0, 0, 0]] * 4, placement, Torus(2, 2))  # a host's node would send it half of its 40 rows
+    assert assignment.split[0] == ((23, 3, 4), (3, 23, 4), (10, 11, 9), (4, 3, 23))
     assert assignment.rows_R() == (40, 40, 0, 40)
+    on_one_node = assign([[30, 0, 0, 0]] * 4, placement, Torus(1, 4)).split[0]
+    assert on_one_node == ((30, 0, 0), (0, 30, 0), (10, 10, 10), (0, 0, 30))
+
+
+def near_rows(assignment: Assignment, torus: Torus) -> list[tuple[int, int]]:
+    """Rows of each rank from its own node, and all of them."""
+    received = [[sum(row) for row in assignment.received_PL(rank)] for rank in range(torus.size)]
+    return [
+        (sum(rows for source, rows in enumerate(row) if source // torus.node_size == rank // torus.node_size), sum(row))
+        for rank, row in enumerate(received)
+    ]
+
+
+def test_near_hosts_take_rows_off_the_links_and_no_rank_has_far_more_near_rows_than_another() -> None:
+    """A rank that is busy with near rows sends its far rows late, where the host issues them behind each other."""
+    torus = Torus(4, 4)
+    rows_RE, placement = skewed(torus, 1, 1)
+    found = near_rows(assign(rows_RE, placement, torus), torus)
+    near, rows = (sum(column) for column in zip(*found, strict=True))
+    assert near > 1.2 * rows / 4, "without placing near hosts first a quarter stays on its node"
+    assert max(near for near, _ in found) < 0.5 * rows / 16
 
 
 def test_rows_that_must_travel_are_shared_out_in_proportion() -> None:
@@ -100,6 +121,32 @@ def test_an_average_follows_a_change_within_some_passes() -> None:
     for _ in range(16):
         average.add([0, 100])
     assert average.rows_E[1] > 85
+
+
+def test_two_passes_of_other_loads_are_the_loads_and_a_burst_is_smoothed() -> None:
+    average = LoadAverage(4)
+    for _ in range(8):
+        average.add([100, 100, 100, 100])
+    before = average.rows_E
+    average.add([340, 20, 20, 20])
+    burst = average.rows_E
+    assert burst[0] == pytest.approx(before[0] + (340 - before[0]) * (1 - 0.875) / (1 - 0.875**9))
+    average.add([100, 100, 100, 100])
+    assert average.rows_E[0] < burst[0]
+    for _ in range(2):
+        average.add([20, 340, 20, 20])
+    assert average.rows_E == pytest.approx([20.0, 340.0, 20.0, 20.0])
+
+
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_draws_of_one_routing_are_averaged_however_few(tokens: int) -> None:
+    average, shares = LoadAverage(8), [1 / (1 + expert) for expert in range(8)]
+    drawn = [[sum(column) for column in zip(*counts(shares, 4, tokens, seed), strict=True)] for seed in range(60)]
+    weights = [0.0]
+    for rows_E in drawn:
+        average.add(rows_E)
+        weights.append(0.875 * weights[-1] + 1)
+        assert average._weight == weights[-1], "nothing was forgotten"
 
 
 def test_an_average_is_that_of_exponential_weights() -> None:

@@ -179,7 +179,7 @@ def _memory(plans: Sequence[Plan]) -> Table:
     kinds = {**KINDS, "step": "fp32 gradients of a step (not beside activations and buffers)"}
     rows = [(title, *(_gb(getattr(plan.fit.memory, kind)) for plan in plans)) for kind, title in kinds.items()]
     if any(plan.fit.memory.replicas for plan in plans):
-        rows.append(("slots of replicas", *(_gb(plan.fit.memory.replicas) for plan in plans)))
+        rows.append(("replicas and their gradients", *(_gb(plan.fit.memory.replicas) for plan in plans)))
     if any(plan.fit.memory.host_optimizer for plan in plans):
         rows.append(("in the host's memory instead", *(_gb(plan.fit.memory.host_optimizer) for plan in plans)))
     device = plans[0].fit
