@@ -128,7 +128,8 @@ class LoadAverage:
     """Rows of each expert per pass, smoothed exponentially: equal on all ranks that add the same counts.
 
     Two passes in a row that are like each other, and unlike all before, are the loads from there on: what was before
-    is forgotten. One alone may be a burst, and is smoothed. Its arithmetic is that of IEEE 754 alone, so machines of different kinds agree.
+    is forgotten. One alone may be a burst, and is smoothed. The arithmetic is that of IEEE 754 alone, so machines of
+    different kinds agree.
     """
 
     def __init__(self, num_experts: int, kept: float = KEPT) -> None:

@@ -236,6 +236,6 @@ def test_slots_have_the_bytes_that_check_config_counts_while_the_placement_needs
     weights = 4 * model.expert_params
     for rank, (held, most_bytes, is_hidden) in enumerate(run_ranks(4, slots_over_time)):
         assert held == [slot, weights, 0, 0, slot, weights]
-        # Expert 7 on rank 3 has two copies and the others one: a home has a sum, and one that is added to it.
-        assert most_bytes == {0: weights, 3: 2 * weights}.get(rank, 0)
+        # Expert 7 on rank 3 has two copies, both experts of rank 0 have one: two sums, and never three.
+        assert most_bytes == (2 * weights if rank in (0, 3) else 0)
         assert is_hidden

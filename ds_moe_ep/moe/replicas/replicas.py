@@ -32,7 +32,7 @@ from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.replicas.copies import Copies
 from ds_moe_ep.moe.replicas.gradients import Collect, Ledger, Lend, LentPass, Loan
 from ds_moe_ep.moe.replicas.rows import maps_to_hosts
-from ds_moe_ep.moe.replicas.told import Told, num_told, present, told_columns
+from ds_moe_ep.moe.replicas.told import Digests, Told, num_told, present, told_columns
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.split_experts import Weights
 from ds_moe_ep.schedule.assignment import Assignment, LoadAverage, assign
@@ -77,6 +77,7 @@ class Replicas:
         self._renewals = 0
         self._open: weakref.WeakSet[LentPass] = weakref.WeakSet()  # forward passes that may go backward yet
         self._ledger = Ledger()
+        self._digests = Digests()
         self._layer = ""  # the name in the last pass
         self._anchor: Tensor | None = None
         self._weights: KnownExperts | None = None  # that the last pass of training computed with, as they are now
@@ -132,7 +133,8 @@ class Replicas:
         )
         is_used_TK = routes.is_used_TK if routes.capacity is None else routes.is_kept_TK
         in_order = sort_choices(routes.expert_ids_TK, is_used_TK, agreement.num_experts, in_triton)
-        columns = told_columns(in_order.count_E, known.weights, self.copies.lent, self.copies.held)
+        self._digests.begin((self._renewals, self.window_number, training))
+        columns = told_columns(in_order.count_E, known.weights, self.copies.lent, self.copies.held, self._digests)
         counts = agreement.begin_telling(columns, -1 if routes.capacity is None else routes.capacity)
         is_counted = training and not is_inside_backward()
         if is_counted:

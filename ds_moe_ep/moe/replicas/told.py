@@ -61,7 +61,11 @@ def num_told(num_experts: int, num_local: int, slots: int) -> int:
 
 
 def told_columns(
-    count_E: Tensor, own: Sequence[Weights], lent: Sequence[Tensor | None], copies: Sequence[Weights | None]
+    count_E: Tensor,
+    own: Sequence[Weights],
+    lent: Sequence[Tensor | None],
+    copies: Sequence[Weights | None],
+    digests: Digests,
 ) -> Tensor:
     """This rank's columns, on the device. No device sync.
 
@@ -69,10 +73,37 @@ def told_columns(
     """
     device = count_E.device
     nothing = to_device([0], device)
-    now = [nothing if was is None else digest(named) for was, named in zip(lent, own, strict=True)]
+    now = [nothing if was is None else digests.of(i, own[i]) for i, was in enumerate(lent)]
     before = [nothing if was is None else was for was in lent]
-    held = [nothing if named is None else digest(named) for named in copies]
+    held = [nothing if named is None else digests.of(~slot, named) for slot, named in enumerate(copies)]
     return torch.cat([count_E, to_device([trained_bits(named) for named in own], device), *now, *before, *held])
+
+
+class Digests:
+    """Digests of weights, made once for the passes of one mode between two changes of the weights.
+
+    Torch counts what changes a tensor in place. What changes its memory past it, as an optimizer does, is seen where a
+    window begins, or where training and evaluation take turns.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[object, Tensor]] = {}
+        self._of: object = None
+
+    def begin(self, of: object) -> None:
+        """A pass begins: digests of passes with another `of` are not used."""
+        if of != self._of:
+            self._of, self._made = of, {}
+
+    def of(self, place: int, named: Weights) -> Tensor:
+        """The digest of the weights that lie in this place."""
+        weights = present(named)
+        if any(weight.is_inference() or torch.is_autocast_enabled(weight.device.type) for weight in weights):
+            return digest(named)  # torch counts nothing there; or these are casts of the weights
+        key = [(weight.data_ptr(), weight._version) for weight in weights]
+        if place not in self._made or self._made[place][0] != key:
+            self._made[place] = key, digest(named)
+        return self._made[place][1]
 
 
 @torch.no_grad()
