@@ -175,8 +175,8 @@ def check_moves(rounds: Sequence[Sequence[Move]], link: Transport, tags: Tags) -
                 sent[move.target].append(text)
             elif move.target == link.rank:
                 expected[move.source].append(text)
-    digests = [[crc32(" ".join(its).encode()) for its in lists] for lists in (sent, expected)]
-    odd = odd_pair(link, *digests, tags)
+    sent_P, expected_P = ([crc32(" ".join(its).encode()) for its in lists] for lists in (sent, expected))
+    odd = odd_pair(link, sent_P, expected_P, tags)
     if odd is not None:
         source, target = (link.ranks[rank] for rank in odd)
         error = EngineError(
