@@ -63,8 +63,8 @@ class Collective(GroupTransport):
         if all(message.peer == self.rank for message in sends):
             self.keep_own(sends, receives)
             return Done()
-        sends, receives = (sorted(messages, key=_peer_of) for messages in (sends, receives))
-        place.waits_for = [self.ranks[message.peer] for message in receives if message.peer != self.rank]
+        sends, receives = sorted(sends, key=_peer_of), sorted(receives, key=_peer_of)
+        place.waits_for = self.ranks_of_others if len(receives) == self.size else self._ranks_of(receives)
         sent, received = side_by_side(sends), side_by_side(receives)
         if sent is None:
             sent = torch.cat([message.rows for message in sends])
@@ -90,6 +90,9 @@ class Collective(GroupTransport):
         receives, sends = ([m for m in messages if m.peer != self.rank] for messages in (receives, sends))
         return replace(Bytes.of(receives, sends), peers=self.others, is_joint=True)
 
+    def _ranks_of(self, receives: Sequence[Message]) -> list[int]:
+        return [self.ranks[message.peer] for message in receives if message.peer != self.rank]
+
     def _splits(self, messages: Sequence[Message]) -> list[int]:
         splits = [0] * self.size
         for message in messages:
@@ -102,9 +105,12 @@ _peer_of = attrgetter("peer")
 
 def side_by_side(messages: Sequence[Message]) -> Tensor | None:
     """The rows of all messages as one view, or None where they do not follow each other in one buffer."""
-    filled = [message for message in messages if message.start < message.stop] or [messages[0]]
-    first, stop = filled[0], filled[0].start
-    for message in filled:
+    first, stop = messages[0], messages[0].start
+    for message in messages:
+        if message.start == message.stop:
+            continue
+        if first.start == stop:
+            first, stop = message, message.start  # those before it are empty, wherever they lie
         if message.start != stop or message.buffer_RD is not first.buffer_RD:
             return None
         stop = message.stop

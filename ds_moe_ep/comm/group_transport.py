@@ -50,15 +50,27 @@ class GroupTransport:
         self.size = groups.size
         self.ranks: Sequence[int] = groups.ranks
         self.others = tuple(peer for peer in range(groups.size) if peer != groups.rank)
+        self.ranks_of_others = self.members(self.others)
         self.watch = groups.watch
         self.groups = groups
         self.timeout_s = timeout_s
 
-    def keep_own(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """Copies the rows that stay on this rank."""
-        own = ([m for m in messages if m.peer == self.rank] for messages in (sends, receives))
-        for sent, received in zip(*own, strict=True):
+    def keep_own(self, sends: Sequence[Message], receives: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+        """Copies the rows that stay on this rank; returns the messages with rows that go to others, or come."""
+        (staying, going), (kept, coming) = self._apart(sends), self._apart(receives)
+        for sent, received in zip(staying, kept, strict=True):
             received.rows.copy_(sent.rows)
+        return going, coming
+
+    def _apart(self, messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+        """The rank's own messages, and those of others that have rows."""
+        own, others, rank = list[Message](), list[Message](), self.rank
+        for message in messages:
+            if message.peer == rank:
+                own.append(message)
+            elif message.start < message.stop:
+                others.append(message)
+        return own, others
 
     def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         with self._joined(self.begin(tags, "exchange of counts"), counts_PC):
@@ -82,7 +94,7 @@ class GroupTransport:
     @contextmanager
     def _joined(self, place: Place, values: Tensor) -> Iterator[None]:
         """A small collective of the whole group, which may wait for each of the others."""
-        place.waits_for = self.members(self.others)
+        place.waits_for = self.ranks_of_others
         self.watch.enters(place)
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Sequence
 
@@ -71,13 +72,11 @@ class Pairwise(GroupTransport):
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         place = self.begin(tags, lane)
         group = self.groups.lanes[lane]
-        self.keep_own(sends, receives)
-        sends, receives = ([m for m in messages if len(m) and m.peer != self.rank] for messages in (sends, receives))
+        sends, receives = self.keep_own(sends, receives)
         if not sends and not receives:
             return Done()
         if (*sends, *receives)[0].buffer_RD.is_cuda:
-            ends = ([(message.rows, message.peer) for message in messages] for messages in (sends, receives))
-            works: Sequence[dist.Work] = nccl.exchange(group, *ends)
+            works: Sequence[dist.Work] = nccl.exchange(group, _ends(sends), _ends(receives))
         else:
             try:
                 works = _start_on_host(group, sends, receives, _wire_tag(tags))
@@ -86,6 +85,11 @@ class Pairwise(GroupTransport):
         return Works(self, place, works, receives, sends)
 
 
+def _ends(messages: Sequence[Message]) -> nccl.Ends:
+    return [(message.buffer_RD[message.start : message.stop], message.peer) for message in messages]
+
+
+@functools.lru_cache(maxsize=4096)
 def _wire_tag(tags: Tags) -> int:
     """A number that ranks in the same place share: rows of another layer or pass never match on the wire."""
     return zlib.crc32(f"{tags.layer} {tags.phase} {tags.peers}".encode()) % CLOSING_TAG

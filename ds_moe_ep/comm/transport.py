@@ -23,11 +23,11 @@ REPLICAS = "replicas"  # that of the weights and gradients of replicated experts
 Answer = Callable[[Tensor], Tensor]  # told_PC of all ranks -> what each of them is answered, [P, A]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Message:
     """Rows [n, D] for, or from, the rank `peer` of the group, which may be the own one: a span of a contiguous buffer.
 
-    n may be 0.
+    n may be 0. Not frozen: a pass makes a hundred of them, and setting frozen fields takes four times as long.
     """
 
     peer: int

@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_moe_ep.kernels.choose import runs_triton
 
 BLOCK_ELEMENTS = 2**17  # of a thread, on the CPU: what lies between two passes stays in its cache
+_GELU, _GELU_BACKWARD = torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input
 
 
 def swiglu(gate_nF: Tensor, up_nF: Tensor, active_nF: Tensor, use_triton: bool | None = None) -> None:
@@ -48,14 +49,16 @@ def gelu_backward(
 
         activation.gelu_backward(d_active_nF, hidden_nF, d_hidden_nF, active_nF, approximate)
         return
-    is_read_again = active_nF is not None and d_hidden_nF.data_ptr() == hidden_nF.data_ptr()
-    for d_active, hidden, d_hidden, *active in row_blocks(d_active_nF, hidden_nF, *outputs):
-        gradient = torch.empty_like(hidden) if is_read_again else d_hidden
-        torch.ops.aten.gelu_backward.grad_input(d_active, hidden, approximate=approximate, grad_input=gradient)
-        if active:
-            torch.ops.aten.gelu.out(hidden, approximate=approximate, out=active[0])
-        if is_read_again:
-            d_hidden.copy_(gradient)
+    if active_nF is None or d_hidden_nF.data_ptr() != hidden_nF.data_ptr():  # two passes, and nothing in between
+        _GELU_BACKWARD(d_active_nF, hidden_nF, approximate=approximate, grad_input=d_hidden_nF)
+        if active_nF is not None:
+            _GELU(hidden_nF, approximate=approximate, out=active_nF)
+        return
+    for d_active, hidden, d_hidden, active in row_blocks(d_active_nF, hidden_nF, d_hidden_nF, active_nF):
+        gradient = torch.empty_like(hidden)
+        _GELU_BACKWARD(d_active, hidden, approximate=approximate, grad_input=gradient)
+        _GELU(hidden, approximate=approximate, out=active)
+        d_hidden.copy_(gradient)
 
 
 def swiglu_backward(
@@ -92,7 +95,7 @@ def row_blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The tensors cut alike by rows, on the CPU; whole on other devices, where a launch costs more than a pass."""
     first = rows[0]
     per_block = BLOCK_ELEMENTS * torch.get_num_threads()
-    num_blocks = min(len(first), -(-first.numel() // per_block)) if first.is_cpu else 1
+    num_blocks = min(first.shape[0], -(-first.numel() // per_block)) if first.is_cpu else 1
     return [rows] if num_blocks <= 1 else zip(*(tensor.tensor_split(num_blocks) for tensor in rows), strict=True)
 
 

@@ -22,9 +22,11 @@ TYPES = (torch.float16, torch.bfloat16, torch.float32)  # fp64 is for tests, whi
 
 def runs_triton(use_triton: bool | None, *tensors: Tensor) -> bool:
     """True where the kernel computes these tensors; all of them lie on the first one's device."""
-    if use_triton is False or not all(tensor.dtype in TYPES for tensor in tensors):
+    if use_triton is False or (use_triton is None and not tensors[0].is_cuda):
         return False
-    return use_triton or (tensors[0].is_cuda and not why_no_triton("cuda"))
+    if not all(tensor.dtype in TYPES for tensor in tensors):
+        return False
+    return use_triton or not why_no_triton("cuda")
 
 
 def why_no_triton(device_type: str) -> str:

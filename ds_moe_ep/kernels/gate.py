@@ -79,7 +79,7 @@ class _GateLogits(torch.autograd.Function):
             from ds_moe_ep.kernels.compiled import gate as kernels
 
             return kernels.logits(x_TD.contiguous(), weight_ED.contiguous())
-        logits_TE = weight_ED.new_empty(len(x_TD), len(weight_ED))
+        logits_TE = weight_ED.new_empty(x_TD.shape[0], weight_ED.shape[0])
         for x, logits in _token_blocks(x_TD, logits_TE):
             torch.mm(x.to(weight_ED.dtype), weight_ED.t(), out=logits)
         return logits_TE

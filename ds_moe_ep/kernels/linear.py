@@ -35,7 +35,7 @@ def add_linear_grad_rows(dy_RO: Tensor, weight_OI: Tensor, out_RI: Tensor) -> No
 
 
 def _rows(x_RI: Tensor, matrix_IO: Tensor, bias_O: Tensor | None, out_RO: Tensor) -> None:
-    num_rows = len(x_RI)
+    num_rows = x_RI.shape[0]
     if num_rows == 0:
         return
     if num_rows < MIN_ROWS:

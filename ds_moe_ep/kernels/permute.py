@@ -66,7 +66,7 @@ def unpermute(
 
 def gather_tokens(x_TD: Tensor, maps: RowMaps, rows: slice = slice(None), out_ND: Tensor | None = None) -> Tensor:
     """The token of each row (of these rows), zeros in padded rows, in `out_ND` where it is given; no gradient."""
-    if len(x_TD) == 0:  # padded rows alone
+    if x_TD.shape[0] == 0:  # padded rows alone
         zeros_ND = x_TD.new_zeros(len(maps.choice_of_row_N[rows]), x_TD.shape[1])
         return zeros_ND if out_ND is None else out_ND.copy_(zeros_ND)
     rows_ND = _index_select(x_TD, maps.token_of_row_N[rows], out_ND)
@@ -103,7 +103,7 @@ class _Permute(torch.autograd.Function):
             return gather_tokens(x_TD, maps)
         from ds_moe_ep.kernels.compiled import permute as kernels
 
-        rows_ND = x_TD.new_empty(len(maps.choice_of_row_N), x_TD.shape[1])
+        rows_ND = x_TD.new_empty(maps.choice_of_row_N.shape[0], x_TD.shape[1])
         kernels.spread(x_TD.contiguous(), *_both(maps), rows_ND)
         if maps.is_padding_N is not None:
             kernels.clear_padding(rows_ND, maps.is_padding_N)
@@ -113,8 +113,8 @@ class _Permute(torch.autograd.Function):
     @not_compiled
     def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor, None, None]:
         maps: RowMaps = ctx.maps
-        num_tokens = len(maps.row_of_choice_TK)
-        if len(d_rows_ND) == 0:
+        num_tokens = maps.row_of_choice_TK.shape[0]
+        if d_rows_ND.shape[0] == 0:
             return d_rows_ND.new_zeros(num_tokens, d_rows_ND.shape[1]), None, None
         if not runs_triton(ctx.use_triton, d_rows_ND):
             by_tokens = partial(_sum_of_choices, d_rows_ND, maps)
@@ -134,7 +134,7 @@ class _WeightedPermute(torch.autograd.Function):
         if runs_triton(use_triton, x_TD, weights_TK):
             from ds_moe_ep.kernels.compiled import permute as kernels
 
-            rows_ND = x_TD.new_empty(len(maps.choice_of_row_N), x_TD.shape[1])
+            rows_ND = x_TD.new_empty(maps.choice_of_row_N.shape[0], x_TD.shape[1])
             x_TD, weights_TK = x_TD.contiguous(), weights_TK.contiguous()
             kernels.weighted_spread(x_TD, rows_ND, weights_TK, *_both(maps), rows_ND, None)
             if maps.is_padding_N is not None:
@@ -144,14 +144,14 @@ class _WeightedPermute(torch.autograd.Function):
         def by_rows(rows: slice, _: Tensor | None) -> Tensor:
             return gather_tokens(x_TD, maps, rows) * _weight_of_rows(weights_TK, maps, rows)
 
-        return _by_blocks(len(maps.choice_of_row_N), x_TD, by_rows)
+        return _by_blocks(maps.choice_of_row_N.shape[0], x_TD, by_rows)
 
     @staticmethod
     @not_compiled
     def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weights_TK = ctx.saved_tensors
         maps: RowMaps = ctx.maps
-        if len(d_rows_ND) == 0 or len(x_TD) == 0:
+        if d_rows_ND.shape[0] == 0 or x_TD.shape[0] == 0:
             return torch.zeros_like(x_TD), torch.zeros_like(weights_TK), None, None
         wants_weights = ctx.needs_input_grad[1]
         if runs_triton(ctx.use_triton, d_rows_ND, x_TD, weights_TK):
@@ -164,7 +164,7 @@ class _WeightedPermute(torch.autograd.Function):
             kernels.weighted_collect(*given, *_both(maps), dx_TD, wanted)
             return dx_TD, wanted, None, None
         by_tokens = partial(_weighted_sum, d_rows_ND, weights_TK, maps, ())
-        dx_TD = _by_blocks(len(x_TD), d_rows_ND, by_tokens)
+        dx_TD = _by_blocks(x_TD.shape[0], d_rows_ND, by_tokens)
         if not wants_weights:
             return dx_TD, None, None, None
 
@@ -172,7 +172,7 @@ class _WeightedPermute(torch.autograd.Function):
             products_ND = gather_tokens(x_TD, maps, rows).to(weights_TK.dtype) * d_rows_ND[rows]
             return products_ND.sum(1, keepdim=True)
 
-        dots_N1 = _by_blocks(len(d_rows_ND), weights_TK.new_empty(0, x_TD.shape[1]), dots, width=1)
+        dots_N1 = _by_blocks(d_rows_ND.shape[0], weights_TK.new_empty(0, x_TD.shape[1]), dots, width=1)
         return dx_TD, _at_choices(dots_N1.squeeze(1), maps), None, None
 
 
@@ -183,11 +183,11 @@ class _Unpermute(torch.autograd.Function):
     ) -> Tensor:
         ctx.maps, ctx.use_triton, ctx.num_added = maps, use_triton, len(added)
         ctx.save_for_backward(rows_ND, weights_TK)
-        if len(rows_ND) == 0 or not runs_triton(use_triton, rows_ND, weights_TK, *added):
-            return _by_blocks(len(weights_TK), rows_ND, partial(_weighted_sum, rows_ND, weights_TK, maps, added))
+        if rows_ND.shape[0] == 0 or not runs_triton(use_triton, rows_ND, weights_TK, *added):
+            return _by_blocks(weights_TK.shape[0], rows_ND, partial(_weighted_sum, rows_ND, weights_TK, maps, added))
         from ds_moe_ep.kernels.compiled import permute as kernels
 
-        y_TD = rows_ND.new_empty(len(weights_TK), rows_ND.shape[1])
+        y_TD = rows_ND.new_empty(weights_TK.shape[0], rows_ND.shape[1])
         whole = [each.contiguous() for each in added]
         kernels.collect(rows_ND.contiguous(), weights_TK.contiguous(), *_both(maps), whole, y_TD)
         return y_TD
@@ -198,7 +198,7 @@ class _Unpermute(torch.autograd.Function):
         rows_ND, weights_TK = ctx.saved_tensors
         maps: RowMaps = ctx.maps
         d_added = [dy_TD] * ctx.num_added
-        if len(rows_ND) == 0 or len(dy_TD) == 0:
+        if rows_ND.shape[0] == 0 or dy_TD.shape[0] == 0:
             return torch.zeros_like(rows_ND), torch.zeros_like(weights_TK), None, None, *d_added
         if runs_triton(ctx.use_triton, rows_ND, weights_TK, dy_TD):
             from ds_moe_ep.kernels.compiled import permute as kernels
@@ -211,7 +211,7 @@ class _Unpermute(torch.autograd.Function):
             if maps.is_padding_N is not None:
                 kernels.clear_padding(d_rows_ND, maps.is_padding_N)
             return d_rows_ND, wanted, None, None, *d_added
-        dots_N = weights_TK.new_empty(len(rows_ND)) if ctx.needs_input_grad[1] else None
+        dots_N = weights_TK.new_empty(rows_ND.shape[0]) if ctx.needs_input_grad[1] else None
 
         def by_rows(rows: slice, out_ND: Tensor | None) -> Tensor:
             dy_ND = gather_tokens(dy_TD, maps, rows, out_ND)
@@ -219,7 +219,7 @@ class _Unpermute(torch.autograd.Function):
                 torch.sum(dy_ND.to(weights_TK.dtype) * rows_ND[rows], 1, out=dots_N[rows])
             return torch.mul(dy_ND, _weight_of_rows(weights_TK, maps, rows), out=dy_ND)
 
-        d_rows_ND = _by_blocks(len(rows_ND), rows_ND, by_rows)
+        d_rows_ND = _by_blocks(rows_ND.shape[0], rows_ND, by_rows)
         return d_rows_ND, None if dots_N is None else _at_choices(dots_N, maps), None, None, *d_added
 
 
@@ -228,8 +228,8 @@ def _weighted_sum(
 ) -> Tensor:
     """The weighted sum of the tokens' rows, and of what is added, in the weights' type."""
     weights_TK = weights_TK[tokens]
-    if len(rows_ND) == 0:
-        y_TD = weights_TK.new_zeros(len(weights_TK), rows_ND.shape[1])
+    if rows_ND.shape[0] == 0:
+        y_TD = weights_TK.new_zeros(weights_TK.shape[0], rows_ND.shape[1])
     else:
         num_choices = weights_TK.shape[1]
         if num_choices == 1 and not added:  # one rounding, and no sum to keep in a wider type
@@ -290,7 +290,7 @@ def _by_blocks(
     rows_ND = like_ND.new_empty(num_rows, like_ND.shape[1] if width is None else width)
     for start in range(0, num_rows, per_block):
         place_ND = rows_ND[start : start + per_block]
-        block_ND = compute(slice(start, start + len(place_ND)), place_ND)
+        block_ND = compute(slice(start, start + place_ND.shape[0]), place_ND)
         if block_ND is not place_ND:
             place_ND.copy_(block_ND)
     return rows_ND

@@ -38,5 +38,5 @@ def sort_choices(
     choice_of_row_N = ids_N.argsort(stable=True)
     count_E = ids_N.new_zeros(num_experts + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))
     row_of_choice_N = torch.empty_like(choice_of_row_N)
-    row_of_choice_N[choice_of_row_N] = torch.arange(len(ids_N), device=ids_N.device)
+    row_of_choice_N[choice_of_row_N] = torch.arange(ids_N.shape[0], device=ids_N.device)
     return SortedChoices(choice_of_row_N, row_of_choice_N.view_as(expert_ids_TK), count_E[:num_experts])

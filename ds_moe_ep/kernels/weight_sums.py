@@ -44,7 +44,7 @@ class GradSums:
 
         `is_only`: nothing else will be added to them.
         """
-        if not len(x_nI):
+        if not x_nI.shape[0]:
             return
         for name in (f"{part}.weight", f"{part}.bias"):
             if self.weights.get(name) is None or name not in self._trained:

@@ -29,11 +29,14 @@ def autocast_type(*tensors: Tensor) -> torch.dtype | None:
 
 def local_experts(experts: Experts, x_TD: Tensor) -> tuple[Tensor, LocalExperts]:
     """A layer's experts as they go through a pass, and the rows that go to them."""
+    known = experts.known()
     if autocast_type(x_TD) is None:
-        return x_TD, experts
-    modules, form = list(experts.deepspeed_experts), experts.form
-    by_hand = form and known_experts(form, [form.weights_of(module) for module in modules], x_TD)
-    return by_hand or (x_TD, OpaqueExperts([opaque(m) for m in modules], list(experts.buffers()), experts.output_type))
+        return x_TD, experts if known is None else KnownExperts(*known)
+    by_hand = known and known_experts(*known, x_TD)
+    if by_hand:
+        return by_hand
+    calls = [opaque(module) for module in experts.deepspeed_experts]
+    return x_TD, OpaqueExperts(calls, list(experts.buffers()), experts.output_type)
 
 
 def shared_expert(form: Form, module: nn.Module, x_TD: Tensor) -> SharedExpert | None:

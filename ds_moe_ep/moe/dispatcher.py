@@ -312,7 +312,7 @@ class Dispatcher:
             if training:
                 self._tune(rows_ND, plan, experts, shared)
             # From here on: what was tuned may run another schedule than the one that this call was announced with.
-            context = self._context(rows_ND, plan, experts, training, shared)
+            context = self._context(rows_ND, plan, experts, call, shared)
             if plan.goes_backward and not needs:  # a peer's pass backward needs this rank's
                 rows_ND.requires_grad_()
             if plan.goes_backward and hosted is not None:
@@ -320,7 +320,6 @@ class Dispatcher:
         except BaseException as error:  # the peers are about to send rows, and to wait for some
             transport.abandon(error, call.tags)
             raise
-        context = replace(context, begin_backward=partial(self._begin_backward, call, row_type, x_TD.is_cuda))
         results_ND, shared_TD = run_experts(rows_ND, experts, context, shared)
         weights_TK = torch.ones_like(routes.weights_TK) if routes.weighs_rows else routes.weights_TK
         to_add = [*([] if shared is None else [shared_TD]), *([] if residual_TD is None else [residual_TD])]
@@ -372,21 +371,22 @@ class Dispatcher:
         self._link.restart(before is None or before.knobs != choice.knobs)
 
     def _context(
-        self, rows_ND: Tensor, plan: DispatchPlan, experts: LocalExperts, training: bool, shared: SharedExpert | None
+        self, rows_ND: Tensor, plan: DispatchPlan, experts: LocalExperts, call: Call, shared: SharedExpert | None
     ) -> PassContext:
         """The pass of a plan: where its rows lie, and by which schedules, lanes and transport they move."""
         connection = self.checked_connection()
         transport = connection.transport
-        num_shared = 0 if shared is None else len(shared.x_TD)
+        num_shared = 0 if shared is None else shared.x_TD.shape[0]
+        begin_backward = partial(self._begin_backward, call, (rows_ND.shape[1], rows_ND.dtype), rows_ND.is_cuda)
         schedules = (connection.forward, connection.backward)
         if self._is_blocking:
             schedules = (connection.control_forward, connection.control_backward)
         has_guests = len(plan.recv_rows_PL[0]) > self._config.num_local_experts  # whose weights lie elsewhere
         is_grouped = not has_guests and groups_products(self._config, experts, schedules, rows_ND, plan)
         layout = lay_out(plan, connection.forward, transport.rank, num_shared, is_grouped)
-        recorder = self._recorder_of(plan, rows_ND.device) if training else Off()
+        recorder = self._recorder_of(plan, rows_ND.device) if call.mode.is_training else Off()
         lanes, in_triton = self._lanes_on(rows_ND.device), use_triton(self._config, rows_ND.device)
-        return PassContext(layout, *schedules, transport, lanes, recorder, in_triton, self._name)
+        return PassContext(layout, *schedules, transport, lanes, recorder, in_triton, self._name, begin_backward)
 
     def _recorder_of(self, plan: DispatchPlan, device: torch.device) -> Recorder:
         """Whoever records a pass of training: users, the meter, and now and then the tuner."""

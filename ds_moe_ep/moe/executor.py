@@ -10,6 +10,7 @@ hooks fire once a backward pass.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -141,7 +142,7 @@ class _RunExperts(torch.autograd.Function):
                 if is_last:
                     grads.extend(expert_pass.weight_grads(expert))
             for shared_pass in shared_passes if block == 0 else ():  # the near rows' block
-                shared_pass.add_weight_grads(0, slice(0, len(x_TD)), x_TD, d_shared_TD)
+                shared_pass.add_weight_grads(0, slice(0, x_TD.shape[0]), x_TD, d_shared_TD)
                 shared_grads.extend(shared_pass.weight_grads(0))
 
         with torch.autocast(d_results_ND.device.type, enabled=False):  # whatever surrounds the caller's backward()
@@ -217,8 +218,9 @@ class Buffers:
         """
         if self.order is None or not rows.moves:
             for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
-                with self._outputs_of(slice(start, stop), moves) as out_nD:
-                    yield expert, slice(start, stop), out_nD
+                yield expert, slice(start, stop), (out_nD := self._place_for(slice(start, stop), moves))
+                if len(moves) > 1:
+                    _move([(place - start, wire, n) for wire, place, n in moves], out_nD, self.wire_out_RD)
             return
         here = slice(*rows.wire)
         scratch_nD, first = torch.empty_like(self.wire_out_RD[here]), 0
@@ -239,17 +241,13 @@ class Buffers:
             here = slice(*rows.wire)
             torch.index_select(results_nD, 0, self.order.computed_R[here], out=self.wire_out_RD[here])
 
-    @contextmanager
-    def _outputs_of(self, rows: slice, moves: Sequence[Move]) -> Iterator[Tensor]:
-        """A place to write the results of a run of stacked rows to; after the scope they lie on the wire."""
+    def _place_for(self, rows: slice, moves: Sequence[Move]) -> Tensor:
+        """A place to write the results of a run of stacked rows to: on the wire, or where its moves begin."""
         if not moves:
-            yield self.outputs_RD[rows]
-        elif len(moves) == 1:  # one peer's rows lie side by side on the wire too
-            yield self.wire_out_RD[moves[0][0] : moves[0][0] + moves[0][2]]
-        else:
-            scratch_nD = self.wire_out_RD.new_empty(rows.stop - rows.start, self.wire_out_RD.shape[1])
-            yield scratch_nD
-            _move([(place - rows.start, wire, n) for wire, place, n in moves], scratch_nD, self.wire_out_RD)
+            return self.outputs_RD[rows]
+        if len(moves) == 1:  # one peer's rows lie side by side on the wire too
+            return self.wire_out_RD[moves[0][0] : moves[0][0] + moves[0][2]]
+        return self.wire_out_RD.new_empty(rows.stop - rows.start, self.wire_out_RD.shape[1])
 
     def everything(self) -> tuple[Tensor, ...]:
         return self.sent_ND, self.wire_in_RD, self.inputs_RD, self.outputs_RD, self.wire_out_RD, self.results_ND
@@ -306,11 +304,11 @@ def run(schedule: Schedule, context: PassContext, buffers: Buffers, steps: Steps
     events: list[Event] = []
     with telling(context, steps.phase):
         try:
-            for index, op in enumerate(schedule.ops):
+            for op, lane, label, is_awaited in schedule.issues:
                 after = [events[before] for before in op.after] or [entry]
-                tags = Tags(context.layer, steps.phase, "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece])
-                work, scope = _work(op, context, buffers, steps, tags), _scope(op, context, tags)
-                events.append(lanes.issue(op.kind.lane, after, work, scope, index in schedule.awaited))
+                tags = _tags(context.layer, steps.phase, label)
+                work, scope = _work(op, context, buffers, steps, tags), _scope(op, lane, context, tags)
+                events.append(lanes.issue(lane, after, work, scope, is_awaited))
             lanes.leave(events)
         except BaseException:
             lanes.abandon(buffers.everything())
@@ -345,11 +343,16 @@ def _work(op: Op, context: PassContext, buffers: Buffers, steps: Steps, tags: Ta
     return compute
 
 
-def _scope(op: Op, context: PassContext, tags: Tags) -> Scope:
+@functools.lru_cache(maxsize=4096)
+def _tags(layer: str, phase: str, peers: str) -> Tags:
+    return Tags(layer, phase, peers)
+
+
+def _scope(op: Op, lane: str, context: PassContext, tags: Tags) -> Scope:
     """The scope that records the op; free where nothing does."""
     if isinstance(context.recorder, Off):
         return NOT_RECORDED
-    return context.recorder.scope(op.kind.lane, str(op), tags)
+    return context.recorder.scope(lane, str(op), tags)
 
 
 def _dispatch(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Event:

@@ -140,8 +140,7 @@ class Experts(nn.Module):
 
     def known(self) -> tuple[Form, Sequence[Weights]] | None:
         """The form and the weights of all of them; None where they have no known one in common."""
-        form = self.form
-        return None if form is None else (form, [form.weights_of(expert) for expert in self.deepspeed_experts])
+        return self._forms.known(list(self.deepspeed_experts))
 
     def start(
         self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None

@@ -80,7 +80,8 @@ class ExpertParallel(nn.Module):
     @property
     def _device(self) -> torch.device:
         """The device of the gate, and so of the layer."""
-        return next(self.gate.wg.parameters()).device
+        weight = getattr(self.gate.wg, "weight", None)  # parameters() takes ten times as long
+        return weight.device if isinstance(weight, Tensor) else next(self.gate.wg.parameters()).device
 
     def configure(self, config: MoEConfig) -> None:
         """Gives the layer other knobs than it was made with. Local; the number of experts and ep_size stay."""
@@ -113,9 +114,9 @@ class ExpertParallel(nn.Module):
             self._check_input(x, used_token, residual)
             x_TD = x.reshape(-1, self.hidden_size)
             routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
-        inside = replace(routing, weights_TK=self.region.copy_to_tp(routing.weights_TK))
+        is_whole = isinstance(self.region, Whole)  # else each rank of the region would add the residual
+        inside = routing if is_whole else replace(routing, weights_TK=self.region.copy_to_tp(routing.weights_TK))
         residual_TD = None if residual is None else residual.reshape(-1, self.hidden_size)
-        is_whole = isinstance(self.region, Whole)  # else each rank of the region would add it
         y_TD = self._dispatch(self.region.copy_to_tp(x_TD), inside, residual_TD if is_whole else None)
         y_TD = self.region.reduce_from_tp(y_TD)
         if residual_TD is not None and not is_whole:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -92,46 +92,52 @@ def lay_out(
 
     `is_grouped`: products are made for all local experts at once; the schedule has one block of weight gradients.
     """
-    torus, pieces = schedule.torus, schedule.pieces
+    pieces, peers = schedule.pieces, schedule.peers_of(rank)
     num_local = len(plan.recv_rows_PL[0])
-    sent_start_P = _starts([sum(rows) for rows in plan.send_rows_PL])
-    parts = [part for index in range(len(pieces)) for part in _parts(plan, schedule, rank, index)]
-    order = partial(_stacking_order, schedule, is_grouped)
-    stacked = _places(sorted(parts, key=order))
+    sent_P, received_P = [sum(rows) for rows in plan.send_rows_PL], [sum(rows) for rows in plan.recv_rows_PL]
+    sent_start_P = _starts(sent_P)
+    parts: list[_Part] = []
+    bounds = [0]  # of each piece's parts
+    for index, piece in enumerate(pieces):
+        parts += _parts(plan, index, piece, sorted([source for _, source in peers[index]]), received_P)
+        bounds.append(len(parts))
+    stacked = _places(parts, _stacking_order(schedule, is_grouped, parts))
     # With one local expert, or no peers, rows are received where they are computed.
-    wire = stacked if num_local == 1 or torus.size == 1 else _places(parts)
+    is_wire_stacked = num_local == 1 or schedule.torus.size == 1
+    wire = stacked if is_wire_stacked else _places(parts, range(len(parts)))
 
     def rows_of(index: int, piece: Piece) -> PieceRows:
-        own = [part for part in parts if part.piece == index]
-        first_from = {part.source: wire[part] for part in reversed(own)}
+        own = range(bounds[index], bounds[index + 1])
+        first_from = {parts[part].source: wire[part] for part in reversed(own)}
         sent, received = [], []
-        for offset in piece.offsets:
-            target, source = torus.target(rank, offset), torus.source(rank, offset)
-            start, (first, last) = first_from.get(source, 0), _cut(0, sum(plan.recv_rows_PL[source]), piece)
-            sent.append((target, _cut(sent_start_P[target], sum(plan.send_rows_PL[target]), piece)))
+        for target, source in peers[index]:
+            start, (first, last) = first_from.get(source, 0), _cut(0, received_P[source], piece)
+            sent.append((target, _cut(sent_start_P[target], sent_P[target], piece)))
             received.append((source, (start, start + last - first)))
-        moves = [] if wire is stacked else [(wire[part], stacked[part], part.num_rows) for part in own]
-        tokens = _cut(0, num_shared_tokens, piece) if (0, 0) in piece.offsets else (0, 0)
+        moves = () if is_wire_stacked else tuple([(wire[part], stacked[part], parts[part].num_rows) for part in own])
+        tokens = _cut(0, num_shared_tokens, piece) if num_shared_tokens and (0, 0) in piece.offsets else (0, 0)
         span = (moves[0][0], moves[-1][0] + moves[-1][2]) if moves else (0, 0)
-        runs = _whole(_runs(own, stacked)) if is_grouped else _runs(own, stacked)
-        return PieceRows(tuple(sent), tuple(received), tuple(moves), runs, tokens, span)
+        runs = _runs(parts, stacked, own)
+        return PieceRows(tuple(sent), tuple(received), moves, _whole(runs) if is_grouped else runs, tokens, span)
 
     def runs_from(block: Sequence[Offset]) -> tuple[Run, ...]:
-        sources = {torus.source(rank, offset) for offset in block}
-        return _runs([part for part in parts if part.source in sources], stacked)
+        if len(block) == schedule.torus.size:
+            return _runs(parts, stacked, range(len(parts)))
+        sources = {schedule.torus.source(rank, offset) for offset in block}
+        return _runs(parts, stacked, [part for part in range(len(parts)) if parts[part].source in sources])
 
     # Not those of the plan: pieces that only time transfers may carry some rows twice, and others never.
     rows_L = _rows_of_experts(parts, num_local)
-    rows_of_pieces = tuple(rows_of(index, piece) for index, piece in enumerate(pieces))
+    rows_of_pieces = tuple([rows_of(index, piece) for index, piece in enumerate(pieces)])
     if is_grouped:
         assert len(schedule.blocks) <= 1 and not schedule.is_bit_equal, "a weight gradient is one product"
         whole = (0, sum(rows_L))
-        runs = ((0, whole),) if sum(rows_L) else ()
+        all_runs = ((0, whole),) if sum(rows_L) else ()
         grouping = _grouping(parts, stacked, num_local)
-        return RowLayout(rows_of_pieces, (runs,) * len(schedule.blocks), (whole,), sum(rows_L), grouping)
+        return RowLayout(rows_of_pieces, (all_runs,) * len(schedule.blocks), (whole,), sum(rows_L), grouping)
     return RowLayout(
         rows_of_pieces,
-        tuple(runs_from(block) for block in schedule.blocks),
+        tuple([runs_from(block) for block in schedule.blocks]),
         tuple(pairwise(accumulate(rows_L, initial=0))),
         sum(rows_L),
     )
@@ -147,29 +153,38 @@ class _Part(NamedTuple):
     num_rows: int
 
 
-def _parts(plan: DispatchPlan, schedule: Schedule, rank: int, index: int) -> Iterator[_Part]:
+def _parts(
+    plan: DispatchPlan, index: int, piece: Piece, sources: Sequence[int], received_P: Sequence[int]
+) -> Iterator[_Part]:
     """The parts of a piece in the order in which their rows come; empty ones are left out.
 
     Messages lie in the order of their ranks, so that an all-to-all finds all of a piece side by side.
     """
-    piece = schedule.pieces[index]
-    for source in sorted(schedule.torus.source(rank, offset) for offset in piece.offsets):
-        rows_L = plan.recv_rows_PL[source]
-        span = _cut(0, sum(rows_L), piece)
-        for expert, skipped, num_rows in _by_expert(span, rows_L):
-            yield _Part(index, source, expert, skipped, num_rows)
+    for source in sources:
+        first, last = _cut(0, received_P[source], piece)
+        start = 0
+        for expert, num_rows in enumerate(plan.recv_rows_PL[source]):
+            stop = start + num_rows
+            here, end = max(first, start), min(last, stop)
+            if here < end:
+                yield _Part(index, source, expert, here - start, end - here)
+            start = stop
 
 
-def _grouping(parts: Sequence[_Part], stacked: Mapping[_Part, int], num_local: int) -> Grouping:
+def _grouping(parts: Sequence[_Part], stacked: Sequence[int], num_local: int) -> Grouping:
     """The groups of each piece's rows, and of all rows."""
-    by_piece: dict[int, list[_Part]] = {}
-    for part in parts:
-        by_piece.setdefault(part.piece, []).append(part)
-    in_order = sorted(parts, key=lambda part: stacked[part])
-    by_expert = _places(sorted(in_order, key=lambda part: part.expert))
-    moves = [(stacked[part], by_expert[part], part.num_rows) for part in in_order] if len(by_piece) > 1 else []
-    first_rows = {piece: min(stacked[part] for part in own) for piece, own in by_piece.items()}
-    rows_of_piece = {first_rows[piece]: tuple(_rows_of_experts(own, num_local)) for piece, own in by_piece.items()}
+    by_piece: dict[int, list[int]] = {}
+    for index, part in enumerate(parts):
+        by_piece.setdefault(part.piece, []).append(index)
+    in_order = sorted(range(len(parts)), key=stacked.__getitem__)
+    by_expert = _places(parts, sorted(in_order, key=lambda index: parts[index].expert))
+    is_moved = len(by_piece) > 1
+    moves = [(stacked[i], by_expert[i], parts[i].num_rows) for i in in_order] if is_moved else []
+    first_rows = {piece: min(stacked[index] for index in own) for piece, own in by_piece.items()}
+    rows_of_piece = {
+        first_rows[piece]: tuple(_rows_of_experts([parts[index] for index in own], num_local))
+        for piece, own in by_piece.items()
+    }
     return Grouping(rows_of_piece, tuple(_rows_of_experts(parts, num_local)), tuple(moves))
 
 
@@ -185,26 +200,46 @@ def _whole(runs: Sequence[Run]) -> tuple[Run, ...]:
     return ((0, (runs[0][1][0], runs[-1][1][1])),) if runs else ()
 
 
-def _stacking_order(schedule: Schedule, is_grouped: bool, part: _Part) -> tuple[int, ...]:
-    """By local expert, and then by piece, so that a piece's rows of an expert are one run, one product.
+def _stacking_order(schedule: Schedule, is_grouped: bool, parts: Sequence[_Part]) -> Sequence[int]:
+    """The parts by local expert, and then by piece, so that a piece's rows of an expert are one run, one product.
 
     By piece first where its products are grouped. Bit-equal schedules need an order that none of them changes: by local
     expert, then by source.
     """
+    place = schedule.stacking_place
     if is_grouped:
-        return part.piece, part.expert, part.source
-    if schedule.is_bit_equal:
-        return part.expert, part.source, part.skipped
-    return part.expert, schedule.stacking_place[part.piece], part.source
+        keys = [(piece, expert, source) for piece, source, expert, _, _ in parts]
+    elif schedule.is_bit_equal:
+        keys = [(expert, source, skipped) for _, source, expert, skipped, _ in parts]
+    else:
+        keys = [(expert, place[piece], source) for piece, source, expert, _, _ in parts]
+    return sorted(range(len(parts)), key=keys.__getitem__)
 
 
-def _places(parts: Sequence[_Part]) -> dict[_Part, int]:
+def _places(parts: Sequence[_Part], order: Sequence[int]) -> list[int]:
     """The row at which each part begins, where they follow each other in this order."""
-    return dict(zip(parts, _starts([part.num_rows for part in parts]), strict=True))
+    places, start = [0] * len(parts), 0
+    for index in order:
+        places[index] = start
+        start += parts[index].num_rows
+    return places
 
 
-def _runs(parts: Sequence[_Part], stacked: Mapping[_Part, int]) -> tuple[Run, ...]:
-    return _merge([(part.expert, (stacked[part], stacked[part] + part.num_rows)) for part in parts])
+def _runs(parts: Sequence[_Part], stacked: Sequence[int], indices: Sequence[int]) -> tuple[Run, ...]:
+    """The runs of these parts in stacked order, adjacent ones of one expert joined: fewer and larger products."""
+    merged: list[Run] = []
+    owner, first, last = -1, 0, 0
+    for start, index in sorted([(stacked[index], index) for index in indices]):
+        part = parts[index]
+        if part.expert == owner and start == last:
+            last += part.num_rows
+            continue
+        if owner >= 0:
+            merged.append((owner, (first, last)))
+        owner, first, last = part.expert, start, start + part.num_rows
+    if owner >= 0:
+        merged.append((owner, (first, last)))
+    return tuple(merged)
 
 
 def _starts(counts: Sequence[int]) -> list[int]:
@@ -217,27 +252,3 @@ def _cut(start: int, num_rows: int, piece: Piece) -> Span:
         start + piece.cut * num_rows // piece.num_cuts,
         start + (piece.cut + 1) * num_rows // piece.num_cuts,
     )
-
-
-def _by_expert(span: Span, rows_L: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """The parts of a span of one peer's received rows that belong to each local expert; empty ones left out.
-
-    Each is (expert, how many of the expert's rows lie before it, its rows).
-    """
-    start = 0
-    for expert, num_rows in enumerate(rows_L):
-        first, last = max(span[0], start), min(span[1], start + num_rows)
-        if first < last:
-            yield expert, first - start, last - first
-        start += num_rows
-
-
-def _merge(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Runs in stacked order, adjacent ones of one expert joined: fewer and larger matrix products."""
-    merged: list[Run] = []
-    for expert, (start, stop) in sorted(runs, key=lambda run: run[1]):
-        if merged and merged[-1][0] == expert and merged[-1][1][1] == start:
-            merged[-1] = (expert, (merged[-1][1][0], stop))
-        else:
-            merged.append((expert, (start, stop)))
-    return tuple(merged)

@@ -44,6 +44,9 @@ class Form:
         return weights
 
 
+Known = tuple[Form, Sequence[Weights]]
+
+
 def match_expert(template: nn.Module) -> Form | None:
     """The form of a module's computation, or None when it is neither a GELU MLP nor a SwiGLU of plain Linears.
 
@@ -75,10 +78,15 @@ class ExpertForms:
     """The form that modules have in common, read again when anything that it was read from has changed."""
 
     def __init__(self) -> None:
-        self._known: dict[bool, tuple[Snapshot, Form | None]] = {}  # by mode: training or evaluation
+        self._known: dict[bool, tuple[Snapshot, Known | None]] = {}  # by mode: training or evaluation
 
     def common(self, modules: Sequence[nn.Module]) -> Form | None:
         """The form of all modules as they are now; None where they have none in common."""
+        known = self.known(modules)
+        return None if known is None else known[0]
+
+    def known(self, modules: Sequence[nn.Module]) -> Known | None:
+        """The form and each module's weights as they are now; None where they have no form in common."""
         if not modules or has_global_hooks():
             return None
         mode = modules[0].training
@@ -94,10 +102,11 @@ class ExpertForms:
         return ExpertForms, ()
 
 
-def _read(modules: Sequence[nn.Module]) -> tuple[Snapshot, Form | None]:
+def _read(modules: Sequence[nn.Module]) -> tuple[Snapshot, Known | None]:
     snapshot = Snapshot(modules)
     forms = [match_expert(module) if snapshot.is_complete else None for module in modules]
-    return snapshot, forms[0] if all(form == forms[0] for form in forms) else None
+    form = forms[0] if all(form == forms[0] for form in forms) else None
+    return snapshot, None if form is None else (form, [form.weights_of(module) for module in modules])
 
 
 def _graph_of(template: nn.Module) -> torch.fx.Graph:

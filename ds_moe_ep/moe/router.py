@@ -107,7 +107,7 @@ class Router(nn.Module):
         """The routing of tokens [T, D]; `used_token_T` is nonzero for tokens that take part. Local."""
         config, in_triton = self.config, use_triton(self.config, x_TD.device)
         is_used_T = None if used_token_T is None else used_token_T.reshape(-1) != 0
-        capacity = config.capacity(len(x_TD), self.training)
+        capacity = config.capacity(x_TD.shape[0], self.training)
         is_whole = is_used_T is None and capacity is None  # every choice keeps its weight
         if self._takes_one_pass(x_TD, in_triton):
             rule = GateRule(config.top_k, config.score == "softmax", config.renormalizes and is_whole)
@@ -144,6 +144,8 @@ class Router(nn.Module):
         """True where one kernel may go from tokens to weights: the gate is a plain product in fp32, experts have no
         groups, noise is drawn for one of the choices at most and not for the tokens, and no bias stands beside it.
         """
+        if not runs_triton(in_triton, x_TD):
+            return False
         config = self.config
         if config.n_group > 1 or config.force_even or config.router_dtype != "fp32":
             return False
@@ -161,7 +163,7 @@ class Router(nn.Module):
         is_sampled = self.training and config.noise == "rsample"
         if not (is_sampled or config.sample_second):
             return None
-        like_TE = x_TD.new_empty(len(x_TD), config.num_experts, dtype=torch.float32)
+        like_TE = x_TD.new_empty(x_TD.shape[0], config.num_experts, dtype=torch.float32)
         return ChoiceNoise(gumbel_like(like_TE), 0 if is_sampled else 1)
 
     def _step_by_step(self, x_TD: Tensor, is_used_T: Tensor | None, in_triton: bool | None) -> GateRoutes:
@@ -296,7 +298,7 @@ def places(
     count_E = ids_M.new_zeros(num_experts + 1).scatter_add_(0, ids_M, torch.ones_like(ids_M))
     first_E = count_E.cumsum(0) - count_E
     place_M = torch.empty_like(ids_M)
-    place_M[order_M] = torch.arange(len(ids_M), device=ids_M.device) - first_E[ids_M[order_M]]
+    place_M[order_M] = torch.arange(ids_M.shape[0], device=ids_M.device) - first_E[ids_M[order_M]]
     place_M = torch.where(ids_M == num_experts, FAR_BEHIND, place_M)
     return place_M.view(num_choices, num_tokens).t()
 

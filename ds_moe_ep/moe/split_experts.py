@@ -176,7 +176,7 @@ class ActiveRows(Enum):
 
 def blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The tensors cut alike, on the CPU, by at most BLOCK_ROWS rows: what lies between products stays small."""
-    num_blocks = -(-len(rows[0]) // BLOCK_ROWS) if rows[0].is_cpu else 1
+    num_blocks = -(-rows[0].shape[0] // BLOCK_ROWS) if rows[0].is_cpu else 1
     return [rows] if num_blocks <= 1 else zip(*(tensor.tensor_split(num_blocks) for tensor in rows), strict=True)
 
 

@@ -34,6 +34,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 
 Offset = tuple[int, int]
+Peers = tuple[tuple[tuple[int, int], ...], ...]
 
 MAX_WEIGHT_BLOCKS = 4  # more would cost more in small matrix products than they fill
 
@@ -96,6 +97,27 @@ class Schedule:
     def labels(self) -> tuple[str, ...]:
         """Whose rows each piece holds, for people: all peers, own, near, node +1, nodes +1 to +2 (1/2)."""
         return tuple(_label(piece, self.torus) for piece in self.pieces)
+
+    @cached_property
+    def issues(self) -> tuple[tuple[Op, str, str, bool], ...]:
+        """Each op with its lane, whose rows it moves or computes, and whether its end is awaited."""
+        return tuple(
+            (op, op.kind.lane, "" if op.kind is Kind.WEIGHTS else self.labels[op.piece], index in self.awaited)
+            for index, op in enumerate(self.ops)
+        )
+
+    def peers_of(self, rank: int) -> Peers:
+        """(Whom a rank sends to, whom it receives from) at each offset of each piece."""
+        if rank not in self._known_peers:
+            target, source = self.torus.target, self.torus.source
+            self._known_peers[rank] = tuple(
+                tuple((target(rank, offset), source(rank, offset)) for offset in piece.offsets) for piece in self.pieces
+            )
+        return self._known_peers[rank]
+
+    @cached_property
+    def _known_peers(self) -> dict[int, Peers]:
+        return {}
 
     @cached_property
     def awaited(self) -> frozenset[int]:

@@ -11,7 +11,7 @@ from ds_moe_ep.comm.transport import Answer, Message, Transfer
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import EngineError
-from ds_moe_ep.moe.experts import GeluMLP
+from ds_moe_ep.moe.experts import GeluMLP, KnownExperts
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 from tests.comm.test_host_lanes import FakeTransfer
@@ -100,14 +100,15 @@ def test_a_pass_raises_the_error_of_its_transfer_and_the_next_pass_runs(fails: i
     assert torch.equal(layer(x_TD)[0], expected_TD)
 
 
-def test_an_error_in_the_experts_drops_the_transfers_that_have_not_started() -> None:
+def test_an_error_in_the_experts_drops_the_transfers_that_have_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     transport = FailingTransport()
     layer = make_layer(transport)
 
     def break_down(*args: object) -> None:
         raise ValueError("no")
 
-    layer.experts.start = lambda *args: type("Broken", (), {"compute": break_down, "saved": []})()  # type: ignore
+    broken = type("Broken", (), {"compute": break_down, "saved": []})
+    monkeypatch.setattr(KnownExperts, "start", lambda *args: broken())
     with pytest.raises(ValueError, match="no"):
         layer(torch.randn(20, 8))
     assert transport.num_started <= 2, "what was issued before the first compute"

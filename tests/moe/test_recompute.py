@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_moe_ep.config.knobs import MoEConfig
-from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
+from ds_moe_ep.moe.experts import GeluMLP, KnownExperts, SwiGLU
 from ds_moe_ep.moe.layer import ExpertParallel
 from tests.moe.layer_cases import CaseData, D, LayerCase, LayerResult, OddExpert, case_data
 from tests.moe.layer_runs import Links, build_layer, config, forward_backward, gather_result, run_case, torus_for
@@ -77,14 +77,14 @@ def test_active_rows_are_made_again_unless_a_recomputation_has_just_made_them(
 ) -> None:
     seen: list[list[int]] = []
     layer = ExpertParallel(8, expert(8, 16), MoEConfig(num_experts=2))
-    start = layer.experts.start
+    start = KnownExperts.start
 
     def started(*args: Any) -> Any:
         made = start(*args)
         seen.append([rows.untyped_storage().nbytes() for rows in made.saved])
         return made
 
-    monkeypatch.setattr(layer.experts, "start", started)
+    monkeypatch.setattr(KnownExperts, "start", started)
     x = torch.randn(6, 8, requires_grad=True)
     layer(x)[0].sum().backward()
     assert x.grad is not None

@@ -95,9 +95,7 @@ class HookedNative(HookedLayer):
         return ""
 
     def known_experts(self) -> Known | None:
-        experts = list(self._layer.experts.deepspeed_experts)
-        form = self.forms.common(experts)
-        return None if form is None else (form, [form.weights_of(expert) for expert in experts])
+        return self.forms.known(list(self._layer.experts.deepspeed_experts))
 
     def attach(self) -> None:
         swap_class(self._layer, OverlappedMOELayer, self)
@@ -142,8 +140,8 @@ class OverlappedMOELayer(Timed, MOELayer):
 
     def _through_experts(self, x_TD: Tensor, routes: Routes) -> Tensor:
         hooked, experts = self.overlap, list(self.experts.deepspeed_experts)
-        form = hooked.forms.common(experts)
-        by_hand = form and known_experts(form, [form.weights_of(expert) for expert in experts], x_TD)
+        known = hooked.forms.known(experts)
+        by_hand = known and known_experts(*known, x_TD)
         if by_hand:
             return hooked.dispatcher(by_hand[0], routes, by_hand[1], self.training)[0]
         calls = [Opaque(partial(call_as_deepspeed, expert), list(expert.parameters())) for expert in experts]
