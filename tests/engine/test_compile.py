@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -154,14 +155,22 @@ def other_doors() -> list[tuple[set[str], float]]:
     return [before_the_engine(*each) for each in (("ds_moe_ep", False), ("deepspeed", False), ("deepspeed", True))]
 
 
+class EndsAtOnce(Seen):
+    """The same for the first graph alone: to trace a whole layer takes ten seconds."""
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        raise InterruptedError("the first graph is all that is asked for")
+
+
 def not_left_out() -> set[str]:
-    """The frames of a layer that is not left out, on one rank: to trace them takes seconds each time."""
+    """The first frame of a layer that is not left out, on one rank."""
     from ds_moe_ep.moe.layer import ExpertParallel
 
     ExpertParallel.forward = ExpertParallel.forward.__wrapped__
-    layer, backend = ExpertParallel(D, PlainGelu(bias=True), MoEConfig(num_experts=2, schedule="serial")), Seen()
+    layer, backend = ExpertParallel(D, PlainGelu(bias=True), MoEConfig(num_experts=2, schedule="serial")), EndsAtOnce()
     with traced(backend):
-        torch.compile(layer, backend=backend)(torch.randn(BATCH, D))
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="the first graph"):
+            torch.compile(layer, backend=backend)(torch.randn(BATCH, D))
         return backend.frames()
 
 
@@ -171,4 +180,4 @@ def test_a_model_compiled_before_its_engine_is_made_leaves_the_layers_out_and_so
             assert frames == set()
             assert distance <= GRADIENTS
     [control] = run_ranks(1, not_left_out, timeout_s=240)
-    assert any("executor.py" in frame for frame in control), control
+    assert any(frame.endswith("ds_moe_ep/moe/layer.py:forward") for frame in control), control

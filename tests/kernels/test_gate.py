@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,8 +50,10 @@ def test_logits_of_plain_torch_equal_a_linear_layer(shape: tuple[int, int, int],
     check_logits(shape, dtype, use_triton=False)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (600, 8, 300)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, dtype) for shape in SHAPES for dtype in TOLERANCE), ((600, 8, 300), torch.bfloat16)],
+)
 @under_interpreter
 def test_logits_of_the_kernels_equal_a_linear_layer(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     check_logits(shape, dtype, use_triton=True)
@@ -78,17 +82,22 @@ def plain_routes(
     return logits_TE, scores_TE, weights_TK, ids_TK
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("is_softmax", [True, False])
+ROUTED: list[tuple[Any, ...]] = [  # shape, number of choices; whether it renormalizes, has a bias, has unused tokens
+    ((1, 1, 1), 1, False, False, False),
+    ((40, 128, 16), 1, False, False, True),
+    ((37, 33, 3), 2, True, True, False),
+    ((67, 200, 40), 8, True, False, True),
+    ((67, 20, 8), 8, False, True, True),
+    ((5, 20, 300), 8, True, True, False),
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "num_choices", "renormalizes", "has_bias", "has_used"),
-    [
-        ((1, 1, 1), 1, False, False, False),
-        ((40, 128, 16), 1, False, False, True),
-        ((37, 33, 3), 2, True, True, False),
-        ((67, 200, 40), 8, True, False, True),
-        ((67, 20, 8), 8, False, True, True),
-        ((5, 20, 300), 8, True, True, False),
+    ("shape", "num_choices", "renormalizes", "has_bias", "has_used", "is_softmax", "dtype"),
+    [  # each with both scores, in two of the types
+        (*case, is_softmax, list(TOLERANCE)[(index + is_softmax) % 3])
+        for index, case in enumerate(ROUTED)
+        for is_softmax in (True, False)
     ],
 )
 @under_interpreter
