@@ -12,7 +12,7 @@ from typing import Any
 
 from world import gather
 
-from ds_moe_ep import ConfigError, Section
+from ds_moe_ep import ConfigError, Section, wait_for_saves
 from ds_moe_ep.config.training import Training
 from ds_moe_ep.sizing.footprint import count_parameters, memory_of_rank
 
@@ -60,6 +60,11 @@ class Checkpoints:
     def __init__(self, engine: Any, args: argparse.Namespace) -> None:
         self._engine, self._folder, self._every = engine, args.save, args.save_every
         self._saved_at = engine.global_steps if args.resume and same(args.resume, args.save) else None
+
+    def finish(self) -> None:
+        """Saves the last step, and waits until it is on disk."""
+        self.save()
+        wait_for_saves(self._engine)
 
     def after_step(self) -> None:
         """Saves where it is time to."""

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load_weights(engine, args)
     checkpoints = Checkpoints(engine, args)
     stopped_by = train(engine, job, checkpoints)
-    checkpoints.save()
+    checkpoints.finish()
     if dist.get_rank() == 0 and (stopped_by or args.save):
         print(last_line(args, engine.global_steps, stopped_by), flush=True)
     if stopped_by:

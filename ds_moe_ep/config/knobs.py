@@ -141,6 +141,9 @@ class MoEConfig:
     heat_map_every: int = knob(
         100, "steps between two pictures of the load in TensorBoard, layers by experts; 0 draws none", 0
     )
+    async_save: bool = knob(
+        False, "checkpoints are written behind training, which waits for the copy to host memory alone"
+    )
     attach: bool = knob(False, "initialize also hooks DeepSpeed's own MoE layers and AutoEP's (attach_overlap)")
     timeout_s: float = knob(600.0, "time limit of one transfer in seconds", 0.001)
 
@@ -350,6 +353,8 @@ class Layout:
                 f"moe_ep.replicas={moe.replicas!r} with moe_ep.layout: every rank computes its share of every expert, "
                 "and none is fuller than another; set it to 0"
             )
+        if self.size > 1 and moe.async_save:
+            raise ConfigError("moe_ep.async_save=true with moe_ep.layout: DeepSpeed saves pipelines; set it to false")
         if self.size > 1 and moe.has_bias:
             raise ConfigError(
                 f"moe_ep.balance={moe.balance!r} with moe_ep.layout: no pipeline engine moves the bias; set it to "

@@ -51,6 +51,16 @@ def exchange(one: Path, other: Path) -> None:
     aside.rename(one)
 
 
+def flush(path: str) -> int:
+    """The bytes of a file, once they are on disk: some filesystems find out only then that it is full."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
 def remove(folder: Path) -> None:
     """Removes a folder with all that is in it, if it exists."""
     if folder.exists():

@@ -7,6 +7,8 @@
    then `latest` moves, by a rename.
 
 So a folder that bears a tag is complete and one that ends in `.saving` is not; files and their names are DeepSpeed's.
+With `"async_save"` the ranks leave after the copy to host memory, and the rest happens behind them (`background`). The
+next save, and a load, begin where it has ended, and raise its error.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed import comm
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.folders import SAVING, publish, remove, write_latest
+from ds_moe_ep.engine.checkpoint.background import BackgroundSave, StagedFile, refuse_background, stage
+from ds_moe_ep.engine.checkpoint.folders import SAVING, flush, publish, remove, write_latest
 from ds_moe_ep.engine.explain_errors import cause, first_line, is_collective
-from ds_moe_ep.engine.extensions.callback import EngineCallback, SaveCall
+from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall, SaveCall
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.health.watch import Watch
 
@@ -59,20 +63,29 @@ class Report:
 
 
 class Written:
-    """Files that this rank writes: the one at hand, and the bytes of a save. Each is on disk before the next begins."""
+    """Files that this rank writes: the one at hand, and the bytes of a save. Each is on disk before the next begins.
+
+    While `stages` is true they are made in host memory instead, and lie in `staged`.
+    """
 
     def __init__(self, checkpoint_engine: Any) -> None:
         self.path = ""
         self.num_bytes = 0
+        self.stages = False
+        self.staged: list[StagedFile] = []
         self._engine, self._before = checkpoint_engine, vars(checkpoint_engine).get("save")
         write = checkpoint_engine.save
 
         @functools.wraps(write)
         def save(state_dict: Any, path: str) -> Any:
             self.path = str(path)
+            if self.stages:
+                self.staged.append(stage(checkpoint_engine, state_dict, self.path))
+                self.path = ""
+                return None
             result = write(state_dict, path)
             if os.path.isfile(path):  # some engines write elsewhere, or not on this rank
-                self.num_bytes += _flush(self.path)
+                self.num_bytes += flush(self.path)
             self.path = ""
             return result
 
@@ -86,17 +99,22 @@ class Written:
 
     def restart(self) -> None:
         """Begins a save."""
-        self.path, self.num_bytes = "", 0
+        self.path, self.num_bytes, self.staged = "", 0, []
 
 
 class SafeSaver(EngineCallback):
     """Saves an engine's checkpoints by the steps above: no failure of a rank damages one that was complete.
 
     The arguments are DeepSpeed's. It raises EngineError on every rank, naming path, rank and reason; the watch says
-    what is known of ranks that do not answer.
+    what is known of ranks that do not answer. With `in_background` a save returns once its files are in host memory;
+    `finish` waits for it.
     """
 
-    def __init__(self, engine: Any, watch: Watch) -> None:
+    def __init__(self, engine: Any, watch: Watch, in_background: bool = False) -> None:
+        if in_background:
+            refuse_background(engine)
+        self._in_background = in_background
+        self._going_on: BackgroundSave | None = None
         self._engine = engine
         self._watch = watch
         self._written = Written(engine.checkpoint_engine)
@@ -104,7 +122,20 @@ class SafeSaver(EngineCallback):
         self._place = CheckpointPlace(Path(), "")
 
     def close(self) -> None:
+        if self._going_on is not None:
+            self._going_on.wait()
         self._written.end()  # the checkpoint engine has its own method again
+
+    def finish(self) -> None:
+        """Waits for the save in the background, if there is one. Collective over the world.
+
+        Raises EngineError on every rank where a rank's part failed: the folder of that save does not exist then.
+        """
+        going_on, self._going_on = self._going_on, None
+        if going_on is not None:  # alike on all ranks
+            problem = going_on.wait()
+            self._last_bytes = going_on.num_bytes
+            self._agree(_report(self._place, problem))
 
     def around_save(self, save: SaveCall, proceed: Callable[[SaveCall], Any]) -> bool:
         """Saves, or raises EngineError on every rank. Collective over the world."""
@@ -112,6 +143,7 @@ class SafeSaver(EngineCallback):
             raise ConfigError(f"save_dir={save.save_dir!r}: a checkpoint needs a folder; name one")
         tag = f"global_step{self._engine.global_steps}" if save.tag is None else str(save.tag)
         with self._watch.among_others("a checkpoint"):
+            self.finish()
             self._save(CheckpointPlace(Path(save.save_dir), tag), save, proceed)
         return True
 
@@ -120,7 +152,9 @@ class SafeSaver(EngineCallback):
         self._written.restart()
         self._agree(self._prepare(place))
         partly = replace(save, save_dir=str(place.save_dir), tag=place.tag + SAVING, save_latest=False)
+        self._written.stages = self._in_background
         problem = self._attempt(lambda: proceed(partly))
+        self._written.stages = False
         if problem:  # the others go on to DeepSpeed's last collectives
             if self._engine._optimizer_has_ckpt_event_epilogue():
                 self._attempt(self._engine.optimizer.checkpoint_event_epilogue)
@@ -131,9 +165,19 @@ class SafeSaver(EngineCallback):
             if self._leads:
                 remove(place.partial)
             raise
+        if self._in_background:
+            self._going_on = self._go_on(place, save.save_latest)
+            return
         self._last_bytes = self._written.num_bytes
         problem = self._attempt(lambda: self._publish(place, save.save_latest)) if self._leads else ""
         self._agree(_report(place, problem))
+
+    def _go_on(self, place: CheckpointPlace, save_latest: bool) -> BackgroundSave:
+        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+        publishes = (lambda: self._publish(place, save_latest)) if self._leads else None
+        files = self._written.staged
+        self._written.restart()
+        return BackgroundSave(place.partial, files, rank, num_ranks, publishes, self._watch.knows_failure)
 
     @property
     def _leads(self) -> bool:
@@ -189,6 +233,16 @@ class SafeSaver(EngineCallback):
     def _left_alone(self, error: Exception) -> EngineError:
         words = f"not saved, a rank ended or stalled meanwhile ({first_line(error)}): {cause(self._watch)}"
         return EngineError(f"{self._place.folder}: {words}. {_still_good(self._place)}")
+
+
+class FinishedSaves(EngineCallback):
+    """Lets a save in the background end before anything is loaded."""
+
+    def __init__(self, saver: SafeSaver) -> None:
+        self._saver = saver
+
+    def before_load(self, load: LoadCall) -> None:
+        self._saver.finish()
 
 
 def saves_safely(engine: Any) -> bool:
@@ -265,13 +319,3 @@ def refusal_of(path: str) -> str:
         with suppress(OSError):  # of a disk that is ill
             probe.unlink(missing_ok=True)
     return ""
-
-
-def _flush(path: str) -> int:
-    """The bytes of a file, once they are on disk: some filesystems find out only then that it is full."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        return os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
-from ds_moe_ep.engine.checkpoint.save import SafeSaver, saves_safely
+from ds_moe_ep.engine.checkpoint.save import FinishedSaves, SafeSaver, saves_safely
 from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
 from ds_moe_ep.engine.explain_errors import Supervision
 from ds_moe_ep.engine.extensions.balance_steps import BalanceSteps
@@ -30,7 +30,7 @@ from ds_moe_ep.engine.hooks.layer import HookedLayer
 from ds_moe_ep.engine.load.report import LoadReport, steps_between_reports
 from ds_moe_ep.engine.older_engines import OlderEngine
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
-from ds_moe_ep.errors import EngineError
+from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.live.run_log import RunLog
 
 ATTRIBUTES = ("moe_ep_layers", "moe_ep_meter", "moe_ep_watch")  # of an engine that is extended
@@ -84,7 +84,11 @@ def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog |
         yield LoadReport(engine, layers, every, log, getattr(engine, "moe_ep_meter", None))
     watch = engine.moe_ep_watch = seams.watch_of_world(config.timeout_s)
     if saves_safely(engine):
-        yield SafeSaver(engine, watch)
+        saver = SafeSaver(engine, watch, config.async_save)
+        yield saver
+        yield FinishedSaves(saver)
+    elif config.async_save:
+        raise ConfigError("moe_ep.async_save=true: this engine saves in a way of its own; set it to false")
     numbered = [module for module in engine.module.modules() if seams.is_moe_layer(module)]
     sizes = {layer.ep_size for layer in numbered}
     if len(sizes) == 1:  # of several sizes, files do not tell which layer had which

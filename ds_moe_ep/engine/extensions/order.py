@@ -9,7 +9,7 @@ from __future__ import annotations
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
-from ds_moe_ep.engine.checkpoint.save import SafeSaver
+from ds_moe_ep.engine.checkpoint.save import FinishedSaves, SafeSaver
 from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
 from ds_moe_ep.engine.explain_errors import Supervision
 from ds_moe_ep.engine.extensions.balance_steps import BalanceSteps
@@ -31,6 +31,8 @@ ORDER: tuple[type[EngineCallback], ...] = (
     LoadReport,
     # Ends the meter's step behind all that is further in: nothing of it must be in the time of the next step.
     MeterReport,
+    # A save that goes on in the background has ended before anybody looks into the folder.
+    FinishedSaves,
     # Puts the choices into the client state before anybody saves it, and takes them from it when all is loaded.
     ChoiceKeeper,
     # Missing files are told before the sizes are read, which are in one of the files.

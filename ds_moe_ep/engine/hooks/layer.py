@@ -36,6 +36,7 @@ TRAFFIC = (
     "watch",
     "report_every",
     "heat_map_every",
+    "async_save",
     "timeout_s",
 )
 
