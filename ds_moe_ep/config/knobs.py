@@ -28,6 +28,9 @@ class MoEConfig:
     num_experts: int = knob(16, "experts of a layer, over all ranks", 1)
     ep_size: int = knob(1, "ranks that share a layer's experts; it divides num_experts and the world", 1)
     node_size: int = knob(0, "ranks of one node; 0 counts the ranks that share a host name", 0)
+    sequence_parallel: bool | None = knob(
+        None, "tokens come cut over the tensor ranks (Megatron's sequence parallelism); null: as parameters are marked"
+    )
 
     # routing
     top_k: int = knob(1, "experts that a token visits", 1)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ds_moe_ep.config import deepspeed_keys
 from ds_moe_ep.config.knobs import Layout
-from ds_moe_ep.config.parallel_keys import refuse_shared_tokens
+from ds_moe_ep.config.parallel_keys import read_tensor_size, refuse_sequence_keys
 from ds_moe_ep.config.section import load_ds_config, read_section
 from ds_moe_ep.config.shipped import shipped_ds_configs
 from ds_moe_ep.config.topology import RankGrid
@@ -47,11 +47,12 @@ class Training:
     offload: bool  # optimizer states lie in the host's memory
     bucket_elements: int  # numbers in DeepSpeed's buffers of gradients on their way; 0 without ZeRO
     layout: Layout = WHOLE
+    dense_tp_size: int = 1  # ranks that AutoTP cuts the dense part over, which hold the same tokens
 
     @property
     def num_copies(self) -> int:
         """Ranks, or layouts of ranks, that train on sequences of their own: DeepSpeed's data-parallel size."""
-        return self.world_size // self.layout.size
+        return self.world_size // self.layout.size // self.dense_tp_size
 
     @property
     def batch(self) -> int:
@@ -61,7 +62,7 @@ class Training:
     @property
     def num_replicas(self) -> int:
         """Ranks that hold the same experts: they share the experts' optimizer states under ZeRO."""
-        return self.num_copies // self.ep_size
+        return self.world_size // self.layout.size // self.ep_size
 
 
 def read_training(
@@ -72,17 +73,19 @@ def read_training(
     Raises ConfigError or TopologyError for what cannot work.
     """
     check_keys(ds_config, deepspeed_keys.installed_release())
-    refuse_shared_tokens(ds_config, world_size)
+    refuse_sequence_keys(ds_config, world_size)
+    dense_tp_size = read_tensor_size(ds_config, world_size)
     if world_size is None:
-        world_size = (_implied_copies(ds_config) or ep_size) * layout.size
+        fewest = -(-ep_size // dense_tp_size)  # copies on whose ranks all experts lie
+        world_size = (_implied_copies(ds_config) or fewest) * layout.size * dense_tp_size
     try:
-        num_copies = _count_copies(world_size, layout)
-        RankGrid(world_size=num_copies, ep_size=ep_size)
+        num_copies = _count_copies(world_size, layout) // dense_tp_size
+        RankGrid(world_size=num_copies * dense_tp_size, ep_size=ep_size)
         micro_batch, accumulation = _read_batch(ds_config, num_copies, "ranks" if layout == WHOLE else "copies")
     except (ConfigError, TopologyError) as error:
         implied = _implied_copies(ds_config)
         is_about_world = isinstance(error, TopologyError) or implied is not None
-        if not is_about_world or implied == world_size // layout.size:
+        if not is_about_world or implied == world_size // layout.size // dense_tp_size:
             raise
         raise type(error)(f"{error}{_shipped_for(world_size)}") from None
     precision = _read_precision(ds_config)
@@ -104,6 +107,7 @@ def read_training(
         offload=offload,
         bucket_elements=_read_bucket(zero, may_overlap=layout == WHOLE) if stage else 0,
         layout=layout,
+        dense_tp_size=dense_tp_size,
     )
 
 

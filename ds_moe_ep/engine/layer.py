@@ -25,11 +25,13 @@ from ds_moe_ep.engine.arguments import config_of_arguments, refuse_beside_config
 from ds_moe_ep.engine.checkpoint.model_files import refuse_part_of_experts
 from ds_moe_ep.engine.checkpoint.own_experts import take_own_experts
 from ds_moe_ep.engine.face import LayerFace
+from ds_moe_ep.engine.layouts import tensor
 from ds_moe_ep.engine.own_layers import meet
 from ds_moe_ep.engine.parallelism import problem_of_parallelism
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
+from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from ds_moe_ep.moe.tuner import Choice
 
 SHAPING = ("num_experts", "ep_size", "gate_bias")  # knobs that shape parameters and cannot change after a layer is made
@@ -119,6 +121,11 @@ class MoE(DeepSpeedMoE):
         return self.deepspeed_moe.dispatcher
 
     @property
+    def tensor_ranks(self) -> TensorRanks:
+        """The ranks of the dense part's tensor parallelism, who share the layer's tokens; by default one."""
+        return self.deepspeed_moe.tensor_ranks
+
+    @property
     def balance(self) -> BiasBalance | None:
         """The balancing bias; None where the layer has none."""
         return self.deepspeed_moe.gate.balance
@@ -187,11 +194,13 @@ class MoE(DeepSpeedMoE):
             meet(engine, moe_layers(engine.module))
         self._find_batch()
         self.mark_experts()
+        self.share_tokens()
         hosts = seams.compare_ranks("moe_ep and the MoE layer", self.fingerprint())
         grid = RankGrid(
             world_size=len(hosts), ep_size=self.ep_size, data_before_expert=use_data_before_expert_parallel_
         )
         group, ranks = seams.expert_group(self.ep_size, use_data_before_expert_parallel_)
+        tensor.refuse_mixed_groups(self.tensor_ranks, group, self.config)
         if self.ep_size == 1:
             self.deepspeed_moe.connect(Loopback())
             return
@@ -215,6 +224,17 @@ class MoE(DeepSpeedMoE):
             )
         self.batch_load.sum_over_ranks = seams.sum_over_tokens
 
+    def share_tokens(self) -> None:
+        """Shares the layer's tokens with the tensor ranks that DeepSpeed was given. Collective over them.
+
+        Raises EngineError on every rank where the experts or the gate are cut over them.
+        """
+        ranks = tensor.tensor_ranks_of(self, self.config)
+        self.deepspeed_moe.share_tokens(ranks)
+        tensor.mark_as_apart(self.deepspeed_moe.experts)
+        for module in (self.deepspeed_moe.gate, *([self.mlp, self.coefficient] if self.use_residual else [])):
+            tensor.make_alike(ranks, module)
+
     def forward(
         self, hidden_states: Tensor, used_token: Tensor | None = None, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,9 +245,9 @@ class MoE(DeepSpeedMoE):
         added = None if self.use_residual else residual
         output, l_aux, exp_counts = self.deepspeed_moe(hidden_states, used_token, added)
         if self.use_residual:
-            dense = self.mlp(hidden_states)
+            dense = self.tensor_ranks.beside(self.mlp, hidden_states)
             dense = dense[0] if isinstance(dense, tuple) else dense  # as DeepSpeed: a second output is left out
-            share = F.softmax(self.coefficient(hidden_states), dim=-1)
+            share = F.softmax(self.tensor_ranks.beside(self.coefficient, hidden_states), dim=-1)
             output = output * share[..., 0:1] + dense * share[..., 1:]
             output = output if residual is None else output + residual
         return output, l_aux, exp_counts

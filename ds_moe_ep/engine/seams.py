@@ -26,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.engine import InferenceEngine
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
@@ -314,10 +315,10 @@ def num_pipeline_stages() -> int:
 
 
 def num_holders(parameter: torch.nn.Parameter) -> int:
-    """Ranks of the world that hold the parameter, where there is no tensor and no pipeline parallelism."""
+    """Ranks of the world that hold the parameter, where there is no pipeline parallelism."""
     if is_expert_parameter(parameter):
         return int(groups._get_expert_data_parallel_world_size(parameter.group_name))  # type: ignore[attr-defined]
-    return dist.get_world_size()
+    return dist.get_world_size() // (tensor_parallel_size() if is_model_parallel_parameter(parameter) else 1)
 
 
 def is_first_holder(group_name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import deepspeed
 from torch import nn
 
-from ds_moe_ep.config.parallel_keys import refuse_shared_sequences, refuse_shared_tokens
+from ds_moe_ep.config.parallel_keys import refuse_sequence_keys, refuse_shared_sequences
 from ds_moe_ep.config.section import Section, load_ds_config, read_section
 from ds_moe_ep.config.training import read_training
 from ds_moe_ep.engine import seams
@@ -63,7 +63,7 @@ def initialize(
     give_knobs(own, section)  # DeepSpeed's engine does it too, later: what cannot work is refused before it starts
     seams.init_distributed()
     if own:
-        refuse_shared_tokens(ds_config, deepspeed.comm.get_world_size())
+        refuse_sequence_keys(ds_config, deepspeed.comm.get_world_size())
         refuse_shared_sequences(kwargs.get("mesh_param"))
     if kwargs.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
         for layer in own.values():

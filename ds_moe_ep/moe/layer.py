@@ -25,6 +25,7 @@ from ds_moe_ep.moe.experts import Experts, OpaqueExperts
 from ds_moe_ep.moe.match_expert import ExpertForms
 from ds_moe_ep.moe.replicas.replicas import known_or_refused
 from ds_moe_ep.moe.router import Router, Routing
+from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 
 
 class Region(Protocol):
@@ -69,6 +70,7 @@ class ExpertParallel(nn.Module):
         self.shared = shared
         self._shared_forms = ExpertForms()
         self.region: Region = Whole()
+        self.tensor_ranks = TensorRanks()
         self.dispatcher = Dispatcher(config)
         self.last_counts_E = torch.zeros(config.num_experts, dtype=torch.int64)
 
@@ -98,6 +100,10 @@ class ExpertParallel(nn.Module):
             known_or_refused(self.experts, self.config.replicas, self.dispatcher.name)
             self.dispatcher.replicas.own_experts = self.experts.known
 
+    def share_tokens(self, ranks: TensorRanks) -> None:
+        """Shares the layer's tokens with the ranks of a tensor group, whose dense layers are cut over it. Local."""
+        self.tensor_ranks = ranks
+
     @not_compiled
     def forward(
         self, x: Tensor, used_token: Tensor | None = None, residual: Tensor | None = None
@@ -112,8 +118,11 @@ class ExpertParallel(nn.Module):
         with self.dispatcher.announcing(self._device, self.training):
             self.experts.check()
             self._check_input(x, used_token, residual)
-            x_TD = x.reshape(-1, self.hidden_size)
-            routing = self.gate(x_TD, None if used_token is None else used_token.reshape(-1))
+            x_TD, tensor = x.reshape(-1, self.hidden_size), self.tensor_ranks
+            tensor.compare(x_TD, self.dispatcher.name)
+            used_T = None if used_token is None else tensor.all_tokens(used_token.reshape(-1) != 0)
+            with tensor.drawing_alike(self._device, tensor.is_shared and self.gate.draws):
+                routing = self.gate(tensor.all_tokens(x_TD), used_T)
         is_whole = isinstance(self.region, Whole)  # else each rank of the region would add the residual
         inside = routing if is_whole else replace(routing, weights_TK=self.region.copy_to_tp(routing.weights_TK))
         residual_TD = None if residual is None else residual.reshape(-1, self.hidden_size)
@@ -134,23 +143,29 @@ class ExpertParallel(nn.Module):
             return around
         second = x.shape[-2]
         token_T = torch.arange(x.numel() // self.hidden_size, device=x.device)
+        parts = self.tensor_ranks.size if self.tensor_ranks.has_own_tokens else 1  # of each sequence, one per rank
         if self.config.sequence_first:
-            return replace(around, sequence_T=token_T % second, num_sequences=second)
-        return replace(around, sequence_T=token_T // second, num_sequences=len(token_T) // max(second, 1))
+            return replace(around, sequence_T=(token_T % second).repeat(parts), num_sequences=second)
+        num_sequences = len(token_T) // max(second, 1)
+        return replace(around, sequence_T=(token_T // second).repeat(parts), num_sequences=num_sequences)
 
     def _dispatch(self, x_TD: Tensor, routing: Routing, residual_TD: Tensor | None) -> Tensor:
-        rows_TD, experts = local_experts(self.experts, x_TD)
-        shared_form = None if self.shared is None else self._shared_forms.common([self.shared])
+        tensor = self.tensor_ranks
+        share_TD, routes = tensor.cut(x_TD, routing)
+        rows_TD, experts = local_experts(self.experts, share_TD)
+        # Beside the rows of a share there are other tokens than a shared expert's.
+        shared_form = None if self.shared is None or tensor.is_shared else self._shared_forms.common([self.shared])
         shared = None if self.shared is None or shared_form is None else shared_expert(shared_form, self.shared, x_TD)
         is_opaque = isinstance(experts, OpaqueExperts)  # whose results may get another type than the rows'
-        added = residual_TD if residual_TD is not None and not is_opaque else None
-        y_TD, rest = self.dispatcher(rows_TD, routing, experts, self.training, shared, added)
+        added = None if is_opaque or tensor.is_shared else residual_TD
+        y_TD, rest = self.dispatcher(rows_TD, routes, experts, self.training, shared, added)
         if isinstance(experts, OpaqueExperts):
             self.experts.output_type = experts.output_type
             y_TD = y_TD.to(experts.output_type or x_TD.dtype)
+        y_TD = tensor.gather(y_TD, len(x_TD))
         if self.shared is not None and shared is None:
-            rest.append(self.shared(x_TD))
-        if residual_TD is not None and is_opaque:
+            rest.append(tensor.beside(self.shared, x_TD))
+        if residual_TD is not None and added is None:
             rest.append(residual_TD)
         for each in rest:
             y_TD = y_TD + each

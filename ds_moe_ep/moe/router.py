@@ -103,6 +103,15 @@ class Router(nn.Module):
         else:
             self.balance.step_size = config.bias_step
 
+    @property
+    def draws(self) -> bool:
+        """True where a pass may draw numbers, in the mode that the gate is in."""
+        config = self.config
+        factor = config.capacity_factor if self.training else config.eval_capacity_factor
+        has_noise = config.sample_second or (self.training and config.noise != "none")
+        is_drawn = config.drop_policy == "random" and factor is not None
+        return has_noise or is_drawn or not is_plain_linear(self.wg)  # adapted: whatever it computes now
+
     def forward(self, x_TD: Tensor, used_token_T: Tensor | None = None) -> Routing:
         """The routing of tokens [T, D]; `used_token_T` is nonzero for tokens that take part. Local."""
         config, in_triton = self.config, use_triton(self.config, x_TD.device)

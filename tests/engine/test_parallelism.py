@@ -1,9 +1,8 @@
-"""Tensor and sequence parallelism beside the layer: refused by name on every rank, whatever door they come through."""
+"""Sequence parallelism beside the layer: refused by name on every rank, whatever door it comes through."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_moe_ep import ConfigError, GeluMLP, MoE
-from ds_moe_ep.config.parallel_keys import refuse_shared_tokens
+from ds_moe_ep.config.parallel_keys import refuse_sequence_keys
 from ds_moe_ep.config.training import read_training
+from tests.engine.layouts.tensor_models import mpu_of
 from tests.ranks import run_ranks
 
 WIDTH = 8
@@ -36,24 +36,6 @@ class Model(nn.Module):
         return loss
 
 
-def mpu_of(tensor_size: int, prefix: str) -> Any:
-    """Object that a Megatron client passes, with the method names of one of its generations. Collective."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    rows = [list(range(first, first + tensor_size)) for first in range(0, world, tensor_size)]
-    columns = [list(range(first, world, tensor_size)) for first in range(tensor_size)]
-    tensor, data = ([dist.new_group(ranks) for ranks in table] for table in (rows, columns))
-    methods: dict[str, Callable[[], Any]] = {
-        "data_parallel_rank": lambda: rank // tensor_size,
-        "data_parallel_world_size": lambda: world // tensor_size,
-        "data_parallel_group": lambda: data[rank % tensor_size],
-    }
-    for name in {"model_parallel", prefix}:
-        methods[f"{name}_rank"] = lambda: rank % tensor_size
-        methods[f"{name}_world_size"] = lambda: tensor_size
-        methods[f"{name}_group"] = lambda: tensor[rank // tensor_size]
-    return SimpleNamespace(**{f"get_{name}": method for name, method in methods.items()})
-
-
 def unit_of_sequences() -> Any:
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
@@ -61,17 +43,9 @@ def unit_of_sequences() -> Any:
     return parallel_state_sp
 
 
-# How AutoTP cuts a model that it does not know: here a dense matrix alone.
-CUT = {"use_default_specs": False, "layer_specs": [{"patterns": [r".*enter\.weight$"], "partition_type": "column"}]}
+SEQUENCE = "sequence parallel size=2"
 # Further keys of the ds_config, further arguments, what ds_moe_ep.initialize says, what the layer says elsewhere
-TENSOR, SEQUENCE = "tensor parallel size=2", "sequence parallel size=2"
 ROADS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str, str]] = {
-    "Megatron's mpu of old": ({}, lambda: {"mpu": mpu_of(2, "model_parallel")}, TENSOR, TENSOR),
-    "Megatron's mpu": ({}, lambda: {"mpu": mpu_of(2, "tensor_model_parallel")}, TENSOR, TENSOR),
-    "a grid of slices": ({}, lambda: {"mpu": mpu_of(2, "slice_parallel")}, TENSOR, TENSOR),
-    "AutoTP's section": (
-        {"tensor_parallel": {"autotp_size": 2, "partition_config": CUT}}, dict, "tensor_parallel.autotp_size=2", TENSOR
-    ),
     "two keys": (
         {"data_parallel_size": 2, "sequence_parallel_size": 2}, dict, "sequence_parallel_size=2", SEQUENCE
     ),
@@ -98,19 +72,7 @@ def refusals() -> dict[tuple[str, str, int], str]:
                 text = f"{type(error).__name__}: {error}"
             said[road, door.__module__.split(".")[0], ep_size] = text
             forget_groups()
-    said["tp_model_init", "deepspeed", 2] = refusal_after_tp_model_init()
     return said
-
-
-def refusal_after_tp_model_init() -> str:
-    import deepspeed
-
-    model = deepspeed.tp_model_init(Model(2), tp_size=2, dtype=torch.float32)
-    try:
-        deepspeed.initialize(model=model, config=DS_CONFIG | {"tensor_parallel": {"partition_config": CUT}})
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def forget_groups() -> None:
@@ -135,11 +97,6 @@ def test_ranks_that_share_tokens_are_refused_on_every_rank_with_the_way_out(
             text = theirs[road, door, ep_size]
             assert f"Error: {begins}: " in text, f"rank {rank}: {text}"
             assert "give the ranks to ep_size" in text
-
-
-def test_tp_model_init_is_refused_like_the_section(said: list[dict[tuple[str, str, int], str]]) -> None:
-    for theirs in said:
-        assert theirs["tp_model_init", "deepspeed", 2].startswith(f"EngineError: {TENSOR}: ")
 
 
 def one_step_with(tensor_size: int | None, keys: dict[str, Any]) -> list[torch.Tensor]:
@@ -202,10 +159,11 @@ BATCH = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}
             {"sequence_parallel_size": 1, "data_parallel_size": 2},
             "data_parallel_size=2 with sequence_parallel_size=1: ",
         ),
-        ({"tensor_parallel": {"autotp_size": 4}}, "tensor_parallel.autotp_size=4: "),
+        ({"tensor_parallel": {"autotp_size": 3}}, "tensor_parallel.autotp_size=3: does not divide"),
+        ({"tensor_parallel": {"autotp_size": True}}, "tensor_parallel.autotp_size=True: needs a number of ranks"),
     ],
 )
-def test_a_ds_config_that_shares_tokens_is_refused_before_its_batch_is_counted(
+def test_a_ds_config_that_shares_sequences_is_refused_before_its_batch_is_counted(
     keys: dict[str, Any], begins: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -218,4 +176,12 @@ def test_a_ds_config_that_shares_tokens_is_refused_before_its_batch_is_counted(
 )
 def test_keys_that_share_nothing_leave_the_batch_as_it_is(keys: dict[str, Any]) -> None:
     assert read_training(BATCH | keys, ep_size=2, world_size=4).accumulation == 2
-    refuse_shared_tokens(keys)
+    refuse_sequence_keys(keys)
+
+
+@pytest.mark.parametrize(("size", "ep_size"), [(2, 2), (2, 4), (4, 1), (4, 4)])
+def test_the_batch_is_counted_over_copies_of_tensor_ranks(size: int, ep_size: int) -> None:
+    keys = {"tensor_parallel": {"autotp_size": size}}
+    training = read_training(BATCH | keys, ep_size=ep_size, world_size=4)
+    assert (training.num_copies, training.accumulation) == (4 // size, 8 // (4 // size))
+    assert training.batch == 8 and training.num_replicas == 4 // ep_size

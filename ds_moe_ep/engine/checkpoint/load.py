@@ -86,7 +86,14 @@ class SavedEpSize(EngineCallback):
         if folder is None or not reshards(self._engine):
             return None
         saved = saved_ep_size(load.load_dir, load.tag) or self._ep_size
-        is_same = saved == self._ep_size and saved_ranks(folder) in (0, dist.get_world_size())
+        num_ranks = dist.get_world_size(seams.data_parallel_group())
+        is_same = saved == self._ep_size and saved_ranks(folder) in (0, num_ranks)
+        if not is_same and seams.tensor_parallel_size() > 1:
+            raise EngineError(
+                f"{folder}: saved with ep_size={saved} by {saved_ranks(folder)} data-parallel ranks, this run has "
+                f"ep_size={self._ep_size} and {num_ranks}: optimizer states beside tensor parallelism are not cut anew. "
+                "Load the weights: load_checkpoint(..., load_module_only=True)"
+            )
         return None if is_same else (folder, saved)
 
     def _load_anew(self, folder: Path, saved: int) -> MoEError | None:

@@ -18,6 +18,8 @@ from torch import Tensor
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooks.layer import HookedLayer, check_width, copied, refuse_pickling, restore_class, swap_class
+from ds_moe_ep.engine.layouts.tensor import refuse_unlike, tensor_ranks_of
+from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
 from ds_moe_ep.moe.experts import OpaqueExperts
@@ -59,9 +61,6 @@ class HookedAutoEP(HookedLayer):
                 return f"its {cls.__name__} is a {type(module).__name__} with a forward of its own; hook plain layers"
         if layer.comm_backend != "comm":
             return f'comm_backend="{layer.comm_backend}" moves its own rows; set comm_backend to "comm"'
-        folding = layer.folding_group_handles
-        if folding is not None and folding.spec.tp_size > 1:
-            return f"it is folded over {folding.spec.tp_size} tensor-parallel ranks; set autotp_size to 1"
         if layer.async_split_plan:
             return "async_split_plan=true plans rows that the hooks plan themselves; leave it out"
         if layer.ep_group is None and layer.ep_size > 1:
@@ -72,11 +71,24 @@ class HookedAutoEP(HookedLayer):
         experts = self._layer.experts
         return (SWIGLU, weights_of(experts)) if experts.activation == "swiglu" else None
 
+    def share_tokens(self, layer: AutoEPMoELayer) -> None:
+        self.tensor_ranks = tensor_ranks_of(layer, self.config)
+        if self.tensor_ranks.has_own_tokens:
+            raise EngineError(
+                f"{self.dispatcher.name}: moe_ep.sequence_parallel=true for a layer of AutoEP's, which DeepSpeed folds "
+                "over tensor ranks with whole sequences alone; leave it out"
+            )
+        refuse_unlike(self.tensor_ranks, layer.router, self.dispatcher.name)
+
     def attach(self) -> None:
         swap_class(self._layer.experts, OverlappedGroupedExperts, self)
         swap_class(self._layer, OverlappedAutoEP, self)
+        # AutoEP's own exchange makes these gradients too large by the number of tensor ranks, which DeepSpeed takes
+        # back but for parameters with this mark. Here they are right as they are.
+        self.mark_experts(self._layer.experts)
 
     def remove(self) -> None:
+        self.unmark_experts()
         restore_class(self._layer, AutoEPMoELayer)
         restore_class(self._layer.experts, GroupedExperts)
 
@@ -102,6 +114,7 @@ class OverlappedAutoEP(AutoEPMoELayer):
         with hooked.dispatcher.announcing(hidden_states.device, self.training):
             check_width(hidden_states, self.hidden_size, hooked.dispatcher.name)
             x_TD = hidden_states.reshape(-1, self.hidden_size)
+            hooked.tensor_ranks.compare(x_TD, hooked.dispatcher.name)
             weights_TK, expert_ids_TK, counts_E = self.router(x_TD, self.expert_bias)
         with torch.no_grad():
             self.tokens_per_expert.add_(counts_E)
@@ -123,6 +136,11 @@ class OverlappedGroupedExperts(GroupedExperts):
 
     def forward(self, x_TD: Tensor, routes: Routes) -> Tensor:
         """The weighted results [T, D]."""
+        tensor = self.overlap.tensor_ranks
+        share_TD, routes = tensor.cut(x_TD, routes)
+        return tensor.gather(self._through_experts(share_TD, routes), len(x_TD))
+
+    def _through_experts(self, x_TD: Tensor, routes: Routes) -> Tensor:
         by_hand = self.activation == "swiglu" and known_experts(SWIGLU, weights_of(self), x_TD)
         if by_hand:
             return self.overlap.dispatcher(by_hand[0], routes, by_hand[1], self.training)[0]

@@ -42,6 +42,10 @@ def hook(
             problems.append(f"{name or 'the model'} ({type(layer).__name__}) cannot be hooked: {problem}")
         elif layer.ep_size > 1:
             hooked[name] = cls(name, layer, traffic)
+            try:
+                hooked[name].share_tokens(layer)
+            except EngineError as error:
+                problems.append(str(error))
             if traffic.get("replicas") and (problem := problem_of_replicas(layer, hooked[name])):
                 problems.append(f"{name or 'the model'} ({type(layer).__name__}) cannot have replicas: {problem}")
     hosts, groups = agree(problems, hooked, [type(callback).__qualname__ for callback in callbacks])

@@ -14,16 +14,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.engine.layouts.tensor import OWN_MARK, mark_as_apart
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.replicas.replicas import Known
+from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from ds_moe_ep.moe.tuner import Choice
 
 # What a hooked layer takes from a configuration: how rows move. Which experts tokens visit is its own gate's to say.
 TRAFFIC = (
     "replicas",
     "node_size",
+    "sequence_parallel",
     "schedule",
     "retune_drift",
     "chunks",
@@ -53,6 +56,8 @@ class HookedLayer:
     def __init__(self, kind: str, name: str, config: MoEConfig) -> None:
         self.kind = kind
         self.dispatcher = Dispatcher(config, name)
+        self.tensor_ranks = TensorRanks()
+        self._marked: list[nn.Parameter] = []
         self.last_counts_E = torch.zeros(config.num_experts, dtype=torch.int64)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookedLayer:
@@ -63,6 +68,10 @@ class HookedLayer:
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
+    def share_tokens(self, layer: Any) -> None:
+        """Shares the tokens of the layer that is to be hooked with its tensor ranks. Collective over them."""
+        raise NotImplementedError
+
     def attach(self) -> None:
         """Puts the hook in. Local."""
         raise NotImplementedError
@@ -70,6 +79,16 @@ class HookedLayer:
     def remove(self) -> None:
         """Makes the layer what it was. Local."""
         raise NotImplementedError
+
+    def mark_experts(self, experts: nn.Module) -> None:
+        """Lets DeepSpeed's norms count the experts of every tensor rank, until `unmark_experts`. Local."""
+        self._marked = mark_as_apart(experts)
+
+    def unmark_experts(self) -> None:
+        """Takes the marks away that `mark_experts` made. Local."""
+        for parameter in self._marked:
+            vars(parameter).pop(OWN_MARK, None)
+        self._marked = []
 
     @property
     def ep_size(self) -> int:

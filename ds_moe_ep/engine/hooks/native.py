@@ -24,7 +24,8 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
 from ds_moe_ep.engine.extensions.clock import LayerClock, Timed
 from ds_moe_ep.engine.hooks.layer import HookedLayer, check_width, copied, refuse_pickling, restore_class, swap_class
-from ds_moe_ep.engine.parallelism import problem_of_shared_tokens
+from ds_moe_ep.engine.layouts.tensor import refuse_unlike, tensor_ranks_of
+from ds_moe_ep.engine.parallelism import problem_of_sequences
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
@@ -88,7 +89,7 @@ class HookedNative(HookedLayer):
             return problem
         if layer.use_tutel:
             return "use_tutel=True: Tutel packs its rows; make the layer with use_tutel=False"
-        if problem := problem_of_shared_tokens():
+        if problem := problem_of_sequences():
             return problem
         if layer.ep_group is None:
             return "it has no expert-parallel group yet; call deepspeed.initialize first"
@@ -97,11 +98,17 @@ class HookedNative(HookedLayer):
     def known_experts(self) -> Known | None:
         return self.forms.known(list(self._layer.experts.deepspeed_experts))
 
+    def share_tokens(self, moe: DeepSpeedMoE) -> None:
+        ranks = self.tensor_ranks = tensor_ranks_of(moe, self.config)
+        refuse_unlike(ranks, self._layer.gate, self.dispatcher.name)
+
     def attach(self) -> None:
         swap_class(self._layer, OverlappedMOELayer, self)
+        self.mark_experts(self._layer.experts)
 
     def remove(self) -> None:
         restore_class(self._layer, MOELayer)
+        self.unmark_experts()
 
 
 class OverlappedMOELayer(Timed, MOELayer):
@@ -126,8 +133,11 @@ class OverlappedMOELayer(Timed, MOELayer):
             if problem := problem_of_container(self.experts):
                 raise EngineError(f"{name}: {problem}")
             check_width(x, self.gate.wg.weight.shape[1], name)
-            x_TD = x.reshape(-1, x.shape[-1])
-            answer = seams.sparse_routes(self.gate, x_TD, used_token)
+            x_TD, tensor = x.reshape(-1, x.shape[-1]), hooked.tensor_ranks
+            tensor.compare(x_TD, name)
+            used = used_token if used_token is None else tensor.all_tokens(used_token)
+            with tensor.drawing_alike(x.device, tensor.is_shared and draws(self.gate)):
+                answer = seams.sparse_routes(self.gate, tensor.all_tokens(x_TD), used)
         self.l_aux, capacity, _, experts_KT, places_KT, weights_KT, self.exp_counts = answer
         if self.gate.drop_tokens:
             routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity))
@@ -136,7 +146,8 @@ class OverlappedMOELayer(Timed, MOELayer):
             may_leave_out = used_token is not None or is_drawn or not seams.has("sparse routes")
             routes = dropless_routes(experts_KT, weights_KT, may_leave_out)
         hooked.last_counts_E = self.exp_counts.to(torch.int64)
-        return self._through_experts(x_TD, routes).reshape(x.shape)
+        share_TD, routes = tensor.cut(x_TD, routes)
+        return tensor.gather(self._through_experts(share_TD, routes), len(x_TD)).reshape(x.shape)
 
     def _through_experts(self, x_TD: Tensor, routes: Routes) -> Tensor:
         hooked, experts = self.overlap, list(self.experts.deepspeed_experts)
@@ -177,6 +188,12 @@ def alone(gate: TopKGate) -> Iterator[None]:
         yield
     finally:
         gate.ep_group = group
+
+
+def draws(gate: TopKGate) -> bool:
+    """True where a pass of a gate may draw numbers, in the mode that it is in."""
+    is_drawn = {1: gate.use_rts, 2: gate.top2_2nd_expert_sampling}.get(gate.k, False)
+    return bool(is_drawn or (gate.training and gate.noisy_gate_policy not in (None, "None")))
 
 
 def routes_of(experts_KT: Tensor, places_KT: Tensor, weights_KT: Tensor, capacity: int) -> Routes:

@@ -1,0 +1,110 @@
+"""Tensor parallelism of the dense part as DeepSpeed was given it: Megatron's mpu, or AutoTP's section.
+
+DeepSpeed makes expert groups of ranks of the whole world, tensor ranks among them, and averages the experts' gradients
+over the data-parallel size, which does not count tensor ranks: right where each token goes to the experts once. Its
+norms count a parameter of the first tensor rank alone unless it is marked as cut. Experts of other tensor ranks are
+others, or under ZeRO other parts of them, and so they get that mark. Part of `seams.py`, as to private names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_group, bwc_tensor_model_parallel_rank
+from torch import nn
+
+from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.parallel_keys import CUT_EXPERTS_RULE
+from ds_moe_ep.engine import seams
+from ds_moe_ep.errors import EngineError
+from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
+
+CUT_MARK = "tensor_model_parallel"  # Megatron's and AutoTP's, on parameters that are cut
+OWN_MARK = "model_parallel"  # the same to DeepSpeed's norms
+SEQUENCE_MARK = "sequence_parallel"  # Megatron's, on parameters and in configurations
+
+
+def tensor_ranks_of(layer: nn.Module, config: MoEConfig) -> TensorRanks:
+    """The tensor group of this rank, for a layer. Local. Raises EngineError where its experts are cut over it."""
+    size = seams.tensor_parallel_size()
+    if size == 1:
+        return TensorRanks()
+    cut = [name for name, parameter in layer.named_parameters() if getattr(parameter, CUT_MARK, False)]
+    ours = [name for name in cut if "deepspeed_experts" in name or ".gate." in f".{name}"]
+    if ours:
+        raise EngineError(f"tensor parallel size={size} with {ours[0]}, which is cut over it: {CUT_EXPERTS_RULE}")
+    group = bwc_tensor_model_parallel_group(groups.mpu)
+    given = config.sequence_parallel
+    has_own_tokens = is_marked_for_sequences(layer) if given is None else given
+    return TensorRanks(group, int(bwc_tensor_model_parallel_rank(groups.mpu)), size, has_own_tokens)
+
+
+def is_marked_for_sequences(layer: nn.Module) -> bool:
+    """True where a layer's parameters, modules or their configurations say that tokens come cut, as Megatron's do."""
+    if any(getattr(parameter, SEQUENCE_MARK, False) for parameter in layer.parameters()):
+        return True
+    owners = [owner for module in layer.modules() for owner in (module, getattr(module, "config", None))]
+    return any(getattr(owner, SEQUENCE_MARK, None) is True for owner in owners if not isinstance(owner, MoEConfig))
+
+
+def mark_as_apart(experts: nn.Module) -> list[nn.Parameter]:
+    """Lets DeepSpeed's norms count experts of every tensor rank; returns those that were not marked before. Local."""
+    unmarked = [p for p in experts.parameters() if not getattr(p, OWN_MARK, False)]
+    if seams.tensor_parallel_size() == 1:
+        return []
+    for parameter in unmarked:
+        setattr(parameter, OWN_MARK, True)
+    return unmarked
+
+
+@torch.no_grad()
+def make_alike(ranks: TensorRanks, module: nn.Module) -> None:
+    """Gives a module that every tensor rank has whole the first rank's weights. Collective over the group."""
+    if ranks.group is None:
+        return
+    for tensor in (*module.parameters(), *module.buffers()):
+        dist.broadcast(tensor.data, dist.get_global_rank(ranks.group, 0), group=ranks.group)
+
+
+@torch.no_grad()
+def refuse_unlike(ranks: TensorRanks, module: nn.Module, name: str) -> None:
+    """Raises EngineError on every tensor rank where a module that each has whole differs. Collective over the group."""
+    if ranks.group is None:
+        return
+    mine = 0
+    for parameter in module.parameters():
+        mine = crc32(parameter.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes(), mine)
+    theirs: list[int] = [0] * ranks.size
+    dist.all_gather_object(theirs, mine, group=ranks.group)
+    if len(set(theirs)) > 1:
+        raise EngineError(
+            f"{name}: its weights differ between the ranks of a tensor-parallel group, which must route alike; make "
+            "the model with the same seed on all of them, or load one checkpoint"
+        )
+
+
+def refuse_mixed_groups(ranks: TensorRanks, ep_group: dist.ProcessGroup, config: MoEConfig) -> None:
+    """Raises EngineError where balance_scope "group" would count some tensor groups' tokens more often than others'.
+
+    On every rank; collective over the world.
+    """
+    if ranks.group is None or config.balance_scope == "rank" or config.ep_size == 1:
+        return
+    first = dist.get_global_rank(ranks.group, 0)
+    members: list[int] = [0] * dist.get_world_size(ep_group)
+    dist.all_gather_object(members, first, group=ep_group)
+    counts = Counter(members)
+    seen: list[Counter[int]] = [Counter()] * ranks.size
+    dist.all_gather_object(seen, counts, group=ranks.group)
+    problem = None
+    if len(set(counts.values())) > 1 or any(each != counts for each in seen):
+        problem = EngineError(
+            f"moe_ep.balance_scope='group' with ep_size={config.ep_size} and tensor parallel size={ranks.size}: an "
+            "expert group holds parts of tensor groups, whose tokens it would count unequally; take sizes of which "
+            "one divides the other, or balance_scope='rank'"
+        )
+    seams.settle(problem)

@@ -1,0 +1,1 @@
+"""Layers whose tokens a tensor-parallel group shares: each rank takes a part of them to the experts."""

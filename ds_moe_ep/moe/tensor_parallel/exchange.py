@@ -1,0 +1,97 @@
+"""Rows of tokens between whole tensors and the shares of a tensor group's ranks, and the gradients of both ways.
+
+Each rank's share is a span of tokens, in the order of ranks; the first ones have a token more where the number does not
+divide. The loss, and so the gradient of a whole tensor, is the same on every rank of the group: what comes back over
+`gather` is a rank's own span of it, and what comes back over `cut` is gathered. Neither sums: nothing counts twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# torch gave it another name and warns of the old one.
+all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True)
+class Spans:
+    """How the tokens of a group of ranks lie."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    num_tokens: int
+
+    def span(self, rank: int) -> tuple[int, int]:
+        """First token and number of tokens of a rank."""
+        each, rest = divmod(self.num_tokens, self.size)
+        return rank * each + min(rank, rest), each + (rank < rest)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's span of a tensor [T, ...]; a view."""
+        return whole.narrow(0, *self.span(self.rank))
+
+    def gather(self, share: Tensor) -> Tensor:
+        """The tensor [T, ...] of all ranks' spans. Collective over the group; no gradient."""
+        if not self.num_tokens:
+            return share
+        longest = self.span(0)[1]
+        padded = share.contiguous()
+        if len(share) < longest:  # all ranks send alike many rows
+            padded = torch.cat([padded, padded.new_zeros(longest - len(share), *share.shape[1:])])
+        buffer = padded.new_empty(self.size * padded.numel())  # flat: gloo takes no other
+        all_gather(buffer, padded.flatten(), group=self.group)
+        rows = buffer.view(self.size * longest, *share.shape[1:])
+        if self.num_tokens == len(rows):
+            return rows
+        return torch.cat([rows.narrow(0, rank * longest, self.span(rank)[1]) for rank in range(self.size)])
+
+
+def cut(spans: Spans, *whole: Tensor) -> tuple[Tensor, ...]:
+    """Whole tensors, alike on all ranks, to a rank's own spans; views. Local; collective on the way back."""
+    trained = [each for each in whole if each.requires_grad and torch.is_grad_enabled()]
+    if not trained:
+        return tuple(spans.own(each) for each in whole)
+    spans_of_trained = iter(_Cut.apply(spans, *trained))  # type: ignore[no-untyped-call]
+    return tuple(next(spans_of_trained) if each.requires_grad else spans.own(each) for each in whole)
+
+
+def gather(spans: Spans, share: Tensor) -> Tensor:
+    """Ranks' own spans to the whole tensor. Collective; local on the way back."""
+    whole: Tensor = _Gather.apply(spans, share)  # type: ignore[no-untyped-call]
+    return whole
+
+
+class _Cut(torch.autograd.Function):
+    """One node for several tensors: their gradients are gathered in one order on all ranks."""
+
+    @staticmethod
+    def forward(context: Any, spans: Spans, *whole: Tensor) -> tuple[Tensor, ...]:
+        context.spans = spans
+        return tuple(spans.own(each) for each in whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(context.spans.gather(gradient) for gradient in gradients)
+
+
+class _Gather(torch.autograd.Function):
+    """The gradient of the whole tensor is alike on all ranks, and each takes its own span of it."""
+
+    @staticmethod
+    def forward(context: Any, spans: Spans, share: Tensor) -> Tensor:
+        context.spans = spans
+        return spans.gather(share)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, context.spans.own(gradient)

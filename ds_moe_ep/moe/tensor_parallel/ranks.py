@@ -1,0 +1,162 @@
+"""`TensorRanks`: the tensor group that a layer's ranks belong to, and what it means for the layer's tokens.
+
+1. All ranks route all tokens, so that capacities, losses and counts are those of a rank that is alone with them, and
+   noise is drawn alike. Where the tokens come cut (Megatron's sequence parallelism) they are gathered for the gate.
+2. Each rank takes its span of tokens to the experts, whose gradients then count every token once.
+3. The results are gathered, but where the tokens came cut.
+
+The gate's gradient is whole on every rank, as that of any dense parameter: nobody sums it over the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_moe_ep.errors import EngineError
+from ds_moe_ep.moe.router import Routes, Routing
+from ds_moe_ep.moe.tensor_parallel.exchange import Spans, all_gather, cut, gather
+
+PROBED_TOKENS = 16  # whose numbers tell whether ranks hold the same tokens
+TOLERANCE = 1e-2  # of a probe: roundings are far below, other tokens far above
+
+
+@dataclass(frozen=True, eq=False)
+class TensorRanks:
+    """Ranks that hold the same tokens, or with `has_own_tokens` a span each of the same sequences."""
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+    has_own_tokens: bool = False
+
+    def __deepcopy__(self, memo: object) -> TensorRanks:
+        return self  # groups are the process's
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TensorRanks, ()  # another process has other groups
+
+    @property
+    def is_shared(self) -> bool:
+        """True where other ranks take a part of the tokens."""
+        return self.size > 1
+
+    def all_tokens(self, tokens: Tensor) -> Tensor:
+        """The tokens, or marks of tokens, [T, ...] that are routed together. Collective where they come cut."""
+        if not (self.is_shared and self.has_own_tokens):
+            return tokens
+        spans = self._spans(len(tokens) * self.size)
+        return gather(spans, tokens) if tokens.is_floating_point() else spans.gather(tokens.to(torch.uint8))
+
+    def cut(self, tokens_TD: Tensor, routes: Routes) -> tuple[Tensor, Routes]:
+        """This rank's span of the tokens, as the layer got them, and of the routes of all tokens.
+
+        Rows go without padding where a capacity has dropped some: ranks need not send alike many.
+        """
+        if not self.is_shared:
+            return tokens_TD, routes
+        spans = self._spans(len(routes.expert_ids_TK))
+        if self.has_own_tokens:
+            (weights_TK,) = cut(spans, routes.weights_TK)
+        else:
+            tokens_TD, weights_TK = cut(spans, tokens_TD, routes.weights_TK)
+        is_used_TK = routes.is_kept_TK if routes.capacity is not None else routes.is_used_TK
+        own = replace(
+            routes,
+            expert_ids_TK=spans.own(routes.expert_ids_TK),
+            weights_TK=weights_TK,
+            is_used_TK=None if is_used_TK is None else spans.own(is_used_TK),
+            is_kept_TK=None,
+            place_TK=None,
+            capacity=None,
+        )
+        if isinstance(own, Routing):
+            scores_TE, logits_TE = spans.own(own.scores_TE.detach()), spans.own(own.logits_TE.detach())
+            own = replace(own, scores_TE=scores_TE, logits_TE=logits_TE, counts_KE=None)
+        return tokens_TD, own
+
+    def gather(self, results_TD: Tensor, num_tokens: int) -> Tensor:
+        """The results [T, D] of as many tokens as the layer got."""
+        if not self.is_shared or self.has_own_tokens:
+            return results_TD
+        return gather(self._spans(num_tokens), results_TD)
+
+    def beside(self, module: nn.Module, tokens: Tensor) -> Any:
+        """The output of a dense module beside the experts, for the tokens [..., D] as the layer got them.
+
+        One that is cut over the group itself takes them as they come. Any other sees all tokens where they come cut,
+        so that its gradients are whole.
+        """
+        if not (self.is_shared and self.has_own_tokens) or is_cut(module):
+            return module(tokens)
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        spans = self._spans(len(flat) * self.size)
+        output = module(gather(spans, flat))
+        output = output[0] if isinstance(output, tuple) else output  # as DeepSpeed: a second output is left out
+        (own,) = cut(spans, output)
+        return own.view(*tokens.shape[:-1], output.shape[-1])
+
+    @contextmanager
+    def drawing_alike(self, device: torch.device, draws: bool) -> Iterator[None]:
+        """A scope in which all ranks draw what the group's first one draws. Collective where something is drawn."""
+        if not (self.is_shared and draws):
+            yield
+            return
+        on_cuda = device.type == "cuda"
+        read: Callable[[], Tensor] = (lambda: torch.cuda.get_rng_state(device)) if on_cuda else torch.get_rng_state
+        before = read()
+        state = before.to(device)
+        assert self.group is not None
+        dist.broadcast(state, dist.get_global_rank(self.group, 0), group=self.group)
+        if self.rank == 0:  # its own numbers go on as they would without the others
+            yield
+            return
+        write = (lambda s: torch.cuda.set_rng_state(s, device)) if on_cuda else torch.set_rng_state
+        write(state.cpu())
+        try:
+            yield
+        finally:
+            write(before)
+
+    def _spans(self, num_tokens: int) -> Spans:
+        assert self.group is not None
+        return Spans(self.group, self.rank, self.size, num_tokens)
+
+    @torch.no_grad()
+    def compare(self, tokens_TD: Tensor, name: str) -> None:
+        """Raises EngineError on every rank where the ranks hold other tokens. Collective; on CUDA it does nothing."""
+        if not self.is_shared or tokens_TD.device.type != "cpu":
+            return
+        mine = torch.tensor([float(len(tokens_TD)), probe(tokens_TD)], dtype=torch.float64)
+        told = mine.new_empty(2 * self.size)
+        all_gather(told, mine, group=self.group)
+        counts, probes = told.view(self.size, 2).unbind(1)
+        if counts.unique().numel() > 1:
+            raise EngineError(
+                f"{name}: the ranks of a tensor-parallel group have {counts.int().tolist()} tokens: they must have the "
+                "same ones, or with sequence parallelism equally many; give all ranks of a group the same batch"
+            )
+        if not (self.has_own_tokens or torch.allclose(probes, probes[0], rtol=0, atol=TOLERANCE, equal_nan=True)):
+            raise EngineError(
+                f"{name}: the ranks of a tensor-parallel group have different tokens; give them the same batch, or set "
+                "moe_ep.sequence_parallel=true where each has a part of the sequences"
+            )
+
+
+def probe(tokens_TD: Tensor) -> float:
+    """A number that differs between other tokens, and hardly by rounding: some tokens along one direction."""
+    some = tokens_TD[:: max(1, len(tokens_TD) // PROBED_TOKENS)].flatten().double()
+    direction = torch.arange(len(some), dtype=torch.float64).cos()
+    return float(torch.dot(some, direction) / torch.linalg.vector_norm(some).clamp(min=1e-30))
+
+
+def is_cut(module: nn.Module) -> bool:
+    """True where parameters carry Megatron's marks: the module itself minds the tensor group."""
+    marks = ("model_parallel", "tensor_model_parallel", "sequence_parallel")
+    return any(getattr(parameter, mark, False) for parameter in module.parameters() for mark in marks)

@@ -1,0 +1,1 @@
+"""Layouts in which experts are shared."""

@@ -1,0 +1,273 @@
+"""Runs of `TensorModel` in engines on 4 ranks, and in one process in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.engine.layouts.tensor_models import (
+    NUM_EXPERTS,
+    RATE,
+    TENSOR_SIZE,
+    Dense,
+    LoopExperts,
+    TensorJob,
+    TensorModel,
+    mpu_of,
+)  # fmt: skip
+from tests.engine.native_layers import PlainGelu
+from tests.moe.layer_cases import D
+
+AUTOTP = {
+    "tensor_parallel": {
+        "autotp_size": TENSOR_SIZE,
+        "partition_config": {
+            "use_default_specs": False,
+            "layer_specs": [
+                {"patterns": [r".*dense\.\d+\.up\.weight$"], "partition_type": "column"},
+                {"patterns": [r".*dense\.\d+\.down\.weight$"], "partition_type": "row"},
+            ],
+        },
+    }
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What two steps did."""
+
+    losses: list[float]
+    norms: list[float]  # of the gradients, before they are clipped
+    moves: dict[str, Tensor]  # of each parameter, by its name on one device
+
+    def distance(self, other: Trained) -> float:
+        """The largest difference in a move, over that tensor's largest, or in a loss or norm, relative."""
+        assert self.moves.keys() == other.moves.keys(), sorted(self.moves.keys() ^ other.moves.keys())
+        numbers = zip([*self.losses, *self.norms], [*other.losses, *other.norms], strict=True)
+        of_numbers = [abs(mine - theirs) / abs(theirs) for mine, theirs in numbers]
+        of_moves = [
+            float((self.moves[name].double() - move.double()).abs().max() / move.abs().max().clamp(min=1e-4))
+            for name, move in other.moves.items()
+        ]
+        return max(*of_numbers, *of_moves)
+
+
+def make_layer(job: TensorJob) -> nn.Module:
+    from deepspeed.moe.layer import MoE as Native
+
+    from ds_moe_ep import MoE
+
+    if job.kind == "ours":
+        shared = PlainGelu(bias=True) if job.shared else None
+        return MoE(D, PlainGelu(bias=True), use_residual=job.residual, config=job.config, shared=shared)
+    config = job.config
+    return Native(
+        D, PlainGelu(bias=True), num_experts=NUM_EXPERTS, ep_size=job.ep_size, k=job.top_k, use_residual=job.residual,
+        capacity_factor=config.capacity_factor or 1.0, min_capacity=1, drop_tokens=config.capacity_factor is not None,
+        use_rts=False, top2_2nd_expert_sampling=False,
+    )  # fmt: skip
+
+
+def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str:
+    """The job on this rank: the moves of its own parameters; or the error that the package raised."""
+    import deepspeed
+
+    import ds_moe_ep
+    from ds_moe_ep.model.initialize import global_name
+
+    ds_moe_ep.init_distributed()
+    is_cut_by_autotp = bool(keys)
+    grid = mpu_of(TENSOR_SIZE, job.prefix)
+    model = TensorModel(job, lambda: make_layer(job), None if is_cut_by_autotp else grid)
+    model.grid = grid
+    give_weights(model, job)
+    with planted(job.fault):
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=torch.optim.SGD(parameter_groups(model), lr=RATE),
+                mpu=None if is_cut_by_autotp else grid,
+                config=job.ds_config(keys or {}),
+            )
+            attached = nullcontext()
+            if job.kind != "native":
+                traffic = {"schedule": "peers"} | job.knobs
+                attached = ds_moe_ep.attach_overlap(engine, traffic if job.kind == "hooked" else None)
+            with attached:
+                before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+                losses, norms = train(engine, job)
+        except ds_moe_ep.MoEError as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            forget_groups()
+    index = job.expert_index(dist.get_rank())
+    moves = {
+        global_name(name, index): (parameter.detach() - before[name]).float()
+        for name, parameter in model.named_parameters()
+    }
+    return Trained(losses, norms, moves)
+
+
+def train(engine: Any, job: TensorJob) -> tuple[list[float], list[float]]:
+    copy, dtype = dist.get_rank() // TENSOR_SIZE, torch.bfloat16 if job.bf16 else torch.float32
+    losses, norms = [], []
+    for number, x in enumerate(job.batches(), 1):
+        loss = engine(x[copy].to(dtype))
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().float()
+        dist.all_reduce(total)
+        losses.append(float(total) / dist.get_world_size())
+        if number % job.accumulation == 0:
+            norms.append(float(engine.get_global_grad_norm()))
+    return losses, norms
+
+
+def parameter_groups(model: nn.Module) -> Any:
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+    return split({"params": list(model.parameters()), "name": "all"})
+
+
+@torch.no_grad()
+def give_weights(model: TensorModel, job: TensorJob) -> None:
+    """The first weights, which depend on their names alone; a tensor rank's part of those that are cut."""
+    from ds_moe_ep.model.initialize import first_value, global_name
+
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    index = job.expert_index(rank)
+    for owner_name, owner in model.named_modules():
+        for name, parameter in owner.named_parameters(prefix=owner_name, recurse=False):
+            shape = list(parameter.shape)
+            is_cut = ".up." in f".{name}" or ".down." in f".{name}"
+            dim = 0 if ".up." in name else 1
+            if is_cut and getattr(parameter, "tensor_model_parallel", False):
+                shape[dim] *= TENSOR_SIZE
+            value = 2 * first_value(global_name(name, index), torch.Size(shape), 3, 1)
+            if value.shape != parameter.shape:
+                value = value.chunk(TENSOR_SIZE, dim)[rank % TENSOR_SIZE]
+            parameter.copy_(value)
+
+
+def forget_groups() -> None:
+    """Takes back what an engine set in DeepSpeed for all that come after it."""
+    from deepspeed.utils import groups
+
+    groups.mpu = groups.mesh_device = None
+    for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
+        getattr(groups, name).clear()
+        getattr(groups, f"{name}_RANKS").clear()
+
+
+@contextmanager
+def planted(fault: str) -> Iterator[None]:
+    """A scope in which the package, or DeepSpeed's own layer, has a fault."""
+    from deepspeed import comm
+    from deepspeed.moe import mappings
+
+    from ds_moe_ep.engine.layouts import tensor
+    from ds_moe_ep.moe.tensor_parallel import exchange, ranks
+
+    whole = exchange.Spans.gather
+
+    def forgets(spans: exchange.Spans, share: Tensor) -> Tensor:
+        """Only the rank's own part comes back."""
+        rows = share.new_zeros(spans.num_tokens, *share.shape[1:])
+        spans.own(rows).copy_(share)
+        return rows
+
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(forgets(context.spans, gradient) for gradient in gradients)
+
+    def twice(spans: exchange.Spans, share: Tensor) -> Tensor:
+        return 2 * whole(spans, share)
+
+    def everything(ranks: Any, tokens: Tensor, routes: Any) -> tuple[Tensor, Any]:
+        """Each rank takes all tokens to the experts."""
+        return tokens, routes
+
+    def other_ranks(*_: Any) -> Any:
+        grid = mpu_of(TENSOR_SIZE)
+        return ranks.TensorRanks(grid.get_data_parallel_group(), grid.get_data_parallel_rank(), TENSOR_SIZE)
+
+    def flat(output: Tensor, share: Tensor, group: Any) -> Any:
+        """gloo takes no other."""
+        return comm.all_gather_into_tensor(output, share.flatten(), group=group)
+
+    faults: dict[str, Any] = {
+        "": nullcontext(),
+        "results that are not gathered": patch.object(exchange.Spans, "gather", forgets),
+        "gradients that are not gathered": patch.object(exchange._Cut, "backward", staticmethod(backward)),
+        "a gradient counted twice": patch.object(exchange.Spans, "gather", twice),
+        "tokens counted twice": patch.multiple(
+            ranks.TensorRanks, cut=everything, gather=lambda ranks, results, num_tokens: results
+        ),
+        "a group of the wrong ranks": patch.object(tensor, "tensor_ranks_of", other_ranks),
+        "experts without a mark": patch.object(tensor, "mark_as_apart", lambda experts: []),
+    }
+    with faults[fault], patch.object(mappings.deepspeed, "comm", _Flat(comm, flat)):
+        yield
+
+
+class _Flat:
+    """DeepSpeed's communication as its tensor mappings see it, whose gather gloo can do."""
+
+    def __init__(self, comm: Any, gather: Callable[..., Any]) -> None:
+        self._comm, self.all_gather_into_tensor = comm, gather
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
+
+
+def run_jobs(jobs: Sequence[tuple[TensorJob, dict[str, Any] | None]]) -> list[Trained | str]:
+    return [run_job(job, keys) for job, keys in jobs]
+
+
+def merged(by_rank: Sequence[Trained | str]) -> Trained | str:
+    """All ranks' moves as one device would make them; those that several ranks have must be equal."""
+    whole: dict[str, Tensor] = {}
+    for result in by_rank:
+        if isinstance(result, str):
+            return result
+    parts = [result.moves for result in by_rank if isinstance(result, Trained)]
+    for name in {name: None for moves in parts for name in moves}:
+        holders = [moves[name] for moves in parts if name in moves]
+        if name.startswith("dense."):
+            assert all(torch.equal(a, b) for a, b in zip(holders[:TENSOR_SIZE], holders[TENSOR_SIZE:], strict=True))
+            whole[name] = torch.cat(holders[:TENSOR_SIZE], 0 if ".up." in name else 1)
+            continue
+        assert all(torch.equal(holders[0], other) for other in holders), f"ranks' {name} differ"
+        whole[name] = holders[0]
+    first = by_rank[0]
+    assert isinstance(first, Trained)
+    return Trained(first.losses, first.norms, whole)
+
+
+def reference(job: TensorJob) -> Trained:
+    """The same steps in one process and float64."""
+    from ds_moe_ep.model.initialize import global_name
+
+    model = TensorModel(job, lambda: LoopExperts(job))
+    assert all(isinstance(dense, Dense) for dense in model.dense)
+    give_weights(model, job)
+    model.double()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    losses, norms = [], []
+    for number, x in enumerate(job.batches(), 1):
+        loss = model(x.flatten(0, 1).double())
+        (loss / job.accumulation).backward()
+        losses.append(float(loss.detach()))
+        if number % job.accumulation == 0:
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), job.clipping or 1e9)))
+            optimizer.step()
+            optimizer.zero_grad()
+    moves = {global_name(name): parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    return Trained(losses, norms, moves)

@@ -1,0 +1,106 @@
+"""Tensor parallelism of the dense part: losses, gradients, norms and clipped steps are those of one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine.layouts.tensor_models import TensorJob
+from tests.engine.layouts.tensor_runs import AUTOTP, Trained, merged, reference, run_jobs
+from tests.ranks import run_ranks
+
+BOUND = 1e-4  # of fp32 beside float64, relative to the largest move of a tensor
+CLIPPED: dict[str, Any] = {"clipping": 3.0}
+JOBS: dict[str, TensorJob] = {
+    "own layers, an expert group in each tensor group": TensorJob(prefix="model_parallel", **CLIPPED),
+    "a capacity, one expert group of all ranks": TensorJob(ep_size=4, top_k=2, capacity_factor=1.0, stage=1, **CLIPPED),
+    "tokens that come cut": TensorJob(
+        ep_size=4, top_k=2, capacity_factor=1.0, stage=1, tokens=8, cuts_tokens=True, residual=True, shared=True,
+        knobs={"sequence_parallel": True}, **CLIPPED,
+    ),
+    "DeepSpeed's layers, hooked, a capacity": TensorJob(
+        kind="hooked", ep_size=4, capacity_factor=2.0, stage=2, residual=True, prefix="slice_parallel", **CLIPPED
+    ),
+}  # fmt: skip
+MORE_JOBS: dict[str, TensorJob] = {
+    "every expert on every rank": TensorJob(ep_size=1, top_k=4, stage=2, **CLIPPED),
+    "fewer tokens than ranks, accumulated": TensorJob(tokens=1, accumulation=2, stage=1, shared=True, **CLIPPED),
+    "a residual, groups of ranks that are apart, recomputed": TensorJob(
+        residual=True, interleaved=True, top_k=2, recompute=True, knobs={"balance_scope": "group"}, **CLIPPED
+    ),
+    "copies of hot experts": TensorJob(top_k=2, stage=1, knobs={"replicas": 1}, **CLIPPED),
+    "hooked, copies of hot experts": TensorJob(kind="hooked", ep_size=4, stage=0, knobs={"replicas": 1}, **CLIPPED),
+    "DeepSpeed's layers, hooked": TensorJob(kind="hooked", top_k=2, stage=1, tokens=8, **CLIPPED),
+    "hooked, tokens that come cut": TensorJob(
+        kind="hooked", ep_size=4, top_k=2, tokens=8, cuts_tokens=True, knobs={"sequence_parallel": True}, **CLIPPED
+    ),
+    "DeepSpeed's own layers": TensorJob(kind="native", top_k=2, stage=1, tokens=8),
+}
+FAULTS: dict[str, TensorJob] = {
+    "tokens counted twice": TensorJob(fault="tokens counted twice"),
+    "gradients that are not gathered": TensorJob(fault="gradients that are not gathered"),
+}
+MORE_FAULTS: dict[str, TensorJob] = {
+    "a gradient counted twice": TensorJob(fault="a gradient counted twice"),
+    "experts without a mark": TensorJob(fault="experts without a mark", stage=1, **CLIPPED),
+    "results that are not gathered": TensorJob(fault="results that are not gathered"),
+    "a group of the wrong ranks": TensorJob(fault="a group of the wrong ranks"),
+}
+NAMED = ("results that are not gathered", "a group of the wrong ranks")  # these the ranks see themselves
+Found = dict[str, Trained | str]
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    plain: list[tuple[TensorJob, dict[str, Any] | None]] = [(job, None) for job in (*JOBS.values(), *FAULTS.values())]
+    return _run([*JOBS, *FAULTS, "AutoTP"], [*plain, (TensorJob(**CLIPPED), AUTOTP)])
+
+
+@pytest.fixture(scope="module")
+def found_slowly() -> Found:
+    return _run([*MORE_JOBS, *MORE_FAULTS], [(job, None) for job in (*MORE_JOBS.values(), *MORE_FAULTS.values())])
+
+
+def _run(names: list[str], jobs: list[tuple[TensorJob, dict[str, Any] | None]]) -> Found:
+    by_rank = run_ranks(4, run_jobs, jobs, timeout_s=300)
+    return dict(zip(names, map(merged, zip(*by_rank, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_tensor_ranks_train_as_one_device(found: Found, name: str) -> None:
+    check(found[name], JOBS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_JOBS)
+def test_more_jobs_of_tensor_ranks_train_as_one_device(found_slowly: Found, name: str) -> None:
+    check(found_slowly[name], MORE_JOBS[name])
+
+
+def test_a_dense_part_that_autotp_cuts_trains_as_one_device(found: Found) -> None:
+    check(found["AutoTP"], TensorJob(**CLIPPED))
+
+
+def check(result: Trained | str, job: TensorJob) -> None:
+    assert isinstance(result, Trained), result
+    assert result.distance(reference(job)) < BOUND
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_seen(found: Found, name: str) -> None:
+    check_fault(name, found[name], FAULTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_FAULTS)
+def test_more_planted_faults_are_seen(found_slowly: Found, name: str) -> None:
+    check_fault(name, found_slowly[name], MORE_FAULTS[name])
+
+
+def check_fault(name: str, result: Trained | str, job: TensorJob) -> None:
+    if name in NAMED:
+        assert isinstance(result, str) and "the ranks of a tensor-parallel group have different tokens" in result
+        return
+    assert isinstance(result, Trained), result
+    assert result.distance(reference(job)) > 100 * BOUND
