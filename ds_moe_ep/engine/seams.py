@@ -381,13 +381,6 @@ def sum_over_tokens(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
-    """The sum over the data-parallel ranks. Collective, without gradient."""
-    total = values.clone()
-    dist.all_reduce(total, group=data_parallel_group())
-    return total
-
-
 def write_picture(engine: Any, name: str, picture: torch.Tensor, num_samples: int) -> None:
     """Writes a picture [height, width, 3] to the TensorBoard of an engine's monitor, where there is one. Local."""
     writer = getattr(getattr(engine.monitor, "tb_monitor", None), "summary_writer", None)

@@ -91,8 +91,8 @@ class SavedEpSize(EngineCallback):
         if not is_same and seams.tensor_parallel_size() > 1:
             raise EngineError(
                 f"{folder}: saved with ep_size={saved} by {saved_ranks(folder)} data-parallel ranks, this run has "
-                f"ep_size={self._ep_size} and {num_ranks}: optimizer states beside tensor parallelism are not cut anew. "
-                "Load the weights: load_checkpoint(..., load_module_only=True)"
+                f"ep_size={self._ep_size} and {num_ranks}: optimizer states beside tensor parallelism are not cut "
+                "anew. Load the weights: load_checkpoint(..., load_module_only=True)"
             )
         return None if is_same else (folder, saved)
 

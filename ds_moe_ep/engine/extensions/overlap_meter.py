@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from ds_moe_ep.comm.recorder import Off, make_recorder
 from ds_moe_ep.comm.transport import LANES
-from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.extensions.measurement import Event, Measurement, events, table
+from ds_moe_ep.engine.layouts.tensor import group_of_shares, sum_over_shares
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.schedule.spans import Overlap, Span, Tags, accounts, accounts_of_lanes, chrome_trace
@@ -126,16 +126,16 @@ class OverlapMeter:
         keys, parts, lanes = self._keys(), accounts(spans), accounts_of_lanes(spans)
         mine = [*(parts.get(key, Overlap(0, 0)) for key in keys), *(lanes[lane] for lane in LANES)]
         times_us = torch.tensor([(o.total_us, o.exposed_us) for o in mine], dtype=torch.float64, device=self._device)
-        summed = [Overlap(*times) for times in seams.sum_over_data_parallel(times_us).tolist()]
+        summed = [Overlap(*times) for times in sum_over_shares(times_us).tolist()]
         parts, lanes = dict(zip(keys, summed, strict=False)), dict(zip(LANES, summed[-len(LANES) :], strict=True))
-        num_ranks = dist.get_world_size(seams.data_parallel_group())
+        num_ranks = dist.get_world_size(group_of_shares())
         whole = parts[Tags()]
         return Measurement(whole.total_us, whole.exposed_us, self._step, num_ranks, parts, lanes)
 
     def _keys(self) -> list[Tags]:
         """Every part of a step's communication, of all ranks: expert groups may have chosen different schedules."""
-        gathered: list[list[Tags]] = [[] for _ in range(dist.get_world_size(seams.data_parallel_group()))]
-        dist.all_gather_object(gathered, self._own_keys(), group=seams.data_parallel_group())
+        gathered: list[list[Tags]] = [[] for _ in range(dist.get_world_size(group_of_shares()))]
+        dist.all_gather_object(gathered, self._own_keys(), group=group_of_shares())
         return list(dict.fromkeys(key for keys in gathered for key in keys))
 
     def _own_keys(self) -> list[Tags]:

@@ -61,6 +61,24 @@ def mark_as_apart(experts: nn.Module) -> list[nn.Parameter]:
     return unmarked
 
 
+def group_of_shares() -> dist.ProcessGroup:
+    """The ranks whose tokens, or shares of tokens, are a batch: data-parallel ranks, and tensor ranks beside them.
+
+    In a pipeline the data-parallel ranks alone.
+    """
+    if seams.tensor_parallel_size() > 1 and seams.num_pipeline_stages() == 1:
+        world: dist.ProcessGroup = groups._clone_world_group()
+        return world
+    return seams.data_parallel_group()
+
+
+def sum_over_shares(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks of `group_of_shares`. Collective, without gradient."""
+    total = values.clone()
+    dist.all_reduce(total, group=group_of_shares())
+    return total
+
+
 @torch.no_grad()
 def make_alike(ranks: TensorRanks, module: nn.Module) -> None:
     """Gives a module that every tensor rank has whole the first rank's weights. Collective over the group."""

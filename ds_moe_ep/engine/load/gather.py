@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.layouts.tensor import group_of_shares, sum_over_shares
 from ds_moe_ep.engine.load.observer import MAX_PASSES, OwnLoad
 from ds_moe_ep.live.load import Guests, LayerReport, fullest_over_mean, quantile
 
@@ -35,7 +35,7 @@ class GatheredLoad:
 
 def gather_load(own: Mapping[str, OwnLoad], step: OwnStep, guests: Mapping[str, Guests]) -> GatheredLoad:
     """The load of all data-parallel ranks by layer. Collective over them; one device sync."""
-    group = seams.data_parallel_group()
+    group = group_of_shares()
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     device = step.loss.device
     # A pass that a rank has is told as its rows and one: 0 stands for a pass that it has not.
@@ -47,7 +47,7 @@ def gather_load(own: Mapping[str, OwnLoad], step: OwnStep, guests: Mapping[str, 
     by_rank = torch.zeros(num_ranks, len(mine), dtype=torch.float64, device=device)
     by_rank[rank] = mine
     summed = [counts_E for load in own.values() for counts_E in (load.rows_E, load.dropped_E)]
-    flat = seams.sum_over_data_parallel(torch.cat([*summed, by_rank.flatten()])).cpu()
+    flat = sum_over_shares(torch.cat([*summed, by_rank.flatten()])).cpu()
     *counts, rest = flat.split([*map(len, summed), by_rank.numel()])
     by_rank = rest.view(num_ranks, -1)
     losses_R, tokens_R, num_losses_R, expert_ms_R = by_rank[:, :4].T.tolist()

@@ -175,11 +175,11 @@ def test_the_head_of_a_log_names_ranks_and_layers(ran: tuple[Path, list[Any]]) -
 def listening_job(folder: str) -> dict[str, Any]:
     """What a run costs and tells by who listens: all-reduces of reports, observers, files."""
     import ds_moe_ep
-    from ds_moe_ep.engine import seams
+    from ds_moe_ep.engine.load import gather
 
     found: dict[str, Any] = {}
-    real, calls = seams.sum_over_data_parallel, []
-    seams.sum_over_data_parallel = lambda values: calls.append(1) or real(values)  # type: ignore[func-returns-value]
+    real, calls = gather.sum_over_shares, []
+    gather.sum_over_shares = lambda values: calls.append(1) or real(values)  # type: ignore[func-returns-value]
     try:
         csv_monitor = {"csv_monitor": {"enabled": True, "output_path": folder, "job_name": "job"}, "steps_per_print": 2}
         listeners: dict[str, tuple[str | None, Any]] = {
@@ -202,7 +202,7 @@ def listening_job(folder: str) -> dict[str, Any]:
         except ConfigError as error:
             found["refused"] = str(error)
     finally:
-        seams.sum_over_data_parallel = real
+        gather.sum_over_shares = real
     return found
 
 
