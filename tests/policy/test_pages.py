@@ -24,7 +24,7 @@ LINKED = (
     PACKAGE / "ARCHITECTURE.md",
 )
 ORDER = (
-    "adopt overlap replicas reliability checkpoints planning measuring baseline knobs reference-job results "
+    "adopt layouts overlap replicas reliability checkpoints planning measuring baseline knobs reference-job results "
     "troubleshooting"
 )
 
