@@ -29,13 +29,13 @@ gc.collect()
 gc.freeze()
 gc.set_threshold(20_000, *gc.get_threshold()[1:])
 
-FULL = (tuner.PROBES, race.STAGES, tuner.MOST)
-tuner.PROBES, race.STAGES, tuner.MOST = 1, (1, 1), 3
+FULL = (tuner.PROBES, race.STAGES, race.MOST_ROUNDS, tuner.MOST)
+tuner.PROBES, race.STAGES, race.MOST_ROUNDS, tuner.MOST = 1, (1, 1), 1, 3
 
 
 def full_measurement() -> None:
     """Lets layers of this rank measure as long as a user's do."""
-    tuner.PROBES, race.STAGES, tuner.MOST = FULL
+    tuner.PROBES, race.STAGES, race.MOST_ROUNDS, tuner.MOST = FULL
 
 
 LARGE_PAGE = 2 << 20

@@ -7,8 +7,8 @@ On the first forward pass of training, with its real rows and experts:
 2. Price every candidate (`price.py`) and keep those that cost nearly as little as the cheapest, and the cheapest of
    each kind: prices know no processor time, and tie where a link is nearly idle or nearly full.
 3. Benchmark these beside the serial schedule, forward and backward, alternating, in stages: after each the slower half
-   is out, so that close ones get more rounds. Of two that are as fast the cheaper one, of fewer pieces, is taken. It
-   wins only where its time is below the serial one by more than the spread of the rounds; else the layer stays serial.
+   is out, and the last two go on until their rounds tell them apart. Of two that are as fast the cheaper one, of fewer
+   pieces, is taken. It wins only where it is faster than serial by more than chance; else the layer stays serial.
 
 A choice changes the time; results are as equal as between any two schedules (ARCHITECTURE.md). A measurement leaves no
 gradient, fires no parameter's hook, and puts random numbers and experts' buffers back. When the rows that a rank
@@ -55,7 +55,7 @@ NEAR = 0.05  # of the lowest price: what is closer is worth a measurement
 MOST = 6  # schedules in the first stage, serial beside them
 PRICE_STEP = 1e-3  # of the lowest price: what is closer counts as equal
 SMOOTHING = 0.05  # weight of one pass in the mean of received rows: some 20 passes count, and no odd batch alone
-MIN_PASSES = 200  # between two measurements, each as long as some thirty passes
+MIN_PASSES = 200  # between two measurements, each as long as some forty passes
 
 CHOSEN = ("schedule", "peer_group_size", "row_cuts", "chunks", "depth", "weight_blocks")
 
@@ -172,7 +172,7 @@ class AutotuneRun:
     measured: list[tuple[Costs, int]] = dataclasses.field(default_factory=list)  # for so many rows per rank
 
     def choose(self) -> Choice:
-        """The schedule to take. Collective over the group; some thirty passes long."""
+        """The schedule to take. Collective over the group; some forty passes long, seventy on a busy machine."""
         with _undisturbed(self.experts, self.rows_ND.device):
             return self._choose()
 
