@@ -12,7 +12,7 @@ from torch import nn
 
 from ds_moe_ep.kernels.attention import blockwise_causal_attention
 from ds_moe_ep.kernels.attention_path import attention_path
-from ds_moe_ep.kernels.rotary import Rotation, split_rotated, turn
+from ds_moe_ep.kernels.rotary import Rotation, split_rotated
 
 ROTARY_BASE = 10_000.0
 
@@ -51,10 +51,3 @@ def rotation_of(num_positions: int, head_size: int, device: torch.device) -> Rot
     position = torch.arange(num_positions, dtype=torch.float32, device=device)
     angle = position[:, None] * ROTARY_BASE ** (-pair / head_size)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """`x` [..., S, H] with the pair (i, i + H/2) of every token turned by its position's angle."""
-    turned = torch.empty_like(x)
-    turn(x, *rotation, turned)
-    return turned

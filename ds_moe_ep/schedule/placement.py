@@ -94,11 +94,6 @@ class Placement:
             return expert % self.local_experts
         return self.local_experts + self.guests_RS[rank].index(expert)
 
-    def num_moved(self, previous: Placement | None) -> int:
-        """Number of slots that hold another guest than under `previous`, emptied ones not counted."""
-        before = set(previous.copies) if previous is not None else set()
-        return len(set(self.copies) - before)
-
     @property
     def key(self) -> int:
         """A number that is equal where placements are, in every process: the ranks compare it."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.bench.meters.memory_breakdown import memory_breakdown, peak_of_step, storages, tensors_in
+from ds_moe_ep.bench.meters.memory import peak_bytes
+from ds_moe_ep.bench.meters.memory_breakdown import memory_breakdown, storages, tensors_in
 from ds_moe_ep.engine import step_seams as seams
 from ds_moe_ep.records.names import KINDS
 from tests.ranks import run_ranks
@@ -133,7 +134,7 @@ def activation_job() -> tuple[Any, ...]:
 
     without = memory_breakdown(engine, step, CPU)
     engine.module.holds = True
-    holding, peak = memory_breakdown(engine, step, CPU), peak_of_step(step, CPU)
+    holding, peak = memory_breakdown(engine, step, CPU), peak_bytes(lambda: step, CPU, steps=1)
     engine.module.holds = False
     engine.module.register_buffer("kept", torch.ones(2**20 // 4))
     buffer = memory_breakdown(engine, step, CPU)

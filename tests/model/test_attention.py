@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ds_moe_ep.kernels.attention_path import attention_path
+from ds_moe_ep.kernels.rotary import Rotation, turn
 from ds_moe_ep.model import attention as model_attention
-from ds_moe_ep.model.attention import CausalAttention, rotate, rotation_of
+from ds_moe_ep.model.attention import CausalAttention, rotation_of
 
 
 def plain_attention(attention: CausalAttention, x_SD: torch.Tensor) -> torch.Tensor:
@@ -42,6 +43,12 @@ def test_attention_equals_the_sum_written_out(num_heads: int, num_tokens: int) -
     rotation = rotation_of(num_tokens, 32 // num_heads, x_BSD.device)
     expected = torch.stack([plain_attention(attention, x_SD) for x_SD in x_BSD])
     torch.testing.assert_close(attention(x_BSD, rotation), expected, rtol=1e-5, atol=1e-6)  # angles are fp32
+
+
+def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    rotated = torch.empty_like(x)
+    turn(x, *rotation, rotated)
+    return rotated
 
 
 def test_scores_depend_on_the_distance_of_two_tokens_and_not_on_their_places() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ds_moe_ep.schedule import events
 from ds_moe_ep.schedule.events import Phase, Task
-from tests.simulate.slow_simulator import Sharing, equal_split, simulate
+from tests.simulate.slow_simulator import Sharing, critical_path_us, equal_split, simulate
 
 AMOUNT = st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 7.0, 10.0])
 RATE = st.sampled_from([0.25, 1.0, 1.0, 2.0, 3.0, math.inf])
@@ -105,7 +105,7 @@ def test_no_run_beats_its_critical_path_or_the_work_of_a_resource(
     tasks: tuple[Task, ...], capacities: tuple[float, ...]
 ) -> None:
     makespan_us = events.makespan_us(events.run(tasks, capacities))
-    assert makespan_us >= events.critical_path_us(tasks, capacities) * (1 - 1e-9)
+    assert makespan_us >= critical_path_us(tasks, capacities) * (1 - 1e-9)
     for resource, capacity in enumerate(capacities):
         assert makespan_us >= _work(tasks, resource) / capacity * (1 - 1e-9)
 
@@ -119,7 +119,7 @@ def test_no_run_is_longer_than_all_its_tasks_one_after_the_other(
     makespan_us = events.makespan_us(
         events.run(tasks, capacities)
     )  # of what runs, shares of full speed sum to 1 or more
-    assert makespan_us <= events.critical_path_us(one_by_one, capacities) * (1 + 1e-9)
+    assert makespan_us <= critical_path_us(one_by_one, capacities) * (1 + 1e-9)
 
 
 def _work(tasks: Sequence[Task], resource: int) -> float:
@@ -192,7 +192,7 @@ def test_without_limits_on_resources_the_critical_path_is_what_it_takes(
     tasks: tuple[Task, ...], capacities: tuple[float, ...]
 ) -> None:
     free = [math.inf] * len(capacities)
-    assert events.makespan_us(events.run(tasks, free)) == pytest.approx(events.critical_path_us(tasks, free))
+    assert events.makespan_us(events.run(tasks, free)) == pytest.approx(critical_path_us(tasks, free))
 
 
 @given(tasks=programs())

@@ -98,3 +98,21 @@ def _uses(index: int, phase: Phase, capacities: Sequence[float]) -> dict[object,
     if phase.rate != inf:
         uses["own", index] = Fraction(1)
     return uses
+
+
+def critical_path_us(tasks: Sequence[Task], capacities: Sequence[float] = ()) -> float:
+    """The longest chain of tasks if each had all resources to itself: no run is shorter. Tasks stand in order."""
+    stops: list[float] = []
+    for task in tasks:
+        start = max((stops[i] for i in task.after), default=0.0)
+        stops.append(start + sum(alone_us(phase, capacities) for phase in task.phases))
+    return max(stops, default=0.0)
+
+
+def alone_us(phase: Phase, capacities: Sequence[float]) -> float:
+    """Time of the phase with all resources to itself."""
+    demand: dict[int, float] = {}
+    for resource, use in phase.uses:
+        demand[resource] = demand.get(resource, 0.0) + use
+    rate = min([phase.rate, *(capacities[resource] / use for resource, use in demand.items() if use > 0)])
+    return phase.amount / rate if phase.amount > 0 else 0.0

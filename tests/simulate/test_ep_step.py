@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.events import critical_path_us
 from ds_moe_ep.schedule.price import candidates
 from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Host
 from ds_moe_ep.simulate.step import moe_pass
@@ -18,6 +17,7 @@ from ds_moe_ep.simulate.step.ep_step import EpJob, ep_step
 from ds_moe_ep.simulate.step.setup import Setup
 from ds_moe_ep.sizing.footprint import dispatch_bytes, forward_flops, training_flops
 from tests.simulate.jobs_for_tests import FREE, MODEL, cluster, setup, slow_link
+from tests.simulate.slow_simulator import critical_path_us
 
 SCHEDULES = st.sampled_from(candidates(Torus(4, 4)))
 RATES = st.floats(0.1, 1e4)

@@ -13,7 +13,7 @@ from ds_moe_ep.records.record import Record, read_records
 from ds_moe_ep.schedule.shaping import WIRE
 from ds_moe_ep.schedule.spans import overlap
 from ds_moe_ep.simulate.calibrate.calibrate import calibrate, held_out_cases
-from ds_moe_ep.simulate.calibrate.overlap_case import OverlapCase, case_spans, overlap_cases, simulate_case
+from ds_moe_ep.simulate.calibrate.overlap_case import OverlapCase, overlap_cases, simulate_case, simulate_pass
 from ds_moe_ep.simulate.calibrate.overlap_fit import fit_overlap, pairs_in_order, predictions
 from ds_moe_ep.simulate.cluster.cluster import Cluster, Host, load_cluster
 from tests.policy.sources import ROOT
@@ -80,7 +80,7 @@ def test_the_hidden_share_is_foretold_where_devices_are_emulated() -> None:
     by_name = {record.name: record.value for record in records()}
     for case in overlap_cases(records()):
         if case.device == "emulated" and case.side != WIRE:
-            spans = [case_spans(case, BED, phase) for phase in ("forward", "backward")]
+            spans = [simulate_pass(case, BED, phase)[1] for phase in ("forward", "backward")]
             total, exposed = (
                 sum(
                     getattr(overlap(s for s in one if s.lane in ("compute", "dispatch", "combine")), what)

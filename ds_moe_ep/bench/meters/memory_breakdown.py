@@ -27,15 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ds_moe_ep.bench.meters.memory import CudaMeter, HostMeter, peak_bytes
+from ds_moe_ep.bench.meters.memory import CudaMeter, HostMeter
 from ds_moe_ep.engine import step_seams as seams
 
 Storages = dict[int, int]  # bytes by address
-
-
-def peak_of_step(step: Callable[[], object], device: torch.device) -> int:
-    """Peak bytes of one run of `step` above the memory before it. The step itself may be collective."""
-    return peak_bytes(lambda: step, device, steps=1)
 
 
 def memory_breakdown(engine: Any, step: Callable[[], object], device: torch.device) -> dict[str, int]:

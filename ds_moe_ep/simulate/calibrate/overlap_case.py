@@ -109,16 +109,12 @@ class OverlapCase:
 
 def simulate_case(case: OverlapCase, cluster: Cluster) -> dict[str, float]:
     """Microseconds of forward, backward and step."""
-    found = {phase: _pass(case, cluster, phase)[0] for phase in PHASES}
+    found = {phase: simulate_pass(case, cluster, phase)[0] for phase in PHASES}
     return {**found, "step": sum(found.values())}
 
 
-def case_spans(case: OverlapCase, cluster: Cluster, phase: str) -> list[Span]:
-    """The spans of one pass, as the benchmark's recorder would have them."""
-    return _pass(case, cluster, phase)[1]
-
-
-def _pass(case: OverlapCase, cluster: Cluster, phase: str) -> tuple[float, list[Span]]:
+def simulate_pass(case: OverlapCase, cluster: Cluster, phase: str) -> tuple[float, list[Span]]:
+    """Microseconds of one pass, and its spans as the benchmark's recorder would have them."""
     job = EpJob(case.on(cluster))
     program, host = Program(), job.setup.cluster.host
     tags = Tags("layer", phase)
