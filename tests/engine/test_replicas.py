@@ -265,7 +265,7 @@ def overflowed(job: Job) -> tuple[list[tuple[bool, float, int, int]], dict[str, 
 
     Of each step: applied, loss scale, number of the window behind it, copies in use.
     """
-    engine = make_scaled_engine(job, "fp16", "loss", math.inf)
+    engine = make_scaled_engine(job, "fp16", math.inf, {1: "loss"})
     layers, rank, steps = engine.module.model.layers, torch.distributed.get_rank(), []
     for layer in layers if job.replicas else ():
         pin(layer)

@@ -85,7 +85,7 @@ def reference(job: Job) -> Outcome:
 
 
 def test_training_in_fp32_equals_single_process_training_and_deepspeeds_layer() -> None:
-    natives = [with_deepspeeds_layer(job) for job in IN_FP32 if job.top_k != 4]
+    natives = [with_deepspeeds_layer(job) for job in IN_FP32[::5]]  # each stage, and all that its layer does
     results = results_of([*IN_FP32, *natives])
     for job in IN_FP32:
         ours, expected = results[job], reference(job)
@@ -163,7 +163,7 @@ def test_groups_of_interleaved_ranks_train_as_well() -> None:
 
 def test_expert_parallelism_over_1_4_and_16_ranks_trains_the_same_curve() -> None:
     """16 data-parallel ranks each time. The curves differ by rounding: 1e-6 of the loss, as in the other tests."""
-    jobs = [Job(world_size=16, ep_size=ep_size, num_experts=16, stage=1, steps=3) for ep_size in (1, 4, 16)]
+    jobs = [Job(world_size=16, ep_size=ep_size, num_experts=16, stage=1, steps=2) for ep_size in (1, 4, 16)]
     results, expected = outcomes(jobs), reference_job(jobs[0])
     for job, found in zip(jobs, results, strict=True):
         assert loss_distance(found, expected) <= LOSS, job.ep_size

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,33 +21,32 @@ from torch import Tensor, nn
 from tests.engine.small_model import Job, SmallModel, batches, make_model, named_weights
 from tests.ranks import run_ranks
 
-BAD_STEP, BAD_RANK = 1, 1
+BAD_RANK = 1
+PLACES = {1: "expert", 3: "activation", 5: "loss"}  # of the bad number in a step
 EXPERT = "layers.1.deepspeed_moe.experts.deepspeed_experts.0.fc1.weight"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Step = tuple[bool, bool, bool, float]  # applied, weights changed, weights finite, loss scale
 
 
 class Spoiler(nn.Module):
-    """The model with a number that is not finite at one place, in one step of one rank."""
+    """The model with a number that is not finite, in some steps of one rank at one place each."""
 
-    def __init__(self, model: SmallModel, place: str, value: float) -> None:
+    def __init__(self, model: SmallModel, value: float, places: Mapping[int, str]) -> None:
         super().__init__()
-        self.model, self.place, self.value, self.step = model, place, value, 0
-        if place == "expert":
-            model.get_parameter(EXPERT).register_hook(self.spoil)
-        elif place == "activation":
-            model.enter.register_forward_hook(self.spoil_output)
+        self.model, self.value, self.places, self.step = model, value, places, 0
+        model.get_parameter(EXPERT).register_hook(partial(self.spoil, "expert"))
+        model.enter.register_forward_hook(self.spoil_output)
 
-    def spoil(self, grad: Tensor) -> Tensor | None:
-        is_time = self.step == BAD_STEP and dist.get_rank() == BAD_RANK
-        return torch.full_like(grad, self.value) if is_time else None
+    def spoil(self, place: str, tensor: Tensor) -> Tensor | None:
+        is_time = self.places.get(self.step) == place and dist.get_rank() == BAD_RANK
+        return torch.full_like(tensor, self.value) if is_time else None
 
     def spoil_output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        output.register_hook(self.spoil)
+        output.register_hook(partial(self.spoil, "activation"))
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         loss = self.model(x, target)
-        bad = self.spoil(loss) if self.place == "loss" else None
+        bad = self.spoil("loss", loss)
         return loss if bad is None else loss * bad
 
 
@@ -60,7 +61,7 @@ class Case:
 
     @property
     def job(self) -> Job:
-        return Job(steps=3, stage=self.stage, ep_size=self.ep_size)
+        return Job(steps=7, stage=self.stage, ep_size=self.ep_size)
 
 
 CASES = [  # those in fp16 last: DeepSpeed is told that it is there, and knows it from then on
@@ -74,19 +75,16 @@ CASES = [  # those in fp16 last: DeepSpeed is told that it is there, and knows i
 ]
 
 
-def train_with_bad_numbers() -> list[dict[str, tuple[list[Step], list[str]]]]:
-    """Of each case: what was done and said with the bad number at each place."""
-    return [
-        {place: train_with_a_bad_number(case.job, case.precision, place, case.value) for place in SAYS}
-        for case in CASES
-    ]
+def train_with_bad_numbers() -> list[tuple[list[Step], list[str]]]:
+    """Of each case: what was done in its steps, and said."""
+    return [train_with_a_bad_number(case.job, case.precision, case.value) for case in CASES]
 
 
-def train_with_a_bad_number(job: Job, precision: str, place: str, value: float) -> tuple[list[Step], list[str]]:
-    """Three steps, the second with a bad number on one rank: what this rank did, and what its log says of skips."""
+def train_with_a_bad_number(job: Job, precision: str, value: float) -> tuple[list[Step], list[str]]:
+    """Seven steps, three of them with a bad number on one rank: what this rank did, and what its log says of skips."""
     lines: list[str] = []
     logging.getLogger("DeepSpeed").addFilter(lambda record: lines.append(record.getMessage()) is None)
-    engine = make_scaled_engine(job, precision, place, value)
+    engine = make_scaled_engine(job, precision, value, PLACES)
     rank, dtype = dist.get_rank(), DTYPES[precision]
     steps: list[Step] = []
     for number, ((x, target),) in enumerate(batches(job)):
@@ -101,7 +99,7 @@ def train_with_a_bad_number(job: Job, precision: str, place: str, value: float) 
     return steps, [line for line in lines if "was skipped" in line]
 
 
-def make_scaled_engine(job: Job, precision: str, place: str, value: float) -> Any:
+def make_scaled_engine(job: Job, precision: str, value: float, places: Mapping[int, str]) -> Any:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -114,28 +112,27 @@ def make_scaled_engine(job: Job, precision: str, place: str, value: float) -> An
         config["fp16"] = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}
     elif precision == "bf16":
         config["bf16"] = {"enabled": True}
-    model = Spoiler(make_model(job), place, value)
+    model = Spoiler(make_model(job), value, places)
     return ds_moe_ep.initialize(model=model, config=config, model_parameters=list(model.parameters()))[0]
 
 
 @pytest.fixture(scope="module")
-def by_rank() -> list[list[dict[str, tuple[list[Step], list[str]]]]]:
+def by_rank() -> list[list[tuple[list[Step], list[str]]]]:
     return run_ranks(4, train_with_bad_numbers, timeout_s=200)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.precision}-{case.stage}-{case.ep_size}-{case.value}")
 def test_every_rank_skips_the_step_and_the_rank_is_named(
-    case: Case, by_rank: list[list[dict[str, tuple[list[Step], list[str]]]]]
+    case: Case, by_rank: list[list[tuple[list[Step], list[str]]]]
 ) -> None:
     """The steps around it are taken, on finite weights; with loss scaling the scale is halved on every rank."""
     results = [of_rank[CASES.index(case)] for of_rank in by_rank]
-    scales = [256.0, 128.0, 128.0] if case.precision == "fp16" else [1.0] * 3
-    expected = [(i != BAD_STEP, i != BAD_STEP, True, scale) for i, scale in enumerate(scales)]
-    for place, says in SAYS.items():
-        assert all(result[place][0] == expected for result in results), place
-        (line,) = results[0][place][1]
-        assert f"step {BAD_STEP} was skipped: {says}" in line
-        assert all(result[place][1] == [] for result in results[1:])
+    scales = [256.0, 128.0, 128.0, 64.0, 64.0, 32.0, 32.0] if case.precision == "fp16" else [1.0] * 7
+    expected = [(i not in PLACES, i not in PLACES, True, scale) for i, scale in enumerate(scales)]
+    assert [steps for steps, _ in results] == [expected] * 4
+    for (step, place), line in zip(PLACES.items(), results[0][1], strict=True):
+        assert f"step {step} was skipped: {SAYS[place]}" in line
+    assert all(lines == [] for _, lines in results[1:])
 
 
 SAYS = {
