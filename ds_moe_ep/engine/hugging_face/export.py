@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.hugging_face.adapters import merged
 from ds_moe_ep.engine.hugging_face.blocks import blocks_of
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import family_of
@@ -35,17 +37,25 @@ def save_pretrained(engine: Any, folder: str | os.PathLike[str], max_shard_bytes
     """Writes the model of an engine to a new Hugging Face folder, from which `from_pretrained` loads it; returns it.
 
     For models of Hugging Face whose MoE blocks are AutoEP's layers (hooked or not), the package's `MoE`
-    (`from_pretrained`), or DeepSpeed's. Collective over the world; with ZeRO 0, 1 and 2. A rank copies to the host what
-    one shard holds. Raises, on every rank, ConfigError for families that it does not know, ExportError where a layer
-    does not compute what the family's files hold, and EngineError where a rank cannot write; nothing is left behind.
+    (`from_pretrained`), or DeepSpeed's. Adapters of the peft library leave as a part of the weights that they adapt;
+    the engine's stay as they are. Collective over the world; with ZeRO 0, 1 and 2. A rank copies to the host what one
+    shard holds, and the weights that adapters change. Raises, on every rank, ConfigError for families that it does not
+    know, ExportError where a layer does not compute what the family's files hold, and EngineError where a rank cannot
+    write; nothing is left behind.
     """
     folder = Path(folder).absolute()
+    with ExitStack() as scopes:
+        return _save(engine, folder, max_shard_bytes, scopes)
+
+
+def _save(engine: Any, folder: Path, max_shard_bytes: int, scopes: ExitStack) -> Path:
     partial = folder.with_name(folder.name + ".part")
     model: nn.Module = getattr(engine, "module", engine)
     shards: list[Named] = []
     error: MoEError | None = None
     try:
         _check(engine, folder, partial)
+        model = scopes.enter_context(merged(model))
         shards = cut(_own_tensors(model), max_shard_bytes)
     except MoEError as found:
         error = found
@@ -98,8 +108,8 @@ def _own_tensors(model: nn.Module) -> Named:
         if (first := _first_expert(block)) is not None:
             own.extend(block.experts(first))
     for name, _ in own:
-        if "lora_" in name or ".base_layer." in name:
-            raise ExportError(f"{name}: belongs to an adapter; merge it first (model.merge_and_unload())")
+        if any(part in name for part in (".base_layer.", ".original_module.", "lora_")):
+            raise ExportError(f"{name}: belongs to an adapter of an unknown kind; merge it (model.merge_and_unload())")
     return own
 
 

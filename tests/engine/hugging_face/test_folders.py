@@ -126,6 +126,39 @@ def test_folders_train_as_layers_of_the_package_and_leave_as_folders(tmp_path: P
         assert distance(logits_of(load(tmp_path / f"source_{family}")), logits_of(model)) > 1e-3, family
 
 
+def exported_with_adapters(folder: Path) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Logits of a model with adapters on experts, attention and a whole head: at first, trained, and behind its export;
+    and whether each of its weights is what it was before that."""
+    from peft import LoraConfig, get_peft_model
+
+    if dist.get_rank() == 0:
+        make_model("mixtral").save_pretrained(folder / "source")
+    dist.barrier()
+    torch.manual_seed(dist.get_rank())  # experts' adapters differ on the ranks; DeepSpeed makes the others alike
+    lora = LoraConfig(
+        r=4, target_modules=["down", "up", "q_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
+    model = get_peft_model(ds_moe_ep.from_pretrained(folder / "source", 2), lora)
+    engine = train_one_step(model, ds_config(1))
+    trained = logits_of(engine)
+    before = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    ds_moe_ep.save_pretrained(engine, folder / "merged")
+    after = engine.module.state_dict()
+    is_kept = before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    again = logits_of(engine)
+    with engine.module.disable_adapter():
+        return logits_of(engine), trained, again, is_kept
+
+
+def test_adapters_on_experts_leave_as_a_part_of_the_weights_and_stay_in_the_engine(tmp_path: Path) -> None:
+    by_rank = run_ranks(2, exported_with_adapters, tmp_path, timeout_s=200)
+    model = load(tmp_path / "merged")
+    for without, trained, again, is_kept in by_rank:
+        assert is_kept and torch.equal(trained, again)
+        assert distance(trained, logits_of(model)) <= BOUND
+        assert distance(without, logits_of(model)) > 1e-2, "the control: adapters that do not leave are seen"
+
+
 def refusals(folder: Path) -> list[str]:
     """Errors on this rank when an export cannot be made."""
     engine = train_one_step(make_model("mixtral"), ds_config(0, {"autoep_size": 2, "preset_model": "mixtral"}))
