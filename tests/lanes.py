@@ -20,13 +20,13 @@ WAITING = """
     tests/moe/test_replica_faults.py
 """.split()
 COMPUTING = """
-    tests/parallel tests/engine/test_training.py tests/moe/test_schedules.py tests/moe/test_parity.py
+    tests/parallel tests/kernels tests/engine/test_training.py tests/moe/test_schedules.py tests/moe/test_parity.py
     tests/examples/test_ready_configs.py tests/engine/test_compile.py tests/engine/test_native_parity.py
-    tests/bench/test_systems.py tests/gpu tests/engine/checkpoint tests/engine/hooks tests/examples tests/kernels
+    tests/bench/test_systems.py tests/gpu tests/engine/checkpoint tests/engine/hooks tests/examples
     tests/engine tests/moe tests/simulate
 """.split()
-# Folders that one worker runs: their files use the same names on the machine, or the same parsed sources.
-TOGETHER = ("tests/testbed", "tests/policy")
+# Folders that one worker runs: they share names on the machine, parsed sources, or the process that interprets kernels.
+TOGETHER = ("tests/testbed", "tests/policy", "tests/kernels")
 
 
 class Lanes(LoadScopeScheduling):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ds_moe_ep.cli.main import main
 from ds_moe_ep.doctor.variables import SPECIFIED
 from ds_moe_ep.doctor.verdicts import GROUPS, STATUSES, Verdict, conclusion, print_verdicts, to_dict, worst
 from tests.policy.sources import ROOT
+from tests.ranks import run_ranks
 
 COMMAND = [sys.executable, "-m", "ds_moe_ep", "doctor"]
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -34,10 +36,10 @@ def write(folder: Path, values: dict[str, Any]) -> str:
     return str(path)
 
 
-def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
+def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*COMMAND, *arguments],
-        env={**os.environ, **ENVIRONMENT, **variables},
+        env={**os.environ, **ENVIRONMENT},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -72,16 +74,19 @@ def test_a_bad_config_exits_with_1_and_its_reason_and_fix(tmp_path: Path, capsys
     assert printed.startswith("1 problem")
 
 
+def printed_in_a_job(arguments: list[str]) -> tuple[int, str]:
+    """On a rank whose launcher has not started torch.distributed: the command's exit code and its output."""
+    output = StringIO()
+    with redirect_stdout(output):
+        return main(["doctor", *arguments]), output.getvalue()
+
+
 def test_in_a_job_the_jobs_ranks_are_tried_and_rank_0_prints() -> None:
-    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = ["--seconds", "0.5"]
-    with (
-        start(arguments, RANK="0", LOCAL_RANK="0", **job) as first,
-        start(arguments, RANK="1", LOCAL_RANK="1", **job) as second,
-    ):
-        printed, errors = first.communicate(timeout=250)
-        silence, _ = second.communicate(timeout=250)
-    assert (first.returncode, second.returncode) == (0, 0), printed + errors
+    meeting = {"MASTER_PORT": str(free_port())}
+    (first, printed), (second, silence) = run_ranks(
+        2, printed_in_a_job, ["--seconds", "0.5"], env=meeting, process_group=False, timeout_s=200
+    )
+    assert (first, second) == (0, 0), printed
     assert silence == ""
     assert "2 of 2 came up" in printed
     assert "2 ranks on" in printed

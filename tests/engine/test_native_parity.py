@@ -14,7 +14,7 @@ from tests.moe.layer_cases import LayerCase, LayerResult, errors, reference_resu
 from tests.moe.layer_runs import config
 from tests.ranks import run_ranks
 
-# The layers' schedule is "auto", as DeepSpeed's arguments leave it: every fifth measures, which takes ten passes.
+# The layers' schedule is "auto", as DeepSpeed's arguments leave it: every twelfth measures, which takes ten passes.
 BY_PEERS = Choice(
     knobs={"schedule": "peers"}, time_to_serial=1.0, predicted_to_serial=1.0, serial_ms=1.0, raced={"chunks": 1.0}
 )
@@ -59,7 +59,7 @@ def run_both(table: list[LayerCase], arguments: dict[str, object]) -> list[tuple
     results = []
     for index, case in enumerate(table):
         layer = our_layer(case, **arguments)
-        if index % 5:
+        if index % 12:
             layer.deepspeed_moe.dispatcher.take_choice(BY_PEERS)
         ours = run_layer(layer, case)
         with first_of_equals():
@@ -96,7 +96,7 @@ def test_in_bf16_our_layer_is_as_close_to_the_reference_as_deepspeeds() -> None:
 
 
 def test_residual_layers_equal_deepspeeds() -> None:
-    table = [case for case in cases() if case.config.capacity_factor is None and case.expert != "module"]
+    table = [case for case in cases() if case.config.capacity_factor is None and case.expert != "module"][::2]
     by_rank = run_ranks(4, run_both, table, {"use_residual": True}, timeout_s=120)
     for index, case in enumerate(table):
         ours, native = ([results[index][side] for results in by_rank] for side in (0, 1))

@@ -269,17 +269,16 @@ def test_the_number_of_tasks_grows_no_faster_than_the_ranks() -> None:
     assert {"schedule": "peers", "peer_group_size": 256, "row_cuts": 1} in candidates(Torus(256, 4))
 
 
-@pytest.mark.parametrize("sizes", ["Sizes(ep=(1024,))", "Sizes(ep=(16,), dp=(64,))"], ids=["ep1024", "ep16_dp64"])
-def test_a_thousand_devices_take_less_than_ten_seconds_of_a_core_and_a_gigabyte(sizes: str) -> None:
+def test_a_thousand_devices_take_less_than_ten_seconds_of_a_core_and_a_gigabyte() -> None:
     script = (
         "import resource, sys\n"
         "from tests.simulate.test_sweep import SETUP, Sizes, sweep\n"
-        f"found = sweep(SETUP, {sizes})\n"
-        "assert len(found.points) == 2\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print(used.ru_maxrss // 1024, used.ru_utime)\n"
+        "for sizes in (Sizes(ep=(1024,)), Sizes(ep=(16,), dp=(64,))):\n"
+        "    assert len(sweep(SETUP, sizes).points) == 2\n"
+        "    used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "    print(used.ru_maxrss // 1024, used.ru_utime)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
-    used_mib, core_s = map(float, done.stdout.split())
-    assert used_mib < 1024 and core_s < 10, done.stdout
+    (_, first_s), (used_mib, both_s) = (map(float, line.split()) for line in done.stdout.splitlines())
+    assert used_mib < 1024 and first_s < 10 and both_s - first_s < 10, done.stdout
