@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ds_moe_ep.config.knobs import MoEConfig
-from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
+from ds_moe_ep.moe.balance import BatchLoad, StepsBias
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.tuner import Choice
 
@@ -36,8 +36,8 @@ class OverlappedLayer(Protocol):
         """The dispatcher that moves its rows."""
 
     @property
-    def balance(self) -> BiasBalance | None:
-        """Its balancing bias, where the package routes and has one."""
+    def balance(self) -> StepsBias | None:
+        """Its balancing bias, where it has one that the package moves."""
 
     @property
     def batch_load(self) -> BatchLoad | None:

@@ -16,7 +16,7 @@ from ds_moe_ep.config.training import read_training
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooks.attach import extend_engine
 from ds_moe_ep.engine.hooks.hook import hook
-from ds_moe_ep.engine.hooks.layer import traffic_of
+from ds_moe_ep.engine.hooks.layer import balance_of, traffic_of
 from ds_moe_ep.engine.hooks.unconverted import refuse_unconverted
 from ds_moe_ep.engine.layer import MoE, moe_layers
 from ds_moe_ep.engine.own_layers import give_knobs
@@ -80,7 +80,8 @@ def join(engine: Any, own: Mapping[str, MoE], section: Section) -> None:
     """Hooks what the section says, and gives the engine its extensions. Collective over the world."""
     if section.moe.attach:
         refuse_unconverted(engine.module, seams.ds_config_of(engine))
-    hooked = hook(engine.module, traffic_of(section.moe)) if section.moe.attach else {}
+    balance = {} if own else balance_of(section.moe, section.given)  # with own layers, the section speaks of theirs
+    hooked = hook(engine.module, traffic_of(section.moe), balance=balance) if section.moe.attach else {}
     try:
         if not own and not hooked:
             name = type(engine.module).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,16 @@ class BatchLoad:
 def z_loss(logits_TE: Tensor) -> Tensor:
     """The mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5); 0 without tokens."""
     return logits_TE.logsumexp(1).square().sum() / max(len(logits_TE), 1)
+
+
+class StepsBias(Protocol):
+    """A bias that moves once per optimizer step."""
+
+    def step(self, sum_over_world: Callable[[Tensor], Tensor]) -> None:
+        """Moves the bias against the load since the last step. Collective through `sum_over_world`."""
+
+    def forget(self) -> None:
+        """Drops the load since the last step. Local."""
 
 
 class BiasBalance(nn.Module):

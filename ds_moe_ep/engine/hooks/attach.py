@@ -22,7 +22,7 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
 from ds_moe_ep.engine.extensions.install import extend, refuse_second
 from ds_moe_ep.engine.hooks.hook import candidates, hook
-from ds_moe_ep.engine.hooks.layer import TRAFFIC, HookedLayer, traffic_of
+from ds_moe_ep.engine.hooks.layer import TRAFFIC, HookedLayer, balance_of, traffic_of
 from ds_moe_ep.engine.hooks.unconverted import EXPERT_PARALLEL, fix, refuse_unconverted
 from ds_moe_ep.engine.layer import MoE, moe_layers
 from ds_moe_ep.engine.load.report import open_run_log
@@ -139,7 +139,8 @@ def _attach_to_engine(
         problem = error
     seams.settle(problem)
     assert section is not None
-    hooked = hook(engine.module, traffic_of(section.moe) | given, callbacks)
+    balance = {} if own else balance_of(section.moe, section.given)  # with own layers, the section speaks of theirs
+    hooked = hook(engine.module, traffic_of(section.moe) | given, callbacks, balance)
     undo: list[Callable[[], None]] = [layer.remove for layer in hooked.values()]
     try:
         for name, layer in own.items():

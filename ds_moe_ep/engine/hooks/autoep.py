@@ -7,6 +7,7 @@ and before the backward pass through it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.hooks.autoep_bias import AutoEPBias
 from ds_moe_ep.engine.hooks.layer import HookedLayer, check_width, copied, refuse_pickling, restore_class, swap_class
 from ds_moe_ep.engine.layouts.tensor import refuse_unlike, tensor_ranks_of
 from ds_moe_ep.errors import EngineError
@@ -34,7 +36,9 @@ SWIGLU = Form("swiglu", {"gate": "w1", "up": "w3", "down": "w2"})
 class HookedAutoEP(HookedLayer):
     """`AutoEPMoELayer` with the package's traffic."""
 
-    def __init__(self, name: str, layer: AutoEPMoELayer, traffic: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, layer: AutoEPMoELayer, traffic: Mapping[str, Any], balance: Mapping[str, Any]
+    ) -> None:
         config = MoEConfig(
             num_experts=layer.num_experts,
             ep_size=layer.ep_size,
@@ -42,10 +46,19 @@ class HookedAutoEP(HookedLayer):
             score=layer.router.score_func,
             renormalize=layer.router.route_norm,
             **traffic,
+            **balance,
         )
         super().__init__("AutoEPMoELayer", name, config)
         self.group = layer.ep_group
         self._layer = layer
+        self.bias: AutoEPBias | None = None
+
+    @property
+    def balance(self) -> AutoEPBias | None:
+        return self.bias
+
+    def problem_of_balance(self) -> str:
+        return AutoEPBias.problem_of(self._layer) if self.config.has_bias else ""
 
     @staticmethod
     def problem_of(layer: AutoEPMoELayer) -> str:
@@ -81,6 +94,8 @@ class HookedAutoEP(HookedLayer):
         refuse_unlike(self.tensor_ranks, layer.router, self.dispatcher.name)
 
     def attach(self) -> None:
+        if self.config.has_bias:
+            self.bias = AutoEPBias(self._layer, self.config.bias_step)
         swap_class(self._layer.experts, OverlappedGroupedExperts, self)
         swap_class(self._layer, OverlappedAutoEP, self)
         # AutoEP's own exchange makes these gradients too large by the number of tensor ranks, which DeepSpeed takes
@@ -119,6 +134,8 @@ class OverlappedAutoEP(AutoEPMoELayer):
         with torch.no_grad():
             self.tokens_per_expert.add_(counts_E)
         hooked.last_counts_E = counts_E.to(torch.int64)
+        if hooked.bias is not None and self.training:
+            hooked.bias.observe(counts_E)
         routes = Routes(expert_ids_TK=expert_ids_TK, weights_TK=weights_TK, weighs_rows=self.score_apply == "pre")
         y_TD = self.experts(x_TD, routes)
         output: Tensor | tuple[Tensor, Tensor] = self._finalize_output(

@@ -28,7 +28,10 @@ from ds_moe_ep.errors import EngineError
 
 
 def hook(
-    model: nn.Module, traffic: dict[str, Any], callbacks: Sequence[TransferCallback] = ()
+    model: nn.Module,
+    traffic: dict[str, Any],
+    callbacks: Sequence[TransferCallback] = (),
+    balance: Mapping[str, Any] | None = None,
 ) -> dict[str, HookedLayer]:
     """The layers of the model by name, hooked. Collective over the world; raises as `attach_overlap` does."""
     seams.check_release()
@@ -41,11 +44,15 @@ def hook(
         if layer.ep_size > 1 and (problem := cls.problem_of(layer)):
             problems.append(f"{name or 'the model'} ({type(layer).__name__}) cannot be hooked: {problem}")
         elif layer.ep_size > 1:
-            hooked[name] = cls(name, layer, traffic)
+            hooked[name] = cls(name, layer, traffic, balance or {})
             try:
                 hooked[name].share_tokens(layer)
             except EngineError as error:
                 problems.append(str(error))
+            if problem := hooked[name].problem_of_balance():
+                problems.append(
+                    f"{name or 'the model'} ({type(layer).__name__}) cannot be balanced by a bias: {problem}"
+                )
             if traffic.get("replicas") and (problem := problem_of_replicas(layer, hooked[name])):
                 problems.append(f"{name or 'the model'} ({type(layer).__name__}) cannot have replicas: {problem}")
     hosts, groups = agree(problems, hooked, [type(callback).__qualname__ for callback in callbacks])

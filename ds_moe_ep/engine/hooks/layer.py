@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine.layouts.tensor import OWN_MARK, mark_as_apart
 from ds_moe_ep.errors import ConfigError, EngineError
-from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
+from ds_moe_ep.moe.balance import BatchLoad, StepsBias
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
@@ -43,14 +43,15 @@ TRAFFIC = (
     "timeout_s",
 )
 
+BALANCE = ("balance", "bias_step")  # what a section may say of a bias that a hooked gate chooses with
+
 MARKS = ("allreduce", "group_name")  # DeepSpeed's, on parameters of experts
 
 
 class HookedLayer:
     """One hooked layer as the engine's extensions see it (`overlapped_layer.OverlappedLayer`)."""
 
-    balance: BiasBalance | None = None  # its gate is DeepSpeed's
-    batch_load: BatchLoad | None = None  # and so are its losses
+    batch_load: BatchLoad | None = None  # its gate is DeepSpeed's, and so are its losses
     group: dist.ProcessGroup  # DeepSpeed's, of the ranks that share its experts
 
     def __init__(self, kind: str, name: str, config: MoEConfig) -> None:
@@ -70,6 +71,15 @@ class HookedLayer:
 
     def share_tokens(self, layer: Any) -> None:
         """Shares the tokens of the layer that is to be hooked with its tensor ranks. Collective over them."""
+        raise NotImplementedError
+
+    @property
+    def balance(self) -> StepsBias | None:
+        """The bias that its gate chooses with, where it is to be moved."""
+        return None
+
+    def problem_of_balance(self) -> str:
+        """Why its bias cannot be moved as the configuration says, or an empty string."""
         raise NotImplementedError
 
     def attach(self) -> None:
@@ -143,6 +153,11 @@ def refuse_pickling(layer: nn.Module, protocol: SupportsIndex) -> str:
         f"{type(layer).__name__} cannot be pickled: it holds communicators of this process, as DeepSpeed's own layer "
         "does; save engine.module.state_dict() or call engine.save_checkpoint, or copy.deepcopy the model"
     )
+
+
+def balance_of(config: MoEConfig, given: frozenset[str]) -> dict[str, object]:
+    """The knobs of a section that move a hooked layer's bias; none where it does not ask for that."""
+    return {name: getattr(config, name) for name in BALANCE} if "balance" in given and config.balance == "bias" else {}
 
 
 def traffic_of(config: MoEConfig) -> dict[str, object]:

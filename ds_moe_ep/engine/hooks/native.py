@@ -8,7 +8,7 @@ of all ranks, which is not sent here, and so the ranks need not ask each other f
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ from ds_moe_ep.moe.split_experts import Opaque
 class HookedNative(HookedLayer):
     """`deepspeed.moe.layer.MoE` with the package's traffic."""
 
-    def __init__(self, name: str, moe: DeepSpeedMoE, traffic: dict[str, Any]) -> None:
+    def __init__(self, name: str, moe: DeepSpeedMoE, traffic: Mapping[str, Any], balance: Mapping[str, Any]) -> None:
         gate: TopKGate = moe.deepspeed_moe.gate
         config = MoEConfig(
             num_experts=moe.num_experts,
@@ -57,6 +57,7 @@ class HookedNative(HookedLayer):
         self._layer: MOELayer = moe.deepspeed_moe
         self.forms = ExpertForms()
         self.output_type: torch.dtype | None = None  # of experts of unknown form: what they gave last
+        self._wants_bias = bool(balance)
         self._report_unmarked()
         self.clock = LayerClock()
 
@@ -94,6 +95,9 @@ class HookedNative(HookedLayer):
         if layer.ep_group is None:
             return "it has no expert-parallel group yet; call deepspeed.initialize first"
         return ""
+
+    def problem_of_balance(self) -> str:
+        return "DeepSpeed's TopKGate chooses without a bias; leave moe_ep.balance out" if self._wants_bias else ""
 
     def known_experts(self) -> Known | None:
         return self.forms.known(list(self._layer.experts.deepspeed_experts))
