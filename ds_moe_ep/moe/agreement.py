@@ -181,17 +181,20 @@ class Agreement:
         return finish
 
     def begin_telling(self, told_C: Tensor, capacity: int = -1) -> Callable[[], AgreedCounts]:
-        """As `begin_counts`, where every rank tells all others the same columns: those are received, by rank."""
-        told_PC = told_C.expand(self.transport.size, -1)
+        """As `begin_counts`, where every rank tells all others the same columns: those are received, by rank.
+
+        On the host the first rank hands them out, behind the heads, which say that all ranks tell equally many.
+        """
+        size = self.transport.size
         if not is_on_host(told_C.device):
-            return self.begin_counts(told_PC, capacity)
+            return self.begin_counts(told_C.expand(size, -1), capacity)
         answered = self._ask(self._head(capacity), [])
 
         def finish() -> AgreedCounts:
             verdict = answered()
-            received = self.transport.exchange_counts(told_PC.contiguous(), self.call.tags).tolist()
+            told = self.transport.consult(told_C, size * len(told_C), _all_to_each, self.call.tags)()
             self.transport.check_open(self.call.tags)
-            return AgreedCounts([], received, *map(bool, verdict[1:NUM_VERDICT]))
+            return AgreedCounts([], told.view(size, -1).tolist(), *map(bool, verdict[1:NUM_VERDICT]))
 
         return finish
 
@@ -354,6 +357,11 @@ def exchange_heads(transport: Transport, head: Sequence[int], call: Call) -> lis
     """Every rank's head, after an answer that they are not alike. Collective, on the host."""
     columns_C = torch.tensor([*head, *[0] * (NUM_COLUMNS - NUM_HEAD)])
     return transport.exchange_counts(columns_C.repeat(transport.size, 1), call.tags).tolist()
+
+
+def _all_to_each(told_PC: Tensor) -> Tensor:
+    """The first rank's answer to each: what all ranks told."""
+    return told_PC.flatten().expand(len(told_PC), -1)
 
 
 def odd_pair(

@@ -4,7 +4,9 @@ Weights do not change between optimizer steps, so that a copy of an expert serve
 once at the window's start, its gradient sums once at the end. A rank has its own experts and a few slots for guests.
 
 1. `_filled` brings the fullest rank down to a level by copies: the largest excess first, into the rank whose room fits
-   it best. The lowest level for which slots suffice is found by bisection; higher levels need fewer copies.
+   it best, or, where slots are scarcer than room, in chains: a full rank gives an idle one all that fits, and takes
+   from the next with the room that this leaves, as in the alias method (Walker 1977; Vose 1991). The lowest level for
+   which slots suffice is found by bisection; higher levels need fewer copies.
 2. `price_us` tells what a window takes: the fullest rank's rows, and the transfers that no computation hides.
 3. `place` takes the cheapest, and keeps the previous placement unless another gains more than a margin.
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Literal
 from zlib import crc32
 
@@ -243,18 +246,20 @@ def _candidates(rows: Sequence[int], torus: Torus, num_slots: int, width: int) -
     load_R = [sum(rows[start : start + local]) for start in range(0, len(rows), local)]
     top, mean = max(load_R), -(-sum(rows) // torus.size)
     seen: set[Placement] = set()
-    for near_first in (True, False) if torus.num_nodes > 1 and torus.node_size > 1 else (False,):
+    ways = (True, False) if torus.num_nodes > 1 and torus.node_size > 1 else (False,)
+    for near_first, in_chains in product(ways, (False, True)):
         low, high = mean, top
         for _ in range(BISECTIONS):
             middle = (low + high) // 2
-            if _filled(rows, load_R, torus, num_slots, middle, near_first) is None:
+            if _filled(rows, load_R, torus, num_slots, middle, near_first, in_chains) is None:
                 low = middle + 1
             else:
                 high = middle
             if low >= high:
                 break
         for share in (0.0, *FEWER_COPIES):
-            guests = _filled(rows, load_R, torus, num_slots, high + int(share * (top - high)), near_first)
+            surface = high + int(share * (top - high))
+            guests = _filled(rows, load_R, torus, num_slots, surface, near_first, in_chains)
             if guests is None:
                 continue
             slots = max(width, max(map(len, guests)))
@@ -265,25 +270,36 @@ def _candidates(rows: Sequence[int], torus: Torus, num_slots: int, width: int) -
 
 
 def _filled(
-    rows: Sequence[int], load_R: Sequence[int], torus: Torus, num_slots: int, surface: int, near_first: bool
+    rows: Sequence[int],
+    load_R: Sequence[int],
+    torus: Torus,
+    num_slots: int,
+    surface: int,
+    near_first: bool,
+    in_chains: bool,
 ) -> list[list[int]] | None:
-    """Guests of each rank with which none has more than `surface` rows, or None where slots or room do not suffice."""
+    """Guests of each rank with which none has more than `surface` rows, or None where slots or room do not suffice.
+
+    With `in_chains` a host is filled, whatever its guest's home has too much of: that home may then be a host itself.
+    """
     local = len(rows) // torus.size
     room_R, guests = [surface - load for load in load_R], [list[int]() for _ in load_R]
     excess = [-room for room in room_R]
     for rank in sorted((r for r in range(torus.size) if excess[r] > 0), key=lambda r: (-excess[r], r)):
         own = sorted(range(rank * local, (rank + 1) * local), key=lambda expert: (-rows[expert], expert))
         for expert in own:
-            left = min(excess[rank], rows[expert])
+            left, moved = min(excess[rank], rows[expert]), 0
             excess[rank] -= left
             while left > 0:
                 host = _host_for(left, rank, expert, room_R, guests, torus, num_slots, near_first)
                 if host is None:
                     break
-                taken = min(left, room_R[host])
+                taken = min(rows[expert] - moved if in_chains else left, room_R[host])
                 guests[host].append(expert)
                 room_R[host] -= taken
-                left -= taken
+                room_R[rank] += taken
+                moved += taken
+                left = max(left - taken, 0)
             excess[rank] += left
         if excess[rank] > 0:
             return None
