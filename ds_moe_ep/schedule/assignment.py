@@ -137,16 +137,18 @@ class LoadAverage:
         self._weight = 0.0
         self._kept = kept
         self._last: Sequence[int] = ()
+        self.has_changed = False  # by the last pass
 
     def add(self, rows_E: Sequence[int]) -> None:
         """One more pass, with the rows of all sources."""
-        if self._has_changed(rows_E):
+        self.has_changed = self._is_another_load(rows_E)
+        if self.has_changed:
             self._sum_E, self._weight = [float(rows) for rows in self._last], 1.0
         self._last = rows_E
         self._sum_E = [self._kept * before + rows for before, rows in zip(self._sum_E, rows_E, strict=True)]
         self._weight = self._kept * self._weight + 1.0
 
-    def _has_changed(self, rows_E: Sequence[int]) -> bool:
+    def _is_another_load(self, rows_E: Sequence[int]) -> bool:
         if not self._last:
             return False
         apart = moved_share(rows_E, self._sum_E)

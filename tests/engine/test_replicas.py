@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from ds_moe_ep.schedule.assignment import LoadAverage
 from ds_moe_ep.schedule.placement import Placement
 from tests.engine.extensions.test_nonfinite import make_scaled_engine
 from tests.engine.hooks import autoep_models
@@ -63,6 +64,45 @@ def pin(layer: Any) -> None:
     size, local = replicas.link.size, replicas.num_local
     placement = Placement(size, local, 1, tuple(((rank - 1) % size * local,) for rank in range(size)))
     replicas.choose = lambda rows_E, before: placement
+
+
+class Restless(LoadAverage):
+    """Loads that are others in each pass."""
+
+    has_changed = property(lambda self: bool(self._last), lambda self, value: None)  # type: ignore[assignment]
+
+
+def train_moving(jobs: Sequence[Job]) -> list[tuple[Outcome, int]]:
+    """Losses and last weights of jobs whose copies move in each window and within it; how often they were sent."""
+    found = []
+    for job in jobs:
+        engine = make_engine(job)
+        for layer in engine.module.layers:
+            pin(layer)
+            replicas = layer.dispatcher.replicas
+            first, local = replicas.choose([], replicas.placement), replicas.num_local
+            back = Placement(
+                first.ranks, local, 1, tuple(((rank + 1) % first.ranks * local,) for rank in range(first.ranks))
+            )
+            replicas.choose = lambda rows_E, before, ways=(first, back): ways[before == ways[0]]
+            replicas.loads = Restless(job.num_experts)
+        losses = train_steps(engine, job, batches(job))
+        found.append(((losses, named_weights(engine.module, job)), replicas._renewals))
+    return found
+
+
+def test_copies_that_move_within_windows_train_as_one_process_does() -> None:
+    jobs = [
+        Job(stage=2, ep_size=4, accumulation=3, steps=3, replicas=1),
+        Job(stage=1, ep_size=4, accumulation=4, steps=2, recomputed=True, replicas=1),
+    ]
+    by_rank = run_ranks(4, train_moving, jobs, timeout_s=120)
+    for index, job in enumerate(jobs):
+        found = by_rank[0][index][0][0], merged([results[index][0][1] for results in by_rank])
+        assert by_rank[0][index][1] == 2 * job.steps + 1, "at the start of each window, and within it"
+        expected = reference_job(job)
+        assert distance(found[1], expected[1]) <= WEIGHTS
+        assert loss_distance(found, expected) <= LOSS
 
 
 def train_all(jobs: Sequence[tuple[Job, bool]]) -> list[tuple[Outcome, list[int]]]:

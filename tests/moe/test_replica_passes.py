@@ -79,6 +79,27 @@ def in_windows(layer: ExpertParallel, case: LayerCase) -> LayerResult:
     return found
 
 
+def with_loads_that_change(layer: ExpertParallel, case: LayerCase) -> LayerResult:
+    """Two windows of eight micro-batches; from the fourth of the first on, other experts are hot."""
+    layer.dispatcher.follow(windows := Windows(micro_batches=8))
+    with torch.no_grad():
+        layer.gate.wg.weight[0, 1] += 2.0
+    placements = []
+    for windows.number in range(2):
+        for micro_batch in range(8):
+            windows.last = micro_batch == 7
+            x, dy = shard(case)
+            if windows.number or micro_batch >= 3:
+                x = (x.detach() + torch.eye(2, x.shape[1])[1] * 3.0).requires_grad_()
+            y, l_aux, _ = layer(x)
+            ((y * dy).sum() + l_aux).backward()
+            placements.append(getattr(layer.dispatcher.replicas, "placement", None))
+    if case.config.replicas:
+        changes = [number for number in range(1, 16) if placements[number] != placements[number - 1]]
+        assert changes == [5], "in the pass behind the second one of other loads, and in no other"
+    return result(layer, case, x, y, l_aux)
+
+
 def with_frozen_experts(layer: ExpertParallel, case: LayerCase) -> LayerResult:
     """All of rank 3's experts, and a part of rank 2's, need no gradient."""
     rank = dist.get_rank()
@@ -103,6 +124,7 @@ RUNS: dict[str, Run] = {
     "recomputed inside": lambda layer, case: recomputed(layer, case, True),
     "looked at between": looked_at_between,
     "in windows": in_windows,
+    "loads change": with_loads_that_change,
     "frozen": with_frozen_experts,
     "two in flight": two_in_flight,
 }
@@ -114,7 +136,7 @@ def run_both() -> dict[str, tuple[LayerResult, LayerResult, bool]]:
         for kind in ("gelu", "swiglu"):
             case = hosted_case(f"{name}, {kind}", expert=kind)
             layer = connected(case, links)
-            if name != "recomputed":  # there the placement must hold by itself
+            if name not in ("recomputed", "loads change"):  # there the placement must hold, or move, by itself
                 pin(layer, *GUESTS)
             mine = run(layer, case)
             is_clean = not replicas_of(layer)._ledger.sums.owed

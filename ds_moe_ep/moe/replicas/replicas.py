@@ -4,7 +4,8 @@ A window is what lies between two changes of the weights. An engine says where i
 may change before any pass, so that each forward pass gets them anew, and each backward pass sends its gradients.
 
 1. Ranks tell each other their rows per expert (`told.py`), where without replicas each told a peer its share.
-2. Where a window begins all compute one placement from the loads so far, and the weights travel (`copies.py`).
+2. Where a window begins all compute one placement from the loads so far, and the weights travel (`copies.py`); once
+   more within a window, between two passes, where the loads have changed and all sums so far are at home.
 3. All compute one assignment of rows to hosts, and this rank its send order (`rows.py`).
 4. The backward pass sums the copies' gradients and, in a window's last, takes them home (`gradients.py`).
 """
@@ -74,6 +75,8 @@ class Replicas:
         self.loads = LoadAverage(num_experts)
         self._slots = slots
         self._known_window = -1  # in which the copies were made
+        self._moved_in = -1  # the last window whose copies moved within it
+        self._is_due = False  # the loads have changed: sums go home, and copies move in the next pass
         self._renewals = 0
         self._open: weakref.WeakSet[LentPass] = weakref.WeakSet()  # forward passes that may go backward yet
         self._ledger = Ledger()
@@ -129,7 +132,8 @@ class Replicas:
             agreement,
             placement=self.placement.key,
             window=self.window_number,
-            holds_placement=self.window is None and any("backward" not in lent.state for lent in self._open),
+            holds_placement=(self.window is None or self._is_due)
+            and any("backward" not in lent.state for lent in self._open),
         )
         is_used_TK = routes.is_used_TK if routes.capacity is None else routes.is_kept_TK
         in_order = sort_choices(routes.expert_ids_TK, is_used_TK, agreement.num_experts, in_triton)
@@ -142,12 +146,14 @@ class Replicas:
         return HostedPass(self, known, agreement, in_order, is_used_TK, counts, is_counted)
 
     def prepare(self, told: Told, known: KnownExperts, is_counted: bool, is_held: bool, tags: Tags) -> None:
-        """Renews placement and copies where a window begins or the weights changed. Collective."""
+        """Renews placement and copies where a window begins, weights or loads have changed. Collective."""
+        moves = self._is_due and is_counted and not is_held and not self._ledger.sums.owed
         if is_counted:
             self.loads.add([sum(rows) for rows in zip(*told.rows_RE, strict=True)])
+            self._see_change()
         has_changed = told.changed(self.placement)
         is_inside = is_inside_backward()
-        begins = not is_inside and (self.window is None or self._known_window != self.window.number)
+        begins = not is_inside and (moves or self.window is None or self._known_window != self.window.number)
         if not begins and not (has_changed and not is_inside):
             if has_changed:
                 raise EngineError(
@@ -159,6 +165,14 @@ class Replicas:
         self._begin_window(known, tags, begins and not is_held)
         self.copies.transfer.wait()
 
+    def _see_change(self) -> None:
+        """Sees to it that copies move within a window, at most once, where the loads have become others.
+
+        The gradients of this pass's copies, and of those before, go home in its backward pass: then nobody owes any.
+        """
+        if self.window is not None and self.loads.has_changed and self._moved_in != self.window.number:
+            self._is_due = self.choose(self.loads.rows_E, self.placement) != self.placement
+
     def begin_early(self) -> None:
         """Starts to send the copies of an engine's next window, whose first pass waits for them. Collective.
 
@@ -169,6 +183,9 @@ class Replicas:
 
     def _begin_window(self, known: KnownExperts, tags: Tags, may_place: bool) -> None:
         placement = self.placement
+        if self.window is not None and self._known_window == self.window.number and may_place:
+            self._moved_in = self.window.number
+        self._is_due = self._is_due and not may_place
         if may_place and self.loads.has_passes:
             self.refuse_unsent(tags.layer)
             placement = self.choose(self.loads.rows_E, placement)
@@ -233,7 +250,7 @@ class Replicas:
         return loan, Collect.apply(loan, self._anchor, *known.expert_parameters())  # type: ignore[no-untyped-call]
 
     def _is_last(self) -> bool:
-        return self.window is None or self.window.is_last()
+        return self.window is None or self._is_due or self.window.is_last()
 
     def refuse_unsent(self, layer: str) -> None:
         """Raises EngineError where gradients of copies are still here, and their window is over. Local."""
