@@ -249,14 +249,17 @@ def _candidates(rows: Sequence[int], torus: Torus, num_slots: int, width: int) -
     ways = (True, False) if torus.num_nodes > 1 and torus.node_size > 1 else (False,)
     for near_first, in_chains in product(ways, (False, True)):
         low, high = mean, top
+        almost = mean + ((top - mean) >> BISECTIONS)  # as low as the bisection tells levels apart
+        if _filled(rows, load_R, torus, num_slots, almost, near_first, in_chains) is not None:
+            low = high = almost
         for _ in range(BISECTIONS):
+            if low >= high:
+                break
             middle = (low + high) // 2
             if _filled(rows, load_R, torus, num_slots, middle, near_first, in_chains) is None:
                 low = middle + 1
             else:
                 high = middle
-            if low >= high:
-                break
         for share in (0.0, *FEWER_COPIES):
             surface = high + int(share * (top - high))
             guests = _filled(rows, load_R, torus, num_slots, surface, near_first, in_chains)
