@@ -1,0 +1,100 @@
+"""Times a model on its way in and out: Hugging Face folders, checkpoints, and checkpoints of another ep_size.
+
+    python -m ds_moe_ep.bench.checkpoints [--ranks 4] [--model-mb 2000] [--folder /a/fast/disk]
+
+A plain write of the same bytes, each rank its share, stands beside them in every round. Starts its own ranks on this
+machine, and leaves nothing in the folder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ds_moe_ep.bench.checkpoints.ranks import ACTIONS, WRITE, CheckpointPlan, run_rank
+from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
+from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric, ratios
+from ds_moe_ep.bench.harness.processes import free_port
+from ds_moe_ep.config.options import option
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.quantity import cell
+from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.table import Table, table
+
+METRICS = {
+    "time": Metric("ms", "slowest rank, files on disk (fsync) where some are written; page cache as it is"),
+    "peak": Metric("bytes", "resident memory above that before the action, fullest rank"),
+    "bytes": Metric("bytes", "files that are written, or read"),
+    "ratio": Metric("ratio", "time over that of a plain write of as many bytes in the same round"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(BenchmarkOptions):
+    """Options of the benchmark of checkpoints."""
+
+    ranks: int = option(4, "processes, and the expert-parallel size", least=2)
+    model_mb: int = option(2000, "bytes of the model's weights in fp32, in MB", least=1)
+    rounds: int = option(3, "measured rounds", least=1)
+    folder: Path | None = option(None, "where the files lie meanwhile (default: a temporary folder)", metavar="FOLDER")
+
+
+class CheckpointBenchmark(Benchmark):
+    """A model's ways into files and out of them."""
+
+    module = ("ds_moe_ep.bench.checkpoints",)
+    options = CheckpointOptions
+    description = "Times Hugging Face folders and checkpoints of a model beside a plain write of the same bytes."
+    prints_markdown = True
+
+    def __init__(self, options: CheckpointOptions) -> None:
+        self.num_ranks, self._options = options.ranks, options
+        if options.ranks not in (2, 4, 8):
+            raise ConfigError(f"bench.ranks={options.ranks}: the model has 8 experts, and half as many ranks reload it")
+        if options.folder is not None and not options.folder.is_dir():
+            raise ConfigError(f"--folder={options.folder}: is no folder; make it first")
+
+    def launches(self, stack: ExitStack) -> Iterator[Launch]:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=self._options.folder, prefix="ds_moe_ep_bench_"))
+        options = self._options
+        plan = CheckpointPlan(folder, options.ranks, options.model_mb, options.rounds, free_port())
+        yield Launch(run=run_rank, plan=plan, num_ranks=options.ranks, steps=options.rounds * len(ACTIONS))
+
+    def metric(self, name: str) -> Metric:
+        return METRICS[name.rpartition(".")[2]]
+
+    def derive(self, found: Collector) -> Iterable[DerivedSamples]:
+        """Seconds per byte over those of the plain write, round by round."""
+        plain = _ms_per_byte(found, WRITE)
+        for action in ACTIONS:
+            mine = _ms_per_byte(found, action)
+            if action != WRITE and len(mine) == len(plain):
+                yield DerivedSamples(f"checkpoints.{action}.ratio", ratios(mine, plain))
+
+    def tables(self, records: Sequence[Record]) -> Iterator[Table]:
+        of = {record.name.removeprefix("checkpoints."): record for record in records}
+        rows = [
+            (
+                action,
+                cell(of.get(f"{action}.bytes"), "MB", 0),
+                cell(of.get(f"{action}.time"), "ms", 0, bar=True),
+                cell(of.get(f"{action}.ratio"), "ratio", 2, bar=True),
+                cell(of.get(f"{action}.peak"), "MB", 0, bar=True),
+            )
+            for action in ACTIONS
+        ]
+        head = ("what", "files, MB", "time, ms", "per byte, write = 1", "memory above before, MB")
+        basis = [f"`{first.command}` at {first.commit} on {first.hardware}." for first in records[:1]]
+        yield table("A model's files: median (quartiles) of the slowest and the fullest rank", head, rows, *basis)
+
+
+def _ms_per_byte(found: Collector, action: str) -> list[float]:
+    times, sizes = (found.of(f"checkpoints.{action}.{what}") for what in ("time", "bytes"))
+    return [ms / size for ms, size in zip(times, sizes, strict=True)]
+
+
+main = partial(run_benchmark, CheckpointBenchmark)
