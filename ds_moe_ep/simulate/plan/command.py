@@ -10,8 +10,9 @@ from rich.console import Console
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.simulate.audit.audit import audit
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
+from ds_moe_ep.simulate.job.job import read_job
 from ds_moe_ep.simulate.options import PlanOptions
-from ds_moe_ep.simulate.plan.plan import Comparison, Plan, compare, make_plan
+from ds_moe_ep.simulate.plan.plan import Comparison, Plan, compare, make_plan, plan_of
 from ds_moe_ep.simulate.plan.records import comparison_records, plan_records, write_plan, write_trace
 from ds_moe_ep.simulate.plan.tables import print_all, print_comparison, print_plan
 from ds_moe_ep.simulate.plan.values import comparison_values, plan_values
@@ -27,9 +28,7 @@ def run(options: PlanOptions, console: Console) -> int:
     cluster = load_cluster(options.cluster)
     if options.nodes is not None:
         cluster = cluster.with_nodes(options.nodes)
-    if options.sweep is not None:
-        return run_sweep(options, cluster, console)
-    plan = make_plan(
+    job = read_job(
         options.config,
         cluster,
         micro_batch=options.micro_batch,
@@ -37,6 +36,9 @@ def run(options: PlanOptions, console: Console) -> int:
         mode=options.mode,
         replicas=options.replicas,
     )
+    if options.sweep is not None:
+        return run_sweep(options, job, console)
+    plan = plan_of(job, options.load)
     comparison = _comparison(options, plan, cluster) if options.compare else None
     plans = (comparison.ours, comparison.theirs) if comparison else (plan,)
     rows = audit(cluster) if plan.stated and (options.json or options.verbose) else ()

@@ -138,11 +138,15 @@ def make_plan(
 
     Raises ConfigError or TopologyError for what cannot work, and for what does not fit with the fix.
     """
-    job = read_job(source, cluster, micro_batch=micro_batch, load=load, mode=mode, replicas=replicas)
+    return plan_of(read_job(source, cluster, micro_batch=micro_batch, load=load, mode=mode, replicas=replicas), load)
+
+
+def plan_of(job: Job, load: str = "even") -> Plan:
+    """The plan of a job that was read with this load. Raises ConfigError, with the fix, for what does not fit."""
     fit = fit_memory(job.setup)
     refuse_what_does_not_fit(job.path, job.setup, fit)
     choices = _choices(job.setup)
-    at_ends = tuple(_choices(on(job.setup, end))[0].labels for end in cluster.ends() if choices)
+    at_ends = tuple(_choices(on(job.setup, end))[0].labels for end in job.setup.cluster.ends() if choices)
     job = _chosen(job, choices)
     prediction = predict(job.setup)
     return Plan(

@@ -10,8 +10,7 @@ from rich.progress import Progress
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import TOTALS
-from ds_moe_ep.simulate.cluster.cluster import Cluster
-from ds_moe_ep.simulate.job.job import read_job
+from ds_moe_ep.simulate.job.job import Job
 from ds_moe_ep.simulate.options import PlanOptions
 from ds_moe_ep.simulate.step.source import source_of, write_out
 from ds_moe_ep.simulate.sweep.records import sweep_records, sweep_values
@@ -19,25 +18,17 @@ from ds_moe_ep.simulate.sweep.sweep import read_sizes, sweep
 from ds_moe_ep.simulate.sweep.tables import print_sweep
 
 
-def run_sweep(options: PlanOptions, cluster: Cluster, console: Console) -> int:
-    """Prints the sweep that `options.sweep` names, and writes its Records to `options.out`; 0.
+def run_sweep(options: PlanOptions, job: Job, console: Console) -> int:
+    """Prints the sweep of the job that `options.sweep` names, and writes its Records to `options.out`; 0.
 
-    Raises ConfigError or TopologyError for a job that cannot work, a size that cannot be, and a file that cannot be
-    written.
+    Raises ConfigError or TopologyError for a size that cannot be, and a file that cannot be written.
     """
     assert options.sweep is not None
+    cluster = job.setup.cluster
     sizes = read_sizes(options.sweep)
     for name, value in (("compare", options.compare), ("trace", options.trace)):
         if value is not None:
             raise ConfigError(f"{name}={value!r}: a sweep is of one job and has no spans; leave it out")
-    job = read_job(
-        options.config,
-        cluster,
-        micro_batch=options.micro_batch,
-        load=options.load,
-        mode=options.mode,
-        replicas=options.replicas,
-    )
     with Progress(console=Console(stderr=True), transient=True, disable=options.json) as progress:
         task = progress.add_task("simulating", total=len(TOTALS) * len(sizes.ep) * len(sizes.dp))
         found = sweep(job.setup, sizes, load=options.load, see=lambda *_: progress.advance(task))
