@@ -23,20 +23,23 @@ if TYPE_CHECKING:
     from ds_moe_ep.engine.hugging_face.load import from_pretrained
     from ds_moe_ep.engine.hugging_face.upcycle import upcycle
     from ds_moe_ep.engine.layer import MoE
+    from ds_moe_ep.engine.load.routes import record_routes, replay_routes
     from ds_moe_ep.engine.pipeline import Pipeline, build_pipeline
     from ds_moe_ep.engine.seams import init_distributed
     from ds_moe_ep.engine.start import initialize
     from ds_moe_ep.errors import ConfigError, EngineError, MoEError, TopologyError
     from ds_moe_ep.model.initialize import expert_index_of, init_weights
     from ds_moe_ep.model.transformer import ModelOutput, Transformer, build_transformer
-    from ds_moe_ep.moe.experts import GeluMLP, SharedWithGate, SwiGLU
+    from ds_moe_ep.moe.experts import ClampedSwiGLU, GeluMLP, SharedWithGate, SwiGLU
     from ds_moe_ep.moe.layer import ExpertParallel
+    from ds_moe_ep.moe.replay.record import RouteRecord
 
 __all__ = [
     "MEDIUM",
     "MODELS",
     "SMALL",
     "SPECIFICATION",
+    "ClampedSwiGLU",
     "ConfigError",
     "EngineError",
     "ExpertParallel",
@@ -50,6 +53,7 @@ __all__ = [
     "OverlapHandle",
     "Pipeline",
     "RankGrid",
+    "RouteRecord",
     "Section",
     "SharedWithGate",
     "SwiGLU",
@@ -70,6 +74,8 @@ __all__ = [
     "load_ds_config",
     "open_transport",
     "read_section",
+    "record_routes",
+    "replay_routes",
     "save_pretrained",
     "upcycle",
     "wait_for_saves",
@@ -86,14 +92,16 @@ _HOMES = {
     "engine.hugging_face.load": ("from_pretrained",),
     "engine.hugging_face.upcycle": ("upcycle",),
     "engine.layer": ("MoE",),
+    "engine.load.routes": ("record_routes", "replay_routes"),
     "engine.pipeline": ("Pipeline", "build_pipeline"),
     "engine.seams": ("init_distributed",),
     "engine.start": ("initialize",),
     "errors": ("ConfigError", "EngineError", "MoEError", "TopologyError"),
     "model.initialize": ("expert_index_of", "init_weights"),
     "model.transformer": ("ModelOutput", "Transformer", "build_transformer"),
-    "moe.experts": ("GeluMLP", "SharedWithGate", "SwiGLU"),
+    "moe.experts": ("ClampedSwiGLU", "GeluMLP", "SharedWithGate", "SwiGLU"),
     "moe.layer": ("ExpertParallel",),
+    "moe.replay.record": ("RouteRecord",),
     "config.section": ("Section", "load_ds_config", "read_section"),
     "config.topology": ("RankGrid",),
 }

@@ -8,6 +8,7 @@ be kept in between. All functions write into given tensors and have no gradient 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,22 @@ BLOCK_ELEMENTS = 2**17  # of a thread, on the CPU: what lies between two passes 
 _GELU, _GELU_BACKWARD = torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input
 
 
-def swiglu(gate_nF: Tensor, up_nF: Tensor, active_nF: Tensor, use_triton: bool | None = None) -> None:
-    """Writes silu(gate) * up into `active_nF`, which may be one of the inputs."""
+class Clamp(NamedTuple):
+    """Bounds of a SwiGLU as gpt-oss has them: (up + 1) * gate * sigmoid(alpha * gate), both at most `limit`."""
+
+    alpha: float
+    limit: float
+
+
+def swiglu(
+    gate_nF: Tensor, up_nF: Tensor, active_nF: Tensor, use_triton: bool | None = None, clamp: Clamp | None = None
+) -> None:
+    """Writes silu(gate) * up, or its clamped form, into `active_nF`, which may be one of the inputs."""
+    if clamp is not None:
+        for gate, up, active in row_blocks(gate_nF, up_nF, active_nF):
+            gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+            torch.mul(up + 1, gate * torch.sigmoid(gate * clamp.alpha), out=active)
+        return
     if _runs_triton(use_triton, gate_nF, up_nF, active_nF):
         from ds_moe_ep.kernels.compiled import activation
 
@@ -69,12 +84,17 @@ def swiglu_backward(
     d_up_nF: Tensor,
     active_nF: Tensor | None,
     use_triton: bool | None = None,
+    clamp: Clamp | None = None,
 ) -> None:
-    """Writes the gradients of both hidden rows, and the active rows silu(gate) * up where `active_nF` is given.
+    """Writes the gradients of both hidden rows, and the active rows of `swiglu` where `active_nF` is given.
 
     Outputs may lie over inputs: `d_gate_nF` over `gate_nF`, `d_up_nF` over `up_nF`, `active_nF` over `d_active_nF`.
     """
     outputs = [d_gate_nF, d_up_nF] if active_nF is None else [d_gate_nF, d_up_nF, active_nF]
+    if clamp is not None:
+        for d_active, gate, up, *its_outputs in row_blocks(d_active_nF, gate_nF, up_nF, *outputs):
+            _clamped_backward(d_active, gate, up, its_outputs, clamp)
+        return
     if _runs_triton(use_triton, d_active_nF, gate_nF, up_nF, *outputs):
         from ds_moe_ep.kernels.compiled import activation
 
@@ -89,6 +109,18 @@ def swiglu_backward(
         torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_gate)
         if active:
             active[0].copy_(made_again)
+
+
+def _clamped_backward(d_active: Tensor, gate: Tensor, up: Tensor, outputs: list[Tensor], clamp: Clamp) -> None:
+    """The gradients of the clamped form: none where a bound holds."""
+    below, within = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    share = torch.sigmoid(below * clamp.alpha)
+    glu = below * share
+    slope = share + clamp.alpha * glu * (1 - share)
+    made = [d_active * (within + 1) * slope * (gate <= clamp.limit), d_active * glu * (up.abs() <= clamp.limit)]
+    made += [(within + 1) * glu] if len(outputs) == 3 else []
+    for output, value in zip(outputs, made, strict=True):
+        output.copy_(value)
 
 
 def row_blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:

@@ -57,6 +57,29 @@ class SwiGLU(nn.Module):
         return y
 
 
+class ClampedSwiGLU(nn.Module):
+    """An expert of gpt-oss (arXiv 2508.10925): down((up(x) + 1) * g * sigmoid(alpha * g)), g = gate(x).
+
+    g is at most `limit`, and up(x) within -limit and limit. In gpt-oss's files gate and up stand in turn in one matrix:
+    its rows 0, 2, 4 ... are gate's, and 1, 3, 5 ... up's.
+    """
+
+    def __init__(
+        self, hidden_size: int, width: int, bias: bool = True, alpha: float = 1.702, limit: float = 7.0
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, width, bias=bias)
+        self.up = nn.Linear(hidden_size, width, bias=bias)
+        self.down = nn.Linear(width, hidden_size, bias=bias)
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x).clamp(max=self.limit)
+        up = self.up(x).clamp(min=-self.limit, max=self.limit)
+        y: Tensor = self.down((up + 1) * (gate * torch.sigmoid(gate * self.alpha)))
+        return y
+
+
 class SharedWithGate(nn.Module):
     """A shared expert whose output is weighted by sigmoid(gate(x)) per token (Qwen2-MoE)."""
 
@@ -186,7 +209,9 @@ def start_pass(
         return form.own_pass(weights)
     if grouping is not None:
         return start_grouped(form, weights, grouping)
-    return GeluPass(weights, spans, form.approximate) if form.kind == "gelu" else SwiGLUPass(weights, spans)
+    if form.kind == "gelu":
+        return GeluPass(weights, spans, form.approximate)
+    return SwiGLUPass(weights, spans, form.clamp)
 
 
 class KnownExperts:

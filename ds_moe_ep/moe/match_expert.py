@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ds_moe_ep.kernels.activation import Clamp
 from ds_moe_ep.moe.snapshot import Snapshot, has_global_hooks, has_hooks
 from ds_moe_ep.moe.split_experts import ExpertPass, Weights
 
@@ -32,6 +33,7 @@ class Form:
     kind: Literal["gelu", "swiglu"]
     linears: dict[str, str]  # part ("up", "gate", "down") -> name of the Linear in the module
     approximate: str = "none"
+    clamp: Clamp | None = None  # of a SwiGLU that has bounds
     own_pass: Callable[[Sequence[Weights]], ExpertPass] | None = None  # instead of the mathematics of the kind
 
     def weights_of(self, expert: nn.Module) -> Weights:
@@ -48,7 +50,7 @@ Known = tuple[Form, Sequence[Weights]]
 
 
 def match_expert(template: nn.Module) -> Form | None:
-    """The form of a module's computation, or None when it is neither a GELU MLP nor a SwiGLU of plain Linears.
+    """The form of a module's computation; None when it is no GELU MLP and no SwiGLU, clamped or not, of plain Linears.
 
     Reads the traced graph, so that a class of any name is found, and anything beside it (dropout, hooks, a second
     output, a buffer) sends the module through autograd instead.
@@ -61,8 +63,8 @@ def match_expert(template: nn.Module) -> Form | None:
         return None
     steps = [node for node in graph.nodes if node.op != "get_attr"]
     output = steps[-1].args[0]
-    form = _gelu_form(template, output) or _swiglu_form(template, output)
-    if form is None or len(steps) != {"gelu": 5, "swiglu": 7}[form.kind]:
+    form = _gelu_form(template, output) or _swiglu_form(template, output) or _clamped_form(template, output)
+    if form is None or len(steps) != (12 if form.clamp else {"gelu": 5, "swiglu": 7}[form.kind]):
         return None
     names = {name for name, _ in template.named_parameters()}  # a tied weight stands here once
     if (
@@ -190,6 +192,59 @@ def _swiglu_form(template: nn.Module, output: Any) -> Form | None:
         if gate and up and gate.input is up.input and gate.input.op == "placeholder":
             return Form("swiglu", {"gate": gate.name, "up": up.name, "down": down.name})
     return None
+
+
+def _clamped_form(template: nn.Module, output: Any) -> Form | None:
+    """down((up + 1) * (gate * sigmoid(gate * alpha))), each product either way round."""
+    down = _linear(template, output)
+    for shifted, glu in _factors(down.input) if down else ():
+        for bounded, share in _factors(glu):
+            alphas = [alpha for node, alpha in _factors(_sigmoid_of(share)) if node is bounded]
+            gate, up = _bounded(template, bounded), _bounded(template, _less_one(shifted))
+            if not (down and gate and up and alphas and isinstance(alphas[0], float)):
+                continue
+            limit = gate[1]["max"]
+            if gate[1]["min"] is not None or limit is None or up[1] != {"min": -limit, "max": limit}:
+                continue
+            if gate[0].input is up[0].input and gate[0].input.op == "placeholder":
+                linears = {"gate": gate[0].name, "up": up[0].name, "down": down.name}
+                return Form("swiglu", linears, clamp=Clamp(alphas[0], float(limit)))
+    return None
+
+
+def _factors(node: Any) -> Sequence[tuple[Any, Any]]:
+    """Both orders of a product's factors; none for any other node."""
+    product = _call(node, *_PRODUCTS)
+    return () if product is None else ((product.args[0], product.args[1]), (product.args[1], product.args[0]))
+
+
+def _sigmoid_of(node: Any) -> Any:
+    """The node whose sigmoid this one is; None for any other."""
+    sigmoid = _call(node, torch.sigmoid, F.sigmoid) or _method(node, "sigmoid")
+    return sigmoid.args[0] if sigmoid is not None and len(sigmoid.args) == 1 and not sigmoid.kwargs else None
+
+
+def _less_one(node: Any) -> Any:
+    """The node to which this one adds 1; None for any other."""
+    added = _call(node, torch.add, operator.add)
+    if added is None or added.kwargs or len(added.args) != 2:
+        return None
+    one, other = added.args if isinstance(added.args[0], int | float) else added.args[::-1]
+    return other if one == 1 else None
+
+
+def _bounded(template: nn.Module, node: Any) -> tuple[_Linear, dict[str, Any]] | None:
+    """The Linear whose output is clamped here, and its bounds; None for any other node."""
+    clamp = _call(node, torch.clamp) or _method(node, "clamp")
+    linear = _linear(template, clamp.args[0]) if clamp is not None else None
+    if clamp is None or linear is None:
+        return None
+    return linear, {"min": None, "max": None} | dict(zip(("min", "max"), clamp.args[1:], strict=False)) | clamp.kwargs
+
+
+def _method(node: Any, name: str) -> torch.fx.Node | None:
+    """The node if it calls this method of a tensor, else None."""
+    return node if isinstance(node, torch.fx.Node) and node.op == "call_method" and node.target == name else None
 
 
 def _call(node: Any, *functions: Callable[..., Any]) -> torch.fx.Node | None:

@@ -22,6 +22,7 @@ from ds_moe_ep.kernels.gate import MAX_EXPERTS, ChoiceNoise, GateRoutes, GateRul
 from ds_moe_ep.kernels.sort import sort_choices
 from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
 from ds_moe_ep.moe.match_expert import is_plain, is_plain_linear
+from ds_moe_ep.moe.replay.tape import Chosen, Tape
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ JITTER = 1e-2  # relative width of the input noise, as DeepSpeed and Switch (arX
 
 
 FAR_BEHIND = torch.iinfo(torch.int64).max  # the place of a choice that takes no part
+REPLAYED = 1e30  # more than any logit: the noise on the last expert of a replayed choice
 TINY = 1e-9  # the least share of an expert whose bias outweighs its score
 
 
@@ -84,6 +86,7 @@ class Router(nn.Module):
         self.wg = nn.Linear(hidden_size, config.num_experts, bias=config.gate_bias)
         self.balance: BiasBalance | None = None
         self.batch_load = BatchLoad()
+        self.tape: Tape | None = None  # records or replays routes
         self._has_told_even = False
         self.configure(config)
 
@@ -117,20 +120,29 @@ class Router(nn.Module):
         config, in_triton = self.config, use_triton(self.config, x_TD.device)
         is_used_T = None if used_token_T is None else used_token_T.reshape(-1) != 0
         capacity = config.capacity(x_TD.shape[0], self.training)
-        is_whole = is_used_T is None and capacity is None  # every choice keeps its weight
+        chosen = None if self.tape is None else self.tape.chosen(x_TD)
+        is_counted = chosen is None or chosen.is_whole
+        is_whole = is_used_T is None and capacity is None and is_counted  # every choice keeps its weight
         if self._takes_one_pass(x_TD, in_triton):
             rule = GateRule(config.top_k, config.score == "softmax", config.renormalizes and is_whole)
-            bias_E = None if self.balance is None else self.balance.bias_E
-            routes = gate_routes(x_TD, self.wg.weight.float(), bias_E, is_used_T, rule, self._choice_noise(x_TD))
+            bias_E = None if self.balance is None or chosen is not None else self.balance.bias_E
+            noise = self._choice_noise(x_TD) if chosen is None else noise_that_chooses(chosen, config.num_experts)
+            routes = gate_routes(x_TD, self.wg.weight.float(), bias_E, is_used_T, rule, noise)
         else:
-            routes, is_whole = self._step_by_step(x_TD, is_used_T, in_triton), False
+            routes, is_whole = self._step_by_step(x_TD, is_used_T, in_triton, chosen), False
         scores_TE, expert_ids_TK = routes.scores_TE, routes.expert_ids_TK
         with torch.no_grad():
             is_used_TK = None if is_used_T is None else is_used_T.unsqueeze(1).expand_as(expert_ids_TK)
+            if chosen is not None and not chosen.is_whole:
+                taken_TK = chosen.is_kept_TK if capacity is None else chosen.is_used_TK
+                is_used_TK = taken_TK if is_used_TK is None else taken_TK & is_used_TK
             place_TK, is_kept_TK = None, is_used_TK
             if capacity is not None:
+                in_queue_TK = is_used_TK
+                if chosen is not None and not chosen.is_whole and is_used_TK is not None:
+                    in_queue_TK = is_used_TK & chosen.is_kept_TK  # what the record dropped takes no place
                 priority_TK = self._priority(scores_TE, expert_ids_TK)
-                place_TK = places(expert_ids_TK, is_used_TK, priority_TK, config.num_experts, in_triton)
+                place_TK = places(expert_ids_TK, in_queue_TK, priority_TK, config.num_experts, in_triton)
                 is_kept_TK = place_TK < capacity
         routing = Routing(
             expert_ids_TK=expert_ids_TK,
@@ -139,12 +151,14 @@ class Router(nn.Module):
             ),
             scores_TE=scores_TE,
             logits_TE=routes.logits_TE,
-            counts_KE=routes.counts_KE,
+            counts_KE=routes.counts_KE if is_counted else None,
             is_used_TK=is_used_TK,
             is_kept_TK=is_kept_TK,
             place_TK=place_TK,
             capacity=capacity,
         )
+        if self.tape is not None:
+            self.tape.take(routing)
         if self.balance is not None and self.training:
             self.balance.observe(routing.load_E(), self.wg.weight)
         return routing
@@ -175,12 +189,16 @@ class Router(nn.Module):
         like_TE = x_TD.new_empty(x_TD.shape[0], config.num_experts, dtype=torch.float32)
         return ChoiceNoise(gumbel_like(like_TE), 0 if is_sampled else 1)
 
-    def _step_by_step(self, x_TD: Tensor, is_used_T: Tensor | None, in_triton: bool | None) -> GateRoutes:
+    def _step_by_step(
+        self, x_TD: Tensor, is_used_T: Tensor | None, in_triton: bool | None, chosen: Chosen | None
+    ) -> GateRoutes:
         """The routes by torch's operations; the weights are the chosen scores as they are."""
         logits_TE, choice_logits_TE = self._logits(x_TD, in_triton)
         scores_TE = self._scores(logits_TE)
         with torch.no_grad():
-            if self.config.force_even:
+            if chosen is not None:
+                expert_ids_TK = chosen.expert_ids_TK
+            elif self.config.force_even:
                 expert_ids_TK = in_turn(scores_TE, is_used_T, self.config.top_k)
             else:
                 expert_ids_TK = self._choose(choice_logits_TE)
@@ -267,6 +285,14 @@ def outside_of_groups(scores_TE: Tensor, config: MoEConfig) -> Tensor:
     visited_TM = best_TG.topk(config.topk_group, dim=1).indices
     is_outside_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter_(1, visited_TM, False)
     return is_outside_TG.repeat_interleave(scores_TGn.shape[2], dim=1)
+
+
+def noise_that_chooses(chosen: Chosen, num_experts: int) -> ChoiceNoise:
+    """Noise so large that the kernel of one pass chooses these experts, in this order, and weighs them as ever."""
+    num_tokens, top_k = chosen.expert_ids_TK.shape
+    by_place_TK = REPLAYED * torch.arange(top_k, 0, -1, device=chosen.expert_ids_TK.device, dtype=torch.float32)
+    noise_TE = torch.zeros(num_tokens, num_experts, device=chosen.expert_ids_TK.device)
+    return ChoiceNoise(noise_TE.scatter_(1, chosen.expert_ids_TK, by_place_TK.expand(num_tokens, top_k)))
 
 
 def in_turn(scores_TE: Tensor, is_used_T: Tensor | None, top_k: int) -> Tensor:

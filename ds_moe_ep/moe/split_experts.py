@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.errors import EngineError
-from ds_moe_ep.kernels.activation import gelu_backward, swiglu, swiglu_backward
+from ds_moe_ep.kernels.activation import Clamp, gelu_backward, swiglu, swiglu_backward
 from ds_moe_ep.kernels.linear import add_linear_grad_rows, linear_grad_rows, linear_rows
 from ds_moe_ep.kernels.weight_sums import GradSums as GradSums
 from ds_moe_ep.kernels.weight_sums import Weights as Weights
@@ -227,10 +227,11 @@ class GeluPass(SavedActivations):
 
 
 class SwiGLUPass(SavedActivations):
-    """down(silu(gate(x)) * up(x)): saves gate rows and up rows."""
+    """down(silu(gate(x)) * up(x)), or its clamped form: saves gate rows and up rows."""
 
-    def __init__(self, weights: Sequence[Weights], spans: Sequence[Span]) -> None:
+    def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], clamp: Clamp | None = None) -> None:
         super().__init__(weights, spans, 2)  # gate rows, up rows
+        self._clamp = clamp
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)
@@ -239,7 +240,7 @@ class SwiGLUPass(SavedActivations):
         for x, gate, up, active, y in blocks(x_nD, gate_nF, up_nF, active_nF, y_nD):
             linear_rows(x, _weight(weights, "gate"), weights.get("gate.bias"), gate)
             linear_rows(x, _weight(weights, "up"), weights.get("up.bias"), up)
-            swiglu(gate, up, active, self.use_triton)
+            swiglu(gate, up, active, self.use_triton, self._clamp)
             linear_rows(active, _weight(weights, "down"), weights.get("down.bias"), y)
 
     def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
@@ -249,7 +250,7 @@ class SwiGLUPass(SavedActivations):
         for dy, gate, up, d_gate, d_up, active, dx in blocks(dy_nD, *saved, *made, dx_nD):
             d_active, made_again = self.over(active)
             linear_grad_rows(dy, _weight(weights, "down"), d_active)
-            swiglu_backward(d_active, gate, up, d_gate, d_up, made_again, self.use_triton)
+            swiglu_backward(d_active, gate, up, d_gate, d_up, made_again, self.use_triton, self._clamp)
             linear_grad_rows(d_gate, _weight(weights, "gate"), dx)
             add_linear_grad_rows(d_up, _weight(weights, "up"), dx)
 

@@ -42,7 +42,9 @@ class PlanOptions:
         metavar="N|largest",
     )
     load: str = option(
-        "even", "how rows fall on experts: even, zipf:<exponent>, or a file of rows or of Records", metavar="LOAD"
+        "even",
+        "how rows fall on experts: even, zipf:<exponent>, or a file of rows, of Records or of recorded routes",
+        metavar="LOAD",
     )
     replicas: int | Literal["auto"] | None = option(
         None,

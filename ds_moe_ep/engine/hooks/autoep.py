@@ -8,6 +8,7 @@ and before the backward pass through it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,10 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooks.autoep_bias import AutoEPBias
 from ds_moe_ep.engine.hooks.layer import HookedLayer, check_width, copied, refuse_pickling, restore_class, swap_class
+from ds_moe_ep.engine.hooks.replayed import sent_by
 from ds_moe_ep.engine.layouts.tensor import refuse_unlike, tensor_ranks_of
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.kernels.activation import Clamp
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, known_experts
 from ds_moe_ep.moe.experts import OpaqueExperts
@@ -82,7 +85,8 @@ class HookedAutoEP(HookedLayer):
 
     def known_experts(self) -> Known | None:
         experts = self._layer.experts
-        return (SWIGLU, weights_of(experts)) if experts.activation == "swiglu" else None
+        form = form_of(experts)
+        return (form, weights_of(experts)) if form else None
 
     def share_tokens(self, layer: AutoEPMoELayer) -> None:
         self.tensor_ranks = tensor_ranks_of(layer, self.config)
@@ -108,6 +112,13 @@ class HookedAutoEP(HookedLayer):
         restore_class(self._layer.experts, GroupedExperts)
 
 
+def form_of(experts: GroupedExperts) -> Form | None:
+    """The form of AutoEP's experts; None of an activation that is not known here."""
+    if experts.activation == "swiglu_oai":
+        return replace(SWIGLU, clamp=Clamp(experts.activation_alpha, experts.activation_limit))
+    return SWIGLU if experts.activation == "swiglu" else None
+
+
 def weights_of(experts: GroupedExperts) -> list[Weights]:
     """The weights of each expert by part, views of AutoEP's stacks."""
     parts = {"gate.weight": experts.w1, "up.weight": experts.w3, "down.weight": experts.w2}
@@ -130,13 +141,16 @@ class OverlappedAutoEP(AutoEPMoELayer):
             check_width(hidden_states, self.hidden_size, hooked.dispatcher.name)
             x_TD = hidden_states.reshape(-1, self.hidden_size)
             hooked.tensor_ranks.compare(x_TD, hooked.dispatcher.name)
-            weights_TK, expert_ids_TK, counts_E = self.router(x_TD, self.expert_bias)
+            with sent_by(self.router, hooked.chosen(x_TD), hooked.dispatcher.name):
+                weights_TK, expert_ids_TK, counts_E = self.router(x_TD, self.expert_bias)
         with torch.no_grad():
             self.tokens_per_expert.add_(counts_E)
         hooked.last_counts_E = counts_E.to(torch.int64)
         if hooked.bias is not None and self.training:
             hooked.bias.observe(counts_E)
         routes = Routes(expert_ids_TK=expert_ids_TK, weights_TK=weights_TK, weighs_rows=self.score_apply == "pre")
+        if hooked.tape is not None:
+            hooked.tape.take(routes)
         y_TD = self.experts(x_TD, routes)
         output: Tensor | tuple[Tensor, Tensor] = self._finalize_output(
             y_TD.reshape(hidden_states.shape), x_TD, hidden_states, self.hidden_size
@@ -158,7 +172,8 @@ class OverlappedGroupedExperts(GroupedExperts):
         return tensor.gather(self._through_experts(share_TD, routes), len(x_TD))
 
     def _through_experts(self, x_TD: Tensor, routes: Routes) -> Tensor:
-        by_hand = self.activation == "swiglu" and known_experts(SWIGLU, weights_of(self), x_TD)
+        form = form_of(self)
+        by_hand = form and known_experts(form, weights_of(self), x_TD)
         if by_hand:
             return self.overlap.dispatcher(by_hand[0], routes, by_hand[1], self.training)[0]
         each = zip(self.w1.unbind(), self.w3.unbind(), self.w2.unbind(), strict=True)

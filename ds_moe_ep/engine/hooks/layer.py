@@ -18,6 +18,7 @@ from ds_moe_ep.engine.layouts.tensor import OWN_MARK, mark_as_apart
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.balance import BatchLoad, StepsBias
 from ds_moe_ep.moe.dispatcher import Dispatcher
+from ds_moe_ep.moe.replay.tape import Chosen, Tape
 from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from ds_moe_ep.moe.tuner import Choice
@@ -51,6 +52,7 @@ MARKS = ("allreduce", "group_name")  # DeepSpeed's, on parameters of experts
 class HookedLayer:
     """One hooked layer as the engine's extensions see it (`overlapped_layer.OverlappedLayer`)."""
 
+    tape: Tape | None = None  # records or replays its routes
     batch_load: BatchLoad | None = None  # its gate is DeepSpeed's, and so are its losses
     group: dist.ProcessGroup  # DeepSpeed's, of the ranks that share its experts
 
@@ -81,6 +83,14 @@ class HookedLayer:
     def problem_of_balance(self) -> str:
         """Why its bias cannot be moved as the configuration says, or an empty string."""
         raise NotImplementedError
+
+    def problem_of_replay(self) -> str:
+        """Why its routes can be neither recorded nor replayed, or an empty string."""
+        return ""
+
+    def chosen(self, x_TD: Tensor) -> Chosen | None:
+        """The choices that a record has for the tokens of a pass; None where the gate chooses."""
+        return None if self.tape is None else self.tape.chosen(x_TD)
 
     def attach(self) -> None:
         """Puts the hook in. Local."""

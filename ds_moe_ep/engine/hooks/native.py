@@ -24,6 +24,7 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.arguments import NOISE
 from ds_moe_ep.engine.extensions.clock import LayerClock, Timed
 from ds_moe_ep.engine.hooks.layer import HookedLayer, check_width, copied, refuse_pickling, restore_class, swap_class
+from ds_moe_ep.engine.hooks.replayed import native_answer
 from ds_moe_ep.engine.layouts.tensor import refuse_unlike, tensor_ranks_of
 from ds_moe_ep.engine.parallelism import problem_of_sequences
 from ds_moe_ep.errors import EngineError
@@ -99,6 +100,13 @@ class HookedNative(HookedLayer):
     def problem_of_balance(self) -> str:
         return "DeepSpeed's TopKGate chooses without a bias; leave moe_ep.balance out" if self._wants_bias else ""
 
+    def problem_of_replay(self) -> str:
+        if self._layer.gate.drop_tokens:
+            return "its gate does not say which expert a dropped choice was for; make it with drop_tokens=False"
+        if self.config.noise == "jitter":
+            return "its gate weighs tokens with noise of its own (noisy_gate_policy='Jitter'); make it without"
+        return ""
+
     def known_experts(self) -> Known | None:
         return self.forms.known(list(self._layer.experts.deepspeed_experts))
 
@@ -140,15 +148,23 @@ class OverlappedMOELayer(Timed, MOELayer):
             x_TD, tensor = x.reshape(-1, x.shape[-1]), hooked.tensor_ranks
             tensor.compare(x_TD, name)
             used = used_token if used_token is None else tensor.all_tokens(used_token)
-            with tensor.drawing_alike(x.device, tensor.is_shared and draws(self.gate)):
-                answer = seams.sparse_routes(self.gate, tensor.all_tokens(x_TD), used)
+            all_TD = tensor.all_tokens(x_TD)
+            chosen = hooked.chosen(all_TD)
+            if chosen is None:
+                with tensor.drawing_alike(x.device, tensor.is_shared and draws(self.gate)):
+                    answer = seams.sparse_routes(self.gate, all_TD, used)
+            else:
+                answer = native_answer(self.gate, all_TD, used, chosen)
         self.l_aux, capacity, _, experts_KT, places_KT, weights_KT, self.exp_counts = answer
         if self.gate.drop_tokens:
             routes = routes_of(experts_KT, places_KT, weights_KT, int(capacity))
         else:
             is_drawn = self.gate.k == 1 and self.gate.use_rts
             may_leave_out = used_token is not None or is_drawn or not seams.has("sparse routes")
+            may_leave_out |= chosen is not None and not chosen.is_whole
             routes = dropless_routes(experts_KT, weights_KT, may_leave_out)
+        if hooked.tape is not None:
+            hooked.tape.take(routes)
         hooked.last_counts_E = self.exp_counts.to(torch.int64)
         share_TD, routes = tensor.cut(x_TD, routes)
         return tensor.gather(self._through_experts(share_TD, routes), len(x_TD)).reshape(x.shape)

@@ -107,7 +107,7 @@ class ExpertBlock:
         """The expert's form, which must be what the family's files hold. Raises ExportError."""
         form = match_expert(expert)
         has_bias = any(name.endswith("bias") for name, _ in expert.named_parameters())
-        if form is None or form.kind != "swiglu" or has_bias:
+        if form is None or form.kind != "swiglu" or form.clamp or has_bias:
             kind = "something else" if form is None else form.kind
             raise ExportError(
                 f"{self.name}: files of {self.family.model_type} hold silu(gate(x)) * up(x), then down, without "

@@ -69,7 +69,7 @@ class GroupedPass:
         if self._form.kind == "gelu":
             torch.ops.aten.gelu.out(hidden[0], approximate=self._form.approximate, out=active_nF)
         else:
-            swiglu(hidden[0], hidden[1], active_nF, self.use_triton)
+            swiglu(hidden[0], hidden[1], active_nF, self.use_triton, self._form.clamp)
         self._piece_of[rows.start] = len(self._piece_of)
         self.saved += hidden
         if self._active is ActiveRows.SAVED:
@@ -91,7 +91,8 @@ class GroupedPass:
             gelu_backward(d_active_nF, hidden[0], d_hidden[0], made_again, self._form.approximate, self.use_triton)
         else:
             gate_nF, up_nF = hidden
-            swiglu_backward(d_active_nF, gate_nF, up_nF, d_hidden[0], d_hidden[1], made_again, self.use_triton)
+            grads = d_hidden[0], d_hidden[1], made_again
+            swiglu_backward(d_active_nF, gate_nF, up_nF, *grads, self.use_triton, self._form.clamp)
         self._gradients[rows.start] = [*d_hidden, *(kept or [d_active_nF])]
         dx_nD, *others = (
             grouped_rows(each, self._stacked(f"{part}.weight"), groups)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import read_records
 
-FIX = "write even, zipf:1.0, or a file: a JSON list of each expert's rows, or Records of a run with its load"
+FIX = (
+    "write even, zipf:1.0, or a file: a JSON list of each expert's rows, Records of a run with its load, or a record "
+    "of routes (.safetensors, or a folder of each rank's)"
+)
+ROUTES = "ds_moe_ep.routes"  # the format of a record of routes, as `moe/replay/record.py` writes it
 
 
 def read_loads(text: str, num_experts: int, ep_size: int) -> tuple[float, ...]:
@@ -56,7 +61,9 @@ def loads_of(rows: Sequence[float], ep_size: int) -> tuple[float, ...]:
 
 
 def _recorded(path: Path) -> list[float]:
-    """Rows of each expert: a JSON list of them, or Records `....load.step<n>.layer<l>.expert<e>` of a run."""
+    """Rows of each expert: a JSON list, Records `....load.step<n>.layer<l>.expert<e>`, or a record of routes."""
+    if path.is_dir() or path.suffix == ".safetensors":
+        return _load_of_routes(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -87,3 +94,40 @@ def _load_of_records(path: Path) -> list[float]:
     of_system = next(iter(found.values()))
     rows = of_system[max(of_system)]
     return [rows[expert] for expert in sorted(rows)]
+
+
+def _load_of_routes(path: Path) -> list[float]:
+    """Rows of each expert over all passes of a record's first layer, before any drop; a folder's files are summed."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise ConfigError(f"load={str(path)!r}: a folder without a record of routes (*.safetensors); {FIX}")
+    columns = [_rows_of_routes(file) for file in files]
+    if len({len(rows) for rows in columns}) > 1:
+        raise ConfigError(f"load={str(path)!r}: its records are of layers with other numbers of experts; {FIX}")
+    return [float(sum(rows)) for rows in zip(*columns, strict=True)]
+
+
+def _rows_of_routes(path: Path) -> list[int]:
+    """The choices of each expert in one file, read by the layout of safetensors: a length, a JSON head, the numbers."""
+    try:
+        data = path.read_bytes()
+        (length,) = struct.unpack_from("<Q", data)
+        head = json.loads(data[8 : 8 + length])
+        told = head["__metadata__"]
+        if (told.get("format"), told.get("version")) != (ROUTES, "1"):
+            raise ConfigError(f"load={str(path)!r}: is no record of routes, format {told.get('format')!r}; {FIX}")
+        name, layer = next(iter(json.loads(told["layers"]).items()))
+        rows = [0] * layer["num_experts"]
+        for index in range(layer["num_passes"]):
+            tensor = head[f"{index}.{name}"]
+            start, stop = (8 + length + offset for offset in tensor["data_offsets"])
+            if tensor["dtype"] != "I32":
+                raise ConfigError(f"load={str(path)!r}: routes are int32, not {tensor['dtype']}; {FIX}")
+            for (choice,) in struct.iter_unpack("<i", data[start:stop]):
+                if choice != -1:  # took no part; below it, a capacity dropped it
+                    rows[choice if choice >= 0 else -2 - choice] += 1
+    except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration, struct.error) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"load={str(path)!r}: no record of routes can be read ({error!r}); {FIX}") from error
+    return rows

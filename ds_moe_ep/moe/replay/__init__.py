@@ -1,0 +1,1 @@
+"""Routes of passes, recorded and replayed."""
