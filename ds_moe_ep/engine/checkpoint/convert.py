@@ -11,7 +11,10 @@ Optimizer states are not carried: ZeRO cuts them flat, by rank. Step counters an
 
 from __future__ import annotations
 
+import importlib
 import os
+import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -210,15 +213,37 @@ def check_weight(path: Path, place: WeightPlace, found: Any, planned: Tensor, ea
 
 
 def load_file(path: Path) -> Any:
-    """The content of a checkpoint's file, with its tensors mapped and not read."""
+    """The content of a checkpoint's file, with its tensors mapped and not read.
+
+    Only tensors, plain values and DeepSpeed's own small classes are made: a file of unknown origin runs no code.
+    """
     if not path.is_file():
         raise EngineError(f"{path}: no such file; complete the folder")
     if not zipfile.is_zipfile(path):
         raise EngineError(f"{path}: is cut off, or no file of torch.save in its zip form; save the checkpoint again")
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)  # as DeepSpeed itself loads it
+        with torch.serialization.safe_globals(deepspeeds_classes()):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = found[1] if found else "something that is no tensor"
+        raise EngineError(
+            f"{path}: holds {what}, and making it could run code of the file's; save the checkpoint again without it "
+            "(a client_state of plain values and tensors)"
+        ) from error
     except Exception as error:
         raise EngineError(f"{path}: cannot be read ({type(error).__name__}: {error}); save it again") from error
+
+
+def deepspeeds_classes() -> list[Any]:
+    """The classes that DeepSpeed itself puts into files of a checkpoint; those of them that the release has."""
+    homes = {
+        "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+        "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+        "deepspeed.utils.tensor_fragment": ("fragment_address",),
+    }
+    modules = ((importlib.import_module(module), names) for module, names in homes.items())
+    return [getattr(module, name) for module, names in modules for name in names if hasattr(module, name)]
 
 
 def share_at(place: WeightPlace, parts: Mapping[str, list[Tensor]]) -> Tensor:

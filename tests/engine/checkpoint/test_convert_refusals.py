@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,16 @@ def change(path: Folder, edit: Callable[[dict[str, Any]], Any]) -> None:
     state = torch.load(path, weights_only=False)
     edit(state)
     torch.save(state, path)
+
+
+class Crafted:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, target: Folder) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
 
 
 def main_file(folder: Folder) -> Folder:
@@ -135,6 +146,17 @@ def test_another_model_than_the_saved_one_is_refused(
 
 def to_half(state: dict[str, Any]) -> None:
     state["layer.attention.qkv.weight"] = state["layer.attention.qkv.weight"].half()
+
+
+def test_a_crafted_pickle_does_nothing(tmp_path: Folder) -> None:
+    write_experts(tmp_path / "experts", RUN)
+    made = tmp_path / "made"
+    change(main_file(tmp_path / "experts"), lambda state: state.update({"client_note": Crafted(made)}))
+    message = r"mp_rank_00_model_states\.pt: holds posix\.mkdir, and making it could run code of the file's"
+    assert_refused(tmp_path, tmp_path / "experts", target_config(RUN, pipeline=True), message)
+    assert not made.exists()
+    torch.load(main_file(tmp_path / "experts"), weights_only=False)
+    assert made.exists(), "the control: it would have"
 
 
 PIPELINE_DAMAGES: dict[str, tuple[Damage, str]] = {
