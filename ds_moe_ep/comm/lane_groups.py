@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm import nccl
-from ds_moe_ep.comm.transport import CONTROL, LANES, REPLICAS, Answer
+from ds_moe_ep.comm.transport import CONTROL, LANES, NEAR_LANES, REPLICAS, Answer
 from ds_moe_ep.errors import EngineError, TopologyError
 from ds_moe_ep.health.abort import AbortGuard
 from ds_moe_ep.health.watch import Watch, open_watch
@@ -82,10 +82,12 @@ def open_lanes(
     watch: Watch | None = None,
     max_ctas: int = 0,
     with_replicas: bool = False,
+    with_near: bool = False,
 ) -> LaneGroups:
     """New communicators for every group of global ranks; returns those of this rank's own group.
 
-    Without a watch of the caller's they get one of their own. `with_replicas` adds one for replicated experts.
+    Without a watch of the caller's they get one of their own. `with_replicas` adds one for replicated experts,
+    `with_near` those of two-level dispatch.
 
     Collective over the world: every rank passes the same groups, which partition the world. Raises EngineError
     before torch.distributed is up, and TopologyError on every rank where the groups are no partition.
@@ -104,7 +106,7 @@ def open_lanes(
     mine = next(tuple(group) for group in groups if rank in group)
     timeout, is_on_nccl = timedelta(seconds=timeout_s), dist.get_backend() == "nccl"
     lanes: dict[str, dist.ProcessGroup] = {}
-    pairwise = (*LANES, REPLICAS) if with_replicas else LANES
+    pairwise = (*LANES, *(NEAR_LANES if with_near else ()), *((REPLICAS,) if with_replicas else ()))
     for lane in (*pairwise, CONTROL):
         for group in groups:
             options = nccl.lane_options(timeout, max_ctas if lane in pairwise else 0) if is_on_nccl else None

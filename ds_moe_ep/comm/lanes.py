@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_moe_ep.comm.transport import LANES
+from ds_moe_ep.comm.transport import LANES, NEAR_LANES
 
 
 class Event(Protocol):
@@ -29,6 +29,7 @@ class Event(Protocol):
     def wait(self) -> None: ...
 
 
+TRANSFERS = (*LANES, *NEAR_LANES)
 IN_FLIGHT = 2  # transfers of one lane on the host
 
 Work = Callable[[], Event | None]  # starts a transfer and returns it, or computes
@@ -194,7 +195,7 @@ class HostLanes(_Waiting):
         return _Passed()
 
     def issue(self, lane: str, after: Sequence[Event], work: Work, scope: Scope, is_awaited: bool = True) -> Event:
-        if lane not in LANES:
+        if lane not in TRANSFERS:
             return Inline().issue(lane, after, work, scope)
         job = _Job(after, work, scope, self._pass)
         self._lane(lane).queue.put(job)
@@ -271,6 +272,8 @@ class CudaLanes(_Waiting):
         return CudaLanes, (self._device,)
 
     def _stream(self, lane: str) -> torch.cuda.Stream:
+        if lane in NEAR_LANES and lane not in self._own:  # which few layers use
+            self._own[lane] = torch.cuda.Stream(self._device, priority=-1)
         return self._own[lane] if lane in self._own else torch.cuda.current_stream()
 
     def entry(self) -> Event:

@@ -9,7 +9,7 @@ from ds_moe_ep.comm.collective import Collective
 from ds_moe_ep.comm.group_transport import GroupTransport
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
 from ds_moe_ep.comm.pairwise import Pairwise
-from ds_moe_ep.comm.transport import REPLICAS, Loopback, Transport
+from ds_moe_ep.comm.transport import NEAR_LANES, REPLICAS, Loopback, Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.health.watch import Watch
@@ -23,7 +23,8 @@ def open_transport(groups: Sequence[Sequence[int]], config: MoEConfig, watch: Wa
     """
     if all(len(group) == 1 for group in groups):
         return Loopback()
-    return transport_over(open_lanes(groups, config.timeout_s, watch, config.max_ctas, bool(config.replicas)), config)
+    extra = {"with_replicas": bool(config.replicas), "with_near": config.two_level != "off"}
+    return transport_over(open_lanes(groups, config.timeout_s, watch, config.max_ctas, **extra), config)
 
 
 def transport_over(lanes: LaneGroups, config: MoEConfig) -> Transport:
@@ -34,6 +35,15 @@ def transport_over(lanes: LaneGroups, config: MoEConfig) -> Transport:
         "collective": Collective,
     }
     return kinds[config.transport](lanes, config.timeout_s)
+
+
+def check_near_lanes(transport: Transport, two_level: str) -> None:
+    """Raises ConfigError where a transport was opened without the communicators of two-level dispatch."""
+    if isinstance(transport, GroupTransport) and NEAR_LANES[0] not in transport.groups.lanes:
+        raise ConfigError(
+            f"moe_ep.two_level={two_level!r}: the layer's {type(transport).__name__} has no communicators for rows "
+            "inside of a node; open it by open_transport with a configuration that has the knob, or set it to 'off'"
+        )
 
 
 def link_of_replicas(transport: Transport, replicas: int | str) -> Transport:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ds_moe_ep.schedule.spans import NEAR_LANES as NEAR_LANES
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 LANES = ("dispatch", "combine")

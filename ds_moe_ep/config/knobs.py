@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ds_moe_ep.config.fields import check_fields, from_dict, knob
+from ds_moe_ep.config.two_level import check_two_level
 from ds_moe_ep.errors import ConfigError, nearest
 
 
@@ -122,6 +123,11 @@ class MoEConfig:
     bit_equal: bool = knob(
         False, "every schedule gives the same bits on a CPU, at the price of sums over blocks of rows"
     )
+    two_level: Literal["off", "auto", "copies", "sums"] = knob(
+        "off",
+        "a token's rows for a far node cross as one copy and are spread there (copies), and come back as one sum "
+        "(sums); 'auto': copies where the schedule 'auto' measures that they pay",
+    )
     transport: Literal["auto", "pairwise", "collective"] = knob(
         "auto", "what moves rows: grouped isend/irecv, or all-to-all; 'auto' takes this where all ranks meet on a CPU"
     )
@@ -181,6 +187,7 @@ class MoEConfig:
                 "set it to false"
             )
         self._check_groups()
+        check_two_level(self.two_level, self.top_k, self.replicas, self.schedule, self.row_cuts)
         others = self.num_experts - self.num_local_experts
         if self.replicas != "auto" and self.ep_size > 1 and self.replicas > others:
             raise ConfigError(

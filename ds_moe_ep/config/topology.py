@@ -99,6 +99,10 @@ class Torus:
         """The rank whose rows reach `rank` at `offset`."""
         return self._shift(rank, -offset[0], -offset[1])
 
+    def relay(self, source: int, target: int) -> int:
+        """The rank on the target's node that has the source's place there."""
+        return target - target % self.node_size + source % self.node_size
+
     def _shift(self, rank: int, nodes: int, places: int) -> int:
         node, place = divmod(rank, self.node_size)
         return (node + nodes) % self.num_nodes * self.node_size + (place + places) % self.node_size

@@ -204,7 +204,8 @@ class MoE(DeepSpeedMoE):
         if self.ep_size == 1:
             self.deepspeed_moe.connect(Loopback())
             return
-        lanes = seams.lanes_beside(group, grid.ep_groups(), self.config.timeout_s, bool(self.config.replicas))
+        needs = bool(self.config.replicas), self.config.two_level != "off"
+        lanes = seams.lanes_beside(group, grid.ep_groups(), self.config.timeout_s, *needs)
         if lanes.ranks != tuple(ranks):
             raise EngineError(
                 f"moe_ep.ep_size={self.ep_size}: DeepSpeed's expert-parallel group holds ranks {ranks}, the layer's "

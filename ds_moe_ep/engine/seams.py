@@ -32,7 +32,7 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
 
 from ds_moe_ep.comm.lane_groups import LaneGroups, open_lanes
-from ds_moe_ep.comm.transport import REPLICAS
+from ds_moe_ep.comm.transport import NEAR_LANES, REPLICAS
 from ds_moe_ep.config.deepspeed_keys import TESTED as TESTED
 from ds_moe_ep.engine.releases import LATER as LATER
 from ds_moe_ep.engine.releases import dense_routes
@@ -152,16 +152,18 @@ def known_expert_group(ep_size: int) -> dist.ProcessGroup | None:
 
 
 def lanes_beside(
-    group: dist.ProcessGroup, all_groups: list[list[int]], timeout_s: float, with_replicas: bool = False
+    group: dist.ProcessGroup, all_groups: list[list[int]], timeout_s: float, replicas: bool = False, near: bool = False
 ) -> LaneGroups:
     """The lanes beside DeepSpeed's `group`; the first call opens them, collective over the world.
 
-    So does the first call of a layer with replicas, where those before had none. The opening call's time limit holds
-    for all. Lanes that a failure has closed stay closed.
+    So does the first call of a layer with replicas, or with two-level dispatch (`near`), where those before had none.
+    The opening call's time limit holds for all. Lanes that a failure has closed stay closed.
     """
-    if group not in _LANES or (with_replicas and REPLICAS not in _LANES[group].lanes):
+    had = _LANES[group].lanes if group in _LANES else {}
+    replicas, near = replicas or REPLICAS in had, near or NEAR_LANES[0] in had
+    if not had or replicas > (REPLICAS in had) or near > (NEAR_LANES[0] in had):
         watch = watch_of_world(timeout_s)
-        _LANES[group] = open_lanes(all_groups, timeout_s, watch, with_replicas=with_replicas)
+        _LANES[group] = open_lanes(all_groups, timeout_s, watch, with_replicas=replicas, with_near=near)
     return _LANES[group]
 
 

@@ -20,6 +20,7 @@ from ds_moe_ep.kernels.permute import RowMaps
 from ds_moe_ep.kernels.sort import sort_choices
 from ds_moe_ep.moe.agreement import NO_CALL, Agreement, Call
 from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.two_level.copies import NodeCopies
 
 Counts = tuple[tuple[int, ...], ...]
 
@@ -36,6 +37,7 @@ class DispatchPlan:
     recv_rows_PL: Counts
     is_drift_seen: bool = False  # by any rank of the group: all of them read the same
     goes_backward: bool = False  # some rank of the group needs a gradient, and so all of them go backward
+    copies: NodeCopies | None = None  # of tokens for far nodes, with two levels; the maps are those of their sums
 
     @property
     def num_received(self) -> int:
@@ -104,6 +106,19 @@ def begin_plan(
 
 def _padded_plan(routing: Routes, num_experts: int, agreement: Agreement) -> DispatchPlan:
     """Every expert gets `capacity` rows from every rank, padded where it was chosen less often."""
+    capacity, ids_TK, maps = routing.capacity, routing.expert_ids_TK, padded_maps(routing, num_experts)
+    assert capacity is not None
+    num_peers = agreement.transport.size
+    counts = ((capacity,) * (num_experts // num_peers),) * num_peers
+    if ids_TK.device.type != "cpu":
+        goes_backward = agreement.needs_gradient or (num_peers > 1 and torch.is_grad_enabled())
+        return DispatchPlan(maps, counts, counts, goes_backward=goes_backward)
+    agreed = agreement.on_counts(torch.tensor(counts), capacity)
+    return DispatchPlan(maps, counts, counts, agreed.is_drift_seen, agreed.goes_backward)
+
+
+def padded_maps(routing: Routes, num_experts: int) -> RowMaps:
+    """The maps of rows by expert and place, `capacity` rows per expert. Local, no device sync."""
     capacity, is_kept_TK, place_TK = routing.capacity, routing.is_kept_TK, routing.place_TK
     assert capacity is not None and is_kept_TK is not None and place_TK is not None
     ids_TK, num_rows = routing.expert_ids_TK, num_experts * capacity
@@ -113,16 +128,9 @@ def _padded_plan(routing: Routes, num_experts: int, agreement: Agreement) -> Dis
     is_padding_N = torch.ones_like(choice_of_row_N, dtype=torch.bool)
     is_padding_N[row_TK.flatten()] = False
     is_dropped_TK = ~is_kept_TK
-    maps = RowMaps(
+    return RowMaps(
         choice_of_row_N[:num_rows], row_TK.masked_fill(is_dropped_TK, 0), is_padding_N[:num_rows], is_dropped_TK
     )
-    num_peers = agreement.transport.size
-    counts = ((capacity,) * (num_experts // num_peers),) * num_peers
-    if ids_TK.device.type != "cpu":
-        goes_backward = agreement.needs_gradient or (num_peers > 1 and torch.is_grad_enabled())
-        return DispatchPlan(maps, counts, counts, goes_backward=goes_backward)
-    agreed = agreement.on_counts(torch.tensor(counts), capacity)
-    return DispatchPlan(maps, counts, counts, agreed.is_drift_seen, agreed.goes_backward)
 
 
 def _tuples(counts: Sequence[Sequence[int]]) -> Counts:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -41,34 +41,10 @@ from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.replicas.replicas import HostedPass, Replicas, Window
 from ds_moe_ep.moe.router import Routes, sent_weights, use_triton
 from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift, LinkMeter
-from ds_moe_ep.schedule.build import Schedule, backward_schedule, forward_schedule
+from ds_moe_ep.moe.two_level.connection import Connection, may_copy
+from ds_moe_ep.moe.two_level.plan import begin_two_level, num_told
 
 Observer = Callable[[Routes, DispatchPlan], None]
-
-
-@dataclass(frozen=True)
-class Connection:
-    """Connection of a layer to its group: the transport, and the schedules over the group's torus.
-
-    The controls are the same pieces at depth 0.
-    """
-
-    transport: Transport
-    forward: Schedule
-    backward: Schedule
-    control_forward: Schedule
-    control_backward: Schedule
-
-    @classmethod
-    def of(cls, config: MoEConfig, transport: Transport, torus: Torus) -> Connection:
-        configs = (config, replace(config, depth=0))
-        schedules = [make(c, torus) for c in configs for make in (forward_schedule, backward_schedule)]
-        return cls(transport, *schedules)
-
-    @cached_property
-    def text(self) -> str:
-        """The schedules as text: equal on two ranks where the schedules are."""
-        return f"{self.forward} {self.backward}"
 
 
 class Dispatcher:
@@ -207,7 +183,7 @@ class Dispatcher:
             self._replicas.window = self._window
         self._bare = transport
         transport = with_callbacks(transport, self._callbacks)
-        self._connection = Connection.of(self._resolved_config(), transport, torus or Torus(1, transport.size))
+        self._connection = self._connect(transport, torus or Torus(1, transport.size))
 
     def add_callback(self, callback: TransferCallback) -> None:
         """Puts a callback around each message of the layer, behind those that are there. Between passes.
@@ -237,13 +213,19 @@ class Dispatcher:
 
     def _reconnect(self) -> None:
         if self._connection is not None:
-            self._connection = Connection.of(self._resolved_config(), self._connection.transport, self.torus)
+            self._connection = self._connect(self._connection.transport, self.torus)
 
-    def _resolved_config(self) -> MoEConfig:
-        """The configuration with the schedule that 'auto' stands for; serial until one is chosen."""
-        if self._config.schedule != "auto":
-            return self._config
-        return replace(self._config, **(self._choice.knobs if self._choice else {"schedule": "serial"}))
+    def _connect(self, transport: Transport, torus: Torus) -> Connection:
+        """The connection with the schedule that 'auto' stands for; serial until one is chosen."""
+        config = self._config
+        if config.schedule == "auto":
+            knobs = dict(self._choice.knobs if self._choice else {"schedule": "serial"})
+            if not may_copy(config, transport, torus):  # a choice of another run, or from before a callback
+                knobs.pop("two_level", None)
+            config = replace(config, **knobs)
+        elif config.two_level == "auto":
+            config = replace(config, two_level="off")
+        return Connection.of(config, transport, torus)
 
     def checked_connection(self) -> Connection:
         """The connection. Raises EngineError before `connect`."""
@@ -265,10 +247,12 @@ class Dispatcher:
             yield
         except BaseException:
             self._num_calls += 1  # as the peers, for whom this call has begun
-            if device.type == "cpu" or self._config.capacity(1, training) is None:
+            num_nodes = 0 if self._connection is None else self._connection.num_nodes
+            if device.type == "cpu" or num_nodes or self._config.capacity(1, training) is None:
                 with suppress(EngineError):  # the first failure is the one to tell
                     transport, call = self.checked_connection().transport, Call(self._name)
                     num_counts = self._replicas.num_told if self._replicas else self._config.num_local_experts
+                    num_counts = num_told(self._config.num_experts, num_nodes) if num_nodes else num_counts
                     announce_bad_input(transport, num_counts, device, call)
             raise
 
@@ -292,9 +276,14 @@ class Dispatcher:
         sees_drift = self._link.is_beyond_bound() or self._drift.is_beyond_bound()
         call = Call(self._name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
-        needs = needs_gradient(x_TD, routes, experts, shared)
+        two_level = None if routes.weighs_rows and self._config.two_level == "auto" else connection.two_level
+        with_sums = two_level is not None and two_level.with_sums
+        needs = needs_gradient(x_TD, routes, experts, shared, with_sums)
         hosted: HostedPass | None = None
-        if self._replicas is None:
+        if two_level is not None:
+            agreement = Agreement(transport, call, self._config.num_experts, row_type, sees_drift, needs)
+            pending = begin_two_level(routes, agreement, two_level, in_triton)
+        elif self._replicas is None:
             pending = begin_plan(
                 routes, self._config.num_experts, transport, row_type, sees_drift, call, needs, in_triton
             )
@@ -320,8 +309,11 @@ class Dispatcher:
         except BaseException as error:  # the peers are about to send rows, and to wait for some
             transport.abandon(error, call.tags)
             raise
-        results_ND, shared_TD = run_experts(rows_ND, experts, context, shared)
         weights_TK = torch.ones_like(routes.weights_TK) if routes.weighs_rows else routes.weights_TK
+        weights_UK = None
+        if plan.copies is not None and (sums := plan.copies.sums) is not None:
+            weights_UK, weights_TK = sums.weights_of_copies(weights_TK), sums.result_weights(weights_TK)
+        results_ND, shared_TD = run_experts(rows_ND, experts, context, shared, weights_UK)
         to_add = [*([] if shared is None else [shared_TD]), *([] if residual_TD is None else [residual_TD])]
         added = [each for each in to_add if each.dtype == results_ND.dtype]
         y_TD = unpermute(results_ND, weights_TK, plan.maps, added, in_triton)
@@ -386,7 +378,9 @@ class Dispatcher:
         layout = lay_out(plan, connection.forward, transport.rank, num_shared, is_grouped)
         recorder = self._recorder_of(plan, rows_ND.device) if call.mode.is_training else Off()
         lanes, in_triton = self._lanes_on(rows_ND.device), use_triton(self._config, rows_ND.device)
-        return PassContext(layout, *schedules, transport, lanes, recorder, in_triton, self._name, begin_backward)
+        return PassContext(
+            layout, *schedules, transport, lanes, recorder, in_triton, self._name, begin_backward, plan.copies
+        )
 
     def _recorder_of(self, plan: DispatchPlan, device: torch.device) -> Recorder:
         """Whoever records a pass of training: users, the meter, and now and then the tuner."""

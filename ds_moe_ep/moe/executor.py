@@ -30,6 +30,8 @@ from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.grouped.experts import GroupedPass
 from ds_moe_ep.moe.layout import Move, PieceRows, RowLayout
+from ds_moe_ep.moe.two_level.copies import NodeCopies
+from ds_moe_ep.moe.two_level.relay import Relay, relay_of
 from ds_moe_ep.schedule.build import Kind, Op, Schedule
 from ds_moe_ep.schedule.spans import Tags
 
@@ -47,22 +49,28 @@ class PassContext:
     use_triton: bool | None = None  # as the kernels take it
     layer: str = ""  # its name, for the record and for errors; the same on every rank
     begin_backward: Callable[[], None] = lambda: None  # raises where the group's ranks are not all there
+    copies: NodeCopies | None = None  # of tokens for far nodes, where the forward schedule spreads them
 
 
 def run_experts(
-    rows_ND: Tensor, experts: LocalExperts, context: PassContext, shared: SharedExpert | None = None
+    rows_ND: Tensor,
+    experts: LocalExperts,
+    context: PassContext,
+    shared: SharedExpert | None = None,
+    weights_UK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The experts' outputs [N, D] for rows in send order, in the same order, and the shared expert's [T, D].
 
     Collective; differentiable. No host sync. Collective again in the backward pass, in the order in which autograd
     visits the layers; the gradient of the results is used up there, so whoever consumes the results must give it away.
-    Without a shared expert the second tensor is empty.
+    Without a shared expert the second tensor is empty. Where far nodes sum results, `weights_UK` are those of the
+    copies, which stand behind the near rows, and their sums behind the near results.
     """
     may_differentiate = torch.is_grad_enabled()
     x_TD = rows_ND.new_empty(0, rows_ND.shape[1]) if shared is None else shared.x_TD
     parameters = experts.expert_parameters() + ([] if shared is None else shared.experts.expert_parameters())
     outputs: tuple[Tensor, Tensor] = _RunExperts.apply(
-        rows_ND, x_TD, experts, shared, context, may_differentiate, *parameters
+        rows_ND, x_TD, weights_UK, experts, shared, context, may_differentiate, *parameters
     )  # type: ignore[no-untyped-call]
     return outputs
 
@@ -73,6 +81,7 @@ class _RunExperts(torch.autograd.Function):
         ctx: Any,
         rows_ND: Tensor,
         x_TD: Tensor,
+        weights_UK: Tensor | None,
         experts: LocalExperts,
         shared: SharedExpert | None,
         context: PassContext,
@@ -87,6 +96,9 @@ class _RunExperts(torch.autograd.Function):
                 if started is not None:
                     started.use_triton = context.use_triton
             buffers, shared_TD = Buffers.of(rows_ND.contiguous(), context), torch.empty_like(x_TD)
+            legs = [rows.legs for rows in layout.pieces]
+            links = context.forward, context.copies, legs, context.transport
+            relay = relay_of(*links, rows_ND, weights_UK, context.use_triton)
 
         def compute(rows: PieceRows) -> None:
             if isinstance(expert_pass, GroupedPass):
@@ -99,10 +111,14 @@ class _RunExperts(torch.autograd.Function):
                 here = slice(*rows.tokens)
                 shared_pass.compute(0, here, x_TD[here], shared_TD[here])
 
-        run(context.forward, context, buffers, Steps("forward", compute))
+        run(context.forward, context, buffers, Steps("forward", compute, relay=relay))
+        ctx.relay, relayed = relay, [] if relay is None else relay.saved
         ctx.context, ctx.passes = context, [p for p in (expert_pass, shared_pass) if p is not None]
         ctx.num_saved = [len(each.saved) for each in ctx.passes]
-        ctx.save_for_backward(buffers.inputs_RD, x_TD, *(t for each in ctx.passes for t in each.saved), *parameters)
+        saved = (t for each in ctx.passes for t in each.saved)
+        ctx.save_for_backward(buffers.inputs_RD, x_TD, *saved, *parameters, *relayed)
+        if relay is not None:
+            relay.release()
         num_shared = 0 if shared is None else len(shared.experts.expert_parameters())
         ctx.num_weights = [len(parameters) - num_shared, num_shared]
         for each in ctx.passes:
@@ -117,7 +133,8 @@ class _RunExperts(torch.autograd.Function):
         context, (expert_pass, *shared_passes) = ctx.context, ctx.passes
         context.begin_backward()
         with telling(context, "backward"):
-            inputs_RD, x_TD = _take_saved(ctx)
+            inputs_RD, x_TD, relayed = _take_saved(ctx)
+            relay = None if ctx.relay is None else ctx.relay.backward(relayed, d_results_ND)
             buffers = Buffers.of(d_results_ND.contiguous(), context, returns_in_place=True)
             d_shared_TD, dx_TD = d_shared_TD.contiguous(), torch.empty_like(x_TD)
         grads: list[Tensor | None] = []
@@ -146,15 +163,16 @@ class _RunExperts(torch.autograd.Function):
                 shared_grads.extend(shared_pass.weight_grads(0))
 
         with torch.autocast(d_results_ND.device.type, enabled=False):  # whatever surrounds the caller's backward()
-            run(context.backward, context, buffers, Steps("backward", compute, weights))
+            run(context.backward, context, buffers, Steps("backward", compute, weights, relay))
         for each in ctx.passes:
             each.saved = []
             each.release_weights()
-        return buffers.results_ND, dx_TD, None, None, None, None, *grads, *shared_grads
+        d_weights_UK = None if relay is None else relay.dots_UK
+        return buffers.results_ND, dx_TD, d_weights_UK, None, None, None, None, *grads, *shared_grads
 
 
-def _take_saved(ctx: Any) -> tuple[Tensor, Tensor]:
-    """The experts' inputs and the tokens; gives the passes what they saved.
+def _take_saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The experts' inputs, the tokens, and what a relay saved; gives the passes what they saved.
 
     The passes may use their tensors up where nobody else will read them: unless the caller retains the graph.
     """
@@ -167,7 +185,7 @@ def _take_saved(ctx: Any) -> tuple[Tensor, Tensor]:
         rest = rest[num_weights:]
     if not is_retained:
         ctx.maybe_clear_saved_tensors()
-    return inputs_RD, x_TD
+    return inputs_RD, x_TD, rest
 
 
 @dataclass(frozen=True)
@@ -295,6 +313,7 @@ class Steps:
     phase: str
     compute: Callable[[PieceRows], None]
     weights: Callable[[int], None] | None = None
+    relay: Relay | None = None  # of a pass with two levels
 
 
 def run(schedule: Schedule, context: PassContext, buffers: Buffers, steps: Steps) -> None:
@@ -307,11 +326,12 @@ def run(schedule: Schedule, context: PassContext, buffers: Buffers, steps: Steps
             for op, lane, label, is_awaited in schedule.issues:
                 after = [events[before] for before in op.after] or [entry]
                 tags = _tags(context.layer, steps.phase, label)
-                work, scope = _work(op, context, buffers, steps, tags), _scope(op, lane, context, tags)
+                leg = None if steps.relay is None else steps.relay.leg(op, schedule, buffers, tags)
+                work, scope = leg or _work(op, context, buffers, steps, tags), _scope(op, lane, context, tags)
                 events.append(lanes.issue(lane, after, work, scope, is_awaited))
             lanes.leave(events)
         except BaseException:
-            lanes.abandon(buffers.everything())
+            lanes.abandon([*buffers.everything(), *([] if steps.relay is None else steps.relay.everything())])
             raise
 
 

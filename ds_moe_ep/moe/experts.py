@@ -264,10 +264,15 @@ class OpaqueExperts:
         return iter(self._buffers)
 
 
-def needs_gradient(x_TD: Tensor, routes: Routes, experts: LocalExperts, shared: SharedExpert | None) -> bool:
-    """True where something of this rank's needs the backward pass through the experts."""
+def needs_gradient(
+    x_TD: Tensor, routes: Routes, experts: LocalExperts, shared: SharedExpert | None, weighs_far: bool = False
+) -> bool:
+    """True where something of this rank's needs the backward pass through the experts.
+
+    `weighs_far`: weights multiply results where they are summed, on other ranks.
+    """
     if not torch.is_grad_enabled():
         return False
     parameters = [*experts.expert_parameters(), *(() if shared is None else shared.experts.expert_parameters())]
-    is_weighed = routes.weighs_rows and routes.weights_TK.requires_grad
+    is_weighed = (routes.weighs_rows or weighs_far) and routes.weights_TK.requires_grad
     return x_TD.requires_grad or is_weighed or any(parameter.requires_grad for parameter in parameters)

@@ -18,6 +18,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
+from ds_moe_ep.moe.two_level.legs import PieceLegs, legs_of_piece
 from ds_moe_ep.schedule.build import Offset, Piece, Schedule
 
 Span = tuple[int, int]  # start, stop
@@ -35,6 +36,7 @@ class PieceRows:
     which all of the piece's rows lie in the span `wire`.
     `runs`: (local expert, stacked span) to compute.
     `tokens`: the span of this rank's tokens that the shared expert computes beside them: those of the near rows' cut.
+    `legs`: its messages where rows for far nodes leave as copies; `sent` has no far rows where nodes sum them.
     """
 
     sent: tuple[tuple[int, Span], ...]
@@ -43,6 +45,7 @@ class PieceRows:
     runs: tuple[Run, ...]
     tokens: Span = (0, 0)
     wire: Span = (0, 0)
+    legs: PieceLegs | None = None
 
     @property
     def has_tokens(self) -> bool:
@@ -96,6 +99,9 @@ def lay_out(
     num_local = len(plan.recv_rows_PL[0])
     sent_P, received_P = [sum(rows) for rows in plan.send_rows_PL], [sum(rows) for rows in plan.recv_rows_PL]
     sent_start_P = _starts(sent_P)
+    if schedule.gathers:  # rows for far nodes are not there: near ones are the first
+        assert plan.copies is not None, "a plan of two levels"
+        sent_start_P = [start - plan.copies.near_rows[0] for start in sent_start_P]
     parts: list[_Part] = []
     bounds = [0]  # of each piece's parts
     for index, piece in enumerate(pieces):
@@ -117,8 +123,14 @@ def lay_out(
         moves = () if is_wire_stacked else tuple([(wire[part], stacked[part], parts[part].num_rows) for part in own])
         tokens = _cut(0, num_shared_tokens, piece) if num_shared_tokens and (0, 0) in piece.offsets else (0, 0)
         span = (moves[0][0], moves[-1][0] + moves[-1][2]) if moves else (0, 0)
-        runs = _runs(parts, stacked, own)
-        return PieceRows(tuple(sent), tuple(received), moves, _whole(runs) if is_grouped else runs, tokens, span)
+        runs, legs = _runs(parts, stacked, own), None
+        if index in schedule.spreads:
+            assert plan.copies is not None, "a plan of two levels"
+            legs = legs_of_piece(piece, schedule.torus, rank, plan.copies, tuple(sent), tuple(received))
+            if schedule.gathers:
+                sent = list(legs.near)
+        runs = _whole(runs) if is_grouped else runs
+        return PieceRows(tuple(sent), tuple(received), moves, runs, tokens, span, legs)
 
     def runs_from(block: Sequence[Offset]) -> tuple[Run, ...]:
         if len(block) == schedule.torus.size:

@@ -57,7 +57,7 @@ PRICE_STEP = 1e-3  # of the lowest price: what is closer counts as equal
 SMOOTHING = 0.05  # weight of one pass in the mean of received rows: some 20 passes count, and no odd batch alone
 MIN_PASSES = 200  # between two measurements, each as long as some forty passes
 
-CHOSEN = ("schedule", "peer_group_size", "row_cuts", "chunks", "depth", "weight_blocks")
+CHOSEN = ("schedule", "peer_group_size", "row_cuts", "chunks", "depth", "weight_blocks", "two_level")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,9 @@ class AutotuneRun:
 
     def _choose(self) -> Choice:
         # All ranks go on with the same numbers, the means: else two of them might choose two schedules, and hang.
-        priced = ranked(self.config, self.torus, self.measure_costs())
+        can_copy = self.plan.copies is not None
+        config = self.config if can_copy else dataclasses.replace(self.config, two_level="off")
+        priced = ranked(config, self.torus, self.measure_costs())
         predicted_us = {str(knobs): us for us, knobs in priced}
         found = race(self._finalists(priced), self._benchmark)
         ratios = {name: statistics.median(found.to_serial(name)) for name in found.seconds}
@@ -196,16 +198,16 @@ class AutotuneRun:
     def _finalists(self, priced: Sequence[tuple[float, Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
         """The schedules worth a measurement, the cheapest first: near ones, and the first of each kind.
 
-        Of two with the same pieces, which differ in their blocks of weight gradients, the cheaper one.
+        Of two with the same pieces and levels, which differ in their blocks of weight gradients, the cheaper one.
         """
         step_us = max(PRICE_STEP * priced[0][0], 1e-9)
 
         def order(item: tuple[float, Mapping[str, Any]]) -> tuple[int, int]:
             return round(item[0] / step_us), len(self._pieces(item[1]))
 
-        of_pieces: dict[tuple[Piece, ...], tuple[float, Mapping[str, Any]]] = {}
+        of_pieces: dict[tuple[object, ...], tuple[float, Mapping[str, Any]]] = {}
         for item in sorted((item for item in priced if item[1]["schedule"] != "serial"), key=order):
-            of_pieces.setdefault(self._pieces(item[1]), item)
+            of_pieces.setdefault((item[1].get("two_level"), *self._pieces(item[1])), item)
         firsts: list[Mapping[str, Any]] = []
         for _, knobs in of_pieces.values():
             is_whole = knobs["schedule"] == "peers" and knobs["row_cuts"] == 1 and "peer_group_size" not in knobs
@@ -255,7 +257,11 @@ class AutotuneRun:
         probe = Schedule("probe", self.torus, pieces, ops, depth=0)
         recorder = make_recorder(self.rows_ND.device, self.transport.rank)
         context = dataclasses.replace(self._context(probe, probe), recorder=recorder)
-        run(probe, context, Buffers.of(self.rows_ND, context), Steps("forward", compute=_nothing))
+        num_rows = sum(map(sum, self.plan.send_rows_PL))  # of one level, which the probe times
+        rows_ND = (
+            self.rows_ND if len(self.rows_ND) == num_rows else self.rows_ND.new_zeros(num_rows, self.rows_ND.shape[1])
+        )
+        run(probe, context, Buffers.of(rows_ND, context), Steps("forward", compute=_nothing))
         return recorder.spans()
 
     def _serial_spans(self) -> list[Span]:
@@ -292,8 +298,15 @@ class AutotuneRun:
         """Forward and backward, weight gradients included, which are made for nobody: parameters are not asked for."""
         rows_ND = self.rows_ND.detach().requires_grad_()
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
-            outputs = run_experts(rows_ND, self.experts, context, self.shared)
+            outputs = run_experts(rows_ND, self.experts, context, self.shared, self._weights_of_copies())
         torch.autograd.grad(outputs, rows_ND, [torch.ones_like(rows) for rows in outputs])
+
+    def _weights_of_copies(self) -> Tensor | None:
+        """Some weights, where nodes sum results: they change no time."""
+        copies = self.plan.copies
+        if copies is None or copies.sums is None:
+            return None
+        return copies.routes_UK.new_ones(copies.routes_UK.shape, dtype=torch.float32)
 
     def _context_of(self, knobs: Mapping[str, Any]) -> PassContext:
         config = dataclasses.replace(self.config, **knobs)
@@ -304,7 +317,8 @@ class AutotuneRun:
         is_grouped = groups_products(self.config, self.experts, (forward, backward), self.rows_ND, self.plan)
         layout = lay_out(self.plan, forward, self.transport.rank, num_shared, is_grouped)
         in_triton = use_triton(self.config, self.rows_ND.device)
-        return PassContext(layout, forward, backward, self.transport, self.lanes, Off(), in_triton)
+        copies = self.plan.copies
+        return PassContext(layout, forward, backward, self.transport, self.lanes, Off(), in_triton, copies=copies)
 
     def _mean(self, values: Sequence[float]) -> list[float]:
         """The mean of each value over the ranks. Collective; waits for the device."""

@@ -18,6 +18,15 @@ and backward, where weight gradients (W), which no rank waits for, fill the time
     compute       E0 E4 E1 E2 E3 W0
     compute       E0 E4 W0    E1      E2   W1   E3   W2   W3
 
+Two-level dispatch (`two_level`) sends a far piece's tokens to one rank of their node, once each, and spreads them
+inside of it (S); results come back row by row, or (G) gathered and summed in the node:
+
+    dispatch   D0 D1    D2
+    spread        S1    S2
+    compute       E0    E1    E2
+    gather                 G1    G2
+    combine          C0       C1    C2
+
 A lane is first in, first out: transfers start in issue order, so that the first group arrives first.
 `moe/executor.py` runs a schedule, `price.py` tells what it will take, `spans.py` accounts for what it hid.
 """
@@ -32,6 +41,7 @@ from itertools import pairwise
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.config.two_level import check_nodes
 
 Offset = tuple[int, int]
 Peers = tuple[tuple[tuple[int, int], ...], ...]
@@ -43,7 +53,9 @@ class Kind(Enum):
     """The work of an op on its piece; the value is the lane that it runs on."""
 
     DISPATCH = "dispatch"
+    SPREAD = "spread"
     COMPUTE = "compute"
+    GATHER = "gather"
     COMBINE = "combine"
     WEIGHTS = "weights"
 
@@ -51,6 +63,9 @@ class Kind(Enum):
     def lane(self) -> str:
         """The lane of the op: weight gradients share the compute lane."""
         return "compute" if self is Kind.WEIGHTS else self.value
+
+
+LETTERS = dict(zip(Kind, "DSEGCW", strict=True))
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,16 @@ class Schedule:
         return {}
 
     @cached_property
+    def spreads(self) -> frozenset[int]:
+        """The pieces whose rows for far nodes leave as one copy per token, and are spread there."""
+        return frozenset(op.piece for op in self.ops if op.kind is Kind.SPREAD)
+
+    @cached_property
+    def gathers(self) -> frozenset[int]:
+        """The pieces whose results are summed on the far node before they come back."""
+        return frozenset(op.piece for op in self.ops if op.kind is Kind.GATHER)
+
+    @cached_property
     def awaited(self) -> frozenset[int]:
         """The indices of ops whose end another lane waits for, or the caller: the last transfers of each lane."""
         lanes = [op.kind.lane for op in self.ops]
@@ -134,8 +159,7 @@ class Schedule:
         return tuple(order.index(piece) for piece in range(len(order)))
 
     def __str__(self) -> str:
-        letters = {Kind.DISPATCH: "D", Kind.COMPUTE: "E", Kind.COMBINE: "C", Kind.WEIGHTS: "W"}
-        return " ".join(f"{letters[op.kind]}{op.piece}" for op in self.ops)
+        return " ".join(f"{LETTERS[op.kind]}{op.piece}" for op in self.ops)
 
 
 def _label(piece: Piece, torus: Torus) -> str:
@@ -229,7 +253,12 @@ def _schedule(config: MoEConfig, torus: Torus, *, is_backward: bool) -> Schedule
     pieces, blocks = pieces_of(config, torus), blocks_of(config, torus)
     depth = 0 if config.is_serial else config.depth
     computes = _compute_order(pieces, blocks if is_backward else ())
-    ops = tuple(_blocking(computes) if depth == 0 else _pipelined(computes, depth, pieces, blocks))
+    check_nodes(config.two_level, config.schedule, config.peer_group_size, torus)
+    far = frozenset(index for index, piece in enumerate(pieces) if any(node for node, _ in piece.offsets))
+    gathers = far if config.two_level == "sums" else frozenset[int]()
+    spreads = gathers or (far if config.two_level == "copies" and not is_backward else frozenset[int]())
+    around = _Around(spreads, gathers)
+    ops = tuple(_blocking(computes, around) if depth == 0 else _pipelined(computes, depth, pieces, blocks, around))
     return Schedule(config.schedule, torus, pieces, ops, depth, blocks, config.bit_equal)
 
 
@@ -253,20 +282,37 @@ def _compute_order(pieces: Sequence[Piece], blocks: Sequence[tuple[Offset, ...]]
     return computes + [(Kind.WEIGHTS, block) for block in range(written, len(blocks))]
 
 
-def _blocking(computes: Computes) -> Iterator[Op]:
+@dataclass(frozen=True)
+class _Around:
+    """The pieces whose transfers have a second leg inside of the far node."""
+
+    spreads: frozenset[int]
+    gathers: frozenset[int]
+
+    def before(self, piece: int) -> tuple[Kind, ...]:
+        return (Kind.DISPATCH, Kind.SPREAD) if piece in self.spreads else (Kind.DISPATCH,)
+
+    def behind(self, piece: int) -> tuple[Kind, ...]:
+        return (Kind.GATHER, Kind.COMBINE) if piece in self.gathers else (Kind.COMBINE,)
+
+
+def _blocking(computes: Computes, around: _Around) -> Iterator[Op]:
     """Each op waits for the one before: nothing is hidden. The control of every overlap figure."""
     index = 0
     for kind, piece in computes:
-        around = (Kind.DISPATCH, Kind.COMPUTE, Kind.COMBINE) if kind is Kind.COMPUTE else (kind,)
-        for step in around:
+        is_piece = kind is Kind.COMPUTE
+        for step in (*around.before(piece), kind, *around.behind(piece)) if is_piece else (kind,):
             yield Op(step, piece, (index - 1,) if index else ())
             index += 1
 
 
 def _pipelined(
-    computes: Computes, depth: int, pieces: Sequence[Piece], blocks: Sequence[tuple[Offset, ...]]
+    computes: Computes, depth: int, pieces: Sequence[Piece], blocks: Sequence[tuple[Offset, ...]], around: _Around
 ) -> Iterator[Op]:
-    """Dispatches are issued `depth` pieces ahead; every transfer is issued before the compute that hides it."""
+    """Dispatches are issued `depth` pieces ahead; every transfer is issued before the compute that hides it.
+
+    A spread is issued one piece ahead, and with depth 1, for one hardware queue, not ahead: it waits for its dispatch.
+    """
     to_dispatch = [piece for kind, piece in computes if kind is Kind.COMPUTE]
     index_of: dict[tuple[Kind, int], int] = {}
 
@@ -274,7 +320,7 @@ def _pipelined(
         index_of[kind, piece] = len(index_of)
         return Op(kind, piece, tuple(after))
 
-    dispatched = computed = 0
+    dispatched = spread = computed = 0
     for kind, piece in computes:
         if kind is Kind.WEIGHTS:
             parts = [p for p in to_dispatch if set(pieces[p].offsets) & set(blocks[piece])]
@@ -283,6 +329,13 @@ def _pipelined(
         while dispatched < min(computed + 1 + depth, len(to_dispatch)):
             yield op(Kind.DISPATCH, to_dispatch[dispatched])
             dispatched += 1
-        yield op(Kind.COMPUTE, piece, [index_of[Kind.DISPATCH, piece]])
-        yield op(Kind.COMBINE, piece, [index_of[Kind.COMPUTE, piece]])
+        for ahead in to_dispatch[spread : computed + min(depth, 2)]:
+            if ahead in around.spreads:
+                yield op(Kind.SPREAD, ahead, [index_of[Kind.DISPATCH, ahead]])
+        spread = computed + min(depth, 2)
+        yield op(Kind.COMPUTE, piece, [index_of[around.before(piece)[-1], piece]])
+        last = Kind.COMPUTE
+        for following in around.behind(piece):
+            yield op(following, piece, [index_of[last, piece]])
+            last = following
         computed += 1

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise, zip_longest
 
 from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.schedule import two_level
 from ds_moe_ep.schedule.build import Kind, Offset, Op, Schedule
 
-TRANSFERS = (Kind.DISPATCH, Kind.COMBINE)
+TRANSFERS = (Kind.DISPATCH, Kind.SPREAD, Kind.GATHER, Kind.COMBINE)
 NEVER = sys.maxsize  # the op that would hold the other end of a message that nobody sends or takes
 
 Ends = list[list[list[tuple[int, int]]]]  # by rank and op: (peer, its op), the other ends of the op's messages
@@ -96,17 +97,13 @@ def _messages(schedules: Sequence[Schedule]) -> tuple[Queue, Queue]:
     sent: Queue = {}
     received: Queue = {}
     for rank, schedule in enumerate(schedules):
-        torus = schedule.torus
         for index, op in enumerate(schedule.ops):
             if op.kind not in TRANSFERS:
                 continue
-            piece = schedule.pieces[op.piece]
-            for offset in piece.offsets:
-                ends = torus.target(rank, offset), torus.source(rank, offset)
-                to, come_from = ends if op.kind is Kind.DISPATCH else ends[::-1]
-                rows = f"cut {piece.cut} of {piece.num_cuts} at offset {offset}"
+            for to, rows in two_level.sends(op, rank, schedule):
                 if to != rank:
                     sent.setdefault((op.kind.value, rank, to), []).append((index, rows))
+            for come_from, rows in two_level.receives(op, rank, schedule):
                 if come_from != rank:
                     received.setdefault((op.kind.value, come_from, rank), []).append((index, rows))
     return sent, received
@@ -142,9 +139,14 @@ def _check_names(schedule: Schedule) -> Iterator[str]:
 
 
 def _check_each_once(schedule: Schedule) -> Iterator[str]:
-    """All three ops of each piece; in a backward pass, which is one with any weight gradients, each block of them."""
+    """All three ops of each piece; in a backward pass, which is one with any weight gradients, each block of them.
+
+    A leg inside of the node stands once where it stands at all, and for pieces that have each of their far nodes whole.
+    """
     found = [(op.kind, op.piece) for op in schedule.ops]
-    expected = [(kind, p) for p in range(len(schedule.pieces)) for kind in (*TRANSFERS, Kind.COMPUTE)]
+    whole = (Kind.DISPATCH, Kind.COMPUTE, Kind.COMBINE)
+    expected = [(kind, p) for p in range(len(schedule.pieces)) for kind in whole]
+    expected += [(Kind.SPREAD, p) for p in schedule.spreads] + [(Kind.GATHER, p) for p in schedule.gathers]
     if any(kind is Kind.WEIGHTS for kind, _ in found):
         expected += [(Kind.WEIGHTS, block) for block in range(len(schedule.blocks))]
     for kind, piece in expected:
@@ -153,6 +155,11 @@ def _check_each_once(schedule: Schedule) -> Iterator[str]:
 
 
 def _check_rows(schedule: Schedule) -> Iterator[str]:
+    for index in sorted(schedule.spreads | schedule.gathers):
+        cut = schedule.pieces[index]
+        whole = {(node, place) for node in two_level.far_nodes(cut) for place in range(schedule.torus.node_size)}
+        if not whole or not whole <= set(cut.offsets) or cut.num_cuts > 1:
+            yield f"piece {index} has a leg inside of its node, and not the node's rows as a whole"
     covered: dict[Offset, list[tuple[int, int]]] = {offset: [] for offset in schedule.torus.offsets()}
     for piece in schedule.pieces:
         for offset in piece.offsets:
@@ -198,8 +205,11 @@ def _needs(op: Op, schedule: Schedule) -> list[tuple[Kind, int]]:
     if op.kind is Kind.WEIGHTS:
         block = set(schedule.blocks[op.piece])
         return [(Kind.COMPUTE, p) for p, piece in enumerate(schedule.pieces) if block & set(piece.offsets)]
-    needed = {Kind.COMPUTE: Kind.DISPATCH, Kind.COMBINE: Kind.COMPUTE}
-    return [(needed[op.kind], op.piece)] if op.kind in needed else []
+    order = [Kind.DISPATCH, Kind.COMPUTE, Kind.COMBINE]
+    order[1:1] = [Kind.SPREAD] if op.piece in schedule.spreads else []
+    order[-1:-1] = [Kind.GATHER] if op.piece in schedule.gathers else []
+    place = order.index(op.kind)
+    return [(order[place - 1], op.piece)] if place else []
 
 
 def _check_blocking(schedule: Schedule) -> Iterator[str]:

@@ -19,6 +19,7 @@ from ds_moe_ep.schedule.build import MAX_WEIGHT_BLOCKS, Kind, Op, Piece, Schedul
 from ds_moe_ep.schedule.events import Phase
 from ds_moe_ep.schedule.program import START, Load, Program, add_pass
 from ds_moe_ep.schedule.spans import Tags
+from ds_moe_ep.schedule.two_level import copies_share, legs_of
 
 LINK = ((0, 1.0),)  # the one resource here: the way from this rank to other nodes, whose unit is a microsecond alone
 MANY_NODES = 8  # beyond them groups of several nodes are worth a look: of two,
@@ -46,8 +47,26 @@ class Costs:
         return Costs(**dict(zip(dataclasses.asdict(self), (a + b for a, b in pairs), strict=True)))
 
 
-def candidates(torus: Torus) -> list[dict[str, Any]]:
-    """Knobs of the schedules worth a look on a torus, the serial one first."""
+def candidates(torus: Torus, two_level: str = "off") -> list[dict[str, Any]]:
+    """Knobs of the schedules worth a look on a torus, the serial one first.
+
+    With `two_level` "auto" those that can send copies are there with and without; with "copies" there are no others.
+    """
+    found = _one_level(torus)
+    if two_level == "off" or torus.num_nodes == 1:
+        return found
+    whole = [knobs for knobs in found if _keeps_nodes_whole(knobs, torus)]
+    if two_level != "auto":
+        return whole
+    return found + [{**knobs, "two_level": "copies"} for knobs in whole if knobs["schedule"] != "serial"]
+
+
+def _keeps_nodes_whole(knobs: Mapping[str, Any], torus: Torus) -> bool:
+    is_cut = knobs.get("row_cuts", 1) > 1 or knobs.get("peer_group_size", 0) % torus.node_size
+    return knobs["schedule"] == "serial" or (knobs["schedule"] == "peers" and not is_cut)
+
+
+def _one_level(torus: Torus) -> list[dict[str, Any]]:
     if torus.size == 1:
         return [{"schedule": "serial"}]
     peers: list[dict[str, Any]] = [{"schedule": "peers", "row_cuts": cuts} for cuts in (1, 2, 3, 4)]
@@ -66,13 +85,19 @@ def candidates(torus: Torus) -> list[dict[str, Any]]:
 def price_us(config: MoEConfig, torus: Torus, costs: Costs) -> float:
     """Microseconds of a forward and a backward pass under the schedule that `config` names, for even routing."""
     forward, backward = forward_schedule(config, torus), backward_schedule(config, torus)
-    return price_pass(forward, costs, costs.forward_us) + price_pass(backward, costs, costs.input_grad_us)
+    share = copies_share(config.num_experts, config.top_k, torus.num_nodes)
+    forward_us = price_pass(forward, costs, costs.forward_us, share)
+    return forward_us + price_pass(backward, costs, costs.input_grad_us, share)
 
 
-def price_pass(schedule: Schedule, costs: Costs, compute_us: float) -> float:
-    """Microseconds until the last op of one pass is done; `compute_us` is what all pieces' rows take together."""
+def price_pass(schedule: Schedule, costs: Costs, compute_us: float, copies: float = 1.0) -> float:
+    """Microseconds until the last op of one pass is done; `compute_us` is what all pieces' rows take together.
+
+    `copies`: copies of tokens over their far rows, where a schedule sends copies.
+    """
     near = [_share(piece.offsets, schedule.torus, far=False) / piece.num_cuts for piece in schedule.pieces]
     far = [_share(piece.offsets, schedule.torus, far=True) / piece.num_cuts for piece in schedule.pieces]
+    per_near, per_far = 1 / max(schedule.torus.node_size - 1, 1), 1 / max(len(_far(schedule.torus)), 1)
     rows = [_rows(piece.offsets, schedule.torus) / piece.num_cuts for piece in schedule.pieces]
     blocks = [_rows(block, schedule.torus) for block in schedule.blocks]
 
@@ -81,7 +106,11 @@ def price_pass(schedule: Schedule, costs: Costs, compute_us: float) -> float:
             return Load((Phase(rows[op.piece] * compute_us),))
         if op.kind is Kind.WEIGHTS:
             return Load((Phase(blocks[op.piece] * costs.weight_grad_us),))
-        rows_us = near[op.piece] * costs.near_us, far[op.piece] * costs.far_us
+        shares = near[op.piece], far[op.piece]
+        if op.piece in schedule.spreads | schedule.gathers:
+            legs = legs_of(op, schedule, copies)
+            shares = legs.near * per_near, legs.far * per_far
+        rows_us = shares[0] * costs.near_us, shares[1] * costs.far_us
         return Load(beside=((Phase(rows_us[0]),), (Phase(rows_us[1], uses=LINK),)), delay_us=costs.latency_us)
 
     program = Program()
@@ -109,11 +138,16 @@ def is_far(offset: tuple[int, int], torus: Torus) -> bool:
 def probe_pieces(torus: Torus, num_rows: int) -> tuple[Piece, Piece, Piece]:
     """The pieces that `Costs` is measured on: the near rows, the far rows, and about one far row per peer."""
     near = tuple(o for o in torus.offsets() if not is_far(o, torus))
-    far = tuple(o for o in torus.offsets() if is_far(o, torus))
+    far = _far(torus)
     return Piece(near), Piece(far), Piece(far, 0, max(num_rows // torus.size, 1))
+
+
+def _far(torus: Torus) -> tuple[tuple[int, int], ...]:
+    return tuple(o for o in torus.offsets() if is_far(o, torus))
 
 
 def ranked(config: MoEConfig, torus: Torus, costs: Costs) -> list[tuple[float, Mapping[str, Any]]]:
     """(microseconds, knobs) of every candidate, the fastest first."""
-    priced = [(price_us(dataclasses.replace(config, **knobs), torus, costs), knobs) for knobs in candidates(torus)]
+    found = candidates(torus, config.two_level)
+    priced = [(price_us(dataclasses.replace(config, **knobs), torus, costs), knobs) for knobs in found]
     return sorted(priced, key=lambda item: item[0])

@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule import events
+from ds_moe_ep.schedule import events, two_level
 from ds_moe_ep.schedule.build import Kind, Op, Schedule
 from ds_moe_ep.schedule.events import Phase, Task, Times
 from ds_moe_ep.schedule.spans import NO_TAGS, Span, Tags
@@ -141,8 +140,4 @@ def add_pass(
 
 def _heard_from(op: Op, rank: int, schedule: Schedule) -> Iterable[int]:
     """The ranks whose rows this transfer brings."""
-    if op.kind.lane == "compute":
-        return ()
-    torus: Torus = schedule.torus
-    of = torus.source if op.kind is Kind.DISPATCH else torus.target
-    return (of(rank, offset) for offset in schedule.pieces[op.piece].offsets)
+    return () if op.kind.lane == "compute" else (end.peer for end in two_level.receives(op, rank, schedule))

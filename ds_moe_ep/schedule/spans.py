@@ -20,6 +20,7 @@ from ds_moe_ep.errors import ConfigError
 Interval = tuple[float, float]
 
 LANES = ("compute", "dispatch", "combine")  # in the order in which a trace shows them
+NEAR_LANES = ("spread", "gather")  # transfers inside of a node, of two-level dispatch
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 from ds_moe_ep.moe.grouped.experts import GroupedPass
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
+from ds_moe_ep.schedule.two_level import copies_share
 from tests.account.counting import Account, Launch
 from tests.account.kernels import stand_ins
 
@@ -68,6 +69,7 @@ class LayerAccount:
     peak_bytes: int
     peak_at: str
     num_messages: int
+    far_bytes: Mapping[str, int]  # that left the node in each pass and lane; the recomputed forward pass counts too
 
     @property
     def all(self) -> list[Launch]:
@@ -79,9 +81,11 @@ class Counted:
 
     rank = 0
 
-    def __init__(self, size: int, account: Account) -> None:
-        self.size, self.ranks, self._account = size, range(size), account
+    def __init__(self, torus: Torus, account: Account) -> None:
+        self.size, self.ranks, self._account = torus.size, range(torus.size), account
+        self._node_size = torus.node_size
         self.num_messages = 0
+        self.far_bytes: dict[str, int] = {}
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Done:
         own = ([m for m in messages if m.peer == 0] for messages in (sends, receives))
@@ -89,6 +93,8 @@ class Counted:
             for sent, received in zip(*own, strict=True):
                 received.rows.copy_(sent.rows)
         self.num_messages += sum(bool(m.peer and len(m)) for m in (*sends, *receives))
+        far = sum(message.num_bytes for message in sends if message.peer >= self._node_size)
+        self.far_bytes[f"{tags.phase} {lane}"] = self.far_bytes.get(f"{tags.phase} {lane}", 0) + far
         return Done()
 
     def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
@@ -135,6 +141,7 @@ def count(sizes: Sizes) -> LayerAccount:
         account.peak_bytes,
         account.peak_at,
         transport.num_messages,
+        transport.far_bytes,
     )
 
 
@@ -147,7 +154,7 @@ def _layer(sizes: Sizes, account: Account) -> tuple[ExpertParallel, Counted]:
         layer = ExpertParallel(sizes.width, expert(sizes.width, sizes.expert_width), config).to(sizes.dtype)
         layer.experts.lay_together()  # as in an engine's flat buffer
     account.launches.clear()
-    transport = Counted(size, account)
+    transport = Counted(sizes.torus, account)
     layer.connect(transport, sizes.torus)
     dispatcher = layer.dispatcher
     dispatcher._lanes, dispatcher._device = Inline(), torch.device("meta")
@@ -219,4 +226,12 @@ class _EvenCounts:
         rows = sizes.num_tokens * sizes.top_k // sizes.num_experts
         head = [0] * agreement.NUM_HEAD
         row = [*head, *[rows] * num_local]
+        if sizes.knobs.get("two_level", "off") != "off":  # everybody tells its rows per expert and copies per node
+            torus = sizes.torus
+            share = copies_share(sizes.num_experts, sizes.top_k, torus.num_nodes)
+            copies = round(share * rows * sizes.num_experts / torus.num_nodes)
+            told = [[rows] * sizes.num_experts + [copies] * torus.num_nodes for _ in range(torus.size)]
+            for rank in range(torus.size):
+                told[rank][sizes.num_experts + rank // torus.node_size] = 0
+            return [[[*head, *each, *[0] * (self._num_columns - len(head) - len(each))] for each in told]] * 2
         return [[[*row, *[0] * (self._num_columns - len(row))]] * sizes.torus.size] * 2

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ds_moe_ep.config.topology import Torus
 from tests.account.counting import Account
 from tests.account.kernels import stand_ins
 from tests.account.layer import Sizes, count
@@ -134,3 +135,32 @@ def test_a_residual_is_read_once_where_results_are_summed() -> None:
     )
     assert inside - alone == TOP_2.token_bytes
     assert outside - alone == 3 * TOP_2.token_bytes
+
+
+@pytest.mark.parametrize(("top_k", "percent"), [(2, 23.3), (4, 51.9), (8, 75.0)])
+def test_far_bytes_fall_by_the_copies_in_one_exchange_with_copies_and_in_four_with_sums(
+    top_k: int, percent: float
+) -> None:
+    """16 experts on two nodes. Routes and weights behind a copy are 4 bytes per choice each: 0.4 % of it at k=8."""
+    sizes = replace(SPECIFICATION, top_k=top_k, torus=Torus(2, 8))
+    rows, copies, sums = (
+        count(replace(sizes, knobs={} if kind == "off" else {"two_level": kind})) for kind in ("off", "copies", "sums")
+    )
+    exchanges = [f"{phase} {lane}" for phase in ("forward", "backward") for lane in ("dispatch", "combine")]
+    fewer = {
+        kind: [100 * (1 - found.far_bytes[each] / rows.far_bytes[each]) for each in exchanges]
+        for kind, found in (("copies", copies), ("sums", sums))
+    }
+    assert fewer["copies"] == pytest.approx([percent, 0, 0, 0], abs=0.25)
+    assert fewer["sums"] == pytest.approx([percent] * 4, abs=0.25)
+    near = [lane for lane in (*copies.far_bytes, *sums.far_bytes) if lane not in exchanges]
+    assert near and not any({**copies.far_bytes, **sums.far_bytes}[lane] for lane in near)
+
+
+def test_copies_cost_a_layer_little_memory_traffic_beside_what_it_has() -> None:
+    """A gather of copies at home, and one of rows at the relay: two launches per far node that move rows, each way."""
+    sizes = replace(TOP_2, torus=Torus(2, 8))
+    rows, copies = (figures(replace(sizes, knobs=knobs)) for knobs in ({}, {"two_level": "copies"}))
+    assert copies.forward_products == rows.forward_products
+    assert copies.memory_ms - rows.memory_ms < 1.0
+    assert copies.launches - rows.launches < 100

@@ -129,3 +129,16 @@ def test_windows_of_unequal_loads_take_the_time_of_their_fullest_rank(tmp_path: 
     values = {record.name: record.value for record in read_records(out)}
     of = "overlap.emulated.unshaped, W1, 2 micro-batches"
     assert 1.5 < values[f"{of}.{NO_REMEDY}.step.to_balanced"] < 4.5
+
+
+def test_copies_and_sums_are_compared_with_the_same_schedule_of_one_level() -> None:
+    run = OverlapBenchmark(OverlapOptions(case="k2_random", sides=("peers", "peers, copies"), ratios=(1.0,)))
+    (place,) = run.plan.places
+    found = Collector(SOURCE, run.metric, run.derive, run.summary)
+    for name, ms in (("peers", 100.0), ("peers, copies", 80.0)):
+        found.add(Finding(samples={f"{run.plan.prefix(place, name, 'step')}.time": (ms,)}))
+    records = {record.name: record.value for record in found.records()}
+    assert records[f"{run.plan.prefix(place, 'peers, copies', 'step')}.to_one_level"] == pytest.approx(0.8)
+    assert f"{run.plan.prefix(place, 'peers', 'step')}.to_one_level" not in records
+    _, compared = run.tables(found.records())
+    assert [(row[0], row[3]) for row in compared.rows] == [("peers, copies", "0.800")]

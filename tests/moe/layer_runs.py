@@ -25,10 +25,10 @@ class Links:
     """The transports of one rank: communicators are made once for each grouping."""
 
     def __init__(self) -> None:
-        self._open: dict[tuple[int, str], Transport] = {}
+        self._open: dict[tuple[int, str, bool], Transport] = {}
 
     def of(self, case: LayerCase) -> Transport:
-        key = (case.config.ep_size, case.config.transport)
+        key = (case.config.ep_size, case.config.transport, case.config.two_level != "off")
         if key not in self._open:
             self._open[key] = open_transport(case.groups, case.config)
         return self._open[key]

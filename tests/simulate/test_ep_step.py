@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule.price import candidates
+from ds_moe_ep.schedule.two_level import copies_share
 from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Host
 from ds_moe_ep.simulate.step import moe_pass
 from ds_moe_ep.simulate.step.ep_step import EpJob, ep_step
@@ -188,3 +189,22 @@ def test_utilization_counts_the_cores_where_the_host_computes() -> None:
     assert ep_step(job).mfu == pytest.approx(1.0)
     many = dataclasses.replace(job.cluster, host=Host(cores=64.0))
     assert ep_step(dataclasses.replace(job, cluster=many)).mfu == pytest.approx(1.0), "a rank has one thread"
+
+
+@pytest.mark.parametrize("loads", [(), (2.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)], ids=["even", "uneven"])
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_copies_shorten_one_of_four_far_exchanges_and_sums_all_of_them(top_k: int, loads: tuple[float, ...]) -> None:
+    def traffic_us(two_level: str, **links: Any) -> float:
+        on = cluster(num_nodes=2, **links)
+        job = setup(on, top_k=top_k, two_level=two_level, schedule="serial", num_experts=16, loads=loads)
+        return ep_step(job).traffic_us
+
+    far, near, share = {"far": slow_link(10.0)}, {"near": slow_link(10.0)}, copies_share(16, top_k, 2)
+    rows, copies, sums = (traffic_us(kind, **far) for kind in ("off", "copies", "sums"))
+    assert sums < copies < rows  # where loads differ by more: copies share a node's links evenly
+    if not loads:
+        assert (copies / rows, sums / rows) == (pytest.approx(3 / 4 + share / 4), pytest.approx(share))
+    rows, copies, sums = (traffic_us(kind, **near) for kind in ("off", "copies", "sums"))
+    if not loads:  # of a node's four ranks three others get rows, and a relay makes those of as many tokens again
+        assert (copies / rows, sums / rows) == (pytest.approx(5 / 4), pytest.approx(2.0))
+    assert sums > copies > rows

@@ -43,6 +43,7 @@ CASES: tuple[LayerCase, ...] = (
     LayerCase(name="k2_even", top_k=2, load="even"),
     LayerCase(name="k1_random", top_k=1, load="random"),
     LayerCase(name="k2_random", top_k=2, load="random"),
+    LayerCase(name="k4_random", top_k=4, load="random"),
     LayerCase(name="k1_skewed", top_k=1, load="skewed"),
     LayerCase(name="k2_skewed", top_k=2, load="skewed"),
 )

@@ -32,6 +32,11 @@ REMEDIES: Mapping[str, Mapping[str, Any]] = {
     REPLICAS: {**SCHEDULES[NO_REMEDY], "replicas": 1},
     BIAS: {**SCHEDULES[NO_REMEDY], "balance": "bias"},
 }
+TWO_LEVEL: Mapping[str, Mapping[str, Any]] = {  # one copy per token and far node
+    f"{schedule}, {kind}": {**SCHEDULES[schedule], "two_level": kind}
+    for schedule in ("peers", "serial")
+    for kind in ("copies", "sums")
+}
 CPU = torch.device("cpu")
 PHASES = ("forward", "backward", "step")
 
@@ -202,7 +207,7 @@ def _wire(setup: LayerSetup) -> nn.Module:
 
 
 LAYERS: Mapping[str, Callable[[LayerSetup], nn.Module]] = {
-    **{name: partial(_own, knobs) for name, knobs in (*OURS.items(), *REMEDIES.items())},
+    **{name: partial(_own, knobs) for name, knobs in {**OURS, **REMEDIES, **TWO_LEVEL}.items()},
     "overlapped": partial(_own, OURS["peers"]),
     HOOKED: _hooked,
     NATIVE: _native,

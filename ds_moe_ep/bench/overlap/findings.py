@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from ds_moe_ep.bench.candidates.layers import NO_REMEDY, PHASES
+from ds_moe_ep.bench.candidates.layers import NO_REMEDY, PHASES, TWO_LEVEL
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric, ratios
 from ds_moe_ep.bench.harness.method import summarize
 from ds_moe_ep.bench.overlap.ranks import OverlapPlan
@@ -18,6 +18,10 @@ METRICS = {
     "time": ("ms", f"slowest rank, {SPREAD}"),
     "to_serial": ("ratio", f"ratio to serial in the same round, {SPREAD}"),
     "to_native": ("ratio", f"ratio to DeepSpeed's native layer in the same round, {SPREAD}"),
+    "to_one_level": (
+        "ratio",
+        f"ratio to the same schedule whose rows cross the far link one by one in the same round, {SPREAD}",
+    ),
     "to_no_remedy": (
         "ratio",
         f"ratio to the same schedule without a remedy of unequal loads in the same round, {SPREAD}",
@@ -57,6 +61,9 @@ def derive(plan: OverlapPlan, found: Collector) -> Iterator[DerivedSamples]:
                 for base in ("serial", "native"):
                     if name != base and (theirs_ms := found.of(f"{plan.prefix(environment, base, phase)}.time")):
                         yield DerivedSamples(f"{of}.to_{base}", ratios(times_ms, theirs_ms))
+                one_level = plan.prefix(environment, name.partition(",")[0], phase)
+                if name in TWO_LEVEL and (theirs_ms := found.of(f"{one_level}.time")):
+                    yield DerivedSamples(f"{of}.to_one_level", ratios(times_ms, theirs_ms))
                 if name != WIRE and (limit_ms := _limit_ms(plan, found, environment, phase)):
                     yield DerivedSamples(f"{of}.over_limit", [ms / limit_ms for ms in times_ms])
 
@@ -104,6 +111,8 @@ def overlap_tables(records: Iterable[Record]) -> Iterator[Table]:
             continue
         rows = [row for name, cells in of_names.items() for row in _rows(name, cells)]
         yield table(environment, ("candidate", *head), rows)
+        if compared := list(_two_level_rows(of_names)):
+            yield table(f"{environment}: one level = 1", ("candidate", *PHASES), compared)
 
 
 def workload_table(found: Mapping[str, Mapping[str, Mapping[str, Record]]]) -> Table:
@@ -116,6 +125,14 @@ def workload_table(found: Mapping[str, Mapping[str, Mapping[str, Record]]]) -> T
             rows.append((place, name, cell(cells.get("step.time"), "ms", 0, bar=True), *ratios_to))
     head = ("links, workload, window", "candidate", "window", f"{NO_REMEDY} = 1", "balanced = 1", "native = 1")
     return table("windows of unequal loads", head, rows, text_columns=2)
+
+
+def _two_level_rows(of_names: Mapping[str, Mapping[str, Record]]) -> Iterator[tuple[str, ...]]:
+    """Times with copies, and with sums, over those of the same schedule with one level."""
+    for name, cells in of_names.items():
+        found = [cells.get(f"{phase}.to_one_level") for phase in PHASES]
+        if any(found):
+            yield name, *(cell(each, "ratio", 3, bar=True) for each in found)
 
 
 def _rows(name: str, cells: Mapping[str, Record]) -> Iterator[tuple[str, ...]]:

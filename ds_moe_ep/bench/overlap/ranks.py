@@ -20,6 +20,7 @@ from ds_moe_ep.bench.candidates.layers import (
     NATIVE,
     OURS,
     REMEDIES,
+    TWO_LEVEL,
     LayerCandidate,
     LayerSetup,
     build,
@@ -33,7 +34,7 @@ from ds_moe_ep.bench.testbed import Environment, TestBed, take_place
 from ds_moe_ep.schedule.shaping import COMPUTES, WIRE, link_rate
 
 CANDIDATES = (*OURS, HOOKED, NATIVE, AUTOEP, WIRE)
-ALL_CANDIDATES = (*OURS, *REMEDIES, HOOKED, NATIVE, AUTOEP, WIRE)
+ALL_CANDIDATES = (*OURS, *REMEDIES, *TWO_LEVEL, HOOKED, NATIVE, AUTOEP, WIRE)
 START_TIMEOUT_S = 300.0
 
 Samples = dict[str, tuple[float, ...]]

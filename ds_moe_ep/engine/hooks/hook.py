@@ -125,7 +125,8 @@ def _names(layers: list[tuple[str, str, dict[str, Any]]]) -> str:
 
 def connect(layer: HookedLayer, groups: list[list[int]], hosts: list[str]) -> None:
     """Opens or finds the lanes beside the layer's expert group. Collective over the world at first."""
-    lanes = seams.lanes_beside(layer.group, groups, layer.config.timeout_s, bool(layer.config.replicas))
+    needs = bool(layer.config.replicas), layer.config.two_level != "off"
+    lanes = seams.lanes_beside(layer.group, groups, layer.config.timeout_s, *needs)
     node_size = layer.config.node_size or even_share(hosts)
     layer.dispatcher.connect(transport_over(lanes, layer.config), torus_of(lanes.ranks, node_size))
     if layer.dispatcher.replicas is not None:

@@ -34,6 +34,7 @@ TRAFFIC = (
     "peer_group_size",
     "row_cuts",
     "depth",
+    "two_level",
     "transport",
     "kernels",
     "meter_every",

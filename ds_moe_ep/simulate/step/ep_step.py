@@ -23,7 +23,7 @@ from ds_moe_ep.config.training import BYTES
 from ds_moe_ep.kernels.traffic import LARGE_PRODUCT
 from ds_moe_ep.schedule.build import Schedule
 from ds_moe_ep.schedule.program import START, Event, Load, Program
-from ds_moe_ep.schedule.spans import LANES, Span, Tags, length, overlap, union
+from ds_moe_ep.schedule.spans import LANES, NEAR_LANES, Span, Tags, length, overlap, union
 from ds_moe_ep.simulate.cluster.machine import Machine, Volume, machine_for_group, machine_for_one
 from ds_moe_ep.simulate.step.copies import CopyTraffic
 from ds_moe_ep.simulate.step.costs import LayerCosts
@@ -237,7 +237,7 @@ def ep_step(setup: Setup) -> Step:
     outcome = job.micro_batch().run(job.machine.capacities)
     spans, times, micro_us = outcome.spans(), setup.training.accumulation, outcome.makespan_us
     mine = _busiest(spans)
-    traffic = overlap(span for span in mine if span.lane in LANES)
+    traffic = overlap(span for span in mine if span.lane in (*LANES, *NEAR_LANES))
     compute_us = times * _length(mine, "compute")
     end = finish_step(setup, job.costs) if setup.mode == "training" else Program().run()
     copies_us = job.copies_us(micro_us) if setup.mode == "training" else 0.0

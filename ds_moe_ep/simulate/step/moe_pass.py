@@ -16,6 +16,9 @@ from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.schedule.program import Event, Load, LoadOf, Program, add_pass
 from ds_moe_ep.schedule.spans import Tags
+from ds_moe_ep.schedule.two_level import copies_share, far_nodes
+from ds_moe_ep.schedule.two_level import receives as receives_of
+from ds_moe_ep.schedule.two_level import sends as sends_of
 from ds_moe_ep.simulate.cluster.machine import Machine, Volume
 
 MAX_RANKS = 32  # of a group with unequal loads that are simulated one by one; beyond, the fullest stands for all
@@ -130,10 +133,43 @@ class LayerPass:
                 return Load((self.machine.compute(self.times.weight_grads(blocks[op.piece])),))
             if op.kind is Kind.COMPUTE:
                 return Load((self.machine.compute(compute_us(shares[op.piece])),))
+            if op.piece in schedule.spreads | schedule.gathers:
+                return self.machine.transfer(actor, self._volume_of_leg(op, schedule, rank))
             volume = volumes[op.piece]
             return self.machine.transfer(actor, volume if op.kind is Kind.DISPATCH else volume.back)
 
         return load
+
+    def _volume_of_leg(self, op: Op, schedule: Schedule, rank: int) -> Volume:
+        """Traffic of a rank in an op of a piece that sends copies; routing is uniform over distinct experts.
+
+        Loads count by rank, not by choice: with unequal ones a node's copies are as many fewer as with equal ones.
+        """
+        torus, rows = self.rows.torus, self.rows
+        share = copies_share(self.moe.num_experts, self.moe.top_k, torus.num_nodes)
+        sends, receives = (ends_of(op, rank, schedule) for ends_of in (sends_of, receives_of))
+        piece, per_node = schedule.pieces[op.piece], torus.node_size
+
+        def to_node(target: int) -> float:
+            first = target - target % per_node
+            return share * sum(rows.to(first + place) for place in range(per_node))
+
+        is_out = op.kind in (Kind.DISPATCH, Kind.SPREAD)
+        has_legs = op.piece in (schedule.spreads if is_out else schedule.gathers)
+        if has_legs and op.kind in (Kind.DISPATCH, Kind.COMBINE):  # of copies, and of their sums
+            away, home = sum(to_node(end.peer) for end in sends), len(far_nodes(piece)) * to_node(rank)
+            away, home = (away, home) if is_out else (home, sum(to_node(end.peer) for end in receives))
+            messages = len(far_nodes(piece))
+            return Volume(
+                far_out=away * self.row_bytes, far_in=home * self.row_bytes, far_messages=messages, is_joint=False
+            )
+        if has_legs:
+            others = [end.peer for end in sends if end.peer != rank]
+            away, home = sum(rows.to(peer) for peer in others), len(others) * rows.to(rank)
+            away, home = (away, home) if is_out else (home, away)
+            return Volume(near_out=away * self.row_bytes, near_in=home * self.row_bytes, near_messages=len(others))
+        volume = _volume(piece, rows, rank, self.row_bytes)
+        return volume if op.kind is Kind.DISPATCH else volume.back
 
 
 def _share(piece: Piece, from_each: float, num_local: int, is_bit_equal: bool) -> WorkShare:

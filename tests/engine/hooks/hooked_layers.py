@@ -33,7 +33,10 @@ def hooked(model: nn.Module, **knobs: Any) -> Iterator[Any]:
 
 
 def run_hooked_and_plain(table: Sequence[LayerCase], **arguments: object) -> list[tuple[LayerResult, LayerResult]]:
-    """Each case through DeepSpeed's layer, hooked with one of KNOBS in turn, and as it is, on this rank."""
+    """Each case through DeepSpeed's layer, hooked with one of KNOBS in turn, and as it is, on this rank.
+
+    With several experts per token the last of KNOBS sends copies, and has them summed, in turn.
+    """
     import deepspeed
 
     deepspeed.init_distributed("gloo")
@@ -42,7 +45,10 @@ def run_hooked_and_plain(table: Sequence[LayerCase], **arguments: object) -> lis
         with first_of_equals():
             plain = run_layer(native_layer(case, **arguments), case)
             layer = native_layer(case, **arguments)
-            with hooked(layer, **KNOBS[index % len(KNOBS)]):
+            knobs = KNOBS[index % len(KNOBS)]
+            if knobs is KNOBS[-1] and case.config.top_k > 1:
+                knobs = {**knobs, "two_level": ("copies", "sums")[index // len(KNOBS) % 2]}
+            with hooked(layer, **knobs):
                 mine = run_layer(layer, case)
         results.append((mine, plain))
     return results
