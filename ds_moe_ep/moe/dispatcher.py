@@ -277,18 +277,16 @@ class Dispatcher:
         call = Call(self._name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
         two_level = None if routes.weighs_rows and self._config.two_level == "auto" else connection.two_level
-        with_sums = two_level is not None and two_level.with_sums
-        needs = needs_gradient(x_TD, routes, experts, shared, with_sums)
+        needs = needs_gradient(x_TD, routes, experts, shared, two_level is not None and two_level.with_sums)
         hosted: HostedPass | None = None
+        agreement = Agreement(transport, call, self._config.num_experts, row_type, sees_drift, needs)
         if two_level is not None:
-            agreement = Agreement(transport, call, self._config.num_experts, row_type, sees_drift, needs)
             pending = begin_two_level(routes, agreement, two_level, in_triton)
         elif self._replicas is None:
             pending = begin_plan(
                 routes, self._config.num_experts, transport, row_type, sees_drift, call, needs, in_triton
             )
         else:
-            agreement = Agreement(transport, call, self._config.num_experts, row_type, sees_drift, needs)
             hosted = self._replicas.begin(routes, agreement, experts, training, in_triton)
             pending = PendingPlan(None, hosted.finish)
         early_ND = self._permute_early(x_TD, routes, pending, call, in_triton)

@@ -12,7 +12,7 @@ side and are one product for all experts. Weight gradients need them by expert t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -99,9 +99,6 @@ def lay_out(
     num_local = len(plan.recv_rows_PL[0])
     sent_P, received_P = [sum(rows) for rows in plan.send_rows_PL], [sum(rows) for rows in plan.recv_rows_PL]
     sent_start_P = _starts(sent_P)
-    if schedule.gathers:  # rows for far nodes are not there: near ones are the first
-        assert plan.copies is not None, "a plan of two levels"
-        sent_start_P = [start - plan.copies.near_rows[0] for start in sent_start_P]
     parts: list[_Part] = []
     bounds = [0]  # of each piece's parts
     for index, piece in enumerate(pieces):
@@ -123,14 +120,8 @@ def lay_out(
         moves = () if is_wire_stacked else tuple([(wire[part], stacked[part], parts[part].num_rows) for part in own])
         tokens = _cut(0, num_shared_tokens, piece) if num_shared_tokens and (0, 0) in piece.offsets else (0, 0)
         span = (moves[0][0], moves[-1][0] + moves[-1][2]) if moves else (0, 0)
-        runs, legs = _runs(parts, stacked, own), None
-        if index in schedule.spreads:
-            assert plan.copies is not None, "a plan of two levels"
-            legs = legs_of_piece(piece, schedule.torus, rank, plan.copies, tuple(sent), tuple(received))
-            if schedule.gathers:
-                sent = list(legs.near)
-        runs = _whole(runs) if is_grouped else runs
-        return PieceRows(tuple(sent), tuple(received), moves, runs, tokens, span, legs)
+        runs = _runs(parts, stacked, own)
+        return PieceRows(tuple(sent), tuple(received), moves, _whole(runs) if is_grouped else runs, tokens, span)
 
     def runs_from(block: Sequence[Offset]) -> tuple[Run, ...]:
         if len(block) == schedule.torus.size:
@@ -141,6 +132,8 @@ def lay_out(
     # Not those of the plan: pieces that only time transfers may carry some rows twice, and others never.
     rows_L = _rows_of_experts(parts, num_local)
     rows_of_pieces = tuple([rows_of(index, piece) for index, piece in enumerate(pieces)])
+    if schedule.spreads:
+        rows_of_pieces = _with_legs(rows_of_pieces, plan, schedule, rank)
     if is_grouped:
         assert len(schedule.blocks) <= 1 and not schedule.is_bit_equal, "a weight gradient is one product"
         whole = (0, sum(rows_L))
@@ -153,6 +146,25 @@ def lay_out(
         tuple(pairwise(accumulate(rows_L, initial=0))),
         sum(rows_L),
     )
+
+
+def _with_legs(
+    rows_of_pieces: Sequence[PieceRows], plan: DispatchPlan, schedule: Schedule, rank: int
+) -> tuple[PieceRows, ...]:
+    """The pieces with the legs of those whose rows for far nodes leave as copies.
+
+    Where nodes sum, no far rows are there: near ones are the first of those that leave and come back.
+    """
+    assert plan.copies is not None, "a plan of two levels"
+    first = plan.copies.near_rows[0] if schedule.gathers else 0
+    found = []
+    for index, (piece, rows) in enumerate(zip(schedule.pieces, rows_of_pieces, strict=True)):
+        sent = tuple((peer, (start - first, stop - first)) for peer, (start, stop) in rows.sent)
+        legs = None
+        if index in schedule.spreads:
+            legs = legs_of_piece(piece, schedule.torus, rank, plan.copies, sent, rows.received)
+        found.append(replace(rows, sent=legs.near if legs and schedule.gathers else sent, legs=legs))
+    return tuple(found)
 
 
 class _Part(NamedTuple):
