@@ -53,7 +53,7 @@ def legs_of_piece(piece: Piece, torus: Torus, rank: int, copies: NodeCopies, sen
 
 
 def _brought(copies: NodeCopies, sources: set[int], first_rank: int) -> tuple[Brought, ...]:
-    """What of these sources this rank relays, in the order of the sources."""
+    """The copies of these sources that this rank relays, in the order of the sources."""
     found, copy_start, row_start = [], 0, 0
     for each in copies.relayed:
         copy_stop, row_stop = copy_start + each.num_copies, row_start + sum(each.rows_S)
