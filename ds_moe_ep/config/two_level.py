@@ -43,7 +43,7 @@ def check_nodes(two_level: str, schedule: str, peer_group_size: int, torus: Toru
     if torus.num_nodes == 1:
         raise ConfigError(
             f"moe_ep.two_level={two_level!r}: the {torus.size} ranks of an expert group share one node, and no row "
-            "crosses to another; set it to 'off' or 'auto' (moe_ep.node_size says how many ranks a node has)"
+            "crosses to another; set it to 'off' or 'auto' (moe_ep.node_size is the number of ranks per node)"
         )
     if schedule == "peers" and peer_group_size % torus.node_size:
         raise ConfigError(
