@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_moe_ep.comm.callbacks import TransferCallback
 from ds_moe_ep.comm.transport import Message, Transfer
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.moe import tuner
 from ds_moe_ep.moe.two_level import relay
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 from tests.moe.faulty_transports import Delayed, Wrapper
@@ -230,6 +231,9 @@ class Untouched(TransferCallback):
 
 def others() -> dict[str, object]:
     """Recomputed and retained passes against plain ones, the measurement of "auto", and what is refused, on a rank."""
+    from tests.preloaded import FULL
+
+    tuner.MOST = FULL[-1]  # as many schedules as a user's layer measures, if for a short time
     each, links = case("recomputed", two_level="sums", top_k=4), Links()
     layer, found = build_layer(each, data := case_data(each)), dict[str, object]()
     layer.connect(links.of(each), torus_for(each))
