@@ -185,6 +185,11 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
         yield f"data_parallel_size: DeepSpeed {release} reads it beside sequence_parallel_size alone"
     if model is None:
         yield 'moe_ep.model is not given: memory, traffic and arithmetic need it; add "model": "small"'
+    if training.sharing_ranks > 1:
+        yield (
+            f"{training.sharing_ranks} ranks share each copy's sequences: memory and traffic are those of a rank with "
+            "the whole dense part and all tokens of its copy, which is more than it has"
+        )
     if training.precision == "fp16":
         yield "fp16 does not run on DeepSpeed's CPU accelerator: use bf16 or fp32 there"
     if section.layout == WHOLE:

@@ -110,7 +110,9 @@ def _job(check: Check) -> dict[str, str]:
     capacity = "dropless" if moe.capacity_factor is None else f"capacity factor {moe.capacity_factor:g}"
     if layout == WHOLE:
         ranks = f"{training.num_replicas} groups x {moe.ep_size} ranks"
-        place, copies = f"{moe.num_local_experts} on a rank", f"{training.world_size} ranks"
+        place, copies = f"{moe.num_local_experts} on a rank", f"{training.num_copies} ranks"
+        if training.sharing_ranks > 1:
+            copies = f"{training.num_copies} copies of {training.sharing_ranks} ranks"
         schedule = f"{moe.schedule}, depth {moe.depth}, {moe.transport}"
     else:
         ranks = f"{training.num_copies} copies x {layout.pp_size} stages x {layout.tp_size} tensor ranks"

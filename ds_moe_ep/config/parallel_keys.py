@@ -1,9 +1,9 @@
-"""Parallelisms that change the tokens of a rank: why experts do not go with them, and the keys that ask for them.
+"""Parallelisms that change the tokens of a rank: what their keys mean, and where experts do not go along.
 
 DeepSpeed 0.19 takes `data_parallel_size` and `sequence_parallel_size` together as the shape of a mesh of ranks, as it
 does `mesh_param` of `deepspeed.initialize`, and counts the batch over the first. Alone neither makes groups:
-`sequence_parallel_size` only divides the number of ranks that the batch is counted with, and `data_parallel_size` is
-read by nobody.
+`sequence_parallel_size` only divides the number of ranks that the batch is counted with, beside an mpu that makes them,
+and `data_parallel_size` is read by nobody.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ CUT_EXPERTS_RULE = (
     "an expert is whole on its rank, and tensor ranks share its tokens, not its weights; leave experts and the gate "
     "out of the cut (tensor_parallel.partition_config, enable_expert_tensor_parallelism=False)"
 )
-SEQUENCE_RULE = (
-    "DeepSpeed sums the gradients of dense parameters and of experts over different ranks there, and either comes out "
-    "wrong"
+MESH_RULE = (
+    "DeepSpeed averages gradients over the data-parallel ranks of its mesh alone, so that the weights of sequence "
+    "ranks part, dense ones too"
 )
+MESH_FIX = "pass mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp, whose gradients are summed, in its place"
 STAGES_RULE = "the layer's groups span the data-parallel world, and stages would wait for each other"
 FIX = "set it to 1, and give the ranks to ep_size"
 
@@ -38,21 +39,27 @@ def read_tensor_size(ds_config: Mapping[str, Any], world_size: int | None = None
     return size or 1
 
 
-def refuse_sequence_keys(ds_config: Mapping[str, Any], world_size: int | None = None) -> None:
-    """Raises ConfigError for keys of DeepSpeed's under which ranks share sequences.
+def read_sequence_size(ds_config: Mapping[str, Any], world_size: int | None = None) -> int:
+    """Ranks that share a sequence, by whose number DeepSpeed divides the world to count the batch; 1 without the key.
 
-    With a world's size, also for a `data_parallel_size` that is not it.
+    Raises ConfigError where it makes a mesh, or does not divide a world.
     """
-    size = ds_config.get("sequence_parallel_size")
+    size, copies = ds_config.get("sequence_parallel_size"), ds_config.get("data_parallel_size")
     _check_size("sequence_parallel_size", size, 1)
-    if size is not None and size > 1:
-        raise ConfigError(f"sequence_parallel_size={size}: {SEQUENCE_RULE}; {FIX}")
-    copies = ds_config.get("data_parallel_size")
-    if "sequence_parallel_size" in ds_config and copies is not None and copies != (world_size or copies):
+    if size is None or size == 1:
+        if size == 1 and copies is not None and copies != (world_size or copies):
+            raise ConfigError(
+                f"data_parallel_size={copies!r} with sequence_parallel_size=1: DeepSpeed makes a mesh of the two "
+                f"sizes, which must hold the {world_size} ranks; set it to {world_size}, or remove both keys"
+            )
+        return 1
+    if copies is not None:
+        raise ConfigError(f"data_parallel_size={copies!r} with sequence_parallel_size={size}: {MESH_RULE}; {MESH_FIX}")
+    if world_size is not None and world_size % size:
         raise ConfigError(
-            f"data_parallel_size={copies!r} with sequence_parallel_size=1: DeepSpeed makes a mesh of the two sizes, "
-            f"which must hold the {world_size} ranks; set it to {world_size}, or remove both keys"
+            f"sequence_parallel_size={size}: does not divide the world of {world_size} ranks; take a size that does"
         )
+    return int(size)
 
 
 def _check_size(path: str, value: Any, least: int) -> None:
@@ -60,9 +67,17 @@ def _check_size(path: str, value: Any, least: int) -> None:
         raise ConfigError(f"{path}={value!r}: needs a number of ranks; set it to 1, or remove it")
 
 
-def refuse_shared_sequences(mesh_param: Sequence[int] | None) -> None:
+def refuse_mesh(mesh_param: Sequence[int] | None) -> None:
     """Raises ConfigError for a mesh (data-parallel size, sequence-parallel size) whose ranks share sequences."""
     if mesh_param and mesh_param[1] > 1:
+        raise ConfigError(f"mesh_param={tuple(mesh_param)}: {MESH_RULE}; {MESH_FIX}")
+
+
+def refuse_key_alone(ds_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a size of sequence parallelism for which nobody makes groups."""
+    size = read_sequence_size(ds_config)
+    if size > 1:
         raise ConfigError(
-            f"mesh_param={tuple(mesh_param)}: {SEQUENCE_RULE}; leave it out, and give the ranks to ep_size"
+            f"sequence_parallel_size={size} without an mpu: it makes no groups, and only counts the batch over fewer "
+            "ranks; pass mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp, or remove it"
         )

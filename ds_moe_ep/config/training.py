@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ds_moe_ep.config import deepspeed_keys
 from ds_moe_ep.config.knobs import Layout
-from ds_moe_ep.config.parallel_keys import read_tensor_size, refuse_sequence_keys
+from ds_moe_ep.config.parallel_keys import read_sequence_size, read_tensor_size
 from ds_moe_ep.config.section import load_ds_config, read_section
 from ds_moe_ep.config.shipped import shipped_ds_configs
 from ds_moe_ep.config.topology import RankGrid
@@ -47,12 +47,12 @@ class Training:
     offload: bool  # optimizer states lie in the host's memory
     bucket_elements: int  # numbers in DeepSpeed's buffers of gradients on their way; 0 without ZeRO
     layout: Layout = WHOLE
-    dense_tp_size: int = 1  # ranks that AutoTP cuts the dense part over, which hold the same tokens
+    sharing_ranks: int = 1  # that share a copy's sequences: AutoTP's, or those of sequence parallelism
 
     @property
     def num_copies(self) -> int:
         """Ranks, or layouts of ranks, that train on sequences of their own: DeepSpeed's data-parallel size."""
-        return self.world_size // self.layout.size // self.dense_tp_size
+        return self.world_size // self.layout.size // self.sharing_ranks
 
     @property
     def batch(self) -> int:
@@ -73,19 +73,18 @@ def read_training(
     Raises ConfigError or TopologyError for what cannot work.
     """
     check_keys(ds_config, deepspeed_keys.installed_release())
-    refuse_sequence_keys(ds_config, world_size)
-    dense_tp_size = read_tensor_size(ds_config, world_size)
+    sharing_ranks = read_tensor_size(ds_config, world_size) * read_sequence_size(ds_config, world_size)
     if world_size is None:
-        fewest = -(-ep_size // dense_tp_size)  # copies on whose ranks all experts lie
-        world_size = (_implied_copies(ds_config) or fewest) * layout.size * dense_tp_size
+        fewest = -(-ep_size // sharing_ranks)  # copies on whose ranks all experts lie
+        world_size = (_implied_copies(ds_config) or fewest) * layout.size * sharing_ranks
     try:
-        num_copies = _count_copies(world_size, layout) // dense_tp_size
-        RankGrid(world_size=num_copies * dense_tp_size, ep_size=ep_size)
+        num_copies = _count_copies(world_size, layout) // sharing_ranks
+        RankGrid(world_size=num_copies * sharing_ranks, ep_size=ep_size)
         micro_batch, accumulation = _read_batch(ds_config, num_copies, "ranks" if layout == WHOLE else "copies")
     except (ConfigError, TopologyError) as error:
         implied = _implied_copies(ds_config)
         is_about_world = isinstance(error, TopologyError) or implied is not None
-        if not is_about_world or implied == world_size // layout.size // dense_tp_size:
+        if not is_about_world or implied == world_size // layout.size // sharing_ranks:
             raise
         raise type(error)(f"{error}{_shipped_for(world_size)}") from None
     precision = _read_precision(ds_config)
@@ -107,7 +106,7 @@ def read_training(
         offload=offload,
         bucket_elements=_read_bucket(zero, may_overlap=layout == WHOLE) if stage else 0,
         layout=layout,
-        dense_tp_size=dense_tp_size,
+        sharing_ranks=sharing_ranks,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ds_moe_ep.config.parallel_keys import FIX, SEQUENCE_RULE, STAGES_RULE
+from ds_moe_ep.config.parallel_keys import FIX, MESH_FIX, MESH_RULE, STAGES_RULE
 from ds_moe_ep.engine import seams
 
 
@@ -12,9 +12,10 @@ def problem_of_parallelism() -> str:
 
 
 def problem_of_sequences() -> str:
-    """Why the engine's ranks, which share sequences, do not go with experts, or an empty string."""
-    return _problem("sequence parallel size", seams.sequence_parallel_size(), SEQUENCE_RULE)
+    """Why the ranks of DeepSpeed's mesh, which share sequences, do not go with experts, or an empty string."""
+    size = seams.sequence_parallel_size() if seams.has_mesh() else 1
+    return _problem("sequence parallel size", size, MESH_RULE, MESH_FIX)
 
 
-def _problem(name: str, size: int, rule: str) -> str:
-    return f"{name}={size}: {rule}; {FIX}" if size > 1 else ""
+def _problem(name: str, size: int, rule: str, fix: str = FIX) -> str:
+    return f"{name}={size}: {rule}; {fix}" if size > 1 else ""

@@ -308,6 +308,11 @@ def sequence_parallel_size() -> int:
     return int(groups._get_sequence_parallel_world_size())
 
 
+def has_mesh() -> bool:
+    """True where DeepSpeed was given a mesh of data-parallel and sequence ranks."""
+    return getattr(groups, "mesh_device", None) is not None
+
+
 def num_pipeline_stages() -> int:
     """Stages of the pipeline that DeepSpeed was given; 1 without one."""
     for name in ("get_pipeline_model_parallel_world_size", "get_pipe_parallel_world_size"):

@@ -10,7 +10,7 @@ from typing import Any
 import deepspeed
 from torch import nn
 
-from ds_moe_ep.config.parallel_keys import refuse_sequence_keys, refuse_shared_sequences
+from ds_moe_ep.config.parallel_keys import refuse_key_alone, refuse_mesh
 from ds_moe_ep.config.section import Section, load_ds_config, read_section
 from ds_moe_ep.config.training import read_training
 from ds_moe_ep.engine import seams
@@ -63,9 +63,9 @@ def initialize(
     give_knobs(own, section)  # DeepSpeed's engine does it too, later: what cannot work is refused before it starts
     seams.init_distributed()
     if own:
-        refuse_sequence_keys(ds_config, deepspeed.comm.get_world_size())
-        refuse_shared_sequences(kwargs.get("mesh_param"))
+        refuse_mesh(kwargs.get("mesh_param"))
     if kwargs.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
+        refuse_key_alone(ds_config)
         for layer in own.values():
             read_training(ds_config, layer.ep_size, deepspeed.comm.get_world_size())
     if args is not None and getattr(args, "deepspeed_config", None) is not None:

@@ -1,4 +1,4 @@
-"""Sequence parallelism beside the layer: refused by name on every rank, whatever door it comes through."""
+"""Meshes of sequence ranks beside the layer: refused by name on every rank, whatever door they come through."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_moe_ep import ConfigError, GeluMLP, MoE
-from ds_moe_ep.config.parallel_keys import refuse_sequence_keys
+from ds_moe_ep.config.parallel_keys import refuse_key_alone
 from ds_moe_ep.config.training import read_training
 from tests.engine.layouts.tensor_models import mpu_of
 from tests.ranks import run_ranks
@@ -36,21 +36,14 @@ class Model(nn.Module):
         return loss
 
 
-def unit_of_sequences() -> Any:
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
-
-    parallel_state_sp.initialize_sequence_parallel(2)
-    return parallel_state_sp
-
-
 SEQUENCE = "sequence parallel size=2"
 # Further keys of the ds_config, further arguments, what ds_moe_ep.initialize says, what the layer says elsewhere
 ROADS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str, str]] = {
     "two keys": (
-        {"data_parallel_size": 2, "sequence_parallel_size": 2}, dict, "sequence_parallel_size=2", SEQUENCE
+        {"data_parallel_size": 2, "sequence_parallel_size": 2}, dict,
+        "data_parallel_size=2 with sequence_parallel_size=2", SEQUENCE,
     ),
     "a mesh": ({}, lambda: {"mesh_param": (2, 2)}, "mesh_param=(2, 2)", SEQUENCE),
-    "a unit of sequences": ({}, lambda: {"mpu": unit_of_sequences()}, SEQUENCE, SEQUENCE),
 }  # fmt: skip
 
 
@@ -88,7 +81,7 @@ def said() -> list[dict[tuple[str, str, int], str]]:
 
 
 @pytest.mark.parametrize("road", ROADS)
-def test_ranks_that_share_tokens_are_refused_on_every_rank_with_the_way_out(
+def test_ranks_that_share_sequences_are_refused_on_every_rank_with_the_way_out(
     said: list[dict[tuple[str, str, int], str]], road: str
 ) -> None:
     early, late = ROADS[road][2:]
@@ -96,7 +89,7 @@ def test_ranks_that_share_tokens_are_refused_on_every_rank_with_the_way_out(
         for rank, theirs in enumerate(said):
             text = theirs[road, door, ep_size]
             assert f"Error: {begins}: " in text, f"rank {rank}: {text}"
-            assert "give the ranks to ep_size" in text
+            assert "the weights of sequence ranks part" in text and "parallel_state_sp" in text
 
 
 def one_step_with(tensor_size: int | None, keys: dict[str, Any]) -> list[torch.Tensor]:
@@ -132,7 +125,7 @@ def attach_under_sequences() -> str:
     import ds_moe_ep
 
     ds_moe_ep.init_distributed()
-    engine, *_ = deepspeed.initialize(model=Model(2, Native), config=DS_CONFIG, mpu=unit_of_sequences())
+    engine, *_ = deepspeed.initialize(model=Model(2, Native), config=DS_CONFIG, mesh_param=(2, 2))
     try:
         ds_moe_ep.attach_overlap(engine, {"schedule": "peers"})
     except ds_moe_ep.EngineError as error:
@@ -151,8 +144,11 @@ BATCH = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1}
 @pytest.mark.parametrize(
     ("keys", "begins"),
     [
-        ({"sequence_parallel_size": 2}, "sequence_parallel_size=2: "),
-        ({"sequence_parallel_size": 2, "data_parallel_size": 2}, "sequence_parallel_size=2: "),
+        ({"sequence_parallel_size": 3}, "sequence_parallel_size=3: does not divide"),
+        (
+            {"sequence_parallel_size": 2, "data_parallel_size": 2},
+            "data_parallel_size=2 with sequence_parallel_size=2: ",
+        ),
         ({"sequence_parallel_size": "2"}, "sequence_parallel_size='2': needs a number of ranks"),
         ({"sequence_parallel_size": 0}, "sequence_parallel_size=0: needs a number of ranks"),
         (
@@ -176,7 +172,17 @@ def test_a_ds_config_that_shares_sequences_is_refused_before_its_batch_is_counte
 )
 def test_keys_that_share_nothing_leave_the_batch_as_it_is(keys: dict[str, Any]) -> None:
     assert read_training(BATCH | keys, ep_size=2, world_size=4).accumulation == 2
-    refuse_sequence_keys(keys)
+
+
+def test_a_key_without_groups_of_sequences_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sequence_parallel_size=2 without an mpu: it makes no groups"):
+        refuse_key_alone({"sequence_parallel_size": 2})
+    refuse_key_alone({"sequence_parallel_size": 1})
+
+
+def test_the_batch_is_counted_over_the_copies_of_sequence_ranks() -> None:
+    training = read_training(BATCH | {"sequence_parallel_size": 2}, ep_size=4, world_size=4)
+    assert (training.num_copies, training.accumulation, training.num_replicas) == (2, 4, 1)
 
 
 @pytest.mark.parametrize(("size", "ep_size"), [(2, 2), (2, 4), (4, 1), (4, 4)])

@@ -27,6 +27,8 @@ from ds_moe_ep.engine.extensions.param_groups import refuse_misplaced
 from ds_moe_ep.engine.extensions.replica_windows import ReplicaWindows
 from ds_moe_ep.engine.extensions.reports import MeterReport
 from ds_moe_ep.engine.hooks.layer import HookedLayer
+from ds_moe_ep.engine.layouts.expert_files import ExpertFiles
+from ds_moe_ep.engine.layouts.sequence import ExpertGradients
 from ds_moe_ep.engine.load.report import LoadReport, steps_between_reports
 from ds_moe_ep.engine.older_engines import OlderEngine
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
@@ -91,6 +93,8 @@ def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog |
         raise ConfigError("moe_ep.async_save=true: this engine saves in a way of its own; set it to false")
     numbered = [module for module in engine.module.modules() if seams.is_moe_layer(module)]
     sizes = {layer.ep_size for layer in numbered}
+    if ExpertFiles.is_needed():
+        yield ExpertFiles(sizes)
     if len(sizes) == 1:  # of several sizes, files do not tell which layer had which
         yield SavedEpSize(engine, *sizes)
     yield IncompleteCheckpoints(engine, [layer.num_experts for layer in numbered])
@@ -107,6 +111,8 @@ def _step_callbacks(engine: Any) -> Iterator[EngineCallback]:
     present = EngineExtensions.of(engine)
     if OlderEngine.is_needed(engine) and not present.has(OlderEngine):
         yield OlderEngine(engine)
+    if ExpertGradients.is_needed() and not present.has(ExpertGradients):
+        yield ExpertGradients(engine)
     if not step_seams.scales_loss(engine) and not present.has(LossScale):
         yield LossScale(engine)
     if not present.has(GradientClipping) and not present.has(WrapperClipping):

@@ -19,6 +19,8 @@ from ds_moe_ep.engine.extensions.loss_scale import LossScale
 from ds_moe_ep.engine.extensions.nonfinite import SkippedSteps
 from ds_moe_ep.engine.extensions.replica_windows import ReplicaWindows
 from ds_moe_ep.engine.extensions.reports import MeterReport
+from ds_moe_ep.engine.layouts.expert_files import ExpertFiles
+from ds_moe_ep.engine.layouts.sequence import ExpertGradients
 from ds_moe_ep.engine.load.report import LoadReport
 from ds_moe_ep.engine.older_engines import OlderEngine
 
@@ -35,6 +37,8 @@ ORDER: tuple[type[EngineCallback], ...] = (
     FinishedSaves,
     # Puts the choices into the client state before anybody saves it, and takes them from it when all is loaded.
     ChoiceKeeper,
+    # Refuses a checkpoint before anything of it is written.
+    ExpertFiles,
     # Missing files are told before the sizes are read, which are in one of the files.
     IncompleteCheckpoints,
     SavedEpSize,
@@ -49,6 +53,7 @@ ORDER: tuple[type[EngineCallback], ...] = (
     WrapperClipping,
     BalanceSteps,
     ReplicaWindows,
+    ExpertGradients,
     OlderEngine,
     ModelFiles,
 )

@@ -36,6 +36,7 @@ from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.snapshot import has_foreign_hooks
 from ds_moe_ep.moe.split_experts import Opaque
+from ds_moe_ep.moe.tensor_parallel.ranks import is_cut
 
 
 class HookedNative(HookedLayer):
@@ -112,6 +113,11 @@ class HookedNative(HookedLayer):
 
     def share_tokens(self, moe: DeepSpeedMoE) -> None:
         ranks = self.tensor_ranks = tensor_ranks_of(moe, self.config)
+        if ranks.has_own_tokens and moe.use_residual and not is_cut(moe.mlp):
+            raise EngineError(
+                f"{self.dispatcher.name}: use_residual=True with tokens that come cut: DeepSpeed's layer shows its "
+                "dense expert only those of each rank, and nobody sums its gradients; use ds_moe_ep.MoE, or no residual"
+            )
         refuse_unlike(ranks, self._layer.gate, self.dispatcher.name)
 
     def attach(self) -> None:

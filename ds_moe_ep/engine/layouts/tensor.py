@@ -21,7 +21,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.parallel_keys import CUT_EXPERTS_RULE
 from ds_moe_ep.engine import seams
 from ds_moe_ep.errors import EngineError
-from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
+from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks, is_cut
 
 CUT_MARK = "tensor_model_parallel"  # Megatron's and AutoTP's, on parameters that are cut
 OWN_MARK = "model_parallel"  # the same to DeepSpeed's norms
@@ -82,7 +82,7 @@ def sum_over_shares(values: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def make_alike(ranks: TensorRanks, module: nn.Module) -> None:
     """Gives a module that every tensor rank has whole the first rank's weights. Collective over the group."""
-    if ranks.group is None:
+    if ranks.group is None or is_cut(module):
         return
     for tensor in (*module.parameters(), *module.buffers()):
         dist.broadcast(tensor.data, dist.get_global_rank(ranks.group, 0), group=ranks.group)
@@ -108,7 +108,7 @@ def refuse_unlike(ranks: TensorRanks, module: nn.Module, name: str) -> None:
 def refuse_mixed_groups(ranks: TensorRanks, ep_group: dist.ProcessGroup, config: MoEConfig) -> None:
     """Raises EngineError where balance_scope "group" would count some tensor groups' tokens more often than others'.
 
-    On every rank; collective over the world.
+    On every rank, or of this stage; collective over the world, or the expert group in a pipeline.
     """
     if ranks.group is None or config.balance_scope == "rank" or config.ep_size == 1:
         return
@@ -125,4 +125,7 @@ def refuse_mixed_groups(ranks: TensorRanks, ep_group: dist.ProcessGroup, config:
             "expert group holds parts of tensor groups, whose tokens it would count unequally; take sizes of which "
             "one divides the other, or balance_scope='rank'"
         )
-    seams.settle(problem)
+    if seams.num_pipeline_stages() == 1:
+        seams.settle(problem)
+    elif problem is not None:  # stages have layers of their own, and come here at their own times
+        raise problem

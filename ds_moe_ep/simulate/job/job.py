@@ -74,6 +74,11 @@ def read_job(
     section.layout.check(section.model, moe)
     given = {key: value for key, value in ds_config.items() if key != ACCUMULATION or not _has_all(ds_config)}
     training = read_training(given, moe.ep_size, cluster.num_ranks, section.layout)
+    if training.sharing_ranks > 1:
+        raise ConfigError(
+            f"tensor_parallel.autotp_size, sequence_parallel_size: {training.sharing_ranks} ranks share each copy's "
+            'sequences, which is not simulated; take the model that is cut by "layout", or remove them'
+        )
     setup = Setup(model=section.model, moe=moe, training=training, cluster=cluster, mode=mode)
     if section.layout == WHOLE:
         setup = with_load(setup, load)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ds_moe_ep.config.knobs import MoEConfig
 from tests.engine.native_layers import PlainGelu
@@ -175,10 +176,15 @@ class TensorModel(nn.Module):
         return hidden.square().mean() + AUX_WEIGHT * balance
 
     def _experts(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.job.recompute and self.grid is not None:
-            again = torch.utils.checkpoint.checkpoint(lambda y: layer(y)[:2], x, use_reentrant=False)
-            return again[0], again[1]
-        if not (self.job.cuts_tokens and self.grid is not None):
+        if self.grid is None:
+            return layer(x)[:2]
+        if self.job.recompute:
+            output, l_aux = checkpoint(lambda y: self._on_ranks(layer, y), x, use_reentrant=False)
+            return output, l_aux
+        return self._on_ranks(layer, x)
+
+    def _on_ranks(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.job.cuts_tokens:
             return layer(x)[:2]
         group = self.grid.tensor_group
         output, l_aux, _ = layer(SplitTokens.apply(group, x))

@@ -1,0 +1,114 @@
+"""Sequence parallelism by DeepSpeed's unit of groups: steps are those of one device, for own and for hooked layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.engine.layouts.tensor_models import RATE, STEPS, WORLD, D, TensorJob, TensorModel
+from tests.engine.layouts.tensor_runs import (
+    Trained,
+    forget_groups,
+    give_weights,
+    make_layer,
+    parameter_groups,
+    reference,
+)
+from tests.ranks import run_ranks
+
+BOUND, SEQUENCE_SIZE = 1e-4, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceJob(TensorJob):
+    """4 ranks, of which each 2 hold a half of the same sequences, as ranks that are alone with their tokens."""
+
+    def batches(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(11)
+        return [torch.randn(WORLD, self.tokens, D, generator=generator) for _ in range(STEPS * self.accumulation)]
+
+
+def run_job(job: SequenceJob) -> Trained:
+    """The job on this rank; the loss of a rank is its part of the mean over a sequence."""
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp as unit
+
+    import ds_moe_ep
+    from ds_moe_ep.engine.layouts.sequence import ExpertGradients
+    from ds_moe_ep.model.initialize import global_name
+
+    ds_moe_ep.init_distributed()
+    if unit._SEQUENCE_PARALLEL_GROUP is None:
+        unit.initialize_sequence_parallel(SEQUENCE_SIZE)
+    model = TensorModel(job, lambda: make_layer(job))
+    give_weights(model, job)
+    off = patch.object(ExpertGradients, "is_needed", lambda: False) if job.fault else nullcontext()
+    with off:
+        optimizer = torch.optim.SGD(parameter_groups(model), lr=RATE)
+        config = job.ds_config({"sequence_parallel_size": SEQUENCE_SIZE})
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=unit, config=config)
+        attached = ds_moe_ep.attach_overlap(engine, {"schedule": "peers"} if job.kind == "hooked" else None)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses, norms = [], []
+    with attached:
+        for x in job.batches():
+            loss = engine(x[dist.get_rank()])
+            engine.backward(loss / SEQUENCE_SIZE)
+            engine.step()
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            losses.append(float(total) / WORLD)
+            norms.append(float(engine.get_global_grad_norm()))
+    forget_groups()
+    index = job.expert_index(dist.get_rank())
+    moves = {
+        global_name(name, index): (parameter.detach() - before[name]).float()
+        for name, parameter in model.named_parameters()
+    }
+    return Trained(losses, norms, moves)
+
+
+def run_jobs(jobs: Sequence[SequenceJob]) -> list[Trained]:
+    return [run_job(job) for job in jobs]
+
+
+def merged(by_rank: Sequence[Trained]) -> Trained:
+    whole: dict[str, Any] = {}
+    for name, move in [pair for result in by_rank for pair in result.moves.items()]:
+        assert torch.equal(whole.setdefault(name, move), move), f"ranks' {name} differ"
+    return replace(by_rank[0], moves=whole)
+
+
+JOB = SequenceJob(top_k=2, clipping=3.0)
+FAULT = SequenceJob(fault="experts divided by the world")
+MORE_JOBS = {
+    "own, ZeRO 2": SequenceJob(ep_size=4, capacity_factor=1.0, stage=2, clipping=3.0),
+    "hooked": SequenceJob(kind="hooked", top_k=2, clipping=3.0),
+    "hooked, ZeRO 1": SequenceJob(kind="hooked", ep_size=4, capacity_factor=2.0, stage=1, clipping=3.0),
+}
+
+
+def test_sequence_ranks_train_as_one_device_and_experts_divided_by_the_whole_world_do_not() -> None:
+    right, wrong = map(merged, zip(*run_ranks(WORLD, run_jobs, [JOB, FAULT], timeout_s=120), strict=True))
+    assert right.distance(reference(JOB)) < BOUND
+    assert wrong.distance(reference(FAULT)) > 100 * BOUND
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Trained]:
+    by_rank = run_ranks(WORLD, run_jobs, list(MORE_JOBS.values()), timeout_s=200)
+    return dict(zip(MORE_JOBS, map(merged, zip(*by_rank, strict=True)), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_JOBS)
+def test_more_sequence_ranks_train_as_one_device(found: dict[str, Trained], name: str) -> None:
+    assert found[name].distance(reference(MORE_JOBS[name])) < BOUND

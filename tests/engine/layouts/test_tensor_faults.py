@@ -1,0 +1,52 @@
+"""A rank that dies beside tensor ranks: all others end, and name it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.engine.layouts.tensor_models import TensorJob
+from tests.engine.layouts.test_tensor_checkpoints import make_engine, step
+from tests.ranks import RankError, run_ranks
+
+LIMIT_S = 40.0
+CULPRIT = 3
+
+
+def train_until_killed(job: TensorJob, call: int) -> None:
+    """Steps on this rank; the culprit dies in its `call`-th gather over the tensor group of the second step."""
+    from ds_moe_ep.moe.tensor_parallel import exchange
+
+    engine = make_engine(job)
+    first, second = job.batches()
+    step(engine, first)
+    gather, calls = exchange.Spans.gather, []
+
+    def dies(spans: exchange.Spans, share: Tensor) -> Tensor:
+        calls.append(1)
+        if dist.get_rank() == CULPRIT and len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(LIMIT_S)
+        return gather(spans, share)
+
+    exchange.Spans.gather = dies  # type: ignore[method-assign]
+    step(engine, second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ep_size", [2, 4])
+@pytest.mark.parametrize("call", [1, 3], ids=["forward", "backward"])
+def test_a_rank_that_dies_in_a_gather_of_tensor_ranks_ends_the_others(ep_size: int, call: int) -> None:
+    job = TensorJob(ep_size=ep_size, top_k=2, knobs={"timeout_s": 10.0, "watch": None})
+    begin = time.monotonic()
+    with pytest.raises(RankError) as error:
+        run_ranks(4, train_until_killed, job, call, timeout_s=LIMIT_S)
+    failures = error.value.failures
+    assert sorted(failures) == [0, 1, 2, 3] and time.monotonic() - begin < LIMIT_S
+    for rank in (0, 1, 2):
+        assert f"rank {CULPRIT}" in failures[rank].message, (rank, failures[rank].message)
