@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 gc.disable()  # until all tests are imported: collections would look again and again at objects that all stay
 
-# A deadline measures the machine's load, not the code.
-settings.register_profile("without deadlines", deadline=None)
+# A deadline measures the machine's load, not the code. Examples are drawn anew each time.
+settings.register_profile("without deadlines", deadline=None, max_examples=50)
 settings.load_profile("without deadlines")
 
 

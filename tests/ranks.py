@@ -37,7 +37,9 @@ PRELOAD = [
     "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.bf16_optimizer",
     "deepspeed.runtime.zero.muon.muon_optimizer", "ds_moe_ep", "ds_moe_ep.moe.layer", "ds_moe_ep.engine.layer",
     "ds_moe_ep.engine.start", "ds_moe_ep.model.initialize", "transformers.models.mixtral.modeling_mixtral",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe", "peft", "tests.preloaded",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe", "peft", "tests.faults.train", "tests.moe.layer_runs",
+    "tests.moe.faulty_transports", "tests.engine.hooks.hooked_layers", "tests.engine.hooks.autoep_models",
+    "tests.parallel.training_runs", "tests.preloaded",
 ]  # fmt: skip
 SERVER_ENV = {
     "OMP_NUM_THREADS": "1",
