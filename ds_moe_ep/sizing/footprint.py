@@ -82,7 +82,7 @@ def count_parameters(model: ModelConfig, moe: MoEConfig) -> Parameters:
     return Parameters(
         embedding=model.vocab_size * D,
         attention=L * 4 * D * D,
-        gate=L * D * moe.num_experts,
+        gate=L * (D + moe.gate_bias) * moe.num_experts,
         experts=L * moe.num_experts * model.expert_params,
         shared_experts=L * _shared_params(model),
         norms=L * 4 * D + 2 * D,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.kernels.gate import ChoiceNoise, GateRule, gate_logits, gate_routes
+from ds_moe_ep.moe.replay.tape import RouteRecorder, RouteReplayer, Tape
 from ds_moe_ep.moe.router import Router
 from tests.kernels.interpreter import under_interpreter
 
@@ -171,6 +172,32 @@ def test_a_router_draws_the_same_experts_in_one_pass_and_step_by_step(knobs: dic
     assert torch.equal(routings[0].expert_ids_TK, routings[1].expert_ids_TK)
     torch.testing.assert_close(routings[0].weights_TK, routings[1].weights_TK, rtol=1e-5, atol=1e-6)
     assert torch.equal(routings[0].load_E(), routings[1].load_E())
+
+
+@pytest.mark.parametrize("knobs", [{"top_k": 1}, {"top_k": 3, "score": "sigmoid", "balance": "bias"}], ids=str)
+@under_interpreter
+def test_a_replayed_pass_has_the_bits_of_the_recorded_one(knobs: dict[str, Any]) -> None:
+    x_TD, weight_ED = inputs(40, 128, 16, torch.float32)
+
+    def run(tape: Tape) -> list[Tensor]:
+        router = Router(128, MoEConfig(num_experts=16, kernels="triton", **knobs))
+        router.wg.weight.data = weight_ED.clone()
+        router.tape = tape
+        if router.balance is not None:
+            router.balance.start_from(torch.linspace(-0.3, 0.3, 16))
+        assert router._takes_one_pass(x_TD, True)
+        x = x_TD.clone().requires_grad_()
+        routing = router(x)
+        (routing.weights_TK.square().sum() + routing.logits_TE.sum()).backward()
+        assert x.grad is not None and router.wg.weight.grad is not None
+        return [routing.expert_ids_TK, routing.weights_TK, routing.load_E(), x.grad, router.wg.weight.grad]
+
+    recorder = RouteRecorder()
+    recorded, replayed = run(recorder), run(RouteReplayer("", recorder.passes))
+    shifted = [(ids_TK + 1) % 16 for ids_TK in recorder.passes]
+    other = run(RouteReplayer("", shifted))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(replayed, recorded, strict=True))
+    assert torch.equal(other[0], shifted[0].long()) and not torch.equal(other[1], recorded[1])  # the control
 
 
 @pytest.mark.parametrize(

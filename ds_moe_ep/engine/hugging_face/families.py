@@ -81,16 +81,19 @@ FAMILIES = {
         ),
         Family(model_type="qwen3_moe", renormalizes="norm_topk_prob"),
         Family(model_type="olmoe", expert_width="intermediate_size", renormalizes="norm_topk_prob"),
-        Family(
-            model_type="deepseek_v3",
-            router_bias="gate.e_score_correction_bias",
-            shared="shared_experts",
-            num_experts="n_routed_experts",
-            shared_width="moe_intermediate_size",
-            shared_count="n_shared_experts",
-            score="sigmoid",
-            renormalizes="norm_topk_prob",
-            limits_groups=True,
+        *(
+            Family(
+                model_type=model_type,
+                router_bias="gate.e_score_correction_bias",
+                shared="shared_experts",
+                num_experts="n_routed_experts",
+                shared_width="moe_intermediate_size",
+                shared_count="n_shared_experts",
+                score="sigmoid",
+                renormalizes="norm_topk_prob",
+                limits_groups=True,
+            )
+            for model_type in ("deepseek_v3", "glm4_moe", "dots1")
         ),
     )
 }

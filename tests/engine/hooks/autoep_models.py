@@ -32,6 +32,7 @@ class AutoEPJob:
     checkpointing: str = ""  # or "reentrant", "non-reentrant"
     router_logits: bool = False  # the loss contains Hugging Face's balance loss
     grouped_mm: bool = True
+    activation: str = ""  # of AutoEP's experts, where it is not the family's
     score_apply: str = "auto"  # or "pre": weights multiply the rows on their way to the experts; or "post"
     accumulation: int = 1
     clipping: float = 0.0
@@ -101,7 +102,10 @@ def make_engine(job: AutoEPJob) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     seams.init_distributed(dist_backend="gloo", verbose=False)
     model = make_model(job)
-    return deepspeed.initialize(model=model, config=job.ds_config, model_parameters=list(model.parameters()))[0]
+    engine = deepspeed.initialize(model=model, config=job.ds_config, model_parameters=list(model.parameters()))[0]
+    for layer in autoep_layers(engine).values() if job.activation else ():
+        layer.experts.activation, layer.experts.activation_limit = job.activation, 0.3  # a bound that some reach
+    return engine
 
 
 def autoep_layers(engine: Any) -> dict[str, nn.Module]:

@@ -35,7 +35,7 @@ def jobs() -> list[AutoEPJob]:
         AutoEPJob(stage=2, checkpointing="reentrant", grouped_mm=False),
         AutoEPJob(stage=3, ep_size=2, router_logits=True),
         AutoEPJob(stage=3, preset="qwen3_moe", checkpointing="non-reentrant"),
-        AutoEPJob(stage=0, preset="qwen3_moe", top_k=1, checkpointing="non-reentrant"),
+        AutoEPJob(stage=0, preset="qwen3_moe", top_k=1, checkpointing="non-reentrant", activation="swiglu_oai"),
         AutoEPJob(stage=1, ep_size=2, score_apply="pre"),
     ]
 
@@ -47,6 +47,7 @@ def train_both(table: Sequence[AutoEPJob]) -> list[tuple[Outcome, Outcome]]:
         engine = make_engine(job)
         with hooked(engine, **KNOBS[index % len(KNOBS)]) as handle:
             assert list(handle.layers) == list(autoep_layers(engine))
+            assert all(layer.known_experts() is not None for layer in handle.layers.values())
             losses = train_steps(engine, job)
             weights = named_weights(engine, job)
         results.append(((losses, weights), autoep_models.run_job(job)))
@@ -59,6 +60,13 @@ def test_training_through_the_hooks_is_the_training_without_them() -> None:
         mine, plain = ([results[index][side] for results in by_rank] for side in (0, 1))
         assert mine[0][0] == pytest.approx(plain[0][0], rel=LOSS), job
         assert distance(merged([w for _, w in mine]), merged([w for _, w in plain])) <= WEIGHTS, job
+
+
+def test_clamped_experts_are_not_those_of_the_family() -> None:
+    """The control for the activation of gpt-oss."""
+    clamped, plain = (AutoEPJob(world_size=2, ep_size=2, activation=kind, steps=1) for kind in ("swiglu_oai", ""))
+    for (mine, _), (_, theirs) in run_ranks(2, train_both, [clamped, plain]):
+        assert abs(mine[0][0] - theirs[0][0]) > 100 * LOSS * theirs[0][0]
 
 
 def test_weights_on_the_rows_are_not_weights_on_the_results() -> None:

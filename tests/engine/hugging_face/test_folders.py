@@ -44,7 +44,7 @@ OWN: list[tuple[str, int, int]] = [  # family, ep_size, ZeRO stage
 
 
 def test_folders_load_without_ranks_and_keep_their_logits(tmp_path: Path) -> None:
-    for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"):
+    for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "dots1"):
         model = make_model(family)
         model.save_pretrained(tmp_path / family)
         mine = ds_moe_ep.from_pretrained(tmp_path / family)
