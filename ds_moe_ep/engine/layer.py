@@ -215,8 +215,16 @@ class MoE(DeepSpeedMoE):
         self.deepspeed_moe.connect(transport_over(lanes, self.config), torus_of(ranks, node_size))
 
     def _find_batch(self) -> None:
-        """Says which ranks share the batch, where a loss asks. Local. Raises ConfigError in pipeline stages."""
-        if self.config.balance_scope != "batch" or not self.config.has_aux_loss:
+        """Says which ranks share the batch, where a loss asks. Local. Raises ConfigError where none can know."""
+        scope = self.config.balance_scope
+        if not self.config.has_aux_loss or scope not in ("sequence", "batch"):
+            return
+        if scope == "sequence" and (size := seams.sequence_parallel_size()) > 1:
+            raise ConfigError(
+                f"moe_ep.balance_scope='sequence' with sequence parallel size={size}: each rank routes a part of a "
+                "sequence, and knows no load of the whole; set it to 'rank', 'group' or 'batch'"
+            )
+        if scope == "sequence":
             return
         if seams.num_pipeline_stages() > 1:
             raise ConfigError(

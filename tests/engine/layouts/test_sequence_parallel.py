@@ -80,6 +80,22 @@ def run_jobs(jobs: Sequence[SequenceJob]) -> list[Trained]:
     return [run_job(job) for job in jobs]
 
 
+def run_jobs_and_refusal(jobs: Sequence[SequenceJob]) -> tuple[list[Trained], str]:
+    """The jobs, and the error of a layer whose balance loss is that of whole sequences."""
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp as unit
+
+    from ds_moe_ep import ConfigError, GeluMLP, MoE, MoEConfig
+
+    found, error = run_jobs(jobs), ""
+    layer = MoE(D, GeluMLP(D, 8), config=MoEConfig(num_experts=4, ep_size=2, balance_scope="sequence"))
+    try:
+        deepspeed.initialize(model=layer, mpu=unit, config=JOB.ds_config({"sequence_parallel_size": SEQUENCE_SIZE}))
+    except ConfigError as refused:
+        error = str(refused)
+    return found, error
+
+
 def merged(by_rank: Sequence[Trained]) -> Trained:
     whole: dict[str, Any] = {}
     for name, move in [pair for result in by_rank for pair in result.moves.items()]:
@@ -97,7 +113,10 @@ MORE_JOBS = {
 
 
 def test_sequence_ranks_train_as_one_device_and_experts_divided_by_the_whole_world_do_not() -> None:
-    right, wrong = map(merged, zip(*run_ranks(WORLD, run_jobs, [JOB, FAULT], timeout_s=120), strict=True))
+    by_rank = run_ranks(WORLD, run_jobs_and_refusal, [JOB, FAULT], timeout_s=120)
+    right, wrong = map(merged, zip(*(trained for trained, _ in by_rank), strict=True))
+    refusal = "moe_ep.balance_scope='sequence' with sequence parallel size=2: each rank routes a part of a sequence"
+    assert all(error.startswith(refusal) for _, error in by_rank)
     assert right.distance(reference(JOB)) < BOUND
     assert wrong.distance(reference(FAULT)) > 100 * BOUND
 
