@@ -187,7 +187,7 @@ class MoEConfig:
                 "set it to false"
             )
         self._check_groups()
-        check_two_level(self.two_level, self.top_k, self.replicas, self.schedule, self.row_cuts)
+        check_two_level(self.two_level, self.replicas, self.schedule, self.row_cuts)
         others = self.num_experts - self.num_local_experts
         if self.replicas != "auto" and self.ep_size > 1 and self.replicas > others:
             raise ConfigError(

@@ -12,7 +12,7 @@ from ds_moe_ep.errors import ConfigError
 TWO_LEVEL = ("copies", "sums")
 
 
-def check_two_level(two_level: str, top_k: int, replicas: int | str, schedule: str, row_cuts: int) -> None:
+def check_two_level(two_level: str, replicas: int | str, schedule: str, row_cuts: int) -> None:
     """Raises ConfigError for knobs that two-level dispatch cannot go with."""
     knob = f"moe_ep.two_level={two_level!r}"
     if two_level == "off":
@@ -24,10 +24,6 @@ def check_two_level(two_level: str, top_k: int, replicas: int | str, schedule: s
         )
     if two_level not in TWO_LEVEL:
         return
-    if top_k == 1:
-        raise ConfigError(
-            f"{knob} with top_k=1: a token has one row, which crosses once as it is; set it to 'off' or raise top_k"
-        )
     if schedule == "chunks" or (schedule == "peers" and row_cuts > 1):
         odd = "schedule='chunks'" if schedule == "chunks" else f"row_cuts={row_cuts}"
         raise ConfigError(
@@ -36,10 +32,15 @@ def check_two_level(two_level: str, top_k: int, replicas: int | str, schedule: s
         )
 
 
-def check_nodes(two_level: str, schedule: str, peer_group_size: int, torus: Torus) -> None:
-    """Raises ConfigError where the ranks of an expert group do not lie on nodes as two-level dispatch needs them."""
+def check_nodes(two_level: str, top_k: int, schedule: str, peer_group_size: int, torus: Torus) -> None:
+    """Raises ConfigError where a layer, whose top_k is its gate's, or its ranks' nodes have no use for two levels."""
     if two_level not in TWO_LEVEL:
         return
+    if top_k == 1:
+        raise ConfigError(
+            f"moe_ep.two_level={two_level!r} with top_k=1: a token has one row, which crosses once as it is; set it to "
+            "'off' or raise top_k"
+        )
     if torus.num_nodes == 1:
         raise ConfigError(
             f"moe_ep.two_level={two_level!r}: the {torus.size} ranks of an expert group share one node, and no row "

@@ -253,7 +253,7 @@ def _schedule(config: MoEConfig, torus: Torus, *, is_backward: bool) -> Schedule
     pieces, blocks = pieces_of(config, torus), blocks_of(config, torus)
     depth = 0 if config.is_serial else config.depth
     computes = _compute_order(pieces, blocks if is_backward else ())
-    check_nodes(config.two_level, config.schedule, config.peer_group_size, torus)
+    check_nodes(config.two_level, config.top_k, config.schedule, config.peer_group_size, torus)
     far = frozenset(index for index, piece in enumerate(pieces) if any(node for node, _ in piece.offsets))
     gathers = far if config.two_level == "sums" else frozenset[int]()
     spreads = gathers or (far if config.two_level == "copies" and not is_backward else frozenset[int]())

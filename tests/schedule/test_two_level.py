@@ -95,7 +95,6 @@ def test_a_spread_of_a_node_that_is_cut_is_found() -> None:
     [
         ({"schedule": "chunks"}, "schedule='chunks'"),
         ({"row_cuts": 2}, "row_cuts=2"),
-        ({"top_k": 1}, "top_k=1"),
         ({"replicas": 1}, "replicas=1"),
         ({"two_level": "auto", "replicas": 1}, "replicas=1"),
     ],
@@ -107,9 +106,15 @@ def test_knobs_that_would_cut_a_copy_are_refused(knobs: dict[str, Any], words: s
 
 @pytest.mark.parametrize(
     ("torus", "knobs", "words"),
-    [(Torus(1, 4), {}, "share one node"), (TWO_NODES, {"peer_group_size": 1}, "peer_group_size=1")],
+    [
+        (TWO_NODES, {"top_k": 1}, "top_k=1"),
+        (Torus(1, 4), {}, "share one node"),
+        (TWO_NODES, {"peer_group_size": 1}, "peer_group_size=1"),
+    ],
 )
-def test_groups_on_one_node_and_parts_of_nodes_are_refused(torus: Torus, knobs: dict[str, Any], words: str) -> None:
+def test_one_expert_per_token_groups_on_one_node_and_parts_of_nodes_are_refused(
+    torus: Torus, knobs: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         forward_schedule(config(**knobs), torus)
     forward_schedule(config(two_level="auto", **knobs), torus)  # which takes them as they are
