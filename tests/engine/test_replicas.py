@@ -93,8 +93,8 @@ def train_moving(jobs: Sequence[Job]) -> list[tuple[Outcome, int]]:
 
 def test_copies_that_move_within_windows_train_as_one_process_does() -> None:
     jobs = [
-        Job(stage=2, ep_size=4, accumulation=3, steps=3, replicas=1),
-        Job(stage=1, ep_size=4, accumulation=4, steps=2, recomputed=True, replicas=1),
+        Job(stage=2, ep_size=4, accumulation=3, steps=2, replicas=1),
+        Job(stage=1, ep_size=4, accumulation=3, steps=1, recomputed=True, replicas=1),
     ]
     by_rank = run_ranks(4, train_moving, jobs, timeout_s=120)
     for index, job in enumerate(jobs):
@@ -294,7 +294,7 @@ def under_an_mpu(job: Job) -> list[tuple[Outcome, int]]:
 
 
 def test_megatrons_data_parallel_world_gives_the_same_bits_with_copies() -> None:
-    for (plain, _), (mine, copies) in run_ranks(4, under_an_mpu, Job(ep_size=2, accumulation=2, steps=3, replicas=1)):
+    for (plain, _), (mine, copies) in run_ranks(4, under_an_mpu, Job(ep_size=2, accumulation=2, steps=2, replicas=1)):
         assert copies
         assert mine[0] == plain[0]
         assert all(torch.equal(weight, mine[1][name]) for name, weight in plain[1].items())
@@ -325,18 +325,12 @@ def overflowed_jobs(jobs: Sequence[Job]) -> list[tuple[list[tuple[bool, float, i
 
 def test_fp16_skips_a_step_that_overflows_and_goes_on_in_the_same_window_of_copies() -> None:
     """All experts are chosen, lest rounding turns a choice over. Bound: two roundings of a weight, 2^-11 each."""
-    jobs = [
-        Job(stage=stage, ep_size=ep_size, top_k=8, accumulation=2, steps=3, replicas=replicas)
-        for stage, ep_size in ((0, 2), (2, 4))
-        for replicas in (1, 0)
-    ]
+    jobs = [Job(stage=2, ep_size=2, top_k=8, accumulation=2, steps=3, replicas=replicas) for replicas in (1, 0)]
     by_rank = run_ranks(4, overflowed_jobs, jobs, timeout_s=120)
-    for index in (0, 2):
-        for results in by_rank:
-            steps, plain = results[index][0], results[index + 1][0]
-            assert [step[:2] for step in steps] == [step[:2] for step in plain]
-            assert [step[0] for step in steps] == [True, False, True]
-            assert [step[2] for step in steps] == [1, 1, 2]
-            assert len({step[3] for step in steps}) == 1 and steps[0][3] > 0
-        mine, plain_weights = (merged([results[i][1] for results in by_rank]) for i in (index, index + 1))
-        assert distance(mine, plain_weights) <= 2**-10
+    for (steps, _), (plain, _) in by_rank:
+        assert [step[:2] for step in steps] == [step[:2] for step in plain]
+        assert [step[0] for step in steps] == [True, False, True]
+        assert [step[2] for step in steps] == [1, 1, 2]
+        assert len({step[3] for step in steps}) == 1 and steps[0][3] > 0
+    mine, plain_weights = (merged([results[i][1] for results in by_rank]) for i in (0, 1))
+    assert distance(mine, plain_weights) <= 2**-10

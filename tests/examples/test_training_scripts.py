@@ -31,6 +31,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     usual = [*config, *data, "--eval-batches", "1", "--report-every", "1"]
     to_end = [*usual, "--steps", str(STEPS)]
     checkpoint = str(folder / "ck")
+    replicas = ["--replicas", "1"] if request.param == "train_ep16" else []
 
     def differently(option: str, on_0: str, on_1: str) -> tuple[tuple[int, tuple[str, ...]], ...]:
         return ((0, (option, str(folder / on_0))), (1, (option, str(folder / on_1))))
@@ -40,7 +41,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         "stopped": Case([*to_end, "--save", checkpoint], signalled=(signal.SIGTERM, 1, 2)),
         "resumed": Case([*to_end, "--save", checkpoint, "--resume", checkpoint, "--save-every", "2"]),
         "not saved": Case(to_end, signalled=(signal.SIGINT, 0, 0)),
-        "watched": Case([*usual, "--steps", "2", "--watch", str(folder / "run")]),
+        "watched": Case([*usual, "--steps", "2", "--watch", str(folder / "run"), *replicas]),
         "mistyped": Case([*usual, "--stepz", "3"]),
         "no config": Case(data),
         "missing": Case([*config, "--data", str(folder / "none")]),
@@ -98,6 +99,10 @@ def test_a_watched_run_writes_a_report_of_each_step_and_a_pipeline_refuses_to(
     (run,) = folder.runs.values()
     assert [entry.figures["step"] for entry in run.entries] == [1, 2]
     assert run.entries[-1].figures["hidden_percent"] is not None, "the meter is on"
+    report = run.entries[-1].read()
+    assert report is not None and all(
+        len(layer.guests_RS) == 2 and layer.p95 >= layer.p50 >= 1 for layer in report.layers
+    )
 
 
 @pytest.mark.parametrize(
