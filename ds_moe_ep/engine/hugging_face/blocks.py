@@ -82,12 +82,14 @@ def knobs_of(config: Any, family: Family, ep_size: int, knobs: Mapping[str, Any]
         "ep_size": ep_size,
         "top_k": int(config.num_experts_per_tok),
         "score": family.score,
-        "renormalize": bool(getattr(config, family.renormalizes)) if family.renormalizes else True,
+        "renormalize": bool(getattr(config, family.renormalizes)) if family.renormalizes else family.renormalizes == "",
     }
     if family.limits_groups:
+        is_limited = getattr(config, "topk_method", None) != "greedy"
         decided |= {
-            "n_group": int(config.n_group or 1),
-            "topk_group": int(config.topk_group or 1),
+            "n_group": int(config.n_group or 1) if is_limited else 1,
+            "topk_group": int(config.topk_group or 1) if is_limited else 1,
+            "group_score": family.group_score,
             "route_scale": float(config.routed_scaling_factor),
         }
     default = {"balance": "bias", "bias_step": 0.0} if family.router_bias else {"balance": "none"}

@@ -21,7 +21,8 @@ class Family:
     """How files name an MoE block of a family, and which attributes of its configuration route tokens.
 
     Names are relative to the block; `module` is the block's name in a decoder layer, `file` the same in files.
-    `renormalizes` is the attribute that says whether the k weights are divided by their sum; "" where they always are.
+    `renormalizes` is the attribute that says whether the k weights are divided by their sum; "" where they always are,
+    None where they never are.
     """
 
     model_type: str
@@ -36,9 +37,10 @@ class Family:
     expert_width: str = "moe_intermediate_size"
     shared_width: str = ""
     score: Literal["softmax", "sigmoid"] = "softmax"
-    renormalizes: str = ""
+    renormalizes: str | None = ""
     shared_count: str = ""  # of expert widths that its shared expert has; "" where `shared_width` is its own
-    limits_groups: bool = False  # n_group, topk_group and routed_scaling_factor
+    limits_groups: bool = False  # n_group, topk_group and routed_scaling_factor; not where its topk_method is "greedy"
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
 
     def expert(self, index: int, projection: Projection) -> str:
         """The name of one projection of one expert."""
@@ -81,6 +83,16 @@ FAMILIES = {
         ),
         Family(model_type="qwen3_moe", renormalizes="norm_topk_prob"),
         Family(model_type="olmoe", expert_width="intermediate_size", renormalizes="norm_topk_prob"),
+        Family(
+            model_type="deepseek_v2",
+            shared="shared_experts",
+            num_experts="n_routed_experts",
+            shared_width="moe_intermediate_size",
+            shared_count="n_shared_experts",
+            renormalizes=None,
+            limits_groups=True,
+            group_score="max",
+        ),
         *(
             Family(
                 model_type=model_type,

@@ -44,13 +44,17 @@ OWN: list[tuple[str, int, int]] = [  # family, ep_size, ZeRO stage
 
 
 def test_folders_load_without_ranks_and_keep_their_logits(tmp_path: Path) -> None:
-    for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "dots1"):
+    for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "deepseek_v2", "glm4_moe", "dots1"):
         model = make_model(family)
         model.save_pretrained(tmp_path / family)
         mine = ds_moe_ep.from_pretrained(tmp_path / family)
         assert distance(logits_of(mine), logits_of(model)) <= BOUND, family
         other = make_model(family, seed=4)  # the control: another model is seen
         assert distance(logits_of(other), logits_of(model)) > 1e-2, family
+    greedy = make_model("deepseek_v2", topk_method="greedy")  # whose groups limit nothing
+    greedy.save_pretrained(tmp_path / "greedy")
+    assert distance(logits_of(ds_moe_ep.from_pretrained(tmp_path / "greedy")), logits_of(greedy)) <= BOUND
+    assert distance(logits_of(make_model("deepseek_v2")), logits_of(greedy)) > 1e-2
 
 
 def exported_by_autoep(folder: Path) -> list[Tensor]:

@@ -39,6 +39,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
         "num_key_value_heads": 4,
     },
+    "deepseek_v2": {
+        "n_routed_experts": NUM_EXPERTS, "intermediate_size": 40, "moe_intermediate_size": 24, "n_shared_experts": 1,
+        "n_group": 4, "topk_group": 1, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0,
+        "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "num_key_value_heads": 4,
+    },
     "glm4_moe": {
         "n_routed_experts": NUM_EXPERTS, "intermediate_size": 40, "moe_intermediate_size": 24, "n_shared_experts": 2,
         "routed_scaling_factor": 1.5, "norm_topk_prob": True, "first_k_dense_replace": 1, "head_dim": 8,
