@@ -65,9 +65,9 @@ def read_job(args: argparse.Namespace | ConfigError, is_pipeline: bool) -> Job:
     if args.resume and args.weights:
         raise ConfigError(f"--weights={args.weights}: --resume brings its own weights; leave one of the two out")
     if args.trace and is_pipeline:
-        raise ConfigError("--trace: records the experts' traffic, of which a pipeline has none; leave it out")
+        raise ConfigError("--trace: records the experts' traffic of a plain engine alone; leave it out")
     if args.watch and is_pipeline:
-        raise ConfigError("--watch: shows how ranks share experts, which they do not in a pipeline; leave it out")
+        raise ConfigError("--watch: shows how ranks share experts in a plain engine alone; leave it out")
     for name in ("resume", "weights"):
         if getattr(args, name):
             check_resume(getattr(args, name), f"--{name}")
@@ -93,10 +93,10 @@ def check_script(section: Section, is_pipeline: bool) -> None:
             f"moe_ep.layout={layout.tp_size}x{layout.pp_size}: this script cuts no model by tensors and stages; "
             "run examples/train_tp8_pp2.py, or leave the layout out"
         )
-    if ep_size > 1 and is_pipeline:
+    if ep_size > 1 and layout.size == 1 and is_pipeline:
         raise ConfigError(
-            f"moe_ep.ep_size={ep_size}: in a pipeline every rank has its share of all experts; run "
-            "examples/train_ep16.py, or leave ep_size out"
+            f"moe_ep.ep_size={ep_size}: this script cuts a model, and the section has no layout; run "
+            "examples/train_ep16.py, or give a layout"
         )
 
 

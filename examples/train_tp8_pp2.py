@@ -1,6 +1,7 @@
 """Trains the same model on the same text by tensor and pipeline parallelism: the baseline of train_ep16.py.
 
-TP=8, PP=2 (the specification, section 2) on DeepSpeed's pipeline engine. See README.md beside it for the commands.
+TP=8, PP=2 (the specification, section 2) on DeepSpeed's pipeline engine, or any layout of a ds_config, also with
+experts shared over the ranks of each stage. See README.md beside it for the commands.
 """
 
 from __future__ import annotations
@@ -85,9 +86,10 @@ def train(engine: Any, job: Job, checkpoints: Checkpoints) -> signal.Signals | N
 
 
 def fullest_expert(engine: Any) -> float:
-    """Rows of the fullest expert over the mean, in the layer of this stage where that is largest."""
-    counts = [block.take_counts().float() for block in engine.module.blocks]
-    return float(torch.stack([counts_E.amax() / counts_E.mean() for counts_E in counts]).amax())
+    """Rows of the fullest expert over the mean, in the layer of this stage where that is largest. Collective."""
+    counts_LE = torch.stack([block.take_counts().float() for block in engine.module.blocks])
+    dist.all_reduce(counts_LE, group=engine.grid.get_data_parallel_group())
+    return float((counts_LE.amax(1) / counts_LE.mean(1)).amax())
 
 
 def evaluate(engine: Any, corpus: Corpus, args: argparse.Namespace, num_tokens: int) -> float:

@@ -76,6 +76,8 @@ def pipeline_notes(
             f"{percent(bubble(training), 0)} of a step, (pp_size - 1)/(m + pp_size - 1) with m micro-batches; give "
             f"at least {4 * layout.pp_size}"
         )
+    if moe.ep_size > 1 and training.num_replicas > 1:
+        yield f"{training.num_replicas} expert groups per stage: as many ranks of it hold the same experts"
     if model is None:
         return
     if layout.pp_size > 1 and message_numbers(model, training) % layout.tp_size:

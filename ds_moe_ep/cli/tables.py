@@ -116,7 +116,8 @@ def _job(check: Check) -> dict[str, str]:
         schedule = f"{moe.schedule}, depth {moe.depth}, {moe.transport}"
     else:
         ranks = f"{training.num_copies} copies x {layout.pp_size} stages x {layout.tp_size} tensor ranks"
-        place, copies = f"1/{layout.tp_size} of each on a rank of the layer's stage", f"{training.num_copies} copies"
+        share = f"1/{layout.tp_size} of each" if moe.ep_size == 1 else f"{moe.num_local_experts}"
+        place, copies = f"{share} on a rank of the layer's stage", f"{training.num_copies} copies"
         schedule = f"1F1B of {training.accumulation} micro-batches, bubble {percent(bubble(training))}"
     attention = {}
     if check.details is not None:
@@ -214,7 +215,13 @@ def _pipeline_tables(check: Check, details: PipelineCheck) -> list[Table]:
 def _pipeline_work(check: Check, details: PipelineCheck) -> dict[str, str]:
     work, training = details.work, check.training
     layers = details.model.num_layers // training.layout.pp_size
-    passes = f"2 forward, {work.all_reduces - 2} backward"
+    forward = 2 if check.moe.ep_size == 1 else 1
+    passes = f"{forward} forward, {work.all_reduces - forward} backward"
+    experts = {}
+    if check.moe.ep_size > 1:
+        experts["dispatch per rank, layer and micro-batch"] = size(work.dispatch_bytes)
+        moved = 4 * layers * work.dispatch_bytes
+        experts[f"  x 4 (combine, backward) x {layers} layers of a stage"] = size(moved)
     return {
         "tokens of a micro-batch, all on each rank": f"{work.micro_batch_tokens:,}",
         "tokens of a batch": f"{work.batch_tokens:,}",
@@ -223,6 +230,7 @@ def _pipeline_work(check: Check, details: PipelineCheck) -> dict[str, str]:
         f"  x {work.all_reduces} ({passes}) x {layers} layers x {training.accumulation}": size(
             work.step_all_reduce_bytes
         ),
+        **experts,
         "message of a rank to the next stage, and back": size(work.send_bytes),
         "  gathered behind it in the tensor group": size(work.gather_bytes),
         "bubble of a step": percent(work.bubble),

@@ -336,7 +336,8 @@ class Layout:
 
     def check(self, model: ModelConfig, moe: MoEConfig) -> None:
         """Raises ConfigError where the model cannot be cut so."""
-        for name in ("num_heads", "expert_width", "shared_expert_width"):
+        cuts_experts = self.tp_size > 1 and moe.ep_size == 1
+        for name in ("num_heads", *(("expert_width", "shared_expert_width") if cuts_experts else ())):
             value = getattr(model, name)
             if value % self.tp_size:
                 raise ConfigError(
@@ -348,27 +349,27 @@ class Layout:
                 f"moe_ep.layout.pp_size={self.pp_size} does not divide moe_ep.model.num_layers={model.num_layers}: "
                 "stages hold equally many layers; change one of them"
             )
-        if self.size > 1 and moe.ep_size > 1:
+        if max(self.tp_size, moe.ep_size) % min(self.tp_size, moe.ep_size):
             raise ConfigError(
-                f"moe_ep.ep_size={moe.ep_size} with moe_ep.layout={self.tp_size}x{self.pp_size}: experts are either "
-                "whole on their ranks or cut by tensor parallelism; set ep_size to 1 or remove the layout"
+                f"moe_ep.ep_size={moe.ep_size} with moe_ep.layout.tp_size={self.tp_size}: an expert group would hold "
+                "parts of tensor groups; take sizes of which one divides the other"
             )
-        if self.tp_size > 1 and model.expert_bias:
+        if cuts_experts and model.expert_bias:
             raise ConfigError(
                 f"moe_ep.model.expert_bias=true with moe_ep.layout.tp_size={self.tp_size}: the sum over the tensor "
                 "group would add the second bias once per rank; set it to false"
             )
         if self.size > 1 and moe.replicas:
             raise ConfigError(
-                f"moe_ep.replicas={moe.replicas!r} with moe_ep.layout: every rank computes its share of every expert, "
-                "and none is fuller than another; set it to 0"
+                f"moe_ep.replicas={moe.replicas!r} with moe_ep.layout: copies of experts follow forward passes, of "
+                "which a stage has several on the way, and shares of experts are equally full; set it to 0"
             )
         if self.size > 1 and moe.async_save:
             raise ConfigError("moe_ep.async_save=true with moe_ep.layout: DeepSpeed saves pipelines; set it to false")
-        if self.size > 1 and moe.has_bias:
+        if self.size > 1 and moe.has_bias and moe.ep_size == 1:
             raise ConfigError(
-                f"moe_ep.balance={moe.balance!r} with moe_ep.layout: no pipeline engine moves the bias; set it to "
-                "'aux_loss'"
+                f"moe_ep.balance={moe.balance!r} with moe_ep.layout and ep_size=1: no engine moves the bias of experts "
+                "that are cut; set it to 'aux_loss'"
             )
         if self.size > 1 and moe.balance_scope == "batch":
             raise ConfigError(
@@ -379,7 +380,7 @@ class Layout:
             raise ConfigError(
                 "moe_ep.sequence_first=true with moe_ep.model: its tokens are [batch, sequence, D]; set it to false"
             )
-        if self.tp_size > 1 and moe.noise != "none":
+        if cuts_experts and moe.noise != "none":
             raise ConfigError(
                 f"moe_ep.noise={moe.noise!r} with moe_ep.layout.tp_size={self.tp_size}: the ranks of a tensor group "
                 "would route alike tokens differently; set it to 'none'"

@@ -22,7 +22,7 @@ MESH_RULE = (
     "ranks part, dense ones too"
 )
 MESH_FIX = "pass mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp, whose gradients are summed, in its place"
-STAGES_RULE = "the layer's groups span the data-parallel world, and stages would wait for each other"
+STAGES_RULE = "stages are run by DeepSpeed's pipeline engine alone, which makes the layer's groups in each of them"
 FIX = "set it to 1, and give the ranks to ep_size"
 
 

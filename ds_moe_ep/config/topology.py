@@ -13,18 +13,21 @@ from ds_moe_ep.errors import TopologyError
 
 @dataclass(frozen=True, kw_only=True)
 class RankGrid:
-    """The world as expert-parallel groups times expert-data-parallel groups.
+    """The world as expert-parallel groups times expert-data-parallel groups, in each pipeline stage for itself.
 
     Groups hold consecutive ranks, as DeepSpeed lays them out; with `data_before_expert` (DeepSpeed's
-    use_data_before_expert_parallel) the ranks of a group are `world_size / ep_size` apart.
-    Raises TopologyError where the sizes do not divide each other.
+    use_data_before_expert_parallel) the ranks of a group are `stage_size / ep_size` apart. A stage holds consecutive
+    ranks. Raises TopologyError where the sizes do not divide each other.
     """
 
     world_size: int
     ep_size: int
     data_before_expert: bool = False
+    num_stages: int = 1
 
     def __post_init__(self) -> None:
+        if self.num_stages > 1:
+            self._check_stages()
         if self.ep_size > self.world_size:
             raise TopologyError(
                 f"moe_ep.ep_size={self.ep_size}: the world has only {self.world_size} ranks; start "
@@ -36,24 +39,48 @@ class RankGrid:
                 "multiple of ep_size processes or choose an ep_size that divides them"
             )
 
+    def _check_stages(self) -> None:
+        if self.world_size % self.num_stages:
+            raise TopologyError(
+                f"pipeline stages={self.num_stages} do not divide the world of {self.world_size} ranks: start a "
+                "multiple of them"
+            )
+        if self.stage_size % self.ep_size:
+            raise TopologyError(
+                f"moe_ep.ep_size={self.ep_size} does not divide the {self.stage_size} ranks of a pipeline stage: "
+                "expert groups lie inside of stages; choose an ep_size that divides them, or fewer stages"
+            )
+
+    @property
+    def stage_size(self) -> int:
+        """Number of ranks of one pipeline stage."""
+        return self.world_size // self.num_stages
+
     @property
     def num_replicas(self) -> int:
         """Number of ranks that hold the same experts."""
-        return self.world_size // self.ep_size
+        return self.stage_size // self.ep_size
 
     def ep_groups(self) -> list[list[int]]:
-        """Groups of ranks that together hold all experts; they partition the world."""
-        if self.data_before_expert:
-            return [list(range(i, self.world_size, self.num_replicas)) for i in range(self.num_replicas)]
-        return [list(range(i, i + self.ep_size)) for i in range(0, self.world_size, self.ep_size)]
+        """Groups of ranks that together hold all experts of a stage; they partition the world."""
+        return [group for stage in self._stages() for group in self._ep_groups_of(stage)]
 
     def expert_data_groups(self) -> list[list[int]]:
         """Groups of ranks that hold the same experts; they partition the world."""
-        return [list(ranks) for ranks in zip(*self.ep_groups(), strict=True)]
+        return [list(ranks) for stage in self._stages() for ranks in zip(*self._ep_groups_of(stage), strict=True)]
 
     def ep_rank(self, rank: int) -> int:
         """The place of a global rank in its expert-parallel group: it holds the experts of that place."""
-        return rank // self.num_replicas if self.data_before_expert else rank % self.ep_size
+        place = rank % self.stage_size
+        return place // self.num_replicas if self.data_before_expert else place % self.ep_size
+
+    def _stages(self) -> list[range]:
+        return [range(first, first + self.stage_size) for first in range(0, self.world_size, self.stage_size)]
+
+    def _ep_groups_of(self, stage: range) -> list[list[int]]:
+        if self.data_before_expert:
+            return [list(stage[i :: self.num_replicas]) for i in range(self.num_replicas)]
+        return [list(stage[i : i + self.ep_size]) for i in range(0, len(stage), self.ep_size)]
 
 
 def ranks_per_node(group: Sequence[int], node_size: int) -> int:

@@ -62,7 +62,7 @@ class Training:
     @property
     def num_replicas(self) -> int:
         """Ranks that hold the same experts: they share the experts' optimizer states under ZeRO."""
-        return self.world_size // self.layout.size // self.ep_size
+        return self.world_size // self.layout.pp_size // self.ep_size
 
 
 def read_training(
@@ -75,11 +75,11 @@ def read_training(
     check_keys(ds_config, deepspeed_keys.installed_release())
     sharing_ranks = read_tensor_size(ds_config, world_size) * read_sequence_size(ds_config, world_size)
     if world_size is None:
-        fewest = -(-ep_size // sharing_ranks)  # copies on whose ranks all experts lie
+        fewest = -(-ep_size // (layout.tp_size * sharing_ranks))  # copies on whose ranks of a stage all experts lie
         world_size = (_implied_copies(ds_config) or fewest) * layout.size * sharing_ranks
     try:
         num_copies = _count_copies(world_size, layout) // sharing_ranks
-        RankGrid(world_size=num_copies * sharing_ranks, ep_size=ep_size)
+        RankGrid(world_size=world_size, ep_size=ep_size, num_stages=layout.pp_size)
         micro_batch, accumulation = _read_batch(ds_config, num_copies, "ranks" if layout == WHOLE else "copies")
     except (ConfigError, TopologyError) as error:
         implied = _implied_copies(ds_config)
@@ -220,7 +220,8 @@ def shipped_sizes() -> dict[str, int]:
     for name, path in shipped_ds_configs().items():
         ds_config = load_ds_config(path)
         section = read_section(ds_config)
-        sizes[name] = (_implied_copies(ds_config) or section.moe.ep_size) * section.layout.size
+        fewest = -(-section.moe.ep_size // section.layout.tp_size)
+        sizes[name] = (_implied_copies(ds_config) or fewest) * section.layout.size
     return sizes
 
 

@@ -34,7 +34,8 @@ class Supervision(EngineCallback):
     @contextmanager
     def around_call(self, method: str) -> Iterator[None]:
         engine, watch, step = self._engine, self._watch, self._engine.global_steps
-        if engine.module.training and torch.is_grad_enabled():
+        is_step = method == "train_batch" or (method != "eval_batch" and engine.module.training)
+        if is_step and torch.is_grad_enabled():
             watch.step_begins(step)
         try:
             with watch.among_others(f"step {step}"):
@@ -44,7 +45,7 @@ class Supervision(EngineCallback):
             if isinstance(error, MoEError) or not is_collective(error):
                 raise
             raise explained(error, f"engine.{method}, step {step}", watch) from error
-        if method == "step":
+        if method in ("step", "train_batch"):
             watch.step_ends()
 
     def close(self) -> None:

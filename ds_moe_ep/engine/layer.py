@@ -26,6 +26,7 @@ from ds_moe_ep.engine.checkpoint.model_files import refuse_part_of_experts
 from ds_moe_ep.engine.checkpoint.own_experts import take_own_experts
 from ds_moe_ep.engine.face import LayerFace
 from ds_moe_ep.engine.layouts import tensor
+from ds_moe_ep.engine.layouts.stages import hosts_of
 from ds_moe_ep.engine.own_layers import meet
 from ds_moe_ep.engine.parallelism import problem_of_parallelism
 from ds_moe_ep.errors import ConfigError, EngineError
@@ -177,9 +178,9 @@ class MoE(DeepSpeedMoE):
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Makes the expert-parallel groups, or finds them, and connects the layer. DeepSpeed's engine calls it.
 
-        Its section "moe_ep" reaches its layers first. Collective over the world. Raises EngineError on every rank where
-        ranks differ in configuration or model, ConfigError where the section cannot work, and TopologyError where
-        ep_size does not fit the world.
+        Its section "moe_ep" reaches its layers first. Collective over the world; of a pipeline's stages each comes once
+        for every layer of its own. Raises EngineError on every rank where ranks differ in configuration or model,
+        ConfigError where the section cannot work, and TopologyError where ep_size does not fit the world.
         """
         if not dist.is_initialized():
             raise EngineError(
@@ -187,17 +188,24 @@ class MoE(DeepSpeedMoE):
                 "can be made; call deepspeed.init_distributed() first"
             )
         seams.init_distributed()  # torch's is up, and DeepSpeed's may not be
-        if problem := problem_of_parallelism():
-            raise EngineError(problem)
         engine = seams.engine_being_made()
+        if problem := problem_of_parallelism(engine):
+            raise EngineError(problem)
         if engine is not None:
             meet(engine, moe_layers(engine.module))
         self._find_batch()
         self.mark_experts()
         self.share_tokens()
-        hosts = seams.compare_ranks("moe_ep and the MoE layer", self.fingerprint())
+        num_stages = seams.num_pipeline_stages()
+        if num_stages > 1:
+            hosts = hosts_of(engine)
+        else:
+            hosts = seams.compare_ranks("moe_ep and the MoE layer", self.fingerprint())
         grid = RankGrid(
-            world_size=len(hosts), ep_size=self.ep_size, data_before_expert=use_data_before_expert_parallel_
+            world_size=len(hosts),
+            ep_size=self.ep_size,
+            data_before_expert=use_data_before_expert_parallel_,
+            num_stages=num_stages,
         )
         group, ranks = seams.expert_group(self.ep_size, use_data_before_expert_parallel_)
         tensor.refuse_mixed_groups(self.tensor_ranks, group, self.config)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.knobs import Layout, MoEConfig
 from ds_moe_ep.config.section import SECTION, Section, read_section
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.engine import seams, step_seams
@@ -21,6 +21,7 @@ from ds_moe_ep.engine.extensions.balance_steps import BalanceSteps
 from ds_moe_ep.engine.extensions.engine_extensions import EngineExtensions
 from ds_moe_ep.engine.extensions.install import prepare_steps
 from ds_moe_ep.engine.extensions.replica_windows import ReplicaWindows
+from ds_moe_ep.engine.layouts.stages import meet_stages, stage_name, wait_for_all
 from ds_moe_ep.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,28 +31,33 @@ if TYPE_CHECKING:
 def meet(engine: Any, layers: Mapping[str, MoE]) -> None:
     """Gives the layers of an engine that is being made its section's knobs, and lets their bias follow its steps.
 
-    Collective over the world at first, local for an engine that was met. Raises ConfigError on every rank for a section
-    that cannot work.
+    In a pipeline it also makes the groups of all stages. Collective over the world at first, local for an engine that
+    was met. Raises ConfigError on every rank for a section that cannot work.
     """
     if EngineExtensions.of(engine).has(BalanceSteps):
         return
-    problem = None
+    problem, is_pipeline = None, seams.num_pipeline_stages() > 1
     try:
-        give_knobs(layers, read_section(seams.ds_config_of(engine)))
+        give_knobs(layers, read_section(seams.ds_config_of(engine)), getattr(engine.module, "layout", WHOLE))
     except ConfigError as error:
         problem = error
+    if is_pipeline:
+        wait_for_all(max(layer.config.timeout_s for layer in layers.values()))
     seams.settle(problem)
+    if is_pipeline:
+        meet_stages(engine, layers)
     windows = [ReplicaWindows(engine, layers)] if ReplicaWindows.is_needed(layers) else []
     EngineExtensions.of(engine).install([BalanceSteps(engine, layers), *windows])
     step_seams.once_it_has_an_optimizer(engine, partial(prepare_steps, engine))
 
 
-def give_knobs(layers: Mapping[str, MoE], section: Section) -> None:
-    """Gives the layers the knobs that a section names, and their names in the model. Local.
+def give_knobs(layers: Mapping[str, MoE], section: Section, layout: Layout = WHOLE) -> None:
+    """Gives the layers the knobs that a section names, and their names in the model, which is cut in `layout`. Local.
 
-    Raises ConfigError where a knob shapes parameters and the layer was made with another value, and for a layout.
+    Raises ConfigError where a knob shapes parameters and the layer was made with another value, and for a layout that
+    the model is not cut in.
     """
-    if section.layout != WHOLE:
+    if section.layout not in (WHOLE, layout):
         raise ConfigError(
             f"{SECTION}.layout={section.layout.tp_size}x{section.layout.pp_size}: only ds_moe_ep.build_pipeline "
             "makes a model that is cut so; call that, or remove the layout"
@@ -60,7 +66,7 @@ def give_knobs(layers: Mapping[str, MoE], section: Section) -> None:
         config = with_given_knobs(layer.config, section.moe, section.given)
         if config != layer.config:
             layer.configure(config, f"{SECTION} ({name})")
-        layer.dispatcher.rename(name)
+        layer.dispatcher.rename(stage_name(name))
 
 
 def with_given_knobs(config: MoEConfig, section: MoEConfig, given: frozenset[str]) -> MoEConfig:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
 from ds_moe_ep.config.parallel_keys import FIX, MESH_FIX, MESH_RULE, STAGES_RULE
 from ds_moe_ep.engine import seams
 
 
-def problem_of_parallelism() -> str:
-    """Why the layer cannot be connected in the engine's ranks, or an empty string. The same on every rank."""
-    return _problem("pipeline stages", seams.num_pipeline_stages(), STAGES_RULE) or problem_of_sequences()
+def problem_of_parallelism(engine: Any) -> str:
+    """Why the layer cannot be connected in the ranks of an engine that is being made, or an empty string.
+
+    The same on every rank.
+    """
+    num_stages = 1 if isinstance(engine, PipelineEngine) else seams.num_pipeline_stages()
+    return _problem("pipeline stages", num_stages, STAGES_RULE) or problem_of_sequences()
 
 
 def problem_of_sequences() -> str:

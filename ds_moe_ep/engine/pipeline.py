@@ -1,4 +1,7 @@
-"""The baseline: the same model under DeepSpeed's pipeline engine, cut by tensor and pipeline parallelism.
+"""The same model under DeepSpeed's pipeline engine, cut by tensor and pipeline parallelism.
+
+With ep_size 1 it is the baseline: each rank has its share of every expert. Above 1 the ranks of a stage share its
+experts, which are `MoE` layers of the engine's.
 
 1. The whole model is made without memory, and this rank's share of each matrix is cut from it.
 2. This rank's stage gets memory and its first values, which are those of one device.
@@ -8,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -21,9 +24,11 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
+from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.layer import MoE
 from ds_moe_ep.errors import EngineError, TopologyError
-from ds_moe_ep.model.initialize import first_value
+from ds_moe_ep.model.initialize import expert_index_of, first_value, global_name
 from ds_moe_ep.model.transformer import build_transformer
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.parallel.stages import Block, name_on_one_device, stage_modules
@@ -42,6 +47,7 @@ class Pipeline(PipelineModule):
         topology = PipeModelDataParallelTopology(num_pp=layout.pp_size, num_mp=layout.tp_size, num_dp=num_copies)
         with redirect_stdout(StringIO()):  # DeepSpeed prints its topology
             super().__init__(modules, topology=topology, loss_fn=self.loss_of, partition_method="type:Block")
+        self.layout = layout
         self.cross_entropy = torch.zeros(())
 
     @property
@@ -84,12 +90,14 @@ def build_pipeline(model: ModelConfig, moe: MoEConfig, layout: Layout, seed: int
     share = Share(rank % layout.tp_size, layout.tp_size)
     stage_index = rank // (world_size // layout.pp_size)
     with torch.device("meta"):
-        whole = build_transformer(model, moe, ExpertParallel)
+        whole = build_transformer(model, moe, MoE if moe.ep_size > 1 else ExpertParallel)
         cut(whole, share)
     stages = stage_modules(whole, layout.pp_size)
+    grid = RankGrid(world_size=world_size, ep_size=moe.ep_size, num_stages=layout.pp_size)
+    expert_index = expert_index_of(grid.ep_rank(rank), moe.num_local_experts)
     for module in stages[stage_index]:
         module.to_empty(device=get_accelerator().current_device_name())
-        init_stage(module, seed, share, model.num_layers)
+        init_stage(module, seed, share, model.num_layers, expert_index)
     net = Pipeline([module for stage in stages for module in stage], layout)
     if net.parts != stage_bounds(stages):
         raise EngineError(f"deepspeed divided the modules at {net.parts}, the model at {stage_bounds(stages)}")
@@ -97,11 +105,12 @@ def build_pipeline(model: ModelConfig, moe: MoEConfig, layout: Layout, seed: int
     return net
 
 
-def init_stage(module: nn.Module, seed: int, share: Share, num_layers: int) -> None:
+def init_stage(module: nn.Module, seed: int, share: Share, num_layers: int, expert_index: Callable[[int], int]) -> None:
     """Gives the parameters of a stage's module their share of one device's first values. Local."""
     for name, parameter in module.named_parameters():
         shape = share.whole_shape(parameter.shape, name)
-        value = first_value(name_on_one_device(module, name), shape, seed, num_layers)
+        whole_name = global_name(name_on_one_device(module, name), expert_index)
+        value = first_value(whole_name, shape, seed, num_layers)
         with torch.no_grad():
             parameter.copy_(share.of(value, name))
 

@@ -26,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.engine import InferenceEngine
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate
+from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
@@ -207,13 +208,6 @@ def is_expert_parameter(parameter: torch.Tensor) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
-def zero_groups(optimizer: Any) -> list[tuple[list[torch.Tensor], bool]]:
-    """The parameters of each group that ZeRO made, and whether it is an experts' group; nothing without ZeRO."""
-    made = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None) or []
-    kinds = [bool(group.get("moe")) for group in optimizer.optimizer.param_groups] if made else []
-    return list(zip(made, kinds, strict=False))
-
-
 def is_autoep_layer(module: Any) -> bool:
     """True where AutoEP put a module in the place of a block of experts."""
     return bool(getattr(module, "_is_autoep_layer", False))
@@ -321,11 +315,20 @@ def num_pipeline_stages() -> int:
     return 1
 
 
+def pipeline_stage() -> int:
+    """The stage of this rank in the pipeline that DeepSpeed was given; 0 without one."""
+    names = ("get_pipeline_model_parallel_rank", "get_pipe_parallel_rank")
+    return next((int(getattr(groups.mpu, name)()) for name in names if hasattr(groups.mpu, name)), 0)
+
+
 def num_holders(parameter: torch.nn.Parameter) -> int:
-    """Ranks of the world that hold the parameter, where there is no pipeline parallelism."""
+    """Ranks of the world that hold the parameter; 0 for a tied one that DeepSpeed counts in another stage."""
+    if getattr(parameter, PIPE_REPLICATED, False):
+        return 0
     if is_expert_parameter(parameter):
         return int(groups._get_expert_data_parallel_world_size(parameter.group_name))  # type: ignore[attr-defined]
-    return dist.get_world_size() // (tensor_parallel_size() if is_model_parallel_parameter(parameter) else 1)
+    shares = tensor_parallel_size() if is_model_parallel_parameter(parameter) else 1
+    return dist.get_world_size() // num_pipeline_stages() // shares
 
 
 def is_first_holder(group_name: str) -> bool:

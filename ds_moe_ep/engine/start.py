@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 from torch import nn
 
+from ds_moe_ep.config.knobs import Layout
 from ds_moe_ep.config.parallel_keys import refuse_key_alone, refuse_mesh
 from ds_moe_ep.config.section import Section, load_ds_config, read_section
 from ds_moe_ep.config.training import read_training
@@ -19,8 +20,9 @@ from ds_moe_ep.engine.hooks.hook import hook
 from ds_moe_ep.engine.hooks.layer import balance_of, traffic_of
 from ds_moe_ep.engine.hooks.unconverted import refuse_unconverted
 from ds_moe_ep.engine.layer import MoE, moe_layers
+from ds_moe_ep.engine.layouts.stages import refuse_in_stages, refuse_unscaled
 from ds_moe_ep.engine.own_layers import give_knobs
-from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.errors import ConfigError, EngineError, MoEError
 
 
 def initialize(
@@ -38,6 +40,7 @@ def initialize(
        What the schedule "auto" chose is told in the log and kept in checkpoints; `engine.moe_ep_layers` has the layers.
        With "meter_every" the engine also gets `moe_ep_meter`, an OverlapMeter, whose figures go there too; with "watch"
        rank 0 writes all of it for `python -m ds_moe_ep watch`.
+       A PipelineModule's engine gets all of it but the reports.
     5. With "attach", hooks the MoE layers that DeepSpeed or AutoEP made, as `attach_overlap` does.
 
     Collective over the world. The other arguments are deepspeed.initialize's. Raises ConfigError, TopologyError or
@@ -48,32 +51,59 @@ def initialize(
         raise ConfigError("config=None: pass config=<path or dict of a ds_config>, or args with deepspeed_config")
     if model is None:
         raise ConfigError("model=None: pass the torch module to train")
-    if isinstance(model, deepspeed.PipelineModule):
-        raise EngineError(
-            "model=PipelineModule: expert parallelism does not run in pipeline stages; pass a plain module"
-        )
     ds_config = load_ds_config(source)
     section = read_section(ds_config)
     own = moe_layers(model)
-    if not own and not section.moe.attach:
-        raise EngineError(
-            f"model={type(model).__name__} has no ds_moe_ep.MoE layer: build it with one, hook the MoE layers that it "
-            'has ("attach": true in the section), or call deepspeed.initialize for a dense model'
-        )
-    give_knobs(own, section)  # DeepSpeed's engine does it too, later: what cannot work is refused before it starts
-    seams.init_distributed()
-    if own:
-        refuse_mesh(kwargs.get("mesh_param"))
-    if kwargs.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
-        refuse_key_alone(ds_config)
-        for layer in own.values():
-            read_training(ds_config, layer.ep_size, deepspeed.comm.get_world_size())
+    # DeepSpeed's engine gives knobs too, later: what cannot work is refused before it starts.
+    if isinstance(model, deepspeed.PipelineModule):
+        seams.settle(problem_of_stages(model, own, ds_config, section))
+    else:
+        refuse_model(model, own, ds_config, section, kwargs)
     if args is not None and getattr(args, "deepspeed_config", None) is not None:
         args = copy.copy(args)
         args.deepspeed_config = None  # DeepSpeed takes one of the two; it was read into `config` above
     engine, *others = deepspeed.initialize(args=args, model=model, config=ds_config, **kwargs)
     join(engine, own, section)
     return (engine, *others)
+
+
+def refuse_model(
+    model: nn.Module,
+    own: Mapping[str, MoE],
+    ds_config: Mapping[str, Any],
+    section: Section,
+    arguments: Mapping[str, Any],
+) -> None:
+    """Gives the layers of a plain model the section's knobs, and starts the world. Raises what cannot work there."""
+    if not own and not section.moe.attach:
+        raise EngineError(
+            f"model={type(model).__name__} has no ds_moe_ep.MoE layer: build it with one, hook the MoE layers that it "
+            'has ("attach": true in the section), or call deepspeed.initialize for a dense model'
+        )
+    give_knobs(own, section)
+    seams.init_distributed()
+    if own:
+        refuse_mesh(arguments.get("mesh_param"))
+    if arguments.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
+        refuse_key_alone(ds_config)
+        for layer in own.values():
+            read_training(ds_config, layer.ep_size, deepspeed.comm.get_world_size())
+
+
+def problem_of_stages(
+    model: deepspeed.PipelineModule, own: Mapping[str, MoE], ds_config: Mapping[str, Any], section: Section
+) -> MoEError | None:
+    """Error of what cannot work in this rank's stage of a pipeline, whose layers get the section's knobs. Local."""
+    topology = model.topology()
+    layout = Layout(pp_size=topology.get_dim("pipe"), tp_size=max(1, topology.get_dim("model")))
+    try:
+        refuse_in_stages(own, section)
+        give_knobs(own, section, layout)
+        for layer in own.values():
+            refuse_unscaled(read_training(ds_config, layer.ep_size, deepspeed.comm.get_world_size(), layout))
+    except MoEError as error:
+        return error
+    return None
 
 
 def join(engine: Any, own: Mapping[str, MoE], section: Section) -> None:

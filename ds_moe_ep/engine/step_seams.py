@@ -77,6 +77,13 @@ def report_norm(owner: Any, norm: torch.Tensor | float) -> None:
     owner._global_grad_norm = norm
 
 
+def zero_groups(optimizer: Any) -> list[tuple[list[Tensor], bool]]:
+    """The parameters of each group that ZeRO made, and whether it is an experts' group; nothing without ZeRO."""
+    made = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None) or []
+    kinds = [bool(group.get("moe")) for group in optimizer.optimizer.param_groups] if made else []
+    return list(zip(made, kinds, strict=False))
+
+
 def torch_optimizer(engine: Any) -> torch.optim.Optimizer | None:
     """The optimizer inside DeepSpeed's wrappers, or None for an engine without one."""
     optimizer = engine.optimizer

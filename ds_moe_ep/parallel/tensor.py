@@ -10,6 +10,8 @@ every rank of the group and computes the same there.
 
 The router stands outside: all ranks route all tokens alike, and its gradient is whole because the weights that it gives
 to the experts pass the same gate as the tokens.
+
+Experts that ranks share (ep_size above 1) are not cut: each tensor rank takes its part of the tokens to them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ CUT_DIMENSIONS = (
     (re.compile(r"\b(fc1|gate|up)\.weight$"), 0),
     (re.compile(r"\b(fc2|down)\.weight$"), 1),
 )
+SHARED_LAYER = "deepspeed_moe."  # in names of a layer whose experts lie on several ranks
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,12 @@ class Share:
 
 
 def cut_dimension(name: str) -> int | None:
-    """The dimension in which the parameter of this name is cut; None for one that every rank holds whole."""
+    """The dimension in which the parameter of this name is cut; None for one that every rank holds whole.
+
+    Experts that ranks share are whole, and all that lies in their layer.
+    """
+    if SHARED_LAYER in name:
+        return None
     return next((dimension for pattern, dimension in CUT_DIMENSIONS if pattern.search(name)), None)
 
 
@@ -79,9 +87,10 @@ def connect(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
         if isinstance(module, CausalAttention):
             module.register_forward_pre_hook(lambda _, inputs: (region.copy_to_tp(inputs[0]), *inputs[1:]))
             module.register_forward_hook(lambda _, inputs, output: region.reduce_from_tp(output))
-        elif isinstance(module, ExpertParallel):
+        elif isinstance(module, ExpertParallel) and module.config.ep_size == 1:
             module.region = region
-    is_first = dist.get_rank(group) == 0
+    shares_experts = any(SHARED_LAYER in name for name, _ in model.named_parameters())
+    is_first = dist.get_rank(group) == 0 and not shares_experts  # whose norms are taken in another way
     for name, parameter in model.named_parameters():
         # DeepSpeed takes the gradients' norm over what bears the mark, and over all of the first rank. Without ZeRO
         # that is the first of all stages together: what a stage holds whole bears the mark on the stage's first rank.

@@ -62,6 +62,7 @@ class PlanOptions:
         "the curve and how well the specification's four laws fit it; with --out also draws it",
         metavar="SIZES",
     )
+    search: bool = option(False, "list the layouts of --config that fit the cluster instead, best first")
     verbose: bool = option(
         False, "print every table: memory, parts of a step, schedules, bounds, changes", one_of="form"
     )

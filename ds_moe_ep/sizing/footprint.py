@@ -255,6 +255,10 @@ def _step_bytes(model: ModelConfig, held: Parameters, training: Training) -> int
     """
     if training.zero_stage == 0:
         return unpartitioned_step_bytes(training, held.total)
+    return (4 + BYTES[training.gradient_precision]) * largest_group(model, training, held, training.world_size)
+
+
+def largest_group(model: ModelConfig, training: Training, held: Parameters, dense_cut: int) -> int:
+    """Parameters of a rank's part of the largest optimizer group under ZeRO, which cuts dense ones by `dense_cut`."""
     largest = max(model.hidden_size * model.expert_width, EXPERT_GROUP_ELEMENTS)
-    group = max(held.dense // training.world_size, min(held.experts, largest) // training.num_replicas)
-    return (4 + BYTES[training.gradient_precision]) * group
+    return max(held.dense // dense_cut, min(held.experts, largest) // training.num_replicas)

@@ -132,7 +132,7 @@ def refusal(layout: Layout, moe: MoEConfig) -> tuple[str, str]:
     ("layout", "moe", "name", "message"),
     [
         (Layout(tp_size=2, pp_size=2), MoEConfig(), "TopologyError", "the world of 2 ranks is no multiple of 4"),
-        (Layout(tp_size=2), MoEConfig(ep_size=2), "ConfigError", "set ep_size to 1 or remove the layout"),
+        (Layout(pp_size=2), MoEConfig(ep_size=2), "TopologyError", "ep_size=2 does not divide the 1 ranks of a"),
         (Layout(pp_size=3), MoEConfig(), "ConfigError", "pp_size=3 does not divide moe_ep.model.num_layers=4"),
     ],
 )  # fmt: skip

@@ -47,10 +47,43 @@ def _without_marks(connect: Any) -> Any:
     return connected
 
 
+def _with_losses_twice(pack: Any) -> Any:
+    """The losses so far are counted again on their way to the next stage."""
+    return lambda carried: pack((carried[0], 2 * carried[1]))
+
+
+def _of_the_next_place(expert_index_of: Any) -> Any:
+    """Each rank takes the first values of the experts that another place of its group holds."""
+    return lambda ep_rank, num_local_experts: expert_index_of(1 - ep_rank, num_local_experts)
+
+
+def _across_stages(ep_size: int, data_before_expert: bool) -> Any:
+    """An expert group of ranks in two stages."""
+    import torch.distributed as dist
+
+    ranks = [dist.get_rank() % 2, dist.get_rank() % 2 + 2]
+    return dist.new_group(ranks, use_local_synchronization=True), ranks
+
+
+def _without_expert_marks(mark: Any) -> Any:
+    """Experts' gradients are averaged as dense ones are, over ranks that hold other experts."""
+
+    def unmarked(layer: Any) -> list[str]:
+        mark(layer)
+        for parameter in layer.deepspeed_moe.experts.parameters():
+            parameter.allreduce = True
+        return []
+
+    return unmarked
+
+
 @contextmanager
 def tampered(fault: str) -> Iterator[None]:
     """Runs its block with the fault of this name; none where it is empty."""
-    from ds_moe_ep.engine import pipeline
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from ds_moe_ep.engine import pipeline, seams
+    from ds_moe_ep.engine.layer import MoE
     from ds_moe_ep.parallel import stages
     from ds_moe_ep.parallel.tensor import Share, TensorRegion
 
@@ -65,6 +98,12 @@ def tampered(fault: str) -> Iterator[None]:
         "one share twice": (Share, "of", _wrong_share(Share.of)),
         "no column of losses": (stages, "pack", _without_column(stages.pack)),
         "no marks of cut parameters": (pipeline, "connect", _without_marks(pipeline.connect)),
+        "losses twice": (stages, "pack", _with_losses_twice(stages.pack)),
+        "experts of the wrong rank": (pipeline, "expert_index_of", _of_the_next_place(pipeline.expert_index_of)),
+        "an expert group across stages": (seams, "expert_group", _across_stages),
+        "experts reduced as dense": (MoE, "mark_experts", _without_expert_marks(MoE.mark_experts)),
+        "tokens not shared": (MoE, "share_tokens", lambda layer: None),
+        "experts not reduced": (DeepSpeedEngine, "_reduce_expert_gradients", lambda engine, *gradients: None),
     }
     if not fault:
         yield

@@ -20,9 +20,9 @@ CUT = {"tp_size": 2, "pp_size": 2}
         ({"tp_size": 8}, {"expert_width": 100}, {}, r"tp_size=8 does not divide moe_ep\.model\.expert_width=100"),
         ({"tp_size": 4}, {"shared_expert_width": 6}, {}, r"does not divide moe_ep\.model\.shared_expert_width=6"),
         ({"pp_size": 3}, {}, {}, r"layout\.pp_size=3 does not divide moe_ep\.model\.num_layers=4"),
-        (CUT, {}, {"ep_size": 4}, r"ep_size=4 with moe_ep\.layout=2x2.*set ep_size to 1 or remove the layout"),
+        ({"tp_size": 8}, {}, {"ep_size": 3, "num_experts": 3}, r"ep_size=3 with moe_ep\.layout\.tp_size=8: .*parts of"),
         ({"tp_size": 2}, {"expert_bias": True}, {}, r"expert_bias=true with .*tp_size=2.*set it to false"),
-        ({"pp_size": 2}, {}, {"balance": "bias"}, r"balance='bias' with moe_ep\.layout.*set it to 'aux_loss'"),
+        ({"pp_size": 2}, {}, {"balance": "bias"}, r"balance='bias' with moe_ep\.layout and ep_size=1.*set it to 'aux"),
         ({"tp_size": 2}, {}, {"noise": "jitter"}, r"noise='jitter' with moe_ep\.layout\.tp_size=2.*set it to 'none'"),
     ],
 )  # fmt: skip

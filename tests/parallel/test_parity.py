@@ -18,7 +18,7 @@ import pytest
 
 from tests.parallel.outcomes import Outcome, furthest, loss_distance, norm_distance
 from tests.parallel.training_runs import Run, by_experts, by_pipeline, on_one_device
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 
 GRADIENT, LOSS, NORM = 2e-6, 5e-7, 5e-7
 BF16_GRADIENT, BF16_LOSS = 0.04, 1e-3
@@ -30,6 +30,11 @@ def short(**knobs: Any) -> Run:
     """A run of one layer per stage, two layers at least."""
     model = {"num_layers": max(2, knobs.get("pp_size", 2)), **knobs.pop("model", {})}
     return Run(model=model, **knobs)
+
+
+def staged(**knobs: Any) -> Run:
+    """A run of stages whose ranks share their experts."""
+    return short(**{"is_staged": True, "tp_size": 1, "ep_size": 2, **knobs})
 
 
 PIPELINES = [
@@ -53,6 +58,15 @@ EXPERTS = [
     short(stage=1, clipping=FELT),
     short(stage=1, clipping=FELT, steps=3),
 ]
+STAGED = [
+    staged(),
+    staged(stage=1, top_k=2, clipping=FELT, model=RICH),
+    staged(clipping=FELT, top_k=2, model={"recompute": True}),
+    staged(stage=1, clipping=FELT, steps=3),
+    staged(pp_size=1, clipping=FELT, num_sequences=2),  # two groups of two ranks in one stage
+    staged(tp_size=2, stage=1, top_k=2, clipping=FELT, model=RICH),  # tensor ranks share experts and tokens
+    staged(pp_size=1, tp_size=2, ep_size=4, clipping=FELT),
+]
 # In bf16 all experts are chosen: a choice that rounding turns over would be another training.
 ROUNDED = [short(bf16=True, top_k=4, stage=stage, num_micro_batches=2) for stage in (0, 1)]
 FAULTS = [
@@ -65,6 +79,12 @@ FAULTS = [
 ]
 FAULTY = [short(clipping=FELT, tampering=fault, num_micro_batches=2) for fault in FAULTS]
 FAULTY += [replace(FAULTY[-1], stage=1)]
+OF_STAGES = ["no column of losses", "losses twice", "experts of the wrong rank", "experts reduced as dense"]
+STAGED_FAULTS = [
+    *(staged(tampering=fault, num_micro_batches=2) for fault in OF_STAGES),
+    replace(STAGED[4], tampering="experts not reduced"),
+    replace(STAGED[-1], tampering="tokens not shared"),
+]
 OF_SINGLE_RANKS = short(balance_scope="rank")
 one_device = functools.cache(on_one_device)
 
@@ -72,7 +92,11 @@ one_device = functools.cache(on_one_device)
 @functools.cache
 def trained(train: Callable[[Sequence[Run]], list[Outcome]]) -> dict[Run, list[Outcome]]:
     """Outcomes of each run of the tables on each rank, all in one world."""
-    runs = [*PIPELINES, *ROUNDED, *FAULTY] if train is by_pipeline else [*EXPERTS, *ROUNDED, OF_SINGLE_RANKS]
+    runs = (
+        [*PIPELINES, *ROUNDED, *FAULTY, *STAGED, *STAGED_FAULTS]
+        if train is by_pipeline
+        else [*EXPERTS, *ROUNDED, OF_SINGLE_RANKS]
+    )
     by_rank = run_ranks(4, train, runs, timeout_s=240)
     return {run: [outcomes[index] for outcomes in by_rank] for index, run in enumerate(runs)}
 
@@ -93,6 +117,25 @@ def assert_equal(found: Sequence[Outcome], run: Run) -> None:
 def test_pipelines_of_shares_compute_the_gradients_and_steps_of_one_device() -> None:
     for run in PIPELINES:
         assert_equal(trained(by_pipeline)[run], run)
+
+
+def test_stages_that_share_their_experts_compute_the_gradients_and_steps_of_one_device() -> None:
+    for run in STAGED:
+        assert_equal(trained(by_pipeline)[run], run)
+
+
+def test_each_fault_of_stages_that_share_their_experts_is_seen() -> None:
+    for run in STAGED_FAULTS:
+        expected = one_device(replace(run, tampering=""))
+        off, _ = furthest(trained(by_pipeline)[run], expected, "gradients")
+        assert off > 10_000 * GRADIENT, run
+
+
+def test_an_expert_group_across_stages_is_refused_before_a_row_moves() -> None:
+    with pytest.raises(
+        RankError, match=r"ep_size=2: .* this one holds ranks \[0, 2\], which an engine of another layout"
+    ):
+        run_ranks(4, by_pipeline, [staged(tampering="an expert group across stages")])
 
 
 def test_experts_over_ranks_compute_the_gradients_and_steps_of_one_device() -> None:
@@ -124,6 +167,24 @@ def test_auxiliary_losses_of_single_ranks_are_another_training() -> None:
     """The control of balance_scope "group": with DeepSpeed's own, which is by rank, the three would differ."""
     found = trained(by_experts)[OF_SINGLE_RANKS]
     assert furthest(found, on_one_device(OF_SINGLE_RANKS), "gradients")[0] > 1000 * GRADIENT
+
+
+OF_SIXTEEN = {"world_size": 16, "num_experts": 16, "num_sequences": 16, "num_micro_batches": 2, "stage": 1}
+SHARED = [
+    staged(ep_size=8, clipping=FELT, **OF_SIXTEEN),
+    staged(pp_size=1, tp_size=2, ep_size=8, clipping=FELT, **OF_SIXTEEN),
+    staged(tp_size=2, ep_size=4, clipping=FELT, **OF_SIXTEEN),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", SHARED, ids=["PP2 x EP8", "TP2 x EP8", "PP2 x TP2 x EP4"])
+def test_sixteen_ranks_in_layouts_that_share_experts_train_as_one_device(run: Run) -> None:
+    """Gradients of one step, and the curve of three."""
+    runs = [run, replace(run, steps=3)]
+    by_rank = run_ranks(16, by_pipeline, runs, timeout_s=280)
+    for index, each in enumerate(runs):
+        assert_equal([outcomes[index] for outcomes in by_rank], each)
 
 
 SIXTEEN = short(

@@ -31,7 +31,10 @@ ADAM = {"type": "Adam", "params": {"lr": 0.03, "eps": 1e-2, "weight_decay": 0.0,
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run. `ep_size` counts where experts lie on ranks, `tp_size` and `pp_size` where a pipeline runs."""
+    """One training run. `ep_size` counts where experts lie on ranks, `tp_size` and `pp_size` where a pipeline runs.
+
+    `is_staged`: a pipeline's stages share their experts over ep_size ranks.
+    """
 
     world_size: int = 4
     ep_size: int = 4
@@ -48,6 +51,7 @@ class Run:
     steps: int = 1  # one step is one of SGD, more are of Adam
     balance_scope: str = "group"
     tampering: str = ""
+    is_staged: bool = False
 
     @property
     def model_config(self) -> ModelConfig:
@@ -167,26 +171,55 @@ def make_pipeline(run: Run, seed: int = 1) -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     layout = Layout(tp_size=run.tp_size, pp_size=run.pp_size)
-    net = ds_moe_ep.build_pipeline(run.model_config, run.moe_config(), layout, seed)
-    config = run.ds_config(run.num_sequences, run.num_micro_batches * layout.size // run.world_size)
+    forget_groups()
+    ep_size = run.ep_size if run.is_staged else 1
+    net = ds_moe_ep.build_pipeline(run.model_config, run.moe_config(ep_size), layout, seed)
+    num_copies = run.world_size // layout.size
+    num_sharing = max(1, ep_size // layout.tp_size)  # copies that share a micro-batch of the reference, as experts do
+    config = run.ds_config(run.num_sequences // num_sharing, run.num_micro_batches * num_sharing // num_copies)
     return deepspeed.initialize(model=net, config=config)[0]
+
+
+def forget_groups() -> None:
+    """Takes back the groups that an engine of another layout left in DeepSpeed, which keeps them by ep_size alone."""
+    from deepspeed.utils import groups
+
+    for table in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
+        getattr(groups, table).clear()
+        getattr(groups, f"{table}_RANKS").clear()
+    groups.mpu = None
 
 
 def stage_parameters(engine: Any) -> dict[str, nn.Parameter]:
     """This stage's parameters, or shares of them, by their names on one device."""
+    from ds_moe_ep.engine.layer import moe_layers
+    from ds_moe_ep.model.initialize import expert_index_of, global_name
     from ds_moe_ep.parallel.stages import name_on_one_device
 
+    index = expert_index_of(0, 0)
+    for layer in moe_layers(engine.module).values():
+        transport = layer.dispatcher.checked_connection().transport
+        index = expert_index_of(transport.rank, layer.num_local_experts)
     return {
-        name_on_one_device(module, name): parameter
+        global_name(name_on_one_device(module, name), index): parameter
         for module in engine.module.forward_funcs
         for name, parameter in module.named_parameters()
     }
 
 
-def of_this_copy(engine: Any, micro_batches: Sequence[Any]) -> Iterator[Any]:
-    """The micro-batches that this copy of the model takes: copies take them in turns."""
-    grid = engine.grid
-    return iter(micro_batches[grid.get_data_parallel_rank() :: grid.get_data_parallel_world_size()])
+class ShareOfDense(Share):
+    """Part of a model whose experts are whole, and all that lies in their layers."""
+
+    def of(self, value: Tensor, name: str) -> Tensor:
+        return value if ".feed_forward." in name else super().of(value, name)
+
+
+def of_this_copy(engine: Any, micro_batches: Sequence[Any], num_sharing: int = 1) -> Iterator[Any]:
+    """The micro-batches that this copy of the model takes: copies take them in turns, or `num_sharing` share each."""
+    turn, place = divmod(engine.grid.get_data_parallel_rank(), num_sharing)
+    num_turns = engine.grid.get_data_parallel_world_size() // num_sharing
+    for token_ids, target_ids in micro_batches[turn::num_turns]:
+        yield token_ids.chunk(num_sharing)[place], target_ids.chunk(num_sharing)[place]
 
 
 def run_by_pipeline(run: Run) -> Outcome:
@@ -195,10 +228,12 @@ def run_by_pipeline(run: Run) -> Outcome:
     before = copies(named)
     losses, cross_entropies, norms = [], [], []
     for micro_batches in run.batches():
-        losses.append(float(engine.train_batch(of_this_copy(engine, micro_batches))))
+        num_sharing = max(1, run.ep_size // run.tp_size) if run.is_staged else 1
+        losses.append(float(engine.train_batch(of_this_copy(engine, micro_batches, num_sharing))))
         cross_entropies.append(float(engine.agg_additional_losses["cross_entropy"]))
         norms.append(float(engine.get_global_grad_norm() or 0.0))
-    share = Share(engine.grid.get_slice_parallel_rank(), run.tp_size)
+    kind = ShareOfDense if run.is_staged else Share
+    share = kind(engine.grid.get_slice_parallel_rank(), run.tp_size)
     return finished(run, losses, cross_entropies, norms, before, copies(named), share)
 
 

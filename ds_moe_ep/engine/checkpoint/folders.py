@@ -19,12 +19,13 @@ import torch.distributed as dist
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.load import folder_to_load, reshards, saved_ranks, wants_states
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
+from ds_moe_ep.engine.layouts.stages import model_ranks_of_stage
 from ds_moe_ep.errors import EngineError
 
 SAVING, OLD = ".saving", ".old"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
-_EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt")
+_EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 
 
@@ -145,17 +146,19 @@ def complete_tags(load_dir: Path, experts: set[tuple[int, int]], num_ranks: int)
 def missing_files(folder: Path, experts: set[tuple[int, int]], num_ranks: int) -> str:
     """The files that a checkpoint lacks, in words, or an empty string. Reads names alone.
 
-    `experts` has (layer, expert); with `num_ranks` > 0 the optimizer states of so many ranks are looked for, where
-    there are any of ZeRO's.
+    `experts` has (layer, expert), of the rank's stage in a pipeline, which numbers its layers from 0. With
+    `num_ranks` > 0 the optimizer states of so many ranks are looked for, where there are any of ZeRO's.
     """
     if not folder.is_dir():
         return "the folder does not exist"
     names = [path.name for path in folder.iterdir()]
     if not any(_MODEL_FILE.fullmatch(name) for name in names):
         return "it holds no mp_rank_*_model_states.pt"
-    found = {(int(m[1]), int(m[2])) for name in names if (m := _EXPERT_FILE.fullmatch(name))}
+    mine = model_ranks_of_stage()
+    files = [m for name in names if (m := _EXPERT_FILE.fullmatch(name))]
+    found = {(int(m[1]), int(m[2])) for m in files if mine is None or int(m[3]) in mine}
     lacking = sorted(experts - found)
-    if found and lacking:
+    if files and lacking:
         layer, expert = lacking[0]
         return f"{len(lacking)} experts' files are missing, layer_{layer}_expert_{expert}_* first"
     ranks = {int(m[1]) for name in names if (m := _ZERO_FILE.fullmatch(name))}

@@ -88,10 +88,12 @@ class SavedEpSize(EngineCallback):
         saved = saved_ep_size(load.load_dir, load.tag) or self._ep_size
         num_ranks = dist.get_world_size(seams.data_parallel_group())
         is_same = saved == self._ep_size and saved_ranks(folder) in (0, num_ranks)
-        if not is_same and seams.tensor_parallel_size() > 1:
+        of_layout = {"pipeline stages": seams.num_pipeline_stages(), "tensor parallelism": seams.tensor_parallel_size()}
+        beside = " and ".join(name for name, size in of_layout.items() if size > 1)
+        if not is_same and beside:
             raise EngineError(
                 f"{folder}: saved with ep_size={saved} by {saved_ranks(folder)} data-parallel ranks, this run has "
-                f"ep_size={self._ep_size} and {num_ranks}: optimizer states beside tensor parallelism are not cut "
+                f"ep_size={self._ep_size} and {num_ranks}: optimizer states beside {beside} are not cut "
                 "anew. Load the weights: load_checkpoint(..., load_module_only=True)"
             )
         return None if is_same else (folder, saved)

@@ -47,7 +47,7 @@ class EngineCallback:
     """
 
     def around_call(self, method: str) -> AbstractContextManager[object]:
-        """A scope around one call of "forward", "backward" or "step"."""
+        """A scope around one call of "forward", "backward" or "step", or a pipeline's "train_batch", "eval_batch"."""
         return nullcontext()
 
     def on_backward(self, loss: Any, proceed: Callable[[Any], Any]) -> Any:
@@ -65,7 +65,7 @@ class EngineCallback:
         """The optimizer was called, and moved the parameters or did not: in `step`, or a pipeline's `train_batch`."""
 
     def after_step(self, step: StepCall) -> None:
-        """The call of `engine.step` has ended well."""
+        """The call of `engine.step`, or of a pipeline's `train_batch`, has ended well."""
 
     def around_save(self, save: SaveCall, proceed: Callable[[SaveCall], Any]) -> Any:
         """Saves a checkpoint by `proceed`, which returns what `engine.save_checkpoint` returns."""

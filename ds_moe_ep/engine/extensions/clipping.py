@@ -48,6 +48,7 @@ def whole_norm(parameters: Iterable[nn.Parameter], device: torch.device | str) -
             gradient = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
             norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
             norms[seams.num_holders(parameter)].append(norm)
+    norms.pop(0, None)
     total = torch.zeros((), device=device)
     for num_holders, theirs in norms.items():  # each holder gives its share, so that the ranks' sum has each once
         total += torch.stack(theirs).square().sum() / num_holders

@@ -26,6 +26,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "backward": ("around_call", "on_backward"),
     "scale": ("on_scale",),
     "step": ("around_call", "after_step"),
+    "train_batch": ("around_call", "after_step"),  # of a pipeline's engine, as the next
+    "eval_batch": ("around_call",),
     step_seams.CLIP_GRADIENTS: ("clip_gradients",),
     step_seams.TAKE_MODEL_STEP: ("after_model_step",),
     "save_checkpoint": ("around_save",),
@@ -72,7 +74,7 @@ class EngineExtensions:
         self.callbacks = tuple(sorted(callbacks, key=lambda callback: ORDER.index(type(callback))))
         own = vars(self._engine)
         for name, points in METHODS.items():
-            is_needed = any(self._acting(point) for point in points)
+            is_needed = hasattr(self._engine, name) and any(self._acting(point) for point in points)
             if is_needed and name not in self._before:
                 self._before[name] = own.get(name, _UNSET)
                 own[name] = self._wrapped(name, getattr(self._engine, name))
@@ -95,6 +97,8 @@ class EngineExtensions:
             "backward": self._backward,
             "scale": self._scale,
             "step": self._step,
+            "train_batch": self._train_batch,
+            "eval_batch": self._eval_batch,
             step_seams.CLIP_GRADIENTS: self._clip_gradients,
             step_seams.TAKE_MODEL_STEP: self._take_model_step,
             "save_checkpoint": self._save,
@@ -152,6 +156,27 @@ class EngineExtensions:
                 return result
 
         return step
+
+    def _train_batch(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        engine = self._engine
+
+        def train_batch(*args: Any, **kwargs: Any) -> Any:
+            with self._around_call("train_batch"):
+                number = engine.global_steps
+                result = original(*args, **kwargs)
+                done = StepCall(number, True, engine.was_step_applied())
+                for callback in reversed(self._acting("after_step")):
+                    callback.after_step(done)
+                return result
+
+        return train_batch
+
+    def _eval_batch(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def eval_batch(*args: Any, **kwargs: Any) -> Any:
+            with self._around_call("eval_batch"):
+                return original(*args, **kwargs)
+
+        return eval_batch
 
     def _clip_gradients(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def clip_gradients() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_moe_ep.engine import seams
+from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.errors import ConfigError
 
 
@@ -14,7 +14,7 @@ def refuse_misplaced(engine: Any) -> None:
     Without ZeRO a parameter's own marks decide, and groups do not matter. Local; every rank has the same groups.
     """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    for parameters, is_expert_group in seams.zero_groups(engine.optimizer):
+    for parameters, is_expert_group in step_seams.zero_groups(engine.optimizer):
         odd = [] if is_expert_group else [names.get(id(p), "?") for p in parameters if seams.is_expert_parameter(p)]
         if odd:
             raise ConfigError(

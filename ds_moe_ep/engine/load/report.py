@@ -38,7 +38,9 @@ WATCHED_EVERY = 10  # steps, where neither knob says it
 
 
 def steps_between_reports(engine: Any, config: MoEConfig) -> int:
-    """Steps between two reports; 0 where nobody listens. Alike on all ranks."""
+    """Steps between two reports; 0 where nobody listens, and in pipeline stages. Alike on all ranks."""
+    if seams.num_pipeline_stages() > 1:
+        return 0
     if config.watch is not None:
         return config.report_every or WATCHED_EVERY
     return config.report_every or engine.steps_per_print() or 0 if engine.monitor.enabled else 0

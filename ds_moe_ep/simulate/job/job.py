@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ds_moe_ep.config.knobs import Layout, MoEConfig
 from ds_moe_ep.config.section import load_ds_config, read_section
 from ds_moe_ep.config.training import BATCH_KEYS, WHOLE, Training, read_training
 from ds_moe_ep.errors import ConfigError
@@ -30,19 +31,27 @@ class Job:
 
     @property
     def system(self) -> str:
-        """Name in Records: `ep16`, `ep16_serial`, `tp8_pp2`, and alike for other sizes."""
-        layout, moe = self.setup.training.layout, self.setup.moe
-        if layout != WHOLE:
-            return f"tp{layout.tp_size}_pp{layout.pp_size}"
-        return f"ep{moe.ep_size}_serial" if moe.is_serial else f"ep{moe.ep_size}"
+        """Name in Records: `ep16`, `ep16_serial`, `tp8_pp2`, `tp2_pp2_ep4`, and alike for other sizes."""
+        return system_of(self.setup.training.layout, self.setup.moe)
+
+
+def system_of(layout: Layout, moe: MoEConfig) -> str:
+    """Name in Records of a system of these sizes."""
+    experts = f"ep{moe.ep_size}_serial" if moe.is_serial else f"ep{moe.ep_size}"
+    if layout == WHOLE:
+        return experts
+    if moe.ep_size == 1:
+        return f"tp{layout.tp_size}_pp{layout.pp_size}"
+    sizes = {"tp": layout.tp_size, "pp": layout.pp_size}
+    return "_".join([*(f"{name}{size}" for name, size in sizes.items() if size > 1), experts])
 
 
 def title_of(system: str) -> str:
     """Title of a system, also of one of other sizes than the specification's."""
     if system in SYSTEMS:
         return SYSTEMS[system]
-    if system.startswith("tp"):
-        return system.upper().replace("_", "/")
+    if system.startswith(("tp", "pp")):
+        return system.removesuffix("_serial").upper().replace("_", "/") + " serial" * system.endswith("_serial")
     size, _, serial = system.upper().partition("_")
     return f"{size} {'serial' if serial else 'overlapped'}"
 
@@ -101,8 +110,10 @@ def _notes(ds_config: Mapping[str, Any], training: Training, load: str) -> list[
         f"{key} is {value}, not {ds_config[key]}" for key, value in values.items() if ds_config.get(key, value) != value
     ]
     notes = [f"{' and '.join(changed)}: the batch stays {training.batch:,} sequences"] if changed else []
+    is_cut = training.ep_size == 1
     if load != "even" and training.layout != WHOLE:
-        notes.append(f"load {load!r} changes nothing here: each rank computes its share of every expert")
+        why = "each rank computes its share of every expert" if is_cut else "a layout is simulated with even loads"
+        notes.append(f"load {load!r} changes nothing here: {why}")
     if training.offload:
         notes.append("offload_optimizer is simulated without the host: its memory and bus make a step longer")
     if ds_config.get("use_data_before_expert_parallelism") and training.num_replicas > 1:

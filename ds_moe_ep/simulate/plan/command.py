@@ -11,6 +11,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.simulate.audit.audit import audit
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.job.job import read_job
+from ds_moe_ep.simulate.layouts.command import run_search
 from ds_moe_ep.simulate.options import PlanOptions
 from ds_moe_ep.simulate.plan.plan import Comparison, Plan, compare, make_plan, plan_of
 from ds_moe_ep.simulate.plan.records import comparison_records, plan_records, write_plan, write_trace
@@ -28,6 +29,8 @@ def run(options: PlanOptions, console: Console) -> int:
     cluster = load_cluster(options.cluster)
     if options.nodes is not None:
         cluster = cluster.with_nodes(options.nodes)
+    if options.search:
+        return run_search(options, cluster, console)
     job = read_job(
         options.config,
         cluster,

@@ -164,8 +164,8 @@ def plan_of(job: Job, load: str = "even") -> Plan:
 
 
 def _choices(setup: Setup) -> tuple[Row, ...]:
-    """The schedules worth a look, the best first; none under a layout, and where a rank has no peers."""
-    if setup.training.layout != WHOLE or setup.moe.ep_size == 1:
+    """The schedules worth a look, the best first; none where a rank has no peers."""
+    if setup.moe.ep_size == 1:
         return ()
     priced = ((Quantity.of(us / 1e3, unit="ms", name="layer"), knobs) for us, knobs in choose_schedule(setup))
     return tuple(Row(knobs, (layer,)) for layer, knobs in priced)
@@ -180,7 +180,7 @@ def _chosen(job: Job, choices: tuple[Row, ...]) -> Job:
 
 def _serial(job: Job) -> Prediction | None:
     setup = job.setup
-    if setup.training.layout != WHOLE or setup.moe.is_serial:
+    if (setup.training.layout != WHOLE and setup.moe.ep_size == 1) or setup.moe.is_serial:
         return None
     return predict(with_knobs(setup, SERIAL))
 

@@ -55,10 +55,15 @@ class EpJob:
         on_host = setup.cluster.computes_on == "host"
         return LayerCosts(setup.model, setup.moe, setup.cluster.device, setup.training.precision, on_host=on_host)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that a rank takes to the experts in a micro-batch: under a layout its part of the tensor group's."""
+        return -(-self.setup.micro_batch_tokens // self.setup.training.layout.tp_size)
+
     @cached_property
     def rows(self) -> Rows:
         """Rows of one exchange in a micro-batch."""
-        return Rows(self.torus, float(self.setup.micro_batch_tokens * self.setup.moe.top_k), self.setup.loads)
+        return Rows(self.torus, float(self.tokens * self.setup.moe.top_k), self.setup.loads)
 
     @cached_property
     def machine(self) -> Machine:
@@ -108,12 +113,12 @@ class EpJob:
 
     def _experts(self, share: WorkShare) -> float:
         """A piece forward: rows into the order of experts and out of it, products, the shared expert's tokens."""
-        own_us = self.costs.shared_expert(share.tokens * self.setup.micro_batch_tokens)
+        own_us = self.costs.shared_expert(share.tokens * self.tokens)
         return self._moves(share) + self.costs.experts(share.rows, share.num_runs, is_grouped=self.is_grouped) + own_us
 
     def _input_grads(self, share: WorkShare) -> float:
         """A piece backward, without weight gradients."""
-        own_us = self.costs.shared_expert(share.tokens * self.setup.micro_batch_tokens, backward=True)
+        own_us = self.costs.shared_expert(share.tokens * self.tokens, backward=True)
         products_us = self.costs.input_grads(share.rows, share.num_runs, is_grouped=self.is_grouped)
         return self._moves(share) + products_us + own_us
 
@@ -129,7 +134,7 @@ class EpJob:
             num_pieces=len(schedule.pieces),
         )
         if share.tokens:
-            found_us += costs.shared_weight_grads(share.tokens * self.setup.micro_batch_tokens)
+            found_us += costs.shared_weight_grads(share.tokens * self.tokens)
         if share.is_last and not is_only:
             found_us += costs.cast_weight_grads(self.num_local)
         return found_us

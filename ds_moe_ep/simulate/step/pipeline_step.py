@@ -1,16 +1,21 @@
-"""A step of the baseline, TP and PP: the tasks of DeepSpeed's 1F1B schedule, one rank of a stage for all of its ranks.
+"""A step of a layout, TP and PP: the tasks of DeepSpeed's 1F1B schedule, one rank of a stage for all of its ranks.
 
 1. A stage's ranks and all copies of it do the same at the same moment, so a stage stands for them. It does one thing
    after the other: it computes, waits for an all-reduce, waits for a message that the other stage must be ready for.
 2. A layer is attention, an all-reduce, the gate and the experts, an all-reduce; backward mirrored, with an all-reduce
-   for the gradients of the routing weights; with recompute its forward pass comes again before.
+   for the gradients of the routing weights; with recompute its forward pass comes again before. Experts that the ranks
+   of a stage share (ep_size above 1) have no all-reduce: tensor ranks take a part of the tokens each to them, gather
+   the results, and backward the gradients of tokens and routing weights (`stage_experts.py`).
 3. A stage sends 1/t of a message; where it arrives it is gathered in the tensor group, and where it began both it and
    its gradient are gathered before the backward pass. Parts of unequal size are broadcast one by one.
-4. At the end gradients are reduced over the copies, all ranks agree on their norm, each updates its part, and under
+4. At the end gradients are reduced over the copies, those of experts that are whole over the ranks of the stage that
+   hold the same ones, all ranks agree on their norm, each updates its part, and under
    ZeRO-1 the copies exchange the weights.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from ds_moe_ep.config.training import BYTES
 from ds_moe_ep.records.names import PARTS
@@ -18,6 +23,7 @@ from ds_moe_ep.schedule.events import Phase
 from ds_moe_ep.schedule.program import START, Event, Load, Outcome, Program
 from ds_moe_ep.schedule.spans import Tags
 from ds_moe_ep.simulate.cluster.all_reduce import (
+    Group,
     all_reduce_load,
     broadcasts_load,
     gather_load,
@@ -30,9 +36,16 @@ from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.data_parallel import reduce_load
 from ds_moe_ep.simulate.step.pipeline_schedule import Act, forward_order, in_order, training_order
 from ds_moe_ep.simulate.step.setup import Setup, Step
+from ds_moe_ep.simulate.step.stage_experts import ExpertsPass, StageExperts
 from ds_moe_ep.sizing.pipeline import count_stage_parameters, message_numbers
 
-LANES = {"compute": "compute", "tensor": "tensor_traffic", "pipeline": "pipeline", "host": "rest"}  # lane -> part
+LANES = {  # lane -> part
+    "compute": "compute",
+    "experts": "experts_traffic",
+    "tensor": "tensor_traffic",
+    "pipeline": "pipeline",
+    "host": "rest",
+}
 STEP = Tags("step", "step")  # of what a step does once
 
 
@@ -42,11 +55,12 @@ def pipeline_step(setup: Setup) -> Step:
     Its parts are the mean stage's: where a stage neither computes nor reduces, it sends or waits for another one.
     """
     setup.training.layout.check(setup.model, setup.moe)
-    outcome = _Builder(setup).build().run([setup.cluster.host.cores])
-    return _step_of(setup, outcome)
+    builder = _Builder(setup)
+    outcome = builder.build().run([setup.cluster.host.cores])
+    return _step_of(setup, outcome, builder.passes)
 
 
-def _step_of(setup: Setup, outcome: Outcome) -> Step:
+def _step_of(setup: Setup, outcome: Outcome, passes: Sequence[ExpertsPass]) -> Step:
     spans, step_us = outcome.spans(), outcome.makespan_us
     parts, busy_us = dict.fromkeys(PARTS, 0.0), 0.0
     for span in spans:
@@ -59,8 +73,8 @@ def _step_of(setup: Setup, outcome: Outcome) -> Step:
         setup=setup,
         step_us=step_us,
         parts_us=parts,
-        traffic_us=0.0,
-        exposed_us=0.0,
+        traffic_us=sum(each.traffic_us for each in passes) / setup.training.layout.pp_size,
+        exposed_us=sum(each.exposed_us for each in passes) / setup.training.layout.pp_size,
         busy_us=busy_us,
         spans=spans,
     )
@@ -81,6 +95,8 @@ class _Builder:
         self.costs = LayerCosts(
             setup.model, setup.moe, self.cluster.device, training.precision, self.layout.tp_size, on_host
         )
+        self.experts = StageExperts(setup) if setup.moe.ep_size > 1 else None
+        self.passes: list[ExpertsPass] = []  # of all stages through experts that a stage's ranks share
         self.tensor_group = group_of(self.cluster, self.layout.tp_size)
         self.at: list[Event] = [START] * self.layout.pp_size
 
@@ -128,6 +144,9 @@ class _Builder:
         self._host(stage, self.cluster.host.forward_us, tags)
         self._compute("attention", stage, costs.attention(tokens), tags)
         self._reduce("attention", stage, self.tokens_bytes, tags)
+        if self.experts is not None:
+            self._shared_forward(stage, self.experts, tags)
+            return
         rows = self.setup.moe.top_k * tokens
         experts_us = costs.experts(rows, self.setup.moe.num_experts) + costs.shared_expert(tokens)
         moved_us = costs.permute(tokens) + costs.unpermute(tokens)
@@ -137,6 +156,10 @@ class _Builder:
     def _layer_backward(self, stage: int, layer: int) -> None:
         costs, tags, tokens = self.costs, Tags(f"layers.{layer}", "backward"), self.tokens
         self._host(stage, self.cluster.host.backward_us, tags)
+        if self.experts is not None:
+            self._shared_backward(stage, self.experts, tags)
+            self._layer_gradients(stage, tags)
+            return
         rows, num_experts = self.setup.moe.top_k * tokens, self.setup.moe.num_experts
         experts_us = costs.input_grads(rows, num_experts) + costs.weight_grads(rows, num_experts)
         experts_us += costs.shared_expert(tokens, backward=True) + costs.shared_weight_grads(tokens)
@@ -144,9 +167,40 @@ class _Builder:
         self._compute("experts", stage, moved_us + experts_us, tags)
         self._reduce("routing weights", stage, 4.0 * rows, tags)
         self._reduce("experts", stage, self.tokens_bytes, tags)
-        self._compute("gate", stage, costs.gate(tokens, backward=True), tags)
-        self._compute("attention", stage, costs.attention(tokens, backward=True), tags)
+        self._layer_gradients(stage, tags)
+
+    def _layer_gradients(self, stage: int, tags: Tags) -> None:
+        """The rest of a layer backward: the gate, and the attention."""
+        self._compute("gate", stage, self.costs.gate(self.tokens, backward=True), tags)
+        self._compute("attention", stage, self.costs.attention(self.tokens, backward=True), tags)
         self._reduce("attention", stage, self.tokens_bytes, tags)
+
+    def _shared_forward(self, stage: int, experts: StageExperts, tags: Tags) -> None:
+        """Experts that the stage's ranks share, forward."""
+        before = self.costs.gate(self.tokens) + experts.costs.permute(experts.tokens)
+        self._experts(stage, experts.forward, before, experts.costs.unpermute(experts.tokens), tags)
+        self._gather_tokens("results", stage, self.tokens_bytes, tags)
+
+    def _shared_backward(self, stage: int, experts: StageExperts, tags: Tags) -> None:
+        before = experts.costs.unpermute(experts.tokens, backward=True)
+        behind = experts.costs.permute(experts.tokens, backward=True)
+        self._experts(stage, experts.backward, before, behind, tags)
+        self._gather_tokens("routing weights", stage, 4.0 * self.setup.moe.top_k * self.tokens, tags)
+        self._gather_tokens("experts", stage, self.tokens_bytes, tags)
+
+    def _experts(self, stage: int, found: ExpertsPass, before_us: float, behind_us: float, tags: Tags) -> None:
+        """A pass through the experts between what a rank does before and behind it."""
+        self.passes.append(found)
+        self._compute("gate, permute" if tags.phase == "forward" else "unpermute", stage, before_us, tags)
+        self._add("experts", stage, "compute", Load((Phase(found.total_us - found.exposed_us),)), tags)
+        self._add("rows", stage, "experts", Load((Phase(found.exposed_us),)), tags)
+        self._compute("unpermute" if tags.phase == "forward" else "permute", stage, behind_us, tags)
+
+    def _gather_tokens(self, what: str, stage: int, num_bytes: float, tags: Tags) -> None:
+        """Numbers of tokens of which each tensor rank has a part, made whole."""
+        if self.layout.tp_size > 1:
+            load = gather_load(self.cluster, self.tensor_group, num_bytes, self.stage_ranks)
+            self._add(f"gather {what}", stage, "tensor", load, tags)
 
     def _add(self, name: str, stage: int, lane: str, load: Load, tags: Tags) -> None:
         if load != Load():
@@ -184,25 +238,36 @@ class _Builder:
 
     def _finish(self) -> None:
         """Gradients over the copies, their norm over all, the optimizer, weights over the copies."""
-        setup, training, stages = self.setup, self.setup.training, range(self.layout.pp_size)
-        held = [count_stage_parameters(setup.model, setup.moe, self.layout, stage).total for stage in stages]
-        copies = group_of(self.cluster, training.num_copies, stride=self.layout.tp_size)
-        everyone = group_of(self.cluster, training.world_size)
+        setup, stages = self.setup, range(self.layout.pp_size)
+        shares = [self._shares(stage) for stage in stages]
+        everyone = group_of(self.cluster, setup.training.world_size)
         for stage in stages:
-            gradients = reduce_load(setup, copies, held[stage], self.stage_ranks)
-            self._add("reduce gradients", stage, "gradients", gradients, STEP)
+            for what, group, parameters in shares[stage]:
+                gradients = reduce_load(setup, group, parameters, self.stage_ranks)
+                self._add(f"reduce gradients{what}", stage, "gradients", gradients, STEP)
         self._meet()
         for stage in stages:
             norm = all_reduce_load(self.cluster, everyone, 4.0, self.stage_ranks, setup.algorithm)
             self._add("norm of gradients", stage, "gradients", norm, STEP)
         self._meet()
+        is_cut = setup.training.zero_stage > 0
         for stage in stages:
-            partition = held[stage] / (training.num_copies if training.zero_stage else 1)
-            self._compute("optimizer", stage, self.costs.optimizer(training, partition), STEP)
-            if training.zero_stage:
-                weights_bytes = float(held[stage] * BYTES[training.precision])
-                weights = gather_load(self.cluster, copies, weights_bytes, self.stage_ranks)
-                self._add("gather weights", stage, "gradients", weights, STEP)
+            partition = sum(parameters / (group.size if is_cut else 1) for _, group, parameters in shares[stage])
+            self._compute("optimizer", stage, self.costs.optimizer(setup.training, partition), STEP)
+            for what, group, parameters in shares[stage] if is_cut else ():
+                weights_bytes = float(parameters * BYTES[setup.training.precision])
+                weights = gather_load(self.cluster, group, weights_bytes, self.stage_ranks)
+                self._add(f"gather weights{what}", stage, "gradients", weights, STEP)
+
+    def _shares(self, stage: int) -> list[tuple[str, Group, int]]:
+        """Parameters of a rank of the stage, with the ranks that hold the same ones."""
+        setup, training = self.setup, self.setup.training
+        held = count_stage_parameters(setup.model, setup.moe, self.layout, stage)
+        copies = group_of(self.cluster, training.num_copies, stride=self.layout.tp_size)
+        if self.experts is None:
+            return [("", copies, held.total)]
+        owners = group_of(self.cluster, training.num_replicas, stride=setup.moe.ep_size)
+        return [(", dense", copies, held.dense), (", experts", owners, held.experts)]
 
     def _meet(self) -> None:
         self.at = [self.program.join(self.at)] * len(self.at)

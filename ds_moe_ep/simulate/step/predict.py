@@ -57,7 +57,7 @@ class Prediction:
 
 
 def simulate_step(setup: Setup) -> Step:
-    """The step of the job: by expert parallelism, or by tensor and pipeline parallelism where it has a layout.
+    """The step of the job: by expert parallelism alone, or by a layout.
 
     A pipeline of many micro-batches repeats itself once it is full: some are simulated, and the others take what one
     more of them takes. Spans are of those that are simulated.
@@ -78,8 +78,8 @@ def simulate_step(setup: Setup) -> Step:
         setup=setup,
         step_us=grown(some.step_us, more.step_us),
         parts_us={part: grown(some.parts_us[part], us) for part, us in more.parts_us.items()},
-        traffic_us=0.0,
-        exposed_us=0.0,
+        traffic_us=grown(some.traffic_us, more.traffic_us),
+        exposed_us=grown(some.exposed_us, more.exposed_us),
         busy_us=grown(some.busy_us, more.busy_us),
         spans=more.spans,
     )

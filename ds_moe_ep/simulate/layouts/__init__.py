@@ -1,0 +1,1 @@
+"""The layouts of a job that fit a cluster, best first."""

@@ -1,0 +1,34 @@
+"""`plan --search`: the layouts of a job that fit a cluster, best first, with what bounds each."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.progress import Progress
+
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.simulate.cluster.cluster import Cluster
+from ds_moe_ep.simulate.job.job import read_job
+from ds_moe_ep.simulate.layouts.search import search_layouts
+from ds_moe_ep.simulate.layouts.tables import print_search, search_values
+from ds_moe_ep.simulate.options import PlanOptions
+
+
+def run_search(options: PlanOptions, cluster: Cluster, console: Console) -> int:
+    """Prints the layouts; 0. Raises ConfigError or TopologyError for a job that cannot work."""
+    for name in ("compare", "trace", "out", "sweep", "micro_batch", "replicas"):
+        if (value := getattr(options, name)) is not None:
+            raise ConfigError(
+                f"{name}={value!r}: a search simulates one job in many layouts, with micro-batches of its own and even "
+                "loads; leave it out"
+            )
+    job = read_job(options.config, cluster, mode=options.mode)
+    with Progress(console=Console(stderr=True), transient=True, disable=options.json) as progress:
+        task = progress.add_task("simulating")
+        found = search_layouts(job, see=lambda done, total: progress.update(task, completed=done, total=total))
+    if options.json:
+        print(json.dumps(search_values(found), indent=2, allow_nan=False))
+    else:
+        print_search(found, console)
+    return 0

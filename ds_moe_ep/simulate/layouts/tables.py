@@ -1,0 +1,100 @@
+"""A search over layouts for a terminal, and as plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from ds_moe_ep.records.quantity import NONE, Quantity, number
+from ds_moe_ep.records.render import print_lines, print_tables
+from ds_moe_ep.records.table import Table, table
+from ds_moe_ep.simulate.job.job import title_of
+from ds_moe_ep.simulate.layouts.search import FoundLayout, LayoutSearch
+
+DIGITS = 3  # that a bar leaves a number
+FOOT = "Simulated, not measured; in brackets: all of the cluster's ranges at both ends."
+HEAD = ("layout", "micro-batch", "tokens/s", "of the best", "hidden", "spare GB", "bounded by")
+
+
+def print_search(search: LayoutSearch, console: Console) -> None:
+    """Prints the layouts that fit, the best first, and those that are left out."""
+    setup = search.job.setup
+    if not search.found:
+        print_lines([f"{search.job.path} on {setup.cluster.name}: no layout fits"], console, style="bold red")
+    else:
+        best = f"{search.job.path} on {setup.cluster.name}: best in {search.found[0].title}"
+        print_lines([best], console, style="bold green")
+    notes = [f"note: {note}" for note in search.job.notes]
+    print_lines(notes, console, style="yellow")
+    if search.found:
+        print_tables([_layouts(search)], console)
+    print_lines(list(_others(search)), console)
+    print_lines([FOOT], console, style="dim")
+
+
+def search_values(search: LayoutSearch) -> dict[str, Any]:
+    """The search as plain values, for JSON."""
+    return {
+        "job": search.job.path,
+        "cluster": search.job.setup.cluster.name,
+        "batch": search.job.setup.training.batch,
+        "layouts": [_values(search, each) for each in search.found],
+        "slower": list(search.slower),
+        "too_large": {each.system: each.reason for each in search.too_large},
+        "impossible": {each.system: each.reason for each in search.impossible},
+    }
+
+
+def _layouts(search: LayoutSearch) -> Table:
+    rows = []
+    for each in search.found:
+        hidden = each.prediction.hidden
+        rows.append(
+            (
+                each.title,
+                f"{each.training.micro_batch} x {each.training.accumulation}",
+                _text(each.prediction.tps),
+                _text(search.over_best(each)),
+                NONE if hidden is None else hidden.percent(bar=False),
+                number(each.fit.spare_bytes / 1e9, 1),
+                f"{each.bound.title}: {each.bound['saved_ratio'].percent(bar=False)}",
+            )
+        )
+    batch = search.job.setup.training.batch
+    title = f"layouts of {batch:,} sequences per batch on {search.job.setup.training.world_size} ranks"
+    basis = "Bounded by what would save most if it took no time, with the share of a step that it would save."
+    return table(title, HEAD, rows, basis)
+
+
+def _others(search: LayoutSearch) -> list[str]:
+    lines = []
+    if search.slower:
+        lines.append(f"slower: {', '.join(title_of(system) for system in search.slower)}")
+    if search.too_large:
+        lines.append(f"do not fit: {', '.join(title_of(each.system) for each in search.too_large)}")
+    if search.impossible:
+        lines.append(f"cannot work (--json says why): {', '.join(title_of(each.system) for each in search.impossible)}")
+    return lines
+
+
+def _values(search: LayoutSearch, layout: FoundLayout) -> dict[str, Any]:
+    training, tps, hidden = layout.training, layout.prediction.tps, layout.prediction.hidden
+    return {
+        "system": layout.system,
+        "tp_size": training.layout.tp_size,
+        "pp_size": training.layout.pp_size,
+        "ep_size": training.ep_size,
+        "micro_batch": training.micro_batch,
+        "accumulation": training.accumulation,
+        "tokens_per_s": [tps.value, tps.low, tps.high],
+        "over_best": search.over_best(layout).value,
+        "hidden": None if hidden is None else hidden.value,
+        "spare_bytes": layout.fit.spare_bytes,
+        "bound": {"resource": layout.bound.title, "saved": layout.bound["saved_ratio"].value},
+        "schedule": layout.prediction.step.setup.moe.schedule,
+    }
+
+
+def _text(quantity: Quantity) -> str:
+    return quantity.text(digits=DIGITS)

@@ -1,0 +1,96 @@
+"""`plan --search`: the layouts of a job that fit a cluster, best first, and what a stage's experts take in them."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from ds_moe_ep.cli.main import main
+from ds_moe_ep.config.knobs import Layout
+from ds_moe_ep.simulate.cluster.cluster import load_cluster
+from ds_moe_ep.simulate.job.job import read_job, system_of, title_of
+from ds_moe_ep.simulate.layouts.search import search_layouts, sizes_of
+from ds_moe_ep.simulate.layouts.tables import print_search, search_values
+from ds_moe_ep.simulate.step.ep_step import ep_step
+from ds_moe_ep.simulate.step.predict import simulate_step
+from ds_moe_ep.simulate.step.setup import Setup
+
+CLUSTER = load_cluster("h100_4x4")
+
+
+def setup_of(config: str) -> Setup:
+    return read_job(config, CLUSTER).setup
+
+
+def with_layout(setup: Setup, ep_size: int, **layout: int) -> Setup:
+    """The job in another layout, with the same batch and micro-batch."""
+    training = setup.training
+    made = Layout(**layout)
+    copies = training.world_size // made.size
+    accumulation = training.batch // copies // training.micro_batch
+    return replace(
+        setup,
+        moe=replace(setup.moe, ep_size=ep_size),
+        training=replace(training, ep_size=ep_size, layout=made, accumulation=accumulation),
+    )
+
+
+def overlapped(setup: Setup) -> Setup:
+    return replace(setup, moe=replace(setup.moe, schedule="peers"))
+
+
+def test_one_stage_of_shared_experts_takes_as_long_as_expert_parallelism_alone() -> None:
+    """By another way: two stages have the same rows and products for each rank, and the bubble of 128 micro-batches."""
+    whole = overlapped(setup_of("ep16"))
+    alone = ep_step(whole)
+    two_stages = simulate_step(with_layout(whole, 8, pp_size=2))
+    bubble = 1 / (two_stages.setup.training.accumulation + 1)
+    assert (1 - bubble) * 0.95 < two_stages.tps / alone.tps < 1
+
+
+def test_rows_of_a_stage_count_as_the_experts_traffic_and_its_parts_sum_to_the_step() -> None:
+    step = simulate_step(overlapped(setup_of("pp2_ep8")))
+    assert sum(step.parts_us.values()) == pytest.approx(step.step_us)
+    assert step.hidden is not None and 0.9 < step.hidden < 1
+    assert step.parts_us["experts_traffic"] == pytest.approx(step.exposed_us, rel=1e-6)
+    serial = simulate_step(replace(step.setup, moe=replace(step.setup.moe, schedule="serial")))
+    assert serial.hidden == 0 and serial.step_us > step.step_us
+
+
+def test_names_of_layouts_leave_out_what_is_one() -> None:
+    moe = replace(setup_of("ep16").moe, ep_size=4, schedule="peers")
+    assert system_of(Layout(tp_size=2, pp_size=2), moe) == "tp2_pp2_ep4"
+    assert title_of("pp2_ep8") == "PP2/EP8" and title_of("tp2_ep8_serial") == "TP2/EP8 serial"
+
+
+def test_layouts_are_those_that_divide_ranks_layers_widths_and_experts() -> None:
+    sizes = {(layout.tp_size, layout.pp_size, ep_size) for layout, ep_size in sizes_of(setup_of("ep16"))}
+    assert {(1, 1, 16), (1, 2, 8), (8, 2, 1), (2, 2, 4), (1, 4, 4)} <= sizes
+    assert not any(tp * pp > 16 or 16 // pp % ep or 4 % pp for tp, pp, ep in sizes)
+
+
+def test_the_search_orders_what_fits_and_tells_the_bound_and_the_rest() -> None:
+    cluster = replace(CLUSTER, num_nodes=2, node_size=2)
+    found = search_layouts(read_job("ep4_cpu", cluster), most=2)
+    speeds = [each.prediction.step.tps for each in found.found]
+    assert len(speeds) == 2 and speeds == sorted(speeds, reverse=True)
+    best = found.found[0]
+    assert best.fit.fits and best.bound["saved_ratio"].value > 0
+    assert best.training.batch == found.job.setup.training.batch
+    told = [*(each.system for each in found.found), *found.slower]
+    assert len(told) + len(found.too_large) + len(found.impossible) == len(list(sizes_of(found.job.setup)))
+    assert all(each.reason for each in (*found.too_large, *found.impossible))
+    values = search_values(found)
+    assert values["layouts"][0]["over_best"] == 1 and json.dumps(values, allow_nan=False)
+    printed = Console(record=True, width=200, file=io.StringIO())
+    print_search(found, printed)
+    assert f"best in {best.title}" in printed.export_text()
+
+
+def test_the_command_refuses_what_a_search_does_not_take() -> None:
+    for option in (["--sweep", "ep=1,4"], ["--micro-batch", "2"], ["--compare", "tp8_pp2"]):
+        assert main(["plan", "--config", "ep16", "--cluster", "h100_4x4", "--search", *option]) != 0
