@@ -49,7 +49,7 @@ def test_every_knob_takes_each_of_its_choices_or_refuses_values_below_its_minimu
     [
         ({"topk": 2}, "moe_ep.topk=2: unknown key; did you mean 'top_k'?"),
         ({"capacity": 1.0}, "did you mean 'min_capacity'|did you mean 'capacity_factor'"),
-        ({"zzz": 1}, "moe_ep.zzz=1: unknown key; known keys: attach, aux_loss_weight, "),
+        ({"zzz": 1}, "moe_ep.zzz=1: unknown key; known keys: async_save, attach, "),
         ({"num_experts": 60, "ep_size": 16}, "num_experts=60 cannot be shared by ep_size=16: .*64"),
         ({"num_experts": 4, "top_k": 5}, "top_k=5: a token cannot visit more experts than num_experts=4"),
         ({"drop_policy": "random", "top_k": 2}, "drop_policy='random' with top_k=2"),
@@ -92,7 +92,7 @@ def test_a_bad_model_is_refused_with_path_rule_and_way_out(values: Any, message:
         ({"tp_size": 16}, {"expert_width": 24}, {}, r"layout.tp_size=16 does not divide moe_ep.model.expert_width=24"),
         ({"tp_size": 4}, {"shared_expert_width": 6}, {}, r"tp_size=4 does not divide .*shared_expert_width=6"),
         ({"pp_size": 3}, {}, {}, r"layout.pp_size=3 does not divide moe_ep.model.num_layers=4: .*change one of them"),
-        ({"pp_size": 2}, {}, {"ep_size": 2}, r"ep_size=2 with moe_ep.layout=1x2: .*set ep_size to 1"),
+        ({"tp_size": 2}, {}, {"ep_size": 3, "num_experts": 3}, r"ep_size=3 with moe_ep.layout.tp_size=2: .*take sizes"),
         (
             {"tp_size": 2},
             {"expert_bias": True},
@@ -100,7 +100,7 @@ def test_a_bad_model_is_refused_with_path_rule_and_way_out(values: Any, message:
             r"expert_bias=true with moe_ep.layout.tp_size=2: .*set it to false",
         ),
         ({"pp_size": 2}, {}, {"replicas": "auto"}, r"replicas='auto' with moe_ep.layout: .*set it to 0"),
-        ({"pp_size": 2}, {}, {"balance": "bias"}, r"balance='bias' with moe_ep.layout: .*set it to 'aux_loss'"),
+        ({"pp_size": 2}, {}, {"balance": "bias"}, r"balance='bias' with .*ep_size=1: .*set it to 'aux_loss'"),
         ({"tp_size": 2}, {}, {"noise": "jitter"}, r"noise='jitter' with moe_ep.layout.tp_size=2: .*set it to 'none'"),
     ],
 )

@@ -176,4 +176,4 @@ def test_a_rank_that_dies_in_one_stage_ends_those_of_all_stages_with_its_name() 
     messages = {rank: failure.message for rank, failure in caught.value.failures.items()}
     assert messages[3].startswith("exit code -9")
     for rank in (0, 1, 2):
-        assert "rank 3 (pid " in messages[rank] and "last seen in stage 1, 3.moe" in messages[rank], messages[rank]
+        assert "rank 3 (pid " in messages[rank] and "stage 1, 3.moe: " in messages[rank], messages[rank]
