@@ -360,10 +360,8 @@ class Layout:
                 "group would add the second bias once per rank; set it to false"
             )
         if self.size > 1 and moe.replicas:
-            raise ConfigError(
-                f"moe_ep.replicas={moe.replicas!r} with moe_ep.layout: copies of experts follow forward passes, of "
-                "which a stage has several on the way, and shares of experts are equally full; set it to 0"
-            )
+            rule = "copies of experts follow forward passes, of which a stage has several on the way"
+            raise ConfigError(f"moe_ep.replicas={moe.replicas!r} with moe_ep.layout: {rule}; set it to 0")
         if self.size > 1 and moe.async_save:
             raise ConfigError("moe_ep.async_save=true with moe_ep.layout: DeepSpeed saves pipelines; set it to false")
         if self.size > 1 and moe.has_bias and moe.ep_size == 1:
