@@ -19,6 +19,13 @@ from tests.ranks import run_ranks
 
 WEIGHTS, LOSS = 1e-5, 2e-6  # fp32 after 3 Adam steps
 TENSOR_SIZE = 2
+ATTENTION = {
+    "use_default_specs": False,
+    "layer_specs": [
+        {"patterns": [r".*self_attn\.[qkv]_proj\.weight$"], "partition_type": "column"},
+        {"patterns": [r".*self_attn\.o_proj\.weight$"], "partition_type": "row"},
+    ],
+}
 Outcome = tuple[list[float], dict[str, Tensor]]
 
 
@@ -28,13 +35,14 @@ class FoldedJob(AutoEPJob):
 
     world_size: int = 2  # whose batches are drawn
     tensor_size: int = TENSOR_SIZE
+    steps: int = 2
     hooked: bool = True
     without_cut: bool = False  # planted: each tensor rank sends all tokens
 
     @property
     def ds_config(self) -> dict[str, Any]:
-        cut = {"tensor_parallel": {"autotp_size": self.tensor_size}} if self.tensor_size > 1 else {}
-        return super().ds_config | cut
+        cut = {"tensor_parallel": {"autotp_size": self.tensor_size, "partition_config": ATTENTION}}
+        return super().ds_config | (cut if self.tensor_size > 1 else {})
 
 
 def train(job: FoldedJob) -> Outcome:

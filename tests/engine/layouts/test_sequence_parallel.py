@@ -108,7 +108,7 @@ FAULT = SequenceJob(fault="experts divided by the world")
 MORE_JOBS = {
     "own, ZeRO 2": SequenceJob(ep_size=4, capacity_factor=1.0, stage=2, clipping=3.0),
     "hooked": SequenceJob(kind="hooked", top_k=2, clipping=3.0),
-    "hooked, ZeRO 1": SequenceJob(kind="hooked", ep_size=4, capacity_factor=2.0, stage=1, clipping=3.0),
+    "hooked, ZeRO 1": SequenceJob(kind="hooked", ep_size=4, top_k=2, capacity_factor=1.0, stage=1, clipping=3.0),
 }
 
 
