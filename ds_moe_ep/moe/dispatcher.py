@@ -238,17 +238,19 @@ class Dispatcher:
         return self._connection
 
     @contextmanager
-    def announcing(self, device: torch.device, training: bool) -> Iterator[None]:
+    def announcing(self, device: torch.device, training: bool, shares_tokens: bool = False) -> Iterator[None]:
         """A scope before the exchange of counts: a failure is told to the peers, who wait there.
 
-        With a capacity on CUDA there is no exchange: the peers wait for rows until the group's time limit.
+        With a capacity on CUDA there is no exchange, but for tokens that tensor ranks share: the peers wait for rows
+        until the group's time limit.
         """
         try:
             yield
         except BaseException:
             self._num_calls += 1  # as the peers, for whom this call has begun
             num_nodes = 0 if self._connection is None else self._connection.num_nodes
-            if device.type == "cpu" or num_nodes or self._config.capacity(1, training) is None:
+            has_counts = device.type == "cpu" or num_nodes or shares_tokens
+            if has_counts or self._config.capacity(1, training) is None:
                 with suppress(EngineError):  # the first failure is the one to tell
                     transport, call = self.checked_connection().transport, Call(self._name)
                     num_counts = self._replicas.num_told if self._replicas else self._config.num_local_experts

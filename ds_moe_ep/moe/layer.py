@@ -115,7 +115,7 @@ class ExpertParallel(nn.Module):
         their output is zero. `residual`, of the input's shape, is added to the output, where the results are summed.
         """
         connection = self.dispatcher.checked_connection()
-        with self.dispatcher.announcing(self._device, self.training):
+        with self.dispatcher.announcing(self._device, self.training, self.tensor_ranks.is_shared):
             self.experts.check()
             self._check_input(x, used_token, residual)
             x_TD, tensor = x.reshape(-1, self.hidden_size), self.tensor_ranks

@@ -147,7 +147,8 @@ class OverlappedMOELayer(Timed, MOELayer):
 
     def _routed(self, x: Tensor, used_token: Tensor | None = None) -> Tensor:
         hooked, name = self.overlap, self.overlap.dispatcher.name
-        with hooked.dispatcher.announcing(x.device, self.training), alone(self.gate):
+        shares = hooked.tensor_ranks.is_shared
+        with hooked.dispatcher.announcing(x.device, self.training, shares), alone(self.gate):
             if problem := problem_of_container(self.experts):
                 raise EngineError(f"{name}: {problem}")
             check_width(x, self.gate.wg.weight.shape[1], name)
