@@ -13,6 +13,7 @@ from tests.engine.layouts.tensor_runs import Trained, merged, reference, run_job
 from tests.ranks import run_ranks
 
 BOUND = 1e-4
+PARTS = 3  # each within the time of a test on a busy machine
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "kind": ("ours", "hooked"),
     "ep_size": (4, 2, 1),
@@ -57,9 +58,10 @@ def job_of(settings: Mapping[str, Any]) -> TensorJob:
 
 
 @pytest.mark.slow
-def test_every_pair_of_settings_trains_as_one_device() -> None:
-    jobs = [job_of(settings) for settings in covering()]
-    by_rank = run_ranks(4, run_jobs, [(job, None) for job in jobs], timeout_s=400)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_pair_of_settings_trains_as_one_device(part: int) -> None:
+    jobs = [job_of(settings) for settings in covering()][part::PARTS]
+    by_rank = run_ranks(4, run_jobs, [(job, None) for job in jobs], timeout_s=280)
     for job, results in zip(jobs, zip(*by_rank, strict=True), strict=True):
         result = merged(results)
         assert isinstance(result, Trained), (job, result)
