@@ -261,7 +261,7 @@ def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_
 
 
 def resumed(folder: str, saves_with: int) -> Outcome:
-    """Two steps, a checkpoint, and two more in a fresh engine; copies are there before it or after it, not both."""
+    """Two steps, a checkpoint, and one more in a fresh engine; copies are there before it or after it, not both."""
     job = Job(stage=1, accumulation=2, replicas=saves_with)
     steps = batches(job)
     first = make_engine(job)

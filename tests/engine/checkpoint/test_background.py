@@ -51,7 +51,7 @@ def held_back() -> Iterator[threading.Event]:
 
 
 def save_and_go_on(folder: str) -> tuple[Any, ...]:
-    """Two steps, a save that is held back, two more steps; then the save's end, and what it holds."""
+    """Two steps, a save that is held back, another step; then the save's end, and what it holds."""
     engine, steps = engine_of(), batches(JOB)
     train_steps(engine, JOB, steps[:2])
     saved = named_weights(engine.module, JOB)

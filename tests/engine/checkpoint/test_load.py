@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor
 from tests.engine.small_model import Job, batches, distance, make_engine, merged, named_weights, train_steps
 from tests.ranks import run_ranks
 
-BASE = Job(steps=4, ep_size=2, top_k=2)
+BASE = Job(ep_size=2, top_k=2)
 Weights = dict[str, Tensor]
 
 
 def save_then_go_on(job: Job, folder: str) -> tuple[Weights, Weights, list[float]]:
-    """Two steps, a checkpoint, two more steps: the weights at both points and the later losses."""
+    """Two steps, a checkpoint, another step: the weights at both points and the later losses."""
     engine, steps = make_engine(job), batches(job)
     train_steps(engine, job, steps[:2])
     engine.save_checkpoint(folder, tag="two", client_state={"note": "kept"})
@@ -40,8 +41,12 @@ def load_then_go_on(job: Job, folder: str) -> tuple[Weights, Weights, list[float
     return loaded, named_weights(engine.module, job), losses
 
 
-def round_trip(writer: Job, reader: Job, folder: str) -> list[tuple[Any, Any]]:
-    return [save_then_go_on(writer, folder), load_then_go_on(reader, folder)]
+def round_trips(pairs: Sequence[tuple[Job, Job]], folder: str) -> list[list[tuple[Any, Any]]]:
+    """Of each writer and reader of a checkpoint: both sides' points."""
+    return [
+        [save_then_go_on(writer, f"{folder}/{index}"), load_then_go_on(reader, f"{folder}/{index}")]
+        for index, (writer, reader) in enumerate(pairs)
+    ]
 
 
 def points(results: list[Any], side: int) -> tuple[Weights, Weights, list[float]]:
@@ -50,33 +55,40 @@ def points(results: list[Any], side: int) -> tuple[Weights, Weights, list[float]
     return saved, last, results[0][side][2]
 
 
-@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True)])
-def test_a_reloaded_run_goes_on_bit_for_bit(stage: int, bf16: bool, tmp_path: pathlib.Path) -> None:
-    job = replace(BASE, stage=stage, bf16=bf16)
-    results = run_ranks(4, round_trip, job, job, str(tmp_path), timeout_s=60)
-    (saved, last, losses), (loaded, reloaded_last, reloaded_losses) = points(results, 0), points(results, 1)
-    assert distance(loaded, saved) == 0.0
-    assert distance(reloaded_last, last) == 0.0
-    assert reloaded_losses == losses
-    assert distance(last, saved) > 1e-4, "the steps after the checkpoint changed something"
+def test_a_reloaded_run_goes_on_bit_for_bit(tmp_path: pathlib.Path) -> None:
+    jobs = [replace(BASE, stage=stage, bf16=bf16) for bf16 in (False, True) for stage in (0, 1, 2)]
+    by_rank = run_ranks(4, round_trips, [(job, job) for job in jobs], str(tmp_path), timeout_s=240)
+    for job, results in zip(jobs, zip(*by_rank, strict=True), strict=True):
+        (saved, last, losses), (loaded, reloaded_last, reloaded_losses) = points(results, 0), points(results, 1)
+        assert distance(loaded, saved) == 0.0, job
+        assert distance(reloaded_last, last) == 0.0, job
+        assert reloaded_losses == losses, job
+        assert distance(last, saved) > 1e-4, f"{job}: the step after the checkpoint changed something"
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize(("writer", "reader"), [("native", "ours"), ("ours", "native")])
-def test_checkpoints_cross_over_with_their_optimizer_states(
-    stage: int, writer: str, reader: str, tmp_path: pathlib.Path
-) -> None:
-    """Bit-equal weights at the checkpoint; after two more steps the layers' own rounding is all that differs.
+def cross_over(pairs: Sequence[tuple[Job, Job]], folder: str) -> tuple[list[list[tuple[Any, Any]]], list[Weights]]:
+    """The round trips, and the readers' last weights without optimizer states."""
+    trips = round_trips(pairs, folder)
+    return trips, [load_weights_then_train(reader, f"{folder}/{index}") for index, (_, reader) in enumerate(pairs)]
 
-    The control: steps taken with fresh optimizer states end elsewhere.
+
+def test_checkpoints_cross_over_with_their_optimizer_states(tmp_path: pathlib.Path) -> None:
+    """Bit-equal weights at the checkpoint; after another step the layers' own rounding is all that differs.
+
+    The control: a step taken with fresh optimizer states ends elsewhere.
     """
-    jobs = [replace(BASE, stage=stage, layer=layer) for layer in (writer, reader)]
-    results = run_ranks(4, round_trip, *jobs, str(tmp_path), timeout_s=60)
-    (saved, last, _), (loaded, reloaded_last, _) = points(results, 0), points(results, 1)
-    assert distance(loaded, saved) == 0.0
-    assert distance(reloaded_last, last) <= 1e-5
-    fresh = merged(run_ranks(4, load_weights_then_train, jobs[1], str(tmp_path), timeout_s=60))
-    assert distance(fresh, last) > 1e-3
+    pairs = [
+        (replace(BASE, stage=stage, layer=writer), replace(BASE, stage=stage, layer=reader))
+        for stage in (0, 1, 2)
+        for writer, reader in (("native", "ours"), ("ours", "native"))
+    ]
+    by_rank = run_ranks(4, cross_over, pairs, str(tmp_path), timeout_s=240)
+    for index, pair in enumerate(pairs):
+        results = [trips[index] for trips, _ in by_rank]
+        (saved, last, _), (loaded, reloaded_last, _) = points(results, 0), points(results, 1)
+        assert distance(loaded, saved) == 0.0, pair
+        assert distance(reloaded_last, last) <= 1e-5, pair
+        assert distance(merged([fresh[index] for _, fresh in by_rank]), last) > 1e-3, pair
 
 
 def load_weights_then_train(job: Job, folder: str) -> Weights:

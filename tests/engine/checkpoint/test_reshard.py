@@ -21,7 +21,7 @@ from tests.engine.small_model import NUM_EXPERTS, Job, batches, make_engine, tra
 from tests.ranks import run_ranks
 
 KINDS = ("exp_avg", "exp_avg_sq")
-BASE = Job(steps=4, top_k=2, stage=1)
+BASE = Job(top_k=2, stage=1)
 States = dict[str, Tensor]
 
 
@@ -62,7 +62,7 @@ def plain_states_of(engine: Any, index: Any) -> States:
 
 
 def save(job: Job, folder: Path) -> tuple[States, list[float]]:
-    """The states where the checkpoint was saved, after two steps, and the losses of two more."""
+    """The states where the checkpoint was saved, after two steps, and the loss of another."""
     engine, steps = make_engine(job), batches(job)
     train_steps(engine, job, steps[:2])
     optimizer = engine.optimizer if job.stage == 0 else engine.optimizer.optimizer
@@ -72,7 +72,7 @@ def save(job: Job, folder: Path) -> tuple[States, list[float]]:
 
 
 def load(job: Job, folder: Path) -> tuple[States, list[float]]:
-    """The states after loading, and the losses of two more steps."""
+    """The states after loading, and the loss of another step."""
     engine = make_engine(replace(job, seed=job.seed + 1))
     path, _ = engine.load_checkpoint(str(folder))
     assert path is not None and engine.global_steps == 2

@@ -26,7 +26,7 @@ from ds_moe_ep.engine.checkpoint.folders import SAVING
 from tests.engine.small_model import Job, batches, distance, make_engine, merged, named_weights, train_steps
 from tests.ranks import RankError, run_ranks
 
-JOB = Job(steps=4, ep_size=4, stage=1)
+JOB = Job(ep_size=4, stage=1)
 PLAIN = replace(JOB, door="deepspeed")
 Weights = dict[str, Tensor]
 Action = Callable[[str], None]
@@ -104,7 +104,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_the_last_checkpoint_of_the_t
 
 
 def save_twice_then_die(job: Job, folder: str, rank: int, number: int) -> None:
-    """A save, two more steps, and a save of the same tag in which one rank is killed. Survivors write what they saw."""
+    """A save, another step, and a save of the same tag in which one rank is killed. Survivors write what they saw."""
     engine, steps = make_engine(job), batches(job)
     train_steps(engine, job, steps[:2])
     engine.save_checkpoint(folder, tag="kept")

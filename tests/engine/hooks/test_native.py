@@ -138,8 +138,8 @@ def test_removed_hooks_leave_nothing_behind() -> None:
 
 
 def resumed(folder: str, saves_hooked: bool) -> tuple[list[float], dict[str, Tensor]]:
-    """Two steps, a checkpoint, and two more in a fresh engine; the hooks are there before it or after it, not both."""
-    job = Job(layer="native", stage=1, steps=4)
+    """Two steps, a checkpoint, and one more in a fresh engine; the hooks are there before it or after it, not both."""
+    job = Job(layer="native", stage=1)
     steps = batches(job)
     first = make_engine(job)
     with hooked(first, **KNOBS[0]) if saves_hooked else nullcontext():
@@ -153,7 +153,7 @@ def resumed(folder: str, saves_hooked: bool) -> tuple[list[float], dict[str, Ten
 
 
 def test_checkpoints_go_from_hooked_to_plain_engines_and_back(tmp_path: pathlib.Path) -> None:
-    job = Job(layer="native", stage=1, steps=4)
+    job = Job(layer="native", stage=1)
     plain = [results[0] for results in run_ranks(4, train_all, [(job, None)])]
     for saves_hooked in (True, False):
         by_rank = run_ranks(4, resumed, str(tmp_path / str(saves_hooked)), saves_hooked)
