@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 
@@ -87,18 +88,13 @@ class Router(nn.Module):
         self.balance: BiasBalance | None = None
         self.batch_load = BatchLoad()
         self.tape: Tape | None = None  # records or replays routes
-        self._has_told_even = False
         self.configure(config)
 
     def configure(self, config: MoEConfig) -> None:
         """Gives the router its knobs; a balancing bias starts at zero where it is new."""
         self.config = config
-        if config.force_even and not self._has_told_even:
-            self._has_told_even = True
-            logger.warning(
-                "moe_ep.force_even=true: EXPERTS TAKE TOKENS IN TURN, WHATEVER THE GATE SAYS. Times of such a run are "
-                "those of an even load; its losses and weights are worth nothing"
-            )
+        if config.force_even:
+            say_even()
         if not config.has_bias:
             self.balance = None
         elif self.balance is None:
@@ -285,6 +281,15 @@ def outside_of_groups(scores_TE: Tensor, config: MoEConfig) -> Tensor:
     visited_TM = best_TG.topk(config.topk_group, dim=1).indices
     is_outside_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter_(1, visited_TM, False)
     return is_outside_TG.repeat_interleave(scores_TGn.shape[2], dim=1)
+
+
+@functools.cache
+def say_even() -> None:
+    """Tells the log, loudly, that no gate chooses; once in a process."""
+    logger.warning(
+        "moe_ep.force_even=true: EXPERTS TAKE TOKENS IN TURN, WHATEVER THE GATE SAYS. Times of such a run are those "
+        "of an even load; its losses and weights are worth nothing"
+    )
 
 
 def noise_that_chooses(chosen: Chosen, num_experts: int) -> ChoiceNoise:

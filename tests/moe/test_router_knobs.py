@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.moe.router import Router
+from ds_moe_ep.moe.router import Router, say_even
 
 NUM_TOKENS, WIDTH, NUM_EXPERTS = 40, 6, 8
 
@@ -216,7 +216,9 @@ def test_the_gates_product_has_the_type_that_is_asked_for() -> None:
 def test_forced_even_routing_is_even_keeps_the_gates_scores_and_is_said_loudly(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    say_even.cache_clear()
     with caplog.at_level(logging.WARNING):
+        make(Case("another layer", {"force_even": True}, {}), {}, torch.float32)
         router, x_TD = make(Case("even", {"top_k": 3, "force_even": True, "renormalize": False}, {}), {}, torch.float32)
     assert [record.levelname for record in caplog.records if "EXPERTS TAKE TOKENS IN TURN" in record.message] == [
         "WARNING"
