@@ -50,7 +50,8 @@ class Costs:
 def candidates(torus: Torus, two_level: str = "off") -> list[dict[str, Any]]:
     """Knobs of the schedules worth a look on a torus, the serial one first.
 
-    With `two_level` "auto" those that can send copies are there with and without; with "copies" there are no others.
+    With `two_level` "auto" those that can send copies are there with and without; with "copies" and "sums" there are no
+    others.
     """
     found = _one_level(torus)
     if two_level == "off" or torus.num_nodes == 1:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule import price
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
@@ -38,12 +40,22 @@ def links(far: float) -> Cluster:
     return cluster(near=slow_link(1e9), far=slow_link(far, shared_by=4.0))
 
 
+@pytest.mark.parametrize("knobs_of_job", [{}, {"top_k": 4, "two_level": "auto"}], ids=["one level", "two levels"])
 @pytest.mark.parametrize("far", [2.0, 10.0, 40.0, 200.0, 1e4])
-def test_tuner_and_simulator_price_every_candidate_alike(far: float) -> None:
-    job = setup(links(far))
+def test_tuner_and_simulator_price_every_candidate_alike(far: float, knobs_of_job: dict[str, Any]) -> None:
+    job = setup(links(far), **knobs_of_job)
     simulated = {str(knobs): us for us, knobs in choose_schedule(job)}
     for us, knobs in price.ranked(job.moe, Torus(4, 4), tuner_costs(job)):
         assert us == pytest.approx(simulated[str(knobs)], rel=1e-6), knobs
+
+
+def test_auto_takes_copies_on_a_slow_far_link_and_never_for_one_expert_per_token() -> None:
+    def chosen(**knobs: Any) -> MoEConfig:
+        return as_auto(setup(links(2.0), schedule="auto", **knobs)).moe
+
+    assert chosen(top_k=4, two_level="auto").two_level == "copies"
+    assert chosen(top_k=4).two_level == "off"
+    assert chosen(top_k=1, two_level="auto").two_level == "auto"  # as it was given: nothing is copied
 
 
 @pytest.mark.parametrize("far", [2.0, 10.0, 40.0, 200.0])

@@ -21,7 +21,8 @@ Choice = tuple[float, Mapping[str, Any]]
 def choose_schedule(setup: Setup) -> list[Choice]:
     """(microseconds of a layer's forward and backward pass through its experts, knobs) of each candidate, in order."""
     torus = EpJob(setup).torus
-    candidates = price.candidates(torus, setup.moe.two_level)
+    may_copy = setup.moe.two_level != "auto" or setup.moe.top_k > 1  # one row per token is a copy as it is
+    candidates = price.candidates(torus, setup.moe.two_level if may_copy else "off")
     priced: list[Choice] = [(layer_us(with_knobs(setup, knobs)), knobs) for knobs in candidates]
     return in_order(priced, setup, torus)
 
