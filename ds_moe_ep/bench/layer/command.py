@@ -26,7 +26,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table
 
-NAMES = tuple(case.name for case in CASES)
+NAMES = tuple(case.name for case in CASES if case.top_k <= 2)
 
 
 @dataclass(frozen=True, kw_only=True)
