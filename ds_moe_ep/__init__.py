@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from ds_moe_ep.moe.experts import ClampedSwiGLU, GeluMLP, SharedWithGate, SwiGLU
     from ds_moe_ep.moe.layer import ExpertParallel
     from ds_moe_ep.moe.replay.record import RouteRecord
+    from ds_moe_ep.verification.verdicts import EngineReport, TrainingVerdict
+    from ds_moe_ep.verification.verify import verify
 
 __all__ = [
     "MEDIUM",
@@ -42,6 +44,7 @@ __all__ = [
     "ClampedSwiGLU",
     "ConfigError",
     "EngineError",
+    "EngineReport",
     "ExpertParallel",
     "GeluMLP",
     "Layout",
@@ -58,6 +61,7 @@ __all__ = [
     "SharedWithGate",
     "SwiGLU",
     "TopologyError",
+    "TrainingVerdict",
     "TransferCallback",
     "TransferMessage",
     "Transformer",
@@ -78,6 +82,7 @@ __all__ = [
     "replay_routes",
     "save_pretrained",
     "upcycle",
+    "verify",
     "wait_for_saves",
 ]
 
@@ -102,6 +107,8 @@ _HOMES = {
     "moe.experts": ("ClampedSwiGLU", "GeluMLP", "SharedWithGate", "SwiGLU"),
     "moe.layer": ("ExpertParallel",),
     "moe.replay.record": ("RouteRecord",),
+    "verification.verdicts": ("EngineReport", "TrainingVerdict"),
+    "verification.verify": ("verify",),
     "config.section": ("Section", "load_ds_config", "read_section"),
     "config.topology": ("RankGrid",),
 }

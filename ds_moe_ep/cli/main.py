@@ -26,6 +26,7 @@ from ds_moe_ep.errors import EngineError, MoEError
 from ds_moe_ep.live.options import WatchOptions
 from ds_moe_ep.report.options import ReportOptions
 from ds_moe_ep.simulate.options import AuditOptions, CalibrateOptions, PlanOptions
+from ds_moe_ep.verification.options import VerifyOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,6 +91,18 @@ def _of_configurations() -> tuple[Command[Any], ...]:
             "each. Ranks are started here, on GPUs where there are enough; in a job of a launcher (deepspeed --module, "
             "torchrun -m, mpirun) the job's ranks are taken, and rank 0 prints. Exits with 1 where there is a problem.",
             example="deepspeed --hostfile hosts --module ds_moe_ep doctor --config ds_configs/ep16.json",
+        ),
+        Command(
+            "verify",
+            "run a training script for two steps, and tell whether its engine trains what it says",
+            VerifyOptions,
+            run_verify,
+            "Runs a training script until its first engine with MoE layers has taken two steps, and compares them with "
+            "a dense model: routing, balance loss, gradients, what moved, the norm that clips, replicas, a checkpoint "
+            "saved and loaded. One verdict per line with the parameter, the rank and the way out. In a launcher's job "
+            "every rank runs it, and rank 0 prints; else --ranks starts them here. Exits with 1 where there is a "
+            "problem.",
+            example="python -m ds_moe_ep verify --ranks 4 --script train.py --config ds_configs/ep16.json",
         ),
         Command(
             "knobs",
@@ -214,6 +227,13 @@ def run_check_config(options: CheckOptions) -> int:
 def run_doctor(options: DoctorOptions) -> int:
     """Prints the doctor's verdicts; 1 where there is a problem."""
     from ds_moe_ep.doctor.command import run
+
+    return run(options)
+
+
+def run_verify(options: VerifyOptions) -> int:
+    """Prints the verdicts on a script's engine; 1 where there is a problem."""
+    from ds_moe_ep.verification.command import run
 
     return run(options)
 

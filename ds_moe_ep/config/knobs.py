@@ -141,6 +141,7 @@ class MoEConfig:
     )
     max_ctas: int = knob(0, "NCCL's thread blocks for the transfers of a lane at most; 0 leaves it to NCCL", 0)
     meter_every: int = knob(0, "steps between two measurements of hidden communication; 0 measures none", 0)
+    verify_every: int = knob(0, "steps between two checks of a layer, in turn, against a blocking path; 0: none", 0)
     watch: str | None = knob(
         None, "folder in which rank 0 writes the run's figures, for `python -m ds_moe_ep watch`; null writes none"
     )
@@ -150,9 +151,7 @@ class MoEConfig:
     heat_map_every: int = knob(
         100, "steps between two pictures of the load in TensorBoard, layers by experts; 0 draws none", 0
     )
-    async_save: bool = knob(
-        False, "checkpoints are written behind training, which waits for the copy to host memory alone"
-    )
+    async_save: bool = knob(False, "checkpoints are written behind training, which waits for the host copy alone")
     attach: bool = knob(False, "initialize also hooks DeepSpeed's own MoE layers and AutoEP's (attach_overlap)")
     timeout_s: float = knob(600.0, "time limit of one transfer in seconds", 0.001)
 

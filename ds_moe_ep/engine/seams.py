@@ -45,6 +45,7 @@ GROUP_NAMES = (
     "_get_expert_parallel_group",
     "_get_expert_parallel_group_dict",
     "_get_expert_parallel_group_ranks",
+    "_get_expert_data_parallel_group",
     "_get_expert_data_parallel_rank",
     "_get_expert_data_parallel_world_size",
     "_get_data_parallel_group",

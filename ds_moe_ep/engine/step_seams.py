@@ -22,6 +22,7 @@ UNDER_WRAPPER = "optimizer"  # of DeepSpeed's optimizers: the torch optimizer in
 GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grads_in_partition", "fp32_groups_gradients_flat")
 PARAMETER_GRADIENT = "grad_accum"  # of a parameter, beside .grad: ZeRO-1's sum in another type
 BUCKETS = "ipg_buckets"  # of ZeRO, by type: gradients are copied into .buffer, .elements of them by now, and reduced
+GRAD_SCALER = "torch_autocast_z0_gradscaler"  # of an engine: torch's, without ZeRO
 BATCHES = ("training_dataloader", "data_iterator")  # of an engine: the caller's data
 
 
@@ -47,7 +48,7 @@ def reporting_model_step(
     """
 
     def take_and_report(*args: Any, **kwargs: Any) -> Any:
-        scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)  # it skips a step and tells nobody
+        scaler = getattr(engine, GRAD_SCALER, None)  # it skips a step and tells nobody
         scale = scaler.get_scale() if scaler is not None else 0.0
         result = take_model_step(*args, **kwargs)
         is_skipped = not engine.was_step_applied() or (scaler is not None and scaler.get_scale() < scale)
@@ -90,6 +91,11 @@ def torch_optimizer(engine: Any) -> torch.optim.Optimizer | None:
     while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = getattr(optimizer, UNDER_WRAPPER, None)
     return optimizer
+
+
+def is_own_optimizer(engine: Any) -> bool:
+    """True where DeepSpeed made the optimizer from the ds_config."""
+    return engine.client_optimizer is None
 
 
 def gradients_beside(parameter: Tensor) -> tuple[Tensor | None, ...]:

@@ -24,7 +24,7 @@ FLOORS = {
     "parallel": 10,
     "engine": 11,
     "bench": 12,
-    "doctor": 13,
+    **dict.fromkeys(("doctor", "verification"), 13),
     **dict.fromkeys(("cli", "__main__"), 14),
 }
 TOP = 14

@@ -24,8 +24,8 @@ LINKED = (
     PACKAGE / "ARCHITECTURE.md",
 )
 ORDER = (
-    "adopt layouts overlap replicas reliability checkpoints planning measuring baseline knobs reference-job results "
-    "troubleshooting"
+    "adopt layouts overlap replicas reliability verify checkpoints planning measuring baseline knobs reference-job "
+    "results troubleshooting"
 )
 
 

@@ -12,7 +12,13 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.extensions.callback import EngineCallback
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 
-OF_EXTENSIONS = ("attach", "meter_every", "watch", "report_every")  # knobs that a layer cannot honour by itself
+OF_EXTENSIONS = (
+    "attach",
+    "meter_every",
+    "verify_every",
+    "watch",
+    "report_every",
+)  # knobs that a layer cannot honour by itself
 
 
 class BalanceSteps(EngineCallback):

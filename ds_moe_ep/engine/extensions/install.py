@@ -32,10 +32,12 @@ from ds_moe_ep.engine.layouts.sequence import ExpertGradients
 from ds_moe_ep.engine.load.report import LoadReport, steps_between_reports
 from ds_moe_ep.engine.older_engines import OlderEngine
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
+from ds_moe_ep.engine.shadow.shadow import Shadow
+from ds_moe_ep.engine.views.layers import viewed_layers
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.live.run_log import RunLog
 
-ATTRIBUTES = ("moe_ep_layers", "moe_ep_meter", "moe_ep_watch")  # of an engine that is extended
+ATTRIBUTES = ("moe_ep_layers", "moe_ep_meter", "moe_ep_watch", "moe_ep_shadow")  # of an engine that is extended
 
 
 def extend(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog | None = None) -> Callable[[], None]:
@@ -84,6 +86,15 @@ def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog |
         yield ReplicaWindows(engine, layers)
     if every := steps_between_reports(engine, config):
         yield LoadReport(engine, layers, every, log, getattr(engine, "moe_ep_meter", None))
+    if config.verify_every and seams.tensor_parallel_size() > 1:
+        raise ConfigError(
+            f"moe_ep.verify_every={config.verify_every}: tensor ranks share a layer's tokens, which the blocking path "
+            "does not; set it to 0"
+        )
+    if config.verify_every:
+        shadowed = [layer for layer in viewed_layers(engine.module) if layer.name in layers]
+        engine.moe_ep_shadow = Shadow(engine, shadowed, config.verify_every)
+        yield engine.moe_ep_shadow
     watch = engine.moe_ep_watch = seams.watch_of_world(config.timeout_s)
     if saves_safely(engine):
         saver = SafeSaver(engine, watch, config.async_save)

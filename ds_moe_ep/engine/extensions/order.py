@@ -23,6 +23,7 @@ from ds_moe_ep.engine.layouts.expert_files import ExpertFiles
 from ds_moe_ep.engine.layouts.sequence import ExpertGradients
 from ds_moe_ep.engine.load.report import LoadReport
 from ds_moe_ep.engine.older_engines import OlderEngine
+from ds_moe_ep.engine.shadow.shadow import Shadow
 
 ORDER: tuple[type[EngineCallback], ...] = (
     # Names the causes of failed collectives, those of the callbacks below too. A step is over for the watch when all of
@@ -46,6 +47,8 @@ ORDER: tuple[type[EngineCallback], ...] = (
     SafeSaver,
     # Hears of a skipped step first, before anything is reported of it; hears the loss as the model gave it.
     SkippedSteps,
+    # Around the pass alone: its own collectives are in nobody's backward pass but the engine's.
+    Shadow,
     # Next to the engine: what it scales is what the engine gets.
     LossScale,
     # These act at points of their own, or on the optimizer and the model alone: no other callback can come between.

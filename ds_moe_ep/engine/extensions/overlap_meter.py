@@ -22,6 +22,7 @@ from ds_moe_ep.engine.extensions.measurement import Event, Measurement, events, 
 from ds_moe_ep.engine.layouts.tensor import group_of_shares, sum_over_shares
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.records.quantity import number
 from ds_moe_ep.schedule.spans import Overlap, Span, Tags, accounts, accounts_of_lanes, chrome_trace
 
 # A control costs the time that overlap saves. One per ten measurements keeps that under 1 % with "meter_every": 10,
@@ -45,6 +46,9 @@ class OverlapMeter:
         self.last: Measurement | None = None
         self.control: Measurement | None = None
         self.spans: list[Span] = []
+        self.check: tuple[int, float] | None = (
+            None  # the last step with a check of `verify_every`, and its milliseconds
+        )
         self._dispatchers = {name: layer.dispatcher for name, layer in layers.items() if layer.ep_size > 1}
         self._device = device
         self._every = every
@@ -63,12 +67,22 @@ class OverlapMeter:
         return None if self.control is None else self.control.hidden_percent
 
     def report(self) -> str:
-        """The last measured step as a table by layer, pass and peer group. Local."""
-        return "no step was measured yet" if self.last is None else table(self.last, self.control)
+        """The last measured step as a table by layer, pass and peer group, and the cost of a check. Local."""
+        told = "no step was measured yet" if self.last is None else table(self.last, self.control)
+        return (
+            told
+            if self.check is None
+            else f"{told}\nverify_every: {number(self.check[1], 2)} ms in step {self.check[0]}"
+        )
+
+    def take_check(self, step: int, took_ms: float) -> None:
+        """Takes the time on this rank of a check of `verify_every`. Local."""
+        self.check = (step, took_ms)
 
     def events(self, num_samples: int) -> list[Event]:
         """The last measured step for `engine.monitor`, by layer and pass. Local."""
-        return [] if self.last is None else events(self.last, self.control, num_samples)
+        found = [] if self.last is None else events(self.last, self.control, num_samples)
+        return found if self.check is None else [*found, ("Train/moe_ep/verify_every_ms", self.check[1], num_samples)]
 
     def step(self) -> bool:
         """Ends an optimizer step and readies the layers for the next one; returns whether it was a measured one.

@@ -38,6 +38,7 @@ TRAFFIC = (
     "transport",
     "kernels",
     "meter_every",
+    "verify_every",
     "watch",
     "report_every",
     "heat_map_every",

@@ -113,10 +113,10 @@ class LoadReport(EngineCallback):
     def around_call(self, method: str) -> AbstractContextManager[object]:
         if method == "forward" and self._since is None and self._engine.module.training:
             self._since = (time.perf_counter(), self._engine.global_steps)
-        return self._paused() if method == "backward" else nullcontext()
+        return self.paused() if method == "backward" else nullcontext()
 
     @contextmanager
-    def _paused(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """A scope in which passes are recomputations of those that were seen."""
         for observer in self._observers.values():
             observer.is_paused = True

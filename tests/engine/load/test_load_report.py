@@ -92,7 +92,7 @@ def all_cases(folder: str) -> dict[str, tuple[list[list[list[int]]], list[float]
     for case in CASES:
         engine, losses = train(case, f"{folder}/{case}", steps=4)
         found[case] = ([[counts_E.tolist() for counts_E in layer] for layer in engine.module.seen], losses)
-    LoadReport._paused = nullcontext  # type: ignore[assignment, misc]
+    LoadReport.paused = nullcontext  # type: ignore[assignment, misc]
     train("recomputed", f"{folder}/recomputed and counted", steps=2)
     return found
 

@@ -1,0 +1,1 @@
+"""An engine's training state, and what its optimizer sees: read, kept and put back."""

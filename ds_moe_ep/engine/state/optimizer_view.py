@@ -1,0 +1,179 @@
+"""The optimizer of an engine as its parameters see it: groups, master weights, and the gradients of a step.
+
+DeepSpeed's optimizers keep them in places of their own: without ZeRO with each parameter, in wrappers of fp16 and bf16
+as copies group by group, under ZeRO as spans of flat partitions. Each rank reads its own span of a parameter: nothing
+is communicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from ds_moe_ep.engine import seams, step_seams
+
+MODEL_GROUPS = ("bit16_groups", "fp16_groups", "bf16_groups")  # of a wrapper: the model's parameters, group by group
+MASTERS, FLAT_MASTERS = "fp32_groups", "fp32_groups_flat"  # of a wrapper without partitions
+MAPPING = "_hp_mapping"  # of a parameter: this rank's span of it in a partition, or None
+ACCUMULATED = "_hp_grad"  # of a parameter, beside .grad: the gradient that the optimizer takes
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """One parameter group of an optimizer: the parameters of the model, and how they are stepped."""
+
+    index: int
+    parameters: tuple[nn.Parameter, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OwnSpan:
+    """Values of a parameter that lie on this rank, from an index of the flat parameter on."""
+
+    start: int
+    values: Tensor
+
+    def within(self, start: int, stop: int) -> OwnSpan:
+        """The part that lies in a range of the flat parameter, counted from the range's start."""
+        first, last = max(start, self.start), min(stop, self.start + self.values.numel())
+        return OwnSpan(max(first - start, 0), self.values[max(first - self.start, 0) : max(last - self.start, 0)])
+
+
+def optimizer_groups(engine: Any) -> list[OptimizerGroup]:
+    """The groups of the engine's optimizer with the model's own parameters in them. Local."""
+    inner, made = step_seams.torch_optimizer(engine), _model_groups(engine.optimizer)
+    return [
+        OptimizerGroup(
+            index,
+            tuple(made[index] if made else group["params"]),
+            {name: value for name, value in group.items() if name != "params"},
+        )
+        for index, group in enumerate(inner.param_groups if inner is not None else [])
+    ]
+
+
+def own_gradient(parameter: nn.Parameter) -> OwnSpan:
+    """This rank's span of the reduced gradient that the optimizer is about to step with; zeros where it has none.
+
+    Between the backward pass and the step of a batch's last micro-batch. It still has the loss scale. Local.
+    """
+    if getattr(parameter, ACCUMULATED, None) is None and parameter.grad is not None:
+        return OwnSpan(0, parameter.grad.detach().flatten())
+    if not hasattr(parameter, MAPPING):
+        return OwnSpan(0, torch.zeros_like(parameter).detach().flatten())
+    mapping = getattr(parameter, MAPPING)
+    if mapping is None:
+        return OwnSpan(0, parameter.detach().new_zeros(0))
+    address = mapping.lp_fragment_address
+    found = mapping.get_lp_grad_fragment(parameter._index_in_param_group).detach().flatten()  # type: ignore[attr-defined]
+    if found.numel() == parameter.numel() != address.numel:
+        found = found[address.start : address.start + address.numel]
+    return OwnSpan(address.start, found)
+
+
+def own_master(engine: Any, parameter: nn.Parameter) -> OwnSpan:
+    """This rank's span of the weight that the optimizer steps: the fp32 copy, where it keeps one. Local."""
+    if hasattr(parameter, MAPPING):
+        mapping = getattr(parameter, MAPPING)
+        if mapping is None:
+            return OwnSpan(0, parameter.detach().new_zeros(0))
+        return OwnSpan(mapping.lp_fragment_address.start, mapping.hp_fragment.detach().flatten())
+    beside = _master_beside(engine.optimizer, parameter)
+    return OwnSpan(0, (parameter if beside is None else beside).detach().flatten())
+
+
+def _model_groups(optimizer: Any) -> list[list[nn.Parameter]]:
+    return next((found for name in MODEL_GROUPS if (found := getattr(optimizer, name, None))), [])
+
+
+def _master_beside(optimizer: Any, parameter: nn.Parameter) -> Tensor | None:
+    """The master copy in a wrapper without partitions."""
+    for group, parameters in enumerate(_model_groups(optimizer)):
+        for index, each in enumerate(parameters):
+            if each is not parameter:
+                continue
+            if masters := getattr(optimizer, MASTERS, None):
+                return torch.as_tensor(masters[group][index])
+            if flats := getattr(optimizer, FLAT_MASTERS, None):
+                start = sum(before.numel() for before in parameters[:index])
+                return torch.as_tensor(flats[group]).view(-1)[start : start + parameter.numel()]
+    return None
+
+
+def has_partitions(engine: Any) -> bool:
+    """True where each rank's optimizer holds its own span of every parameter, and no other rank has the same."""
+    return bool(engine.zero_optimization())
+
+
+def loss_scale(engine: Any) -> float:
+    """The factor on the gradients of a backward pass; 1 without loss scaling."""
+    scale = getattr(engine.optimizer, "loss_scale", None) or getattr(engine.optimizer, "cur_scale", None) or 1.0
+    return float(scale)
+
+
+def own_square(engine: Any) -> float:
+    """This rank's share of the squared norm of all reduced gradients, without the loss scale. Local.
+
+    Its sum over all ranks has each number once: an expert's from the first rank that has it, all else from rank 0, and
+    from each partition what lies there.
+    """
+    square = 0.0
+    for parameter in engine.module.parameters():
+        is_expert = seams.is_expert_parameter(parameter)
+        is_first = seams.is_first_holder(parameter.group_name) if is_expert else dist.get_rank() == 0
+        if parameter.requires_grad and (has_partitions(engine) or is_first):
+            square += float(own_gradient(parameter).values.double().square().sum())
+    return square / loss_scale(engine) ** 2
+
+
+class AppliedNorm:
+    """Square of the norm of the gradients that reach the torch optimizer in one step, this rank's share of it.
+
+    Its sum over all ranks is that of the whole model, each number once. Wrappers without partitions hand over copies
+    of their own, of which nobody knows the ranks: `is_known` is False there.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.square = 0.0
+        wrapped = engine.optimizer is not step_seams.torch_optimizer(engine)
+        self.is_known = has_partitions(engine) or not wrapped
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A scope in which steps of the torch optimizer are seen."""
+        inner = step_seams.torch_optimizer(self._engine)
+        assert inner is not None, "an engine that trains has an optimizer"
+        handle = inner.register_step_pre_hook(self._see)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _see(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    holders = 1 if has_partitions(self._engine) else seams.num_holders(parameter)
+                    self.square += float(parameter.grad.detach().double().square().sum()) / holders
+
+
+def sum_over_world(values: Tensor) -> Tensor:
+    """The sum over all ranks. Collective."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def replica_group(group_name: str) -> dist.ProcessGroup:
+    """The ranks that hold the same experts as this one."""
+    group: dist.ProcessGroup = groups._get_expert_data_parallel_group(group_name)
+    return group

@@ -1,0 +1,89 @@
+"""Tiny engines of each layout, to be verified on real ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from ds_moe_ep.config.knobs import MoEConfig
+from tests.engine.hooks import autoep_models
+from tests.engine.hooks.autoep_models import AutoEPJob
+from tests.engine.small_model import Job, batches, make_engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnJob(Job):
+    """A job with what the verification looks at besides."""
+
+    balance: Literal["aux_loss", "bias", "none"] = "aux_loss"
+    fp16: bool = False
+    timeout_s: float = 60.0
+    verify_every: int = 0
+
+    @property
+    def moe_config(self) -> MoEConfig:
+        more = {name: getattr(self, name) for name in ("balance", "timeout_s", "verify_every")}
+        return dataclasses.replace(super().moe_config, meter_every=self.verify_every, **more)
+
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        scaling = {"enabled": True, "initial_scale_power": 6}
+        return {**super().ds_config, **({"fp16": scaling} if self.fp16 else {})}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One engine and its micro-batches: a job, and whether DeepSpeed's layers get the package's hooks."""
+
+    name: str
+    job: Job | AutoEPJob
+    hooks: bool = False
+
+    def make(self) -> Any:
+        """The engine. Collective."""
+        from deepspeed.accelerator import get_accelerator
+
+        import ds_moe_ep
+
+        if getattr(self.job, "fp16", False):
+            get_accelerator().is_fp16_supported = lambda: (
+                True
+            )  # DeepSpeed refuses it on a CPU, which is slow and not wrong
+        made = make_engine(self.job) if isinstance(self.job, Job) else autoep_models.make_engine(self.job)
+        if self.hooks:
+            ds_moe_ep.attach_overlap(made, {"schedule": "peers", "verify_every": 1})
+        return made
+
+    def batches(self) -> list[Any]:
+        """This rank's micro-batches, as the model takes them."""
+        rank = dist.get_rank()
+        if isinstance(self.job, Job):
+            dtype = torch.bfloat16 if self.job.bf16 else torch.float32
+            dtype = torch.float16 if getattr(self.job, "fp16", False) else dtype
+            return [(x[rank].to(dtype), y[rank].to(dtype)) for step in batches(self.job) for x, y in step]
+        found = autoep_models.batches(self.job)
+        return [{"input_ids": ids[rank], "labels": ids[rank]} for step in found for ids in step]
+
+
+FEW: dict[str, Any] = {"num_experts": 4, "ep_size": 2, "steps": 2}  # experts and batches
+AUX = Layout("own", OwnJob(**FEW, accumulation=2, clipping=0.01))
+BIAS = Layout("own, bias, fp16, ZeRO 1", OwnJob(**FEW, balance="bias", fp16=True, stage=1))
+LAYOUTS = (
+    AUX,
+    BIAS,
+    Layout("own, ZeRO 1, bf16", OwnJob(stage=1, bf16=True, ep_size=4, clipping=0.05)),
+    Layout("own, ZeRO 2", OwnJob(**FEW, stage=2, accumulation=2, capacity_factor=1.0, clipping=0.05)),
+    Layout("own, bf16", OwnJob(**FEW, bf16=True, top_k=1, clipping=0.05)),
+    Layout("own, ranks apart, replicas", OwnJob(**FEW, interleaved=True, replicas=1, schedule="auto")),
+    Layout("own, one rank has all experts", OwnJob(num_experts=4, ep_size=1, steps=2, stage=1)),
+    Layout("native", Job(**FEW, layer="native", accumulation=2)),
+    Layout("native, ZeRO 2, capacity", Job(**FEW, layer="native", stage=2, bf16=True, capacity_factor=1.0)),
+    Layout("native, hooked, ZeRO 1", Job(layer="native", ep_size=4, stage=1, top_k=4, clipping=0.05), hooks=True),
+    Layout("AutoEP", AutoEPJob(ep_size=2, stage=1, accumulation=2)),
+    Layout("AutoEP, hooked", AutoEPJob(stage=2, preset="qwen3_moe", router_logits=True, clipping=0.05), hooks=True),
+    Layout("AutoEP, hooked, bf16", AutoEPJob(stage=1, ep_size=2, bf16=True, score_apply="pre"), hooks=True),
+)

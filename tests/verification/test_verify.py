@@ -1,0 +1,247 @@
+"""A verified engine is told what is wrong with it, by name, and is afterwards what it was."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.quantity import number
+from ds_moe_ep.verification.command import run, run_rank
+from ds_moe_ep.verification.options import VerifyOptions
+from ds_moe_ep.verification.verdicts import EngineReport, TrainingVerdict
+from tests.ranks import run_ranks
+from tests.verification.converted import sourced
+from tests.verification.engines import AUX, BIAS, LAYOUTS, Layout, OwnJob
+from tests.verification.mutants import MUTANTS, Mutant
+from tests.verification.shadowed import SHADOWED, all_sound, shadowed
+
+
+def copied(value: Any) -> Any:
+    """A copy of tensors and the containers that hold them."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: copied(each) for key, each in value.items()}
+    return [copied(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def whole_state(engine: Any) -> dict[str, Any]:
+    """All that training goes on from."""
+    return {
+        "model": copied(dict(engine.module.state_dict())),
+        "buffers": {name: each.clone() for name, each in engine.module.named_buffers()},
+        "optimizer": copied(engine.optimizer.state_dict()),
+        "inner": copied(getattr(engine.optimizer, "optimizer", engine.optimizer).state_dict()),
+        "counters": (engine.global_steps, engine.micro_steps, engine.global_samples, engine.skipped_steps),
+        "random": (torch.get_rng_state(), str(numpy.random.get_state()), random.getstate()),
+        "methods": {name: value for name, value in vars(engine).items() if callable(value)},
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in engine.module.modules()],
+        "gradients": [parameter.grad is None for parameter in engine.module.parameters()],
+    }
+
+
+def differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
+    """Where two states differ."""
+    if isinstance(mine, Tensor):
+        return [] if torch.equal(mine, theirs) else [path]
+    if isinstance(mine, dict):
+        if mine.keys() != theirs.keys():
+            return [f"{path} {sorted(map(str, mine.keys() ^ theirs.keys()))}"]
+        return [each for key in mine for each in differences(mine[key], theirs[key], f"{path}/{key}")]
+    if isinstance(mine, (list, tuple)):
+        if len(mine) != len(theirs):
+            return [path]
+        return [d for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) for d in differences(a, b, f"{path}/{i}")]
+    is_plain = mine is None or isinstance(mine, (int, float, str, bool))
+    return [] if not is_plain or mine == theirs else [path]
+
+
+def verified(layouts: Sequence[Layout]) -> list[tuple[tuple[TrainingVerdict, ...], list[str]]]:
+    """The verdicts on each layout's engine after a step, and where its state differs afterwards."""
+    import ds_moe_ep
+
+    found = []
+    for layout in layouts:
+        engine, batches = layout.make(), layout.batches()
+        for batch in batches[: layout.job.accumulation]:
+            output = engine(**batch) if isinstance(batch, dict) else engine(*batch)
+            engine.backward(getattr(output, "loss", output))
+            engine.step()
+        before = whole_state(engine)
+        report = ds_moe_ep.verify(engine, iter(batches * 2))
+        found.append((report.verdicts, differences(before, whole_state(engine))))
+    return found
+
+
+def judged() -> list[tuple[TrainingVerdict, ...]]:
+    """The verdicts on an engine with each of the faults, which share the engines of their layouts."""
+    import ds_moe_ep
+
+    engines: dict[str, Any] = {}
+    found = []
+    for mutant in MUTANTS:
+        if mutant.layout.name not in engines:
+            engines[mutant.layout.name] = mutant.layout.make()
+        engine = engines[mutant.layout.name]
+        with mutant.plant(engine):
+            report = ds_moe_ep.verify(engine, iter(mutant.layout.batches() * 2), checkpoint=mutant.checkpoint)
+        found.append(report.verdicts)
+    return found
+
+
+def failing() -> tuple[str, list[str]]:
+    """The error of a verification in which rank 1 raises, and where the engine's state differs afterwards."""
+    import ds_moe_ep
+
+    layout = Layout("own", OwnJob(num_experts=4, ep_size=4, steps=2, timeout_s=5.0))
+    engine = layout.make()
+    before = whole_state(engine)
+
+    def loss_of(output: Tensor) -> Tensor:
+        if dist.get_rank() == 1:
+            raise ValueError("rank 1 cannot read its batch")
+        return output
+
+    try:
+        ds_moe_ep.verify(engine, iter(layout.batches()), loss_of=loss_of)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", differences(before, whole_state(engine))
+    return "", []
+
+
+SCRIPT = """
+import sys
+from tests.verification.engines import AUX
+engine = AUX.make()
+while True:
+    for batch in AUX.batches():
+        loss = engine(*batch)
+        engine.backward(loss * float(sys.argv[1]))
+        engine.step()
+"""
+
+
+def commanded(script: str) -> EngineReport:
+    """The report of the command on this rank of a job, for a script whose loss is not the model's."""
+    return run_rank(VerifyOptions(script=script, checkpoint=False, arguments=("--", "2.0")))
+
+
+def all_of_it(layouts: Sequence[Layout], script: str) -> tuple[Any, ...]:
+    return verified(layouts), judged(), shadowed(), commanded(script), sourced()
+
+
+def check_sound(layout: Layout, found: tuple[tuple[TrainingVerdict, ...], list[str]]) -> None:
+    verdicts, changed = found
+    assert [str(each) for each in verdicts if each.status == "problem"] == [], layout.name
+    assert {each.check for each in verdicts if each.status == "ok"} >= {
+        "gradients",
+        "routing",
+        "movement",
+        "checkpoint",
+    }
+    assert changed == [], f"{layout.name}: the state was not put back"
+
+
+def missed(mutant: Mutant, verdicts: tuple[TrainingVerdict, ...]) -> str:
+    """What was told in place of a mutant's name; an empty string where it was named."""
+    problems = [each for each in verdicts if each.status == "problem"]
+    assert all(each.fix for each in problems)
+    named = [
+        each
+        for each in problems
+        if each.check == mutant.check
+        and mutant.words in each.found
+        and each.parameter.startswith(mutant.parameter)
+        and mutant.rank in (None, each.rank)
+    ]
+    return "" if named else f"{mutant.name}: {[f'{each.check}: {each}' for each in problems]}"
+
+
+def check_shadow(found: dict[str, Any]) -> None:
+    """The flipped value is told of its layer and rank, with the rank it came from; without it nothing is found."""
+    assert {(each.layer, each.rank, each.step) for each in found["found"]} == {("layers.1", 1, 2)}
+    output = next(each for each in found["found"] if each.what == "output")
+    assert 0 in output.from_ranks and output.distance > output.bound
+    assert "layers.1 on rank 1: the output is off by" in str(output)
+    assert found["rest"] == [] and found["checks"] == 4
+    assert f"verify_every: {number(found['ms'], 2)} ms in step 4" in found["meter"]
+
+
+def test_each_planted_fault_is_named_and_a_sound_engine_has_none_and_is_what_it_was(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    by_rank = run_ranks(4, all_of_it, [AUX, BIAS], str(script), timeout_s=240)
+    assert all(theirs[0][0][0] == by_rank[0][0][0][0] for theirs in by_rank), "every rank has the same report"
+    for theirs in by_rank:
+        for layout, found in zip([AUX, BIAS], theirs[0], strict=True):
+            check_sound(layout, found)
+    unnamed = [
+        told for mutant, verdicts in zip(MUTANTS, by_rank[0][1], strict=True) if (told := missed(mutant, verdicts))
+    ]
+    assert unnamed == []
+    for rank, theirs in enumerate(by_rank):
+        assert theirs[2]["found"] == by_rank[0][2]["found"], rank
+    check_shadow(by_rank[0][2])
+    report = by_rank[0][3]
+    assert report.is_ok and "with a weight of 0.1 in the loss" in str(report)
+    check_sources(by_rank[0][4])
+
+
+def check_sources(found: dict[str, list[str]]) -> None:
+    """What a converter may leave behind of DeepSeek-V3's routing is named; nothing is left behind by AutoEP."""
+    assert found["nothing"] == []
+    assert "has e_score_correction_bias, and the layer has none" in found["bias"][0]
+    for left in ("scale", "groups", "bias's numbers"):
+        assert "tokens are routed otherwise than by the block that it replaced" in found[left][0], left
+    assert all(each.startswith("model.layers.1.mlp on rank 0") for told in found.values() for each in told)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_in_the_middle_ends_all_ranks_and_their_state_is_put_back() -> None:
+    by_rank = run_ranks(4, failing, timeout_s=100)
+    assert "ValueError: rank 1 cannot read its batch" in by_rank[1][0]
+    assert all("PeerError" in by_rank[rank][0] and "rank 1" in by_rank[rank][0] for rank in (0, 2, 3)), by_rank
+    assert all(changed == [] for _, changed in by_rank)
+
+
+@pytest.mark.slow
+def test_a_sound_engine_of_each_layout_has_no_finding_and_is_what_it_was() -> None:
+    by_rank = run_ranks(4, verified, LAYOUTS, timeout_s=400)
+    for theirs in by_rank:
+        for layout, found in zip(LAYOUTS, theirs, strict=True):
+            check_sound(layout, found)
+
+
+@pytest.mark.slow
+def test_the_shadow_finds_nothing_in_sound_layers_of_each_maker() -> None:
+    layouts = [SHADOWED, *(layout for layout in LAYOUTS if layout.hooks)]
+    for found in run_ranks(4, all_sound, layouts, timeout_s=200):
+        assert [checks for checks, _ in found] == [layout.job.steps for layout in layouts]
+        assert [findings for _, findings in found] == [[] for _ in layouts]
+
+
+def test_a_report_ends_with_one_where_there_is_a_problem_and_says_so_in_json() -> None:
+    well = TrainingVerdict("norm", "ok", "all is well")
+    ill = TrainingVerdict("groups", "problem", "lies in no group", "give it to the optimizer", "gate.wg.weight", 3)
+    assert (EngineReport((well,)).exit_code, EngineReport((well, ill)).exit_code) == (0, 1)
+    told = json.loads(json.dumps(EngineReport((well, ill)).to_dict()))
+    assert (told["verdict"], told["problems"]) == ("problem", 1)
+    assert EngineReport(tuple(TrainingVerdict(**each) for each in told["verdicts"])) == EngineReport((well, ill))
+    assert "gate.wg.weight on rank 3: lies in no group" in str(EngineReport((ill,)))
+
+
+def test_without_a_launcher_the_command_asks_for_ranks_and_for_a_script_that_is_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"verify.script=.*no such file"):
+        run(VerifyOptions(script=str(tmp_path / "none.py"), ranks=2))
+    with pytest.raises(ConfigError, match=r"verify.ranks: .*--ranks N"):
+        run(VerifyOptions(script=__file__))
