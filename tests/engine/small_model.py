@@ -43,6 +43,7 @@ class Job:
     interleaved: bool = False  # the ranks of an expert-parallel group are apart, not consecutive
     door: str = "ds_moe_ep"  # whose initialize is called
     replicas: int = 0
+    two_level: str = "off"  # else on nodes of two ranks
     recomputed: bool = False  # the MoE layers, in the backward pass
 
     @property
@@ -56,6 +57,8 @@ class Job:
             schedule=self.schedule,
             bit_equal=self.bit_equal,
             replicas=self.replicas,
+            two_level=self.two_level,
+            node_size=0 if self.two_level == "off" else 2,
         )
 
     def expert_index(self, rank: int) -> Callable[[int], int]:
