@@ -21,9 +21,9 @@ WAITING = """
 """.split()
 COMPUTING = """
     tests/parallel tests/kernels tests/engine/test_training.py tests/moe/test_schedules.py tests/moe/test_parity.py
-    tests/examples/test_ready_configs.py tests/engine/test_compile.py tests/engine/test_native_parity.py
-    tests/bench/test_systems.py tests/gpu tests/engine/checkpoint tests/engine/hooks tests/examples
-    tests/engine tests/moe tests/simulate
+    tests/examples/test_ready_configs.py tests/engine/layouts tests/verification tests/engine/test_compile.py
+    tests/engine/test_native_parity.py tests/bench/test_systems.py tests/gpu tests/engine/checkpoint tests/engine/hooks
+    tests/examples tests/engine tests/moe tests/simulate tests/report tests/test_wheel.py
 """.split()
 # Folders that one worker runs: they share names on the machine, parsed sources, or the process that interprets kernels.
 TOGETHER = ("tests/testbed", "tests/policy", "tests/kernels")
