@@ -41,6 +41,11 @@ def meet(engine: Any, layers: Mapping[str, MoE]) -> None:
         give_knobs(layers, read_section(seams.ds_config_of(engine)), getattr(engine.module, "layout", WHOLE))
     except ConfigError as error:
         problem = error
+    if isinstance(getattr(engine.module, "layout", None), Layout) and seams.has_data_before_experts(engine):
+        problem = problem or ConfigError(
+            f"use_data_before_expert_parallelism=true with {SECTION}.layout: build_pipeline gives experts their first "
+            "values in groups of consecutive ranks; remove it"
+        )
     if is_pipeline:
         wait_for_all(max(layer.config.timeout_s for layer in layers.values()))
     seams.settle(problem)

@@ -102,6 +102,7 @@ def tampered(fault: str) -> Iterator[None]:
         "experts of the wrong rank": (pipeline, "expert_index_of", _of_the_next_place(pipeline.expert_index_of)),
         "an expert group across stages": (seams, "expert_group", _across_stages),
         "experts reduced as dense": (MoE, "mark_experts", _without_expert_marks(MoE.mark_experts)),
+        "groups of ranks apart": (seams, "has_data_before_experts", lambda engine: True),
         "tokens not shared": (MoE, "share_tokens", lambda layer: None),
         "experts not reduced": (DeepSpeedEngine, "_reduce_expert_gradients", lambda engine, *gradients: None),
     }

@@ -144,11 +144,16 @@ def test_each_fault_of_stages_that_share_their_experts_is_seen() -> None:
         assert off > 10_000 * GRADIENT, run
 
 
-def test_an_expert_group_across_stages_is_refused_before_a_row_moves() -> None:
-    with pytest.raises(
-        RankError, match=r"ep_size=2: .* this one holds ranks \[0, 2\], which an engine of another layout"
-    ):
-        run_ranks(4, by_pipeline, [staged(tampering="an expert group across stages")])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("an expert group across stages", r"this one holds ranks \[0, 2\], which an engine of another layout made"),
+        ("groups of ranks apart", "use_data_before_expert_parallelism=true with moe_ep.layout: .*; remove it"),
+    ],
+)
+def test_groups_of_other_ranks_are_refused_before_a_row_moves(fault: str, message: str) -> None:
+    with pytest.raises(RankError, match=message):
+        run_ranks(4, by_pipeline, [staged(tampering=fault)])
 
 
 def test_experts_over_ranks_compute_the_gradients_and_steps_of_one_device() -> None:
