@@ -140,9 +140,9 @@ class CheckpointJudge:
 
 
 def _name_in_expert(key: str) -> str:
-    """An expert's own name of a tensor in a file."""
+    """An expert's own name of a tensor in a file; AutoEP's keys end in the expert's index."""
     parts = _LOCAL.split(key)
-    return parts[-1] if len(parts) > 1 else key.rpartition(".")[2]
+    return parts[-1] if len(parts) > 1 else key.rstrip("0123456789").rstrip(".").rpartition(".")[2]
 
 
 def _is_saved(module: torch.nn.Module, name: str) -> bool:

@@ -84,6 +84,11 @@ LAYOUTS = (
     Layout("native, ZeRO 2, capacity", Job(**FEW, layer="native", stage=2, bf16=True, capacity_factor=1.0)),
     Layout("native, hooked, ZeRO 1", Job(layer="native", ep_size=4, stage=1, top_k=4, clipping=0.05), hooks=True),
     Layout("AutoEP", AutoEPJob(ep_size=2, stage=1, accumulation=2)),
-    Layout("AutoEP, hooked", AutoEPJob(stage=2, preset="qwen3_moe", router_logits=True, clipping=0.05), hooks=True),
+    Layout(
+        "AutoEP, hooked",
+        AutoEPJob(stage=2, ep_size=2, preset="qwen3_moe", router_logits=True, clipping=0.05),
+        hooks=True,
+    ),
     Layout("AutoEP, hooked, bf16", AutoEPJob(stage=1, ep_size=2, bf16=True, score_apply="pre"), hooks=True),
 )
+OF_EACH_MAKER = [AUX, BIAS, *(layout for layout in LAYOUTS if layout.name in ("native", "AutoEP, hooked"))]

@@ -230,9 +230,8 @@ def on_the_wire(engine: Any) -> Iterator[None]:
 
 
 LAYER = "layers.0"
-MUTANTS = (
+MUTANTS = (  # of the public reports
     Mutant("frozen", AUX, frozen, "groups", "in no group of the optimizer", f"{LAYER}.deepspeed_moe.experts"),
-    Mutant("stale", AUX, stale, "movement", "no step moved it", f"{LAYER} expert 1 fc2.weight"),
     Mutant(
         "momentum",
         AUX,
@@ -262,13 +261,16 @@ MUTANTS = (
         checkpoint=True,
     ),
     Mutant("double softmax", AUX, double_softmax, "balance", "its formula gives", LAYER),
-    Mutant("uneven weight", AUX, uneven_weight, "balance", "has a weight of 0.1 in a micro-batch", LAYER, 1),
     Mutant("doubled", AUX, doubled, "gradients", "2 times as large", f"{LAYER} expert 1 fc1.weight"),
     Mutant("own norm", AUX, own_norm, "norm", "all experts counted once"),
-    Mutant("apart", AUX, apart, "replicas", "differs from the copy on rank 0", f"{LAYER} expert 1 fc1.weight", 2),
-    Mutant("on the wire", AUX, on_the_wire, "gradients", "output is not the dense model's", LAYER, 1),
     Mutant("without bias", BIAS, without_bias, "routing", "went to other experts than the scores and its bias", LAYER),
     Mutant("unmoved bias", BIAS, unmoved_bias, "balance", "the balancing bias of expert", LAYER),
-    Mutant("fast", BIAS, fast, "groups", "is stepped with lr=0.3; the ds_config says 0.03", LAYER),
     Mutant("drifting scale", BIAS, drifting_scale, "loss scale", "the loss scale is 32 and on rank 0 64", "", 1),
+)
+MORE_MUTANTS = (
+    Mutant("stale", AUX, stale, "movement", "no step moved it", f"{LAYER} expert 1 fc2.weight"),
+    Mutant("uneven weight", AUX, uneven_weight, "balance", "has a weight of 0.1 in a micro-batch", LAYER, 1),
+    Mutant("apart", AUX, apart, "replicas", "differs from the copy on rank 0", f"{LAYER} expert 1 fc1.weight", 2),
+    Mutant("on the wire", AUX, on_the_wire, "gradients", "output is not the dense model's", LAYER, 1),
+    Mutant("fast", BIAS, fast, "groups", "is stepped with lr=0.3; the ds_config says 0.03", LAYER),
 )

@@ -21,8 +21,8 @@ from ds_moe_ep.verification.options import VerifyOptions
 from ds_moe_ep.verification.verdicts import EngineReport, TrainingVerdict
 from tests.ranks import run_ranks
 from tests.verification.converted import sourced
-from tests.verification.engines import AUX, BIAS, LAYOUTS, Layout, OwnJob
-from tests.verification.mutants import MUTANTS, Mutant
+from tests.verification.engines import LAYOUTS, OF_EACH_MAKER, Layout, OwnJob
+from tests.verification.mutants import MORE_MUTANTS, MUTANTS, Mutant
 from tests.verification.shadowed import SHADOWED, all_sound, shadowed
 
 
@@ -83,13 +83,13 @@ def verified(layouts: Sequence[Layout]) -> list[tuple[tuple[TrainingVerdict, ...
     return found
 
 
-def judged() -> list[tuple[TrainingVerdict, ...]]:
+def judged(more: bool = False) -> list[tuple[TrainingVerdict, ...]]:
     """The verdicts on an engine with each of the faults, which share the engines of their layouts."""
     import ds_moe_ep
 
     engines: dict[str, Any] = {}
     found = []
-    for mutant in MUTANTS:
+    for mutant in MORE_MUTANTS if more else MUTANTS:
         if mutant.layout.name not in engines:
             engines[mutant.layout.name] = mutant.layout.make()
         engine = engines[mutant.layout.name]
@@ -167,6 +167,11 @@ def missed(mutant: Mutant, verdicts: tuple[TrainingVerdict, ...]) -> str:
     return "" if named else f"{mutant.name}: {[f'{each.check}: {each}' for each in problems]}"
 
 
+def unnamed(mutants: Sequence[Mutant], found: Sequence[tuple[TrainingVerdict, ...]]) -> list[str]:
+    """The mutants that no verdict names."""
+    return [told for mutant, verdicts in zip(mutants, found, strict=True) if (told := missed(mutant, verdicts))]
+
+
 def check_shadow(found: dict[str, Any]) -> None:
     """The flipped value is told of its layer and rank, with the rank it came from; without it nothing is found."""
     assert {(each.layer, each.rank, each.step) for each in found["found"]} == {("layers.1", 1, 2)}
@@ -180,15 +185,12 @@ def check_shadow(found: dict[str, Any]) -> None:
 def test_each_planted_fault_is_named_and_a_sound_engine_has_none_and_is_what_it_was(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    by_rank = run_ranks(4, all_of_it, [AUX, BIAS], str(script), timeout_s=240)
+    by_rank = run_ranks(4, all_of_it, OF_EACH_MAKER, str(script), timeout_s=240)
     assert all(theirs[0][0][0] == by_rank[0][0][0][0] for theirs in by_rank), "every rank has the same report"
     for theirs in by_rank:
-        for layout, found in zip([AUX, BIAS], theirs[0], strict=True):
+        for layout, found in zip(OF_EACH_MAKER, theirs[0], strict=True):
             check_sound(layout, found)
-    unnamed = [
-        told for mutant, verdicts in zip(MUTANTS, by_rank[0][1], strict=True) if (told := missed(mutant, verdicts))
-    ]
-    assert unnamed == []
+    assert unnamed(MUTANTS, by_rank[0][1]) == []
     for rank, theirs in enumerate(by_rank):
         assert theirs[2]["found"] == by_rank[0][2]["found"], rank
     check_shadow(by_rank[0][2])
@@ -216,10 +218,16 @@ def test_a_rank_that_fails_in_the_middle_ends_all_ranks_and_their_state_is_put_b
 
 @pytest.mark.slow
 def test_a_sound_engine_of_each_layout_has_no_finding_and_is_what_it_was() -> None:
-    by_rank = run_ranks(4, verified, LAYOUTS, timeout_s=400)
-    for theirs in by_rank:
-        for layout, found in zip(LAYOUTS, theirs, strict=True):
-            check_sound(layout, found)
+    for ep_size in (1, 2, 4):  # DeepSpeed writes the largest of a process into every checkpoint
+        layouts = [layout for layout in LAYOUTS if layout.job.ep_size == ep_size]
+        for theirs in run_ranks(4, verified, layouts, timeout_s=400):
+            for layout, found in zip(layouts, theirs, strict=True):
+                check_sound(layout, found)
+
+
+@pytest.mark.slow
+def test_each_further_fault_is_named() -> None:
+    assert unnamed(MORE_MUTANTS, run_ranks(4, judged, True, timeout_s=240)[0]) == []
 
 
 @pytest.mark.slow
