@@ -13,7 +13,7 @@ from ds_moe_ep.engine.state.optimizer_view import loss_scale
 from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.engine.views.moved import SEED, ExactAndMoved, moved
 from ds_moe_ep.engine.views.observe import ObservedPass
-from ds_moe_ep.verification.reference_routing import balance_loss, scores_of, weights_of
+from ds_moe_ep.verification.reference_routing import balance_loss, counted_ids, scores_of, weights_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class GateOracle:
             weights_TK = weights_of(scores_of(logits_TE, rule), seen.ids_TK, seen.kept_TK, rule)
             loss = (weights_TK * dweights_TK).sum()
             if config is not None and seen.dbalance is not None:
-                loss = loss + seen.dbalance * balance_loss(logits_TE, seen.ids_TK, config, rule)
+                loss = loss + seen.dbalance * balance_loss(logits_TE, counted_ids(seen, logits_TE, rule), config, rule)
         return torch.autograd.grad(loss, logits_TE)[0]
 
 

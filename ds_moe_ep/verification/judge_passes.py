@@ -21,7 +21,14 @@ from ds_moe_ep.engine.views.moved import ROUNDINGS, SEED, ExactAndMoved, moved
 from ds_moe_ep.engine.views.observe import ObservedPass
 from ds_moe_ep.verification.gate_oracle import GateOracle, logits_of
 from ds_moe_ep.verification.oracle import Oracle, OracleLayer
-from ds_moe_ep.verification.reference_routing import NUM_DRAWS, balance_loss, scores_of, strangely_routed, weights_of
+from ds_moe_ep.verification.reference_routing import (
+    NUM_DRAWS,
+    balance_loss,
+    counted_ids,
+    scores_of,
+    strangely_routed,
+    weights_of,
+)
 from ds_moe_ep.verification.verdicts import TrainingVerdict, short
 
 EXCHANGE = "compare a run with schedule 'serial' and transport 'collective'; where that is right, report the schedule"
@@ -115,7 +122,8 @@ class PassJudge:
                 continue
             assert weight_ED is not None and seen.ids_TK is not None
             exact, draws = self._logits(seen, weight_ED)
-            asked, *near = (float(balance_loss(each, seen.ids_TK, config, rule)) for each in (exact, *draws))
+            ids_TK = counted_ids(seen, exact, rule)
+            asked, *near = (float(balance_loss(each, ids_TK, config, rule)) for each in (exact, *draws))
             reach = max((abs(each - asked) for each in near), default=0.0) + ROUNDINGS * 1e-7 * abs(asked)
             if abs(seen.balance_loss - asked) > reach:
                 yield self._problem(

@@ -46,15 +46,27 @@ def strangely_routed(
     seen: ObservedPass, logits_TE: Tensor, moved_logits: Sequence[Tensor], rule: RoutingRule
 ) -> tuple[Tensor, Tensor]:
     """Tokens whose experts are others than the rule's and no near tie, and the mask [T, E] that the rule asks for."""
-    assert seen.ids_TK is not None
-    found_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, seen.ids_TK, True)
+    assert seen.ids_TK is not None and seen.kept_TK is not None
+    told_TK = seen.kept_TK if seen.hides_dropped else torch.ones_like(seen.kept_TK)
+    found_TE = torch.zeros_like(logits_TE).scatter_add_(1, seen.ids_TK, told_TK.to(logits_TE)) > 0
+
+    def is_strange(asked_TE: Tensor) -> Tensor:
+        wrong_TE = found_TE & ~asked_TE if seen.hides_dropped else found_TE != asked_TE
+        return wrong_TE.any(1)
+
     asked_TE = choose(scores_of(logits_TE, rule), seen.bias_E, rule)
-    is_strange_T = (found_TE != asked_TE).any(1)
+    is_strange_T = is_strange(asked_TE)
     for each in moved_logits:
         if not is_strange_T.any():
             break
-        is_strange_T &= (found_TE != choose(scores_of(each, rule), seen.bias_E, rule)).any(1)
+        is_strange_T &= is_strange(choose(scores_of(each, rule), seen.bias_E, rule))
     return is_strange_T.nonzero()[:, 0], asked_TE
+
+
+def counted_ids(seen: ObservedPass, logits_TE: Tensor, rule: RoutingRule) -> Tensor:
+    """The experts [T, K] that a balance loss counts: those chosen before any drop."""
+    assert seen.ids_TK is not None
+    return scores_of(logits_TE.detach(), rule).topk(rule.top_k, dim=1).indices if seen.hides_dropped else seen.ids_TK
 
 
 def balance_loss(logits_TE: Tensor, ids_TK: Tensor, config: MoEConfig, rule: RoutingRule) -> Tensor:

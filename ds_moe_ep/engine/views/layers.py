@@ -67,6 +67,7 @@ class Routed:
     ids_TK: Tensor
     weights_TK: Tensor
     kept_TK: Tensor
+    hides_dropped: bool = False  # the gate does not say which experts a dropped choice was for
 
 
 class ViewedLayer:
@@ -267,7 +268,7 @@ class NativeLayerView(_DeepSpeedFace):
 
     def routed(self, output: Any) -> Routed:
         ids_TK = output[3].t().long()
-        return Routed(ids_TK.clamp(min=0), output[5].t(), ids_TK >= 0)
+        return Routed(ids_TK.clamp(min=0), output[5].t(), ids_TK >= 0, bool((ids_TK < 0).any()))
 
     def balance_config(self) -> MoEConfig | None:
         return MoEConfig(num_experts=self.num_experts, ep_size=self.ep_size, top_k=self.gate.k)

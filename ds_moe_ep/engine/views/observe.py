@@ -40,6 +40,7 @@ class ObservedPass:
     dy_TD: Tensor | None = None
     dweights_TK: Tensor | None = None
     dbalance: float | None = None
+    hides_dropped: bool = False  # of a dropped choice the expert is not known
     has_mask: bool = False  # tokens were left out by the caller
     has_residual: bool = False  # the caller had something added to the output
     dlogits_TE: dict[int, Tensor] = field(default_factory=dict)  # at each use of AutoEP's gate, of which 0 routes
@@ -111,6 +112,7 @@ class Observation:
         seen, routed = self._passes[layer.name][-1], layer.routed(output)
         seen.ids_TK, seen.weights_TK = self._keep(routed.ids_TK), self._keep(routed.weights_TK)
         seen.kept_TK = self._keep(routed.kept_TK)
+        seen.hides_dropped = routed.hides_dropped
         if routed.weights_TK.requires_grad:
             routed.weights_TK.register_hook(partial(self._keep_gradient, seen, "dweights_TK", routed.ids_TK.shape[1]))
 
