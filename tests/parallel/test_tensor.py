@@ -56,9 +56,14 @@ def test_every_kind_of_parameter_is_cut_as_the_table_says_and_no_other_exists() 
     assert seen == EXPECTED.keys()
 
 
-def test_the_engines_own_level_of_names_changes_no_cut() -> None:
-    for name, _ in whole_model().named_parameters():
-        assert cut_dimension(name.replace("feed_forward.", "feed_forward.deepspeed_moe.")) == cut_dimension(name)
+def test_a_layer_that_shares_its_experts_is_cut_nowhere_and_all_else_as_ever() -> None:
+    shared = [
+        name.replace("feed_forward.", "feed_forward.deepspeed_moe.") for name, _ in whole_model().named_parameters()
+    ]
+    names = [name for name, _ in whole_model().named_parameters()]
+    assert any(cut_dimension(name) is not None for name in names if "feed_forward." in name), "the control"
+    for name, of_shared in zip(names, shared, strict=True):
+        assert cut_dimension(of_shared) == (None if "feed_forward." in name else cut_dimension(name))
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])

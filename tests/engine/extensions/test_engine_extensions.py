@@ -24,7 +24,8 @@ def num_wrappers(owner: Any, name: str) -> int:
 def wrapped(engine: Any) -> dict[str, int]:
     from ds_moe_ep.engine.extensions.engine_extensions import METHODS
 
-    return {name: number for name in METHODS if (number := num_wrappers(engine, name))}
+    methods = [name for name in METHODS if hasattr(type(engine), name)]  # some are of a pipeline's engine
+    return {name: number for name in methods if (number := num_wrappers(engine, name))}
 
 
 def wrapped_optimizer(engine: Any) -> dict[str, int]:
