@@ -30,12 +30,12 @@ BYTES_PER_LAYER = 64_000_000  # about, of the experts in fp32
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """One run of the benchmark; the same on every rank."""
+    """One round of the benchmark; the same on every rank."""
 
     folder: str
     num_ranks: int
     model_mb: int
-    rounds: int
+    number: int
     port: int
 
 
@@ -56,12 +56,10 @@ def _run(rank: int, plan: CheckpointPlan, tell: Tell) -> None:
     transformers.logging.disable_progress_bar()
     assert transformers.MixtralForCausalLM is not None  # its imports are no part of the first round
     folder = Path(plan.folder)
-    if rank == 0:
+    if rank == 0 and not (folder / "source").exists():
         make_source(folder / "source", plan.model_mb * 10**6)
     dist.barrier()
-    bench = _RankBench(rank, folder, tell)
-    for number in range(plan.rounds):
-        bench.round(number, plan.num_ranks)
+    _RankBench(rank, folder, tell).round(plan.number, plan.num_ranks)
     dist.destroy_process_group()
 
 
@@ -89,6 +87,7 @@ class _RankBench:
         model = self._timed(IMPORT, lambda: self._model(num_ranks), lambda: source)
         self._out_and_in(self._engine(model), place)
         del model
+        gc.collect()  # an engine is full of circles, and another of its size comes now
         saved, other = place / "saved", self._engine(self._model(num_ranks // 2))
         self._timed(RELOAD, lambda: other.load_checkpoint(str(saved)), lambda: bytes_below(saved))
         dist.barrier()
