@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_moe_ep import GeluMLP, MoE, MoEConfig
+from ds_moe_ep.engine.views.layers import viewed_layers
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.quantity import number
 from ds_moe_ep.verification.command import run, run_rank
@@ -238,6 +240,17 @@ def test_the_shadow_finds_nothing_in_sound_layers_of_each_maker() -> None:
     for found in run_ranks(4, all_sound, layouts, timeout_s=200):
         assert [checks for checks, _ in found] == [layout.job.steps for layout in layouts]
         assert [findings for _, findings in found] == [[] for _ in layouts]
+
+
+def test_a_bias_that_a_layer_starts_from_counts_in_the_routing_that_is_asked_for() -> None:
+    layer = MoE(8, GeluMLP(8, 16), config=MoEConfig(num_experts=4, top_k=2, score="sigmoid", balance="bias"))
+    start_E = torch.tensor([0.3, -0.2, 0.0, 0.1])
+    layer.balance.start_from(start_E)
+    layer.balance.steps_E += torch.tensor([0, 1, 0, -2])
+    (view,) = viewed_layers(torch.nn.ModuleDict({"moe": layer}))
+    asked_E = start_E + layer.config.bias_step * layer.balance.steps_E
+    assert torch.allclose(view.choice_bias_E(), asked_E.double(), rtol=0, atol=1e-7)
+    assert not torch.allclose(view.choice_bias_E(), (asked_E - start_E).double(), atol=1e-2), "the control"
 
 
 def test_a_report_ends_with_one_where_there_is_a_problem_and_says_so_in_json() -> None:

@@ -241,7 +241,12 @@ class OwnLayerView(_DeepSpeedFace):
 
     def choice_bias_E(self) -> Tensor | None:
         balance = self.gate.balance
-        return None if balance is None else balance.steps_E.double() * self.config.bias_step
+        if balance is None:
+            return None
+        # From what is stored, and not `balance.bias_E`, which is a part of what is verified.
+        moved_E: Tensor = balance.steps_E.double() * self.config.bias_step
+        start_E = balance.start_bits_E
+        return moved_E if start_E is None else start_E.view(torch.float32).double() + moved_E
 
     def adds_more(self) -> bool:
         return self.inner.shared is not None
