@@ -234,11 +234,6 @@ class MoE(DeepSpeedMoE):
             )
         if scope == "sequence":
             return
-        if seams.num_pipeline_stages() > 1:
-            raise ConfigError(
-                "moe_ep.balance_scope='batch' in pipeline stages: several micro-batches are on their way, and none "
-                "knows the load of the batch; set it to 'rank', 'group' or 'sequence'"
-            )
         self.batch_load.sum_over_ranks = seams.sum_over_tokens
 
     def share_tokens(self) -> None:

@@ -57,8 +57,12 @@ def init_weights(model: nn.Module, seed: int, expert_index: Callable[[int], int]
 
 def global_name(name: str, expert_index: Callable[[int], int] = local_is_global) -> str:
     """The parameter's name on a single device: global expert index, without the engine's own level."""
-    whole = name.replace("deepspeed_moe.", "")
-    return LOCAL_EXPERT.sub(lambda match: f"deepspeed_experts.{expert_index(int(match[1]))}.", whole)
+    return renumbered(name.replace("deepspeed_moe.", ""), expert_index)
+
+
+def renumbered(name: str, expert_index: Callable[[int], int]) -> str:
+    """The name of an expert's tensor with another index of the expert; other names as they are."""
+    return LOCAL_EXPERT.sub(lambda match: f"deepspeed_experts.{expert_index(int(match[1]))}.", name)
 
 
 def first_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> torch.Tensor:

@@ -38,9 +38,8 @@ def far_nodes(piece: Piece) -> list[int]:
 
 def _ends(op: Op, rank: int, schedule: Schedule, *, is_sender: bool) -> Iterator[Ends]:
     torus, piece = schedule.torus, schedule.pieces[op.piece]
-    is_outward = op.kind in (Kind.DISPATCH, Kind.SPREAD)
-    there = torus.target if is_outward == is_sender else torus.source
-    legs = (op.piece in schedule.spreads) if is_outward else (op.piece in schedule.gathers)
+    there = torus.target if _is_outward(op) == is_sender else torus.source
+    legs = _has_legs(op, schedule)
     if legs and op.kind in (Kind.DISPATCH, Kind.COMBINE):
         for node in far_nodes(piece):
             yield Ends(there(rank, (node, 0)), f"copies for node +{node}")
@@ -48,6 +47,16 @@ def _ends(op: Op, rank: int, schedule: Schedule, *, is_sender: bool) -> Iterator
     for offset in piece.offsets:
         rows = f"cut {piece.cut} of {piece.num_cuts} at offset {offset}"
         yield Ends(there(rank, (0, offset[1]) if legs else offset), rows)
+
+
+def _is_outward(op: Op) -> bool:
+    """True on the way to the experts."""
+    return op.kind in (Kind.DISPATCH, Kind.SPREAD)
+
+
+def _has_legs(op: Op, schedule: Schedule) -> bool:
+    """True where the transfer's piece goes over two levels in the transfer's direction."""
+    return op.piece in (schedule.spreads if _is_outward(op) else schedule.gathers)
 
 
 def copies_share(num_experts: int, top_k: int, num_nodes: int) -> float:
@@ -72,11 +81,9 @@ class Legs(NamedTuple):
 def legs_of(op: Op, schedule: Schedule, share: float) -> Legs:
     """The offsets' worth of rows that a transfer moves from this rank; `share`: copies over far rows."""
     piece = schedule.pieces[op.piece]
-    is_outward = op.kind in (Kind.DISPATCH, Kind.SPREAD)
-    legs = (op.piece in schedule.spreads) if is_outward else (op.piece in schedule.gathers)
     far = sum(offset[0] != 0 for offset in piece.offsets) / piece.num_cuts
     near = _crossing_near(piece.offsets) / piece.num_cuts
-    if not legs:
+    if not _has_legs(op, schedule):
         return Legs(far, near)
     if op.kind in (Kind.DISPATCH, Kind.COMBINE):
         return Legs(far * share, 0.0)

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.checkpoint.finish import wait_for_saves
+from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE
 from ds_moe_ep.engine.state.optimizer_view import loss_scale
 from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.verification.judge_optimizer import digest, named_states, named_tensors
 from ds_moe_ep.verification.verdicts import TrainingVerdict
 
 TAG = "verify"
-_EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt")
 _LOCAL = re.compile(r"(\.deepspeed_experts\.)\d+\.")
 
 
@@ -122,7 +122,7 @@ class CheckpointJudge:
         live = {name: value for theirs in everyone for name, value in theirs.items()}
         seen: set[str] = set()
         for path in sorted(folder.glob("layer_*_expert_*_model_states.pt")):
-            if match := _EXPERT_FILE.fullmatch(path.name):
+            if match := EXPERT_FILE.fullmatch(path.name):
                 layer = self._layers[int(match[1])]
                 for key, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
                     name = f"{layer.name} expert {match[2]} {_name_in_expert(key)}"

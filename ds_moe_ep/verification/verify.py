@@ -27,6 +27,7 @@ from ds_moe_ep.engine.state.optimizer_view import AppliedNorm, own_square, sum_o
 from ds_moe_ep.engine.views.layers import ViewedLayer, viewed_layers
 from ds_moe_ep.engine.views.observe import Observation, ObservedPass
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.health.watch import Watch
 from ds_moe_ep.verification import judge_optimizer
 from ds_moe_ep.verification.gate_oracle import model_balance
 from ds_moe_ep.verification.judge_balance import BiasMovement, balance_weights
@@ -140,8 +141,7 @@ class Verification:
     @contextmanager
     def among_others(self) -> Iterator[None]:
         """A scope in which all ranks need each other: an error of one is told to the others, who do not wait for it."""
-        limits = [layer.layer.config.timeout_s for layer in self._layers if hasattr(layer.layer, "config")]
-        watch = seams.watch_of_world(min(limits, default=DEFAULT_LIMIT_S))
+        watch = _watch_of(self._layers)
         try:
             with watch.among_others("verify"):
                 yield
@@ -273,13 +273,18 @@ def _supervised(engine: Any, layers: Sequence[ViewedLayer]) -> Iterator[None]:
     if extensions.has(Supervision):
         yield
         return
-    limits = [layer.layer.config.timeout_s for layer in layers if hasattr(layer.layer, "config")]
-    callback = Supervision(engine, seams.watch_of_world(min(limits, default=DEFAULT_LIMIT_S)))
+    callback = Supervision(engine, _watch_of(layers))
     extensions.install([callback])
     try:
         yield
     finally:
         extensions.uninstall([callback])
+
+
+def _watch_of(layers: Sequence[ViewedLayer]) -> Watch:
+    """The watch over all ranks, with the shortest time limit of the layers that have one."""
+    limits = [layer.layer.config.timeout_s for layer in layers if hasattr(layer.layer, "config")]
+    return seams.watch_of_world(min(limits, default=DEFAULT_LIMIT_S))
 
 
 def _problem_of(engine: Any) -> EngineError | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.load import folder_to_load, reshards, saved_ranks, wants_states
+from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, folder_to_load, reshards, saved_ranks, wants_states
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.engine.layouts.stages import model_ranks_of_stage
 from ds_moe_ep.errors import EngineError
@@ -25,7 +25,6 @@ from ds_moe_ep.errors import EngineError
 SAVING, OLD = ".saving", ".old"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
-_EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 
 
@@ -155,7 +154,7 @@ def missing_files(folder: Path, experts: set[tuple[int, int]], num_ranks: int) -
     if not any(_MODEL_FILE.fullmatch(name) for name in names):
         return "it holds no mp_rank_*_model_states.pt"
     mine = model_ranks_of_stage()
-    files = [m for name in names if (m := _EXPERT_FILE.fullmatch(name))]
+    files = [m for name in names if (m := EXPERT_FILE.fullmatch(name))]
     found = {(int(m[1]), int(m[2])) for m in files if mine is None or int(m[3]) in mine}
     lacking = sorted(experts - found)
     if files and lacking:

@@ -33,6 +33,7 @@ OPTIONS = (
     "custom_load_fn",
 )
 MAIN_FILE = "mp_rank_00_model_states.pt"
+EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")  # layer, expert, model rank
 _LOCAL_EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
 _OPTIMIZER_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.errors import EngineError
-from ds_moe_ep.model.initialize import LOCAL_EXPERT
+from ds_moe_ep.model.initialize import LOCAL_EXPERT, renumbered
 
 
 def take_own_experts(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -26,7 +26,7 @@ def take_own_experts(layer: Any, state_dict: dict[str, Any], prefix: str, *_: An
     num_local = int(layer.num_local_experts)
     if all(index < num_local for index in index_of.values()):
         return
-    group = seams.known_expert_group(int(layer.ep_size))
+    group = expert_group_of(layer)
     if group is None:
         raise EngineError(
             f"{prefix.removesuffix('.') or type(layer).__name__}: a state of all experts cannot be loaded before the "
@@ -39,6 +39,14 @@ def take_own_experts(layer: Any, state_dict: dict[str, Any], prefix: str, *_: An
             state_dict[shifted(name, -first)] = tensor
 
 
+def expert_group_of(layer: Any) -> dist.ProcessGroup | None:
+    """The ranks that share the experts of a layer, whoever made it; None where their group does not exist yet."""
+    if seams.is_autoep_layer(layer):
+        group: dist.ProcessGroup | None = layer.ep_group
+        return group
+    return seams.known_expert_group(int(layer.ep_size))
+
+
 def shifted(name: str, offset: int) -> str:
     """The name of an expert's tensor with `offset` added to the expert's index."""
-    return LOCAL_EXPERT.sub(lambda match: f"deepspeed_experts.{int(match[1]) + offset}.", name)
+    return renumbered(name, lambda index: index + offset)

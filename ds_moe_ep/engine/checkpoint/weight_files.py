@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
-from ds_moe_ep.engine.checkpoint.load import MAIN_FILE
+from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, MAIN_FILE
 from ds_moe_ep.engine.layer import MoE
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.model.initialize import LOCAL_EXPERT, global_name
@@ -27,7 +27,6 @@ from ds_moe_ep.parallel.stages import name_on_one_device, stage_modules
 from ds_moe_ep.parallel.tensor import Share
 
 WHOLE = Share(0, 1)
-_EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_\d+_model_states\.pt")
 _MODULE_FILE = re.compile(r"layer_\d+-model_(\d+)-model_states\.pt")
 
 
@@ -110,7 +109,7 @@ def find_files(names: Iterable[str], folder: str, model: ModelConfig, moe: MoECo
     """
     present = {name for name in names if name.endswith("model_states.pt")}
     tensor_ranks = [int(match[1]) for name in present if (match := _MODULE_FILE.fullmatch(name))]
-    has_experts = any(_EXPERT_FILE.fullmatch(name) for name in present)
+    has_experts = any(EXPERT_FILE.fullmatch(name) for name in present)
     if has_experts == bool(tensor_ranks):
         raise EngineError(
             f"{folder}: holds files of {'two layouts' if has_experts else 'no known layout'}; name a folder that "

@@ -26,7 +26,7 @@ from ds_moe_ep.engine.checkpoint.model_files import (
     refuse_part_of_experts,
     writer_of_file,
 )
-from ds_moe_ep.engine.checkpoint.own_experts import shifted, take_own_experts
+from ds_moe_ep.engine.checkpoint.own_experts import expert_group_of, shifted, take_own_experts
 from ds_moe_ep.engine.extensions.callback import EngineCallback
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import FAMILIES
@@ -124,8 +124,7 @@ def _stack_all(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
 
 def holders_of(layer: Any) -> list[int]:
     """The first rank of the world that holds each expert-parallel rank's experts. Collective over the world."""
-    group = layer.ep_group if seams.is_autoep_layer(layer) else seams.known_expert_group(int(layer.ep_size))
-    ranks = seams.gather(dist.get_rank(group))
+    ranks = seams.gather(dist.get_rank(expert_group_of(layer)))
     return [ranks.index(ep_rank) for ep_rank in range(int(layer.ep_size))]
 
 

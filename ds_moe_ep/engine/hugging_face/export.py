@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.checkpoint.own_experts import expert_group_of
 from ds_moe_ep.engine.hugging_face.adapters import merged
 from ds_moe_ep.engine.hugging_face.blocks import blocks_of
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
@@ -119,7 +120,7 @@ def _first_expert(block: ExpertBlock) -> int | None:
     ep_size = int(layer.ep_size)
     if ep_size == 1:
         return 0 if dist.get_rank() == 0 else None
-    group = layer.ep_group if block.is_autoep else seams.known_expert_group(ep_size)
+    group = expert_group_of(layer)
     if group is None:
         raise EngineError(f"{block.name}: has no expert-parallel group; export from an engine")
     ep_rank = dist.get_rank(group)
