@@ -1,12 +1,16 @@
 """The harness itself: ranks that fail are named, ranks that hang are killed, no rank is left behind."""
 
+import contextlib
 import os
+import pathlib
+import socket
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from ds_moe_ep.bench.harness.processes import free_port
 from tests.ranks import RankError, run_ranks
 
 
@@ -104,3 +108,15 @@ def test_ranks_see_the_launchers_variables_and_can_start_without_a_process_group
         assert seen["started"] == "False"
         assert (seen["RANK"], seen["WORLD_SIZE"], seen["DS_ACCELERATOR"]) == (str(rank), "2", "cpu")
         assert (seen["EXTRA"], seen["threads"]) == ("yes", "1")
+
+
+def test_a_port_is_free_and_none_that_the_system_gives_to_another_connection_meanwhile() -> None:
+    first = int(pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with contextlib.ExitStack() as listening:
+        for _ in range(20):  # each stays taken, and the next is another
+            server = listening.enter_context(socket.socket())
+            server.bind(("127.0.0.1", port := free_port()))
+            assert port < first
+    with socket.socket() as outgoing:  # the control: what the system chooses by itself is not below
+        outgoing.bind(("127.0.0.1", 0))
+        assert outgoing.getsockname()[1] >= first

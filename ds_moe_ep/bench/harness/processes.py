@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
+import pathlib
 import queue
+import random
 import signal
 import socket
 import traceback
@@ -21,6 +24,7 @@ from ds_moe_ep.errors import EngineError
 POLL_S = 0.5
 END_S = 10.0
 PR_SET_PDEATHSIG = 1
+NUM_PORTS = 12_000  # below those of outgoing connections; Linux gives 32,768 and up
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,25 @@ def loopback_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on, and that no outgoing connection gets until the caller listens on it.
+
+    A port that the system chose itself would be one of those that it gives to the next connections of every process.
+    """
+    first = _first_outgoing_port()
+    for port in random.SystemRandom().sample(range(first - NUM_PORTS, first), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise EngineError(f"ports {first - NUM_PORTS} to {first - 1}: 100 tried, all taken; end a job and start again")
+
+
+def _first_outgoing_port() -> int:
+    """The lowest port that the system gives to outgoing connections, or its usual one where that is not to be had."""
+    with contextlib.suppress(OSError, ValueError):
+        first = int(pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        if first > NUM_PORTS + 1024:
+            return first
+    return 32768
 
 
 @contextmanager
