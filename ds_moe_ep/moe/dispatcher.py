@@ -354,7 +354,8 @@ class Dispatcher:
         if shared is not None:
             shared = replace(shared, x_TD=shared.x_TD.detach())
         lanes = self._lanes_on(rows_ND.device)
-        run = AutotuneRun(self._config, rows_ND.detach(), plan, experts, transport, self.torus, lanes, shared)
+        rows_ND = rows_ND.detach()
+        run = AutotuneRun(self._config, rows_ND, plan, experts, transport, self.torus, lanes, shared, self._name)
         before = self._choice
         self.take_choice(choice := run.choose())
         if self._replicas is not None:

@@ -169,6 +169,7 @@ class AutotuneRun:
     torus: Torus
     lanes: Lanes
     shared: SharedExpert | None = None
+    layer: str = ""  # its name, by which a rank that ends meanwhile is told
     measured: list[tuple[Costs, int]] = dataclasses.field(default_factory=list)  # for so many rows per rank
 
     def choose(self) -> Choice:
@@ -318,7 +319,9 @@ class AutotuneRun:
         layout = lay_out(self.plan, forward, self.transport.rank, num_shared, is_grouped)
         in_triton = use_triton(self.config, self.rows_ND.device)
         copies = self.plan.copies
-        return PassContext(layout, forward, backward, self.transport, self.lanes, Off(), in_triton, copies=copies)
+        return PassContext(
+            layout, forward, backward, self.transport, self.lanes, Off(), in_triton, self.layer, copies=copies
+        )
 
     def _mean(self, values: Sequence[float]) -> list[float]:
         """The mean of each value over the ranks. Collective; waits for the device."""

@@ -99,11 +99,13 @@ class Counting(Wrapper):
     def __init__(self, inner: Transport) -> None:
         super().__init__(inner)
         self.started: list[tuple[str, int]] = []
+        self.layers: set[str] = set()  # whose transfers they were
         self.num_waits = 0
         self.num_bytes = 0  # sent to other ranks
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         self.started.append((lane, sum(map(len, sends))))
+        self.layers.add(tags.layer)
         self.num_bytes += sum(message.num_bytes for message in sends if message.peer != self.rank)
         return _CountedTransfer(super().start(lane, sends, receives, tags), self)
 

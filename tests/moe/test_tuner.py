@@ -100,16 +100,19 @@ def test_measuring_changes_no_result_and_leaves_no_gradient() -> None:
         assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
 
 
-def transfers_of_passes() -> tuple[list[int], bool]:
-    """Transfers of: evaluation, the first training pass, the second, one after a restored choice."""
+def transfers_of_passes() -> tuple[list[int], bool, list[set[str]]]:
+    """Transfers of: evaluation, the first training pass, the second, one after a restored choice; whose they are."""
     layer = make_layer(0.0)
+    layer.dispatcher.rename("layers.3")
     transport = Counting(layer.dispatcher.connection.transport)
     layer.connect(transport, Torus(2, 2))
-    counts = []
+    counts, layers = [], []
 
     def run(of: ExpertParallel) -> None:
         before = len(transport.started)
+        transport.layers.clear()
         of(tokens())
+        layers.append(set(transport.layers))
         counts.append(len(transport.started) - before)
 
     with torch.no_grad():
@@ -121,14 +124,16 @@ def transfers_of_passes() -> tuple[list[int], bool]:
     other.connect(transport, Torus(2, 2))
     other.dispatcher.take_choice(layer.dispatcher.choice)
     run(other)
-    return counts, layer.dispatcher.choice == other.dispatcher.choice
+    return counts, layer.dispatcher.choice == other.dispatcher.choice, layers
 
 
-def test_only_the_first_training_pass_without_a_choice_measures() -> None:
-    for (evaluation, first, second, restored), is_same in run_ranks(4, transfers_of_passes):
+def test_only_the_first_training_pass_without_a_choice_measures_under_the_name_of_its_layer() -> None:
+    for (evaluation, first, second, restored), is_same, layers in run_ranks(4, transfers_of_passes):
         assert is_same
         assert first > 10 * evaluation
         assert second == restored <= evaluation + 14, "eight chunks have 16 transfers, serial has 2"
+        # A rank that ends while the layer measures is told with the layer; the last one was given no name.
+        assert layers == [{"layers.3"}, {"layers.3"}, {"layers.3"}, {""}]
 
 
 def choices_under_drift(watchers: tuple[int, ...]) -> list[int]:
