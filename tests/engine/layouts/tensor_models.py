@@ -20,11 +20,15 @@ from tests.reference import moe_reference
 
 NUM_EXPERTS, TENSOR_SIZE, WORLD = 4, 2, 4
 AUX_WEIGHT, RATE, STEPS = 0.05, 0.5, 2
+BF16_BOUND = 0.08  # of a gradient of one step beside float64, relative to the largest value of a tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorJob:
-    """Two steps of plain gradient descent on 4 ranks, of which each 2 hold the same tokens."""
+    """Two steps of plain gradient descent on 4 ranks, of which each 2 hold the same tokens.
+
+    In bf16 one step, by so much that a weight's move is its gradient up to rounding.
+    """
 
     kind: str = "ours"  # or "hooked", or "native": DeepSpeed's own
     ep_size: int = 2
@@ -51,6 +55,14 @@ class TensorJob:
             min_capacity=1, drop_policy="score" if self.top_k > 2 else "position", schedule="peers", **self.knobs,
         )  # fmt: skip
 
+    @property
+    def rate(self) -> float:
+        return 2.0**20 if self.bf16 else RATE
+
+    @property
+    def steps(self) -> int:
+        return 1 if self.bf16 else STEPS
+
     def ds_config(self, keys: dict[str, Any]) -> dict[str, Any]:
         zero = {"stage": self.stage, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000}
         config = {
@@ -74,7 +86,7 @@ class TensorJob:
         """Tokens [copies, T, D] of each micro-batch."""
         generator = torch.Generator().manual_seed(11)
         shape = (WORLD // TENSOR_SIZE, self.tokens, D)
-        return [torch.randn(shape, generator=generator) for _ in range(STEPS * self.accumulation)]
+        return [torch.randn(shape, generator=generator) for _ in range(self.steps * self.accumulation)]
 
 
 class CopyToRanks(torch.autograd.Function):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tests.engine.layouts.tensor_models import (
     NUM_EXPERTS,
-    RATE,
     TENSOR_SIZE,
     Dense,
     LoopExperts,
@@ -92,7 +91,7 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
         try:
             engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=torch.optim.SGD(parameter_groups(model), lr=RATE),
+                optimizer=torch.optim.SGD(parameter_groups(model), lr=job.rate),
                 mpu=None if is_cut_by_autotp else grid,
                 config=job.ds_config(keys or {}),
             )
@@ -251,18 +250,19 @@ def merged(by_rank: Sequence[Trained | str]) -> Trained | str:
 
 
 def reference(job: TensorJob) -> Trained:
-    """The same steps in one process and float64."""
+    """The same steps in one process and float64, from the weights and tokens that the ranks have."""
     from ds_moe_ep.model.initialize import global_name
 
     model = TensorModel(job, lambda: LoopExperts(job))
     assert all(isinstance(dense, Dense) for dense in model.dense)
     give_weights(model, job)
-    model.double()
+    dtype = torch.bfloat16 if job.bf16 else torch.float32
+    model.to(dtype).double()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=job.rate)
     losses, norms = [], []
     for number, x in enumerate(job.batches(), 1):
-        loss = model(x.flatten(0, 1).double())
+        loss = model(x.flatten(0, 1).to(dtype).double())
         (loss / job.accumulation).backward()
         losses.append(float(loss.detach()))
         if number % job.accumulation == 0:

@@ -1,16 +1,18 @@
-"""A rank that dies beside tensor ranks: all others end, and name it."""
+"""A rank that dies beside tensor ranks or sequence ranks: all others end, and name it."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from torch import Tensor
 
 from tests.engine.layouts.tensor_models import TensorJob
+from tests.engine.layouts.test_sequence_parallel import SequenceJob, run_job
 from tests.engine.layouts.test_tensor_checkpoints import make_engine, step
 from tests.ranks import RankError, run_ranks
 
@@ -45,6 +47,35 @@ def test_a_rank_that_dies_in_a_gather_of_tensor_ranks_ends_the_others(ep_size: i
     job = TensorJob(ep_size=ep_size, top_k=2, knobs={"timeout_s": 10.0, "watch": None})
     with pytest.raises(RankError) as error:
         run_ranks(4, train_until_killed, job, call, timeout_s=LIMIT_S)
+    failures = error.value.failures
+    assert sorted(failures) == [0, 1, 2, 3]
+    for rank in (0, 1, 2):
+        assert f"rank {CULPRIT}" in failures[rank].message, (rank, failures[rank].message)
+
+
+def train_sequences_until_killed(job: SequenceJob) -> None:
+    """Steps on this rank; the culprit dies in the forward pass of the second one."""
+    from ds_moe_ep.moe.dispatcher import Dispatcher
+
+    call, calls = Dispatcher.__call__, []
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if dist.get_rank() == CULPRIT and len(calls) == 3:  # each step has two layers
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(LIMIT_S)
+        return call(*args, **kwargs)
+
+    Dispatcher.__call__ = dies  # type: ignore[method-assign]
+    run_job(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ep_size", [2, 4])
+def test_a_rank_that_dies_beside_sequence_ranks_ends_the_others(ep_size: int) -> None:
+    job = SequenceJob(ep_size=ep_size, top_k=2, knobs={"timeout_s": 10.0, "watch": None})
+    with pytest.raises(RankError) as error:
+        run_ranks(4, train_sequences_until_killed, job, timeout_s=LIMIT_S)
     failures = error.value.failures
     assert sorted(failures) == [0, 1, 2, 3]
     for rank in (0, 1, 2):
