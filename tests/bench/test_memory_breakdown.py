@@ -42,9 +42,9 @@ class Hold(torch.autograd.Function):
 class Holder(nn.Module):
     """A few Linears with, where it is told to, an activation of known size."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = DEPTH) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
         self.holds = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +120,8 @@ def activation_job() -> tuple[Any, ...]:
     from ds_moe_ep.bench.meters.memory import return_freed_memory
 
     return_freed_memory()
-    engine, other = make_engine(Holder(), stage(0)), make_engine(Holder(), stage(0))
+    # One layer: DeepSpeed flattens all gradients of a step, and those of DEPTH layers are as much as the noise.
+    engine, other = (make_engine(Holder(depth=1), stage(0)) for _ in range(2))
     other.module.register_buffer("large", torch.ones(HELD_BYTES // 4))
     for one in (engine, other):
         train_step(one)
@@ -143,8 +144,7 @@ def activation_job() -> tuple[Any, ...]:
 
 def test_activations_are_what_a_step_holds_and_buffers_what_stays_beside_the_known_parts() -> None:
     ((without, holding, peak, buffer, forward),) = run_ranks(1, activation_job)
-    assert without["activations"] < NOISE_BYTES, "the other engine's is not ours"
-    assert without["buffers"] < NOISE_BYTES + 4 * P, "nor are its buffers; the optimizer's temporaries are"
+    assert without["activations"] < NOISE_BYTES and without["buffers"] < NOISE_BYTES, "the other engine's is not ours"
     assert holding["activations"] == pytest.approx(HELD_BYTES, abs=NOISE_BYTES)
     assert {part: holding[part] for part in ("weights", "gradients", "optimizer")} == {
         part: without[part] for part in ("weights", "gradients", "optimizer")
