@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -13,7 +12,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -87,7 +86,7 @@ def free_port() -> int:
     """
     first = _first_outgoing_port()
     for port in random.SystemRandom().sample(range(first - NUM_PORTS, first), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
+        with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
     raise EngineError(f"ports {first - NUM_PORTS} to {first - 1}: 100 tried, all taken; end a job and start again")
@@ -95,7 +94,7 @@ def free_port() -> int:
 
 def _first_outgoing_port() -> int:
     """The lowest port that the system gives to outgoing connections, or its usual one where that is not to be had."""
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         first = int(pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
         if first > NUM_PORTS + 1024:
             return first
