@@ -9,9 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,12 +16,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ds_moe_ep.bench.harness.processes import free_port
 from tests.engine.hugging_face.tiny_models import distance, load, logits_of
 from tests.examples.spoilt import losses_of, spoilt
-from tests.ranks import REPOSITORY, SERVER_ENV, run_ranks
+from tests.examples.training_scripts import EXAMPLES, launched
+from tests.ranks import run_ranks
 
-EXAMPLES = REPOSITORY / "examples"
 STEPS = 4  # after which the meter of the Trainer's callback reports
 # Each step of AdamW moves by the last bits of its gradient. Losses are printed to 1e-6; seen: 1e-6 of 4 after 12 steps.
 BOUND = 4e-6
@@ -34,22 +30,6 @@ SCRIPTS = (
     ("loop", "finetune_mixtral_accelerate", 3),
     ("autoep", "hook_autoep", 3),
 )
-
-
-def launched(script: str, *arguments: str, limit_s: float = 400.0) -> str:
-    """Output of an example under the deepspeed launcher on 4 ranks."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_gpus", "4", "--master_port", str(free_port()), str(EXAMPLES / script)]
-    environment = os.environ | SERVER_ENV | {"PYTHONPATH": str(REPOSITORY)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, **pipes)
-    try:
-        printed, _ = process.communicate(timeout=limit_s)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, printed[-3000:]
-    return printed
 
 
 def forked(folder: str, runs: dict[str, tuple[str, list[str]]]) -> dict[str, str]:
@@ -131,7 +111,7 @@ def test_the_trainer_under_the_launcher_trains_to_the_unhooked_losses_with_the_c
 ) -> None:
     unhooked = losses_of(printed["trainer, unhooked"])
     assert len(unhooked) == STEPS
-    by_launcher = launched("finetune_mixtral.py", "--steps", str(STEPS), *HOOKED)
+    by_launcher = launched("finetune_mixtral.py", "--steps", str(STEPS), *HOOKED, num_ranks=4, limit_s=400)
     assert losses_of(by_launcher) == pytest.approx(unhooked, rel=BOUND)
     for layer in range(2):
         assert f"model.layers.{layer}.mlp: AutoEPMoELayer, schedule 'peers'" in by_launcher

@@ -7,27 +7,20 @@ it, and of a micro-batch there: that moves the losses by LIMIT at most, and the 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.config.section import load_ds_config, read_section
 from ds_moe_ep.model.initialize import init_weights
 from ds_moe_ep.model.text import load_corpus, micro_batches
 from ds_moe_ep.model.transformer import build_transformer
 from ds_moe_ep.moe.layer import ExpertParallel
-from tests.examples.training_scripts import EXAMPLES
-from tests.ranks import REPOSITORY, SERVER_ENV
+from tests.examples.training_scripts import launched
 
 NUM_STEPS = 5
 LIMIT = 0.004
@@ -40,20 +33,10 @@ SCRIPTS = {
 }
 
 
-def launched(name: str, text: Path, timeout_s: float = 570.0) -> list[float]:
+def losses_of(name: str, text: Path) -> list[float]:
     """The losses that a training script prints for each step, under the launcher on 16 processes."""
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "16", "--master_port", str(free_port())]
     words = ["--deepspeed_config", name, "--data", str(text), "--steps", str(NUM_STEPS), "--eval-batches", "1"]
-    command = [*launcher, str(EXAMPLES / f"{SCRIPTS[name]}.py"), *words, "--report-every", "1"]
-    environment = os.environ | SERVER_ENV | {"PYTHONPATH": str(REPOSITORY)}
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, start_new_session=True, **pipes)
-    try:
-        printed, _ = process.communicate(timeout=timeout_s)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, printed[-4000:]
+    printed = launched(f"{SCRIPTS[name]}.py", *words, "--report-every", "1", num_ranks=16, limit_s=570)
     found = re.findall(rf"step (\d+)/{NUM_STEPS} \| loss ([\d.]+)", printed)
     assert [int(step) for step, _ in found] == list(range(1, NUM_STEPS + 1)), printed[-4000:]
     return [float(loss) for _, loss in found]
@@ -106,7 +89,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_shipped_ds_config_of_16_ranks_gives_the_loss_curve_of_one_device_under_the_launcher(
     name: str, text: Path
 ) -> None:
-    expected, found = on_one_device(text), launched(name, text)
+    expected, found = on_one_device(text), losses_of(name, text)
     off = max(abs(mine - its) for mine, its in zip(found, expected, strict=True))
     print(f"{name}: {found}, one device: {[round(loss, 4) for loss in expected]}, off by {off:.4f}")
     assert off <= LIMIT

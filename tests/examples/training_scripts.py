@@ -1,4 +1,4 @@
-"""The training scripts' `main` in the ranks of one world: runs that are stopped, resumed, and refused."""
+"""The training scripts' `main` in the ranks of one world: runs that are stopped, resumed, and refused; or launched."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,10 @@ from unittest import mock
 
 import torch.distributed as dist
 
-EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
+from ds_moe_ep.bench.harness.processes import free_port
+from tests.ranks import REPOSITORY, SERVER_ENV
+
+EXAMPLES = REPOSITORY / "examples"
 MODEL = {"name": "small", "num_layers": 2, "hidden_size": 32, "num_heads": 2, "expert_width": 32, "sequence_length": 16}
 DS_CONFIG = {
     "train_batch_size": 8,
@@ -38,6 +42,22 @@ PIPELINE = DS_CONFIG | {
     "train_micro_batch_size_per_gpu": 2,
     "moe_ep": {"num_experts": 4, "layout": {"tp_size": 1, "pp_size": 2}, "noise": "jitter", "model": MODEL},
 }
+
+
+def launched(script: str, *words: str, num_ranks: int, limit_s: float) -> str:
+    """Output of an example under the deepspeed launcher; nothing of it is left."""
+    launcher = pathlib.Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_gpus", str(num_ranks), "--master_port", str(free_port()), str(EXAMPLES / script)]
+    environment = os.environ | SERVER_ENV | {"PYTHONPATH": str(REPOSITORY)}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*command, *words], env=environment, cwd=REPOSITORY, start_new_session=True, **pipes)
+    try:
+        printed, _ = process.communicate(timeout=limit_s)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, printed[-4000:]
+    return str(printed)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from tests.reference import moe_reference
 
 NUM_EXPERTS, TENSOR_SIZE, WORLD = 4, 2, 4
 AUX_WEIGHT, RATE, STEPS = 0.05, 0.5, 2
-BF16_BOUND = 0.08  # of a gradient of one step beside float64, relative to the largest value of a tensor
+BOUND = 1e-4  # of fp32 beside float64, relative to the largest move of a tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class TensorJob:
 
     In bf16 one step, by so much that a weight's move is its gradient up to rounding.
     """
+
+    bf16_bound: ClassVar[float] = 0.08  # of a gradient of one step, relative to the largest value of a tensor
 
     kind: str = "ours"  # or "hooked", or "native": DeepSpeed's own
     ep_size: int = 2
@@ -62,6 +64,15 @@ class TensorJob:
     @property
     def steps(self) -> int:
         return 1 if self.bf16 else STEPS
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def bound(self) -> float:
+        """The largest distance from one device in float64."""
+        return self.bf16_bound if self.bf16 else BOUND
 
     def ds_config(self, keys: dict[str, Any]) -> dict[str, Any]:
         zero = {"stage": self.stage, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000}

@@ -115,10 +115,10 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
 
 
 def train(engine: Any, job: TensorJob) -> tuple[list[float], list[float]]:
-    copy, dtype = dist.get_rank() // TENSOR_SIZE, torch.bfloat16 if job.bf16 else torch.float32
+    copy = dist.get_rank() // TENSOR_SIZE
     losses, norms = [], []
     for number, x in enumerate(job.batches(), 1):
-        loss = engine(x[copy].to(dtype))
+        loss = engine(x[copy].to(job.dtype))
         engine.backward(loss)
         engine.step()
         total = loss.detach().float()
@@ -256,13 +256,12 @@ def reference(job: TensorJob) -> Trained:
     model = TensorModel(job, lambda: LoopExperts(job))
     assert all(isinstance(dense, Dense) for dense in model.dense)
     give_weights(model, job)
-    dtype = torch.bfloat16 if job.bf16 else torch.float32
-    model.to(dtype).double()
+    model.to(job.dtype).double()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=job.rate)
     losses, norms = [], []
     for number, x in enumerate(job.batches(), 1):
-        loss = model(x.flatten(0, 1).to(dtype).double())
+        loss = model(x.flatten(0, 1).to(job.dtype).double())
         (loss / job.accumulation).backward()
         losses.append(float(loss.detach()))
         if number % job.accumulation == 0:

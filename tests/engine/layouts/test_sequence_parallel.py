@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.engine.layouts.tensor_models import WORLD, D, TensorJob, TensorModel
+from tests.engine.layouts.tensor_models import BOUND, WORLD, D, TensorJob, TensorModel
 from tests.engine.layouts.tensor_runs import (
     Trained,
     forget_groups,
@@ -24,12 +24,14 @@ from tests.engine.layouts.tensor_runs import (
 )
 from tests.ranks import run_ranks
 
-BOUND, BF16_BOUND, SEQUENCE_SIZE = 1e-4, 0.04, 2
+SEQUENCE_SIZE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceJob(TensorJob):
     """4 ranks, of which each 2 hold a half of the same sequences, as ranks that are alone with their tokens."""
+
+    bf16_bound = 0.04
 
     def batches(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(11)
@@ -57,10 +59,10 @@ def run_job(job: SequenceJob) -> Trained:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=unit, config=config)
         attached = ds_moe_ep.attach_overlap(engine, {"schedule": "peers"} if job.kind == "hooked" else None)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    losses, norms, dtype = [], [], torch.bfloat16 if job.bf16 else torch.float32
+    losses, norms = [], []
     with attached:
         for x in job.batches():
-            loss = engine(x[dist.get_rank()].to(dtype))
+            loss = engine(x[dist.get_rank()].to(job.dtype))
             engine.backward(loss / SEQUENCE_SIZE)
             engine.step()
             total = loss.detach().float().clone()
@@ -135,4 +137,4 @@ def found() -> dict[str, Trained]:
 @pytest.mark.parametrize("name", MORE_JOBS)
 def test_more_sequence_ranks_train_as_one_device(found: dict[str, Trained], name: str) -> None:
     job = MORE_JOBS[name]
-    assert found[name].distance(reference(job)) < (BF16_BOUND if job.bf16 else BOUND)
+    assert found[name].distance(reference(job)) < job.bound

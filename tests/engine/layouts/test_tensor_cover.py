@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.engine.layouts.tensor_models import BF16_BOUND, TensorJob
+from tests.engine.layouts.tensor_models import TensorJob
 from tests.engine.layouts.tensor_runs import Trained, merged, reference, run_jobs
 from tests.ranks import run_ranks
 
-BOUND = 1e-4
 PARTS = 3  # each within the time of a test on a busy machine
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "kind": ("ours", "hooked"),
@@ -72,8 +71,7 @@ def test_every_pair_of_settings_trains_as_one_device(part: int) -> None:
     for job, results in zip(jobs, zip(*by_rank, strict=True), strict=True):
         result = merged(results)
         assert isinstance(result, Trained), (job, result)
-        bound = BF16_BOUND if job.bf16 else BOUND
-        assert result.distance(reference(job)) < bound, (job, result.distance(reference(job)))
+        assert result.distance(reference(job)) < job.bound, (job, result.distance(reference(job)))
 
 
 @pytest.mark.slow
@@ -84,4 +82,4 @@ def test_faults_are_seen_in_bf16_too() -> None:
     results = [merged(results) for results in zip(*by_rank, strict=True)]
     distances = [result.distance(reference(right)) for result in results if isinstance(result, Trained)]
     assert len(distances) == len(jobs), results
-    assert distances[0] < BF16_BOUND and min(distances[1:]) > 5 * BF16_BOUND, distances
+    assert distances[0] < right.bound and min(distances[1:]) > 5 * right.bound, distances

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,21 @@ LIMIT_S = 40.0
 CULPRIT = 3
 
 
+def die_if_culprit() -> None:
+    if dist.get_rank() == CULPRIT:
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(LIMIT_S)
+
+
+def check_all_end_and_name_the_culprit(train: Callable[..., None], *words: Any) -> None:
+    with pytest.raises(RankError) as error:
+        run_ranks(4, train, *words, timeout_s=LIMIT_S)
+    failures = error.value.failures
+    assert sorted(failures) == [0, 1, 2, 3]
+    for rank in (0, 1, 2):
+        assert f"rank {CULPRIT}" in failures[rank].message, (rank, failures[rank].message)
+
+
 def train_until_killed(job: TensorJob, call: int) -> None:
     """Steps on this rank; the culprit dies in its `call`-th gather over the tensor group of the second step."""
     from ds_moe_ep.moe.tensor_parallel import exchange
@@ -31,9 +47,8 @@ def train_until_killed(job: TensorJob, call: int) -> None:
 
     def dies(spans: exchange.Spans, share: Tensor) -> Tensor:
         calls.append(1)
-        if dist.get_rank() == CULPRIT and len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(LIMIT_S)
+        if len(calls) == call:
+            die_if_culprit()
         return gather(spans, share)
 
     exchange.Spans.gather = dies  # type: ignore[method-assign]
@@ -45,12 +60,7 @@ def train_until_killed(job: TensorJob, call: int) -> None:
 @pytest.mark.parametrize("call", [1, 3], ids=["forward", "backward"])
 def test_a_rank_that_dies_in_a_gather_of_tensor_ranks_ends_the_others(ep_size: int, call: int) -> None:
     job = TensorJob(ep_size=ep_size, top_k=2, knobs={"timeout_s": 10.0, "watch": None})
-    with pytest.raises(RankError) as error:
-        run_ranks(4, train_until_killed, job, call, timeout_s=LIMIT_S)
-    failures = error.value.failures
-    assert sorted(failures) == [0, 1, 2, 3]
-    for rank in (0, 1, 2):
-        assert f"rank {CULPRIT}" in failures[rank].message, (rank, failures[rank].message)
+    check_all_end_and_name_the_culprit(train_until_killed, job, call)
 
 
 def train_sequences_until_killed(job: SequenceJob) -> None:
@@ -61,9 +71,8 @@ def train_sequences_until_killed(job: SequenceJob) -> None:
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if dist.get_rank() == CULPRIT and len(calls) == 3:  # each step has two layers
-            os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(LIMIT_S)
+        if len(calls) == 3:  # each step has two layers
+            die_if_culprit()
         return call(*args, **kwargs)
 
     Dispatcher.__call__ = dies  # type: ignore[method-assign]
@@ -74,9 +83,4 @@ def train_sequences_until_killed(job: SequenceJob) -> None:
 @pytest.mark.parametrize("ep_size", [2, 4])
 def test_a_rank_that_dies_beside_sequence_ranks_ends_the_others(ep_size: int) -> None:
     job = SequenceJob(ep_size=ep_size, top_k=2, knobs={"timeout_s": 10.0, "watch": None})
-    with pytest.raises(RankError) as error:
-        run_ranks(4, train_sequences_until_killed, job, timeout_s=LIMIT_S)
-    failures = error.value.failures
-    assert sorted(failures) == [0, 1, 2, 3]
-    for rank in (0, 1, 2):
-        assert f"rank {CULPRIT}" in failures[rank].message, (rank, failures[rank].message)
+    check_all_end_and_name_the_culprit(train_sequences_until_killed, job)

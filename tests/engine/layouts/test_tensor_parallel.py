@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.engine.layouts.tensor_models import BF16_BOUND, TensorJob
+from tests.engine.layouts.tensor_models import BOUND, TensorJob
 from tests.engine.layouts.tensor_runs import AUTOTP, Trained, merged, reference, run_jobs
 from tests.ranks import run_ranks
 
-BOUND = 1e-4  # of fp32 beside float64, relative to the largest move of a tensor
 CLIPPED: dict[str, Any] = {"clipping": 3.0}
 JOBS: dict[str, TensorJob] = {
     "a capacity, one expert group of all ranks": TensorJob(ep_size=4, top_k=2, capacity_factor=1.0, stage=1, **CLIPPED),
@@ -99,7 +98,7 @@ def test_deepspeeds_own_layer_takes_the_same_steps_by_another_norm(found_slowly:
 
 def check(result: Trained | str, job: TensorJob) -> None:
     assert isinstance(result, Trained), result
-    assert result.distance(reference(job)) < (BF16_BOUND if job.bf16 else BOUND)
+    assert result.distance(reference(job)) < job.bound
 
 
 @pytest.mark.parametrize("name", FAULTS)
