@@ -181,13 +181,14 @@ def _of_files() -> tuple[Command[Any], ...]:
         ),
         Command(
             "convert",
-            "carry a checkpoint's weights to another layout",
+            "carry a checkpoint to another size or layout, without ranks",
             ConvertOptions,
             run_convert,
-            "Carries the weights of a DeepSpeed checkpoint between expert parallelism and tensor x pipeline "
-            "parallelism, for any sizes on both sides. Which of the two the checkpoint has is read from its files; "
-            "the target's is that of the ds_config: a pipeline where its section moe_ep has a layout. Optimizer "
-            "states stay behind. Weights are mapped, checked, and written file by file.",
+            "Carries a DeepSpeed checkpoint to the sizes of a ds_config, without ranks: between sizes of expert "
+            "parallelism with its optimizer states, and to or from tensor x pipeline parallelism (where the section "
+            "moe_ep has a layout) its weights. Which of the two the checkpoint has is read from its files. Says the "
+            "bytes needed and free first, refuses a damaged file by its name, and writes file by file with checksums "
+            "(SHA256SUMS): after a kill the same command goes on where it ended.",
             example="python -m ds_moe_ep convert ck-ep16 ck-tp8-pp2 --config ds_configs/tp8_pp2.json",
         ),
         Command(
@@ -300,17 +301,26 @@ def run_watch(options: WatchOptions) -> int:
 
 
 def run_convert(options: ConvertOptions) -> int:
-    """Carries weights to another layout, with progress, and prints what was written; 0."""
+    """Carries a checkpoint to another size or layout, with progress, and prints what was written; 0."""
     from contextlib import redirect_stdout
 
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     with redirect_stdout(sys.stderr):  # DeepSpeed's log, which is no result
-        from ds_moe_ep.engine.checkpoint.convert import prepare
+        from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
 
-    conversion = prepare(options.source, options.target, options.config, options.tag)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    conversion = prepare(
+        options.source,
+        options.target,
+        options.config,
+        options.tag,
+        world_size=options.world_size,
+        weights_only=options.weights_only,
+    )
+    print(conversion.room(), file=sys.stderr)
+    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("converting", total=conversion.num_bytes)
         conversion.write(lambda num_bytes: progress.advance(task, num_bytes))
     print(conversion)

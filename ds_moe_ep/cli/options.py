@@ -56,6 +56,10 @@ class ConvertOptions:
     target: str = option(help="the folder to make; it must not exist", positional=True, metavar="TO_DIR")
     config: str = option(help="the ds_config that TO_DIR is for", metavar="DS_CONFIG")
     tag: str | None = option(None, "which checkpoint of FROM_DIR (default: the one that its file `latest` names)")
+    world_size: int | None = option(
+        None, "data-parallel ranks that will load TO_DIR (default: as many as saved FROM_DIR)", least=1, metavar="RANKS"
+    )
+    weights_only: bool = option(False, "leave optimizer states behind")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_moe_ep.engine.checkpoint.convert import prepare
+from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
 from ds_moe_ep.model.initialize import init_weights
 from ds_moe_ep.model.transformer import build_transformer
 from ds_moe_ep.moe.layer import ExpertParallel

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_moe_ep.engine.checkpoint.convert import prepare
+from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
 from ds_moe_ep.parallel.tensor import Share
 from tests.engine.checkpoint.checkpoints import target_config, weights_in, write_experts
 from tests.parallel.training_runs import (

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ds_moe_ep.cli.main import main
-from ds_moe_ep.engine.checkpoint.convert import prepare
+from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
 from ds_moe_ep.errors import EngineError
 from tests.engine.checkpoint.checkpoints import TAG, converted, target_config, weights_in, write_config, write_experts
 from tests.parallel.training_runs import Run

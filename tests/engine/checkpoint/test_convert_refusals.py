@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_moe_ep.engine.checkpoint.convert import prepare
+from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
 from ds_moe_ep.errors import MoEError
 from tests.engine.checkpoint.checkpoints import TAG, converted, target_config, write_experts
 from tests.parallel.training_runs import Run

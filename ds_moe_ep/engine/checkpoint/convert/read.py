@@ -1,0 +1,77 @@
+"""Reads a checkpoint's files for a conversion: as tensors and plain values alone, mapped, and checked for damage."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_moe_ep.errors import EngineError
+
+
+def find_tag(source: Path) -> str:
+    """The tag that the file `latest` names."""
+    try:
+        return (source / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"{source / 'latest'}: cannot be read ({error}); {tags_in(source)}") from None
+
+
+def tags_in(source: Path) -> str:
+    """The way out for a tag that is missing."""
+    tags = sorted(path.name for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
+    known = f"choose a tag of {', '.join(tags)}, or " if tags else ""
+    return f"{known}name the folder that was given to engine.save_checkpoint"
+
+
+def load_file(path: Path) -> Any:
+    """The content of a checkpoint's file, with its tensors mapped and not read.
+
+    Only tensors, plain values and DeepSpeed's own small classes are made: a file of unknown origin runs no code.
+    """
+    if not path.is_file():
+        raise EngineError(f"{path}: no such file; complete the folder")
+    if not zipfile.is_zipfile(path):
+        raise EngineError(f"{path}: is cut off, or no file of torch.save in its zip form; save the checkpoint again")
+    try:
+        with torch.serialization.safe_globals(deepspeeds_classes()):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = found[1] if found else "something that is no tensor"
+        raise EngineError(
+            f"{path}: holds {what}, and making it could run code of the file's; save the checkpoint again without it "
+            "(a client_state of plain values and tensors)"
+        ) from error
+    except Exception as error:
+        raise EngineError(f"{path}: cannot be read ({type(error).__name__}: {error}); save it again") from error
+
+
+def deepspeeds_classes() -> list[Any]:
+    """The classes that DeepSpeed itself puts into files of a checkpoint; those of them that the release has."""
+    homes = {
+        "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+        "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+        "deepspeed.utils.tensor_fragment": ("fragment_address",),
+    }
+    modules = ((importlib.import_module(module), names) for module, names in homes.items())
+    return [getattr(module, name) for module, names in modules for name in names if hasattr(module, name)]
+
+
+def check_undamaged(path: Path) -> None:
+    """Raises EngineError where a part of a file is not what was written: torch.save keeps a CRC-32 of each."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        raise EngineError(f"{path}: is damaged ({error}); {_OTHER_COPY}") from error
+    if damaged is not None:
+        raise EngineError(f"{path}: is damaged, the checksum of its part {damaged} does not fit; {_OTHER_COPY}")
+
+
+_OTHER_COPY = "take another copy of it or an earlier tag, and check the disk"
