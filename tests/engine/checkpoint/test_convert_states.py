@@ -229,7 +229,7 @@ def test_states_that_cannot_be_carried_are_refused_by_name(saved: Folder, tmp_pa
 def test_groups_are_cut_where_deepspeed_cuts_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 
-    def made_by_deepspeed(ep_size: int, most: int) -> list[groups.Group]:
+    def made_by_deepspeed(ep_size: int, most: int) -> list[groups.ParameterGroup]:
         names = [f"{place}.weight" for place in ("enter", "leave")]
         for layer, size in (("a", 8), ("b", 16)):
             prefix = f"{layer}.deepspeed_moe.experts.deepspeed_experts"
@@ -241,7 +241,7 @@ def test_groups_are_cut_where_deepspeed_cuts_them(monkeypatch: pytest.MonkeyPatc
         name_of = {id(parameter): name for name, parameter in parameters.items()}
         made = split({"params": list(parameters.values()), "name": "all", "lr": 0.1}, max_group_size=most)
         return [
-            groups.Group(
+            groups.ParameterGroup(
                 {name_of[id(each)]: tuple(each.shape) for each in group["params"]},
                 {name: value for name, value in group.items() if name != "params"},
             )

@@ -23,7 +23,7 @@ Shapes = Mapping[str, Sequence[int]]  # of a rank's parameters, by their names t
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """A parameter group of one rank; `options` are the optimizer's."""
 
     shapes: Shapes
@@ -38,16 +38,16 @@ class Group:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
-def resized(groups: Iterable[Group], num_experts: Mapping[str, int], ep_size: int) -> list[Group]:
+def resized(groups: Iterable[ParameterGroup], num_experts: Mapping[str, int], ep_size: int) -> list[ParameterGroup]:
     """The groups that a rank of `ep_size` ranks has; `num_experts` is that of each layer, by its name."""
-    found: list[Group] = []
+    found: list[ParameterGroup] = []
     for group in _whole_groups(groups):
         if not group.is_of_experts:
             found.append(group)
             continue
         options = {**group.options, "name": f"ep_size_{ep_size}"} if "name" in group.options else group.options
         shapes = of_experts(group.shapes, {name: size // ep_size for name, size in num_experts.items()})
-        found.extend(Group(part, options) for part in _cut(shapes))
+        found.extend(ParameterGroup(part, options) for part in _cut(shapes))
     return found
 
 
@@ -79,9 +79,9 @@ def own_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in OF_THE_GROUP}
 
 
-def _whole_groups(groups: Iterable[Group]) -> Iterator[Group]:
+def _whole_groups(groups: Iterable[ParameterGroup]) -> Iterator[ParameterGroup]:
     """The groups as they were before DeepSpeed cut them: those that one more parameter would have made too large."""
-    last: Group | None = None
+    last: ParameterGroup | None = None
     for group in groups:
         if last is not None and _continues(last, group):
             last = replace(last, shapes={**last.shapes, **group.shapes})
@@ -93,7 +93,7 @@ def _whole_groups(groups: Iterable[Group]) -> Iterator[Group]:
         yield last
 
 
-def _continues(last: Group, group: Group) -> bool:
+def _continues(last: ParameterGroup, group: ParameterGroup) -> bool:
     if not (last.is_of_experts and group.is_of_experts) or own_options(last.options) != own_options(group.options):
         return False
     next_values = math.prod(next(iter(group.shapes.values())))

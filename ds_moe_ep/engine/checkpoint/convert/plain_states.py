@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_moe_ep.engine.checkpoint.convert.groups import EXPERT_NAME, Group, Shapes, of_experts, resized
+from ds_moe_ep.engine.checkpoint.convert.groups import EXPERT_NAME, ParameterGroup, Shapes, of_experts, resized
 from ds_moe_ep.engine.checkpoint.convert.output import TargetFile
 from ds_moe_ep.engine.checkpoint.reshard import num_experts_of
 from ds_moe_ep.errors import EngineError
@@ -67,15 +67,15 @@ class PlainStates:
             count += len(holders)
         return {"state": states, "param_groups": groups}
 
-    def _target_groups(self) -> list[Group]:
+    def _target_groups(self) -> list[ParameterGroup]:
         """Groups of a rank; a dense parameter's name is its place."""
         dense = [
-            Group({f"{place}": () for place in group["params"]}, group)
+            ParameterGroup({f"{place}": () for place in group["params"]}, group)
             for group in self.saved[0]["param_groups"]
             if not group.get("moe")
         ]
         options = next(group for group in self.saved[0]["param_groups"] if group.get("moe"))
-        return [*dense, *resized([Group(self.experts, options)], self.num_experts, self.ep_size)]
+        return [*dense, *resized([ParameterGroup(self.experts, options)], self.num_experts, self.ep_size)]
 
     def _holder(self, name: str, rank: int) -> tuple[int, int]:
         """The rank that saved a parameter, and its place there."""

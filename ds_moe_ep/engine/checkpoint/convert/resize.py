@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_moe_ep.config.section import SECTION
 from ds_moe_ep.config.topology import RankGrid
-from ds_moe_ep.engine.checkpoint.convert.groups import EXPERT_NAME, Group, of_experts, resized
+from ds_moe_ep.engine.checkpoint.convert.groups import EXPERT_NAME, ParameterGroup, of_experts, resized
 from ds_moe_ep.engine.checkpoint.convert.output import TargetFile
 from ds_moe_ep.engine.checkpoint.convert.plain_states import OPTIMIZER_FILE, PlainStates
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
@@ -178,7 +178,9 @@ def _copy(source: Path, target: Path) -> None:
     torch.save(load_file(source), target)
 
 
-def _zero_files(checkpoint: ExpertCheckpoint, tag: str, grid: RankGrid) -> tuple[list[Group], list[TargetFile]]:
+def _zero_files(
+    checkpoint: ExpertCheckpoint, tag: str, grid: RankGrid
+) -> tuple[list[ParameterGroup], list[TargetFile]]:
     folder, paths = checkpoint.folder, checkpoint.zero_files
     saved = {rank: load_file(path) for rank, path in paths.items()}  # refuses what would run code
     config = checkpoint.main.get("ds_config")
@@ -196,7 +198,7 @@ def _zero_files(checkpoint: ExpertCheckpoint, tag: str, grid: RankGrid) -> tuple
     if len(shapes) != len(options):
         raise EngineError(f"{folder / MAIN_FILE}: lists no shapes of its optimizer's parameters; {_WEIGHTS_ALONE}")
     pairs = zip(shapes, options, strict=True)
-    groups = resized((Group(each, option) for each, option in pairs), checkpoint.num_experts, grid.ep_size)
+    groups = resized((ParameterGroup(each, option) for each, option in pairs), checkpoint.num_experts, grid.ep_size)
     match = _ZERO_FILE.fullmatch(paths[0].name)
     beside = {name: value for name, value in first.items() if name != "optimizer_state_dict"}
     zero_states = ZeroStates(states, groups, grid, checkpoint.num_experts)

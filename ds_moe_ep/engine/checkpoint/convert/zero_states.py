@@ -19,7 +19,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from ds_moe_ep.config.topology import RankGrid
-from ds_moe_ep.engine.checkpoint.convert.groups import Group
+from ds_moe_ep.engine.checkpoint.convert.groups import ParameterGroup
 from ds_moe_ep.engine.checkpoint.convert.output import TargetFile
 from ds_moe_ep.engine.checkpoint.reshard import SavedStates, global_name
 
@@ -28,7 +28,7 @@ MASTER = "the master weight"  # as `SavedStates.whole` calls it
 
 
 @dataclass(frozen=True)
-class Cut:
+class GroupCut:
     """A rank's part of a parameter group: values `first` to `first + size` of the group's, padded at the end."""
 
     first: int
@@ -37,7 +37,7 @@ class Cut:
     num_ranks: int
 
 
-def cut_of(group: Group, rank: int, grid: RankGrid) -> Cut:
+def cut_of(group: ParameterGroup, rank: int, grid: RankGrid) -> GroupCut:
     """A rank's part, as ZeRO cuts it over the ranks that hold the group's parameters."""
     ranks: Sequence[int] = range(grid.world_size)
     if group.is_of_experts:
@@ -45,7 +45,7 @@ def cut_of(group: Group, rank: int, grid: RankGrid) -> Cut:
     count, num_values = len(ranks), group.num_values
     size = -(-num_values // (ALIGNMENT * count)) * ALIGNMENT
     first = ranks.index(rank) * size
-    return Cut(first, size, min(max(first + size - num_values, 0), size), count)
+    return GroupCut(first, size, min(max(first + size - num_values, 0), size), count)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ZeroStates:
     """The states to write: read from `saved`, for the ranks of `grid`."""
 
     saved: SavedStates
-    groups: Sequence[Group]
+    groups: Sequence[ParameterGroup]
     grid: RankGrid
     num_experts: Mapping[str, int]
 
@@ -99,7 +99,9 @@ class ZeroStates:
         }
         return {name: own.get(name, value) for name, value in first.items()}
 
-    def _group_on(self, rank: int, group: Group, cut: Cut) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+    def _group_on(
+        self, rank: int, group: ParameterGroup, cut: GroupCut
+    ) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
         """The master weights, states and spans of a rank's part of a group."""
         state, _ = self.saved.of_group(self._known(next(iter(group.shapes)), rank))
         kinds = [MASTER, *(kind for kind, value in state.items() if is_vector(value))]
