@@ -206,7 +206,7 @@ def _zero_files(
 
 
 def _frozen(checkpoint: ExpertCheckpoint, ep_size: int) -> dict[str, Any]:
-    """What the main file says of the first rank's parameters that do not train: those of its experts change."""
+    """The main file's entries for the first rank's parameters that do not train: those of its experts change."""
     shapes, fragments = (checkpoint.main.get(f"frozen_param_{what}") for what in ("shapes", "fragments"))
     if not shapes or not any(EXPERT_NAME.fullmatch(name) for name in shapes):
         return {}
