@@ -87,8 +87,8 @@ class GroupTransport:
 
         return wait
 
-    def sum(self, values: Tensor) -> Tensor:
-        with self._joined(self.begin(NO_TAGS, "sum over the group"), values):
+    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
+        with self._joined(self.begin(tags, "sum over the group"), values):
             return self.groups.sum(values)
 
     @contextmanager

@@ -82,7 +82,7 @@ class Transport(Protocol):
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         """Starts one transfer on `lane`. Every rank starts the same transfers in the same order."""
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         """The sum of `values` over the group, on every rank. Collective, without gradient."""
 
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
@@ -108,8 +108,8 @@ class InFront:
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         return self._inner.start(lane, sends, receives, tags)
 
-    def sum(self, values: Tensor) -> Tensor:
-        return self._inner.sum(values)
+    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
+        return self._inner.sum(values, tags)
 
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
         self._inner.abandon(error, tags)
@@ -143,7 +143,7 @@ class Loopback:
         assert all(message.peer == 0 for message in (*sends, *receives)), "a group of one rank has no peers"
         return Done()
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return values
 
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:

@@ -48,7 +48,7 @@ from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedul
 from ds_moe_ep.schedule.drift import LinkDrift, LinkSample
 from ds_moe_ep.schedule.price import Costs, probe_pieces, ranked
 from ds_moe_ep.schedule.race import SERIAL, described, race
-from ds_moe_ep.schedule.spans import Span
+from ds_moe_ep.schedule.spans import Span, Tags
 
 PROBES = 2  # measured runs of each probe, after one that warms up
 NEAR = 0.05  # of the lowest price: what is closer is worth a measurement
@@ -325,7 +325,8 @@ class AutotuneRun:
 
     def _mean(self, values: Sequence[float]) -> list[float]:
         """The mean of each value over the ranks. Collective; waits for the device."""
-        summed = self.transport.sum(torch.tensor(values, dtype=torch.float32, device=self.rows_ND.device))
+        told = torch.tensor(values, dtype=torch.float32, device=self.rows_ND.device)
+        summed = self.transport.sum(told, Tags(self.layer))
         return [float(value) / self.transport.size for value in summed.tolist()]
 
 

@@ -100,7 +100,7 @@ class Counted:
     def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return counts_PC.clone()
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return values.clone()
 
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:

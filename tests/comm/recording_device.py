@@ -280,7 +280,7 @@ class RecordingTransport:
     def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
         return lambda: answer(told_C.repeat(self.size, 1))[0]
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return values.clone()
 
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:

@@ -34,7 +34,7 @@ class FailingTransport:
     ) -> Callable[[], torch.Tensor]:
         return lambda: answer(told_C.repeat(self.size, 1))[0]
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def sum(self, values: torch.Tensor, tags: Tags = NO_TAGS) -> torch.Tensor:
         return values.clone()
 
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:

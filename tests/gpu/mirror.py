@@ -62,7 +62,7 @@ class MirroredTransport:
         told_PC[:, NUM_HEAD : NUM_HEAD + num_local] = self.exchange_counts(to_peers_PL)
         return lambda: answer(told_PC)[0]
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return values * self.size
 
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:

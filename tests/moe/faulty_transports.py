@@ -28,8 +28,8 @@ class Wrapper:
     def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
         return self.inner.consult(told_C, num_answered, answer, tags)
 
-    def sum(self, values: Tensor) -> Tensor:
-        return self.inner.sum(values)
+    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
+        return self.inner.sum(values, tags)
 
     def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
         self.inner.abandon(error, tags)
@@ -99,7 +99,7 @@ class Counting(Wrapper):
     def __init__(self, inner: Transport) -> None:
         super().__init__(inner)
         self.started: list[tuple[str, int]] = []
-        self.layers: set[str] = set()  # whose transfers they were
+        self.layers: set[str] = set()  # whose transfers and sums they were
         self.num_waits = 0
         self.num_bytes = 0  # sent to other ranks
 
@@ -108,6 +108,10 @@ class Counting(Wrapper):
         self.layers.add(tags.layer)
         self.num_bytes += sum(message.num_bytes for message in sends if message.peer != self.rank)
         return _CountedTransfer(super().start(lane, sends, receives, tags), self)
+
+    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
+        self.layers.add(tags.layer)
+        return super().sum(values, tags)
 
 
 class _CountedTransfer:
