@@ -39,6 +39,7 @@ class ShardOutput:
     l_aux: Tensor  # weighted sum of both
     exp_counts_E: list[int]  # choices before anything is dropped
     num_dropped: int
+    choices: list[list[int]]  # each token's experts, the best first
 
 
 def gelu_expert(weights: dict[str, Tensor]) -> Expert:
@@ -74,12 +75,18 @@ def moe_reference(
     used_tokens: Sequence[Tensor] | None = None,
     bias_E: Tensor | None = None,
     training: bool = True,
+    routes: Sequence[list[list[int]]] | None = None,
 ) -> list[ShardOutput]:
-    """One output a shard. The gate computes in the gate's dtype, the experts in that of the shards."""
+    """One output a shard. The gate computes in the gate's dtype, the experts in that of the shards.
+
+    `routes`: the experts of each shard's tokens, where a record says them and not the gate.
+    """
     used = [torch.ones(len(x_TD)) for x_TD in shards] if used_tokens is None else used_tokens
     logits = [x_TD.to(gate_ED.dtype) @ gate_ED.T for x_TD in shards]
     scores = [torch.softmax(l_TE, dim=1) if config.score == "softmax" else torch.sigmoid(l_TE) for l_TE in logits]
-    choices = [choose(s_TE, config.top_k, u_T, bias_E) for s_TE, u_T in zip(scores, used, strict=True)]
+    groups = config.n_group, config.topk_group
+    choices = [choose(s_TE, config.top_k, u_T, bias_E, *groups) for s_TE, u_T in zip(scores, used, strict=True)]
+    choices = choices if routes is None else list(routes)
     losses = auxiliary_losses(scores, choices, config)
     outputs = []
     for x_TD, logits_TE, scores_TE, chosen, aux in zip(shards, logits, scores, choices, losses, strict=True):
@@ -95,17 +102,25 @@ def moe_reference(
                 l_aux=weighted,
                 exp_counts_E=counts,
                 num_dropped=sum(counts) - sum(len(experts_of_token) for experts_of_token in kept),
+                choices=chosen,
             )
         )
     return outputs
 
 
-def choose(scores_TE: Tensor, top_k: int, used: Tensor, bias_E: Tensor | None) -> list[list[int]]:
-    """Each token's experts, the best first; none for a token that is not used."""
+def choose(
+    scores_TE: Tensor, top_k: int, used: Tensor, bias_E: Tensor | None, n_group: int = 1, topk_group: int = 1
+) -> list[list[int]]:
+    """Each token's experts, the best first; none for a token that is not used.
+
+    They are of the groups whose best two scores have the largest sums (DeepSeek-V3, section 2.1.2).
+    """
     ranked_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    choices = []
+    size, choices = scores_TE.shape[1] // n_group, []
     for token, row in enumerate(ranked_TE.tolist()):
-        best_first = sorted(range(len(row)), key=lambda e: (-row[e], e))
+        worth = [sum(sorted(row[first : first + size])[-2:]) for first in range(0, len(row), size)]
+        visited = sorted(range(n_group), key=lambda g, worth=worth: -worth[g])[:topk_group]
+        best_first = sorted((e for e in range(len(row)) if e // size in visited), key=lambda e: (-row[e], e))
         choices.append(best_first[:top_k] if used[token] else [])
     return choices
 

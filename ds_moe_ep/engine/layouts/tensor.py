@@ -43,6 +43,13 @@ def tensor_ranks_of(layer: nn.Module, config: MoEConfig) -> TensorRanks:
     return TensorRanks(group, int(bwc_tensor_model_parallel_rank(groups.mpu)), size, has_own_tokens)
 
 
+def first_rank_of_group() -> int:
+    """The first rank, of the world, of the tensor group that this rank belongs to. Local."""
+    if seams.tensor_parallel_size() == 1:
+        return dist.get_rank()
+    return dist.get_global_rank(bwc_tensor_model_parallel_group(groups.mpu), 0)
+
+
 def is_marked_for_sequences(layer: nn.Module) -> bool:
     """True where a layer's parameters, modules or their configurations say that tokens come cut, as Megatron's do."""
     if any(getattr(parameter, SEQUENCE_MARK, False) for parameter in layer.parameters()):

@@ -16,7 +16,9 @@ from torch import nn
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooks.layer import HookedLayer
+from ds_moe_ep.engine.layouts.tensor import first_rank_of_group
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.health.diagnosis import ranks_named
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.replay.record import LayerRoutes, RouteRecord
 from ds_moe_ep.moe.replay.tape import RouteRecorder, RouteReplayer, Tape
@@ -36,8 +38,8 @@ class Taped(Protocol):
 def record_routes(engine_or_model: Any) -> Iterator[RouteRecord]:
     """A scope whose forward passes are recorded, of each MoE layer and of this rank's tokens; gives the record.
 
-    Recomputed passes are left out. The host waits for each pass's routes. Raises EngineError, on every rank, for a
-    layer whose routes cannot be read.
+    Ranks of a tensor-parallel group route all tokens of the group, and record the same. Recomputed passes are left out.
+    The host waits for each pass's routes. Raises EngineError, on every rank, for a layer whose routes cannot be read.
     """
     places = _places(engine_or_model)
     recorders = {name: RouteRecorder() for name in places}
@@ -58,13 +60,14 @@ def replay_routes(engine_or_model: Any, record: RouteRecord) -> Iterator[None]:
 
     Weights come from the gate as it is now, and so the gate has its gradients; balance losses and loads are those of
     the routes. Recomputation inside of the scope gets the same routes. Training from one's own record is bit-equal to
-    the training that was recorded. Raises EngineError, on every rank, where the record does not fit the model, and in
-    the pass whose number of tokens it does not have.
+    the training that was recorded. Raises EngineError, on every rank, where the record does not fit the model or ranks
+    of a tensor-parallel group have different ones, and in the pass whose number of tokens it does not have.
     """
     places = _places(engine_or_model)
     shapes = {name: (place.config.num_experts, place.config.top_k) for name, place in places.items()}
     problem = record.problem(shapes)
     _settle(EngineError(f"record {problem}; replay the record of this model") if problem else None)
+    _refuse_unlike(record)
     with _taped(places, {name: RouteReplayer(name, record.layers[name].passes) for name in places}):
         yield
 
@@ -114,6 +117,20 @@ def _taped(places: dict[str, Taped], tapes: Any) -> Iterator[None]:
     finally:
         for place in places.values():
             place.tape = None
+
+
+def _refuse_unlike(record: RouteRecord) -> None:
+    """Raises EngineError, on every rank, where tensor ranks, which must route alike, have different records."""
+    if not dist.is_initialized() or seams.tensor_parallel_size() == 1:
+        return
+    told = seams.gather((first_rank_of_group(), record.digest()))
+    of_group = dict(reversed(told))
+    odd = [rank for rank, (first, digest) in enumerate(told) if digest != of_group[first]]
+    if odd:
+        raise EngineError(
+            f"record: {ranks_named(odd)} would send tokens elsewhere than the first rank of the tensor-parallel group, "
+            "which has the same ones; replay one record on all ranks of a group"
+        )
 
 
 def _settle(error: EngineError | None) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -96,6 +97,14 @@ class RouteRecord:
             if problem := layer.problem():
                 raise EngineError(f"{path}: {name}: {problem}; record it again")
         return cls(layers)
+
+    def digest(self) -> int:
+        """A number that records of other routes do not have, but by chance."""
+        found = 0
+        for name in sorted(self.layers):
+            for coded_TK in self.layers[name].passes:
+                found = crc32(coded_TK.contiguous().numpy().tobytes(), crc32(f"{name} {len(coded_TK)}".encode(), found))
+        return found
 
     def problem(self, layers: Mapping[str, tuple[int, int]]) -> str:
         """Why it does not fit layers with these numbers of experts and k, or an empty string."""

@@ -46,7 +46,10 @@ class TensorJob:
     residual: bool = False
     shared: bool = False
     recompute: bool = False
+    records: bool = False  # its routes are recorded
+    replays: bool = False  # routes that no gate chose
     knobs: dict[str, Any] = field(default_factory=dict)
+    aux_weight: float = AUX_WEIGHT
     prefix: str = "tensor_model_parallel"  # of the mpu's methods
     fault: str = ""  # planted in the ranks
 
@@ -96,8 +99,20 @@ class TensorJob:
     def batches(self) -> list[Tensor]:
         """Tokens [copies, T, D] of each micro-batch."""
         generator = torch.Generator().manual_seed(11)
-        shape = (WORLD // TENSOR_SIZE, self.tokens, D)
+        shape = (self.num_copies, self.tokens, D)
         return [torch.randn(shape, generator=generator) for _ in range(self.steps * self.accumulation)]
+
+    @property
+    def num_copies(self) -> int:
+        """Parts of the batch, each of which is routed alone."""
+        return WORLD // TENSOR_SIZE
+
+    def drawn_routes(self, layer: int) -> list[Tensor]:
+        """Experts [copies, T, K] of each pass through a layer, drawn where the job replays some; else none."""
+        generator = torch.Generator().manual_seed(17 + layer)
+        shape = (self.num_copies, self.tokens, NUM_EXPERTS)
+        passes = range(self.steps * self.accumulation if self.replays else 0)
+        return [torch.rand(shape, generator=generator).argsort(-1)[..., : self.top_k] for _ in passes]
 
 
 class CopyToRanks(torch.autograd.Function):
@@ -183,12 +198,12 @@ class Dense(nn.Module):
 class TensorModel(nn.Module):
     """Dense, experts, dense, experts. forward(x) gives a loss."""
 
-    def __init__(self, job: TensorJob, make_layer: Callable[[], nn.Module], grid: Any = None) -> None:
+    def __init__(self, job: TensorJob, make_layer: Callable[[int], nn.Module], grid: Any = None) -> None:
         super().__init__()
         self.job, self.grid = job, grid
         self.enter = nn.Linear(D, D)
         self.dense = nn.ModuleList(Dense(grid) for _ in range(2))
-        self.layers = nn.ModuleList(make_layer() for _ in range(2))
+        self.layers = nn.ModuleList(make_layer(index) for index in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, balance = self.enter(x), x.new_zeros(())
@@ -196,18 +211,16 @@ class TensorModel(nn.Module):
             hidden = hidden + dense(hidden)
             output, l_aux = self._experts(layer, functional.layer_norm(hidden, (D,)))
             hidden, balance = hidden + output, balance + l_aux
-        return hidden.square().mean() + AUX_WEIGHT * balance
+        return hidden.square().mean() + self.job.aux_weight * balance
 
     def _experts(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.grid is None:
-            return layer(x)[:2]
-        if self.job.recompute:
+        if self.job.recompute and not isinstance(layer, LoopExperts):
             output, l_aux = checkpoint(lambda y: self._on_ranks(layer, y), x, use_reentrant=False)
             return output, l_aux
         return self._on_ranks(layer, x)
 
     def _on_ranks(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.job.cuts_tokens:
+        if self.grid is None or not self.job.cuts_tokens:
             return layer(x)[:2]
         group = self.grid.tensor_group
         output, l_aux, _ = layer(SplitTokens.apply(group, x))
@@ -217,9 +230,10 @@ class TensorModel(nn.Module):
 class LoopExperts(nn.Module):
     """The reference of the layer, by plain loops; each copy of the model routes its own tokens."""
 
-    def __init__(self, job: TensorJob) -> None:
+    def __init__(self, job: TensorJob, index: int) -> None:
         super().__init__()
-        self.job = job
+        self.job, self.index = job, index
+        self.routes: list[Tensor] = []  # [copies, T, K] of each pass so far
         self.gate = nn.Module()
         self.gate.wg = nn.Linear(D, NUM_EXPERTS, bias=False)
         self.experts = nn.Module()
@@ -231,7 +245,10 @@ class LoopExperts(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
         experts = list(self.experts.deepspeed_experts)
-        shards = moe_reference(self.job.config, self.gate.wg.weight, experts, x.split(self.job.tokens))
+        drawn = self.job.drawn_routes(self.index)
+        routes = drawn[len(self.routes)].tolist() if drawn else None
+        shards = moe_reference(self.job.config, self.gate.wg.weight, experts, x.split(self.job.tokens), routes=routes)
+        self.routes.append(torch.tensor([shard.choices for shard in shards]))
         output = torch.cat([shard.output_TD for shard in shards])
         if self.job.shared:
             output = output + self.shared(x)

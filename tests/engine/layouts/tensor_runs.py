@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -45,9 +46,16 @@ class Trained:
     losses: list[float]
     norms: list[float]  # of the gradients, before they are clipped
     moves: dict[str, Tensor]  # of each parameter, by its name on one device
+    routes: dict[str, list[Tensor]] = field(default_factory=dict)  # each pass' experts [T, K], by layer, if recorded
 
     def distance(self, other: Trained) -> float:
-        """The largest difference in a move, over that tensor's largest, or in a loss or norm, relative."""
+        """The largest difference in a move, over that tensor's largest, or in a loss or norm, relative.
+
+        Infinite where both know their routes, which differ.
+        """
+        for name in self.routes.keys() & other.routes.keys():
+            if not all(map(torch.equal, self.routes[name], other.routes[name])):
+                return math.inf
         assert self.moves.keys() == other.moves.keys(), sorted(self.moves.keys() ^ other.moves.keys())
         numbers = zip([*self.losses, *self.norms], [*other.losses, *other.norms], strict=True)
         of_numbers = [abs(mine - theirs) / abs(theirs) for mine, theirs in numbers]
@@ -84,7 +92,7 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
     ds_moe_ep.init_distributed()
     is_cut_by_autotp = bool(keys)
     grid = mpu_of(TENSOR_SIZE, job.prefix)
-    model = TensorModel(job, lambda: make_layer(job), None if is_cut_by_autotp else grid)
+    model = TensorModel(job, lambda _: make_layer(job), None if is_cut_by_autotp else grid)
     model.grid = grid
     give_weights(model, job)
     with planted(job.fault):
@@ -99,7 +107,8 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
             if job.kind != "native":
                 traffic = {"schedule": "peers"} | job.knobs
                 attached = ds_moe_ep.attach_overlap(engine, traffic if job.kind == "hooked" else None)
-            with attached:
+            copy = dist.get_rank() // TENSOR_SIZE
+            with attached, routed(engine, job, copy) as record:
                 before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
                 losses, norms = train(engine, job)
         except ds_moe_ep.MoEError as error:
@@ -111,7 +120,45 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
         global_name(name, index): (parameter.detach() - before[name]).float()
         for name, parameter in model.named_parameters()
     }
-    return Trained(losses, norms, moves)
+    return Trained(losses, norms, moves, {} if record is None else experts_of(record))
+
+
+@contextmanager
+def routed(engine: Any, job: TensorJob, copy: int) -> Iterator[Any]:
+    """A scope in which the job's routes are recorded, replayed or neither. Collective."""
+    import ds_moe_ep
+    from ds_moe_ep.moe.replay.record import LayerRoutes, RouteRecord
+
+    if job.replays:
+        of_others = job.fault == "other records" and dist.get_rank() % TENSOR_SIZE
+        drawn = {f"layers.{layer}": job.drawn_routes(layer + of_others) for layer in range(2)}
+        layers = {
+            name: LayerRoutes(NUM_EXPERTS, job.top_k, [each[copy].int() for each in passes])
+            for name, passes in drawn.items()
+        }
+        with ds_moe_ep.replay_routes(engine, RouteRecord(layers)):
+            yield None
+    elif job.records:
+        with ds_moe_ep.record_routes(engine) as record:
+            yield record
+    else:
+        yield None
+
+
+def experts_of(record: Any) -> dict[str, list[Tensor]]:
+    """The experts [1, T, K] of each pass, also of choices that a capacity dropped."""
+    return {
+        name: [torch.where(coded < -1, -2 - coded, coded).long()[None] for coded in layer.passes]
+        for name, layer in record.layers.items()
+    }
+
+
+def joined_routes(by_copy: Sequence[Trained]) -> dict[str, list[Tensor]]:
+    """The recorded routes [copies, T, K] of all copies."""
+    return {
+        name: [torch.cat(each) for each in zip(*(result.routes[name] for result in by_copy), strict=True)]
+        for name in by_copy[0].routes
+    }
 
 
 def train(engine: Any, job: TensorJob) -> tuple[list[float], list[float]]:
@@ -136,14 +183,15 @@ def parameter_groups(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def give_weights(model: TensorModel, job: TensorJob) -> None:
+def give_weights(model: nn.Module, job: TensorJob, rename: Callable[[str], str] = str) -> None:
     """The first weights, which depend on their names alone; a tensor rank's part of those that are cut."""
     from ds_moe_ep.model.initialize import first_value, global_name
 
     rank = dist.get_rank() if dist.is_initialized() else 0
     index = job.expert_index(rank)
     for owner_name, owner in model.named_modules():
-        for name, parameter in owner.named_parameters(prefix=owner_name, recurse=False):
+        for own_name, parameter in owner.named_parameters(prefix=owner_name, recurse=False):
+            name = rename(own_name)
             shape = list(parameter.shape)
             is_cut = ".up." in f".{name}" or ".down." in f".{name}"
             dim = 0 if ".up." in name else 1
@@ -202,6 +250,7 @@ def planted(fault: str) -> Iterator[None]:
 
     faults: dict[str, Any] = {
         "": nullcontext(),
+        "other records": nullcontext(),  # in `routed`
         "results that are not gathered": patch.object(exchange.Spans, "gather", forgets),
         "gradients that are not gathered": patch.object(exchange._Cut, "backward", staticmethod(backward)),
         "a gradient counted twice": patch.object(exchange.Spans, "gather", twice),
@@ -244,16 +293,19 @@ def merged(by_rank: Sequence[Trained | str]) -> Trained | str:
             continue
         assert all(torch.equal(holders[0], other) for other in holders), f"ranks' {name} differ"
         whole[name] = holders[0]
-    first = by_rank[0]
-    assert isinstance(first, Trained)
-    return Trained(first.losses, first.norms, whole)
+    trained = [result for result in by_rank if isinstance(result, Trained)]
+    copies = [trained[first::TENSOR_SIZE] for first in range(TENSOR_SIZE)]
+    routes = [joined_routes(by_copy) for by_copy in copies]
+    for others in routes[1:]:  # every tensor rank records all tokens of its copy
+        assert all(all(map(torch.equal, others[name], passes)) for name, passes in routes[0].items())
+    return Trained(trained[0].losses, trained[0].norms, whole, routes[0])
 
 
 def reference(job: TensorJob) -> Trained:
     """The same steps in one process and float64, from the weights and tokens that the ranks have."""
     from ds_moe_ep.model.initialize import global_name
 
-    model = TensorModel(job, lambda: LoopExperts(job))
+    model = TensorModel(job, lambda index: LoopExperts(job, index))
     assert all(isinstance(dense, Dense) for dense in model.dense)
     give_weights(model, job)
     model.to(job.dtype).double()
@@ -269,4 +321,4 @@ def reference(job: TensorJob) -> Trained:
             optimizer.step()
             optimizer.zero_grad()
     moves = {global_name(name): parameter.detach() - before[name] for name, parameter in model.named_parameters()}
-    return Trained(losses, norms, moves)
+    return Trained(losses, norms, moves, {f"layers.{i}": layer.routes for i, layer in enumerate(model.layers)})

@@ -11,16 +11,18 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from tests.engine.layouts.tensor_models import BOUND, WORLD, D, TensorJob, TensorModel
 from tests.engine.layouts.tensor_runs import (
     Trained,
+    experts_of,
     forget_groups,
     give_weights,
+    joined_routes,
     make_layer,
     parameter_groups,
     reference,
+    routed,
 )
 from tests.ranks import run_ranks
 
@@ -33,9 +35,9 @@ class SequenceJob(TensorJob):
 
     bf16_bound = 0.04
 
-    def batches(self) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(11)
-        return [torch.randn(WORLD, self.tokens, D, generator=generator) for _ in range(self.steps * self.accumulation)]
+    @property
+    def num_copies(self) -> int:
+        return WORLD
 
 
 def run_job(job: SequenceJob) -> Trained:
@@ -50,7 +52,7 @@ def run_job(job: SequenceJob) -> Trained:
     ds_moe_ep.init_distributed()
     if unit._SEQUENCE_PARALLEL_GROUP is None:
         unit.initialize_sequence_parallel(SEQUENCE_SIZE)
-    model = TensorModel(job, lambda: make_layer(job))
+    model = TensorModel(job, lambda _: make_layer(job))
     give_weights(model, job)
     off = patch.object(ExpertGradients, "is_needed", lambda: False) if job.fault else nullcontext()
     with off:
@@ -60,7 +62,7 @@ def run_job(job: SequenceJob) -> Trained:
         attached = ds_moe_ep.attach_overlap(engine, {"schedule": "peers"} if job.kind == "hooked" else None)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses, norms = [], []
-    with attached:
+    with attached, routed(engine, job, dist.get_rank()) as record:
         for x in job.batches():
             loss = engine(x[dist.get_rank()].to(job.dtype))
             engine.backward(loss / SEQUENCE_SIZE)
@@ -75,7 +77,7 @@ def run_job(job: SequenceJob) -> Trained:
         global_name(name, index): (parameter.detach() - before[name]).float()
         for name, parameter in model.named_parameters()
     }
-    return Trained(losses, norms, moves)
+    return Trained(losses, norms, moves, {} if record is None else experts_of(record))
 
 
 def run_jobs(jobs: Sequence[SequenceJob]) -> list[Trained]:
@@ -102,10 +104,11 @@ def merged(by_rank: Sequence[Trained]) -> Trained:
     whole: dict[str, Any] = {}
     for name, move in [pair for result in by_rank for pair in result.moves.items()]:
         assert torch.equal(whole.setdefault(name, move), move), f"ranks' {name} differ"
-    return replace(by_rank[0], moves=whole)
+    return replace(by_rank[0], moves=whole, routes=joined_routes(by_rank))
 
 
-JOB = SequenceJob(top_k=2, clipping=3.0)
+JOB = SequenceJob(top_k=2, clipping=3.0, records=True, knobs={"n_group": 2, "topk_group": 1})
+REPLAYED = SequenceJob(top_k=2, ep_size=4, clipping=3.0, replays=True)
 FAULT = SequenceJob(fault="experts divided by the world")
 MORE_JOBS = {
     "own, ZeRO 2": SequenceJob(ep_size=4, capacity_factor=1.0, stage=2, clipping=3.0),
@@ -113,17 +116,21 @@ MORE_JOBS = {
     "own, ZeRO 1, bf16": SequenceJob(top_k=4, bf16=True, stage=1, clipping=3.0),
     "own, ZeRO 2, bf16": SequenceJob(top_k=1, bf16=True, stage=2, clipping=3.0),
     "hooked, ZeRO 2, bf16": SequenceJob(kind="hooked", ep_size=4, top_k=2, bf16=True, stage=2, clipping=3.0),
-    "hooked": SequenceJob(kind="hooked", top_k=2, clipping=3.0),
+    "hooked": SequenceJob(kind="hooked", top_k=2, clipping=3.0, records=True),
+    "hooked, routes of a record": SequenceJob(kind="hooked", ep_size=4, top_k=2, stage=1, clipping=3.0, replays=True),
+    "own, routes of a record, recomputed": SequenceJob(top_k=1, stage=2, recompute=True, clipping=3.0, replays=True),
     "hooked, ZeRO 1": SequenceJob(kind="hooked", ep_size=4, top_k=2, capacity_factor=1.0, stage=1, clipping=3.0),
 }
 
 
 def test_sequence_ranks_train_as_one_device_and_experts_divided_by_the_whole_world_do_not() -> None:
-    by_rank = run_ranks(WORLD, run_jobs_and_refusal, [JOB, FAULT], timeout_s=120)
-    right, wrong = map(merged, zip(*(trained for trained, _ in by_rank), strict=True))
+    by_rank = run_ranks(WORLD, run_jobs_and_refusal, [JOB, REPLAYED, FAULT], timeout_s=120)
+    right, replayed, wrong = map(merged, zip(*(trained for trained, _ in by_rank), strict=True))
     refusal = "moe_ep.balance_scope='sequence' with sequence parallel size=2: each rank routes a part of a sequence"
     assert all(error.startswith(refusal) for _, error in by_rank)
-    assert right.distance(reference(JOB)) < BOUND
+    assert right.distance(reference(JOB)) < BOUND and replayed.distance(reference(REPLAYED)) < BOUND
+    assert replace(right, routes={}).distance(reference(replace(JOB, knobs={}))) > 100 * BOUND
+    assert replayed.distance(reference(replace(REPLAYED, replays=False))) > 100 * BOUND
     assert wrong.distance(reference(FAULT)) > 100 * BOUND
 
 

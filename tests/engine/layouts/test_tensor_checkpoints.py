@@ -23,7 +23,7 @@ def make_engine(job: TensorJob) -> Any:
 
     ds_moe_ep.init_distributed()
     grid = mpu_of(TENSOR_SIZE)
-    model = TensorModel(job, lambda: make_layer(job), grid)
+    model = TensorModel(job, lambda _: make_layer(job), grid)
     give_weights(model, job)
     optimizer = torch.optim.Adam(parameter_groups(model), lr=0.01)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=grid, config=job.ds_config({}))

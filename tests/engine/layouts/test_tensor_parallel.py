@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,13 @@ from tests.engine.layouts.tensor_runs import AUTOTP, Trained, merged, reference,
 from tests.ranks import run_ranks
 
 CLIPPED: dict[str, Any] = {"clipping": 3.0}
+GROUPS = {"n_group": 2, "topk_group": 1}
+CUT: dict[str, Any] = {"tokens": 8, "cuts_tokens": True}
 JOBS: dict[str, TensorJob] = {
-    "a capacity, one expert group of all ranks": TensorJob(ep_size=4, top_k=2, capacity_factor=1.0, stage=1, **CLIPPED),
+    "a capacity, groups of experts, one expert group of all ranks": TensorJob(
+        ep_size=4, top_k=2, capacity_factor=1.0, stage=1, records=True, knobs=GROUPS, **CLIPPED
+    ),
+    "routes of a record": TensorJob(top_k=2, replays=True, **CLIPPED),
     "DeepSpeed's layers, hooked, a capacity": TensorJob(
         kind="hooked", ep_size=4, capacity_factor=2.0, stage=2, residual=True, prefix="slice_parallel", **CLIPPED
     ),
@@ -36,7 +42,27 @@ MORE_JOBS: dict[str, TensorJob] = {
     "hooked, tokens that come cut": TensorJob(
         kind="hooked", ep_size=4, top_k=2, tokens=8, cuts_tokens=True, knobs={"sequence_parallel": True}, **CLIPPED
     ),
+    "groups of experts, tokens that come cut": TensorJob(
+        top_k=2, records=True, knobs={"sequence_parallel": True, **GROUPS}, **CUT, **CLIPPED
+    ),
+    "routes of a record, tokens that come cut, a capacity, recomputed, accumulated": TensorJob(
+        ep_size=4, top_k=2, capacity_factor=1.0, accumulation=2, recompute=True, replays=True,
+        knobs={"sequence_parallel": True}, **CUT, **CLIPPED,
+    ),
+    "hooked, recorded": TensorJob(kind="hooked", ep_size=4, stage=2, recompute=True, records=True, **CLIPPED),
+    "hooked, routes of a record": TensorJob(kind="hooked", top_k=2, stage=1, replays=True, **CLIPPED),
+    "hooked, routes of a record, tokens that come cut": TensorJob(
+        kind="hooked", top_k=1, replays=True, knobs={"sequence_parallel": True}, **CUT, **CLIPPED
+    ),
 }  # fmt: skip
+OTHER_ROUTES: dict[str, TensorJob] = {  # of one device that does not know of groups, or of a record
+    **{name: replace(job, knobs={}) for name, job in JOBS.items() if "groups of" in name},
+    **{name: replace(job, replays=False) for name, job in JOBS.items() if job.replays},
+}
+MORE_OTHER_ROUTES: dict[str, TensorJob] = {
+    **{name: replace(job, knobs={}) for name, job in MORE_JOBS.items() if "groups of" in name},
+    **{name: replace(job, replays=False) for name, job in MORE_JOBS.items() if job.replays},
+}
 NATIVE = TensorJob(kind="native", top_k=2, stage=1, tokens=8)
 FAULTS: dict[str, TensorJob] = {
     "tokens counted twice": TensorJob(fault="tokens counted twice"),
@@ -47,10 +73,15 @@ MORE_FAULTS: dict[str, TensorJob] = {
     "gradients that are not gathered": TensorJob(fault="gradients that are not gathered"),
     "results that are not gathered": TensorJob(fault="results that are not gathered"),
     "a group of the wrong ranks": TensorJob(fault="a group of the wrong ranks"),
+    "other records": TensorJob(replays=True, fault="other records"),
 }
-NAMED = (  # the ranks see by themselves that they part
-    "gradients that are not gathered", "results that are not gathered", "a group of the wrong ranks"
-)  # fmt: skip
+PARTED = "the ranks of a tensor-parallel group have different tokens"
+NAMED = {  # the ranks see by themselves that they part
+    "gradients that are not gathered": PARTED,
+    "results that are not gathered": PARTED,
+    "a group of the wrong ranks": PARTED,
+    "other records": "record: ranks 1, 3 would send tokens elsewhere than the first rank of the tensor-parallel group",
+}
 Found = dict[str, Trained | str]
 
 
@@ -80,6 +111,25 @@ def test_tensor_ranks_train_as_one_device(found: Found, name: str) -> None:
 @pytest.mark.parametrize("name", MORE_JOBS)
 def test_more_jobs_of_tensor_ranks_train_as_one_device(found_slowly: Found, name: str) -> None:
     check(found_slowly[name], MORE_JOBS[name])
+
+
+@pytest.mark.parametrize("name", OTHER_ROUTES)
+def test_other_routes_are_seen(found: Found, name: str) -> None:
+    check_seen(found[name], OTHER_ROUTES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_OTHER_ROUTES)
+def test_other_routes_of_more_jobs_are_seen(found_slowly: Found, name: str) -> None:
+    check_seen(found_slowly[name], MORE_OTHER_ROUTES[name])
+
+
+def check_seen(result: Trained | str, other: TensorJob) -> None:
+    """By the routes where they were recorded, and by the steps alone."""
+    assert isinstance(result, Trained), result
+    expected = reference(other)
+    assert not result.routes or result.distance(expected) == math.inf
+    assert replace(result, routes={}).distance(expected) > 100 * BOUND
 
 
 @pytest.mark.slow
@@ -114,7 +164,7 @@ def test_more_planted_faults_are_seen(found_slowly: Found, name: str) -> None:
 
 def check_fault(name: str, result: Trained | str, job: TensorJob) -> None:
     if name in NAMED:
-        assert isinstance(result, str) and "the ranks of a tensor-parallel group have different tokens" in result
+        assert isinstance(result, str) and NAMED[name] in result
         return
     assert isinstance(result, Trained), result
     assert result.distance(reference(job)) > 100 * BOUND
