@@ -17,6 +17,7 @@ from ds_moe_ep.check.pipeline import (
 )
 from ds_moe_ep.config import deepspeed_keys
 from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
+from ds_moe_ep.config.parallel_keys import UNCUT
 from ds_moe_ep.config.section import Section, load_ds_config, read_section
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.config.training import WHOLE, Training, read_training
@@ -105,6 +106,7 @@ class Check:
         """The check as plain values, for JSON."""
         values = dataclasses.asdict(self)
         values["training"] |= {"batch": self.training.batch, "num_replicas": self.training.num_replicas}
+        values["training"]["sharing_ranks"] = self.training.sharing_ranks
         if self.training.layout == WHOLE:
             del values["training"]["layout"]
         values["details"] = self.details.to_dict() if self.details is not None else None
@@ -149,13 +151,13 @@ def _check_model(model: ModelConfig, moe: MoEConfig, training: Training, budget:
     return ModelCheck(
         model=model,
         parameters=count_parameters(model, moe),
-        rank_parameters=count_rank_parameters(model, moe),
+        rank_parameters=count_rank_parameters(model, moe, training.dense_cut),
         memory=memory,
         load_that_fits=largest_load(model, moe, training, budget.free_bytes) or budget.load,
         micro_batch_tokens=tokens,
         batch_tokens=tokens_of_batch(model, training),
         capacity_rows=moe.capacity(tokens, training=True),
-        dispatch_bytes=dispatch_bytes(tokens, model, moe, training.precision),
+        dispatch_bytes=dispatch_bytes(tokens // training.dense_cut.size, model, moe, training.precision),
         forward_flops=forward_flops(model, moe),
         training_flops=training_flops(model, moe),
     )
@@ -185,11 +187,7 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
         yield f"data_parallel_size: DeepSpeed {release} reads it beside sequence_parallel_size alone"
     if model is None:
         yield 'moe_ep.model is not given: memory, traffic and arithmetic need it; add "model": "small"'
-    if training.sharing_ranks > 1:
-        yield (
-            f"{training.sharing_ranks} ranks share each copy's sequences: memory and traffic are those of a rank with "
-            "the whole dense part and all tokens of its copy, which is more than it has"
-        )
+    yield from _sharing_notes(model, moe, training)
     if training.precision == "fp16":
         yield "fp16 does not run on DeepSpeed's CPU accelerator: use bf16 or fp32 there"
     if section.layout == WHOLE:
@@ -213,6 +211,24 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
         grid = RankGrid(world_size=training.world_size, ep_size=moe.ep_size)
         others = grid.expert_data_groups()[0][1:]
         yield f"{grid.num_replicas} expert groups: rank 0 and the ranks {others} hold the same experts"
+
+
+def _sharing_notes(model: ModelConfig | None, moe: MoEConfig, training: Training) -> Iterator[str]:
+    """Notes on ranks that share a copy's sequences."""
+    cut = training.dense_cut
+    if (size := training.sequence_ranks) > 1:
+        yield f"{size} ranks share each copy's sequences: a rank has 1/{size} of the tokens"
+    if cut.size == 1 or model is None:
+        return
+    whole, rank = (count_rank_parameters(model, moe, each).dense for each in (UNCUT, cut))
+    sizes = f"{cut.size} tensor ranks: each has {rank:,} of {whole:,} dense parameters"
+    if cut.is_given:
+        yield f"{sizes}, by tensor_parallel.partition_config"
+    else:
+        yield (
+            f"{sizes}: attention cut, the rest whole; without tensor_parallel.partition_config DeepSpeed has a plan "
+            "for models of Hugging Face alone"
+        )
 
 
 def _traffic_notes(moe: MoEConfig, training: Training) -> Iterator[str]:

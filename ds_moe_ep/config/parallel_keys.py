@@ -8,8 +8,10 @@ and `data_parallel_size` is read by nobody.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ds_moe_ep.errors import ConfigError
 
@@ -24,6 +26,50 @@ MESH_RULE = (
 MESH_FIX = "pass mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp, whose gradients are summed, in its place"
 STAGES_RULE = "stages are run by DeepSpeed's pipeline engine alone, which makes the layer's groups in each of them"
 FIX = "set it to 1, and give the ranks to ep_size"
+
+
+Partition = Literal["column", "row", "skip"]
+# What DeepSpeed's own plans cut of a transformer; it has none for the package's model, and needs `partition_config`
+USUAL: tuple[tuple[str, Partition], ...] = (
+    (r".*attention\.qkv\.weight$", "column"),
+    (r".*attention\.out\.weight$", "row"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseCut:
+    """Tensor ranks of AutoTP's, and the matrices of which each has a part, by patterns of their names."""
+
+    size: int = 1
+    patterns: tuple[tuple[str, Partition], ...] = ()
+    is_given: bool = False  # by the ds_config's `partition_config`
+
+    def shares(self, name: str) -> int:
+        """Ranks that share the weight or bias of this name; a row's bias is whole on each."""
+        weight = re.sub("bias$", "weight", name)
+        found = next((how for pattern, how in self.patterns if re.match(pattern, weight)), "skip")
+        return self.size if found == "column" or (found == "row" and weight == name) else 1
+
+
+UNCUT = DenseCut()
+
+
+def read_dense_cut(ds_config: Mapping[str, Any], world_size: int | None = None) -> DenseCut:
+    """AutoTP's cut of the dense part. Raises ConfigError where its size does not divide a world, or for no patterns."""
+    size = read_tensor_size(ds_config, world_size)
+    if size == 1:
+        return UNCUT
+    plan = ds_config["tensor_parallel"].get("partition_config")
+    if not isinstance(plan, Mapping) or not plan.get("layer_specs"):
+        return DenseCut(size=size, patterns=USUAL)
+    path = "tensor_parallel.partition_config.layer_specs"
+    try:
+        specs = [(str(each), spec["partition_type"]) for spec in plan["layer_specs"] for each in spec["patterns"]]
+        for pattern, _ in specs:
+            re.compile(pattern)
+    except (TypeError, KeyError, re.error) as error:
+        raise ConfigError(f"{path}: no list of patterns with a partition_type each ({error}); write it so") from None
+    return DenseCut(size=size, patterns=tuple(specs), is_given=True)
 
 
 def read_tensor_size(ds_config: Mapping[str, Any], world_size: int | None = None) -> int:

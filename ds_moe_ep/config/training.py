@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ds_moe_ep.config import deepspeed_keys
 from ds_moe_ep.config.knobs import Layout
-from ds_moe_ep.config.parallel_keys import read_sequence_size, read_tensor_size
+from ds_moe_ep.config.parallel_keys import UNCUT, DenseCut, read_dense_cut, read_sequence_size
 from ds_moe_ep.config.section import load_ds_config, read_section
 from ds_moe_ep.config.shipped import shipped_ds_configs
 from ds_moe_ep.config.topology import RankGrid
@@ -47,7 +47,13 @@ class Training:
     offload: bool  # optimizer states lie in the host's memory
     bucket_elements: int  # numbers in DeepSpeed's buffers of gradients on their way; 0 without ZeRO
     layout: Layout = WHOLE
-    sharing_ranks: int = 1  # that share a copy's sequences: AutoTP's, or those of sequence parallelism
+    dense_cut: DenseCut = UNCUT  # AutoTP's
+    sequence_ranks: int = 1  # that share a copy's sequences
+
+    @property
+    def sharing_ranks(self) -> int:
+        """Ranks that share a copy's sequences: AutoTP's, and those of sequence parallelism."""
+        return self.dense_cut.size * self.sequence_ranks
 
     @property
     def num_copies(self) -> int:
@@ -73,7 +79,8 @@ def read_training(
     Raises ConfigError or TopologyError for what cannot work.
     """
     check_keys(ds_config, deepspeed_keys.installed_release())
-    sharing_ranks = read_tensor_size(ds_config, world_size) * read_sequence_size(ds_config, world_size)
+    dense_cut, sequence_ranks = read_dense_cut(ds_config, world_size), read_sequence_size(ds_config, world_size)
+    sharing_ranks = dense_cut.size * sequence_ranks
     if world_size is None:
         fewest = -(-ep_size // (layout.tp_size * sharing_ranks))  # copies on whose ranks of a stage all experts lie
         world_size = (_implied_copies(ds_config) or fewest) * layout.size * sharing_ranks
@@ -106,7 +113,8 @@ def read_training(
         offload=offload,
         bucket_elements=_read_bucket(zero, may_overlap=layout == WHOLE) if stage else 0,
         layout=layout,
-        sharing_ranks=sharing_ranks,
+        dense_cut=dense_cut,
+        sequence_ranks=sequence_ranks,
     )
 
 

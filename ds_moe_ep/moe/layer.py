@@ -162,9 +162,10 @@ class ExpertParallel(nn.Module):
         if isinstance(experts, OpaqueExperts):
             self.experts.output_type = experts.output_type
             y_TD = y_TD.to(experts.output_type or x_TD.dtype)
-        y_TD = tensor.gather(y_TD, len(x_TD))
+        gathered = tensor.begin_gather(y_TD, len(x_TD))
         if self.shared is not None and shared is None:
-            rest.append(tensor.beside(self.shared, x_TD))
+            rest.append(tensor.beside(self.shared, x_TD))  # meanwhile
+        y_TD = gathered()
         if residual_TD is not None and added is None:
             rest.append(residual_TD)
         for each in rest:

@@ -84,6 +84,7 @@ class Router(nn.Module):
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         nn.Module.__init__(self)  # see ExpertParallel
+        self.width = hidden_size  # of tokens, also where somebody changes the layer's `hidden_size`
         self.wg = nn.Linear(hidden_size, config.num_experts, bias=config.gate_bias)
         self.balance: BiasBalance | None = None
         self.batch_load = BatchLoad()

@@ -2,7 +2,7 @@
 
 All of it is derived from shapes; nothing here is measured. Symbols: T tokens of a rank's micro-batch, D
 width, F expert width, E experts, L layers, k choices of a token, P ranks of an expert group, S sequence
-length, V vocabulary, m matrices of an expert (2 for GELU, 3 for SwiGLU), b bytes of a number.
+length, V vocabulary, m matrices of an expert (2 for GELU, 3 for SwiGLU), b bytes of a number, t tensor ranks of AutoTP.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
+from ds_moe_ep.config.parallel_keys import UNCUT, DenseCut
 from ds_moe_ep.config.training import BYTES, Training
 
 # DeepSpeed splits expert parameters into optimizer groups of at most this many (moe/utils.py)
@@ -84,17 +85,44 @@ def count_parameters(model: ModelConfig, moe: MoEConfig) -> Parameters:
         attention=L * 4 * D * D,
         gate=L * (D + moe.gate_bias) * moe.num_experts,
         experts=L * moe.num_experts * model.expert_params,
-        shared_experts=L * _shared_params(model),
+        shared_experts=L * sum(_shared_shapes(model).values()),
         norms=L * 4 * D + 2 * D,
         head=model.vocab_size * D,
     )
 
 
-def count_rank_parameters(model: ModelConfig, moe: MoEConfig) -> Parameters:
-    """Parameters that one rank holds: everything dense and E/P experts of each layer."""
+def count_rank_parameters(model: ModelConfig, moe: MoEConfig, cut: DenseCut = UNCUT) -> Parameters:
+    """Parameters that one rank holds: E/P experts of each layer, and everything dense, 1/t of what `cut` names."""
     whole = count_parameters(model, moe)
-    experts = whole.experts // moe.ep_size
-    return Parameters(**{**vars(whole), "experts": experts})
+    parts = {"experts": whole.experts // moe.ep_size}
+    if cut.size > 1:
+        layers = [f"layers.{index}." for index in range(model.num_layers)]
+        parts["attention"] = sum(_held(_attention_shapes(model), layer, cut) for layer in layers)
+        parts["shared_experts"] = sum(_held(_shared_shapes(model), layer, cut) for layer in layers)
+        parts["head"] = whole.head // cut.shares("head.weight")
+    return Parameters(**{**vars(whole), **parts})
+
+
+def _held(sizes: dict[str, int], layer: str, cut: DenseCut) -> int:
+    return sum(size // cut.shares(layer + name) for name, size in sizes.items())
+
+
+def _attention_shapes(model: ModelConfig) -> dict[str, int]:
+    """Numbers in each weight of a layer's attention, by the package's names."""
+    square = model.hidden_size**2
+    return {"attention.qkv.weight": 3 * square, "attention.out.weight": square}
+
+
+def _shared_shapes(model: ModelConfig) -> dict[str, int]:
+    """The same of a layer's shared expert."""
+    D, Fs = model.hidden_size, model.shared_expert_width
+    if not Fs:
+        return {}
+    inner = ("fc1",) if model.expert_matrices == 2 else ("gate", "up")
+    widths = {**dict.fromkeys(inner, Fs), "fc2" if model.expert_matrices == 2 else "down": D}
+    sizes = {f"{name}.weight": D * Fs for name in widths}
+    sizes |= {f"{name}.bias": width for name, width in widths.items()} if model.expert_bias else {}
+    return {f"feed_forward.deepspeed_moe.shared.{name}": size for name, size in sizes.items()}
 
 
 def count_memory(model: ModelConfig, moe: MoEConfig, training: Training, load: float = 1.0) -> Memory:
@@ -102,13 +130,13 @@ def count_memory(model: ModelConfig, moe: MoEConfig, training: Training, load: f
 
     weights     b * parameters of the rank
     gradients   their precision's bytes * parameters; under ZeRO-2 divided like the optimizer's states
-    optimizer   4 * (master weight + states) * parameters. ZeRO divides it for dense parameters by the ranks,
-                for experts by the ranks that hold the same experts (world / ep_size), which may be one
+    optimizer   4 * (master weight + states) * parameters. ZeRO divides it for dense parameters by the ranks that hold
+                the same ones (world / t), for experts by those (world / ep_size), which may be one
     buffers     2 or 4 bytes * reduce_bucket_size (twice with overlap_comm)
     replicas    see `replica_bytes`; "auto" counts as one slot
     """
-    held = count_rank_parameters(model, moe)
-    dense_cut, expert_cut = (training.world_size, training.num_replicas) if training.zero_stage else (1, 1)
+    held = count_rank_parameters(model, moe, training.dense_cut)
+    dense_cut, expert_cut = (_dense_owners(training), training.num_replicas) if training.zero_stage else (1, 1)
     memory = memory_of_rank(
         training,
         held.total,
@@ -163,15 +191,17 @@ def activation_bytes(model: ModelConfig, moe: MoEConfig, training: Training, loa
     gradients              of the layer in work: load*k*T*(2*D + m*F)*b
     loss                   T*V*(b + 12)
 
-    With recompute only the inputs of L layers (T*D*b each) and one layer's set are alive. The S x S scores
-    are not counted: flash kernels do not store them, and those of a block of queries are gone before the experts' rows.
+    Tensor ranks have all T tokens: of the attention seven of the nine are theirs by 1/t where it is cut, and of the
+    experts all but 3*T*D*b. With recompute only the inputs of L layers (T*D*b each) and one layer's set are alive.
+    The S x S scores are not counted: flash kernels do not store them, and those of a block of queries are gone before
+    the experts' rows.
     """
     b = BYTES[training.precision]
-    T, D = tokens_of_rank(model, training), model.hidden_size
-    attention = 9 * T * D * b
-    rows = load * moe.top_k * T * (2 * D + model.expert_matrices * model.expert_width) * b
+    T, D, t = tokens_of_rank(model, training), model.hidden_size, training.dense_cut.size
+    attention = (2 + 7 / training.dense_cut.shares("layers.0.attention.qkv.weight")) * T * D * b
+    rows = load * moe.top_k * T * (2 * D + model.expert_matrices * model.expert_width) * b / t
     shared = model.expert_matrices * T * model.shared_expert_width * b
-    layer = attention + (3 + 2 * moe.top_k) * T * D * b + rows + shared + 3 * T * moe.num_experts * 4
+    layer = attention + (3 + 2 * moe.top_k / t) * T * D * b + rows + shared + 3 * T * moe.num_experts * 4
     loss = T * model.vocab_size * (b + 12)
     kept = model.num_layers * T * D * b + layer if model.recompute else model.num_layers * layer
     return int(kept + rows + loss)
@@ -188,8 +218,8 @@ def largest_load(model: ModelConfig, moe: MoEConfig, training: Training, free_by
 
 
 def tokens_of_rank(model: ModelConfig, training: Training) -> int:
-    """Tokens of one rank in one micro-batch: T = sequences * S."""
-    return training.micro_batch * model.sequence_length
+    """Tokens of one rank in one micro-batch: T = sequences * S, or its part of them where ranks share sequences."""
+    return training.micro_batch * model.sequence_length // training.sequence_ranks
 
 
 def tokens_of_batch(model: ModelConfig, training: Training) -> int:
@@ -235,14 +265,6 @@ def training_flops(model: ModelConfig, moe: MoEConfig) -> int:
     return 3 * forward_flops(model, moe)
 
 
-def _shared_params(model: ModelConfig) -> int:
-    width = model.shared_expert_width
-    if not width:
-        return 0
-    biases = width * (model.expert_matrices - 1) + model.hidden_size if model.expert_bias else 0
-    return model.expert_matrices * model.hidden_size * width + biases
-
-
 def unpartitioned_step_bytes(training: Training, held: int) -> int:
     """Gradients in fp32 during a step without ZeRO: of all parameters that are not fp32 themselves."""
     return 4 * held * (training.precision != "fp32")
@@ -255,7 +277,12 @@ def _step_bytes(model: ModelConfig, held: Parameters, training: Training) -> int
     """
     if training.zero_stage == 0:
         return unpartitioned_step_bytes(training, held.total)
-    return (4 + BYTES[training.gradient_precision]) * largest_group(model, training, held, training.world_size)
+    return (4 + BYTES[training.gradient_precision]) * largest_group(model, training, held, _dense_owners(training))
+
+
+def _dense_owners(training: Training) -> int:
+    """Ranks over which ZeRO shares a dense weight, or a tensor rank's part of one."""
+    return training.world_size // training.dense_cut.size
 
 
 def largest_group(model: ModelConfig, training: Training, held: Parameters, dense_cut: int) -> int:

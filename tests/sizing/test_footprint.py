@@ -168,3 +168,46 @@ def test_a_model_fits_or_not_by_its_peak_alone() -> None:
         memory = count_memory(model, EP16, train(16, 16, zero_optimization={"stage": 1}))
         assert memory.peak >= memory.persistent
         assert memory.peak == memory.persistent + max(memory.activations + memory.buffers, memory.step)
+
+
+def cut_by(*specs: tuple[str, str]) -> dict[str, Any]:
+    """AutoTP over two ranks, of matrices by a pattern of their names each."""
+    layer_specs = [{"patterns": [pattern], "partition_type": how} for pattern, how in specs]
+    return {"tensor_parallel": {"autotp_size": 2, "partition_config": {"layer_specs": layer_specs}}}
+
+
+ATTENTION = (r".*attention\.qkv\.weight$", "column"), (r".*attention\.out\.weight$", "row")
+SHARED = (r".*shared\.fc1\.weight$", "column"), (r".*shared\.fc2\.weight$", "row")
+D, FS, V, L, NORMS, GATES = 8, 12, 10, 2, 2 * 4 * 8 + 2 * 8, 2 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "held"),
+    [
+        (cut_by(*ATTENTION), L * 2 * D * D + L * (2 * D * FS + FS + D) + 2 * V * D),
+        (cut_by(*ATTENTION, *SHARED), L * 2 * D * D + L * (D * FS + FS // 2 + D) + 2 * V * D),
+        (cut_by((r"head\.weight", "column")), L * 4 * D * D + L * (2 * D * FS + FS + D) + V * D + V * D // 2),
+        (cut_by((r"layers\.1\.attention.*", "row")), L * 3 * D * D + L * (2 * D * FS + FS + D) + 2 * V * D),
+        ({"tensor_parallel": {"autotp_size": 2}}, L * 2 * D * D + L * (2 * D * FS + FS + D) + 2 * V * D),
+    ],
+    ids=["attention", "shared expert too", "head", "one layer", "no plan"],
+)
+def test_a_tensor_rank_holds_its_part_of_what_autotp_cuts(keys: dict[str, Any], held: int) -> None:
+    model = dataclasses.replace(TINY, shared_expert_width=FS, expert_bias=True)
+    moe, training = MoEConfig(num_experts=4, ep_size=2), train(2, 4, zero_optimization={"stage": 1}, **keys)
+    rank = count_rank_parameters(model, moe, training.dense_cut)
+    assert rank.dense == held + NORMS + GATES
+    memory = count_memory(model, moe, training)
+    assert memory.weights == 4 * rank.total
+    owned = -(-rank.dense // 2) + rank.experts // 2  # two ranks hold the same part, and two the same experts
+    assert memory.optimizer == 3 * 4 * owned
+
+
+def test_ranks_that_share_a_copy_keep_their_part_of_its_activations() -> None:
+    moe = MoEConfig(num_experts=4, ep_size=2, top_k=2)
+    tensor, sequence = train(2, 4, **cut_by(*ATTENTION)), train(2, 4, sequence_parallel_size=2)
+    rows, u, scores, loss = 2 * 6 * (2 * D + 2 * 32) * 4, 6 * D * 4, 3 * 6 * 4 * 4, 6 * V * 16
+    assert activation_bytes(TINY, moe, train(2, 4)) == L * (16 * u + rows + scores) + rows + loss
+    assert activation_bytes(TINY, moe, tensor) == L * (10.5 * u + rows // 2 + scores) + rows // 2 + loss
+    half = dataclasses.replace(TINY, sequence_length=3)
+    assert activation_bytes(TINY, moe, sequence) == activation_bytes(half, moe, train(2, 4))

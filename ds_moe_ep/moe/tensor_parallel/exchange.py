@@ -40,18 +40,28 @@ class Spans:
 
     def gather(self, share: Tensor) -> Tensor:
         """The tensor [T, ...] of all ranks' spans. Collective over the group; no gradient."""
+        return self.begin(share)()
+
+    def begin(self, share: Tensor) -> Callable[[], Tensor]:
+        """Begins to gather the tensor [T, ...] of all ranks' spans; the call of the result waits for it, once."""
         if not self.num_tokens:
-            return share
+            return lambda: share
         longest = self.span(0)[1]
         padded = share.contiguous()
         if len(share) < longest:  # all ranks send alike many rows
             padded = torch.cat([padded, padded.new_zeros(longest - len(share), *share.shape[1:])])
         buffer = padded.new_empty(self.size * padded.numel())  # flat: gloo takes no other
-        all_gather(buffer, padded.flatten(), group=self.group)
-        rows = buffer.view(self.size * longest, *share.shape[1:])
-        if self.num_tokens == len(rows):
-            return rows
-        return torch.cat([rows.narrow(0, rank * longest, self.span(rank)[1]) for rank in range(self.size)])
+        sent = padded.flatten()
+        work = all_gather(buffer, sent, group=self.group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            rows = buffer.view(self.size * longest, *share.shape[1:])
+            if self.num_tokens == len(rows):
+                return rows
+            return torch.cat([rows.narrow(0, rank * longest, self.span(rank)[1]) for rank in range(self.size)])
+
+        return finish
 
 
 def cut(spans: Spans, *whole: Tensor) -> tuple[Tensor, ...]:
@@ -65,8 +75,13 @@ def cut(spans: Spans, *whole: Tensor) -> tuple[Tensor, ...]:
 
 def gather(spans: Spans, share: Tensor) -> Tensor:
     """Ranks' own spans to the whole tensor. Collective; local on the way back."""
-    whole: Tensor = _Gather.apply(spans, share)  # type: ignore[no-untyped-call]
-    return whole
+    return begin_gather(spans, share)()
+
+
+def begin_gather(spans: Spans, share: Tensor) -> Callable[[], Tensor]:
+    """The same, begun; the call of the result waits for it, once."""
+    finish = spans.begin(share.detach())
+    return lambda: _Gather.apply(spans, share, finish)  # type: ignore[no-untyped-call]
 
 
 class _Cut(torch.autograd.Function):
@@ -80,18 +95,19 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(context.spans.gather(gradient) for gradient in gradients)
+        begun = [context.spans.begin(gradient) for gradient in gradients]
+        return None, *(finish() for finish in begun)
 
 
 class _Gather(torch.autograd.Function):
     """The gradient of the whole tensor is alike on all ranks, and each takes its own span of it."""
 
     @staticmethod
-    def forward(context: Any, spans: Spans, share: Tensor) -> Tensor:
+    def forward(context: Any, spans: Spans, share: Tensor, finish: Callable[[], Tensor]) -> Tensor:
         context.spans = spans
-        return spans.gather(share)
+        return finish()
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, context.spans.own(gradient)
+    def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        return None, context.spans.own(gradient), None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.moe.router import Routes, Routing
-from ds_moe_ep.moe.tensor_parallel.exchange import Spans, all_gather, cut, gather
+from ds_moe_ep.moe.tensor_parallel.exchange import Spans, all_gather, begin_gather, cut, gather
 
 PROBED_TOKENS = 16  # whose numbers tell whether ranks hold the same tokens
 TOLERANCE = 1e-2  # of a probe: roundings are far below, other tokens far above
@@ -83,9 +83,13 @@ class TensorRanks:
 
     def gather(self, results_TD: Tensor, num_tokens: int) -> Tensor:
         """The results [T, D] of as many tokens as the layer got."""
+        return self.begin_gather(results_TD, num_tokens)()
+
+    def begin_gather(self, results_TD: Tensor, num_tokens: int) -> Callable[[], Tensor]:
+        """Begins to gather them, while the caller computes; the call of the result waits for them, once."""
         if not self.is_shared or self.has_own_tokens:
-            return results_TD
-        return gather(self._spans(num_tokens), results_TD)
+            return lambda: results_TD
+        return begin_gather(self._spans(num_tokens), results_TD)
 
     def beside(self, module: nn.Module, tokens: Tensor) -> Any:
         """The output of a dense module beside the experts, for the tokens [..., D] as the layer got them.

@@ -92,7 +92,7 @@ def make_model(job: AutoEPJob) -> nn.Module:
     return model.train()
 
 
-def make_engine(job: AutoEPJob) -> Any:
+def make_engine(job: AutoEPJob, mpu: Any = None) -> Any:
     """The job's model in an engine, its blocks replaced by AutoEP's layers. Collective."""
     import deepspeed
 
@@ -102,7 +102,8 @@ def make_engine(job: AutoEPJob) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     seams.init_distributed(dist_backend="gloo", verbose=False)
     model = make_model(job)
-    engine = deepspeed.initialize(model=model, config=job.ds_config, model_parameters=list(model.parameters()))[0]
+    trained = list(model.parameters())
+    engine = deepspeed.initialize(model=model, config=job.ds_config, model_parameters=trained, mpu=mpu)[0]
     for layer in autoep_layers(engine).values() if job.activation else ():
         layer.experts.activation, layer.experts.activation_limit = job.activation, 0.3  # a bound that some reach
     return engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -275,3 +276,23 @@ def mpu_of(tensor_size: int, prefix: str = "tensor_model_parallel") -> Any:
         methods[f"{name}_group"] = lambda: tensor[rank // tensor_size]
     named = {f"get_{name}": method for name, method in methods.items()}
     return SimpleNamespace(tensor_group=tensor[rank // tensor_size], **named)
+
+
+def sequence_mpu_of(size: int) -> Any:
+    """The same of a Megatron-DeepSpeed client with sequence ranks, who has no tensor ranks. Collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    everyone = list(range(world))
+    tables = {
+        "model_parallel": [[each] for each in everyone],
+        "sequence_parallel": [everyone[first : first + size] for first in range(0, world, size)],
+        "data_parallel": [everyone[first::size] for first in range(size)],
+        "sequence_data_parallel": [everyone],
+    }
+    tables["tensor_model_parallel"] = tables["model_parallel"]
+    methods: dict[str, Callable[[], Any]] = {}
+    for name, table in tables.items():
+        made = [(ranks, dist.new_group(ranks)) for ranks in table]
+        ranks, group = next((ranks, group) for ranks, group in made if rank in ranks)
+        values = {"rank": ranks.index(rank), "world_size": len(ranks), "group": group}
+        methods |= {f"get_{name}_{key}": partial(lambda value: value, value) for key, value in values.items()}
+    return SimpleNamespace(**methods)

@@ -37,6 +37,7 @@ AUTOTP = {
         },
     }
 }
+PLAN = {"tensor_parallel": {"partition_config": AUTOTP["tensor_parallel"]["partition_config"]}}  # tp_model_init's ranks
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Trained:
     norms: list[float]  # of the gradients, before they are clipped
     moves: dict[str, Tensor]  # of each parameter, by its name on one device
     routes: dict[str, list[Tensor]] = field(default_factory=dict)  # each pass' experts [T, K], by layer, if recorded
+    marks: tuple[str, ...] = ()  # of gathers, and of shared experts at their work, in the first pass
 
     def distance(self, other: Trained) -> float:
         """The largest difference in a move, over that tensor's largest, or in a loss or norm, relative.
@@ -90,25 +92,27 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
     from ds_moe_ep.model.initialize import global_name
 
     ds_moe_ep.init_distributed()
-    is_cut_by_autotp = bool(keys)
+    is_cut_by_autotp, is_recorded = bool(keys), bool(keys) and "autotp_size" not in keys["tensor_parallel"]
     grid = mpu_of(TENSOR_SIZE, job.prefix)
     model = TensorModel(job, lambda _: make_layer(job), None if is_cut_by_autotp else grid)
     model.grid = grid
     give_weights(model, job)
+    if is_recorded:  # for all engines that this process makes from now on
+        model = deepspeed.tp_model_init(model, tp_size=TENSOR_SIZE, dtype=job.dtype)
     with planted(job.fault):
         try:
-            engine, *_ = deepspeed.initialize(
+            engine, *_ = (ds_moe_ep.initialize if is_recorded else deepspeed.initialize)(
                 model=model,
                 optimizer=torch.optim.SGD(parameter_groups(model), lr=job.rate),
                 mpu=None if is_cut_by_autotp else grid,
                 config=job.ds_config(keys or {}),
             )
             attached = nullcontext()
-            if job.kind != "native":
+            if job.kind != "native" and not is_recorded:
                 traffic = {"schedule": "peers"} | job.knobs
                 attached = ds_moe_ep.attach_overlap(engine, traffic if job.kind == "hooked" else None)
             copy = dist.get_rank() // TENSOR_SIZE
-            with attached, routed(engine, job, copy) as record:
+            with attached, marked(model, job) as marks, routed(engine, job, copy) as record:
                 before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
                 losses, norms = train(engine, job)
         except ds_moe_ep.MoEError as error:
@@ -120,7 +124,32 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
         global_name(name, index): (parameter.detach() - before[name]).float()
         for name, parameter in model.named_parameters()
     }
-    return Trained(losses, norms, moves, {} if record is None else experts_of(record))
+    return Trained(losses, norms, moves, {} if record is None else experts_of(record), tuple(marks[:6]))
+
+
+@contextmanager
+def marked(model: nn.Module, job: TensorJob) -> Iterator[list[str]]:
+    """A scope in which gathers and shared experts leave marks, where the job has any."""
+    from ds_moe_ep.moe.tensor_parallel.exchange import Spans
+
+    begin, marks = Spans.begin, list[str]()
+
+    def marking(spans: Spans, share: Tensor) -> Callable[[], Tensor]:
+        marks.append("begins")
+        finish = begin(spans, share)
+
+        def ends() -> Tensor:
+            marks.append("ends")
+            return finish()
+
+        return ends
+
+    shared = [layer.deepspeed_moe.shared for layer in model.layers] if job.shared else []
+    hooks = [module.register_forward_hook(lambda *_: marks.append("computes")) for module in shared]
+    with patch.object(Spans, "begin", marking) if job.shared else nullcontext():
+        yield marks
+    for hook in hooks:
+        hook.remove()
 
 
 @contextmanager
@@ -222,19 +251,20 @@ def planted(fault: str) -> Iterator[None]:
     from ds_moe_ep.engine.layouts import tensor
     from ds_moe_ep.moe.tensor_parallel import exchange, ranks
 
-    whole = exchange.Spans.gather
+    begin = exchange.Spans.begin
 
-    def forgets(spans: exchange.Spans, share: Tensor) -> Tensor:
+    def forgets(spans: exchange.Spans, share: Tensor) -> Callable[[], Tensor]:
         """Only the rank's own part comes back."""
         rows = share.new_zeros(spans.num_tokens, *share.shape[1:])
         spans.own(rows).copy_(share)
-        return rows
+        return lambda: rows
 
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(forgets(context.spans, gradient) for gradient in gradients)
+        return None, *(forgets(context.spans, gradient)() for gradient in gradients)
 
-    def twice(spans: exchange.Spans, share: Tensor) -> Tensor:
-        return 2 * whole(spans, share)
+    def twice(spans: exchange.Spans, share: Tensor) -> Callable[[], Tensor]:
+        finish = begin(spans, share)
+        return lambda: 2 * finish()
 
     def everything(ranks: Any, tokens: Tensor, routes: Any) -> tuple[Tensor, Any]:
         """Each rank takes all tokens to the experts."""
@@ -251,9 +281,9 @@ def planted(fault: str) -> Iterator[None]:
     faults: dict[str, Any] = {
         "": nullcontext(),
         "other records": nullcontext(),  # in `routed`
-        "results that are not gathered": patch.object(exchange.Spans, "gather", forgets),
+        "results that are not gathered": patch.object(exchange.Spans, "begin", forgets),
         "gradients that are not gathered": patch.object(exchange._Cut, "backward", staticmethod(backward)),
-        "a gradient counted twice": patch.object(exchange.Spans, "gather", twice),
+        "a gradient counted twice": patch.object(exchange.Spans, "begin", twice),
         "tokens counted twice": patch.multiple(
             ranks.TensorRanks, cut=everything, gather=lambda ranks, results, num_tokens: results
         ),
@@ -298,7 +328,7 @@ def merged(by_rank: Sequence[Trained | str]) -> Trained | str:
     routes = [joined_routes(by_copy) for by_copy in copies]
     for others in routes[1:]:  # every tensor rank records all tokens of its copy
         assert all(all(map(torch.equal, others[name], passes)) for name, passes in routes[0].items())
-    return Trained(trained[0].losses, trained[0].norms, whole, routes[0])
+    return Trained(trained[0].losses, trained[0].norms, whole, routes[0], trained[0].marks)
 
 
 def reference(job: TensorJob) -> Trained:

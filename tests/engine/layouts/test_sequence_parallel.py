@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.engine.layouts.tensor_models import BOUND, WORLD, D, TensorJob, TensorModel
+from tests.engine.layouts.tensor_models import BOUND, WORLD, D, TensorJob, TensorModel, sequence_mpu_of
 from tests.engine.layouts.tensor_runs import (
     Trained,
     experts_of,
@@ -34,6 +34,7 @@ class SequenceJob(TensorJob):
     """4 ranks, of which each 2 hold a half of the same sequences, as ranks that are alone with their tokens."""
 
     bf16_bound = 0.04
+    by_megatron: bool = False  # groups of Megatron-DeepSpeed's mpu, not of DeepSpeed's unit
 
     @property
     def num_copies(self) -> int:
@@ -52,13 +53,14 @@ def run_job(job: SequenceJob) -> Trained:
     ds_moe_ep.init_distributed()
     if unit._SEQUENCE_PARALLEL_GROUP is None:
         unit.initialize_sequence_parallel(SEQUENCE_SIZE)
+    mpu = sequence_mpu_of(SEQUENCE_SIZE) if job.by_megatron else unit
     model = TensorModel(job, lambda _: make_layer(job))
     give_weights(model, job)
     off = patch.object(ExpertGradients, "is_needed", lambda: False) if job.fault else nullcontext()
     with off:
         optimizer = torch.optim.SGD(parameter_groups(model), lr=job.rate)
         config = job.ds_config({"sequence_parallel_size": SEQUENCE_SIZE})
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=unit, config=config)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=config)
         attached = ds_moe_ep.attach_overlap(engine, {"schedule": "peers"} if job.kind == "hooked" else None)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses, norms = [], []
@@ -111,6 +113,13 @@ JOB = SequenceJob(top_k=2, clipping=3.0, records=True, knobs={"n_group": 2, "top
 REPLAYED = SequenceJob(top_k=2, ep_size=4, clipping=3.0, replays=True)
 FAULT = SequenceJob(fault="experts divided by the world")
 MORE_JOBS = {
+    "own, Megatron-DeepSpeed's mpu": SequenceJob(top_k=2, clipping=3.0, by_megatron=True, records=True),
+    "own, ZeRO 1, Megatron-DeepSpeed's mpu": SequenceJob(
+        ep_size=4, top_k=2, stage=1, clipping=3.0, by_megatron=True, replays=True
+    ),
+    "hooked, ZeRO 2, Megatron-DeepSpeed's mpu": SequenceJob(
+        kind="hooked", top_k=2, stage=2, clipping=3.0, by_megatron=True
+    ),
     "own, ZeRO 2": SequenceJob(ep_size=4, capacity_factor=1.0, stage=2, clipping=3.0),
     "own, bf16": SequenceJob(ep_size=4, top_k=2, bf16=True, clipping=3.0),
     "own, ZeRO 1, bf16": SequenceJob(top_k=4, bf16=True, stage=1, clipping=3.0),

@@ -1,0 +1,73 @@
+"""What `check-config` says a tensor rank of AutoTP's holds is what the engine's ranks hold; and the model runs so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from ds_moe_ep.check.config import check_config
+from tests.engine.layouts.tensor_runs import forget_groups
+from tests.ranks import run_ranks
+
+MODEL = {
+    "num_layers": 2, "hidden_size": 16, "num_heads": 4, "expert_width": 8, "vocab_size": 32, "sequence_length": 8,
+    "shared_expert_width": 12, "expert_bias": True,
+}  # fmt: skip
+ATTENTION = ((r".*attention\.qkv\.weight$", "column"), (r".*attention\.out\.weight$", "row"))
+SHARED = ((r".*shared\.fc1\.weight$", "column"), (r".*shared\.fc2\.weight$", "row"))
+PLANS = {"attention": ATTENTION, "the shared expert too": ATTENTION + SHARED}
+NAMES = [(name, stage) for name in PLANS for stage in (0, 1)]
+Held = tuple[int, int, float]  # parameters, those whose optimizer states it has, loss
+
+
+def ds_config(plan: Sequence[tuple[str, str]], stage: int) -> dict[str, Any]:
+    specs = [{"patterns": [pattern], "partition_type": how} for pattern, how in plan]
+    cut = {"autotp_size": 2, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "Adam", "params": {"torch_adam": True}},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000},
+        "moe_ep": {"num_experts": 4, "ep_size": 2, "top_k": 2, "schedule": "peers", "model": MODEL},
+        "steps_per_print": 10**9,
+        **({"tensor_parallel": cut} if plan else {}),
+    }
+
+
+def held(config: dict[str, Any]) -> Held:
+    import ds_moe_ep
+    from ds_moe_ep.config.section import read_section
+    from ds_moe_ep.model.initialize import expert_index_of, init_weights
+
+    ds_moe_ep.init_distributed()
+    section = read_section(config)
+    model = ds_moe_ep.build_transformer(section.model, section.moe, ds_moe_ep.MoE)
+    init_weights(model, 1, expert_index_of(torch.distributed.get_rank() % 2, 2))
+    engine = ds_moe_ep.initialize(model=model, config=config)[0]
+    ids = torch.randint(32, (1, 8), generator=torch.Generator().manual_seed(2))
+    loss = engine(ids, ids).loss
+    engine.backward(loss)
+    engine.step()
+    numbers = [parameter.numel() for parameter in engine.module.parameters()]
+    owned = getattr(engine.optimizer, "single_partition_of_fp32_groups", [])
+    forget_groups()
+    return sum(numbers), sum(part.numel() for part in owned), float(loss.detach())
+
+
+def all_held(configs: Sequence[dict[str, Any]]) -> list[Held]:
+    return [held(config) for config in configs]
+
+
+@pytest.mark.slow
+def test_an_engines_tensor_ranks_hold_what_check_config_says_and_have_the_loss_of_one_rank() -> None:
+    configs = [ds_config(PLANS[name], stage) for name, stage in NAMES]
+    for found in run_ranks(4, all_held, [*configs, ds_config((), 0)], timeout_s=200):
+        *cut, (_, _, loss) = found
+        for (name, stage), config, (numbers, owned, cut_loss) in zip(NAMES, configs, cut, strict=True):
+            details = check_config(config, world_size=4).to_dict()["details"]
+            assert numbers == details["rank_parameters"]["total"], name
+            if stage:  # fp32 weights, and Adam's two states of each; ZeRO pads a group to equal parts
+                assert owned - details["memory"]["optimizer"] // 12 in range(8), (name, owned)
+            assert cut_loss == pytest.approx(loss, rel=1e-6)

@@ -1,0 +1,88 @@
+"""Tensor ranks, stages, sequence ranks, expert groups, ZeRO, precision, recomputation and k: every pair, as one device.
+
+By one covering design over all of them, on 8 ranks. Left out by name is what DeepSpeed itself does not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+
+from tests.engine.layouts.layout_runs import LAYOUT_RANKS, LayoutJob, as_the_ranks_tell, merged, run_jobs
+from tests.engine.layouts.tensor_runs import reference
+from tests.ranks import run_ranks
+
+PARTS = 4  # each within the time of a test on a busy machine
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "tp_size": (1, 2),
+    "pp_size": (1, 2),
+    "sp_size": (1, 2),
+    "ep_size": (1, 2, 4),
+    "stage": (0, 1, 2),
+    "precision": ("fp32", "bf16", "fp16"),
+    "recompute": (False, True),
+    "top_k": (1, 2, 4),
+}
+Settings = dict[str, Any]
+NOT_RUN_BY_DEEPSPEED: dict[str, Settings] = {
+    "sequence ranks beside tensor ranks: no mpu of DeepSpeed's has both": {"tp_size": 2, "sp_size": 2},
+    "sequence ranks in stages: no mpu of DeepSpeed's has both": {"pp_size": 2, "sp_size": 2},
+    "ZeRO-2 in stages: DeepSpeed's pipeline engine refuses it": {"pp_size": 2, "stage": 2},
+    "fp16 in stages without ZeRO: DeepSpeed does not scale the loss": {"pp_size": 2, "stage": 0, "precision": "fp16"},
+}
+
+
+def reason_against(settings: Mapping[str, Any]) -> str:
+    """Why DeepSpeed does not run the settings, or an empty string."""
+    return next((reason for reason, odd in NOT_RUN_BY_DEEPSPEED.items() if odd.items() <= settings.items()), "")
+
+
+def covering() -> Iterator[Settings]:
+    """Settings, each of which covers the most pairs that those before it left."""
+    every = [dict(zip(FACTORS, values, strict=True)) for values in product(*FACTORS.values())]
+    possible = {index: pairs_of(settings) for index, settings in enumerate(every) if not reason_against(settings)}
+    left = set().union(*possible.values())
+    while left:
+        best = max(possible, key=lambda index: len(possible[index] & left))
+        left -= possible[best]
+        yield every[best]
+
+
+def pairs_of(settings: Settings) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+    return set(combinations(settings.items(), 2))
+
+
+def job_of(settings: Settings) -> LayoutJob:
+    in_stages = settings["pp_size"] > 1
+    of_stages = {"accumulation": 2, "clipping": 0.0, "tokens": 8}  # tensor ranks cut the messages between stages
+    return LayoutJob(**({"clipping": 3.0} | (of_stages if in_stages else {}) | settings))
+
+
+def test_the_design_covers_every_pair_but_those_that_deepspeed_does_not_run() -> None:
+    designed = list(covering())
+    covered = set().union(*map(pairs_of, designed))
+    every = {
+        ((first, value), (second, other))
+        for (first, values), (second, others) in combinations(FACTORS.items(), 2)
+        for value in values
+        for other in others
+    }
+    left_out = {tuple(odd.items()) for odd in NOT_RUN_BY_DEEPSPEED.values() if len(odd) == 2}
+    assert every - covered == left_out
+    assert len(designed) <= 16 and not any(map(reason_against, designed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_pair_of_layouts_trains_as_one_device(part: int) -> None:
+    jobs = [job_of(settings) for settings in covering()][part::PARTS]
+    by_rank = run_ranks(LAYOUT_RANKS, run_jobs, jobs, timeout_s=400)
+    for job, results in zip(jobs, zip(*by_rank, strict=True), strict=True):
+        result, forgetful = merged(job, results), replace(job, forgets_half=True)
+        distance = result.distance(as_the_ranks_tell(job, reference(job)))
+        assert distance < job.bound, (job, distance)
+        assert result.distance(as_the_ranks_tell(job, reference(forgetful))) > 5 * job.bound, job
