@@ -285,7 +285,7 @@ def planted(fault: str) -> Iterator[None]:
         "gradients that are not gathered": patch.object(exchange._Cut, "backward", staticmethod(backward)),
         "a gradient counted twice": patch.object(exchange.Spans, "begin", twice),
         "tokens counted twice": patch.multiple(
-            ranks.TensorRanks, cut=everything, gather=lambda ranks, results, num_tokens: results
+            ranks.TensorRanks, cut=everything, begin_gather=lambda ranks, results, num_tokens: lambda: results
         ),
         "a group of the wrong ranks": patch.object(tensor, "tensor_ranks_of", other_ranks),
         "experts without a mark": patch.object(tensor, "mark_as_apart", lambda experts: []),
