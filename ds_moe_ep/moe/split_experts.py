@@ -58,9 +58,9 @@ class SavedActivations:
     """The rows that each expert saves from the forward to the backward pass: `num_hidden` tensors [rows, F] per expert.
 
     A tensor per expert and not one for all: blocks stay small enough for the allocator to keep, and each expert's
-    rows are given back with the last product that reads them. Active rows are not saved: the backward pass makes them
-    again from the hidden ones, over their own gradient, in the pass over memory that this gradient takes anyway. A
-    recomputation saves them too (`ActiveRows`): their time is short, and making them again is not free.
+    rows are given back with the last product that reads them. On a GPU active rows are not saved: the backward pass
+    makes them again from the hidden ones, over their own gradient, in the pass over memory that this gradient takes
+    anyway. A recomputation saves them too (`ActiveRows`): their time is short, and making them again is not free.
     """
 
     def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], num_hidden: int) -> None:
@@ -68,7 +68,7 @@ class SavedActivations:
         self._sums: list[GradSums] = [GradSums(named) for named in weights]
         width_like_FD = _weight(weights[0], "up")
         self._spans = spans
-        self._active = ActiveRows.of_this_pass()
+        self._active = ActiveRows.of_this_pass(width_like_FD.is_cpu)
         self._num_hidden, self._num_saved = num_hidden, num_hidden + (self._active is not ActiveRows.MADE_AGAIN)
         self._num_added = [0] * len(spans)  # rows whose part of the weight gradients was added
         width = len(width_like_FD)
@@ -154,8 +154,9 @@ class SavedActivations:
 class ActiveRows(Enum):
     """The active rows of a forward pass: made again by its backward pass, or saved for it.
 
-    A recomputation inside of a backward pass saves them, since that uses them up at once. torch's checkpoint puts what
-    the recomputation saves in the places of what the first pass saved: that one keeps a place.
+    On the CPU they are saved: there the activation costs more than its place in memory. A recomputation inside of a
+    backward pass saves them everywhere, since that uses them up at once. torch's checkpoint puts what the recomputation
+    saves in the places of what the first pass saved: that one keeps a place.
     """
 
     MADE_AGAIN = 0
@@ -163,15 +164,14 @@ class ActiveRows(Enum):
     SAVED_LATER = 2
 
     @classmethod
-    def of_this_pass(cls) -> ActiveRows:
+    def of_this_pass(cls, is_on_cpu: bool) -> ActiveRows:
         hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None)(False)
         packs = getattr(hooks[0], "__qualname__", "others'") if hooks else ""
         if packs.startswith("_checkpoint_hook."):
             return cls.SAVED_LATER
         is_inside_backward = getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1
-        if is_inside_backward and (not packs or packs.startswith("_recomputation_hook.")):
-            return cls.SAVED
-        return cls.MADE_AGAIN
+        is_recomputed = is_inside_backward and (not packs or packs.startswith("_recomputation_hook."))
+        return cls.SAVED if is_on_cpu or is_recomputed else cls.MADE_AGAIN
 
 
 def blocks(*rows: Tensor) -> Iterable[tuple[Tensor, ...]]:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.experts import GeluMLP, KnownExperts, SwiGLU
 from ds_moe_ep.moe.layer import ExpertParallel
+from ds_moe_ep.moe.split_experts import ActiveRows
 from tests.moe.layer_cases import CaseData, D, LayerCase, LayerResult, OddExpert, case_data
 from tests.moe.layer_runs import Links, build_layer, config, forward_backward, gather_result, run_case, torus_for
 from tests.moe.test_schedules import differences
@@ -72,12 +73,14 @@ def test_recomputed_layers_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("expert", [GeluMLP, SwiGLU])
-def test_active_rows_are_made_again_unless_a_recomputation_has_just_made_them(
-    reentrant: bool, expert: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_active_rows_are_made_again_on_a_gpu_unless_a_recomputation_has_just_made_them(
+    reentrant: bool, expert: type[nn.Module], on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
     layer = ExpertParallel(8, expert(8, 16), MoEConfig(num_experts=2))
-    start = KnownExperts.start
+    start, choose = KnownExperts.start, ActiveRows.of_this_pass
+    monkeypatch.setattr(ActiveRows, "of_this_pass", lambda is_on_cpu: choose(is_on_cpu and on_cpu))
 
     def started(*args: Any) -> Any:
         made = start(*args)
@@ -93,7 +96,7 @@ def test_active_rows_are_made_again_unless_a_recomputation_has_just_made_them(
     alone, first, again = (sum(sizes) for sizes in seen)
     num_hidden = 1 if expert is GeluMLP else 2
     all_rows = 6 * 16 * 4  # one tensor of rows [6, F] in fp32, over both experts
-    assert alone == num_hidden * all_rows and again == (num_hidden + 1) * all_rows
+    assert alone == (num_hidden + on_cpu) * all_rows and again == (num_hidden + 1) * all_rows
     assert first <= alone + 2 * 4, "a place for what comes later, without its memory"
     assert torch.equal(x.grad, plain)
 

@@ -50,7 +50,7 @@ class GroupedPass:
         self._trained = {
             name for name in self._names[0] for w in weights if (tensor := w[name]) is not None and tensor.requires_grad
         }
-        self._active = ActiveRows.of_this_pass()
+        self._active = ActiveRows.of_this_pass(device.type == "cpu")
         self._groups = _groups_of(grouping, device)
         self._all = self._groups.pop(-1)
         self._order_R = _row_order(grouping, device)
