@@ -23,10 +23,24 @@ class SortedChoices:
     count_E: Tensor
 
 
+def count_choices(expert_ids_TK: Tensor, is_used_TK: Tensor | None, num_experts: int) -> Tensor:
+    """How many used k-th choices each expert has [K, E]. Local; no device sync."""
+    ids_KT = expert_ids_TK.t()
+    ones_KT = torch.ones_like(ids_KT) if is_used_TK is None else is_used_TK.t().to(ids_KT.dtype)
+    return ids_KT.new_zeros(len(ids_KT), num_experts).scatter_add_(1, ids_KT, ones_KT)
+
+
 def sort_choices(
-    expert_ids_TK: Tensor, is_used_TK: Tensor | None, num_experts: int, use_triton: bool | None = None
+    expert_ids_TK: Tensor,
+    is_used_TK: Tensor | None,
+    num_experts: int,
+    use_triton: bool | None = None,
+    count_E: Tensor | None = None,
 ) -> SortedChoices:
-    """The choices sorted by expert, those that are not used behind all others. Local; no device sync."""
+    """The choices sorted by expert, those that are not used behind all others. Local; no device sync.
+
+    `count_E`: the used choices of each expert, where the caller has counted them.
+    """
     anything = expert_ids_TK.new_empty(0, dtype=torch.float32)  # the kernels know one type of index
     if expert_ids_TK.dtype == torch.int64 and runs_triton(use_triton, anything):
         from ds_moe_ep.kernels.compiled import sort as kernels
@@ -36,7 +50,8 @@ def sort_choices(
     if is_used_TK is not None:
         ids_N = torch.where(is_used_TK.flatten(), ids_N, num_experts)
     choice_of_row_N = ids_N.argsort(stable=True)
-    count_E = ids_N.new_zeros(num_experts + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    if count_E is None:
+        count_E = ids_N.new_zeros(num_experts + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:num_experts]
     row_of_choice_N = torch.empty_like(choice_of_row_N)
     row_of_choice_N[choice_of_row_N] = torch.arange(ids_N.shape[0], device=ids_N.device)
-    return SortedChoices(choice_of_row_N, row_of_choice_N.view_as(expert_ids_TK), count_E[:num_experts])
+    return SortedChoices(choice_of_row_N, row_of_choice_N.view_as(expert_ids_TK), count_E)

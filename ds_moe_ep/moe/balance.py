@@ -193,7 +193,7 @@ class BiasBalance(nn.Module):
 
         A pass that is recomputed counts twice, which changes no sign: the step looks at nothing else.
         """
-        self.load_E += chosen_E.to(torch.int64)
+        self.load_E += chosen_E
         if not self._is_looked_after and not weight.is_inference():
             self._look_for_a_step(weight._version)
 

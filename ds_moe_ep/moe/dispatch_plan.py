@@ -86,7 +86,7 @@ def begin_plan(
     if routing.capacity is not None:
         plan = _padded_plan(routing, num_experts, agreement)
         return PendingPlan(plan.maps, lambda: plan)
-    in_order = sort_choices(routing.expert_ids_TK, routing.is_used_TK, num_experts, in_triton)
+    in_order = sort_choices(routing.expert_ids_TK, routing.is_used_TK, num_experts, in_triton, routing.count_E)
     choice_of_row_N, row_of_choice_TK, is_dropped_TK = in_order.choice_of_row_N, in_order.row_of_choice_TK, None
     counts = agreement.begin_counts(in_order.count_E.view(transport.size, -1))
     if routing.is_used_TK is not None:

@@ -131,7 +131,7 @@ class ExpertParallel(nn.Module):
         if residual_TD is not None and not is_whole:
             y_TD = residual_TD + y_TD
         loss = router_loss(routing, self.config, self._batch(x, connection.transport))
-        self.last_counts_E = routing.load_E().to(torch.int64)
+        self.last_counts_E = routing.count_E
         return y_TD.view(x.shape), loss, self.last_counts_E
 
     def _batch(self, x: Tensor, transport: Transport) -> Batch:

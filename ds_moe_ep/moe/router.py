@@ -20,7 +20,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.choose import runs_triton, why_no_triton
 from ds_moe_ep.kernels.gate import MAX_EXPERTS, ChoiceNoise, GateRoutes, GateRule, gate_logits, gate_routes
-from ds_moe_ep.kernels.sort import sort_choices
+from ds_moe_ep.kernels.sort import count_choices, sort_choices
 from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
 from ds_moe_ep.moe.match_expert import is_plain, is_plain_linear
 from ds_moe_ep.moe.replay.tape import Chosen, Tape
@@ -52,19 +52,29 @@ class Routes:
     capacity: int | None = None
     weighs_rows: bool = False
 
+    @property
+    def count_E(self) -> Tensor | None:
+        """Used choices of each expert, where they are counted already."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Routing(Routes):
-    """The router's answer: the routes, and the scores over E experts that they come from."""
+    """The router's answer: the routes, and the scores over E experts that they come from.
+
+    `counts_KE` has the used k-th choices of each expert, before any drop.
+    """
 
     scores_TE: Tensor
     logits_TE: Tensor
-    counts_KE: Tensor | None = None  # the k-th choices of each expert, where the gate has counted them
+    counts_KE: Tensor
+
+    @functools.cached_property
+    def count_E(self) -> Tensor:
+        return self.counts_KE.sum(0)
 
     def load_E(self, choices: slice = slice(None)) -> Tensor:
         """Choices of each expert (before any drop), as the scores' type; no gradient."""
-        if self.counts_KE is None:
-            return self.chosen_TE(choices).sum(0)
         return self.counts_KE[choices].sum(0).to(self.scores_TE.dtype)
 
     def chosen_TE(self, choices: slice = slice(None)) -> Tensor:
@@ -141,6 +151,9 @@ class Router(nn.Module):
                 priority_TK = self._priority(scores_TE, expert_ids_TK)
                 place_TK = places(expert_ids_TK, in_queue_TK, priority_TK, config.num_experts, in_triton)
                 is_kept_TK = place_TK < capacity
+            counts_KE = routes.counts_KE if is_counted else None
+            if counts_KE is None:
+                counts_KE = count_choices(expert_ids_TK, is_used_TK, config.num_experts)
         routing = Routing(
             expert_ids_TK=expert_ids_TK,
             weights_TK=self._scaled(
@@ -148,7 +161,7 @@ class Router(nn.Module):
             ),
             scores_TE=scores_TE,
             logits_TE=routes.logits_TE,
-            counts_KE=routes.counts_KE if is_counted else None,
+            counts_KE=counts_KE,
             is_used_TK=is_used_TK,
             is_kept_TK=is_kept_TK,
             place_TK=place_TK,
@@ -157,7 +170,7 @@ class Router(nn.Module):
         if self.tape is not None:
             self.tape.take(routing)
         if self.balance is not None and self.training:
-            self.balance.observe(routing.load_E(), self.wg.weight)
+            self.balance.observe(routing.count_E, self.wg.weight)
         return routing
 
     def _takes_one_pass(self, x_TD: Tensor, in_triton: bool | None) -> bool:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.errors import EngineError
+from ds_moe_ep.kernels.sort import count_choices
 from ds_moe_ep.moe.router import Routes, Routing
 from ds_moe_ep.moe.tensor_parallel.exchange import Spans, all_gather, begin_gather, cut, gather
 
@@ -78,7 +79,8 @@ class TensorRanks:
         )
         if isinstance(own, Routing):
             scores_TE, logits_TE = spans.own(own.scores_TE.detach()), spans.own(own.logits_TE.detach())
-            own = replace(own, scores_TE=scores_TE, logits_TE=logits_TE, counts_KE=None)
+            counts_KE = count_choices(own.expert_ids_TK, own.is_used_TK, scores_TE.shape[1])
+            own = replace(own, scores_TE=scores_TE, logits_TE=logits_TE, counts_KE=counts_KE)
         return tokens_TD, own
 
     def gather(self, results_TD: Tensor, num_tokens: int) -> Tensor:
