@@ -194,11 +194,6 @@ def at_init_inference(connect: Callable[[nn.Module], None]) -> None:
     InferenceEngine._create_ep_parallel_group = make_and_connect
 
 
-def take_world_of(engine: Any) -> None:
-    """Makes DeepSpeed's notion of the world, which is global, that of one of several engines in a process."""
-    groups.mpu = engine.mpu
-
-
 def is_moe_layer(module: Any) -> bool:
     """True where DeepSpeed takes a module for an MoE layer, as it numbers them in checkpoints."""
     return isinstance(module, MoE) or is_autoep_layer(module)

@@ -9,6 +9,7 @@ A name is a dotted path; its parts are slugs without dots. Bench and simulate wr
     system.<place>.training.<system>.loss.step<n>   of the n-th step of the run, the same batches for every system
     system.<place>.training.<system>.load.step<n>.layer<l>.expert<e>   rows of all ranks
     system.<place>.traffic.<what>                   ratio (of EP16's traffic alone to its compute), compute, link
+    layouts.<place>.traffic<percent>.<system>.<what>   tps, over_best (in layouts of one job); the percent as of traffic
     scaling.<total>.ep<n>.<what>                  tps, tpot, busy, memory_per_expert
     scaling.<total>.fit.<law>.<what>              r2, coefficient
     sweep.<place>.<total>.ep<n>.dp<m>.<what>        tps, tpot, busy, memory_per_expert, mfu, hidden, memory (simulated)
@@ -47,8 +48,12 @@ SYSTEMS: Mapping[str, str] = {
     "ep16": "EP16 overlapped",
     "native_ep16": "DeepSpeed MoE EP16",
     "autoep_ep16": "DeepSpeed AutoEP EP16",
+    "pp2_ep8": "PP2/EP8",
+    "tp2_ep8": "TP2/EP8",
+    "tp2_pp2_ep4": "TP2/PP2/EP4",
 }
 BASELINE = "tp8_pp2"
+LAYOUTS = ("ep16", BASELINE, "pp2_ep8", "tp2_ep8", "tp2_pp2_ep4")  # of one model by this package: which is fastest?
 MODES: Mapping[str, str] = {"training": "training", "forward": "forward only"}
 PARTS: Mapping[str, str] = {
     "compute": "compute",
@@ -98,6 +103,16 @@ SIDES: Mapping[str, str] = {
     "autoep": "DeepSpeed's AutoEP",
     "wire": "traffic alone",
 }
+
+
+def title_of(system: str) -> str:
+    """Title of a system, also of one of other sizes than the specification's."""
+    if system in SYSTEMS:
+        return SYSTEMS[system]
+    if system.startswith(("tp", "pp")):
+        return system.removesuffix("_serial").upper().replace("_", "/") + " serial" * system.endswith("_serial")
+    size, _, serial = system.upper().partition("_")
+    return f"{size} {'serial' if serial else 'overlapped'}"
 
 
 SIMULATED = "simulated_"  # environments that were never built: this, and the name of a cluster's file

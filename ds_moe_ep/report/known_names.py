@@ -29,6 +29,7 @@ _KNOWN = (
     re.compile(rf"system\.{_BED}\.training\.{_SYSTEM}\.loss\.step\d+"),
     re.compile(rf"system\.{_BED}\.training\.{_SYSTEM}\.load\.step\d+\.layer\d+\.expert\d+"),
     re.compile(rf"system\.{_BED}\.traffic\.(?:ratio|compute|link)"),
+    re.compile(rf"layouts\.{_SIMULATED}\.traffic\d+\.[a-z0-9_]+\.(?:tps|over_best)"),
     re.compile(rf"scaling\.{_one_of(TOTALS)}\.ep\d+\.{_one_of(LAWS)}"),
     re.compile(rf"scaling\.{_one_of(TOTALS)}\.fit\.{_one_of(LAWS)}\.(?:r2|coefficient)"),
     re.compile(rf"sweep\.{_SIMULATED}\.{_one_of(TOTALS)}\.ep\d+\.dp\d+\.(?:{_one_of(LAWS)}|mfu|hidden|memory)"),

@@ -12,6 +12,7 @@ from ds_moe_ep.report.html import to_html
 from ds_moe_ep.report.markdown import to_markdown
 from ds_moe_ep.report.page import Page, PageSection, notes_once
 from ds_moe_ep.report.sections.headline import headline
+from ds_moe_ep.report.sections.layouts import layouts
 from ds_moe_ep.report.sections.overlap import overlap
 from ds_moe_ep.report.sections.scaling import scaling
 from ds_moe_ep.report.sections.soak import soak
@@ -25,6 +26,7 @@ from ds_moe_ep.report.sections.training import load, loss
 TITLE = "ds_moe_ep: what was measured"
 SECTIONS: dict[str, Callable[[Findings], PageSection | None]] = {  # by what a reader misses where there is none
     "throughput": throughput,
+    "layouts by link": layouts,
     "where the time goes": latency,
     "timeline of a layer": timeline,
     "load of the experts": load,

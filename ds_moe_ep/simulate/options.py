@@ -63,6 +63,13 @@ class PlanOptions:
         metavar="SIZES",
     )
     search: bool = option(False, "list the layouts of --config that fit the cluster instead, best first")
+    traffic: tuple[float, ...] = option(
+        (),
+        "with --search: the best layout on links between nodes over which the experts' rows, where all ranks share the "
+        "experts and nothing is hidden, take this many times the compute (as in `bench systems`)",
+        above=0,
+        metavar="RATIO",
+    )
     verbose: bool = option(
         False, "print every table: memory, parts of a step, schedules, bounds, changes", one_of="form"
     )

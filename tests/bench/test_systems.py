@@ -1,4 +1,4 @@
-"""The systems benchmark: its arithmetic and records, five real engines that agree, and emulated devices."""
+"""The systems benchmark: its arithmetic and records, eight real engines that agree, and emulated devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding, arriving, free_port, started_ranks
 from ds_moe_ep.bench.systems import command as systems
 from ds_moe_ep.bench.systems.findings import derive, metric, summary_tables
-from ds_moe_ep.bench.systems.plan import BURST_BYTES, EMULATED_MODEL, EXPERT_SHARE, SEEN, SystemsPlan, link_mbit
+from ds_moe_ep.bench.systems.plan import (
+    BURST_BYTES,
+    EMULATED_MODEL,
+    EXPERT_SHARE,
+    OVERLAPPED,
+    SEEN,
+    Cut,
+    SystemsPlan,
+    link_mbit,
+)
 from ds_moe_ep.bench.systems.ranks import run_systems_rank
 from ds_moe_ep.bench.testbed import Environment
 from ds_moe_ep.config.knobs import Layout, MoEConfig
@@ -33,7 +42,12 @@ SMALL_WORLD = SystemsPlan(
     environments=(Environment("loopback", None),),
     model=replace(EMULATED_MODEL, num_layers=2, sequence_length=32),
     ep_size=4,
-    layout=Layout(tp_size=2, pp_size=2),
+    cuts={
+        "tp8_pp2": Cut(layout=Layout(tp_size=2, pp_size=2)),
+        "pp2_ep8": Cut(layout=Layout(pp_size=2), ep_size=2),
+        "tp2_ep8": Cut(layout=Layout(tp_size=2), ep_size=2),
+        "tp2_pp2_ep4": Cut(layout=Layout(tp_size=2, pp_size=2), ep_size=2),
+    },
     num_sequences=16,
     rounds=3,
     warm_ups=1,
@@ -54,12 +68,14 @@ def test_an_emulated_device_computes_what_the_plan_says() -> None:
     assert 1e-6 * EMULATED.token_us * tokens_of_rank * 4 == pytest.approx(forward)
 
 
-def test_all_systems_train_the_same_batch_and_only_the_baseline_cuts_it() -> None:
+def test_all_systems_train_the_same_batch_and_only_stages_cut_it() -> None:
     configs = {name: EMULATED.ds_config(name) for name in SYSTEMS}
     assert {config["train_batch_size"] for config in configs.values()} == {128}
     assert configs["tp8_pp2"]["train_micro_batch_size_per_gpu"] == 32
     assert configs["tp8_pp2"]["gradient_accumulation_steps"] == 4
     assert configs["ep16"]["train_micro_batch_size_per_gpu"] == 8
+    assert configs["pp2_ep8"]["train_micro_batch_size_per_gpu"] == 128 // 8 // 4
+    assert configs["tp2_ep8"]["train_micro_batch_size_per_gpu"] == 128 // 8, "no stage, no micro-batches"
     assert len({str(config["optimizer"]) for config in configs.values()}) == 1
 
 
@@ -116,14 +132,14 @@ def run_small_world(plan: SystemsPlan) -> list[Finding]:
         return list(arriving(processes, inbox))
 
 
-def test_five_engines_in_one_world_train_alike_and_account_for_their_time() -> None:
+def test_eight_engines_in_one_world_train_alike_and_account_for_their_time() -> None:
     findings = run_small_world(SMALL_WORLD)
     values = {name: values[-1] for finding in findings for name, values in finding.samples.items()}
     of = "system.loopback.training"
     losses = {name: values[f"{of}.{name}.loss.step0004"] for name in SYSTEMS}
     first = {name: values[f"{of}.{name}.loss.step0001"] for name in SYSTEMS}
     # The same weights, tokens and mathematics: up to the rounding of sums, the balance loss' scope and a z-loss.
-    for name in ("ep16_serial", "native_ep16", "tp8_pp2"):
+    for name in ("ep16_serial", "native_ep16", *SMALL_WORLD.cuts):
         assert first[name] == pytest.approx(first["ep16"], abs=1e-4), name
         assert losses[name] == pytest.approx(losses["ep16"], abs=2e-2), name
     assert losses["autoep_ep16"] == pytest.approx(losses["ep16"], abs=0.5), "SwiGLU experts, no auxiliary loss"
@@ -137,19 +153,23 @@ def test_five_engines_in_one_world_train_alike_and_account_for_their_time() -> N
         assert tps == pytest.approx(1e3 * tokens / step_ms) and tpot_us == pytest.approx(1e3 * step_ms / tokens)
     assert values[f"{of}.tp8_pp2.breakdown.tensor_traffic"] > 0
     assert values[f"{of}.tp8_pp2.breakdown.pipeline"] > 0
-    assert values[f"{of}.ep16.breakdown.tensor_traffic"] == 0, "the control: it has no tensor group"
+    for name in ("ep16", "pp2_ep8"):
+        assert values[f"{of}.{name}.breakdown.tensor_traffic"] == 0, "the control: it has no tensor group"
+    assert values[f"{of}.tp2_ep8.breakdown.tensor_traffic"] > 0 and values[f"{of}.pp2_ep8.breakdown.pipeline"] > 0
+    assert all(0 <= values[f"{of}.{name}.hidden"] <= 100 for name in OVERLAPPED), "each records its experts' rows"
     assert values[f"{of}.native_ep16.breakdown.experts_traffic"] > 0
-    assert values[f"{of}.ep16_serial.hidden"] == pytest.approx(0, abs=1) and 0 <= values[f"{of}.ep16.hidden"] <= 100
+    assert values[f"{of}.ep16_serial.hidden"] == pytest.approx(0, abs=1) and f"{of}.native_ep16.hidden" not in values
     assert [f.text for f in findings if f.kind == "span" and "ep16/" in f.text], "a timeline of one layer"
-    rows = [value for name, value in values.items() if name.startswith(f"{of}.tp8_pp2.load.step0001.layer0")]
-    assert sum(rows) == tokens
+    for name in SYSTEMS:
+        rows = [value for key, value in values.items() if key.startswith(f"{of}.{name}.load.step0001.layer0")]
+        assert sum(rows) == tokens, name
     assert {name for name in values if metric(SMALL_WORLD, name) and not is_known(name)} == set()
 
 
 def test_emulated_devices_are_as_busy_as_the_plan_says_in_every_system() -> None:
     plan = replace(
         SMALL_WORLD,
-        systems=("tp8_pp2", "ep16_serial", "ep16", "native_ep16"),  # AutoEP's emulation needs an expert per rank
+        systems=("ep16_serial", "ep16", "native_ep16", "tp8_pp2", "tp2_pp2_ep4"),  # AutoEP's needs an expert per rank
         modes=("training",),
         device="emulated",
         schedule="peers",

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.config.knobs import Layout
+from ds_moe_ep.records.names import title_of
 from ds_moe_ep.simulate.cluster.cluster import load_cluster
-from ds_moe_ep.simulate.job.job import read_job, system_of, title_of
+from ds_moe_ep.simulate.job.job import read_job, system_of
 from ds_moe_ep.simulate.layouts.search import search_layouts, sizes_of
 from ds_moe_ep.simulate.layouts.tables import print_search, search_values
 from ds_moe_ep.simulate.step.ep_step import ep_step

@@ -14,10 +14,11 @@ import pytest
 
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.errors import ConfigError, TopologyError
+from ds_moe_ep.records.names import title_of
 from ds_moe_ep.records.quantity import Quantity, number
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.job.fit import cuts_of_batch, fit_memory, with_micro_batch
-from ds_moe_ep.simulate.job.job import read_job, title_of
+from ds_moe_ep.simulate.job.job import read_job
 from ds_moe_ep.simulate.plan.bounds import FAR, RESOURCES
 from ds_moe_ep.simulate.plan.plan import Plan, compare, make_plan
 from ds_moe_ep.simulate.step.predict import predict, simulate_step

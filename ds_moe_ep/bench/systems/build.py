@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
+from typing import Any
 
 import deepspeed
 import torch
@@ -24,31 +25,44 @@ from ds_moe_ep.bench.candidates.even import route_evenly
 from ds_moe_ep.bench.candidates.native import dropless
 from ds_moe_ep.bench.systems.candidate import ExpertParallelCandidate, PipelineCandidate, SystemCandidate
 from ds_moe_ep.bench.systems.data import Data
-from ds_moe_ep.bench.systems.plan import EXPERT_SHARE, OURS, SystemsPlan
+from ds_moe_ep.bench.systems.plan import CUTS, EXPERT_SHARE, OURS, SystemsPlan
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine.layer import MoE
+from ds_moe_ep.engine.layouts.world import enter_new_world
 from ds_moe_ep.engine.pipeline import build_pipeline
 from ds_moe_ep.engine.start import initialize
 from ds_moe_ep.model.attention import CausalAttention
 from ds_moe_ep.model.initialize import expert_index_of, first_value, global_name
 from ds_moe_ep.model.transformer import build_transformer
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.records.names import BASELINE
 
 
 def build(name: str, plan: SystemsPlan, data: Data, device: EmulatedDevice) -> SystemCandidate:
-    """The system `name`, initialized by DeepSpeed. Collective over the world; the baseline comes last."""
+    """The system `name`, initialized by DeepSpeed. Collective over the world; systems that are cut come last."""
     with redirect_stdout(StringIO()):  # DeepSpeed prints each group that it makes
         return BUILDERS[name](name, plan, data, device)
 
 
-def _baseline(name: str, plan: SystemsPlan, data: Data, device: EmulatedDevice) -> SystemCandidate:
-    model = build_pipeline(plan.model, plan.moe(name), plan.layout, plan.seed)
+def _cut(name: str, plan: SystemsPlan, data: Data, device: EmulatedDevice) -> SystemCandidate:
+    """The model under DeepSpeed's pipeline engine."""
+    enter_new_world()  # two layouts have other ranks in groups of one name
+    moe, layout = plan.moe(name), plan.cuts[name].layout
+    model = build_pipeline(plan.model, moe, layout, plan.seed)
     if plan.is_emulated:
-        route_evenly(model, plan.moe(name).num_experts)
-    engine, *_ = deepspeed.initialize(model=model, config=plan.ds_config(name))
-    emulate(model, plan, device, shares=plan.layout.tp_size)
+        route_evenly(model, moe.num_experts)
+    engine = _engine(name, model, plan)
+    emulate(model, plan, device, layout.tp_size, layout.tp_size if moe.ep_size == 1 else 1)
     return PipelineCandidate(name, engine, data, device, plan)
+
+
+def _engine(name: str, model: nn.Module, plan: SystemsPlan) -> Any:
+    """DeepSpeed's engine of a system, by our door where it has our layers."""
+    ds_config = plan.ds_config(name)
+    if name in OURS:
+        engine, *_ = initialize(model=model, config=ds_config | {"moe_ep": {"schedule": plan.moe(name).schedule}})
+    else:
+        engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    return engine
 
 
 def _autoep(name: str, plan: SystemsPlan, data: Data, device: EmulatedDevice) -> SystemCandidate:
@@ -59,16 +73,13 @@ def _expert_parallel(
     make_layer: Callable[..., nn.Module], name: str, plan: SystemsPlan, data: Data, device: EmulatedDevice
 ) -> SystemCandidate:
     """A model with `make_layer` in its feed-forward slots."""
-    moe, ds_config = plan.moe(name), plan.ds_config(name)
+    moe = plan.moe(name)
     with torch.device(get_accelerator().current_device_name()):
         model = build_transformer(plan.model, moe, make_layer)
     init_alike(model, plan, moe)
     if plan.is_emulated:
         route_evenly(model, moe.num_experts)
-    if name in OURS:
-        engine, *_ = initialize(model=model, config=ds_config | {"moe_ep": {"schedule": moe.schedule}})
-    else:
-        engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    engine = _engine(name, model, plan)
     emulate(model, plan, device)
     return ExpertParallelCandidate(name, engine, data, device, plan)
 
@@ -111,14 +122,17 @@ def init_alike(model: nn.Module, plan: SystemsPlan, moe: MoEConfig) -> None:
                 parameter.copy_(value)
 
 
-def emulate(model: nn.Module, plan: SystemsPlan, device: EmulatedDevice, shares: int = 1) -> None:
-    """Puts emulated attention and experts into an engine's model, which holds one of `shares` of each width.
+def emulate(
+    model: nn.Module, plan: SystemsPlan, device: EmulatedDevice, attention_shares: int = 1, expert_shares: int = 1
+) -> None:
+    """Puts emulated attention and experts into an engine's model, which holds one of so many shares of each width.
 
     Nothing where devices are real.
     """
     if not plan.is_emulated:
         return
-    row_us, token_us = (part * plan.token_us / shares for part in (EXPERT_SHARE, 1 - EXPERT_SHARE))
+    row_us = EXPERT_SHARE * plan.token_us / expert_shares
+    token_us = (1 - EXPERT_SHARE) * plan.token_us / attention_shares
     expert = EmulatedExpert(row_us, device)
     for module in list(model.modules()):
         if isinstance(module, CausalAttention):
@@ -133,8 +147,8 @@ def emulate(model: nn.Module, plan: SystemsPlan, device: EmulatedDevice, shares:
 
 
 BUILDERS: Mapping[str, Callable[[str, SystemsPlan, Data, EmulatedDevice], SystemCandidate]] = {
-    BASELINE: _baseline,
-    **{name: partial(_expert_parallel, MoE) for name in OURS},
+    **{name: partial(_expert_parallel, MoE) for name in OURS if name not in CUTS},
+    **dict.fromkeys(CUTS, _cut),
     "native_ep16": partial(_expert_parallel, NativeSlot),
     "autoep_ep16": _autoep,
 }

@@ -26,10 +26,13 @@ from ds_moe_ep.bench.systems.plan import OURS, SystemsPlan
 from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.recorder import make_recorder
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.layouts.world import World
 from ds_moe_ep.engine.pipeline import Pipeline
 from ds_moe_ep.model.text import Batch, micro_batch_starts
 from ds_moe_ep.records.names import PARTS
 from ds_moe_ep.schedule.spans import Span, overlap
+
+EXCHANGES = ("all_to_all_single", "all_to_all", "send", "recv")
 
 
 class SystemCandidate(ABC):
@@ -41,6 +44,7 @@ class SystemCandidate(ABC):
         self.seconds: dict[str, float] = {}
         self.spans: list[Span] = []
         self.device: torch.device = engine.device
+        self._world = World.now()
         self.recorder = make_recorder(self.device, dist.get_rank()) if name in OURS else None
         if self.recorder is not None:
             for layer in engine.moe_ep_layers.values():
@@ -68,7 +72,7 @@ class SystemCandidate(ABC):
 
     def run(self, mode: str) -> None:
         """One pass; leaves `seconds`: the pass, its parts, what the device was busy, traffic total and exposed."""
-        seams.take_world_of(self.engine)
+        self._world.enter()
         with ExitStack() as meters:
             waits = meters.enter_context(blocked(self.label))
             optimizer = meters.enter_context(optimizer_time(self.engine, waits))
@@ -148,7 +152,7 @@ class ExpertParallelCandidate(SystemCandidate):
         return rows_LE
 
     def label(self, function: str, size: int, group: object) -> str | None:
-        if function in ("all_to_all_single", "all_to_all", "send", "recv"):
+        if function in EXCHANGES:
             return None if self.recorder is not None else "experts_traffic"
         return "experts_traffic" if group is self._expert_group else "gradients"
 
@@ -158,7 +162,13 @@ class ExpertParallelCandidate(SystemCandidate):
 
 
 class PipelineCandidate(SystemCandidate):
-    """The baseline under DeepSpeed's pipeline engine."""
+    """A model that is cut, under DeepSpeed's pipeline engine."""
+
+    def __init__(self, name: str, engine: Any, data: Data, device: EmulatedDevice, plan: SystemsPlan) -> None:
+        super().__init__(name, engine, data, device, plan)
+        is_cut_in_width = plan.cuts[name].layout.tp_size > 1
+        self._tensor_group = engine.module.tensor_group if is_cut_in_width else None
+        self._copies = [engine.data_parallel_group, *engine.expert_data_parallel_group.values()]
 
     def train(self, step: int) -> None:
         self.engine.train_batch(self._of_copy(step))
@@ -189,8 +199,15 @@ class PipelineCandidate(SystemCandidate):
 
     def label(self, function: str, size: int, group: object) -> str | None:
         # All over a tensor group is its traffic, messages between stages too, which are sent in parts and gathered
-        # in it. The rest waits for the other stage; one copy of the model has no gradients to reduce.
-        return "tensor_traffic" if size == self._plan.layout.tp_size else "pipeline"
+        # in it. Stages send over the group of the world, layers over lanes. The rest waits for the other stage.
+        if group is None:
+            return "pipeline"
+        if group is self._tensor_group:
+            return "tensor_traffic"
+        is_world = group is dist.group.WORLD
+        if function in EXCHANGES:
+            return "pipeline" if is_world else None
+        return "gradients" if is_world or any(group is copies for copies in self._copies) else "pipeline"
 
     def _of_copy(self, step: int) -> Iterator[Batch]:
         grid = self.engine.grid

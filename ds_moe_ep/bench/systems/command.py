@@ -1,4 +1,5 @@
-"""Compares whole systems: EP16 overlapped and serial, TP8/PP2, DeepSpeed's MoE and AutoEP, all training one model.
+"""Compares whole systems, all training one model: EP16 overlapped and serial, TP8/PP2, three layouts that share experts
+beside tensor ranks and stages, DeepSpeed's MoE and AutoEP.
 
     python -m ds_moe_ep bench systems --out systems.jsonl                       # loopback, real compute, real text
     python -m ds_moe_ep bench systems --device emulated --traffic 0.3 0.6 cluster --out shaped.jsonl   # as root
@@ -54,7 +55,7 @@ class SystemsOptions(BenchmarkOptions):
         "specification's cluster, `none` does not shape",
     )
     model: str = option("small", "what is trained, where it is not emulated", choices=tuple(MODELS))
-    schedule: Literal["auto", "peers", "chunks"] = option("auto", "of the system ep16")
+    schedule: Literal["auto", "peers", "chunks"] = option("auto", "of ep16 and of the layouts that share experts")
     compute_s: float = option(8.0, "emulated compute of a training step in seconds", above=0)
     sequences: int = option(0, "of a step (0: 64; emulated 128)", least=0)
     rounds: int = option(100, "measured rounds", least=1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ds_moe_ep.bench.testbed import Environment, TestBed
 from ds_moe_ep.config.knobs import SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
+from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.records.names import BASELINE, SYSTEMS
 from ds_moe_ep.schedule.shaping import HEADERS
 from ds_moe_ep.sizing.footprint import expert_share
@@ -14,11 +16,27 @@ from ds_moe_ep.sizing.footprint import expert_share
 BURST_BYTES = 64e3  # of each exchange, which the link's bucket lets pass at once
 SEEN = 0.87  # of the time that a node's link needs for an exchange, the mean rank waits: some have their rows earlier
 EXPERT_SHARE = expert_share(SPECIFICATION, MoEConfig(num_experts=16))  # the rest is attention
-OURS = ("ep16", "ep16_serial")
 EMULATED_MODEL = replace(SMALL, hidden_size=64, num_heads=8)
 OPTIMIZER: dict[str, Any] = {"lr": 0.003, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True}
-TP8_PP2 = Layout(tp_size=8, pp_size=2)
 ROUTING = MoEConfig(num_experts=16, aux_loss_weight=0.02, z_loss_weight=0.001)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A model that DeepSpeed's pipeline engine trains: ranks that share widths and layers, and a stage's experts."""
+
+    layout: Layout
+    ep_size: int = 1
+
+
+CUTS: Mapping[str, Cut] = {
+    BASELINE: Cut(layout=Layout(tp_size=8, pp_size=2)),
+    "pp2_ep8": Cut(layout=Layout(pp_size=2), ep_size=8),
+    "tp2_ep8": Cut(layout=Layout(tp_size=2), ep_size=8),
+    "tp2_pp2_ep4": Cut(layout=Layout(tp_size=2, pp_size=2), ep_size=4),
+}
+OVERLAPPED = ("ep16", *(name for name, cut in CUTS.items() if cut.ep_size > 1))
+OURS = (*OVERLAPPED, "ep16_serial")  # systems with layers of this package that share experts over ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +49,11 @@ class SystemsPlan:
     device: Literal["cpu", "cuda", "emulated"] = "cpu"  # what computes; an emulated device waits
     measure: Literal["time", "memory"] = "time"
     model: ModelConfig = SMALL
-    schedule: str = "auto"  # of the system ep16
-    ep_size: int = 16
-    layout: Layout = TP8_PP2
+    schedule: str = "auto"  # of the systems OVERLAPPED
+    ep_size: int = 16  # of the systems that are not cut
+    cuts: Mapping[str, Cut] = field(default_factory=lambda: dict(CUTS))
     num_sequences: int = 64  # of one step, over all ranks
-    micro_batches: int = 4  # of the baseline
+    micro_batches: int = 4  # of systems with stages
     step_compute_s: float = 8.0  # what an emulated device computes in one step of training
     rounds: int = 100
     warm_ups: int = 10
@@ -69,17 +87,19 @@ class SystemsPlan:
 
     def moe(self, system: str) -> MoEConfig:
         """The routing and the schedule of a system."""
-        if system == BASELINE:
+        ep_size = self.cuts[system].ep_size if system in self.cuts else self.ep_size
+        if ep_size == 1:
             return ROUTING
         node_size = self.ranks_per_node if self.num_nodes > 1 else 0
-        schedule: Any = self.schedule if system == "ep16" else "serial"
+        schedule: Any = self.schedule if system in OVERLAPPED else "serial"
         cuts = 2 if schedule == "peers" else 1
-        return replace(ROUTING, ep_size=self.ep_size, node_size=node_size, schedule=schedule, row_cuts=cuts)
+        return replace(ROUTING, ep_size=ep_size, node_size=node_size, schedule=schedule, row_cuts=cuts)
 
     def ds_config(self, system: str) -> dict[str, Any]:
-        """The ds_config of a system: the same batch and optimizer for all, micro-batches for the pipeline alone."""
-        copies = self.num_ranks // self.layout.size if system == BASELINE else self.num_ranks
-        accumulation = self.micro_batches if system == BASELINE else 1
+        """The ds_config of a system: the same batch and optimizer for all, micro-batches for stages alone."""
+        layout = self.cuts[system].layout if system in self.cuts else WHOLE
+        copies = self.num_ranks // layout.size
+        accumulation = self.micro_batches if layout.pp_size > 1 else 1
         optimizer = {**OPTIMIZER, "lr": 1e-12} if self.is_emulated else OPTIMIZER  # keeps the routes
         return {
             "train_batch_size": self.num_sequences,

@@ -27,9 +27,8 @@ from ds_moe_ep.bench.harness.method import rotation
 from ds_moe_ep.bench.harness.processes import Finding, Tell, live_as_rank
 from ds_moe_ep.bench.meters.memory import return_freed_memory
 from ds_moe_ep.bench.meters.memory_breakdown import memory_breakdown
-from ds_moe_ep.bench.systems.plan import SystemsPlan
+from ds_moe_ep.bench.systems.plan import OVERLAPPED, SystemsPlan
 from ds_moe_ep.bench.testbed import Environment, take_place
-from ds_moe_ep.records.names import BASELINE
 from ds_moe_ep.schedule.spans import line_of
 
 if TYPE_CHECKING:  # it imports deepspeed, which reads DS_ACCELERATOR
@@ -63,7 +62,7 @@ def _run(plan: SystemsPlan, tell: Tell) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     native.start_ranks("nccl" if plan.device == "cuda" else "gloo", START_TIMEOUT_S)
     device, data, systems = EmulatedDevice(), make_data(plan), dict[str, "SystemCandidate"]()
-    for name in sorted(plan.systems, key=lambda name: name == BASELINE):
+    for name in sorted(plan.systems, key=lambda name: name in plan.cuts):
         tell(Finding("phase", f"building {name}"))
         systems[name] = build(name, plan, data, device)
     if plan.measure == "memory":
@@ -80,8 +79,8 @@ def measure_on(environment: Environment, systems: Mapping[str, SystemCandidate],
     dist.barrier()
     if dist.get_rank() == 0 and plan.testbed is not None:
         plan.testbed.shape(environment.rate_mbit)
-    if plan.schedule == "auto" and "ep16" in systems:
-        for layer in systems["ep16"].engine.moe_ep_layers.values():
+    for name in OVERLAPPED if plan.schedule == "auto" else ():
+        for layer in systems[name].engine.moe_ep_layers.values() if name in systems else ():
             layer.dispatcher.forget_choice()  # chosen again for these links
     gc.collect()
     gc.freeze()

@@ -41,7 +41,11 @@ SYSTEM_COLORS: Mapping[str, str] = {
     "ep16": "#0072b2",
     "native_ep16": "#e69f00",
     "autoep_ep16": "#d55e00",
+    "pp2_ep8": "#009e73",
+    "tp2_ep8": "#cc79a7",
+    "tp2_pp2_ep4": "#999933",
 }
+OTHER_COLORS = ("#7570b3", "#a6761d", "#e7298a", "#66a61e")  # of layouts that no benchmark runs
 PART_COLORS: Mapping[str, str] = {
     "compute": "#009e73",
     "experts_traffic": "#d55e00",

@@ -11,7 +11,6 @@ from ds_moe_ep.config.knobs import Layout, MoEConfig
 from ds_moe_ep.config.section import load_ds_config, read_section
 from ds_moe_ep.config.training import BATCH_KEYS, WHOLE, Training, read_training
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.names import SYSTEMS
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.fit import fit_memory, with_micro_batch
 from ds_moe_ep.simulate.job.replicas import with_load
@@ -44,16 +43,6 @@ def system_of(layout: Layout, moe: MoEConfig) -> str:
         return f"tp{layout.tp_size}_pp{layout.pp_size}"
     sizes = {"tp": layout.tp_size, "pp": layout.pp_size}
     return "_".join([*(f"{name}{size}" for name, size in sizes.items() if size > 1), experts])
-
-
-def title_of(system: str) -> str:
-    """Title of a system, also of one of other sizes than the specification's."""
-    if system in SYSTEMS:
-        return SYSTEMS[system]
-    if system.startswith(("tp", "pp")):
-        return system.removesuffix("_serial").upper().replace("_", "/") + " serial" * system.endswith("_serial")
-    size, _, serial = system.upper().partition("_")
-    return f"{size} {'serial' if serial else 'overlapped'}"
 
 
 def read_job(

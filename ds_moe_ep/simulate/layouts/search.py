@@ -16,10 +16,11 @@ from ds_moe_ep.config.knobs import Layout
 from ds_moe_ep.config.section import load_ds_config
 from ds_moe_ep.config.training import BATCH_KEYS, Training, read_training
 from ds_moe_ep.errors import MoEError
+from ds_moe_ep.records.names import title_of
 from ds_moe_ep.records.quantity import Quantity, Row
 from ds_moe_ep.simulate.job.choose import as_auto, with_knobs
 from ds_moe_ep.simulate.job.fit import MemoryFit, cuts_of_batch, fit_memory
-from ds_moe_ep.simulate.job.job import Job, system_of, title_of
+from ds_moe_ep.simulate.job.job import Job, system_of
 from ds_moe_ep.simulate.plan.bounds import bounds
 from ds_moe_ep.simulate.step.predict import Prediction, predict, simulate_step
 from ds_moe_ep.simulate.step.setup import Setup

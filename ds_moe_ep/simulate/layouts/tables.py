@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
+from ds_moe_ep.records.names import title_of
 from ds_moe_ep.records.quantity import NONE, Quantity, number
 from ds_moe_ep.records.render import print_lines, print_tables
 from ds_moe_ep.records.table import Table, table
-from ds_moe_ep.simulate.job.job import title_of
+from ds_moe_ep.simulate.layouts.by_traffic import AtRatio
 from ds_moe_ep.simulate.layouts.search import FoundLayout, LayoutSearch
 
 DIGITS = 3  # that a bar leaves a number
 FOOT = "Simulated, not measured; in brackets: all of the cluster's ranges at both ends."
+BY_TRAFFIC = ("traffic", "link GB/s", "best layout", "tokens/s", "next", "best over next", "best is bounded by")
 HEAD = ("layout", "micro-batch", "tokens/s", "of the best", "hidden", "spare GB", "bounded by")
 
 
@@ -44,6 +47,33 @@ def search_values(search: LayoutSearch) -> dict[str, Any]:
         "too_large": {each.system: each.reason for each in search.too_large},
         "impossible": {each.system: each.reason for each in search.impossible},
     }
+
+
+def print_by_traffic(found: Sequence[AtRatio], console: Console) -> None:
+    """Prints the best layout at each ratio of traffic to compute, and how far the next one is behind."""
+    job, setup = found[0].search.job, found[0].search.job.setup
+    winners = dict.fromkeys(title_of(at.search.found[0].system) for at in found if at.search.found)
+    head = f"{job.path} on {setup.cluster.name}, by links between nodes: {', then '.join(winners) or 'nothing fits'}"
+    print_lines([head], console, style="bold green" if winners else "bold red")
+    print_lines([f"note: {note}" for note in job.notes], console, style="yellow")
+    title = f"best of the layouts of {setup.training.batch:,} sequences per batch on {setup.training.world_size} ranks"
+    basis = (
+        "Traffic: of the experts' rows where all ranks share the experts and nothing is hidden, over the compute of a "
+        "step. Best over next: both at the same end of the cluster's ranges."
+    )
+    print_tables([table(title, BY_TRAFFIC, [_winner(at) for at in found], basis)], console)
+    print_lines([FOOT], console, style="dim")
+
+
+def _winner(at: AtRatio) -> tuple[str, ...]:
+    ratio, link = number(at.ratio, significant=3), number(at.cluster.far.bandwidth / 1e3)
+    if not at.search.found:
+        return (ratio, link, *[NONE] * 5)
+    best, lead = at.search.found[0], at.lead
+    behind = NONE if lead is None else title_of(at.search.found[1].system)
+    by = NONE if lead is None else lead.text(2) + ("" if at.is_told_apart else ", not at both ends")
+    bound = f"{best.bound.title}: {best.bound['saved_ratio'].percent(bar=False)}"
+    return ratio, link, best.title, _text(best.prediction.tps), behind, by, bound
 
 
 def _layouts(search: LayoutSearch) -> Table:

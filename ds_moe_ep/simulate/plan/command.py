@@ -29,6 +29,8 @@ def run(options: PlanOptions, console: Console) -> int:
     cluster = load_cluster(options.cluster)
     if options.nodes is not None:
         cluster = cluster.with_nodes(options.nodes)
+    if options.traffic and not options.search:
+        raise ConfigError(f"traffic={options.traffic}: of the search for layouts; give --search too, or leave it out")
     if options.search:
         return run_search(options, cluster, console)
     job = read_job(

@@ -23,12 +23,12 @@ from typing import Any, Literal
 from ds_moe_ep.check.pipeline import has_specified_shapes
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.kernels.attention_path import AttentionPath, attention_path
-from ds_moe_ep.records.names import KINDS
+from ds_moe_ep.records.names import KINDS, title_of
 from ds_moe_ep.records.quantity import Quantity, Row
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.choose import choose_schedule, with_knobs
 from ds_moe_ep.simulate.job.fit import MemoryFit, fit_memory, refuse_what_does_not_fit
-from ds_moe_ep.simulate.job.job import Job, Mode, read_job, title_of
+from ds_moe_ep.simulate.job.job import Job, Mode, read_job
 from ds_moe_ep.simulate.job.replicas import ReplicaGain, gain_of
 from ds_moe_ep.simulate.plan.alternatives import alternatives
 from ds_moe_ep.simulate.plan.bounds import bounds

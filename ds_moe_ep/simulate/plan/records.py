@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.names import title_of
 from ds_moe_ep.records.record import Record, write_whole
 from ds_moe_ep.schedule.build import Kind
 from ds_moe_ep.schedule.spans import LANES, NEAR_LANES, Span, Tags, chrome_trace, write_spans
-from ds_moe_ep.simulate.job.job import title_of
 from ds_moe_ep.simulate.plan.plan import MEMORY, Comparison, Plan
 from ds_moe_ep.simulate.step.predict import Prediction
 from ds_moe_ep.simulate.step.source import PredictionSource

@@ -1,0 +1,117 @@
+"""Layouts of a job over the ratio of traffic to compute, on an axis that doubles; the best at each ratio is ringed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from ds_moe_ep.records.names import title_of
+from ds_moe_ep.records.quantity import Quantity
+from ds_moe_ep.report.page import Drawing
+from ds_moe_ep.report.plots.style import (
+    FAINT,
+    INK,
+    OTHER_COLORS,
+    SYSTEM_COLORS,
+    draw_panels,
+    plain_numbers,
+    value_axis,
+    whiskers,
+)
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+CLOSE = 1.25  # between two ratios whose numbers would touch each other
+
+
+@dataclass(frozen=True)
+class LayoutLine:
+    """Tokens per second of one layout by ratio of traffic to compute, with their bars."""
+
+    system: str
+    points: Mapping[float, Quantity]
+
+
+@dataclass(frozen=True)
+class LayoutPanel:
+    """The layouts of one job in one place."""
+
+    title: str
+    unit: str
+    lines: Sequence[LayoutLine]
+
+
+def draw_layouts(layout_panels: Sequence[LayoutPanel]) -> Drawing:
+    """The panels in two columns, over one legend."""
+    systems = dict.fromkeys(line.system for panel in layout_panels for line in panel.lines)
+    styles = styles_of(list(systems))
+
+    def paint(axis: Axes, panel: LayoutPanel) -> None:
+        _paint(axis, panel, styles)
+
+    def handles() -> list[Line2D]:
+        found = [
+            Line2D([], [], color=color, marker=marker, markersize=5, linewidth=1.6, label=title_of(system))
+            for system, (color, marker) in styles.items()
+        ]
+        ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "linestyle": "none"}
+        return [*found, Line2D([], [], color=INK, label="best at the ratio", **ring)]  # type: ignore[arg-type]
+
+    rows_of_legend = -(-(len(styles) + 1) // 4)
+    return draw_panels(layout_panels, paint, handles, row_in=3.1, legend_in=0.15 + 0.25 * rows_of_legend, num_columns=4)
+
+
+def styles_of(systems: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """(colour, marker) of each system, those of the benchmark first."""
+    known = [system for system in SYSTEM_COLORS if system in systems]
+    others = [system for system in systems if system not in SYSTEM_COLORS]
+    colors = [SYSTEM_COLORS[system] for system in known]
+    colors += [OTHER_COLORS[index % len(OTHER_COLORS)] for index in range(len(others))]
+    return {
+        system: (color, MARKERS[index % len(MARKERS)])
+        for index, (system, color) in enumerate(zip([*known, *others], colors, strict=True))
+    }
+
+
+def _paint(axis: Axes, panel: LayoutPanel, styles: Mapping[str, tuple[str, str]]) -> None:
+    ratios = sorted({ratio for line in panel.lines for ratio in line.points})
+    for line in panel.lines:
+        its = sorted(line.points)
+        quantities = [line.points[ratio] for ratio in its]
+        color, marker = styles[line.system]
+        axis.errorbar(
+            its,
+            [q.value for q in quantities],
+            yerr=whiskers(quantities),
+            color=color,
+            marker=marker,
+            markersize=4.5,
+            capsize=2.5,
+            elinewidth=1.0,
+            linewidth=1.4,
+        )
+    for ratio in ratios:
+        best = max(line.points[ratio].value for line in panel.lines if ratio in line.points)
+        axis.plot([ratio], [best], marker="o", markersize=11, markerfacecolor="none", color=INK, linestyle="none")
+    _dress(axis, panel, ratios)
+
+
+def _dress(axis: Axes, panel: LayoutPanel, ratios: Sequence[float]) -> None:
+    axis.set_xscale("log", base=2)
+    written: list[float] = []
+    for ratio in ratios:
+        if not written or ratio > CLOSE * written[-1]:
+            written.append(ratio)
+    axis.xaxis.set_major_locator(FixedLocator(written))
+    axis.xaxis.set_minor_locator(NullLocator())
+    plain_numbers(axis.xaxis)
+    if len(ratios) == 1:  # a log axis has no width of its own
+        axis.set_xlim(ratios[0] / 2, ratios[0] * 2)
+    axis.set_ylim(bottom=0)
+    axis.set_title(panel.title)
+    axis.set_xlabel("traffic over compute, where all ranks share the experts", color=FAINT)
+    axis.set_ylabel(panel.unit, color=FAINT)
+    value_axis(axis)
