@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ds_moe_ep.records.names import SOAK_VERDICTS, SYSTEMS
@@ -23,6 +23,10 @@ SHARES = {  # of a step: compute, experts_traffic, tensor_traffic, pipeline, gra
 PARTS = ("compute", "experts_traffic", "tensor_traffic", "pipeline", "gradients", "rest")
 KINDS = {"weights": 96e6, "gradients": 96e6, "optimizer": 384e6, "activations": 71e6, "buffers": 22e6}
 STEP_TOKENS = 16384
+BY_TRAFFIC = {
+    "traffic10": {"ep16": 300.0, "pp2_ep8": 250.0, "ep8": 298.0},
+    "traffic400": {"ep16": 90.0, "pp2_ep8": 150.0, "ep8": 110.0},
+}
 SWEPT = ((1, 1), (4, 1), (16, 1), (16, 4), (16, 16), (64, 1), (1024, 1))  # EP and copies
 HARDWARE = "Some CPU, 64 cores, 256 GiB; 16 gloo ranks of one thread; torch 2.13.0, deepspeed 0.19.8, python 3.11.7"
 
@@ -155,6 +159,15 @@ def sweep_records(environment: str = "simulated_some", sizes: Sequence[tuple[int
             yield record(f"sweep.{environment}.{total}.fit.{law}.coefficient", coefficient, units[law], emulated=True)
 
 
+def layout_records(tps: Mapping[str, Mapping[str, float]], environment: str = "simulated_some") -> Iterator[Record]:
+    """Simulated layouts by ratio: tokens per second of each, and over the best one's, with bars of 2 percent."""
+    for ratio, its in tps.items():
+        for system, value in its.items():
+            start = f"layouts.{environment}.{ratio}.{system}"
+            yield record(f"{start}.tps", value, "tokens/s", 0.02, emulated=True)
+            yield record(f"{start}.over_best", value / max(its.values()), "ratio", 0.02, emulated=True)
+
+
 def soak_records(steps: int = 40, ranks: int = 16) -> Iterator[Record]:
     """Two runs whose memory is flat, bursts among drifting steps, and the verdicts."""
     for run in (1, 2):
@@ -175,7 +188,8 @@ def soak_records(steps: int = 40, ranks: int = 16) -> Iterator[Record]:
 def every_record() -> list[Record]:
     """Records of all kinds."""
     systems = [*system_records(), *loss_records(), *load_records()]
-    return [*systems, *overlap_records(), *scaling_records(), *sweep_records(), *soak_records()]
+    simulated = [*sweep_records(), *layout_records(BY_TRAFFIC)]
+    return [*systems, *overlap_records(), *scaling_records(), *simulated, *soak_records()]
 
 
 def spans(layer: str = "layers.0.feed_forward", ranks: Sequence[int] = (0, 5)) -> list[Span]:

@@ -65,7 +65,7 @@ def test_what_was_measured_without_emulation_is_not_called_emulated() -> None:
 @pytest.mark.parametrize(
     ("records", "told"),
     [
-        (list(loss_records(steps=3)), "The losses of 5 systems lie within"),
+        (list(loss_records(steps=3)), "The losses of 8 systems lie within"),
         (list(sweep_records()), "Throughput goes from 20,000 tokens/s at EP=1 to 20,480,000 tokens/s at EP=1024"),
         (list(soak_records()), "6 of the soak's 7 verdicts hold; all runs computed the same bits: not so."),
         (list(scaling_records()), "With constant tokens"),

@@ -37,6 +37,7 @@ from tests.report.sample_records import (
 
 FIGURES = (
     "throughput",
+    "layouts",
     "latency",
     "timeline",
     "load_loopback",
@@ -86,7 +87,8 @@ def test_all_sections_and_figures_are_written_when_all_records_exist(report: Pat
     markdown = (report / "report.md").read_text(encoding="utf-8")
     titles = re.findall(r"^## (.+)$", markdown, re.MULTILINE)
     assert titles == [
-        "What was measured", "Throughput", "Where the time goes", "What hides what", "Load of the experts", "Memory",
+        "What was measured", "Throughput", "Layouts by link", "Where the time goes", "What hides what",
+        "Load of the experts", "Memory",
         "Schedules over links", "Scaling", "Scaling, simulated", "Loss", "Soak", "The specification's figures",
         "Records and commands",
     ]  # fmt: skip

@@ -11,14 +11,25 @@ from rich.console import Console
 
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.config.knobs import Layout
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import title_of
-from ds_moe_ep.simulate.cluster.cluster import load_cluster
+from ds_moe_ep.report.known_names import is_known
+from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.job.job import read_job, system_of
+from ds_moe_ep.simulate.layouts.by_traffic import (
+    cluster_of_ratio,
+    layout_records,
+    ratio_values,
+    search_by_traffic,
+    shared_by_all,
+    traffic_ratio,
+)
 from ds_moe_ep.simulate.layouts.search import search_layouts, sizes_of
-from ds_moe_ep.simulate.layouts.tables import print_search, search_values
+from ds_moe_ep.simulate.layouts.tables import print_by_traffic, print_search, search_values
 from ds_moe_ep.simulate.step.ep_step import ep_step
-from ds_moe_ep.simulate.step.predict import simulate_step
+from ds_moe_ep.simulate.step.predict import on, simulate_step
 from ds_moe_ep.simulate.step.setup import Setup
+from ds_moe_ep.simulate.step.source import PredictionSource
 
 CLUSTER = load_cluster("h100_4x4")
 
@@ -92,6 +103,45 @@ def test_the_search_orders_what_fits_and_tells_the_bound_and_the_rest() -> None:
     assert f"best in {best.title}" in printed.export_text()
 
 
+def small_cluster() -> Cluster:
+    """Two nodes of two devices on which nothing but bytes and arithmetic takes time."""
+    near, far = (replace(link, latency_us=0.0) for link in (CLUSTER.near, CLUSTER.far))
+    device = replace(CLUSTER.device, launch_us=0.0, sync_us=0.0)
+    return replace(CLUSTER, num_nodes=2, node_size=2, near=near, far=far, device=device, ranges={})
+
+
+def test_links_of_a_ratio_have_that_of_traffic_to_compute_where_all_ranks_share_the_experts() -> None:
+    job = read_job("ep4_cpu", small_cluster())
+    found, shared = cluster_of_ratio(job, 1.0), shared_by_all(job)
+    assert traffic_ratio(on(shared, found)) == pytest.approx(1.0, rel=1e-3)
+    twice = found.with_far(bandwidth=2 * found.far.bandwidth)
+    assert traffic_ratio(on(shared, twice)) == pytest.approx(0.5, rel=1e-3), "the control: another link has another"
+    assert replace(found, far=CLUSTER.far) == replace(small_cluster(), far=CLUSTER.far), "all else stays"
+    with pytest.raises(ConfigError, match=r"traffic=0.01: .*takes at least 0.077 of the compute"):
+        cluster_of_ratio(job, 0.01)
+    with pytest.raises(ConfigError, match="num_nodes=1 with traffic=1: there is no link"):
+        cluster_of_ratio(read_job("ep4_cpu", replace(small_cluster(), num_nodes=1, node_size=4)), 1.0)
+
+
+def test_experts_stay_inside_a_node_once_the_links_between_nodes_are_slow_enough() -> None:
+    fast, slow = search_by_traffic(read_job("ep4_cpu", small_cluster()), [8.0, 0.3])
+    assert (fast.ratio, slow.ratio) == (0.3, 8.0), "the smallest ratio first"
+    winners = [at.search.found[0].system for at in (fast, slow)]
+    assert winners == ["ep4", "pp2_ep2"], "the control: on links of one ratio both would be the same"
+    assert all(at.is_told_apart for at in (fast, slow))
+    values = ratio_values([fast, slow])
+    assert [each["best"] for each in values] == winners and json.dumps(values, allow_nan=False)
+    printed = Console(record=True, width=200, file=io.StringIO())
+    print_by_traffic([fast, slow], printed)
+    assert "by links between nodes: EP4 overlapped, then PP2/EP2" in printed.export_text()
+    source = PredictionSource(environment="simulated_small", command="plan", commit="abc", hardware="none")
+    records = list(layout_records([fast, slow], source))
+    assert all(is_known(each.name) and each.emulated for each in records)
+    assert "layouts.simulated_small.traffic800.pp2_ep2.over_best" in {each.name for each in records}
+
+
 def test_the_command_refuses_what_a_search_does_not_take() -> None:
+    plan = ["plan", "--config", "ep16", "--cluster", "h100_4x4"]
     for option in (["--sweep", "ep=1,4"], ["--micro-batch", "2"], ["--compare", "tp8_pp2"]):
-        assert main(["plan", "--config", "ep16", "--cluster", "h100_4x4", "--search", *option]) != 0
+        assert main([*plan, "--search", *option]) != 0
+    assert main([*plan, "--traffic", "0.3"]) != 0, "of a search alone"

@@ -28,7 +28,7 @@ from ds_moe_ep.bench.systems.data import Data
 from ds_moe_ep.bench.systems.plan import CUTS, EXPERT_SHARE, OURS, SystemsPlan
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine.layer import MoE
-from ds_moe_ep.engine.layouts.world import enter_new_world
+from ds_moe_ep.engine.layouts.known_groups import forget_groups
 from ds_moe_ep.engine.pipeline import build_pipeline
 from ds_moe_ep.engine.start import initialize
 from ds_moe_ep.model.attention import CausalAttention
@@ -45,7 +45,7 @@ def build(name: str, plan: SystemsPlan, data: Data, device: EmulatedDevice) -> S
 
 def _cut(name: str, plan: SystemsPlan, data: Data, device: EmulatedDevice) -> SystemCandidate:
     """The model under DeepSpeed's pipeline engine."""
-    enter_new_world()  # two layouts have other ranks in groups of one name
+    forget_groups()  # two layouts have other ranks in groups of one name
     moe, layout = plan.moe(name), plan.cuts[name].layout
     model = build_pipeline(plan.model, moe, layout, plan.seed)
     if plan.is_emulated:

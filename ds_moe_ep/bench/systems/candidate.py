@@ -26,7 +26,7 @@ from ds_moe_ep.bench.systems.plan import OURS, SystemsPlan
 from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.recorder import make_recorder
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.layouts.world import World
+from ds_moe_ep.engine.layouts.known_groups import KnownGroups
 from ds_moe_ep.engine.pipeline import Pipeline
 from ds_moe_ep.model.text import Batch, micro_batch_starts
 from ds_moe_ep.records.names import PARTS
@@ -44,7 +44,7 @@ class SystemCandidate(ABC):
         self.seconds: dict[str, float] = {}
         self.spans: list[Span] = []
         self.device: torch.device = engine.device
-        self._world = World.now()
+        self._groups = KnownGroups.now()
         self.recorder = make_recorder(self.device, dist.get_rank()) if name in OURS else None
         if self.recorder is not None:
             for layer in engine.moe_ep_layers.values():
@@ -72,7 +72,7 @@ class SystemCandidate(ABC):
 
     def run(self, mode: str) -> None:
         """One pass; leaves `seconds`: the pass, its parts, what the device was busy, traffic total and exposed."""
-        self._world.enter()
+        self._groups.put_in_force()
         with ExitStack() as meters:
             waits = meters.enter_context(blocked(self.label))
             optimizer = meters.enter_context(optimizer_time(self.engine, waits))
