@@ -15,7 +15,7 @@ from math import gcd, sqrt
 
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.quantity import Quantity
+from ds_moe_ep.records.quantity import Quantity, number
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.choose import with_knobs
@@ -76,8 +76,8 @@ def cluster_of_ratio(job: Job, ratio: float) -> Cluster:
     least = traffic_ratio(on(setup, _with_bandwidth(given, fast)))
     if not least < ratio <= traffic_ratio(on(setup, _with_bandwidth(given, slow))):
         raise ConfigError(
-            f"traffic={ratio:g}: on {given.name} the experts' traffic takes at least {least:.2g} of the compute, "
-            "however fast the links between nodes; give a larger ratio"
+            f"traffic={ratio:g}: on {given.name} the experts' traffic takes at least {number(least, significant=2)} of "
+            "the compute, however fast the links between nodes; give a larger ratio"
         )
     while fast / slow > EXACT:
         middle = sqrt(slow * fast)
