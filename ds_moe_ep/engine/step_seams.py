@@ -26,6 +26,11 @@ GRAD_SCALER = "torch_autocast_z0_gradscaler"  # of an engine: torch's, without Z
 BATCHES = ("training_dataloader", "data_iterator")  # of an engine: the caller's data
 
 
+def runs_stages(engine: Any) -> bool:
+    """True for a pipeline's engine, which steps in its `train_batch`."""
+    return hasattr(engine, "train_batch")
+
+
 def once_it_has_an_optimizer(engine: Any, then: Callable[[], object]) -> None:
     """Calls `then` when an engine that is being made has its optimizer; never where it gets none."""
     configure = engine._configure_optimizer

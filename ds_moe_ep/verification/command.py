@@ -48,7 +48,10 @@ def run(options: VerifyOptions) -> int:
             "verify.ranks: no launcher started this process; give --ranks N to start ranks here, or run it in the "
             "job: deepspeed --module ds_moe_ep verify --script train.py"
         )
-    report = run_rank(options) if world is not None else run_here(options, options.ranks or 1)
+    if world is None and options.ranks == 1:  # a launcher's world of one is none
+        os.environ.update(loopback_environment(0, 1, free_port()))
+    is_rank = world is not None or options.ranks == 1
+    report = run_rank(options) if is_rank else run_here(options, options.ranks or 1)
     if world is None or world.rank == 0:
         _show(report, options)
     return report.exit_code
@@ -103,7 +106,7 @@ def run_here(options: VerifyOptions, num_ranks: int) -> EngineReport:
             subprocess.Popen(
                 words,
                 env={**os.environ, **loopback_environment(rank, num_ranks, port)},
-                stdout=subprocess.DEVNULL if rank else sys.stderr.fileno(),
+                stdout=subprocess.DEVNULL,  # the report, which is read from the file
                 preexec_fn=die_with_parent,
             )
             for rank in range(num_ranks)

@@ -27,12 +27,12 @@ def balance_weights(
     """
     own = {layer.name: PassJudge(engine, layer, passes[layer.name]).balance_weights() for layer in layers}
     everyone = seams.gather(own)
-    for layer in layers:
-        first = next((weight for theirs in everyone for weight in theirs[layer.name]), None)
+    for name in dict.fromkeys(name for theirs in everyone for name in theirs):  # of all stages
+        first = next((weight for theirs in everyone for weight in theirs.get(name, ())), None)
         if first is None:
             continue
         told["balance"] = f"the balance loss reaches the gate, with a weight of {short(first)} in the loss"
-        odd = [each for each in own[layer.name] if abs(each - first) > WEIGHT_ROUNDING * max(abs(first), 1e-12)]
+        odd = [each for each in own.get(name, ()) if abs(each - first) > WEIGHT_ROUNDING * max(abs(first), 1e-12)]
         if odd:
             yield TrainingVerdict(
                 "balance",
@@ -41,7 +41,7 @@ def balance_weights(
                 f"{short(first)} in the first one",
                 "every micro-batch and rank must add l_aux with the same weight; engine.backward divides by "
                 "gradient_accumulation_steps itself",
-                layer.name,
+                name,
                 dist.get_rank(),
             )
 

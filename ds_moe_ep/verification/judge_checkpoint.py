@@ -25,6 +25,7 @@ from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE
 from ds_moe_ep.engine.state.optimizer_view import loss_scale
 from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.verification.judge_optimizer import digest, named_states, named_tensors
+from ds_moe_ep.verification.steps import LastBatch
 from ds_moe_ep.verification.verdicts import TrainingVerdict
 
 TAG = "verify"
@@ -34,9 +35,7 @@ _LOCAL = re.compile(r"(\.deepspeed_experts\.)\d+\.")
 class CheckpointJudge:
     """The judge of one save and one load of an engine, with a batch for its outputs. Collective."""
 
-    def __init__(
-        self, engine: Any, layers: Sequence[ViewedLayer], batch: tuple[tuple[Any, ...], dict[str, Any]]
-    ) -> None:
+    def __init__(self, engine: Any, layers: Sequence[ViewedLayer], batch: LastBatch) -> None:
         self._engine, self._layers, self._batch = engine, layers, batch
 
     def problems(self, folder: str | None) -> Iterator[TrainingVerdict]:
@@ -59,7 +58,7 @@ class CheckpointJudge:
     def _digests(self) -> dict[str, str]:
         """Digests of outputs, weights, optimizer states and counters."""
         engine = self._engine
-        found = {f"output {index}": digest(each) for index, each in enumerate(self._outputs())}
+        found = {f"output {index}": digest(each) for index, each in enumerate(self._batch.outputs())}
         tensors = named_tensors(engine, self._layers) | named_states(engine, self._layers)
         tensors |= {name: each for name, each in engine.module.named_buffers() if _is_saved(engine.module, name)}
         found |= {name: digest(each) for name, each in tensors.items()}
@@ -67,17 +66,6 @@ class CheckpointJudge:
         found["the loss scale"] = str(loss_scale(engine))
         found["the step counter"] = str(engine.global_steps)
         return found
-
-    @torch.no_grad()
-    def _outputs(self) -> list[Tensor]:
-        """Outputs of the model for the batch in evaluation."""
-        args, kwargs = self._batch
-        was_training = self._engine.module.training
-        self._engine.eval()
-        try:
-            return list(_tensors_in(self._engine(*args, **kwargs)))
-        finally:
-            self._engine.train(was_training)
 
     @torch.no_grad()
     def _spoil(self) -> None:
@@ -117,15 +105,16 @@ class CheckpointJudge:
                 if " expert " in name
             }
         )
+        named = dict(seams.gather((seams.pipeline_stage(), [layer.name for layer in self._layers])))
         if dist.get_rank():
             return
         live = {name: value for theirs in everyone for name, value in theirs.items()}
         seen: set[str] = set()
         for path in sorted(folder.glob("layer_*_expert_*_model_states.pt")):
             if match := EXPERT_FILE.fullmatch(path.name):
-                layer = self._layers[int(match[1])]
+                layer = named[int(match[3]) // seams.tensor_parallel_size()][int(match[1])]  # by stage
                 for key, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
-                    name = f"{layer.name} expert {match[2]} {_name_in_expert(key)}"
+                    name = f"{layer} expert {match[2]} {_name_in_expert(key)}"
                     if isinstance(tensor, Tensor) and live.get(name) == digest(tensor):
                         seen.add(name)
         for name in live.keys() - seen:
@@ -160,18 +149,6 @@ def _flat_states(engine: Any) -> dict[str, str]:
                 if isinstance(value, Tensor):
                     found[f"{index}, tensor {place} ({key})"] = digest(value)
     return found
-
-
-def _tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors of a model's output."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors_in(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors_in(value)
 
 
 def _agreed_folder(folder: str | None) -> Path:

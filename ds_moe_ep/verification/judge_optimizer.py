@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams, step_seams
+from ds_moe_ep.engine.layouts.reductions import copy_name
 from ds_moe_ep.engine.state.optimizer_view import (
     AppliedNorm,
     has_partitions,
@@ -198,7 +199,8 @@ def digest(tensor: Tensor) -> str:
 def named_tensors(engine: Any, layers: Sequence[ViewedLayer]) -> dict[str, Tensor]:
     """All parameters of this rank's model, experts one by one under names that are the same on every rank."""
     experts = {id(each) for layer in layers for each in layer.stored_parameters().values()}
-    found = {name: each.detach() for name, each in engine.module.named_parameters() if id(each) not in experts}
+    dense = ((name, each) for name, each in engine.module.named_parameters() if id(each) not in experts)
+    found = {copy_name(name, each): each.detach() for name, each in dense}
     for layer in layers:
         for local in range(layer.num_local):
             for name, stored in layer.expert_tensors(local).items():
@@ -219,7 +221,7 @@ def named_states(engine: Any, layers: Sequence[ViewedLayer]) -> dict[str, Tensor
     experts = {id(each) for layer in layers for each in layer.stored_parameters().values()}
     for name, each in engine.module.named_parameters():
         if id(each) not in experts:
-            found |= {f"{name} ({key})": value for key, value in state_of(engine, each).items()}
+            found |= {f"{copy_name(name, each)} ({key})": value for key, value in state_of(engine, each).items()}
     for layer in layers:
         for local in range(layer.num_local):
             for name, stored in layer.expert_tensors(local).items():

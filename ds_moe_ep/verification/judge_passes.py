@@ -1,7 +1,7 @@
 """Verdicts on the passes of one step: routing, balance loss, and gradients against the dense oracle.
 
 All of it between the backward pass and the step of a batch's last micro-batch, when weights are those of the passes and
-gradients are reduced. Collective over the world, in the model's order of layers.
+gradients are reduced. Collective over the ranks that have the layer, in the model's order of layers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.state.optimizer_view import OwnSpan, loss_scale, own_gradient, replica_group
+from ds_moe_ep.engine.layouts.reductions import batch_group, gradient_divisor, replica_group
+from ds_moe_ep.engine.state.optimizer_view import OwnSpan, loss_scale, own_gradient
 from ds_moe_ep.engine.views.layers import RoutingRule, ViewedLayer
 from ds_moe_ep.engine.views.moved import ROUNDINGS, SEED, ExactAndMoved, moved
 from ds_moe_ep.engine.views.observe import ObservedPass
@@ -29,6 +29,7 @@ from ds_moe_ep.verification.reference_routing import (
     strangely_routed,
     weights_of,
 )
+from ds_moe_ep.verification.tensor_shares import own_shares, whole_answers
 from ds_moe_ep.verification.verdicts import TrainingVerdict, short
 
 EXCHANGE = "compare a run with schedule 'serial' and transport 'collective'; where that is right, report the schedule"
@@ -149,31 +150,39 @@ class PassJudge:
         return [seen.dbalance * factor for seen in self.passes if seen.dbalance is not None]
 
 
+def ask_oracle(layer: ViewedLayer, passes: Sequence[ObservedPass]) -> tuple[OracleLayer, str]:
+    """The dense model's answers on this rank's tokens, or why there are none. Collective over the layer's group."""
+    if reason := layer.problem_of_oracle():
+        return OracleLayer(), f"not compared: {reason}"
+    try:
+        return Oracle(layer).ask(own_shares(layer.tensor_ranks, passes)), ""
+    except Exception as error:  # of whatever module an expert is
+        return OracleLayer(), f"the dense model of its experts cannot be computed ({type(error).__name__}: {error})"
+
+
 def judge_gradients(
-    engine: Any, layer: ViewedLayer, passes: Sequence[ObservedPass], balance: Sequence[ExactAndMoved] | None
+    layer: ViewedLayer,
+    passes: Sequence[ObservedPass],
+    oracle: OracleLayer,
+    balance: Sequence[ExactAndMoved] | None,
 ) -> tuple[list[TrainingVerdict], ExpertsOutcome]:
-    """Problems of a layer's outputs and gradients, and what its experts got. Collective over the world.
+    """Problems of a layer's outputs and gradients, and what its experts got. Collective over the ranks that have it.
 
     `balance` has the gradients of the gate's logits from the model's own balance loss; None where nobody knows them.
     """
-    problems, trouble, oracle, outcome = list[TrainingVerdict](), "", OracleLayer(), ExpertsOutcome({}, {})
-    try:
-        oracle = Oracle(layer).ask(passes)
-    except Exception as error:  # of whatever module an expert is
-        trouble = f"{layer.name}: the dense model of its experts cannot be computed ({type(error).__name__}: {error})"
-    if told := [each for each in seams.gather(trouble) if each]:
-        return [TrainingVerdict("gradients", "note", told[0])], outcome
+    problems, outcome = list[TrainingVerdict](), ExpertsOutcome({}, {})
     for local, answers in enumerate(oracle.experts):
         tensors = layer.expert_tensors(local)
         group = replica_group(next(iter(tensors.values())).parameter.group_name)  # type: ignore[attr-defined]
-        reduced, outcome.rows[local] = _reduced(engine, answers, oracle.rows_L[local], group)
+        reduced, outcome.rows[local] = _reduced(layer, answers, oracle.rows_L[local], group)
         for name, stored in tensors.items():
             if stored.parameter.requires_grad:
                 found = stored.in_span(own_gradient(stored.parameter))
                 outcome.gradient_norms[local, name] = float(found.values.double().norm())
                 problems += _compared(layer.expert_name(local, name), found, reduced[name], outcome.rows[local])
+    oracle = whole_answers(layer.tensor_ranks, oracle)
     problems += _token_problems(layer, passes, oracle)
-    problems += _gate_problems(engine, layer, passes, oracle, balance)
+    problems += _gate_problems(layer, passes, oracle, balance)
     return problems, outcome
 
 
@@ -186,17 +195,18 @@ class ExpertsOutcome:
 
 
 def _reduced(
-    engine: Any, values: Mapping[str, ExactAndMoved], num_rows: int, group: dist.ProcessGroup
+    layer: ViewedLayer, values: Mapping[str, ExactAndMoved], num_rows: int, group: dist.ProcessGroup
 ) -> tuple[dict[str, ExactAndMoved], int]:
-    """The mean over the data-parallel world of what a group's ranks have, and the sum of their rows.
+    """The mean over the model's copies of what a group's ranks have, and the sum of their rows.
 
     Collective over the group: one all-reduce.
     """
     parts = [part.flatten() for both in values.values() for part in (both.exact, both.moved)]
-    flat = torch.cat([torch.tensor([float(num_rows)], dtype=torch.float64), *parts]).to(engine.device)
+    flat = torch.cat([torch.tensor([float(num_rows)], dtype=torch.float64), *parts])
+    flat = flat.to(next(layer.layer.parameters()).device)
     dist.all_reduce(flat, group=group)
     rows, *summed = flat.cpu().split([1, *(len(part) for part in parts)])
-    means = [part / dist.get_world_size(seams.data_parallel_group()) for part in summed]
+    means = [part / gradient_divisor() for part in summed]
     found = {
         name: ExactAndMoved(means[2 * index].view_as(both.exact), means[2 * index + 1].view_as(both.exact))
         for index, (name, both) in enumerate(values.items())
@@ -241,13 +251,12 @@ def _differing(layer: ViewedLayer, what: str, found: Tensor, asked: ExactAndMove
 
 
 def _gate_problems(
-    engine: Any,
     layer: ViewedLayer,
     passes: Sequence[ObservedPass],
     oracle: OracleLayer,
     balance: Sequence[ExactAndMoved] | None,
 ) -> list[TrainingVerdict]:
-    """Problems of the gate's gradient, and of the tokens' that goes through it. Collective over the world."""
+    """Problems of the gate's gradient, and of the tokens' that goes through it. Collective over the batch's ranks."""
     weight_ED = layer.weight_ED()
     names = [name for name, parameter in layer.gate_parameters().items() if parameter is weight_ED]
     if weight_ED is None or not names or not weight_ED.requires_grad or layer.rule.moves_input:
@@ -264,7 +273,7 @@ def _gate_problems(
         if seen.dx_TD is not None and not layer.adds_more():
             problems += _differing(layer, "gradient of its tokens", seen.dx_TD, dx_TD)
     is_masked = any(seen.has_mask for seen in passes)  # then the balance loss is not that of all tokens
-    reduced, num_masked = _reduced(engine, {"": total}, int(is_masked), seams.data_parallel_group())
+    reduced, num_masked = _reduced(layer, {"": total}, int(is_masked), batch_group())
     config = layer.balance_config()
     if num_masked or (config is not None and config.balance_scope != "rank"):
         return []

@@ -22,6 +22,7 @@ from torch import Tensor
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.explain_errors import Supervision
 from ds_moe_ep.engine.extensions.engine_extensions import EngineExtensions
+from ds_moe_ep.engine.layouts.expert_files import ExpertFiles, problem_of_files
 from ds_moe_ep.engine.state.engine_state import EngineState, untold
 from ds_moe_ep.engine.state.optimizer_view import AppliedNorm, own_square, sum_over_world
 from ds_moe_ep.engine.views.layers import ViewedLayer, viewed_layers
@@ -33,13 +34,17 @@ from ds_moe_ep.verification.gate_oracle import model_balance
 from ds_moe_ep.verification.judge_balance import BiasMovement, balance_weights
 from ds_moe_ep.verification.judge_checkpoint import CheckpointJudge
 from ds_moe_ep.verification.judge_optimizer import Movement
-from ds_moe_ep.verification.judge_passes import ExpertsOutcome, PassJudge, judge_gradients
+from ds_moe_ep.verification.judge_passes import ExpertsOutcome, PassJudge, ask_oracle, judge_gradients
 from ds_moe_ep.verification.judge_source import source_problems
+from ds_moe_ep.verification.oracle import OracleLayer
+from ds_moe_ep.verification.steps import LastBatch, around_steps, taker_of
+from ds_moe_ep.verification.tensor_shares import whole_passes
 from ds_moe_ep.verification.verdicts import CHECKS, EngineReport, TrainingVerdict, concluded
 
 NUM_STEPS = 2
 EXPERT = " expert "  # in the name of a tensor of one
 DEFAULT_LIMIT_S = 600.0  # of layers that have no time limit of their own
+IN_MEMORY = ("none", "cpu")  # devices of offloaded states
 MAX_SKIPPED = 40  # steps that an overflow may skip: the loss scale halves with every second one
 TOLD = {
     "groups": "every parameter of experts and gates lies in one group, with the config's step size",
@@ -66,7 +71,8 @@ def verify(
     """The verdicts on an engine that trains MoE layers, after two steps that are undone bit for bit.
 
     `batch` is a micro-batch of this rank as the model takes it (a tensor, a tuple or list of arguments, a mapping of
-    keywords), or an iterator of such ones. `loss_of` takes the loss out of the model's output: by default the output
+    keywords), or an iterator of such ones; in a pipeline as `train_batch` takes them, and None on stages that read
+    none. `loss_of` takes the loss out of the model's output: by default the output
     itself, its `loss`, or its first tensor. With `checkpoint` a checkpoint is saved in a fresh folder below `folder`,
     which all ranks must see, loaded and removed. `source` is the model that AutoEP converted, with its weights;
     without it the routing of each block is compared with one of the same class and configuration.
@@ -76,21 +82,19 @@ def verify(
     rank whose step failed.
     """
     check_engine(engine)
+    take_step = taker_of(engine, batch, loss_of)
     verification = Verification(engine, checkpoint=checkpoint, folder=folder, source=source)
     with verification, verification.among_others():
-        batches = _batches(batch)
         while not verification.is_over:
-            for _ in range(engine.gradient_accumulation_steps()):
-                args, kwargs = next(batches)
-                loss = (loss_of or _loss_in)(engine(*args, **kwargs))
-                engine.backward(loss)
-                engine.step()
+            take_step()
         return verification.report()
 
 
 def check_engine(engine: Any) -> None:
     """Raises EngineError, on every rank, for an engine that cannot be verified. Collective over the world."""
     seams.settle(_problem_of(engine))
+    if not any(seams.gather(len(viewed_layers(engine.module)))):  # a stage may have none
+        raise EngineError(f"verify: model={type(engine.module).__name__} has no MoE layer: there is nothing to verify")
 
 
 class Verification:
@@ -116,7 +120,7 @@ class Verification:
         self._told = dict(TOLD)
         self._scopes = ExitStack()
         self._num_steps, self._num_skipped = 0, 0
-        self._batch: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._batch = LastBatch(engine)
 
     @property
     def is_over(self) -> bool:
@@ -130,9 +134,8 @@ class Verification:
         self._scopes.enter_context(untold(engine))
         self._scopes.enter_context(_supervised(engine, self._layers))
         self._scopes.enter_context(self._observation.watching())
-        self._scopes.enter_context(self._between_backward_and_step())
-        hook = engine.module.register_forward_pre_hook(self._keep_batch, with_kwargs=True)
-        self._scopes.callback(hook.remove)
+        self._scopes.enter_context(around_steps(engine, self._judged_step, self._end_where_over))
+        self._scopes.enter_context(self._batch.watching())
         self._part("groups", lambda: judge_optimizer.groups(engine, self._layers))
         self._part("movement", lambda: judge_optimizer.frozen(self._layers))
         self._part("routing", lambda: source_problems(engine.module, self._layers, self._source))
@@ -159,14 +162,23 @@ class Verification:
             told = f"{self._num_skipped} steps in a row were skipped for an overflow"
             fix = "find what is not finite: the log of ds_moe_ep.initialize names ranks and parameters"
             self._found.append(TrainingVerdict("run", "problem", told, fix))
-        if self._checkpoint:
+        if reason := self._no_checkpoint():
+            self._found.append(TrainingVerdict("checkpoint", "note", f"none was saved: {reason}"))
+        else:
             judge = CheckpointJudge(engine, self._layers, self._batch)
             self._part("checkpoint", lambda: judge.problems(self._folder))
-        else:
-            self._found.append(TrainingVerdict("checkpoint", "note", "none was saved: it was not asked for"))
         everyone = seams.gather(self._found)
         verdicts = dict.fromkeys(verdict for theirs in everyone for verdict in theirs)
         return EngineReport(tuple(_ordered(list(verdicts), self._told)))
+
+    def _no_checkpoint(self) -> str:
+        """Why no checkpoint is judged, or an empty string. Collective."""
+        if not self._checkpoint:
+            return "it was not asked for"
+        if not EngineExtensions.of(self._engine).has(ExpertFiles):
+            return ""
+        refusals = seams.gather(problem_of_files({layer.ep_size for layer in self._layers}))
+        return next((str(each) for each in refusals if each is not None), "")
 
     def _part(self, check: str, judge: Callable[[], Iterable[TrainingVerdict]]) -> None:
         """Runs one check on all ranks; an error of one rank is a problem that all of them know of. Collective."""
@@ -183,38 +195,15 @@ class Verification:
             fix = "see the error; the checks behind it were not made"
             self._found.append(TrainingVerdict(check, "problem", f"the check failed: {words}", fix, "", rank))
 
-    def _keep_batch(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training:
-            self._batch = (args, kwargs)
-
-    @contextmanager
-    def _between_backward_and_step(self) -> Iterator[None]:
-        """A scope in which the engine's step is judged before and after."""
-        engine, step = self._engine, self._engine.step
-        own = vars(engine)
-        before = own.get("step")
-
-        def judged(*args: Any, **kwargs: Any) -> Any:
-            if not engine.is_gradient_accumulation_boundary() or self.is_over:
-                return step(*args, **kwargs)
-            result = self._judged_step(lambda: step(*args, **kwargs))
-            self._end_where_over()
-            return result
-
-        own["step"] = judged
-        try:
-            yield
-        finally:
-            own.pop("step", None)
-            if before is not None:
-                own["step"] = before
-
     def _end_where_over(self) -> None:
         if self.is_over and self._when_over is not None:
             self._when_over(self.report())
 
     def _judged_step(self, step: Callable[[], Any]) -> Any:
-        engine, passes = self._engine, self._observation.take()
+        if self.is_over:
+            return step()
+        engine, taken = self._engine, self._observation.take()
+        passes = {layer.name: whole_passes(layer.tensor_ranks, taken[layer.name]) for layer in self._layers}
         if not self._are_finite(passes):
             result = step()
             self._num_skipped += 1
@@ -250,14 +239,19 @@ class Verification:
         self, passes: Mapping[str, Sequence[ObservedPass]], outcomes: dict[str, ExpertsOutcome]
     ) -> Iterator[TrainingVerdict]:
         outcomes.update({layer.name: ExpertsOutcome({}, {}) for layer in self._layers})
-        balance = model_balance(self._engine, self._layers, passes, self._batch[1])
-        for layer in self._layers:
-            if reason := layer.problem_of_oracle():
-                yield TrainingVerdict("gradients", "note", f"not compared: {reason}", "", layer.name)
-            else:
-                theirs = None if balance is None else balance.get(layer.name, [])
-                problems, outcomes[layer.name] = judge_gradients(self._engine, layer, passes[layer.name], theirs)
-                yield from problems
+        balance = model_balance(self._engine, self._layers, passes, self._batch.kwargs)
+        stage, most = seams.pipeline_stage(), max(seams.gather(len(self._layers)))
+        for layer in (*self._layers, *[None] * (most - len(self._layers))):  # stages may have more than others
+            oracle, trouble = (OracleLayer(), "") if layer is None else ask_oracle(layer, passes[layer.name])
+            told = [words for theirs, words in seams.gather((stage, trouble)) if words and theirs == stage]
+            if layer is None:
+                continue
+            if told:
+                yield TrainingVerdict("gradients", "note", told[0], "", layer.name)
+                continue
+            theirs = None if balance is None else balance.get(layer.name, [])
+            problems, outcomes[layer.name] = judge_gradients(layer, passes[layer.name], oracle, theirs)
+            yield from problems
 
     def _are_finite(self, passes: Mapping[str, Sequence[ObservedPass]]) -> bool:
         """True where all gradients that came back to layers are finite, on every rank. Collective."""
@@ -294,14 +288,10 @@ def _problem_of(engine: Any) -> EngineError | None:
         reason = "engine has no optimizer: verification takes steps; pass the engine that trains"
     elif engine.zero_optimization_partition_weights():
         reason = "zero_optimization.stage=3: no rank has a whole weight; verify a run of stage 1 or 2"
-    elif engine.zero_offload_optimizer() is not None and engine.zero_offload_optimizer().device != "none":
-        reason = "zero_optimization.offload_optimizer: states that are not in memory cannot be put back; leave it out"
-    elif seams.tensor_parallel_size() * seams.sequence_parallel_size() > 1:
-        reason = "tensor_parallel, sequence_parallel: ranks share tokens there; verify the job without them"
-    elif type(engine).__name__ == "PipelineEngine":
-        reason = "engine=PipelineEngine: its layers lie on several ranks; verify a plain engine"
-    elif not viewed_layers(engine.module):
-        reason = f"model={type(engine.module).__name__} has no MoE layer: there is nothing to verify"
+    elif engine.zero_offload_optimizer() is not None and engine.zero_offload_optimizer().device not in IN_MEMORY:
+        reason = "zero_optimization.offload_optimizer: states on a disk cannot be put back; take device=cpu"
+    elif seams.has_mesh() and seams.sequence_parallel_size() > 1:
+        reason = "sequence_parallel_size: the weights of a mesh's sequence ranks part; give DeepSpeed parallel_state_sp"
     elif not seams.has("sparse routes"):
         reason = f"DeepSpeed {seams.release()} gives no sparse routes: pip install 'deepspeed>=0.19.7'"
     elif engine.micro_steps % engine.gradient_accumulation_steps():
@@ -323,31 +313,3 @@ def _ordered(verdicts: Sequence[TrainingVerdict], told: Mapping[str, str]) -> It
             yield from concluded(check, problems, told.get(check, ""))
         notes = {(v.found, v.parameter): replace(v, rank=None) for v in first.values() if v.status == "note"}
         yield from notes.values()
-
-
-def _batches(batch: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments of the model, one micro-batch after the other; a single one is repeated."""
-    if hasattr(batch, "__next__"):
-        for each in batch:
-            yield _arguments(each)
-        raise EngineError("verify: batch: the iterator has ended; it needs two batches of all micro-batches")
-    while True:
-        yield _arguments(batch)
-
-
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, (list, tuple)) else ((batch,), {})
-
-
-def _loss_in(output: Any) -> Tensor:
-    """The loss in a model's output."""
-    found = getattr(output, "loss", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("loss")
-    if found is None:
-        found = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(found, Tensor) or found.numel() != 1:
-        raise EngineError("verify: the model's output has no loss that is one number: pass loss_of=<function of it>")
-    return found

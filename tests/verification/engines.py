@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +69,18 @@ class Layout:
             return [(x[rank].to(dtype), y[rank].to(dtype)) for step in batches(self.job) for x, y in step]
         found = autoep_models.batches(self.job)
         return [{"input_ids": ids[rank], "labels": ids[rank]} for step in found for ids in step]
+
+    def endless(self, engine: Any) -> Iterator[Any]:
+        """Its micro-batches again and again."""
+        return itertools.cycle(self.batches())
+
+    def step(self, engine: Any, batches: Iterator[Any]) -> None:
+        """One step of training."""
+        for _ in range(self.job.accumulation):
+            batch = next(batches)
+            output = engine(**batch) if isinstance(batch, dict) else engine(*batch)
+            engine.backward(getattr(output, "loss", output))
+            engine.step()
 
 
 FEW: dict[str, Any] = {"num_experts": 4, "ep_size": 2, "steps": 2}  # experts and batches

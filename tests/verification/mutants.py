@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from tests.verification.engines import AUX, BIAS, Layout
+from tests.verification.engines import AUX, BIAS
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Mutant:
     """A fault, the engine it is planted in, and the verdict that must name it."""
 
     name: str
-    layout: Layout
+    layout: Any  # Layout, or RanksLayout
     plant: Callable[[Any], Any]  # a context manager
     check: str
     words: str
@@ -36,7 +36,14 @@ class Mutant:
 
 
 def expert(engine: Any, local: int = 1) -> Any:
-    return engine.module.layers[0].deepspeed_moe.experts.deepspeed_experts[local]
+    return first_layer(engine).deepspeed_moe.experts.deepspeed_experts[local]
+
+
+def first_layer(engine: Any) -> Any:
+    """The first layer of experts that this rank has."""
+    from ds_moe_ep.engine.views.layers import viewed_layers
+
+    return viewed_layers(engine.module)[0].layer
 
 
 @contextmanager
@@ -127,7 +134,7 @@ def leave_packed(engine: Any) -> None:
 
 
 @contextmanager
-def dropping(engine: Any) -> Iterator[None]:
+def dropping(engine: Any, file: str = "layer_0_expert_3_mp_rank_00_model_states.pt") -> Iterator[None]:
     """The last expert of the first layer is not written."""
     save = engine.save_checkpoint
 
@@ -135,7 +142,7 @@ def dropping(engine: Any) -> Iterator[None]:
         answer = save(save_dir, tag=tag, **kwargs)
         dist.barrier()
         if dist.get_rank() == 0:
-            (Path(save_dir) / tag / "layer_0_expert_3_mp_rank_00_model_states.pt").unlink()
+            (Path(save_dir) / tag / file).unlink()
         dist.barrier()
         return answer
 
@@ -171,7 +178,7 @@ def uneven_weight(engine: Any) -> Iterator[None]:
         y, loss, counts = output
         return (y, loss * (2.0 if dist.get_rank() == 1 and calls[0] % 2 == 0 else 1.0), counts)
 
-    handle = engine.module.layers[0].register_forward_hook(detach)
+    handle = first_layer(engine).register_forward_hook(detach)
     yield
     handle.remove()
 

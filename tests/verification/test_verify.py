@@ -68,35 +68,32 @@ def differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
     return [] if not is_plain or mine == theirs else [path]
 
 
-def verified(layouts: Sequence[Layout]) -> list[tuple[tuple[TrainingVerdict, ...], list[str]]]:
+def verified(layouts: Sequence[Any]) -> list[tuple[tuple[TrainingVerdict, ...], list[str]]]:
     """The verdicts on each layout's engine after a step, and where its state differs afterwards."""
     import ds_moe_ep
 
     found = []
     for layout in layouts:
-        engine, batches = layout.make(), layout.batches()
-        for batch in batches[: layout.job.accumulation]:
-            output = engine(**batch) if isinstance(batch, dict) else engine(*batch)
-            engine.backward(getattr(output, "loss", output))
-            engine.step()
+        engine = layout.make()
+        batches = layout.endless(engine)
+        layout.step(engine, batches)
         before = whole_state(engine)
-        report = ds_moe_ep.verify(engine, iter(batches * 2))
+        report = ds_moe_ep.verify(engine, batches)
         found.append((report.verdicts, differences(before, whole_state(engine))))
     return found
 
 
-def judged(more: bool = False) -> list[tuple[TrainingVerdict, ...]]:
-    """The verdicts on an engine with each of the faults, which share the engines of their layouts."""
+def judged(mutants: Sequence[Mutant]) -> list[tuple[TrainingVerdict, ...]]:
+    """The verdicts on an engine with each of the faults; those of one layout in a row share its engine."""
     import ds_moe_ep
 
-    engines: dict[str, Any] = {}
-    found = []
-    for mutant in MORE_MUTANTS if more else MUTANTS:
-        if mutant.layout.name not in engines:
-            engines[mutant.layout.name] = mutant.layout.make()
-        engine = engines[mutant.layout.name]
+    found, name, engine = [], "", None
+    for mutant in mutants:
+        if mutant.layout.name != name:
+            name, engine = mutant.layout.name, mutant.layout.make()
         with mutant.plant(engine):
-            report = ds_moe_ep.verify(engine, iter(mutant.layout.batches() * 2), checkpoint=mutant.checkpoint)
+            batches = mutant.layout.endless(engine)
+            report = ds_moe_ep.verify(engine, batches, checkpoint=mutant.checkpoint)
         found.append(report.verdicts)
     return found
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from deepspeed.utils import groups
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.extensions.callback import EngineCallback, SaveCall
+from ds_moe_ep.engine.layouts.tensor import tensor_rank
 from ds_moe_ep.errors import EngineError
 
 
@@ -25,15 +25,20 @@ class ExpertFiles(EngineCallback):
         return seams.tensor_parallel_size() > 1
 
     def around_save(self, save: SaveCall, proceed: Callable[[SaveCall], Any]) -> Any:
-        tensor_ranks, problem = seams.gather(int(bwc_tensor_model_parallel_rank(groups.mpu))), None
-        for ep_size in self._ep_sizes:
-            holders = groups._get_expert_data_parallel_group_ranks(f"ep_size_{ep_size}")
-            if len({tensor_ranks[rank] for rank in holders}) > 1:
-                size = seams.tensor_parallel_size()
-                problem = EngineError(
-                    f"ep_size={ep_size} with tensor parallel size={size}: DeepSpeed saves an expert under the tensor "
-                    "rank of its first holder, and other holders, of other tensor ranks, would not find it; the "
-                    f"checkpoint could not be loaded. Take an ep_size that is a multiple of {size}, of ranks in a row"
-                )
-        seams.settle(problem)
+        seams.settle(problem_of_files(self._ep_sizes))
         return proceed(save)
+
+
+def problem_of_files(ep_sizes: Iterable[int]) -> EngineError | None:
+    """Error of experts whose files some of their ranks would not find, or None. Collective over the world."""
+    size, problem = seams.tensor_parallel_size(), None
+    tensor_ranks = seams.gather(tensor_rank())
+    for ep_size in ep_sizes if size > 1 else ():
+        holders = groups._get_expert_data_parallel_group_ranks(f"ep_size_{ep_size}")
+        if len({tensor_ranks[rank] for rank in holders}) > 1:
+            problem = EngineError(
+                f"ep_size={ep_size} with tensor parallel size={size}: DeepSpeed saves an expert under the tensor "
+                "rank of its first holder, and other holders, of other tensor ranks, would not find it; the "
+                f"checkpoint could not be loaded. Take an ep_size that is a multiple of {size}, of ranks in a row"
+            )
+    return problem

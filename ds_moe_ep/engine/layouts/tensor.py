@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from zlib import crc32
 
 import torch
@@ -29,19 +30,29 @@ OWN_MARK = "model_parallel"  # the same to DeepSpeed's norms
 SEQUENCE_MARK = "sequence_parallel"  # Megatron's, on parameters and in configurations
 
 
+def tensor_rank() -> int:
+    """This rank's place in the tensor group that DeepSpeed was given; 0 without one."""
+    return int(bwc_tensor_model_parallel_rank(groups.mpu)) if seams.tensor_parallel_size() > 1 else 0
+
+
+def whole_tokens() -> TensorRanks:
+    """The tensor group of this rank, for a layer of which every rank of it gets all tokens. Local."""
+    size = seams.tensor_parallel_size()
+    return TensorRanks() if size == 1 else TensorRanks(bwc_tensor_model_parallel_group(groups.mpu), tensor_rank(), size)
+
+
 def tensor_ranks_of(layer: nn.Module, config: MoEConfig) -> TensorRanks:
     """The tensor group of this rank, for a layer. Local. Raises EngineError where its experts are cut over it."""
-    size = seams.tensor_parallel_size()
-    if size == 1:
-        return TensorRanks()
+    ranks = whole_tokens()
+    if ranks.size == 1:
+        return ranks
     cut = [name for name, parameter in layer.named_parameters() if getattr(parameter, CUT_MARK, False)]
     ours = [name for name in cut if "deepspeed_experts" in name or ".gate." in f".{name}"]
     if ours:
-        raise EngineError(f"tensor parallel size={size} with {ours[0]}, which is cut over it: {CUT_EXPERTS_RULE}")
-    group = bwc_tensor_model_parallel_group(groups.mpu)
+        raise EngineError(f"tensor parallel size={ranks.size} with {ours[0]}, which is cut over it: {CUT_EXPERTS_RULE}")
     given = config.sequence_parallel
     has_own_tokens = is_marked_for_sequences(layer) if given is None else given
-    return TensorRanks(group, int(bwc_tensor_model_parallel_rank(groups.mpu)), size, has_own_tokens)
+    return replace(ranks, has_own_tokens=has_own_tokens)
 
 
 def recorded_tensor_size() -> int:

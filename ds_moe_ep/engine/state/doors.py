@@ -5,29 +5,38 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import deepspeed
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 import ds_moe_ep
 
 
 @contextmanager
 def at_first_forward(act: Callable[[Any], None]) -> Iterator[None]:
-    """A scope in which `act` is called with each engine before its first forward pass of training. Local."""
-    original, seen = deepspeed.DeepSpeedEngine.forward, set[int]()
+    """A scope in which `act` is called with each engine before its first forward pass of training.
 
-    @functools.wraps(original)
-    def forward(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(engine) not in seen and engine.training:
-            seen.add(id(engine))
-            act(engine)
-            return engine(*args, **kwargs)  # whatever `act` has put around it
-        return original(engine, *args, **kwargs)
+    Local; in a pipeline all stages are there, at its first batch.
+    """
+    seen = set[int]()
 
-    with patch.object(deepspeed.DeepSpeedEngine, "forward", forward):
+    def met_first(cls: type, method: str) -> AbstractContextManager[Any]:
+        original = getattr(cls, method)
+
+        @functools.wraps(original)
+        def call(engine: Any, *args: Any, **kwargs: Any) -> Any:
+            if id(engine) not in seen and (engine.training or cls is PipelineEngine):
+                seen.add(id(engine))
+                act(engine)
+                return getattr(engine, method)(*args, **kwargs)  # whatever `act` has put around it
+            return original(engine, *args, **kwargs)
+
+        return patch.object(cls, method, call)
+
+    with met_first(deepspeed.DeepSpeedEngine, "forward"), met_first(PipelineEngine, "train_batch"):
         yield
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams, step_seams
+from ds_moe_ep.engine.layouts.reductions import num_counts
 
 MODEL_GROUPS = ("bit16_groups", "fp16_groups", "bf16_groups")  # of a wrapper: the model's parameters, group by group
 MASTERS, FLAT_MASTERS = "fp32_groups", "fp32_groups_flat"  # of a wrapper without partitions
@@ -122,15 +122,13 @@ def loss_scale(engine: Any) -> float:
 def own_square(engine: Any) -> float:
     """This rank's share of the squared norm of all reduced gradients, without the loss scale. Local.
 
-    Its sum over all ranks has each number once: an expert's from the first rank that has it, all else from rank 0, and
-    from each partition what lies there.
+    Its sum over all ranks has each number once: each rank that has it gives an equal share of its square.
     """
     square = 0.0
     for parameter in engine.module.parameters():
-        is_expert = seams.is_expert_parameter(parameter)
-        is_first = seams.is_first_holder(parameter.group_name) if is_expert else dist.get_rank() == 0
-        if parameter.requires_grad and (has_partitions(engine) or is_first):
-            square += float(own_gradient(parameter).values.double().square().sum())
+        counts = num_counts(parameter, has_partitions(engine)) if parameter.requires_grad else 0
+        if counts:
+            square += float(own_gradient(parameter).values.double().square().sum()) / counts
     return square / loss_scale(engine) ** 2
 
 
@@ -138,14 +136,16 @@ class AppliedNorm:
     """Square of the norm of the gradients that reach the torch optimizer in one step, this rank's share of it.
 
     Its sum over all ranks is that of the whole model, each number once. Wrappers without partitions hand over copies
-    of their own, of which nobody knows the ranks: `is_known` is False there.
+    of their own, and partitions beside tensor ranks or tied stages hold numbers that several ranks have beside those
+    that one has: `is_known` is False there.
     """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self.square = 0.0
         wrapped = engine.optimizer is not step_seams.torch_optimizer(engine)
-        self.is_known = has_partitions(engine) or not wrapped
+        counts = {num_counts(parameter, True) for parameter in engine.module.parameters()}
+        self.is_known = counts == {1.0} if has_partitions(engine) else not wrapped
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -163,7 +163,7 @@ class AppliedNorm:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     holders = 1 if has_partitions(self._engine) else seams.num_holders(parameter)
-                    self.square += float(parameter.grad.detach().double().square().sum()) / holders
+                    self.square += float(parameter.grad.detach().double().square().sum()) / holders if holders else 0.0
 
 
 def sum_over_world(values: Tensor) -> Tensor:
@@ -171,9 +171,3 @@ def sum_over_world(values: Tensor) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total
-
-
-def replica_group(group_name: str) -> dist.ProcessGroup:
-    """The ranks that hold the same experts as this one."""
-    group: dist.ProcessGroup = groups._get_expert_data_parallel_group(group_name)
-    return group

@@ -17,9 +17,11 @@ from torch.func import functional_call
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooks.native import routing_of
+from ds_moe_ep.engine.layouts.tensor import whole_tokens
 from ds_moe_ep.engine.state.autoep_math import autoep_expert
 from ds_moe_ep.engine.state.optimizer_view import OwnSpan
 from ds_moe_ep.moe.match_expert import is_plain
+from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ class ViewedLayer:
     def group(self) -> dist.ProcessGroup | None:
         """The ranks that share the experts; None where one rank has all of them."""
         return self.inner.ep_group if self.ep_size > 1 else None
+
+    @property
+    def tensor_ranks(self) -> TensorRanks:
+        """The ranks that take a part of its tokens to the experts."""
+        found = getattr(getattr(self.inner, "overlap", self.inner), "tensor_ranks", None)
+        return found if isinstance(found, TensorRanks) else whole_tokens()
 
     @property
     def ep_rank(self) -> int:

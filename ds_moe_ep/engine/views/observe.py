@@ -136,10 +136,12 @@ class Observation:
                 loss.register_hook(partial(_keep_number, seen))
 
     def _keep_gradient(self, seen: ObservedPass, name: str, width: int, gradient: Tensor) -> None:
-        setattr(seen, name, self._keep(gradient.reshape(-1, width)))
+        before, own = getattr(seen, name), self._keep(gradient.reshape(-1, width))
+        setattr(seen, name, own if before is None else before + own)  # a stage goes backward once per tensor it sent
 
     def _add_gradient(self, seen: ObservedPass, use: int, gradient: Tensor) -> None:
-        seen.dlogits_TE[use] = self._keep(gradient)
+        before, own = seen.dlogits_TE.get(use), self._keep(gradient)
+        seen.dlogits_TE[use] = own if before is None else before + own
 
 
 def kept(tensor: Tensor) -> Tensor:
@@ -148,4 +150,4 @@ def kept(tensor: Tensor) -> Tensor:
 
 
 def _keep_number(seen: ObservedPass, gradient: Tensor) -> None:
-    seen.dbalance = float(gradient)
+    seen.dbalance = (seen.dbalance or 0.0) + float(gradient)

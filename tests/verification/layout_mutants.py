@@ -1,0 +1,143 @@
+"""Faults beside tensor ranks, sequence ranks and in pipeline stages, one at least per kind of group that they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
+from tests.engine.layouts.tensor_runs import planted
+from tests.verification.layouts import SEQUENCE, STAGES, TENSOR
+from tests.verification.mutants import Mutant, doubled, dropping, expert, first_layer, frozen, own_norm, uneven_weight
+
+LAYER, LAST_STAGE = "layers.0", "3.moe"
+
+
+@contextmanager
+def divided_by_the_world(engine: Any) -> Iterator[None]:
+    """DeepSpeed's divisor of experts' gradients, which counts sequence ranks."""
+    from ds_moe_ep.engine.layouts.sequence import REDUCE_EXPERTS
+
+    scaled = vars(engine).pop(REDUCE_EXPERTS)
+    yield
+    vars(engine)[REDUCE_EXPERTS] = scaled
+
+
+@contextmanager
+def reduced_with_others(engine: Any) -> Iterator[None]:
+    """Experts' gradients are summed over ranks that hold other experts."""
+    from deepspeed.utils import groups
+
+    names = groups._get_expert_data_parallel_group_dict()
+    before = dict(names)
+    names.update({name: groups._get_expert_parallel_group(name) for name in names})
+    yield
+    names.update(before)
+
+
+class Forgetful(TensorRanks):
+    """Tensor ranks that keep their results to themselves."""
+
+    def gather(self, results_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        rows_TD = results_TD.new_zeros(num_tokens, *results_TD.shape[1:])
+        first, count = self._spans(num_tokens).span(self.rank)
+        rows_TD[first : first + count] = results_TD
+        return rows_TD
+
+
+@contextmanager
+def not_gathered(engine: Any) -> Iterator[None]:
+    """In the last layer, so that no other sees tokens that differ."""
+    layer = engine.module.layers[1].deepspeed_moe
+    ranks = layer.tensor_ranks
+    layer.share_tokens(Forgetful(ranks.group, ranks.rank, ranks.size))
+    yield
+    layer.share_tokens(ranks)
+
+
+@contextmanager
+def without_marks(engine: Any) -> Iterator[None]:
+    """The norm takes experts for parameters that all tensor ranks have alike."""
+    from ds_moe_ep.engine.layouts.tensor import OWN_MARK
+
+    marked = [each for each in engine.module.parameters() if hasattr(each, OWN_MARK)]
+    for parameter in marked:
+        delattr(parameter, OWN_MARK)
+    yield
+    for parameter in marked:
+        setattr(parameter, OWN_MARK, True)
+
+
+@contextmanager
+def gates_apart(engine: Any) -> Iterator[None]:
+    """The last tensor rank's gate is another."""
+    weight = first_layer(engine).deepspeed_moe.gate.wg.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight += 1e-3 * (dist.get_rank() == 3)
+    yield
+    weight.data.copy_(before)
+
+
+@contextmanager
+def late_expert(engine: Any) -> Iterator[None]:
+    """Gradients of the last stage's experts alone are twice too large."""
+    if dist.get_rank() < 2:
+        yield
+        return
+    handle = expert(engine).fc1.weight.register_hook(lambda gradient: 2 * gradient)
+    yield
+    handle.remove()
+
+
+OF_SEQUENCES = (
+    Mutant("divided by the world", SEQUENCE, divided_by_the_world, "gradients", "0.5 times as large", LAYER),
+    Mutant("reduced with others", SEQUENCE, reduced_with_others, "replicas", "differs from the copy", LAYER),
+    Mutant("own norm", SEQUENCE, own_norm, "norm", "all experts counted once"),
+    Mutant("frozen", SEQUENCE, frozen, "groups", "in no group of the optimizer", LAYER),
+    Mutant("uneven weight", SEQUENCE, uneven_weight, "balance", "has a weight of 0.1 in a micro-batch", LAYER, 1),
+)
+OF_TENSOR_RANKS = (
+    Mutant("not gathered", TENSOR, not_gathered, "gradients", "the output is not the dense model's", "layers.1"),
+    Mutant(
+        "gradients not gathered",
+        TENSOR,
+        lambda engine: planted("gradients that are not gathered"),
+        "gradients",
+        "gradient of the routing weights is not the dense model's",
+        LAYER,
+    ),
+    Mutant(
+        "tokens twice",
+        TENSOR,
+        lambda engine: planted("tokens counted twice"),
+        "gradients",
+        "2 times as large",
+        f"{LAYER} expert",
+    ),
+    Mutant("without marks", TENSOR, without_marks, "norm", "that of all gradients is"),
+    Mutant("gates apart", TENSOR, gates_apart, "replicas", "differs from the copy", "enter"),
+)
+OF_STAGES = (
+    Mutant("late expert", STAGES, late_expert, "gradients", "2 times as large", f"{LAST_STAGE} expert 1 fc1.weight"),
+    Mutant("frozen", STAGES, frozen, "groups", "in no group of the optimizer", "1.moe"),
+    Mutant("own norm", STAGES, own_norm, "norm", "all experts counted once"),
+    Mutant(
+        "dropping",
+        STAGES,
+        partial(dropping, file="layer_0_expert_3_mp_rank_01_model_states.pt"),
+        "checkpoint",
+        "is not in the checkpoint's files",
+        f"{LAST_STAGE} expert 3",
+        0,
+        checkpoint=True,
+    ),
+    Mutant("gates apart", STAGES, gates_apart, "replicas", "differs from the copy on rank 2", LAST_STAGE, 3),
+    Mutant("doubled", STAGES, doubled, "gradients", "2 times as large", "1.moe expert 1"),
+)
+LAYOUT_MUTANTS = (*OF_SEQUENCES, *OF_TENSOR_RANKS, *OF_STAGES)

@@ -1,0 +1,120 @@
+"""Tiny engines beside tensor ranks, sequence ranks and in pipeline stages, to be verified on 4 real ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.engine.layouts import stage_models
+from tests.engine.layouts.tensor_models import RATE, TENSOR_SIZE, D, TensorJob, TensorModel, mpu_of
+from tests.engine.layouts.tensor_runs import forget_groups, give_weights, make_layer, parameter_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class RanksLayout:
+    """An engine of a layout, and this rank's micro-batches without end."""
+
+    name: str
+    make: Callable[[], Any]
+    endless: Callable[[Any], Iterator[Any]]
+    accumulation: int = 1
+    is_saved: bool = True  # a checkpoint of it would load
+
+    def step(self, engine: Any, batches: Iterator[Any]) -> None:
+        """One step of training."""
+        if hasattr(engine, "train_batch"):
+            engine.train_batch(batches)
+            return
+        for _ in range(self.accumulation):
+            engine.backward(engine(next(batches)))
+            engine.step()
+
+
+def tensor_layout(name: str, **settings: Any) -> RanksLayout:
+    """A dense part cut over 2 tensor ranks, by an mpu."""
+    job = TensorJob(**{"clipping": 0.05, "top_k": 2, **settings})
+
+    def make() -> Any:
+        forget_groups()
+        grid = mpu_of(TENSOR_SIZE)
+        model = TensorModel(job, lambda: make_layer(job), grid)
+        return _engine(model, job, grid)
+
+    def batches(engine: Any) -> Iterator[Any]:
+        copy = dist.get_rank() // TENSOR_SIZE
+        return itertools.cycle([x[copy].to(job.dtype) for x in job.batches()])
+
+    is_saved = job.ep_size % TENSOR_SIZE == 0
+    return RanksLayout(name=name, make=make, endless=batches, accumulation=job.accumulation, is_saved=is_saved)
+
+
+def sequence_layout(name: str, **settings: Any) -> RanksLayout:
+    """2 sequence ranks per copy of the model, by DeepSpeed's unit of groups."""
+    job = TensorJob(**{"clipping": 0.05, "top_k": 2, **settings})
+
+    def make() -> Any:
+        from deepspeed.runtime.sequence_parallel import parallel_state_sp as unit
+
+        forget_groups()
+        if unit._SEQUENCE_PARALLEL_GROUP is None:
+            unit.initialize_sequence_parallel(2)
+        model = TensorModel(job, lambda: make_layer(job))
+        return _engine(model, job, unit, sequence_parallel_size=2)
+
+    def batches(engine: Any) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(5 + dist.get_rank())
+        shape = (job.tokens, D)
+        return itertools.cycle([torch.randn(shape, generator=generator).to(job.dtype) for _ in range(4)])
+
+    return RanksLayout(name=name, make=make, endless=batches, accumulation=job.accumulation)
+
+
+def _engine(model: TensorModel, job: TensorJob, mpu: Any, **keys: Any) -> Any:
+    import deepspeed
+
+    import ds_moe_ep
+
+    give_weights(model, job)
+    optimizer = torch.optim.SGD(parameter_groups(model), lr=RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=job.ds_config(keys))
+    if job.kind != "native":
+        ds_moe_ep.attach_overlap(engine, {"schedule": "peers"} if job.kind == "hooked" else None)
+    return engine
+
+
+def stages_layout(name: str, stage: int = 0, **knobs: Any) -> RanksLayout:
+    """Two stages of two ranks, of which the first has two layers of experts and the second one."""
+
+    def make() -> Any:
+        import ds_moe_ep
+
+        config = stage_models.ds_config(stage, gradient_clipping=0.05)
+        return stage_models.make_engine(ds_moe_ep.MoE, ds_moe_ep.initialize, config, k=2, **knobs)
+
+    def batches(engine: Any) -> Iterator[Any]:
+        return (pair for step in itertools.count() for pair in stage_models.mine(engine, step))
+
+    return RanksLayout(name=name, make=make, endless=batches)
+
+
+SEQUENCE = sequence_layout("sequence ranks")
+TENSOR = tensor_layout("tensor ranks, ZeRO 1", stage=1)
+STAGES = stages_layout("stages")
+MORE = (
+    sequence_layout("sequence ranks, ZeRO 2", stage=2, ep_size=4),
+    sequence_layout("sequence ranks, bf16", bf16=True),
+    sequence_layout("sequence ranks, hooked", kind="hooked", stage=1, ep_size=4),
+    tensor_layout("tensor ranks, EP 4", ep_size=4, accumulation=2),
+    tensor_layout("tensor ranks, bf16, ZeRO 2, residual", stage=2, bf16=True, residual=True),
+    tensor_layout("tensor ranks, tokens that come cut", cuts_tokens=True, tokens=8, knobs={"sequence_parallel": True}),
+    tensor_layout("tensor ranks, capacity", capacity_factor=1.0, ep_size=1),
+    tensor_layout("tensor ranks, shared", shared=True, ep_size=4),
+    tensor_layout("tensor ranks, hooked", kind="hooked", ep_size=4),
+    stages_layout("stages, ZeRO 1", stage=1),
+    stages_layout("stages, one tensor", layers=stage_models.layers_in_one_tensor, interval=1),
+)
