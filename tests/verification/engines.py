@@ -23,6 +23,7 @@ class OwnJob(Job):
 
     balance: Literal["aux_loss", "bias", "none"] = "aux_loss"
     fp16: bool = False
+    offload: bool = False  # optimizer states and their steps in host memory
     timeout_s: float = 60.0
     verify_every: int = 0
 
@@ -34,7 +35,11 @@ class OwnJob(Job):
     @property
     def ds_config(self) -> dict[str, Any]:
         scaling = {"enabled": True, "initial_scale_power": 6}
-        return {**super().ds_config, **({"fp16": scaling} if self.fp16 else {})}
+        config = {**super().ds_config, **({"fp16": scaling} if self.fp16 else {})}
+        if self.offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            config["zero_force_ds_cpu_optimizer"] = False  # which is compiled
+        return config
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ LAYOUTS = (
     BIAS,
     Layout("own, ZeRO 1, bf16", OwnJob(stage=1, bf16=True, ep_size=4, clipping=0.05)),
     Layout("own, ZeRO 2", OwnJob(**FEW, stage=2, accumulation=2, capacity_factor=1.0, clipping=0.05)),
+    Layout("own, ZeRO 2, offload", OwnJob(**FEW, stage=2, offload=True, accumulation=2, clipping=0.05)),
+    Layout("own, ZeRO 1, offload, bf16", OwnJob(**FEW, stage=1, offload=True, bf16=True, clipping=0.05)),
     Layout("own, bf16", OwnJob(**FEW, bf16=True, top_k=1, clipping=0.05)),
     Layout("own, ranks apart, replicas", OwnJob(**FEW, interleaved=True, replicas=1, schedule="auto")),
     Layout("own, one rank has all experts", OwnJob(num_experts=4, ep_size=1, steps=2, stage=1)),

@@ -13,7 +13,17 @@ import torch.distributed as dist
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from tests.engine.layouts.tensor_runs import planted
 from tests.verification.layouts import SEQUENCE, STAGES, TENSOR
-from tests.verification.mutants import Mutant, doubled, dropping, expert, first_layer, frozen, own_norm, uneven_weight
+from tests.verification.mutants import (
+    MUTANTS,
+    Mutant,
+    doubled,
+    dropping,
+    expert,
+    first_layer,
+    frozen,
+    own_norm,
+    uneven_weight,
+)
 
 LAYER, LAST_STAGE = "layers.0", "3.moe"
 
@@ -141,3 +151,16 @@ OF_STAGES = (
     Mutant("doubled", STAGES, doubled, "gradients", "2 times as large", "1.moe expert 1"),
 )
 LAYOUT_MUTANTS = (*OF_SEQUENCES, *OF_TENSOR_RANKS, *OF_STAGES)
+
+BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
+# What is planted in one engine at once: each of the ten public reports, and a fault per kind of group.
+TOGETHER: tuple[tuple[Mutant, ...], ...] = (
+    (BY_NAME["frozen"], BY_NAME["double softmax"], BY_NAME["own norm"]),
+    (BY_NAME["momentum"], BY_NAME["packed"]),
+    (BY_NAME["dropping"],),
+    (BY_NAME["without bias"], BY_NAME["unmoved bias"]),
+    (BY_NAME["drifting scale"],),
+    tuple(each for each in OF_SEQUENCES if each.name in ("divided by the world", "frozen", "uneven weight")),
+    tuple(each for each in OF_TENSOR_RANKS if each.name in ("tokens twice", "without marks")),
+    tuple(each for each in OF_STAGES if each.name in ("late expert", "frozen", "own norm")),
+)

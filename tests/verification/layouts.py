@@ -79,6 +79,7 @@ def _engine(model: TensorModel, job: TensorJob, mpu: Any, **keys: Any) -> Any:
 
     import ds_moe_ep
 
+    ds_moe_ep.init_distributed()
     give_weights(model, job)
     optimizer = torch.optim.SGD(parameter_groups(model), lr=RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=job.ds_config(keys))
@@ -93,6 +94,7 @@ def stages_layout(name: str, stage: int = 0, **knobs: Any) -> RanksLayout:
     def make() -> Any:
         import ds_moe_ep
 
+        ds_moe_ep.init_distributed()
         config = stage_models.ds_config(stage, gradient_clipping=0.05)
         return stage_models.make_engine(ds_moe_ep.MoE, ds_moe_ep.initialize, config, k=2, **knobs)
 
@@ -105,7 +107,8 @@ def stages_layout(name: str, stage: int = 0, **knobs: Any) -> RanksLayout:
 SEQUENCE = sequence_layout("sequence ranks")
 TENSOR = tensor_layout("tensor ranks, ZeRO 1", stage=1)
 STAGES = stages_layout("stages")
-MORE = (
+OF_EACH_LAYOUT = (SEQUENCE, TENSOR, STAGES)
+MORE_OF_LAYOUTS = (
     sequence_layout("sequence ranks, ZeRO 2", stage=2, ep_size=4),
     sequence_layout("sequence ranks, bf16", bf16=True),
     sequence_layout("sequence ranks, hooked", kind="hooked", stage=1, ep_size=4),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from ds_moe_ep.verification.verdicts import EngineReport, TrainingVerdict
 from tests.ranks import run_ranks
 from tests.verification.converted import sourced
 from tests.verification.engines import LAYOUTS, OF_EACH_MAKER, Layout, OwnJob
+from tests.verification.layout_mutants import LAYOUT_MUTANTS, TOGETHER
+from tests.verification.layouts import MORE_OF_LAYOUTS, OF_EACH_LAYOUT
 from tests.verification.mutants import MORE_MUTANTS, MUTANTS, Mutant
 from tests.verification.shadowed import SHADOWED, all_sound, shadowed
 
@@ -68,8 +72,17 @@ def differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
     return [] if not is_plain or mine == theirs else [path]
 
 
-def verified(layouts: Sequence[Any]) -> list[tuple[tuple[TrainingVerdict, ...], list[str]]]:
-    """The verdicts on each layout's engine after a step, and where its state differs afterwards."""
+@dataclass(frozen=True)
+class Examined:
+    """The verdicts on a sound engine after a step, where its state differs afterwards, and those on its faults."""
+
+    sound: tuple[TrainingVerdict, ...]
+    changed: list[str]
+    of_faults: list[tuple[TrainingVerdict, ...]]
+
+
+def examined(layouts: Sequence[Any], faults: Sequence[Sequence[Mutant]] = ()) -> list[Examined]:
+    """The verdicts on an engine of each layout: sound, then with each set of faults that is for it."""
     import ds_moe_ep
 
     found = []
@@ -78,23 +91,34 @@ def verified(layouts: Sequence[Any]) -> list[tuple[tuple[TrainingVerdict, ...], 
         batches = layout.endless(engine)
         layout.step(engine, batches)
         before = whole_state(engine)
-        report = ds_moe_ep.verify(engine, batches)
-        found.append((report.verdicts, differences(before, whole_state(engine))))
+        sound = ds_moe_ep.verify(engine, batches).verdicts
+        changed = differences(before, whole_state(engine))
+        own = [together for together in faults if together[0].layout.name == layout.name]
+        found.append(Examined(sound, changed, [with_faults(engine, together) for together in own]))
     return found
 
 
-def judged(mutants: Sequence[Mutant]) -> list[tuple[TrainingVerdict, ...]]:
-    """The verdicts on an engine with each of the faults; those of one layout in a row share its engine."""
+def with_faults(engine: Any, together: Sequence[Mutant]) -> tuple[TrainingVerdict, ...]:
+    """The verdicts on an engine with all of some faults."""
     import ds_moe_ep
 
+    with ExitStack() as planted:
+        for mutant in together:
+            planted.enter_context(mutant.plant(engine))
+        batches, checkpoint = together[0].layout.endless(engine), together[0].checkpoint
+        return ds_moe_ep.verify(engine, batches, checkpoint=checkpoint).verdicts
+
+
+def judged(mutants: Sequence[Mutant]) -> list[tuple[TrainingVerdict, ...]]:
+    """The verdicts on an engine with each fault alone; those of one layout in a row share its engine."""
+    import ds_moe_ep
+
+    ds_moe_ep.init_distributed()
     found, name, engine = [], "", None
     for mutant in mutants:
         if mutant.layout.name != name:
             name, engine = mutant.layout.name, mutant.layout.make()
-        with mutant.plant(engine):
-            batches = mutant.layout.endless(engine)
-            report = ds_moe_ep.verify(engine, batches, checkpoint=mutant.checkpoint)
-        found.append(report.verdicts)
+        found.append(with_faults(engine, [mutant]))
     return found
 
 
@@ -135,20 +159,22 @@ def commanded(script: str) -> EngineReport:
     return run_rank(VerifyOptions(script=script, checkpoint=False, arguments=("--", "2.0")))
 
 
-def all_of_it(layouts: Sequence[Layout], script: str) -> tuple[Any, ...]:
-    return verified(layouts), judged(), shadowed(), commanded(script), sourced()
+def all_of_it(script: str) -> tuple[Any, ...]:
+    of_makers = examined(OF_EACH_MAKER, TOGETHER)
+    beside = shadowed(), commanded(script), sourced()
+    return [*of_makers, *examined(OF_EACH_LAYOUT, TOGETHER)], *beside  # these forget DeepSpeed's groups
 
 
-def check_sound(layout: Layout, found: tuple[tuple[TrainingVerdict, ...], list[str]]) -> None:
-    verdicts, changed = found
-    assert [str(each) for each in verdicts if each.status == "problem"] == [], layout.name
-    assert {each.check for each in verdicts if each.status == "ok"} >= {
-        "gradients",
-        "routing",
-        "movement",
-        "checkpoint",
-    }
-    assert changed == [], f"{layout.name}: the state was not put back"
+def check_sound(layout: Any, found: Examined) -> None:
+    assert [str(each) for each in found.sound if each.status == "problem"] == [], layout.name
+    well = {each.check for each in found.sound if each.status == "ok"}
+    assert well >= {"gradients", "routing", "movement", "norm", "replicas"}, layout.name
+    assert ("checkpoint" in well) == getattr(layout, "is_saved", True), layout.name
+    assert found.changed == [], f"{layout.name}: the state was not put back"
+
+
+def check_named(together: Sequence[Mutant], verdicts: tuple[TrainingVerdict, ...]) -> None:
+    assert [told for mutant in together if (told := missed(mutant, verdicts))] == []
 
 
 def missed(mutant: Mutant, verdicts: tuple[TrainingVerdict, ...]) -> str:
@@ -184,18 +210,22 @@ def check_shadow(found: dict[str, Any]) -> None:
 def test_each_planted_fault_is_named_and_a_sound_engine_has_none_and_is_what_it_was(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    by_rank = run_ranks(4, all_of_it, OF_EACH_MAKER, str(script), timeout_s=240)
-    assert all(theirs[0][0][0] == by_rank[0][0][0][0] for theirs in by_rank), "every rank has the same report"
+    by_rank = run_ranks(4, all_of_it, str(script), timeout_s=300)
+    layouts = [*OF_EACH_MAKER, *OF_EACH_LAYOUT]
     for theirs in by_rank:
-        for layout, found in zip(OF_EACH_MAKER, theirs[0], strict=True):
+        assert [each.sound for each in theirs[0]] == [each.sound for each in by_rank[0][0]], "ranks' reports differ"
+        for layout, found in zip(layouts, theirs[0], strict=True):
             check_sound(layout, found)
-    assert unnamed(MUTANTS, by_rank[0][1]) == []
+    for layout, found in zip(layouts, by_rank[0][0], strict=True):
+        own = [together for together in TOGETHER if together[0].layout.name == layout.name]
+        for together, verdicts in zip(own, found.of_faults, strict=True):
+            check_named(together, verdicts)
     for rank, theirs in enumerate(by_rank):
-        assert theirs[2]["found"] == by_rank[0][2]["found"], rank
-    check_shadow(by_rank[0][2])
-    report = by_rank[0][3]
+        assert theirs[1]["found"] == by_rank[0][1]["found"], rank
+    check_shadow(by_rank[0][1])
+    report = by_rank[0][2]
     assert report.is_ok and "with a weight of 0.1 in the loss" in str(report)
-    check_sources(by_rank[0][4])
+    check_sources(by_rank[0][3])
 
 
 def check_sources(found: dict[str, list[str]]) -> None:
@@ -217,18 +247,20 @@ def test_a_rank_that_fails_in_the_middle_ends_all_ranks_and_their_state_is_put_b
 
 @pytest.mark.slow
 def test_a_sound_engine_of_each_layout_has_no_finding_and_is_what_it_was() -> None:
-    worlds: dict[tuple[int, bool], list[Layout]] = {}  # DeepSpeed's groups, and their sizes, are a process's
+    worlds: dict[tuple[int, bool], list[Any]] = {}  # DeepSpeed's groups, and their sizes, are a process's
     for layout in LAYOUTS:
         worlds.setdefault((layout.job.ep_size, getattr(layout.job, "interleaved", False)), []).append(layout)
-    for layouts in worlds.values():
-        for theirs in run_ranks(4, verified, layouts, timeout_s=400):
+    for layouts in (*worlds.values(), list(MORE_OF_LAYOUTS)):
+        for theirs in run_ranks(4, examined, layouts, timeout_s=400):
             for layout, found in zip(layouts, theirs, strict=True):
                 check_sound(layout, found)
 
 
 @pytest.mark.slow
-def test_each_further_fault_is_named() -> None:
-    assert unnamed(MORE_MUTANTS, run_ranks(4, judged, True, timeout_s=240)[0]) == []
+@pytest.mark.parametrize("mutants", [[*MUTANTS, *MORE_MUTANTS], LAYOUT_MUTANTS], ids=["plain", "layouts"])
+def test_each_fault_alone_is_named(mutants: Sequence[Mutant]) -> None:
+    by_layout = sorted(mutants, key=lambda mutant: mutant.layout.name)
+    assert unnamed(by_layout, run_ranks(4, judged, by_layout, timeout_s=400)[0]) == []
 
 
 @pytest.mark.slow
