@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -53,11 +53,11 @@ def reduced_with_others(engine: Any) -> Iterator[None]:
 class Forgetful(TensorRanks):
     """Tensor ranks that keep their results to themselves."""
 
-    def gather(self, results_TD: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def begin_gather(self, results_TD: torch.Tensor, num_tokens: int) -> Callable[[], torch.Tensor]:
         rows_TD = results_TD.new_zeros(num_tokens, *results_TD.shape[1:])
         first, count = self._spans(num_tokens).span(self.rank)
         rows_TD[first : first + count] = results_TD
-        return rows_TD
+        return lambda: rows_TD
 
 
 @contextmanager

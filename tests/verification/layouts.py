@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.engine.layouts import stage_models
-from tests.engine.layouts.tensor_models import RATE, TENSOR_SIZE, D, TensorJob, TensorModel, mpu_of
+from tests.engine.layouts.tensor_models import RATE, TENSOR_SIZE, D, TensorJob, TensorModel, mpu_of, sequence_mpu_of
 from tests.engine.layouts.tensor_runs import forget_groups, give_weights, make_layer, parameter_groups
 
 
@@ -42,7 +42,7 @@ def tensor_layout(name: str, **settings: Any) -> RanksLayout:
     def make() -> Any:
         forget_groups()
         grid = mpu_of(TENSOR_SIZE)
-        model = TensorModel(job, lambda: make_layer(job), grid)
+        model = TensorModel(job, lambda _: make_layer(job), grid)
         return _engine(model, job, grid)
 
     def batches(engine: Any) -> Iterator[Any]:
@@ -53,8 +53,8 @@ def tensor_layout(name: str, **settings: Any) -> RanksLayout:
     return RanksLayout(name=name, make=make, endless=batches, accumulation=job.accumulation, is_saved=is_saved)
 
 
-def sequence_layout(name: str, **settings: Any) -> RanksLayout:
-    """2 sequence ranks per copy of the model, by DeepSpeed's unit of groups."""
+def sequence_layout(name: str, by_megatron: bool = False, **settings: Any) -> RanksLayout:
+    """2 sequence ranks per copy of the model, by DeepSpeed's unit of groups, or by Megatron-DeepSpeed's mpu."""
     job = TensorJob(**{"clipping": 0.05, "top_k": 2, **settings})
 
     def make() -> Any:
@@ -63,8 +63,8 @@ def sequence_layout(name: str, **settings: Any) -> RanksLayout:
         forget_groups()
         if unit._SEQUENCE_PARALLEL_GROUP is None:
             unit.initialize_sequence_parallel(2)
-        model = TensorModel(job, lambda: make_layer(job))
-        return _engine(model, job, unit, sequence_parallel_size=2)
+        model = TensorModel(job, lambda _: make_layer(job))
+        return _engine(model, job, sequence_mpu_of(2) if by_megatron else unit, sequence_parallel_size=2)
 
     def batches(engine: Any) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(5 + dist.get_rank())
@@ -111,6 +111,7 @@ OF_EACH_LAYOUT = (SEQUENCE, TENSOR, STAGES)
 MORE_OF_LAYOUTS = (
     sequence_layout("sequence ranks, ZeRO 2", stage=2, ep_size=4),
     sequence_layout("sequence ranks, bf16", bf16=True),
+    sequence_layout("sequence ranks, Megatron's", by_megatron=True),
     sequence_layout("sequence ranks, hooked", kind="hooked", stage=1, ep_size=4),
     tensor_layout("tensor ranks, EP 4", ep_size=4, accumulation=2),
     tensor_layout("tensor ranks, bf16, ZeRO 2, residual", stage=2, bf16=True, residual=True),
