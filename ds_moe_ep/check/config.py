@@ -117,15 +117,21 @@ def check_config(
     source: str | os.PathLike[str] | Mapping[str, Any],
     world_size: int | None = None,
     budget: Budget | None = None,
+    tensor_ranks: int = 1,
 ) -> Check:
-    """The run that `source` describes. Raises ConfigError or TopologyError for what cannot work."""
+    """The run that `source` describes, on the tensor ranks of an mpu, which no ds_config names.
+
+    Raises ConfigError or TopologyError for what cannot work.
+    """
     budget = budget or Budget()
     ds_config = load_ds_config(source)
     if "moe_ep" not in ds_config:
         read_section(ds_config)  # names a misspelt section
         raise ConfigError('moe_ep=null: the ds_config has no such section; add "moe_ep": {...}')
     section = read_section(ds_config)
-    training = read_training(ds_config, section.moe.ep_size, world_size, section.layout)
+    if tensor_ranks > 1 and section.layout != WHOLE:
+        raise ConfigError(f"tensor_ranks={tensor_ranks} with moe_ep.layout: the layout has tensor ranks of its own")
+    training = read_training(ds_config, section.moe.ep_size, world_size, section.layout, tensor_ranks)
     details: ModelCheck | PipelineCheck | None = None
     if section.model is not None:
         check = _check_model if section.layout == WHOLE else _check_pipeline
@@ -222,7 +228,11 @@ def _sharing_notes(model: ModelConfig | None, moe: MoEConfig, training: Training
         return
     whole, rank = (count_rank_parameters(model, moe, each).dense for each in (UNCUT, cut))
     sizes = f"{cut.size} tensor ranks: each has {rank:,} of {whole:,} dense parameters"
-    if cut.is_given:
+    if cut.source == "mpu":
+        yield f"{sizes}: attention, shared expert, embedding and head cut, as Megatron cuts them"
+        return
+    yield f"DeepSpeed counts train_batch_size over tensor ranks of AutoTP's too: a step has {training.batch} sequences"
+    if cut.source == "partition_config":
         yield f"{sizes}, by tensor_parallel.partition_config"
     else:
         yield (

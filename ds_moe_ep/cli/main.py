@@ -215,7 +215,7 @@ def run_check_config(options: CheckOptions) -> int:
     from ds_moe_ep.check.config import Budget, check_config
 
     budget = Budget(gpu_gb=options.gpu_gb, reserve_gb=options.reserve_gb, load=options.load)
-    check = check_config(options.path, options.world_size, budget)
+    check = check_config(options.path, options.world_size, budget, options.tensor_ranks)
     if options.json:
         print(json.dumps(check.to_dict(), indent=2))
         return 0

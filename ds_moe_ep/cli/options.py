@@ -34,6 +34,9 @@ class CheckOptions:
     world_size: int | None = option(
         None, "ranks of the job (default: what the batch sizes imply, else ep_size)", least=1, metavar="RANKS"
     )
+    tensor_ranks: int = option(
+        1, "ranks of a Megatron mpu that cut the dense part, which no ds_config names", least=1, metavar="RANKS"
+    )
     gpu_gb: float = option(80.0, "memory of one GPU in 1e9 bytes", above=0, metavar="GB")
     reserve_gb: float = option(4.0, "part of it left to CUDA's context, NCCL and fragmentation", least=0, metavar="GB")
     load: float = option(

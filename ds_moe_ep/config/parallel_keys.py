@@ -35,14 +35,21 @@ USUAL: tuple[tuple[str, Partition], ...] = (
     (r".*attention\.out\.weight$", "row"),
 )
 
+MEGATRONS: tuple[tuple[str, Partition], ...] = (
+    *USUAL,
+    (r".*shared\.(fc1|gate|up)\.weight$", "column"),
+    (r".*shared\.(fc2|down)\.weight$", "row"),
+    (r"(embedding|head)\.weight$", "column"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseCut:
-    """Tensor ranks of AutoTP's, and the matrices of which each has a part, by patterns of their names."""
+    """Tensor ranks of the dense part, and the matrices of which each has a part, by patterns of their names."""
 
     size: int = 1
     patterns: tuple[tuple[str, Partition], ...] = ()
-    is_given: bool = False  # by the ds_config's `partition_config`
+    source: Literal["", "partition_config", "mpu"] = ""  # of the patterns; by default the usual ones
 
     def shares(self, name: str) -> int:
         """Ranks that share the weight or bias of this name; a row's bias is whole on each."""
@@ -69,7 +76,24 @@ def read_dense_cut(ds_config: Mapping[str, Any], world_size: int | None = None) 
             re.compile(pattern)
     except (TypeError, KeyError, re.error) as error:
         raise ConfigError(f"{path}: no list of patterns with a partition_type each ({error}); write it so") from None
-    return DenseCut(size=size, patterns=tuple(specs), is_given=True)
+    return DenseCut(size=size, patterns=tuple(specs), source="partition_config")
+
+
+def cut_of_mpu(ds_config: Mapping[str, Any], size: int, world_size: int | None = None) -> DenseCut:
+    """Megatron's cut of the dense part over the tensor ranks of an mpu: attention, shared expert, embedding, head.
+
+    Raises ConfigError where the ds_config has AutoTP's cut, or the size does not divide a world.
+    """
+    if (own := read_tensor_size(ds_config)) > 1:
+        raise ConfigError(
+            f"tensor_ranks={size} with tensor_parallel.autotp_size={own}: an mpu or AutoTP cuts the dense part, "
+            "not twice; leave one out"
+        )
+    if world_size is not None and world_size % size:
+        raise ConfigError(
+            f"tensor_ranks={size}: does not divide the world of {world_size} ranks; take a size that does"
+        )
+    return DenseCut(size=size, patterns=MEGATRONS, source="mpu")
 
 
 def read_tensor_size(ds_config: Mapping[str, Any], world_size: int | None = None) -> int:

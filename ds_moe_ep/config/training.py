@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ds_moe_ep.config import deepspeed_keys
 from ds_moe_ep.config.knobs import Layout
-from ds_moe_ep.config.parallel_keys import UNCUT, DenseCut, read_dense_cut, read_sequence_size
+from ds_moe_ep.config.parallel_keys import UNCUT, DenseCut, cut_of_mpu, read_dense_cut, read_sequence_size
 from ds_moe_ep.config.section import load_ds_config, read_section
 from ds_moe_ep.config.shipped import shipped_ds_configs
 from ds_moe_ep.config.topology import RankGrid
@@ -47,12 +47,12 @@ class Training:
     offload: bool  # optimizer states lie in the host's memory
     bucket_elements: int  # numbers in DeepSpeed's buffers of gradients on their way; 0 without ZeRO
     layout: Layout = WHOLE
-    dense_cut: DenseCut = UNCUT  # AutoTP's
+    dense_cut: DenseCut = UNCUT  # AutoTP's, or an mpu's
     sequence_ranks: int = 1  # that share a copy's sequences
 
     @property
     def sharing_ranks(self) -> int:
-        """Ranks that share a copy's sequences: AutoTP's, and those of sequence parallelism."""
+        """Ranks that share a copy's sequences: tensor ranks, and those of sequence parallelism."""
         return self.dense_cut.size * self.sequence_ranks
 
     @property
@@ -72,26 +72,37 @@ class Training:
 
 
 def read_training(
-    ds_config: Mapping[str, Any], ep_size: int, world_size: int | None = None, layout: Layout = WHOLE
+    ds_config: Mapping[str, Any],
+    ep_size: int,
+    world_size: int | None = None,
+    layout: Layout = WHOLE,
+    tensor_ranks: int = 1,
 ) -> Training:
     """The job of `ds_config`, by default on the ranks that its batch sizes imply, else on the fewest that hold it.
 
-    Raises ConfigError or TopologyError for what cannot work.
+    `tensor_ranks` are those of an mpu, which no ds_config names. DeepSpeed counts the batch over the data-parallel
+    ranks of an mpu, and beside AutoTP over its tensor ranks too, though these have the same sequences. Raises
+    ConfigError or TopologyError for what cannot work.
     """
     check_keys(ds_config, deepspeed_keys.installed_release())
     dense_cut, sequence_ranks = read_dense_cut(ds_config, world_size), read_sequence_size(ds_config, world_size)
+    if tensor_ranks > 1:
+        dense_cut = cut_of_mpu(ds_config, tensor_ranks, world_size)
     sharing_ranks = dense_cut.size * sequence_ranks
+    counted_once = sharing_ranks if tensor_ranks > 1 else sequence_ranks
     if world_size is None:
         fewest = -(-ep_size // (layout.tp_size * sharing_ranks))  # copies on whose ranks of a stage all experts lie
-        world_size = (_implied_copies(ds_config) or fewest) * layout.size * sharing_ranks
+        implied = _implied_copies(ds_config)
+        world_size = layout.size * (implied * counted_once if implied else fewest * sharing_ranks)
+        read_dense_cut(ds_config, world_size)  # does it divide that?
     try:
-        num_copies = _count_copies(world_size, layout) // sharing_ranks
+        num_counted = _count_copies(world_size, layout) // counted_once
         RankGrid(world_size=world_size, ep_size=ep_size, num_stages=layout.pp_size)
-        micro_batch, accumulation = _read_batch(ds_config, num_copies, "ranks" if layout == WHOLE else "copies")
+        micro_batch, accumulation = _read_batch(ds_config, num_counted, "ranks" if layout == WHOLE else "copies")
     except (ConfigError, TopologyError) as error:
         implied = _implied_copies(ds_config)
         is_about_world = isinstance(error, TopologyError) or implied is not None
-        if not is_about_world or implied == world_size // layout.size // sharing_ranks:
+        if not is_about_world or implied == world_size // layout.size // counted_once:
             raise
         raise type(error)(f"{error}{_shipped_for(world_size)}") from None
     precision = _read_precision(ds_config)

@@ -21,7 +21,6 @@ from ds_moe_ep.engine.hooks.layer import balance_of, traffic_of
 from ds_moe_ep.engine.hooks.unconverted import refuse_unconverted
 from ds_moe_ep.engine.layer import MoE, moe_layers
 from ds_moe_ep.engine.layouts.stages import refuse_in_stages, refuse_unscaled
-from ds_moe_ep.engine.layouts.tensor import recorded_tensor_size
 from ds_moe_ep.engine.own_layers import give_knobs
 from ds_moe_ep.errors import ConfigError, EngineError, MoEError
 
@@ -87,8 +86,6 @@ def refuse_model(
         refuse_mesh(arguments.get("mesh_param"))
     if arguments.get("mpu") is None:  # with one, the data-parallel world is the caller's to know
         refuse_key_alone(ds_config)
-        if size := recorded_tensor_size():  # DeepSpeed puts it there later
-            ds_config = {**ds_config, "tensor_parallel": {"autotp_size": size, **ds_config.get("tensor_parallel", {})}}
         for layer in own.values():
             read_training(ds_config, layer.ep_size, deepspeed.comm.get_world_size())
 

@@ -2,7 +2,7 @@
 
 All of it is derived from shapes; nothing here is measured. Symbols: T tokens of a rank's micro-batch, D
 width, F expert width, E experts, L layers, k choices of a token, P ranks of an expert group, S sequence
-length, V vocabulary, m matrices of an expert (2 for GELU, 3 for SwiGLU), b bytes of a number, t tensor ranks of AutoTP.
+length, V vocabulary, m matrices of an expert (2 for GELU, 3 for SwiGLU), b bytes of a number, t tensor ranks.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def count_rank_parameters(model: ModelConfig, moe: MoEConfig, cut: DenseCut = UN
         layers = [f"layers.{index}." for index in range(model.num_layers)]
         parts["attention"] = sum(_held(_attention_shapes(model), layer, cut) for layer in layers)
         parts["shared_experts"] = sum(_held(_shared_shapes(model), layer, cut) for layer in layers)
-        parts["head"] = whole.head // cut.shares("head.weight")
+        parts |= {name: getattr(whole, name) // cut.shares(f"{name}.weight") for name in ("embedding", "head")}
     return Parameters(**{**vars(whole), **parts})
 
 
@@ -202,7 +202,8 @@ def activation_bytes(model: ModelConfig, moe: MoEConfig, training: Training, loa
     rows = load * moe.top_k * T * (2 * D + model.expert_matrices * model.expert_width) * b / t
     shared = model.expert_matrices * T * model.shared_expert_width * b
     layer = attention + (3 + 2 * moe.top_k / t) * T * D * b + rows + shared + 3 * T * moe.num_experts * 4
-    loss = T * model.vocab_size * (b + 12)
+    # AutoTP gathers the logits that a head in parts computes, and Megatron's loss takes the parts.
+    loss = T * model.vocab_size * (b + 12) // (t if training.dense_cut.source == "mpu" else 1)
     kept = model.num_layers * T * D * b + layer if model.recompute else model.num_layers * layer
     return int(kept + rows + loss)
 

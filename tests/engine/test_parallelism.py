@@ -186,8 +186,17 @@ def test_the_batch_is_counted_over_the_copies_of_sequence_ranks() -> None:
 
 
 @pytest.mark.parametrize(("size", "ep_size"), [(2, 2), (2, 4), (4, 1), (4, 4)])
-def test_the_batch_is_counted_over_copies_of_tensor_ranks(size: int, ep_size: int) -> None:
+def test_the_batch_is_counted_over_tensor_ranks_of_autotp_as_deepspeed_does(size: int, ep_size: int) -> None:
+    """An engine takes such a ds_config in tests/engine/layouts/test_dense_cut.py."""
     keys = {"tensor_parallel": {"autotp_size": size}}
     training = read_training(BATCH | keys, ep_size=ep_size, world_size=4)
-    assert (training.num_copies, training.accumulation) == (4 // size, 8 // (4 // size))
-    assert training.batch == 8 and training.num_replicas == 4 // ep_size
+    assert (training.num_copies, training.accumulation) == (4 // size, 2)
+    assert training.batch == 2 * (4 // size) and training.num_replicas == 4 // ep_size
+    of_mpu = read_training(BATCH, ep_size=ep_size, world_size=4, tensor_ranks=size)
+    assert (of_mpu.num_copies, of_mpu.accumulation, of_mpu.batch) == (4 // size, 8 // (4 // size), 8)
+
+
+def test_a_batch_that_implies_fewer_ranks_than_autotp_shares_is_refused() -> None:
+    keys = {"gradient_accumulation_steps": 8, "tensor_parallel": {"autotp_size": 2}}
+    with pytest.raises(ConfigError, match="does not divide the world of 1 ranks"):
+        read_training(BATCH | keys, ep_size=1)

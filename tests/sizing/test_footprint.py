@@ -9,6 +9,7 @@ import pytest
 
 from ds_moe_ep.config.knobs import MODELS, SPECIFICATION, ModelConfig, MoEConfig
 from ds_moe_ep.config.training import Training, read_training
+from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.sizing.footprint import (
     activation_bytes,
     count_memory,
@@ -188,13 +189,16 @@ D, FS, V, L, NORMS, GATES = 8, 12, 10, 2, 2 * 4 * 8 + 2 * 8, 2 * 8 * 4
         (cut_by(*ATTENTION, *SHARED), L * 2 * D * D + L * (D * FS + FS // 2 + D) + 2 * V * D),
         (cut_by((r"head\.weight", "column")), L * 4 * D * D + L * (2 * D * FS + FS + D) + V * D + V * D // 2),
         (cut_by((r"layers\.1\.attention.*", "row")), L * 3 * D * D + L * (2 * D * FS + FS + D) + 2 * V * D),
+        (cut_by((r"embedding.*", "column")), L * 4 * D * D + L * (2 * D * FS + FS + D) + V * D + V * D // 2),
         ({"tensor_parallel": {"autotp_size": 2}}, L * 2 * D * D + L * (2 * D * FS + FS + D) + 2 * V * D),
+        ({}, L * 2 * D * D + L * (D * FS + FS // 2 + D) + V * D),
     ],
-    ids=["attention", "shared expert too", "head", "one layer", "no plan"],
+    ids=["attention", "shared expert too", "head", "one layer", "embedding", "no plan", "mpu"],
 )
 def test_a_tensor_rank_holds_its_part_of_what_autotp_cuts(keys: dict[str, Any], held: int) -> None:
     model = dataclasses.replace(TINY, shared_expert_width=FS, expert_bias=True)
-    moe, training = MoEConfig(num_experts=4, ep_size=2), train(2, 4, zero_optimization={"stage": 1}, **keys)
+    moe, config = MoEConfig(num_experts=4, ep_size=2), {"train_micro_batch_size_per_gpu": 1, **keys}
+    training = read_training(config | {"zero_optimization": {"stage": 1}}, 2, 4, tensor_ranks=1 if keys else 2)
     rank = count_rank_parameters(model, moe, training.dense_cut)
     assert rank.dense == held + NORMS + GATES
     memory = count_memory(model, moe, training)
@@ -209,5 +213,15 @@ def test_ranks_that_share_a_copy_keep_their_part_of_its_activations() -> None:
     rows, u, scores, loss = 2 * 6 * (2 * D + 2 * 32) * 4, 6 * D * 4, 3 * 6 * 4 * 4, 6 * V * 16
     assert activation_bytes(TINY, moe, train(2, 4)) == L * (16 * u + rows + scores) + rows + loss
     assert activation_bytes(TINY, moe, tensor) == L * (10.5 * u + rows // 2 + scores) + rows // 2 + loss
+    of_mpu = read_training({"train_micro_batch_size_per_gpu": 1}, 2, 4, tensor_ranks=2)
+    assert activation_bytes(TINY, moe, of_mpu) == activation_bytes(TINY, moe, tensor) - loss // 2
     half = dataclasses.replace(TINY, sequence_length=3)
     assert activation_bytes(TINY, moe, sequence) == activation_bytes(half, moe, train(2, 4))
+
+
+def test_tensor_ranks_of_an_mpu_beside_autotp_or_that_do_not_divide_the_world_are_refused() -> None:
+    keys = {"train_micro_batch_size_per_gpu": 1}
+    with pytest.raises(ConfigError, match=r"tensor_ranks=2 with tensor_parallel\.autotp_size=2"):
+        read_training(keys | cut_by(*ATTENTION), 2, 4, tensor_ranks=2)
+    with pytest.raises(ConfigError, match="tensor_ranks=3: does not divide the world of 4 ranks"):
+        read_training(keys, 2, 4, tensor_ranks=3)

@@ -8,7 +8,6 @@ others, or under ZeRO other parts of them, and so they get that mark. Part of `s
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import replace
 from zlib import crc32
@@ -53,12 +52,6 @@ def tensor_ranks_of(layer: nn.Module, config: MoEConfig) -> TensorRanks:
     given = config.sequence_parallel
     has_own_tokens = is_marked_for_sequences(layer) if given is None else given
     return replace(ranks, has_own_tokens=has_own_tokens)
-
-
-def recorded_tensor_size() -> int:
-    """Tensor ranks that a call of `deepspeed.tp_model_init` asked for, for engines made later; 0 without one."""
-    recorded = getattr(sys.modules.get("deepspeed.runtime.tensor_parallel.init_utils"), "_TP_MODEL_INIT_ARGS", None)
-    return int(recorded["tp_size"]) if recorded else 0
 
 
 def first_rank_of_group() -> int:

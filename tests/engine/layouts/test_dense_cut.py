@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ds_moe_ep.check.config import check_config
+from tests.engine.layouts.tensor_models import mpu_of
 from tests.engine.layouts.tensor_runs import forget_groups
 from tests.ranks import run_ranks
 
@@ -28,6 +30,7 @@ def ds_config(plan: Sequence[tuple[str, str]], stage: int) -> dict[str, Any]:
     cut = {"autotp_size": 2, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
     return {
         "train_micro_batch_size_per_gpu": 1,
+        **({"train_batch_size": 4} if plan else {}),  # DeepSpeed counts AutoTP's ranks as copies
         "optimizer": {"type": "Adam", "params": {"torch_adam": True}},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000},
         "moe_ep": {"num_experts": 4, "ep_size": 2, "top_k": 2, "schedule": "peers", "model": MODEL},
@@ -56,14 +59,57 @@ def held(config: dict[str, Any]) -> Held:
     return sum(numbers), sum(part.numel() for part in owned), float(loss.detach())
 
 
+def cut_as_megatron(model: Any, rank: int) -> None:
+    """This rank's half of each matrix, which then bears Megatron's mark."""
+
+    def halve(owner: Any, name: str, dimension: int) -> None:
+        part = nn.Parameter(getattr(owner, name).detach().chunk(2, dimension)[rank % 2].clone())
+        part.tensor_model_parallel = True
+        setattr(owner, name, part)
+
+    halve(model.embedding, "weight", 0)
+    halve(model.head, "weight", 0)
+    for layer in model.layers:
+        halve(layer.attention.qkv, "weight", 0)
+        halve(layer.attention.out, "weight", 1)
+        shared = layer.feed_forward.deepspeed_moe.shared
+        for name in ("weight", "bias"):
+            halve(shared.fc1, name, 0)
+        halve(shared.fc2, "weight", 1)
+
+
+def held_beside_mpu(config: dict[str, Any]) -> tuple[int, int]:
+    """Parameters of this rank, and those whose optimizer states it has; nothing is computed with these halves."""
+    import ds_moe_ep
+    from ds_moe_ep.config.section import read_section
+
+    ds_moe_ep.init_distributed()
+    section = read_section(config)
+    model = ds_moe_ep.build_transformer(section.model, section.moe, ds_moe_ep.MoE)
+    cut_as_megatron(model, torch.distributed.get_rank())
+    engine = ds_moe_ep.initialize(model=model, config=config, mpu=mpu_of(2))[0]
+    owned = sum(part.numel() for part in engine.optimizer.single_partition_of_fp32_groups)
+    forget_groups()
+    return sum(parameter.numel() for parameter in engine.module.parameters()), owned
+
+
 def all_held(configs: Sequence[dict[str, Any]]) -> list[Held]:
     return [held(config) for config in configs]
+
+
+def everything_held(configs: Sequence[dict[str, Any]]) -> tuple[list[Held], tuple[int, int]]:
+    return all_held(configs), held_beside_mpu(ds_config((), 1))
 
 
 @pytest.mark.slow
 def test_an_engines_tensor_ranks_hold_what_check_config_says_and_have_the_loss_of_one_rank() -> None:
     configs = [ds_config(PLANS[name], stage) for name, stage in NAMES]
-    for found in run_ranks(4, all_held, [*configs, ds_config((), 0)], timeout_s=200):
+    of_mpu = check_config(ds_config((), 1), 4, tensor_ranks=2).to_dict()["details"]
+    for found, (numbers_of_mpu, owned_of_mpu) in run_ranks(
+        4, everything_held, [*configs, ds_config((), 0)], timeout_s=200
+    ):
+        assert numbers_of_mpu == of_mpu["rank_parameters"]["total"]
+        assert owned_of_mpu - of_mpu["memory"]["optimizer"] // 12 in range(8)
         *cut, (_, _, loss) = found
         for (name, stage), config, (numbers, owned, cut_loss) in zip(NAMES, configs, cut, strict=True):
             details = check_config(config, world_size=4).to_dict()["details"]

@@ -104,7 +104,7 @@ def found() -> Found:
 def found_slowly() -> Found:
     plain: list[tuple[TensorJob, dict[str, Any] | None]]
     plain = [(job, None) for job in (*MORE_JOBS.values(), *MORE_FAULTS.values(), NATIVE)]
-    by_keys = [(TensorJob(**CLIPPED), AUTOTP), (TensorJob(**CLIPPED), PLAN | {"train_batch_size": 2})]
+    by_keys = [(TensorJob(**CLIPPED), AUTOTP), (TensorJob(**CLIPPED), PLAN | {"train_batch_size": 4})]
     return _run([*MORE_JOBS, *MORE_FAULTS, "native", *CUTS], [*plain, *by_keys])
 
 
