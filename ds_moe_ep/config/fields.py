@@ -56,6 +56,7 @@ def _type_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+@functools.cache
 def _choices_and_kinds(hint: Any) -> tuple[tuple[Any, ...], tuple[type, ...]]:
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint), ()

@@ -81,7 +81,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         more = {"trainer": ["--save", f"{folder}/trained"], "loop": ["--zero-stage", "3"]}.get(name, [])
         runs[f"{name}, unhooked"] = (script, [*words, "--no-overlap", "--model", folder])
         runs[f"{name}, hooked"] = (script, [*words, *HOOKED, *more])
-        runs[f"{name}, spoilt"] = (script, [*words, *HOOKED, "--spoil"])
+        runs[f"{name}, spoilt"] = (script, ["--steps", "2", *HOOKED, "--spoil"])
     return run_ranks(4, forked, folder, runs, timeout_s=200)[0]
 
 
@@ -97,7 +97,7 @@ def test_losses_are_those_of_the_model_in_a_folder_without_hooks_and_others_wher
         assert f"model.layers.{layer}.mlp: AutoEPMoELayer, schedule 'peers'" in printed[f"{name}, hooked"]
     assert "AutoEPMoELayer" not in printed[f"{name}, unhooked"]
     assert name != "trainer" or "dispatch lane" in printed[f"{name}, hooked"], "the callback's meter saw the transfers"
-    assert max(abs(one - other) / other for one, other in zip(spoilt_run, unhooked, strict=True)) > 10 * BOUND
+    assert max(abs(one - other) / other for one, other in zip(spoilt_run, unhooked[:2], strict=True)) > 10 * BOUND
 
 
 def test_the_trainer_saves_the_whole_model_as_a_folder_of_hugging_faces(printed: dict[str, str]) -> None:

@@ -112,4 +112,4 @@ LAYOUTS = (
     ),
     Layout("AutoEP, hooked, bf16", AutoEPJob(stage=1, ep_size=2, bf16=True, score_apply="pre"), hooks=True),
 )
-OF_EACH_MAKER = [AUX, BIAS, *(layout for layout in LAYOUTS if layout.name in ("native", "AutoEP, hooked"))]
+OF_EACH_MAKER = [AUX, *(layout for layout in LAYOUTS if layout.name in ("native", "AutoEP, hooked"))]

@@ -249,15 +249,6 @@ MUTANTS = (  # of the public reports
         checkpoint=True,
     ),
     Mutant(
-        "packed",
-        AUX,
-        lambda e: after_load(e, leave_packed),
-        "checkpoint",
-        "is another one after save and load",
-        f"{LAYER} expert 1 fc1.weight",
-        checkpoint=True,
-    ),
-    Mutant(
         "dropping",
         AUX,
         dropping,
@@ -267,7 +258,6 @@ MUTANTS = (  # of the public reports
         0,
         checkpoint=True,
     ),
-    Mutant("double softmax", AUX, double_softmax, "balance", "its formula gives", LAYER),
     Mutant("doubled", AUX, doubled, "gradients", "2 times as large", f"{LAYER} expert 1 fc1.weight"),
     Mutant("own norm", AUX, own_norm, "norm", "all experts counted once"),
     Mutant("without bias", BIAS, without_bias, "routing", "went to other experts than the scores and its bias", LAYER),
@@ -275,6 +265,16 @@ MUTANTS = (  # of the public reports
     Mutant("drifting scale", BIAS, drifting_scale, "loss scale", "the loss scale is 32 and on rank 0 64", "", 1),
 )
 MORE_MUTANTS = (
+    Mutant(
+        "packed",
+        AUX,
+        lambda e: after_load(e, leave_packed),
+        "checkpoint",
+        "is another one after save and load",
+        f"{LAYER} expert 1 fc1.weight",
+        checkpoint=True,
+    ),
+    Mutant("double softmax", AUX, double_softmax, "balance", "its formula gives", LAYER),
     Mutant("stale", AUX, stale, "movement", "no step moved it", f"{LAYER} expert 1 fc2.weight"),
     Mutant("uneven weight", AUX, uneven_weight, "balance", "has a weight of 0.1 in a micro-batch", LAYER, 1),
     Mutant("apart", AUX, apart, "replicas", "differs from the copy on rank 0", f"{LAYER} expert 1 fc1.weight", 2),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 import shutil
-import subprocess
 import sys
 from typing import Any
 
@@ -16,7 +15,6 @@ from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
 from ds_moe_ep.errors import EngineError
 from tests.engine.checkpoint.checkpoints import TAG, converted, target_config, weights_in, write_config, write_experts
 from tests.parallel.training_runs import Run
-from tests.policy.sources import ROOT
 
 RUN = Run(top_k=2, model={"num_layers": 2, "shared_expert_width": 8})
 Folder = pathlib.Path
@@ -109,9 +107,8 @@ def test_the_command_converts_says_how_to_load_and_refuses_a_second_time(
     whole = write_experts(tmp_path / "experts", RUN)
     config, back = (write_config(tmp_path / f"{p}.json", RUN, pipeline=p) for p in (True, False))
     command = ["convert", str(tmp_path / "experts"), str(tmp_path / "pipeline"), "--config", config, "--tag", TAG]
-    done = subprocess.run([sys.executable, "-m", "ds_moe_ep", *command], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    assert main(command) == 0
+    (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{len(whole)} weights from expert parallelism with 4 experts to a pipeline of tp_size=2")
     assert line.endswith(f"engine.load_checkpoint({str(tmp_path / 'pipeline')!r}, load_module_only=True)")
     assert main(["convert", str(tmp_path / "pipeline"), str(tmp_path / "back"), "--config", back]) == 0

@@ -1,6 +1,6 @@
 """AutoEP's layers (Hugging Face Mixtral, Qwen3-MoE) with the hooks train as without them.
 
-fp32, 3 Adam steps: 2e-6 of a tensor's largest weight and 1e-6 of the loss, the bounds at which AutoEP itself equals the
+fp32, 2 Adam steps: 2e-6 of a tensor's largest weight and 1e-6 of the loss, the bounds at which AutoEP itself equals the
 blocks of Hugging Face.
 """
 
@@ -30,13 +30,22 @@ Outcome = tuple[list[float], dict[str, Tensor]]
 def jobs() -> list[AutoEPJob]:
     """Both presets; ZeRO 0 to 3; EP = world and below it; accumulation, recomputation, balance loss."""
     return [
-        AutoEPJob(stage=0),
-        AutoEPJob(stage=1, ep_size=2, preset="qwen3_moe", accumulation=2),
-        AutoEPJob(stage=2, checkpointing="reentrant", grouped_mm=False),
-        AutoEPJob(stage=3, ep_size=2, router_logits=True),
-        AutoEPJob(stage=3, preset="qwen3_moe", checkpointing="non-reentrant"),
-        AutoEPJob(stage=0, preset="qwen3_moe", top_k=1, checkpointing="non-reentrant", activation="swiglu_oai"),
-        AutoEPJob(stage=1, ep_size=2, score_apply="pre"),
+        AutoEPJob(steps=2, **knobs)
+        for knobs in (
+            {"stage": 0},
+            {"stage": 1, "ep_size": 2, "preset": "qwen3_moe", "accumulation": 2},
+            {"stage": 2, "checkpointing": "reentrant", "grouped_mm": False},
+            {"stage": 3, "ep_size": 2, "router_logits": True},
+            {"stage": 3, "preset": "qwen3_moe", "checkpointing": "non-reentrant"},
+            {
+                "stage": 0,
+                "preset": "qwen3_moe",
+                "top_k": 1,
+                "checkpointing": "non-reentrant",
+                "activation": "swiglu_oai",
+            },
+            {"stage": 1, "ep_size": 2, "score_apply": "pre"},
+        )
     ]
 
 
