@@ -10,14 +10,17 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from rich.console import Console
 
 from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.cli.main import main
+from ds_moe_ep.doctor import command
 from ds_moe_ep.doctor.variables import SPECIFIED
 from ds_moe_ep.doctor.verdicts import GROUPS, STATUSES, Verdict, conclusion, print_verdicts, to_dict, worst
+from tests.doctor.machines import CPU
 from tests.policy.sources import ROOT
 from tests.ranks import run_ranks
 
@@ -65,7 +68,10 @@ def test_two_ranks_of_its_own_are_tried_and_every_group_has_lines(tmp_path: Path
     assert all(verdict["fix"] for verdict in found["verdicts"] if verdict["status"] in ("warning", "problem"))
 
 
-def test_a_bad_config_exits_with_1_and_its_reason_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_config_exits_with_1_and_its_reason_and_fix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "gather", lambda: CPU)
     assert main(["doctor", "--config", write(tmp_path, {"moe_ep": {"epsize": 4}}), "--no-links"]) == 1
     printed = capsys.readouterr().out
     assert "moe_ep.epsize=4: unknown key" in printed
@@ -77,7 +83,7 @@ def test_a_bad_config_exits_with_1_and_its_reason_and_fix(tmp_path: Path, capsys
 def printed_in_a_job(arguments: list[str]) -> tuple[int, str]:
     """On a rank whose launcher has not started torch.distributed: the command's exit code and its output."""
     output = StringIO()
-    with redirect_stdout(output):
+    with redirect_stdout(output), mock.patch.object(command, "gather", lambda: CPU):
         return main(["doctor", *arguments]), output.getvalue()
 
 

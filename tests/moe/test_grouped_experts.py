@@ -28,14 +28,15 @@ D, F, E = 16, 32, 6
 
 
 def grouped_cases() -> list[LayerCase]:
-    """Every kind, schedule and routing, with experts that get all rows, one or none."""
+    """Every two of kind, schedule and routing, with experts that get all rows, one or none."""
     knobs = {"grouped_products": "on", "ep_size": 4, "num_experts": 12, "top_k": 2, "node_size": 2}
     cases = [
         LayerCase(name=f"{kind}, {schedule}, {dtype}, capacity={factor}", expert=kind, dtype=dtype, rows=(20,) * 4,
                   config=config(**knobs, schedule=schedule, capacity_factor=factor))
-        for kind in KINDS
-        for schedule in ("serial", "peers", "chunks")
-        for factor, dtype in ((None, torch.float32), (1.0, torch.float32), (None, torch.bfloat16))
+        for i, kind in enumerate(KINDS)
+        for j, schedule in enumerate(("serial", "peers", "chunks"))
+        for k, (factor, dtype) in enumerate(((None, torch.float32), (1.0, torch.float32), (None, torch.bfloat16)))
+        if (i + j + k) % 3 == 0
     ]  # fmt: skip
     uneven = config(**knobs, row_cuts=3, depth=1)
     for kind in ("gelu", "swiglu_bias"):
@@ -52,7 +53,7 @@ def test_grouped_products_equal_the_reference_on_four_ranks() -> None:
 
 @pytest.mark.parametrize("tamper", TAMPERS[:1])
 def test_damage_is_seen_through_grouped_products(tamper: str) -> None:
-    case = grouped_cases()[3]
+    case = next(case for case in grouped_cases() if case.config.schedule == "peers" and case.dtype == torch.float32)
     assert set(compare([case], tamper)) == {case.name}
 
 

@@ -24,16 +24,16 @@ from tests.moe.layer_runs import Links, build_layer, config, forward_backward, g
 from tests.moe.test_schedules import differences
 from tests.ranks import run_ranks
 
+CAPACITY = {"capacity_factor": 1.0, "transport": "collective"}
 CASES = [
     LayerCase(
         name=f"recompute {kind} {knobs}",
         config=config(ep_size=4, top_k=2, row_cuts=2, bit_equal=True, **knobs),
         rows=(18, 18, 18, 18) if "capacity_factor" in knobs else (18, 5, 0, 27),
         expert=kind,
-        shared=kind == "gelu",
+        shared=kind != "module",
     )
-    for kind in ("gelu", "swiglu_bias", "module")
-    for knobs in ({}, {"capacity_factor": 1.0, "transport": "collective"})
+    for kind, knobs in (("gelu", CAPACITY), ("swiglu_bias", {}), ("module", {}), ("module", CAPACITY))
 ]
 
 

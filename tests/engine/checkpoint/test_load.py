@@ -55,8 +55,11 @@ def points(results: list[Any], side: int) -> tuple[Weights, Weights, list[float]
     return saved, last, results[0][side][2]
 
 
-def test_a_reloaded_run_goes_on_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    jobs = [replace(BASE, stage=stage, bf16=bf16) for bf16 in (False, True) for stage in (0, 1, 2)]
+JOBS = [replace(BASE, stage=stage, bf16=bf16) for stage in (0, 1, 2) for bf16 in (False, True)]
+
+
+@pytest.mark.parametrize("jobs", [[*JOBS[:2], JOBS[3], JOBS[4]], pytest.param(JOBS, marks=pytest.mark.slow)])
+def test_a_reloaded_run_goes_on_bit_for_bit(jobs: list[Job], tmp_path: pathlib.Path) -> None:
     by_rank = run_ranks(4, round_trips, [(job, job) for job in jobs], str(tmp_path), timeout_s=240)
     for job, results in zip(jobs, zip(*by_rank, strict=True), strict=True):
         (saved, last, losses), (loaded, reloaded_last, reloaded_losses) = points(results, 0), points(results, 1)
@@ -72,16 +75,21 @@ def cross_over(pairs: Sequence[tuple[Job, Job]], folder: str) -> tuple[list[list
     return trips, [load_weights_then_train(reader, f"{folder}/{index}") for index, (_, reader) in enumerate(pairs)]
 
 
-def test_checkpoints_cross_over_with_their_optimizer_states(tmp_path: pathlib.Path) -> None:
+WAYS = [
+    (replace(BASE, stage=stage, layer=writer), replace(BASE, stage=stage, layer=reader))
+    for stage in (0, 1, 2)
+    for writer, reader in (("native", "ours"), ("ours", "native"))
+]
+
+
+@pytest.mark.parametrize("pairs", [WAYS[1:5], pytest.param(WAYS, marks=pytest.mark.slow)])
+def test_checkpoints_cross_over_with_their_optimizer_states(
+    pairs: list[tuple[Job, Job]], tmp_path: pathlib.Path
+) -> None:
     """Bit-equal weights at the checkpoint; after another step the layers' own rounding is all that differs.
 
     The control: a step taken with fresh optimizer states ends elsewhere.
     """
-    pairs = [
-        (replace(BASE, stage=stage, layer=writer), replace(BASE, stage=stage, layer=reader))
-        for stage in (0, 1, 2)
-        for writer, reader in (("native", "ours"), ("ours", "native"))
-    ]
     by_rank = run_ranks(4, cross_over, pairs, str(tmp_path), timeout_s=240)
     for index, pair in enumerate(pairs):
         results = [trips[index] for trips, _ in by_rank]
@@ -137,11 +145,11 @@ def load_elsewhere(job: Job, folder: str) -> Weights:
     return loaded
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_weights_load_under_another_ep_size(stage: int, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("stage", "ep_sizes"), [(0, (1,)), (1, (4,)), (2, (1, 4))])
+def test_weights_load_under_another_ep_size(stage: int, ep_sizes: tuple[int, ...], tmp_path: pathlib.Path) -> None:
     job = replace(BASE, stage=stage)
     saved = merged([saved for saved, _, _ in run_ranks(4, save_then_go_on, job, str(tmp_path), timeout_s=60)])
-    for ep_size in (1, 4):
+    for ep_size in ep_sizes:
         loaded = run_ranks(4, load_elsewhere, replace(job, ep_size=ep_size), str(tmp_path), timeout_s=60)
         assert distance(merged(loaded), saved) == 0.0, ep_size
 

@@ -87,15 +87,16 @@ def train_with_a_bad_number(job: Job, precision: str, value: float) -> tuple[lis
     engine = make_scaled_engine(job, precision, value, PLACES)
     rank, dtype = dist.get_rank(), DTYPES[precision]
     steps: list[Step] = []
+    before = named_weights(engine.module.model, job)
     for number, ((x, target),) in enumerate(batches(job)):
         engine.module.step = number
-        before = named_weights(engine.module.model, job)
         engine.backward(engine(x[rank].to(dtype), target[rank].to(dtype)))
         engine.step()
         after = named_weights(engine.module.model, job)
         changed = any(not torch.equal(before[name], weight) for name, weight in after.items())
         finite = all(bool(weight.isfinite().all()) for weight in after.values())
         steps.append((bool(engine.was_step_applied()), changed, finite, float(engine.optimizer.loss_scale)))
+        before = after
     return steps, [line for line in lines if "was skipped" in line]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.moe.experts import GeluMLP
 
-D, E, NUM_TOKENS, NUM_MICRO_BATCHES = 8, 4, 12, 4
+D, E, NUM_TOKENS, NUM_MICRO_BATCHES = 8, 4, 12, 2
 LOSS_WEIGHT = 0.5
 Carried = tuple[Tensor, Tensor]
 
