@@ -17,6 +17,7 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 
 from ds_moe_ep.bench.harness.processes import die_with_parent, free_port, loopback_environment
@@ -52,8 +53,12 @@ def run(options: VerifyOptions) -> int:
         os.environ.update(loopback_environment(0, 1, free_port()))
     is_rank = world is not None or options.ranks == 1
     report = run_rank(options) if is_rank else run_here(options, options.ranks or 1)
-    if world is None or world.rank == 0:
-        _show(report, options)
+    try:
+        if world is None or world.rank == 0:
+            _show(report, options)
+    finally:
+        if world is not None and dist.is_initialized():
+            dist.barrier()  # a launcher ends all ranks with the first one that found a problem
     return report.exit_code
 
 

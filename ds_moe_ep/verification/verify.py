@@ -120,6 +120,7 @@ class Verification:
         self._told = dict(TOLD)
         self._scopes = ExitStack()
         self._num_steps, self._num_skipped = 0, 0
+        self._has_compared = False  # a layer with the dense model
         self._batch = LastBatch(engine)
 
     @property
@@ -164,9 +165,12 @@ class Verification:
             self._found.append(TrainingVerdict("run", "problem", told, fix))
         if reason := self._no_checkpoint():
             self._found.append(TrainingVerdict("checkpoint", "note", f"none was saved: {reason}"))
+            self._told.pop("checkpoint", None)
         else:
             judge = CheckpointJudge(engine, self._layers, self._batch)
             self._part("checkpoint", lambda: judge.problems(self._folder))
+        if not any(seams.gather(self._has_compared)):
+            self._told.pop("gradients", None)
         everyone = seams.gather(self._found)
         verdicts = dict.fromkeys(verdict for theirs in everyone for verdict in theirs)
         return EngineReport(tuple(_ordered(list(verdicts), self._told)))
@@ -249,6 +253,7 @@ class Verification:
             if told:
                 yield TrainingVerdict("gradients", "note", told[0], "", layer.name)
                 continue
+            self._has_compared = True
             theirs = None if balance is None else balance.get(layer.name, [])
             problems, outcomes[layer.name] = judge_gradients(layer, passes[layer.name], oracle, theirs)
             yield from problems

@@ -225,6 +225,7 @@ def test_each_planted_fault_is_named_and_a_sound_engine_has_none_and_is_what_it_
     check_shadow(by_rank[0][1])
     report = by_rank[0][2]
     assert report.is_ok and "with a weight of 0.1 in the loss" in str(report)
+    assert [each.status for each in report.verdicts if each.check == "checkpoint"] == ["note"], "none was asked for"
     check_sources(by_rank[0][3])
 
 
