@@ -14,6 +14,7 @@ from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from tests.engine.layouts.tensor_runs import planted
 from tests.verification.layouts import SEQUENCE, STAGES, TENSOR
 from tests.verification.mutants import (
+    MORE_MUTANTS,
     MUTANTS,
     Mutant,
     doubled,
@@ -152,7 +153,7 @@ OF_STAGES = (
 )
 LAYOUT_MUTANTS = (*OF_SEQUENCES, *OF_TENSOR_RANKS, *OF_STAGES)
 
-BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
+BY_NAME = {mutant.name: mutant for mutant in (*MUTANTS, *MORE_MUTANTS)}
 # What is planted in one engine at once: each of the ten public reports, and a fault per kind of group.
 TOGETHER: tuple[tuple[Mutant, ...], ...] = (
     (BY_NAME["frozen"], BY_NAME["double softmax"], BY_NAME["own norm"]),

@@ -25,7 +25,7 @@ from ds_moe_ep.verification.options import VerifyOptions
 from ds_moe_ep.verification.verdicts import EngineReport, TrainingVerdict
 from tests.ranks import run_ranks
 from tests.verification.converted import sourced
-from tests.verification.engines import LAYOUTS, OF_EACH_MAKER, Layout, OwnJob
+from tests.verification.engines import BIAS, LAYOUTS, OF_EACH_MAKER, Layout, OwnJob
 from tests.verification.layout_mutants import LAYOUT_MUTANTS, TOGETHER
 from tests.verification.layouts import MORE_OF_LAYOUTS, OF_EACH_LAYOUT
 from tests.verification.mutants import MORE_MUTANTS, MUTANTS, Mutant
@@ -93,9 +93,19 @@ def examined(layouts: Sequence[Any], faults: Sequence[Sequence[Mutant]] = ()) ->
         before = whole_state(engine)
         sound = ds_moe_ep.verify(engine, batches).verdicts
         changed = differences(before, whole_state(engine))
-        own = [together for together in faults if together[0].layout.name == layout.name]
-        found.append(Examined(sound, changed, [with_faults(engine, together) for together in own]))
+        found.append(Examined(sound, changed, [with_faults(engine, together) for together in of(layout, faults)]))
     return found
+
+
+def of(layout: Any, faults: Sequence[Sequence[Mutant]]) -> list[Sequence[Mutant]]:
+    """The sets of faults that are planted in a layout's engine."""
+    return [together for together in faults if together[0].layout.name == layout.name]
+
+
+def faulty(layout: Any, faults: Sequence[Sequence[Mutant]]) -> list[tuple[TrainingVerdict, ...]]:
+    """The verdicts on an engine of a layout with each set of faults that is for it."""
+    engine = layout.make()
+    return [with_faults(engine, together) for together in of(layout, faults)]
 
 
 def with_faults(engine: Any, together: Sequence[Mutant]) -> tuple[TrainingVerdict, ...]:
@@ -160,9 +170,9 @@ def commanded(script: str) -> EngineReport:
 
 
 def all_of_it(script: str) -> tuple[Any, ...]:
-    of_makers = examined(OF_EACH_MAKER, TOGETHER)
+    of_makers, of_bias = examined(OF_EACH_MAKER, TOGETHER), faulty(BIAS, TOGETHER)
     beside = shadowed(), commanded(script), sourced()
-    return [*of_makers, *examined(OF_EACH_LAYOUT, TOGETHER)], *beside  # these forget DeepSpeed's groups
+    return [*of_makers, *examined(OF_EACH_LAYOUT, TOGETHER)], *beside, of_bias  # layouts forget DeepSpeed's groups
 
 
 def check_sound(layout: Any, found: Examined) -> None:
@@ -216,9 +226,9 @@ def test_each_planted_fault_is_named_and_a_sound_engine_has_none_and_is_what_it_
         assert [each.sound for each in theirs[0]] == [each.sound for each in by_rank[0][0]], "ranks' reports differ"
         for layout, found in zip(layouts, theirs[0], strict=True):
             check_sound(layout, found)
-    for layout, found in zip(layouts, by_rank[0][0], strict=True):
-        own = [together for together in TOGETHER if together[0].layout.name == layout.name]
-        for together, verdicts in zip(own, found.of_faults, strict=True):
+    told = [*((layout, found.of_faults) for layout, found in zip(layouts, by_rank[0][0], strict=True))]
+    for layout, of_faults in (*told, (BIAS, by_rank[0][4])):
+        for together, verdicts in zip(of(layout, TOGETHER), of_faults, strict=True):
             check_named(together, verdicts)
     for rank, theirs in enumerate(by_rank):
         assert theirs[1]["found"] == by_rank[0][1]["found"], rank
