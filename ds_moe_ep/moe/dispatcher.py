@@ -374,8 +374,7 @@ class Dispatcher:
         schedules = (connection.forward, connection.backward)
         if self._is_blocking:
             schedules = (connection.control_forward, connection.control_backward)
-        has_guests = len(plan.recv_rows_PL[0]) > self._config.num_local_experts  # whose weights lie elsewhere
-        is_grouped = not has_guests and groups_products(self._config, experts, schedules, rows_ND, plan)
+        is_grouped = groups_products(self._config, experts, schedules, rows_ND, plan)
         layout = lay_out(plan, connection.forward, transport.rank, num_shared, is_grouped)
         recorder = self._recorder_of(plan, rows_ND.device) if call.mode.is_training else Off()
         lanes, in_triton = self._lanes_on(rows_ND.device), use_triton(self._config, rows_ND.device)

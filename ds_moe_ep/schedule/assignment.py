@@ -17,8 +17,7 @@ from ds_moe_ep.schedule.placement import Placement, home_rows
 
 Rows = tuple[tuple[int, ...], ...]
 
-KEPT = 0.875  # of the loads so far behind one more pass: some eight passes count
-CHANGE = 0.1  # of the rows go to other experts than before: more than draws of the same routing differ by
+SLACK = 256  # of the mean rows of a rank, one part: what is that level is level, and takes no more sweeps
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def assign(rows_RE: Sequence[Sequence[int]], placement: Placement, torus: Torus)
     if not placement.hosts_E:
         return Assignment(placement, rows_RE, {})
     rows_E = [sum(rows) for rows in zip(*rows_RE, strict=True)]
-    quotas = level(rows_E, placement.hosts_E, home_rows(rows_E, placement))
+    quotas = level(rows_E, placement.hosts_E, home_rows(rows_E, placement), SLACK)
     split = {
         expert: _split([rows[expert] for rows in rows_RE], placement.hosts_E[expert], quotas[expert], torus)
         for expert in placement.hosts_E
@@ -122,51 +121,3 @@ def _split(rows_R: Sequence[int], hosts: Sequence[int], quotas: Sequence[int], t
             give(source, index, share)
         total -= rows
     return tuple(map(tuple, split_RH))
-
-
-class LoadAverage:
-    """Rows of each expert per pass, smoothed exponentially: equal on all ranks that add the same counts.
-
-    Two passes in a row that are like each other, and unlike all before, are the loads from there on: what was before
-    is forgotten. One alone may be a burst, and is smoothed. The arithmetic is that of IEEE 754 alone, so machines of
-    different kinds agree.
-    """
-
-    def __init__(self, num_experts: int, kept: float = KEPT) -> None:
-        self._sum_E = [0.0] * num_experts
-        self._weight = 0.0
-        self._kept = kept
-        self._last: Sequence[int] = ()
-        self.has_changed = False  # by the last pass
-
-    def add(self, rows_E: Sequence[int]) -> None:
-        """One more pass, with the rows of all sources."""
-        self.has_changed = self._is_another_load(rows_E)
-        if self.has_changed:
-            self._sum_E, self._weight = [float(rows) for rows in self._last], 1.0
-        self._last = rows_E
-        self._sum_E = [self._kept * before + rows for before, rows in zip(self._sum_E, rows_E, strict=True)]
-        self._weight = self._kept * self._weight + 1.0
-
-    def _is_another_load(self, rows_E: Sequence[int]) -> bool:
-        if not self._last:
-            return False
-        apart = moved_share(rows_E, self._sum_E)
-        return min(apart, moved_share(self._last, self._sum_E)) > max(CHANGE, 2 * moved_share(rows_E, self._last))
-
-    @property
-    def has_passes(self) -> bool:
-        return self._weight > 0
-
-    @property
-    def rows_E(self) -> list[float]:
-        """Rows of each expert in a pass as the last ones were; zeros before the first."""
-        return [total / self._weight if self._weight else 0.0 for total in self._sum_E]
-
-
-def moved_share(rows_E: Sequence[float], before_E: Sequence[float]) -> float:
-    """The share of the rows that goes to other experts than before; 0 where there are none."""
-    total, total_before = sum(rows_E), sum(before_E)
-    if not total or not total_before:
-        return 0.0
-    return sum(abs(a / total - b / total_before) for a, b in zip(rows_E, before_E, strict=True)) / 2

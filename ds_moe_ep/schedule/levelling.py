@@ -11,14 +11,19 @@ from collections.abc import Mapping, Sequence
 MAX_SWEEPS = 16  # experts that share hosts in a chain level slowly; the rest of the way is a few rows
 
 
-def level(rows_E: Sequence[int], hosts_E: Mapping[int, Sequence[int]], base_R: Sequence[int]) -> dict[int, list[int]]:
+def level(
+    rows_E: Sequence[int], hosts_E: Mapping[int, Sequence[int]], base_R: Sequence[int], parts: int = 0
+) -> dict[int, list[int]]:
     """Rows of each expert of `hosts_E` at each of its hosts, so that the ranks' totals are as equal as hosts allow.
 
-    `base_R`: rows of the ranks that have no other host. The sum over an expert's hosts is its rows.
+    `base_R`: rows of the ranks that have no other host. The sum over an expert's hosts is its rows. `parts`: the
+    fullest rank may have more than the mean by one part of so many; 0 for none.
     """
     load_R = list(base_R)
     quotas: dict[int, list[int]] = {expert: [0] * len(hosts) for expert, hosts in hosts_E.items()}
     order = sorted(hosts_E, key=lambda expert: (-rows_E[expert], expert))
+    mean = (sum(base_R) + sum(rows_E[expert] for expert in order)) // max(len(load_R), 1)
+    enough = mean + mean // parts if parts else -1
     for _ in range(MAX_SWEEPS):
         is_changed = False
         for expert in order:
@@ -30,7 +35,7 @@ def level(rows_E: Sequence[int], hosts_E: Mapping[int, Sequence[int]], base_R: S
                 load_R[host] += rows
             quotas[expert] = after
             is_changed = is_changed or after != before
-        if not is_changed or len(order) == 1:
+        if not is_changed or len(order) == 1 or max(load_R) <= enough:
             break
     return quotas
 

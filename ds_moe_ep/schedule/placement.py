@@ -3,10 +3,7 @@
 Weights do not change between optimizer steps, so that a copy of an expert serves a whole window: its weights travel
 once at the window's start, its gradient sums once at the end. A rank has its own experts and a few slots for guests.
 
-1. `_filled` brings the fullest rank down to a level by copies: the largest excess first, into the rank whose room fits
-   it best, or, where slots are scarcer than room, in chains: a full rank gives an idle one all that fits, and takes
-   from the next with the room that this leaves, as in the alias method (Walker 1977; Vose 1991). The lowest level for
-   which slots suffice is found by bisection; higher levels need fewer copies.
+1. `copies/filling.py` proposes guests: as few as level the loads, or, where loads move, some and all of the slots.
 2. `price_us` tells what a window takes: the fullest rank's rows, and the transfers that no computation hides.
 3. `place` takes the cheapest, and keeps the previous placement unless another gains more than a margin.
 
@@ -15,23 +12,25 @@ All of it is a function of whole numbers and of prices that the ranks share, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from typing import Literal
 from zlib import crc32
 
 from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.schedule.copies.filling import Guests, levelled, spread
 from ds_moe_ep.schedule.levelling import level
 from ds_moe_ep.schedule.price import Costs
 from ds_moe_ep.schedule.way_home import rounds_home
 
+SMALL = 0.005  # of a window's price: a gain that cannot be more is not looked for
 MARGIN = 0.02  # of a window's price: a gain below it is not worth another placement
 MAX_AUTO_SLOTS = 4  # each costs an expert's memory on every rank, and the second gains little already
 PARTS = 1024  # of a row, so that smoothed loads are whole numbers
-BISECTIONS = 12  # of the level: to 1/4096 of the excess
-FEWER_COPIES = (0.1, 0.25, 0.5)  # levels on the way back up to the excess of no copies
+NEAR = 0.05  # of level loads' price: nearer, no other placement is looked for where loads move
+SLACK = 64  # of the mean rows of a rank, one part: loads are levelled so far for their price
+EXCHANGE = 0.5  # of the time of rows' products is what their exchanges are taken to need, where nothing was measured
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,14 @@ class CopyCosts:
 
     `row_us`: one row through its expert, forward and backward. `near_us`, `far_us`: the weights of one expert to a
     rank of the same node, and to one of another. `gradient_ratio`: bytes of an expert's gradient sums over those of
-    its weights. `hidden_us`: time of the window under which such transfers cost nothing.
+    its weights. `each_us`: the weights of one copy, on links that all copies share alike. `hidden_us`: time of the
+    window under which such transfers cost nothing.
     """
 
     row_us: float
     near_us: float = 0.0
     far_us: float = 0.0
+    each_us: float = 0.0
     gradient_ratio: float = 2.0
     hidden_us: float = 0.0
     micro_batches: int = 1
@@ -150,10 +151,32 @@ class CopyCosts:
             micro_batches=micro_batches,
         )
 
+    @classmethod
+    def assumed(cls, row_bytes: float, weight_bytes: float, gradient_bytes: float, ranks: int) -> CopyCosts:
+        """Costs by sizes alone, in the time of one row: its exchanges take EXCHANGE of it, and bytes of copies as long.
 
-def price_us(rows_E: Sequence[float], placement: Placement, torus: Torus, costs: CopyCosts) -> float:
-    """Microseconds of a window whose micro-batches have so many rows for each expert of the group."""
-    return _price(_whole(rows_E), placement, torus, costs)
+        A copy's bytes count by their share of all ranks' links, as if copies lay evenly on them.
+        """
+        exchanges = 4 * row_bytes  # dispatch and combine, there and back
+        return cls(
+            row_us=1.0,
+            each_us=EXCHANGE * weight_bytes / exchanges / ranks,
+            gradient_ratio=gradient_bytes / weight_bytes,
+        )
+
+
+def price_us(
+    rows_E: Sequence[float],
+    placement: Placement,
+    torus: Torus,
+    costs: CopyCosts,
+    others_E: Sequence[Sequence[float]] = (),
+) -> float:
+    """Microseconds of a window whose micro-batches have so many rows for each expert of the group.
+
+    `others_E`: other loads that they may have, each as likely.
+    """
+    return _price(_whole(rows_E, others_E), placement, torus, costs)
 
 
 def place(
@@ -162,27 +185,35 @@ def place(
     slots: int | Literal["auto"],
     costs: CopyCosts,
     previous: Placement | None = None,
+    others_E: Sequence[Sequence[float]] = (),
+    *,
+    has_begun: bool = False,
 ) -> Placement:
     """The placement of the next window, for these rows per micro-batch: never dearer than none by its own price.
 
     "auto" takes as many slots as pay. The previous placement stays unless another is cheaper by MARGIN, or as cheap
-    with fewer copies.
+    with fewer copies. `others_E`: where loads move, those that may come as well. `has_begun`: the weights of the
+    previous placement's copies are there, and a window waits for those of another.
     """
-    rows, local = _whole(rows_E), len(rows_E) // torus.size
+    loads, local = _whole(rows_E, others_E), len(rows_E) // torus.size
     most = min(MAX_AUTO_SLOTS if slots == "auto" else slots, len(rows_E) - local)
     none = Placement.without_guests(torus.size, local, 0 if slots == "auto" else slots)
     before = previous if previous is not None and _fits(previous, none, slots, most) else none
-    prices = {placement: _price(rows, placement, torus, costs) for placement in (none, before)}
+    prices = {each: _price(loads, each, torus, costs, has_begun, each == before) for each in (none, before)}
     kept = min((none, before), key=lambda placement: (prices[placement], len(placement.copies)))
-    least_us = costs.micro_batches * costs.row_us * sum(rows) / PARTS / torus.size  # of levelled rows, with no transfer
-    if prices[kept] <= (1 + MARGIN) * least_us:
+    level_us = costs.micro_batches * costs.row_us * sum(map(sum, loads)) / len(loads) / PARTS / torus.size
+    if prices[kept] <= (1 + (NEAR if others_E else MARGIN)) * level_us:  # with no transfer
         return kept
     best, best_us = kept, prices[kept]
     for num_slots in range(1, most + 1) if slots == "auto" else [most] * (most > 0):
-        for found in _candidates(rows, torus, num_slots, none.slots):
-            found_us = _price(rows, found, torus, costs)
+        for found in _candidates(loads, torus, num_slots, none.slots):
+            num_copies = len(found.copies)
+            least_us = level_us + _transfer_us(found, torus, costs, has_begun, found == before)
+            if least_us > best_us * (1 - SMALL) and num_copies >= len(best.copies):
+                continue
+            found_us = _price(loads, found, torus, costs, has_begun, found == before)
             is_cheaper = found_us < best_us * (1 - MARGIN * (found.slots > best.slots))
-            if is_cheaper or (found_us <= best_us and len(found.copies) < len(best.copies)):
+            if is_cheaper or (found_us <= best_us and num_copies < len(best.copies)):
                 best, best_us = found, found_us
     is_worth_it = best_us < prices[kept] * (1 - MARGIN) or len(best.copies) < len(kept.copies)
     return best if is_worth_it else kept
@@ -193,20 +224,46 @@ def _fits(previous: Placement, none: Placement, slots: int | Literal["auto"], mo
     return is_alike and (previous.slots <= most if slots == "auto" else previous.slots == none.slots)
 
 
-def _whole(rows_E: Sequence[float]) -> list[int]:
-    return [round(rows * PARTS) for rows in rows_E]
+def _whole(rows_E: Sequence[float], others_E: Sequence[Sequence[float]]) -> list[list[int]]:
+    return [[round(rows * PARTS) for rows in each] for each in (rows_E, *others_E)]
 
 
-def _price(rows: Sequence[int], placement: Placement, torus: Torus, costs: CopyCosts) -> float:
-    fullest = max(levelled_rows(rows, placement))
-    transfer_us = max(_transfer_us(placement, torus, costs) - costs.hidden_us, 0.0)
-    return costs.micro_batches * costs.row_us * fullest / PARTS + transfer_us
+def _candidates(loads: Sequence[Sequence[int]], torus: Torus, num_slots: int, width: int) -> list[Placement]:
+    """Placements with up to so many copies per rank, each once."""
+    found: dict[Placement, None] = {}
+    for guests in levelled(loads[0], torus, num_slots) if len(loads) == 1 else spread(loads[0], torus, num_slots):
+        found[_placement(guests, len(loads[0]) // torus.size, max(width, max(map(len, guests))))] = None
+    return list(found)
 
 
-def levelled_rows(rows_E: Sequence[int], placement: Placement) -> list[int]:
-    """Rows of each rank where every expert's rows are levelled over its hosts."""
+def _placement(guests: Guests, local: int, slots: int) -> Placement:
+    return Placement(len(guests), local, slots, tuple((*own, *[None] * (slots - len(own))) for own in guests))
+
+
+def _price(
+    loads: Sequence[Sequence[int]],
+    placement: Placement,
+    torus: Torus,
+    costs: CopyCosts,
+    has_begun: bool = False,
+    is_there: bool = False,
+) -> float:
+    fullest = sum(max(levelled_rows(rows_E, placement, SLACK)) for rows_E in loads) / len(loads)
+    rows_us = costs.micro_batches * costs.row_us * fullest / PARTS
+    return rows_us + _transfer_us(placement, torus, costs, has_begun, is_there)
+
+
+def _transfer_us(placement: Placement, torus: Torus, costs: CopyCosts, has_begun: bool, is_there: bool) -> float:
+    weights_us, sums_us = _transfers_us(placement, torus, costs)
+    if has_begun:  # nothing hides the weights that are sent now
+        return (0.0 if is_there else weights_us) + max(sums_us - costs.hidden_us, 0.0)
+    return max(weights_us + sums_us - costs.hidden_us, 0.0)
+
+
+def levelled_rows(rows_E: Sequence[int], placement: Placement, parts: int = 0) -> list[int]:
+    """Rows of each rank where every expert's rows are levelled over its hosts, as `level` has it."""
     load_R = home_rows(rows_E, placement)
-    for expert, quotas in level(rows_E, placement.hosts_E, load_R).items():
+    for expert, quotas in level(rows_E, placement.hosts_E, load_R, parts).items():
         for host, rows in zip(placement.hosts_E[expert], quotas, strict=True):
             load_R[host] += rows
     return load_R
@@ -221,13 +278,16 @@ def home_rows(rows_E: Sequence[int], placement: Placement) -> list[int]:
     return load_R
 
 
-def _transfer_us(placement: Placement, torus: Torus, costs: CopyCosts) -> float:
+def _transfers_us(placement: Placement, torus: Torus, costs: CopyCosts) -> tuple[float, float]:
     """Time of all copies' weights, and of the rounds in which their gradient sums go home."""
     copies = {(expert, rank): 1 for expert, rank, _ in placement.copies}
+    shared_us = len(copies) * costs.each_us
+    if not costs.near_us and not costs.far_us:
+        return shared_us, costs.gradient_ratio * shared_us
     weights = [(placement.home(expert), rank) for expert, rank in copies]
     rounds = [[(move.source, move.target) for move in moves] for moves in rounds_home(copies, placement.home)]
     sums_us = sum(_busiest_us(pairs, torus, costs) for pairs in rounds)
-    return _busiest_us(weights, torus, costs) + costs.gradient_ratio * sums_us
+    return shared_us + _busiest_us(weights, torus, costs), costs.gradient_ratio * (shared_us + sums_us)
 
 
 def _busiest_us(pairs: Sequence[tuple[int, int]], torus: Torus, costs: CopyCosts) -> float:
@@ -238,92 +298,3 @@ def _busiest_us(pairs: Sequence[tuple[int, int]], torus: Torus, costs: CopyCosts
         for end in (("sends", is_far, source), ("receives", is_far, target)):
             time_of[end] = time_of.get(end, 0.0) + (costs.far_us if is_far else costs.near_us)
     return max(time_of.values(), default=0.0)
-
-
-def _candidates(rows: Sequence[int], torus: Torus, num_slots: int, width: int) -> Iterator[Placement]:
-    """Placements with up to so many copies per rank: at the lowest level that is reached, and with fewer copies."""
-    local = len(rows) // torus.size
-    load_R = [sum(rows[start : start + local]) for start in range(0, len(rows), local)]
-    top, mean = max(load_R), -(-sum(rows) // torus.size)
-    seen: set[Placement] = set()
-    ways = (True, False) if torus.num_nodes > 1 and torus.node_size > 1 else (False,)
-    for near_first, in_chains in product(ways, (False, True)):
-        low, high = mean, top
-        almost = mean + ((top - mean) >> BISECTIONS)  # as low as the bisection tells levels apart
-        if _filled(rows, load_R, torus, num_slots, almost, near_first, in_chains) is not None:
-            low = high = almost
-        for _ in range(BISECTIONS):
-            if low >= high:
-                break
-            middle = (low + high) // 2
-            if _filled(rows, load_R, torus, num_slots, middle, near_first, in_chains) is None:
-                low = middle + 1
-            else:
-                high = middle
-        for share in (0.0, *FEWER_COPIES):
-            surface = high + int(share * (top - high))
-            guests = _filled(rows, load_R, torus, num_slots, surface, near_first, in_chains)
-            if guests is None:
-                continue
-            slots = max(width, max(map(len, guests)))
-            found = Placement(torus.size, local, slots, tuple((*own, *[None] * (slots - len(own))) for own in guests))
-            if found not in seen:
-                seen.add(found)
-                yield found
-
-
-def _filled(
-    rows: Sequence[int],
-    load_R: Sequence[int],
-    torus: Torus,
-    num_slots: int,
-    surface: int,
-    near_first: bool,
-    in_chains: bool,
-) -> list[list[int]] | None:
-    """Guests of each rank with which none has more than `surface` rows, or None where slots or room do not suffice.
-
-    With `in_chains` a host is filled, whatever its guest's home has too much of: that home may then be a host itself.
-    """
-    local = len(rows) // torus.size
-    room_R, guests = [surface - load for load in load_R], [list[int]() for _ in load_R]
-    excess = [-room for room in room_R]
-    for rank in sorted((r for r in range(torus.size) if excess[r] > 0), key=lambda r: (-excess[r], r)):
-        own = sorted(range(rank * local, (rank + 1) * local), key=lambda expert: (-rows[expert], expert))
-        for expert in own:
-            left, moved = min(excess[rank], rows[expert]), 0
-            excess[rank] -= left
-            while left > 0:
-                host = _host_for(left, rank, expert, room_R, guests, torus, num_slots, near_first)
-                if host is None:
-                    break
-                taken = min(rows[expert] - moved if in_chains else left, room_R[host])
-                guests[host].append(expert)
-                room_R[host] -= taken
-                room_R[rank] += taken
-                moved += taken
-                left = max(left - taken, 0)
-            excess[rank] += left
-        if excess[rank] > 0:
-            return None
-    return guests
-
-
-def _host_for(
-    rows: int,
-    rank: int,
-    expert: int,
-    room_R: Sequence[int],
-    guests: Sequence[Sequence[int]],
-    torus: Torus,
-    num_slots: int,
-    near_first: bool,
-) -> int | None:
-    """The rank with the smallest room for all of these rows, else the largest room; None where no slot is left."""
-
-    def order(host: int) -> tuple[bool, bool, int, int]:
-        is_far, holds_all = host // torus.node_size != rank // torus.node_size, room_R[host] >= rows
-        return near_first and is_far, not holds_all, room_R[host] if holds_all else -room_R[host], host
-
-    free = (h for h in range(torus.size) if room_R[h] > 0 and len(guests[h]) < num_slots and expert not in guests[h])
-    return min(free, key=order, default=None)

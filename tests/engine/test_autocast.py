@@ -107,7 +107,7 @@ def our_layer(case: Case, connected: bool = True, bit_equal: bool = False) -> nn
 def have_copies(layer: nn.Module) -> None:
     """Lets each rank's slot, where there are some, have the other's first expert."""
     if (replicas := layer.deepspeed_moe.dispatcher.replicas) is not None:
-        replicas.choose = lambda rows_E, before: Placement(2, 2, 1, ((2,), (0,)))
+        replicas.choose = replicas.choose_anew = lambda rows_E, before: Placement(2, 2, 1, ((2,), (0,)))
 
 
 def fill(layer: nn.Module, first: int) -> None:

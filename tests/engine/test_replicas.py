@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_moe_ep.schedule.assignment import LoadAverage
+from ds_moe_ep.schedule.copies.forecast import LoadAverage
 from ds_moe_ep.schedule.placement import Placement
 from tests.engine.extensions.test_nonfinite import make_scaled_engine
 from tests.engine.hooks import autoep_models
@@ -33,6 +33,7 @@ from tests.engine.small_model import (
 )
 from tests.engine.test_parallelism import forget_groups, mpu_of
 from tests.engine.test_training import LOSS, WEIGHTS, Outcome, loss_distance
+from tests.moe.replica_cases import let_rows_count_alone
 from tests.ranks import run_ranks
 
 
@@ -52,6 +53,7 @@ def train(job: Job, hooks: bool = False) -> tuple[Outcome, list[int]]:
     if job.top_k == NUM_EXPERTS:  # every expert gets every token: none is hot
         for layer in layers if job.replicas else ():
             pin(layer)
+    let_rows_count_alone(engine.module)
     for step in batches(job):
         losses += train_steps(engine, job, [step])
         used.append(copies_in_use(layers))
@@ -63,7 +65,7 @@ def pin(layer: Any) -> None:
     replicas = layer.dispatcher.replicas
     size, local = replicas.link.size, replicas.num_local
     placement = Placement(size, local, 1, tuple(((rank - 1) % size * local,) for rank in range(size)))
-    replicas.choose = lambda rows_E, before: placement
+    replicas.choose = replicas.choose_anew = lambda rows_E, before: placement
 
 
 class Restless(LoadAverage):
@@ -85,6 +87,7 @@ def train_moving(jobs: Sequence[Job]) -> list[tuple[Outcome, int]]:
                 first.ranks, local, 1, tuple(((rank + 1) % first.ranks * local,) for rank in range(first.ranks))
             )
             replicas.choose = lambda rows_E, before, ways=(first, back): ways[before == ways[0]]
+            replicas.choose_anew = lambda rows_E, before: before
             replicas.loads = Restless(job.num_experts)
         losses = train_steps(engine, job, batches(job))
         found.append(((losses, named_weights(engine.module, job)), replicas._renewals))
@@ -287,6 +290,7 @@ def under_an_mpu(job: Job) -> list[tuple[Outcome, int]]:
     found = []
     for arguments in ({}, {"mpu": mpu_of(1, "tensor_model_parallel")}):
         engine = make_engine(job, **arguments)
+        let_rows_count_alone(engine.module)
         losses = train_steps(engine, job, batches(job))
         found.append(((losses, named_weights(engine.module, job)), copies_in_use(engine.module.layers)))
         forget_groups()

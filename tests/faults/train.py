@@ -27,6 +27,7 @@ from tests.engine.native_layers import PlainGelu
 from tests.engine.small_model import BATCH, Job, SmallModel
 from tests.faults.injection import Brittle, Fault, inject, inject_before_start
 from tests.moe.layer_cases import D
+from tests.moe.replica_cases import let_rows_count_alone
 
 SAVE_EVERY = 2
 CHECKPOINTS = "checkpoints"
@@ -72,6 +73,8 @@ def train(options: argparse.Namespace) -> None:
     if is_mine:
         job = inject_before_start(fault, job, options.folder)
     engine = make_engine(job, options)
+    if options.replicas:
+        let_rows_count_alone(engine.module)
     if options.resume:
         path, _ = engine.load_checkpoint(str(options.folder / CHECKPOINTS))
         assert path is not None, "there is nothing to resume from"

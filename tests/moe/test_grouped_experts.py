@@ -13,12 +13,19 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_moe_ep.comm.lanes import make_lanes
 from ds_moe_ep.config.knobs import MoEConfig
+from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.grouped import lie_together
+from ds_moe_ep.kernels.permute import RowMaps
+from ds_moe_ep.moe.agreement import NO_CALL
+from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 from ds_moe_ep.moe.grouped import choice
 from ds_moe_ep.moe.layer import ExpertParallel
+from ds_moe_ep.moe.tuner import AutotuneRun
+from ds_moe_ep.schedule.race import SERIAL
 from tests.moe.layer_cases import LayerCase, OddExpert
 from tests.moe.layer_runs import TAMPERS, config
 from tests.moe.test_parity import compare
@@ -197,3 +204,16 @@ def test_what_cannot_be_grouped_is_refused_where_it_is_demanded() -> None:
     layer = ExpertParallel(D, OddExpert(), MoEConfig(num_experts=E, grouped_products="on"))
     with pytest.raises(ConfigError, match=r'grouped_products="on": the experts are modules of unknown form'):
         layer(tokens())
+
+
+def test_neither_passes_nor_the_tuner_group_products_where_copies_are_among_the_experts() -> None:
+    layer = layer_of()
+    dispatcher, maps = layer.dispatcher, RowMaps(torch.arange(2), torch.arange(2).view(2, 1))
+    layer(tokens())
+    transport, lanes = dispatcher.checked_connection().transport, make_lanes(torch.device("cpu"), 1)
+    for num_places in (E, E + 1):
+        rows_L = ((2,) * num_places,)
+        plan, rows_ND = DispatchPlan(maps, rows_L, rows_L), torch.zeros(2 * num_places, D)
+        run = AutotuneRun(layer.config, rows_ND, plan, layer.experts, transport, Torus(1, 1), lanes)
+        contexts = run._context_of(SERIAL), dispatcher._context(rows_ND, plan, layer.experts, NO_CALL, None)
+        assert [context.layout.grouping is not None for context in contexts] == [num_places == E] * 2

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.assignment import Assignment, LoadAverage, assign
+from ds_moe_ep.schedule.assignment import Assignment, assign
+from ds_moe_ep.schedule.copies.forecast import LoadAverage
 from ds_moe_ep.schedule.placement import CopyCosts, Placement, place
 
 NODES = Torus(2, 8)

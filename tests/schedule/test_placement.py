@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -108,6 +109,43 @@ def test_copies_that_cost_more_than_they_take_away_are_not_made() -> None:
     assert copies(100.0, 1) > 0
     assert copies(5000.0, 1) == 0  # one transfer and its gradient takes longer than all that could be taken away
     assert copies(5000.0, 64) > copies(5000.0, 16) > 0  # a longer window pays for more
+
+
+def test_by_sizes_alone_idle_experts_pay_for_copies_in_longer_windows_and_one_hot_expert_in_one_pass() -> None:
+    """Rows of 1 KiB, experts of 2 MiB, 1,000 rows per rank."""
+    idle = [0.0, 4000 / 3, 4000 / 3, 4000 / 3] * 4
+
+    def copies(rows_E: list[float], micro_batches: int) -> int:
+        costs = replace(CopyCosts.assumed(2**10, 2**21, 2**21, 16), micro_batches=micro_batches)
+        return len(place(rows_E, NODES, 1, costs).copies)
+
+    assert copies(idle, 1) == 0  # twelve copies, each as long as 32 rows, would take away 333 rows
+    assert copies(idle, 2) == 12
+    assert copies(one_hot(4.0), 1) > 0
+
+
+def test_where_loads_move_all_slots_are_used_if_copies_cost_nothing_and_fewer_where_they_cost_rows() -> None:
+    rows_E = zipf(1.0)
+    others_E = [[rows * (1.5 if index % 2 else 0.5) for index, rows in enumerate(rows_E)], rows_E[::-1]]
+    for slots in (1, 2):
+        free = place(rows_E, NODES, slots, ROWS_ALONE, None, others_E)
+        assert len(free.copies) == 16 * slots
+    none = Placement.without_guests(16, 1, 1)
+    for each_us in (0.0, 10.0, 100.0, 1e6):
+        costs = CopyCosts(row_us=1.0, each_us=each_us)
+        found = place(rows_E, NODES, 1, costs, None, others_E)
+        assert price_us(rows_E, found, NODES, costs, others_E) <= price_us(rows_E, none, NODES, costs, others_E)
+    assert found.copies == ()
+
+
+def test_copies_that_are_there_stay_unless_others_pay_for_a_second_transfer() -> None:
+    costs = CopyCosts(row_us=1.0, each_us=20.0, gradient_ratio=1.0)
+    first, almost = place(one_hot(4.0), NODES, 1, costs), one_hot(4.0)
+    almost[5] += 500.0
+    assert place(almost, NODES, 1, costs, first) != first
+    assert place(almost, NODES, 1, costs, first, has_begun=True) == first
+    other = one_hot(4.0, expert=12)
+    assert {expert for expert, *_ in place(other, NODES, 1, costs, first, has_begun=True).copies} == {12}
 
 
 def test_near_ranks_are_taken_first_where_the_far_link_is_slow() -> None:

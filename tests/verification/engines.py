@@ -15,6 +15,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from tests.engine.hooks import autoep_models
 from tests.engine.hooks.autoep_models import AutoEPJob
 from tests.engine.small_model import Job, batches, make_engine
+from tests.moe.replica_cases import let_rows_count_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class Layout:
         made = make_engine(self.job) if isinstance(self.job, Job) else autoep_models.make_engine(self.job)
         if self.hooks:
             ds_moe_ep.attach_overlap(made, {"schedule": "peers", "verify_every": 1})
+        let_rows_count_alone(made.module)
         return made
 
     def batches(self) -> list[Any]:

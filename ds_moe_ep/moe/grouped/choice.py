@@ -38,9 +38,14 @@ def groups_products(
 ) -> bool:
     """True where a pass makes one product for all local experts; why not is said in the log, once. Local.
 
+    Never where copies of other ranks' experts are among them: their weights lie elsewhere.
+
     Raises ConfigError where the configuration demands it, and the experts are unknown.
     """
     if config.num_local_experts == 1 or config.grouped_products == "off":
+        return False
+    if len(plan.recv_rows_PL[0]) > config.num_local_experts:
+        say_once("weights of copies lie elsewhere")
         return False
     reason = _why_by_schedule(schedules) or _why_by_device(config, rows_ND, plan)
     known = None if reason else experts.known()

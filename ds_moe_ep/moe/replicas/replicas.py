@@ -4,8 +4,9 @@ A window is what lies between two changes of the weights. An engine says where i
 may change before any pass, so that each forward pass gets them anew, and each backward pass sends its gradients.
 
 1. Ranks tell each other their rows per expert (`told.py`), where without replicas each told a peer its share.
-2. Where a window begins all compute one placement from the loads so far, and the weights travel (`copies.py`); once
-   more within a window, between two passes, where the loads have changed and all sums so far are at home.
+2. Where a window begins all compute one placement from the loads so far, and the weights travel (`copies.py`). They
+   travel once more where the window's first pass has other rows than foretold and that pays, and once within a window,
+   between two passes, where the loads have changed and all sums so far are at home.
 3. All compute one assignment of rows to hosts, and this rank its send order (`rows.py`).
 4. The backward pass sums the copies' gradients and, in a window's last, takes them home (`gradients.py`).
 """
@@ -31,18 +32,22 @@ from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.experts import KnownExperts, LocalExperts
 from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.replicas.copies import Copies
+from ds_moe_ep.moe.replicas.costs import assumed_costs, measured_costs
 from ds_moe_ep.moe.replicas.gradients import Collect, Ledger, Lend, LentPass, Loan
 from ds_moe_ep.moe.replicas.rows import maps_to_hosts
 from ds_moe_ep.moe.replicas.told import Digests, Told, num_told, present, told_columns
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.split_experts import Weights
-from ds_moe_ep.schedule.assignment import Assignment, LoadAverage, assign
-from ds_moe_ep.schedule.placement import MAX_AUTO_SLOTS, CopyCosts, Placement, place
+from ds_moe_ep.schedule.assignment import Assignment, assign
+from ds_moe_ep.schedule.copies.forecast import Forecast
+from ds_moe_ep.schedule.placement import MAX_AUTO_SLOTS, CopyCosts, Placement, levelled_rows, place
 from ds_moe_ep.schedule.price import Costs
 from ds_moe_ep.schedule.spans import Tags
 
 Known = tuple[Form, Sequence[Weights]]
 Choose = Callable[[Sequence[float], Placement], Placement]  # from rows per expert and the placement before
+
+UNEVEN = 1.2  # rows of the fullest rank over the mean, beyond which a window's first pass may move copies
 
 
 class Window(Protocol):
@@ -69,13 +74,15 @@ class Replicas:
         self.link, self.torus = link, torus
         self.window: Window | None = None
         self.choose: Choose = self._by_price
-        self.costs = CopyCosts(row_us=1.0)
+        self.choose_anew: Choose = self._by_price_anew
+        self.costs: CopyCosts | None = None
         none = Placement.without_guests(link.size, self.num_local, 0 if slots == "auto" else self.num_slots)
         self.copies = Copies.none(none, self.num_slots)
-        self.loads = LoadAverage(num_experts)
+        self.loads = Forecast(num_experts)
         self._slots = slots
         self._known_window = -1  # in which the copies were made
         self._moved_in = -1  # the last window whose copies moved within it
+        self._used_in = -1  # the last window with a pass of training
         self._is_due = False  # the loads have changed: sums go home, and copies move in the next pass
         self._renewals = 0
         self._open: weakref.WeakSet[LentPass] = weakref.WeakSet()  # forward passes that may go backward yet
@@ -103,21 +110,31 @@ class Replicas:
         """Columns that this rank tells in the exchange of counts."""
         return num_told(self.placement.num_experts, self.num_local, self.num_slots)
 
+    @property
+    def _micro_batches(self) -> int:
+        return 1 if self.window is None else self.window.micro_batches
+
     def _by_price(self, rows_E: Sequence[float], before: Placement) -> Placement:
-        micro_batches = 1 if self.window is None else self.window.micro_batches
-        return place(rows_E, self.torus, self._slots, replace(self.costs, micro_batches=micro_batches), before)
+        others_E = self.loads.others_E if rows_E == self.loads.rows_E else ()  # a forecast errs; a pass is what it is
+        return place(rows_E, self.torus, self._slots, self._costs_now(), before, others_E)
+
+    def _by_price_anew(self, rows_E: Sequence[float], before: Placement) -> Placement:
+        return place(rows_E, self.torus, self._slots, self._costs_now(), before, has_begun=True)
+
+    def _costs_now(self) -> CopyCosts:
+        assert self.costs is not None, "a pass has begun"
+        return replace(self.costs, micro_batches=self._micro_batches)
 
     def take_costs(self, costs: Costs, num_rows: int, rows_ND: Tensor, experts: LocalExperts) -> None:
-        """Takes what rows and exchanges cost as "auto" measured it; before, only what levels rows well is placed."""
+        """Takes what rows and exchanges cost as the schedule "auto" measured it, where slots are "auto" as well.
+
+        A number of slots is used by loads and sizes alone: then runs place copies alike, whatever they measured.
+        """
         known = experts.known()
-        if known is None or not num_rows:
+        if known is None or not num_rows or self._slots != "auto":
             return
-        weights = present(known[1][0])
-        weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        is_one_pass = self.window is None or self.window.micro_batches == 1
-        gradient_bytes = weight_bytes if is_one_pass else 4 * sum(weight.numel() for weight in weights)
-        row_bytes = rows_ND.shape[1] * rows_ND.element_size()  # not of the rows, of which this rank may have none
-        self.costs = CopyCosts.of(costs, self.torus, num_rows, row_bytes, weight_bytes, gradient_bytes, 1)
+        row_type = rows_ND.shape[1], rows_ND.dtype  # not of the rows, of which this rank may have none
+        self.costs = measured_costs(costs, num_rows, row_type, known[1], self._micro_batches, self.torus)
 
     def begin(
         self, routes: Routes, agreement: Agreement, experts: LocalExperts, training: bool, in_triton: bool | None
@@ -128,6 +145,8 @@ class Replicas:
         if self.opens is not None:
             self.opens.open_loan()
         known = known_or_refused(experts, self._slots, agreement.call.layer)
+        if self.costs is None:
+            self.costs = assumed_costs(agreement.row_type, known.weights, self._micro_batches, self.link.size)
         agreement = replace(
             agreement,
             placement=self.placement.key,
@@ -148,22 +167,47 @@ class Replicas:
     def prepare(self, told: Told, known: KnownExperts, is_counted: bool, is_held: bool, tags: Tags) -> None:
         """Renews placement and copies where a window begins, weights or loads have changed. Collective."""
         moves = self._is_due and is_counted and not is_held and not self._ledger.sums.owed
+        is_first = is_counted and self.window is not None and self._used_in != self.window.number
+        rows_E = [sum(rows) for rows in zip(*told.rows_RE, strict=True)]
         if is_counted:
-            self.loads.add([sum(rows) for rows in zip(*told.rows_RE, strict=True)])
+            self._used_in = self.window_number
+            self.loads.add(rows_E)
             self._see_change()
         has_changed = told.changed(self.placement)
         is_inside = is_inside_backward()
         begins = not is_inside and (moves or self.window is None or self._known_window != self.window.number)
-        if not begins and not (has_changed and not is_inside):
-            if has_changed:
-                raise EngineError(
-                    f"{tags.layer or 'MoE layer'}: weights of experts changed between the forward pass and its "
-                    "recomputation, whose copies have the ones before; change weights between steps alone"
-                )
-            told.check_copies(self.placement, tags.layer, self.link.ranks)
+        if begins or (has_changed and not is_inside):
+            self._begin_window(known, tags, begins and not is_held, self._expected(rows_E))
+            self.copies.transfer.wait()
             return
-        self._begin_window(known, tags, begins and not is_held)
-        self.copies.transfer.wait()
+        if has_changed:
+            raise EngineError(
+                f"{tags.layer or 'MoE layer'}: weights of experts changed between the forward pass and its "
+                "recomputation, whose copies have the ones before; change weights between steps alone"
+            )
+        told.check_copies(self.placement, tags.layer, self.link.ranks)
+        if is_first and not is_inside:
+            self._move_anew(known, tags, self._expected(rows_E))
+
+    def _expected(self, rows_E: Sequence[int]) -> list[float]:
+        """Rows of each expert per micro-batch of a window: of its first one these, of the others what is foretold."""
+        others = self._micro_batches - 1
+        told_E = self.loads.rows_E if others else rows_E
+        return [(now + others * each) / (1 + others) for now, each in zip(rows_E, told_E, strict=True)]
+
+    def _move_anew(self, known: KnownExperts, tags: Tags, rows_E: Sequence[float]) -> None:
+        """Moves the copies of a window that has just begun, where its loads are far from level and it pays. Collective.
+
+        Nobody owes gradients of the copies before: this is the window's first pass.
+        """
+        load_R = levelled_rows([round(rows) for rows in rows_E], self.placement)
+        if max(load_R) * len(load_R) <= UNEVEN * sum(load_R):
+            return
+        placement = self.choose_anew(rows_E, self.placement)
+        if placement != self.placement:
+            self._compare(placement, present(known.weights[0])[0].device, tags)
+            self._renew(placement, known, tags)
+            self.copies.transfer.wait()
 
     def _see_change(self) -> None:
         """Sees to it that copies move within a window, at most once, where the loads have become others.
@@ -179,16 +223,16 @@ class Replicas:
         Where the weights to come are not known here, that pass does all of it.
         """
         if self._weights is not None and self.window is not None and self.loads.has_passes:
-            self._begin_window(self._weights, Tags(self._layer, "forward"), True)
+            self._begin_window(self._weights, Tags(self._layer, "forward"), True, self.loads.rows_E)
 
-    def _begin_window(self, known: KnownExperts, tags: Tags, may_place: bool) -> None:
+    def _begin_window(self, known: KnownExperts, tags: Tags, may_place: bool, rows_E: Sequence[float]) -> None:
         placement = self.placement
         if self.window is not None and self._known_window == self.window.number and may_place:
             self._moved_in = self.window.number
         self._is_due = self._is_due and not may_place
         if may_place and self.loads.has_passes:
             self.refuse_unsent(tags.layer)
-            placement = self.choose(self.loads.rows_E, placement)
+            placement = self.choose(rows_E, placement)
             self._compare(placement, present(known.weights[0])[0].device, tags)
         if self.window is not None and self.loads.has_passes:
             self._known_window = self.window.number

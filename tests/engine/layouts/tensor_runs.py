@@ -24,6 +24,7 @@ from tests.engine.layouts.tensor_models import (
 )  # fmt: skip
 from tests.engine.native_layers import PlainGelu
 from tests.moe.layer_cases import D
+from tests.moe.replica_cases import let_rows_count_alone
 
 AUTOTP = {
     "tensor_parallel": {
@@ -111,6 +112,7 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
             if job.kind != "native" and not is_recorded:
                 traffic = {"schedule": "peers"} | job.knobs
                 attached = ds_moe_ep.attach_overlap(engine, traffic if job.kind == "hooked" else None)
+            let_rows_count_alone(engine.module)
             copy = dist.get_rank() // TENSOR_SIZE
             with attached, marked(model, job) as marks, routed(engine, job, copy) as record:
                 before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
