@@ -17,14 +17,15 @@ def level(
     """Rows of each expert of `hosts_E` at each of its hosts, so that the ranks' totals are as equal as hosts allow.
 
     `base_R`: rows of the ranks that have no other host. The sum over an expert's hosts is its rows. `parts`: the
-    fullest rank may have more than the mean by one part of so many; 0 for none.
+    fullest rank may have more than the mean by one part of so many, and sweeps that hardly lower it are left out; 0 for
+    exact levels.
     """
     load_R = list(base_R)
     quotas: dict[int, list[int]] = {expert: [0] * len(hosts) for expert, hosts in hosts_E.items()}
     order = sorted(hosts_E, key=lambda expert: (-rows_E[expert], expert))
     mean = (sum(base_R) + sum(rows_E[expert] for expert in order)) // max(len(load_R), 1)
-    enough = mean + mean // parts if parts else -1
-    for _ in range(MAX_SWEEPS):
+    enough, step, top = (mean + mean // parts, mean // (4 * parts), 0) if parts else (-1, 0, 0)
+    for sweep in range(MAX_SWEEPS):
         is_changed = False
         for expert in order:
             hosts, before = hosts_E[expert], quotas[expert]
@@ -35,7 +36,9 @@ def level(
                 load_R[host] += rows
             quotas[expert] = after
             is_changed = is_changed or after != before
-        if not is_changed or len(order) == 1 or max(load_R) <= enough:
+        before_top, top = top, max(load_R)
+        is_slow = bool(parts) and sweep > 1 and before_top - top <= step
+        if not is_changed or len(order) == 1 or top <= enough or is_slow:
             break
     return quotas
 
