@@ -24,6 +24,7 @@ from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.weight_sums import FP32, sum_of
 from ds_moe_ep.moe.agreement import odd_pair
 from ds_moe_ep.moe.replicas.copies import message
+from ds_moe_ep.schedule.assignment import Assignment
 from ds_moe_ep.schedule.placement import Placement
 from ds_moe_ep.schedule.spans import Tags
 from ds_moe_ep.schedule.way_home import Move, rounds_home
@@ -45,6 +46,19 @@ class LentPass:
     def is_trained(self, expert: int, index: int) -> bool:
         """True where one of the expert's weights needs a gradient."""
         return bool(self.trained_E[expert] >> index & 1)
+
+
+def lent_pass(assignment: Assignment, trained_E: Sequence[int], rank: int) -> LentPass:
+    """The part of an assignment that its backward pass needs."""
+    placement = assignment.placement
+    visited = frozenset(
+        (expert, host)
+        for expert, rows_RH in assignment.split.items()
+        for host, rows in zip(placement.hosts(expert)[1:], map(sum, list(zip(*rows_RH, strict=True))[1:]), strict=True)
+        if rows
+    )
+    own_guests = [guest for guest in placement.guests_RS[rank] if guest is not None]
+    return LentPass(placement, trained_E, visited, own_guests)
 
 
 @dataclass

@@ -33,13 +33,13 @@ from ds_moe_ep.moe.experts import KnownExperts, LocalExperts
 from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.replicas.copies import Copies
 from ds_moe_ep.moe.replicas.costs import assumed_costs, measured_costs
-from ds_moe_ep.moe.replicas.gradients import Collect, Ledger, Lend, LentPass, Loan
+from ds_moe_ep.moe.replicas.gradients import Collect, Ledger, Lend, LentPass, Loan, lent_pass
 from ds_moe_ep.moe.replicas.rows import maps_to_hosts
 from ds_moe_ep.moe.replicas.told import Digests, Told, num_told, present, told_columns
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.split_experts import Weights
-from ds_moe_ep.schedule.assignment import Assignment, assign
-from ds_moe_ep.schedule.copies.forecast import Forecast
+from ds_moe_ep.schedule.assignment import assign
+from ds_moe_ep.schedule.copies.forecast import Forecast, moved_share
 from ds_moe_ep.schedule.placement import MAX_AUTO_SLOTS, CopyCosts, Placement, levelled_rows, place
 from ds_moe_ep.schedule.price import Costs
 from ds_moe_ep.schedule.spans import Tags
@@ -47,6 +47,7 @@ from ds_moe_ep.schedule.spans import Tags
 Known = tuple[Form, Sequence[Weights]]
 Choose = Callable[[Sequence[float], Placement], Placement]  # from rows per expert and the placement before
 
+SAME = 0.01  # of the rows go to other experts than when a placement was found best: no other is looked for
 UNEVEN = 1.2  # rows of the fullest rank over the mean, beyond which a window's first pass may move copies
 
 
@@ -79,6 +80,7 @@ class Replicas:
         none = Placement.without_guests(link.size, self.num_local, 0 if slots == "auto" else self.num_slots)
         self.copies = Copies.none(none, self.num_slots)
         self.loads = Forecast(num_experts)
+        self._settled: tuple[int, Sequence[float]] = 0, ()  # micro-batches and loads for which the placement stayed
         self._slots = slots
         self._known_window = -1  # in which the copies were made
         self._moved_in = -1  # the last window whose copies moved within it
@@ -116,7 +118,18 @@ class Replicas:
 
     def _by_price(self, rows_E: Sequence[float], before: Placement) -> Placement:
         others_E = self.loads.others_E if rows_E == self.loads.rows_E else ()  # a forecast errs; a pass is what it is
-        return place(rows_E, self.torus, self._slots, self._costs_now(), before, others_E)
+        if not others_E and before == self.placement and self._is_settled(rows_E):
+            return before
+        found = place(rows_E, self.torus, self._slots, self._costs_now(), before, others_E)
+        self._settled = self._micro_batches, rows_E if found == before and any(rows_E) else ()
+        return found
+
+    def _is_settled(self, rows_E: Sequence[float]) -> bool:
+        """True for such loads as those for which a search kept the placement: another one would find no other."""
+        micro_batches, settled_E = self._settled
+        if not settled_E or micro_batches != self._micro_batches:
+            return False
+        return moved_share(rows_E, settled_E) + abs(sum(rows_E) / sum(settled_E) - 1) <= SAME
 
     def _by_price_anew(self, rows_E: Sequence[float], before: Placement) -> Placement:
         return place(rows_E, self.torus, self._slots, self._costs_now(), before, has_begun=True)
@@ -134,6 +147,7 @@ class Replicas:
         if known is None or not num_rows or self._slots != "auto":
             return
         row_type = rows_ND.shape[1], rows_ND.dtype  # not of the rows, of which this rank may have none
+        self._settled = 0, ()
         self.costs = measured_costs(costs, num_rows, row_type, known[1], self._micro_batches, self.torus)
 
     def begin(
@@ -366,19 +380,6 @@ class HostedPass:
         """
         assert self._lent is not None, "the plan is made before"
         return self._replicas.lend(self._lent, self._known, rows_ND)
-
-
-def lent_pass(assignment: Assignment, trained_E: Sequence[int], rank: int) -> LentPass:
-    """The part of an assignment that its backward pass needs."""
-    placement = assignment.placement
-    visited = frozenset(
-        (expert, host)
-        for expert, rows_RH in assignment.split.items()
-        for host, rows in zip(placement.hosts(expert)[1:], map(sum, list(zip(*rows_RH, strict=True))[1:]), strict=True)
-        if rows
-    )
-    own_guests = [guest for guest in placement.guests_RS[rank] if guest is not None]
-    return LentPass(placement, trained_E, visited, own_guests)
 
 
 def detached(known: KnownExperts) -> KnownExperts:
