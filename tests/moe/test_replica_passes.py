@@ -104,8 +104,6 @@ def with_other_rows_than_foretold(layer: ExpertParallel, case: LayerCase) -> Lay
     """Two windows of one micro-batch; in the second other experts are hot, which nothing foretold."""
     layer.dispatcher.follow(windows := Windows())
     let_rows_count_alone(layer)
-    with torch.no_grad():
-        layer.gate.wg.weight[0, 1] += 2.0
     placements = []
     for windows.number in range(2):
         if case.config.replicas and windows.number:
@@ -113,6 +111,8 @@ def with_other_rows_than_foretold(layer: ExpertParallel, case: LayerCase) -> Lay
             placements.append(replicas_of(layer).placement)
         x, dy = shard(case)
         if windows.number:
+            with torch.no_grad():
+                layer.gate.wg.weight[0, 1] += 2.0
             x = (x.detach() + torch.eye(2, x.shape[1])[1] * 3.0).requires_grad_()
         y, l_aux, _ = layer(x)
         ((y * dy).sum() + l_aux).backward()
