@@ -37,7 +37,7 @@ def level(
             quotas[expert] = after
             is_changed = is_changed or after != before
         before_top, top = top, max(load_R)
-        is_slow = bool(parts) and sweep > 1 and before_top - top <= step
+        is_slow = step > 0 and sweep > 1 and before_top - top <= step
         if not is_changed or len(order) == 1 or top <= enough or is_slow:
             break
     return quotas
