@@ -43,7 +43,7 @@ def test_the_winner_at_each_ratio_is_named_with_its_lead_over_the_next() -> None
     slow = measured({"tp8_pp2": 40.0, "ep16": 90.0, "tp2_ep8": 135.0}, 2.0)
     assert rows_of([*slow, *fast]) == [
         ("0.30", "EP16 overlapped", "300 (297\u2013303)", "TP2/EP8", "1.25 (1.24\u20131.26)"),
-        ("2.00", "TP2/EP8", "135 (134\u2013136)", "EP16 overlapped", "1.50 (1.49\u20131.51)"),
+        ("2.00", "TP2/EP8", "135 (134\u2013136)", "EP16 overlapped", "1.50 (1.49\u20131.52)"),
     ]
 
 

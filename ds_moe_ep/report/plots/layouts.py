@@ -24,12 +24,13 @@ from ds_moe_ep.report.plots.style import (
 )
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+NEAR_ZERO = 0.5  # a throughput over the best one's below which the axis begins at 0
 CLOSE = 1.25  # between two ratios whose numbers would touch each other
 
 
 @dataclass(frozen=True)
 class LayoutLine:
-    """Tokens per second of one layout by ratio of traffic to compute, with their bars."""
+    """Throughput of one layout over that of the best one, by ratio of traffic to compute."""
 
     system: str
     points: Mapping[float, Quantity]
@@ -40,7 +41,7 @@ class LayoutPanel:
     """The layouts of one job in one place."""
 
     title: str
-    unit: str
+    label: str
     lines: Sequence[LayoutLine]
 
 
@@ -93,9 +94,11 @@ def _paint(axis: Axes, panel: LayoutPanel, styles: Mapping[str, tuple[str, str]]
             elinewidth=1.0,
             linewidth=1.4,
         )
-    for ratio in ratios:
-        best = max(line.points[ratio].value for line in panel.lines if ratio in line.points)
-        axis.plot([ratio], [best], marker="o", markersize=11, markerfacecolor="none", color=INK, linestyle="none")
+    lowest = min(quantity.low for line in panel.lines for quantity in line.points.values())
+    axis.set_ylim(0 if lowest < NEAR_ZERO else lowest - 0.03, 1.04)
+    axis.plot(
+        ratios, [1.0] * len(ratios), marker="o", markersize=11, markerfacecolor="none", color=INK, linestyle="none"
+    )
     _dress(axis, panel, ratios)
 
 
@@ -110,8 +113,7 @@ def _dress(axis: Axes, panel: LayoutPanel, ratios: Sequence[float]) -> None:
     plain_numbers(axis.xaxis)
     if len(ratios) == 1:  # a log axis has no width of its own
         axis.set_xlim(ratios[0] / 2, ratios[0] * 2)
-    axis.set_ylim(bottom=0)
     axis.set_title(panel.title)
     axis.set_xlabel("traffic over compute, where all ranks share the experts", color=FAINT)
-    axis.set_ylabel(panel.unit, color=FAINT)
+    axis.set_ylabel(panel.label, color=FAINT)
     value_axis(axis)

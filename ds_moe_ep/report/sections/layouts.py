@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ds_moe_ep.records.names import LAYOUTS, SYSTEMS, title_of
-from ds_moe_ep.records.quantity import NONE, TIMES, Quantity, convert, number
+from ds_moe_ep.records.quantity import NONE, Quantity, convert, number
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
@@ -14,7 +14,8 @@ from ds_moe_ep.report.known_names import environment_order, number_in, short_env
 from ds_moe_ep.report.page import PageSection, Picture, Prose, basis_of
 from ds_moe_ep.report.plots.layouts import LayoutLine, LayoutPanel, draw_layouts
 
-HEAD = ("traffic / compute", "best layout", "tokens/s", "next", f"best over next, {TIMES}")
+MEASURED = "measured, training"
+HEAD = ("traffic / compute", "best layout", "tokens/s", "next", "over next")
 EXPLAINED = (
     "The ratio says how slow the links between nodes are: the time of the experts' rows over the compute of a step, "
     "where all ranks share the experts (EP16) and nothing is hidden. It is one link for all layouts. Two layouts are "
@@ -25,16 +26,28 @@ EXPLAINED = (
 
 @dataclass(frozen=True)
 class RatioPoint:
-    """The layouts on links of one ratio: their tokens per second, and the best one's lead over the next."""
+    """The layouts on links of one ratio: their tokens per second, and those over the best one's."""
 
     tps: Mapping[str, Quantity]
-    lead: Quantity | None
+    over_best: Mapping[str, Quantity]
     used: tuple[Record, ...]
 
     @property
     def order(self) -> list[str]:
         """The systems, the fastest first."""
         return fastest_first(self.tps)
+
+    def shown(self, system: str) -> Quantity | None:
+        """Throughput of a system over the best one's; None where nothing tells."""
+        return Quantity.of(1.0, unit="ratio") if system == self.order[0] else self.over_best.get(system)
+
+    @property
+    def lead(self) -> Quantity | None:
+        """The best layout over the next one; None where nothing tells."""
+        behind = self.over_best.get(self.order[1])
+        if behind is None:
+            return None
+        return Quantity.of(1 / behind.value, 1 / behind.low, 1 / behind.high, unit="ratio")
 
     @property
     def winner(self) -> str:
@@ -49,7 +62,7 @@ Points = Mapping[float, RatioPoint]
 
 def layouts(findings: Findings) -> PageSection | None:
     """One picture, and a table for each place in which layouts of one job were run, or simulated."""
-    places = {"measured, training": measured(findings)}
+    places = {MEASURED: measured(findings)}
     names = {name.split(".")[1] for name in findings.by_name if name.startswith("layouts.")}
     places |= {short_environment(name): simulated(findings, name) for name in sorted(names, key=environment_order)}
     places = {title: points for title, points in places.items() if points}
@@ -59,8 +72,8 @@ def layouts(findings: Findings) -> PageSection | None:
     picture = Picture(
         "layouts",
         "Which layout is fastest on which link",
-        "Tokens per second of all ranks together, a ring around the best. Whiskers: quartiles where it was measured, "
-        "both ends of the cluster's ranges where it was simulated.",
+        "Throughput over that of the best layout on the same link, which has a ring. Whiskers: quartiles where it was "
+        "measured, both ends of the cluster's ranges where it was simulated.",
         draw_layouts([_panel(title, points) for title, points in places.items()]),
         basis_of(used),
     )
@@ -86,10 +99,15 @@ def measured(findings: Findings) -> Points:
         if ratio is None or len(of_place) < 2:
             continue
         tps = {system: convert(record, "tokens/s") for system, record in of_place.items()}
-        best, after = fastest_first(tps)[:2]
-        lead = findings.get("system", environment, "training", best, f"ratio_to_{after}")
-        used = (ratio, *of_place.values(), *([lead] if lead else []))
-        found[convert(ratio, "ratio").value] = RatioPoint(tps, convert(lead, "ratio") if lead else None, used)
+        best = fastest_first(tps)[0]
+        ratios = {
+            system: record
+            for system in tps
+            if (record := findings.get("system", environment, "training", system, f"ratio_to_{best}"))
+        }
+        over_best = {system: convert(record, "ratio") for system, record in ratios.items()}
+        used = (ratio, *of_place.values(), *ratios.values())
+        found[convert(ratio, "ratio").value] = RatioPoint(tps, over_best, used)
     return dict(sorted(found.items()))
 
 
@@ -99,18 +117,15 @@ def simulated(findings: Findings, environment: str) -> Points:
     for name, record in findings.below("layouts", environment).items():
         ratio, system, what = name.split(".")
         found.setdefault(number_in(ratio, "traffic") / 100, {}).setdefault(system, {})[what] = record
-    return {ratio: _simulated_point(its) for ratio, its in sorted(found.items())}
+    points = {ratio: _simulated_point(its) for ratio, its in sorted(found.items())}
+    return {ratio: point for ratio, point in points.items() if len(point.tps) > 1}
 
 
 def _simulated_point(its: Mapping[str, Mapping[str, Record]]) -> RatioPoint:
     tps = {system: convert(records["tps"], "tokens/s") for system, records in its.items() if "tps" in records}
-    after = its[order[1]].get("over_best") if len(order := fastest_first(tps)) > 1 else None
-    lead = None
-    if after is not None:
-        behind = convert(after, "ratio")
-        lead = Quantity.of(1 / behind.value, 1 / behind.low, 1 / behind.high, unit="ratio")
+    over_best = {system: convert(its[system]["over_best"], "ratio") for system in tps if "over_best" in its[system]}
     used = tuple(record for records in its.values() for record in records.values())
-    return RatioPoint(tps, lead, used)
+    return RatioPoint(tps, over_best, used)
 
 
 def _panel(title: str, points: Points) -> LayoutPanel:
@@ -119,19 +134,19 @@ def _panel(title: str, points: Points) -> LayoutPanel:
     shown |= dict.fromkeys(system for point in points.values() for system in point.tps if system in LAYOUTS)
     order = [*(system for system in SYSTEMS if system in shown), *(system for system in shown if system not in SYSTEMS)]
     lines = [
-        LayoutLine(system, {ratio: point.tps[system] for ratio, point in points.items() if system in point.tps})
+        LayoutLine(system, {ratio: over for ratio, point in points.items() if (over := point.shown(system))})
         for system in order
     ]
     emulated = all(record.emulated for point in points.values() for record in point.used)
-    return LayoutPanel(title, "tokens per second" + (" (emulated)" if emulated else ""), lines)
+    how = " (simulated)" if title != MEASURED else " (emulated)" if emulated else ""
+    return LayoutPanel(title, f"throughput over the best{how}", lines)
 
 
 def _table(title: str, points: Points) -> Table:
     rows = []
     for ratio, point in points.items():
-        best, *others = point.order
+        best, after = point.order[0], point.order[1]
         lead = NONE if point.lead is None else point.lead.text(2)
-        after = title_of(others[0]) if others else NONE
-        rows.append((number(ratio, 2), point.winner, point.tps[best].text(digits=3), after, lead))
+        rows.append((number(ratio, 2), point.winner, point.tps[best].text(digits=3), title_of(after), lead))
     used = [record for point in points.values() for record in point.used]
-    return Table(f"Best layout by link, {title}", HEAD, tuple(rows), basis_of(used))
+    return Table(f"Best layout by link, {title}", HEAD, tuple(rows), basis_of(used), text_columns=len(HEAD))
