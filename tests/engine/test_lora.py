@@ -9,7 +9,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 import ds_moe_ep
 from ds_moe_ep import MoE
 from tests.engine.lora_models import Adapted, adapt, run_adapted
-from tests.engine.small_model import Job, SmallModel, distance, make_layer, merged, reference_job
+from tests.engine.small_model import NUM_EXPERTS, Job, SmallModel, distance, make_layer, merged, reference_job
 from tests.ranks import run_ranks
 
 OURS = [
@@ -28,7 +28,7 @@ def test_adapters_on_experts_train_as_on_one_device_and_as_in_deepspeeds_layer()
         assert distance(trained, weights) < 2e-5, job
         assert torch.allclose(torch.tensor(runs[0].losses), torch.tensor(losses), atol=1e-5), job
         moved = [name for name in trained if "lora_" in name]
-        assert len(moved) == 2 * 8 * 4  # layers, experts, two Linears with A and B each
+        assert len(moved) == 2 * NUM_EXPERTS * 4  # layers, experts, two Linears with A and B each
         for run in runs:
             assert all(torch.equal(run.weights[name], value) for name, value in run.base_before.items()), job
             for name in ("merged", "unmerged", "merged for good"):

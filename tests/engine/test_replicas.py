@@ -128,7 +128,7 @@ def jobs_in_fp32() -> list[Job]:
         Job(stage=1, ep_size=4, accumulation=2, top_k=1, replicas=2),
         Job(stage=1, ep_size=2, accumulation=2, capacity_factor=1.0, interleaved=True, replicas=1),
         Job(stage=2, ep_size=4, accumulation=3, capacity_factor=0.75, recomputed=True, replicas=1),
-        Job(stage=2, ep_size=2, accumulation=2, top_k=4, interleaved=True, recomputed=True, replicas=1),
+        Job(stage=2, ep_size=2, accumulation=2, top_k=3, interleaved=True, recomputed=True, replicas=1),
     ]
 
 
@@ -150,8 +150,8 @@ def test_clipping_and_bf16_train_as_without_copies() -> None:
     jobs = [
         Job(stage=0, clipping=0.05, ep_size=2, replicas=1),
         Job(stage=2, clipping=0.05, ep_size=4, accumulation=2, replicas=1),
-        Job(stage=1, bf16=True, top_k=8, accumulation=2, replicas=1),
-        Job(stage=2, bf16=True, top_k=8, ep_size=2, replicas=1),
+        Job(stage=1, bf16=True, top_k=NUM_EXPERTS, accumulation=2, replicas=1),
+        Job(stage=2, bf16=True, top_k=NUM_EXPERTS, ep_size=2, replicas=1),
     ]
     found = outcomes([(each, False) for job in jobs for each in (job, replace(job, replicas=0))])
     for job, mine, plain in zip(jobs, found[::2], found[1::2], strict=True):
@@ -329,7 +329,9 @@ def overflowed_jobs(jobs: Sequence[Job]) -> list[tuple[list[tuple[bool, float, i
 
 def test_fp16_skips_a_step_that_overflows_and_goes_on_in_the_same_window_of_copies() -> None:
     """All experts are chosen, lest rounding turns a choice over. Bound: two roundings of a weight, 2^-11 each."""
-    jobs = [Job(stage=2, ep_size=2, top_k=8, accumulation=2, steps=3, replicas=replicas) for replicas in (1, 0)]
+    jobs = [
+        Job(stage=2, ep_size=2, top_k=NUM_EXPERTS, accumulation=2, steps=3, replicas=replicas) for replicas in (1, 0)
+    ]
     by_rank = run_ranks(4, overflowed_jobs, jobs, timeout_s=120)
     for (steps, _), (plain, _) in by_rank:
         assert [step[:2] for step in steps] == [step[:2] for step in plain]

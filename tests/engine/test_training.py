@@ -15,11 +15,13 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tests.engine.small_model import (
+    NUM_EXPERTS,
     Job,
     batches,
     distance,
@@ -50,14 +52,16 @@ def loss_distance(found: Outcome, expected: Outcome) -> float:
 IN_FP32 = [
     Job(stage=stage, ep_size=ep_size, accumulation=accumulation, top_k=top_k, capacity_factor=factor)
     for stage in (0, 1, 2)
-    for ep_size, accumulation, top_k, factor in ((4, 1, 2, None), (2, 2, 1, None), (2, 1, 2, 1.0), (1, 2, 4, None))
+    for ep_size, accumulation, top_k, factor in ((4, 1, 2, None), (2, 2, 1, None), (2, 1, 2, 1.0), (1, 2, 3, None))
 ]
 IN_FP32[4], IN_FP32[8] = replace(IN_FP32[4], two_level="copies"), replace(IN_FP32[8], two_level="sums")
+FEW_IN_FP32 = [*IN_FP32[0:4:2], *IN_FP32[4:6], IN_FP32[7], *IN_FP32[8:12:2]]  # each stage, and every setting
 IN_BF16 = [
-    Job(stage=stage, bf16=True, top_k=8, ep_size=ep_size, accumulation=accumulation)
+    Job(stage=stage, bf16=True, top_k=NUM_EXPERTS, ep_size=ep_size, accumulation=accumulation)
     for stage in (0, 1, 2)
     for ep_size, accumulation in ((4, 1), (2, 2))
 ]
+FEW_IN_BF16 = [IN_BF16[0], IN_BF16[3], IN_BF16[4]]
 CLIPPED = [Job(stage=stage, clipping=0.05, ep_size=2) for stage in (1, 2)]
 BIT_EQUAL = Job(stage=1, ep_size=2, steps=3, bit_equal=True)
 ALIKE = [replace(BIT_EQUAL, door="deepspeed"), *(replace(BIT_EQUAL, schedule=name) for name in ("serial", "chunks"))]
@@ -85,10 +89,11 @@ def reference(job: Job) -> Outcome:
     return reference_of(replace(job, stage=0, bf16=False, two_level="off"))
 
 
-def test_training_in_fp32_equals_single_process_training_and_deepspeeds_layer() -> None:
+@pytest.mark.parametrize("jobs", [FEW_IN_FP32, pytest.param(IN_FP32, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_training_in_fp32_equals_single_process_training_and_deepspeeds_layer(jobs: list[Job]) -> None:
     natives = [with_deepspeeds_layer(job) for job in IN_FP32[::5]]  # each stage, and all that its layer does
-    results = results_of([*IN_FP32, *natives])
-    for job in IN_FP32:
+    results = results_of([*jobs, *natives])
+    for job in jobs:
         ours, expected = results[job], reference(job)
         assert distance(ours[1], expected[1]) <= WEIGHTS, job
         assert loss_distance(ours, expected) <= LOSS, job
@@ -97,14 +102,15 @@ def test_training_in_fp32_equals_single_process_training_and_deepspeeds_layer() 
             assert loss_distance(ours, native) <= 2 * LOSS, job
 
 
-def test_training_in_bf16_is_as_close_to_float64_as_with_deepspeeds_layer() -> None:
+@pytest.mark.parametrize("jobs", [FEW_IN_BF16, pytest.param(IN_BF16, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_training_in_bf16_is_as_close_to_float64_as_with_deepspeeds_layer(jobs: list[Job]) -> None:
     """All experts are chosen: a choice that rounding turns over would be another training.
 
     ZeRO 1 and 2 keep fp32 master weights: a few bf16 roundings (2^-9 each) remain. Without ZeRO the weights themselves
     are bf16, small steps are lost in them, and DeepSpeed's own layer is the only measure.
     """
-    results = results_of([*IN_BF16, *map(with_deepspeeds_layer, IN_BF16)])
-    for job in IN_BF16:
+    results = results_of([*jobs, *map(with_deepspeeds_layer, jobs)])
+    for job in jobs:
         expected, native = reference(job), results[with_deepspeeds_layer(job)]
         off, theirs = distance(results[job][1], expected[1]), distance(native[1], expected[1])
         assert off <= 1.5 * theirs + 2**-9, job

@@ -21,6 +21,7 @@ from tests.examples.spoilt import losses_of, spoilt
 from tests.examples.training_scripts import EXAMPLES, launched
 from tests.ranks import run_ranks
 
+NUM_RANKS = 2
 STEPS = 4  # after which the meter of the Trainer's callback reports
 # Each step of AdamW moves by the last bits of its gradient. Losses are printed to 1e-6; seen: 1e-6 of 4 after 12 steps.
 BOUND = 4e-6
@@ -82,7 +83,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         runs[f"{name}, unhooked"] = (script, [*words, "--no-overlap", "--model", folder])
         runs[f"{name}, hooked"] = (script, [*words, *HOOKED, *more])
         runs[f"{name}, spoilt"] = (script, ["--steps", "2", *HOOKED, "--spoil"])
-    return run_ranks(4, forked, folder, runs, timeout_s=200)[0]
+    return run_ranks(NUM_RANKS, forked, folder, runs, timeout_s=200)[0]
 
 
 @pytest.mark.parametrize("name", ["trainer", "loop", "autoep"])
@@ -105,13 +106,13 @@ def test_the_trainer_saves_the_whole_model_as_a_folder_of_hugging_faces(printed:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # 35 s of processor time, most of it imports in 6 fresh processes
+@pytest.mark.timeout(600)  # 35 s of processor time, most of it imports in 4 fresh processes
 def test_the_trainer_under_the_launcher_trains_to_the_unhooked_losses_with_the_callback(
     printed: dict[str, str],
 ) -> None:
     unhooked = losses_of(printed["trainer, unhooked"])
     assert len(unhooked) == STEPS
-    by_launcher = launched("finetune_mixtral.py", "--steps", str(STEPS), *HOOKED, num_ranks=4, limit_s=400)
+    by_launcher = launched("finetune_mixtral.py", "--steps", str(STEPS), *HOOKED, num_ranks=NUM_RANKS, limit_s=400)
     assert losses_of(by_launcher) == pytest.approx(unhooked, rel=BOUND)
     for layer in range(2):
         assert f"model.layers.{layer}.mlp: AutoEPMoELayer, schedule 'peers'" in by_launcher

@@ -116,7 +116,7 @@ def run_script(name: str, text: str) -> tuple[str, str]:
     return printed.getvalue(), "done"
 
 
-@pytest.mark.parametrize("ranks", [1, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_cpu_twin_trains_with_the_script_and_the_loss_falls(ranks: int, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the rows of one peer go out while the experts compute those of another; " * 4000)

@@ -105,7 +105,7 @@ LAYOUTS = (
     Layout("own, one rank has all experts", OwnJob(num_experts=4, ep_size=1, steps=2, stage=1)),
     Layout("native", Job(**FEW, layer="native", accumulation=2)),
     Layout("native, ZeRO 2, capacity", Job(**FEW, layer="native", stage=2, bf16=True, capacity_factor=1.0)),
-    Layout("native, hooked, ZeRO 1", Job(layer="native", ep_size=4, stage=1, top_k=4, clipping=0.05), hooks=True),
+    Layout("native, hooked, ZeRO 1", Job(layer="native", ep_size=4, stage=1, top_k=3, clipping=0.05), hooks=True),
     Layout("AutoEP", AutoEPJob(ep_size=2, stage=1, accumulation=2)),
     Layout(
         "AutoEP, hooked",

@@ -31,7 +31,8 @@ from tests.parallel.training_runs import (
 from tests.ranks import run_ranks
 
 LOGITS = 2e-6
-RUN = Run(steps=2, num_micro_batches=2, stage=1, top_k=2, model={"expert": "swiglu", "shared_expert_width": 16})
+MODEL = {"num_layers": 2, "expert": "swiglu", "shared_expert_width": 16}
+RUN = Run(steps=2, num_micro_batches=2, stage=1, top_k=2, model=MODEL)
 TOKEN_IDS = torch.arange(4 * 8).view(4, 8) * 7 % 32
 
 
@@ -118,7 +119,7 @@ def test_experts_become_shares_and_stages_with_equal_logits_and_come_back_bit_fo
 
 
 def test_a_trained_pipeline_becomes_experts_and_pipelines_of_other_sizes(tmp_path: pathlib.Path) -> None:
-    run = replace(RUN, tp_size=2, pp_size=2)
+    run = replace(RUN, tp_size=2, pp_size=2, model={**MODEL, "num_layers": 4})
     trained = saved_by(with_pipeline, run, tmp_path / "trained")
     prepare(tmp_path / "trained", tmp_path / "experts", target_config(run, pipeline=False)).write()
     loaded = loaded_by(with_experts, run, tmp_path / "experts")
@@ -141,7 +142,7 @@ def swap(folder: pathlib.Path, first: str, second: str) -> None:
 
 def exchange_experts(folder: pathlib.Path) -> None:
     """Gives experts 0 and 3 of a layer each other's weights."""
-    (path,) = folder.glob("*/layer_03-model_00-model_states.pt")
+    (path,) = folder.glob("*/layer_02-model_00-model_states.pt")
     weights = torch.load(path, weights_only=True)
     keys = [f"layer.feed_forward.experts.deepspeed_experts.{expert}.down.weight" for expert in (0, 3)]
     weights[keys[0]], weights[keys[1]] = weights[keys[1]], weights[keys[0]]
@@ -154,7 +155,7 @@ def test_one_expert_or_one_slice_in_the_wrong_place_is_seen(tmp_path: pathlib.Pa
     config = target_config(RUN, pipeline=True)
     for name in ("slices", "experts"):
         prepare(tmp_path / "trained", tmp_path / name, config).write()
-    swap(tmp_path / "slices", "layer_02-model_00-model_states.pt", "layer_03-model_00-model_states.pt")
+    swap(tmp_path / "slices", "layer_01-model_00-model_states.pt", "layer_02-model_00-model_states.pt")
     exchange_experts(tmp_path / "experts")
     for name in ("slices", "experts"):
         wrong = loaded_by(with_pipeline, RUN, tmp_path / name)

@@ -20,7 +20,16 @@ from torch import Tensor
 from ds_moe_ep.engine import seams
 from tests.engine.hooks.hooked_layers import KNOBS, hooked, rank, run_hooked_and_plain, same_state, state_of, train_all
 from tests.engine.native_layers import native_layer, run_layer
-from tests.engine.small_model import Job, batches, distance, make_engine, merged, named_weights, train_steps
+from tests.engine.small_model import (
+    NUM_EXPERTS,
+    Job,
+    batches,
+    distance,
+    make_engine,
+    merged,
+    named_weights,
+    train_steps,
+)
 from tests.engine.test_native_parity import cases
 from tests.moe.layer_cases import LayerCase, errors, reference_results
 from tests.ranks import run_ranks
@@ -84,7 +93,7 @@ def jobs() -> list[Job]:
         replace(base, stage=0, ep_size=4, capacity_factor=1.0),
         replace(base, stage=1, ep_size=2, accumulation=2),
         replace(base, stage=2, ep_size=4, top_k=1),
-        replace(base, stage=2, ep_size=2, bf16=True, top_k=8),
+        replace(base, stage=2, ep_size=2, bf16=True, top_k=NUM_EXPERTS),
     ]
 
 
