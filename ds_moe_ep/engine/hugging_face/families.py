@@ -110,10 +110,20 @@ FAMILIES = {
     )
 }
 
+STACKED = {  # families whose files hold experts together
+    "gpt_oss": (
+        "its files hold a block's experts in one tensor, gate and up in turn, with biases; folders are read here with "
+        "a name per expert and projection; make the model with ds_moe_ep.MoE, ClampedSwiGLU experts and gate_bias, and "
+        "copy the weights (docs/adopt.md)"
+    )
+}
+
 
 def family_of(config: Any) -> Family:
-    """The family of a Hugging Face configuration. Raises ConfigError for one that is not in the table."""
+    """The family of a Hugging Face configuration. Raises ConfigError for one that has no row here."""
     model_type = str(getattr(config, "model_type", ""))
+    if model_type in STACKED:
+        raise ConfigError(f"config.model_type={model_type!r}: {STACKED[model_type]}")
     if model_type not in FAMILIES:
         raise ConfigError(
             f"config.model_type={model_type!r}: files of this family are not known here; "

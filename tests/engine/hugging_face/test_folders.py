@@ -191,6 +191,15 @@ def test_exports_that_cannot_be_made_are_refused_on_every_rank(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
 
 
+def test_a_family_whose_files_hold_experts_together_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    """Before a weight is read: the folder holds a configuration alone."""
+    from transformers import GptOssConfig
+
+    GptOssConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"'gpt_oss': its files hold a block's experts in one tensor.*ClampedSwiGLU"):
+        ds_moe_ep.from_pretrained(tmp_path)
+
+
 def test_folders_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "olmoe"
     make_model("olmoe").save_pretrained(folder)
