@@ -2,6 +2,8 @@
 
 Records of `bench systems --device emulated`, on the test bed whose host and links were fitted to other Records. Nothing
 is fitted here: each rank gets a device that computes what the emulated one did, the links the rate that was shaped.
+Without Records, `--traffic 0.3 0.6 1.2 --compute-s 6` foretells the run of such options, also with a host that costs
+nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_moe_ep.bench.systems.plan import EMULATED_MODEL, SystemsPlan
+from ds_moe_ep.bench.systems.plan import EMULATED_MODEL, SystemsPlan, link_mbit
 from ds_moe_ep.config.training import WHOLE, read_training
 from ds_moe_ep.records.names import SYSTEMS, environment_title
 from ds_moe_ep.records.quantity import Quantity, convert, number
 from ds_moe_ep.records.record import Record, read_records
 from ds_moe_ep.records.render import to_markdown
 from ds_moe_ep.records.table import Table, table
-from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, load_cluster
+from ds_moe_ep.simulate.cluster.cluster import Cluster, Device, Host, load_cluster
 from ds_moe_ep.simulate.job.choose import as_auto, with_knobs
 from ds_moe_ep.simulate.step.predict import on, simulate_step
 from ds_moe_ep.simulate.step.setup import Setup
@@ -31,13 +33,32 @@ FORETOLD = tuple(system for system in SYSTEMS if system not in ("native_ep16", "
 def main(words: Sequence[str] | None = None) -> int:
     """Prints a table per environment; 0."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("records", type=Path)
+    parser.add_argument("records", type=Path, nargs="?")
     parser.add_argument("--cluster", default="testbed_4x4")
+    parser.add_argument("--traffic", type=float, nargs="+", default=(0.3, 0.6, 1.2))
+    parser.add_argument("--compute-s", type=float, default=6.0)
     options = parser.parse_args(words)
+    if options.records is None:
+        print(to_markdown(alone(options.traffic, options.compute_s, load_cluster(options.cluster))))
+        return 0
     by_name = {record.name: record for record in read_records(options.records)}
     for environment in dict.fromkeys(name.split(".")[1] for name in by_name if name.endswith(".traffic.link")):
         print(to_markdown(beside(environment, by_name, load_cluster(options.cluster))), end="\n\n")
     return 0
+
+
+def alone(ratios: Sequence[float], compute_s: float, bed: Cluster) -> Table:
+    """Steps that are foretold of a run of the benchmark; behind each, with a host that costs nothing."""
+    plan = SystemsPlan(device="emulated", model=EMULATED_MODEL, num_sequences=128, step_compute_s=compute_s)
+    rows = []
+    for system in FORETOLD:
+        cells = []
+        for ratio in ratios:
+            beds = (bed, dataclasses.replace(bed, host=Host()))
+            both = (foretold_ms(system, each, compute_s, link_mbit(plan, ratio)) for each in beds)
+            cells.append(" / ".join(number(step_ms, 0) for step_ms in both))
+        rows.append((SYSTEMS[system], *cells))
+    return table("foretold steps, ms", ("system", *(f"traffic {ratio:g}" for ratio in ratios)), rows)
 
 
 def beside(environment: str, by_name: dict[str, Record], bed: Cluster) -> Table:
