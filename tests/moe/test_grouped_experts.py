@@ -34,8 +34,8 @@ KINDS = ("gelu", "gelu_bias", "swiglu", "swiglu_bias", "swiglu_odd")
 D, F, E = 16, 32, 6
 
 
-def grouped_cases() -> list[LayerCase]:
-    """Every two of kind, schedule and routing, with experts that get all rows, one or none."""
+def grouped_cases(are_all: bool = False) -> list[LayerCase]:
+    """All combinations, or every two of kind, schedule and routing, with experts that get all rows, one or none."""
     knobs = {"grouped_products": "on", "ep_size": 4, "num_experts": 12, "top_k": 2, "node_size": 2}
     cases = [
         LayerCase(name=f"{kind}, {schedule}, {dtype}, capacity={factor}", expert=kind, dtype=dtype, rows=(20,) * 4,
@@ -43,7 +43,7 @@ def grouped_cases() -> list[LayerCase]:
         for i, kind in enumerate(KINDS)
         for j, schedule in enumerate(("serial", "peers", "chunks"))
         for k, (factor, dtype) in enumerate(((None, torch.float32), (1.0, torch.float32), (None, torch.bfloat16)))
-        if (i + j + k) % 3 == 0
+        if are_all or (i + j + k) % 3 == 0
     ]  # fmt: skip
     uneven = config(**knobs, row_cuts=3, depth=1)
     for kind in ("gelu", "swiglu_bias"):
@@ -54,8 +54,9 @@ def grouped_cases() -> list[LayerCase]:
     return cases
 
 
-def test_grouped_products_equal_the_reference_on_four_ranks() -> None:
-    assert compare(grouped_cases()) == {}
+@pytest.mark.parametrize("are_all", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_grouped_products_equal_the_reference_on_four_ranks(are_all: bool) -> None:
+    assert compare(grouped_cases(are_all)) == {}
 
 
 @pytest.mark.parametrize("tamper", TAMPERS[:1])

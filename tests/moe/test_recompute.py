@@ -24,17 +24,19 @@ from tests.moe.layer_runs import Links, build_layer, config, forward_backward, g
 from tests.moe.test_schedules import differences
 from tests.ranks import run_ranks
 
-CAPACITY = {"capacity_factor": 1.0, "transport": "collective"}
-CASES = [
-    LayerCase(
+ALL = {
+    (kind, name): LayerCase(
         name=f"recompute {kind} {knobs}",
         config=config(ep_size=4, top_k=2, row_cuts=2, bit_equal=True, **knobs),
-        rows=(18, 18, 18, 18) if "capacity_factor" in knobs else (18, 5, 0, 27),
+        rows=(18, 18, 18, 18) if name == "capacity" else (18, 5, 0, 27),
         expert=kind,
         shared=kind != "module",
     )
-    for kind, knobs in (("gelu", CAPACITY), ("swiglu_bias", {}), ("module", {}), ("module", CAPACITY))
-]
+    for kind in ("gelu", "swiglu_bias", "module")
+    for name, knobs in {"dropless": {}, "capacity": {"capacity_factor": 1.0, "transport": "collective"}}.items()
+}
+REST = [ALL["gelu", "dropless"], ALL["swiglu_bias", "capacity"]]
+CASES = [case for case in ALL.values() if case not in REST]
 
 
 def connected(case: LayerCase, data: CaseData, links: Links) -> ExpertParallel:
@@ -249,6 +251,17 @@ def hooks_fire_once(case: LayerCase, links: Links) -> list[str]:
 
 def test_each_parameters_gradient_hook_fires_once_even_without_rows() -> None:
     assert run_ranks(4, for_each_case, hooks_fire_once, timeout_s=60) == [[]] * 4
+
+
+def for_the_rest() -> list[str]:
+    links = Links()
+    runs = (checkpointed, without_gradients, accumulated, layers_in_flight, partly_frozen, backward_twice)
+    return [f"{case.name}: {wrong}" for case in REST for run in runs if (wrong := run(case, links))]
+
+
+@pytest.mark.slow
+def test_the_other_pairs_of_experts_and_routing_do_all_of_this() -> None:
+    assert run_ranks(4, for_the_rest, timeout_s=240) == [[]] * 4
 
 
 def live_bytes() -> int:

@@ -168,13 +168,14 @@ def compare_delayed(cases: Sequence[LayerCase], seeds: Sequence[int]) -> list[st
     return wrong
 
 
-def test_random_delays_of_every_peer_change_no_bit() -> None:
-    """Half of all combinations, in which every two values of two knobs meet."""
+@pytest.mark.parametrize("are_all", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_random_delays_of_every_peer_change_no_bit(are_all: bool) -> None:
+    """All, or half of all combinations, in which every two values of two knobs meet."""
     combinations = itertools.product(range(3), ("chunks", "peers"), ("auto", "pairwise", "collective"), (1, 3))
     cases = [
         base_cases()[base].with_config(schedule=schedule, transport=transport, row_cuts=2, depth=depth)
         for base, schedule, transport, depth in combinations
-        if (base + (schedule == "peers") + (depth == 3)) % 2
+        if are_all or (base + (schedule == "peers") + (depth == 3)) % 2
     ]
     assert run_ranks(4, compare_delayed, cases, (1, 2), timeout_s=240) == [[]] * 4
 
@@ -186,9 +187,10 @@ EDGE_VARIANTS = [
 ]
 
 
-def test_edge_routing_equals_serial_bit_for_bit() -> None:
-    """Each case with two of the three variants in turn."""
-    cases = [(case, [EDGE_VARIANTS[i % 3], EDGE_VARIANTS[(i + 1) % 3]]) for i, case in enumerate(edge_cases())]
+@pytest.mark.parametrize("num_variants", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_edge_routing_equals_serial_bit_for_bit(num_variants: int) -> None:
+    """Each case with two of the three variants in turn, or with all of them."""
+    cases = [(case, [EDGE_VARIANTS[(i + j) % 3] for j in range(num_variants)]) for i, case in enumerate(edge_cases())]
     assert run_ranks(4, compare_with_serial, cases, timeout_s=240) == [[]] * 4
 
 
