@@ -22,7 +22,7 @@ from torch import Tensor
 from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.checkpoint.finish import wait_for_saves
 from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE
-from ds_moe_ep.engine.state.optimizer_view import loss_scale
+from ds_moe_ep.engine.state.optimizer_view import loss_scale, own_partition
 from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.verification.judge_optimizer import digest, named_states, named_tensors
 from ds_moe_ep.verification.steps import LastBatch
@@ -46,7 +46,8 @@ class CheckpointJudge:
             self._engine.save_checkpoint(str(root), tag=TAG)
             wait_for_saves(self._engine)
             dist.barrier()
-            yield from self._files(root / TAG)
+            if not self._engine.zero_optimization_partition_weights():  # else files hold ranks' partitions
+                yield from self._files(root / TAG)
             self._spoil()
             self._engine.load_checkpoint(str(root), tag=TAG)
             yield from self._differences(before, self._digests())
@@ -72,7 +73,9 @@ class CheckpointJudge:
         """Changes weights, masters and saved buffers: what is not loaded shows."""
         inner = step_seams.torch_optimizer(self._engine)
         masters = [] if inner is None else [each for group in inner.param_groups for each in group["params"]]
-        for tensor in {id(each): each for each in (*self._engine.module.parameters(), *masters)}.values():
+        weights = list(self._engine.module.parameters())
+        partitions = [each for weight in weights if (each := own_partition(weight)) is not None]
+        for tensor in {id(each): each for each in (*weights, *partitions, *masters)}.values():
             tensor.data.mul_(-0.5)
         for name, buffer in self._engine.module.named_buffers():
             if _is_saved(self._engine.module, name) and buffer.dtype is not torch.bool:

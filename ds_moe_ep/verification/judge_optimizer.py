@@ -18,6 +18,7 @@ from ds_moe_ep.engine.state.optimizer_view import (
     loss_scale,
     optimizer_groups,
     own_master,
+    own_partition,
     sum_over_world,
 )
 from ds_moe_ep.engine.views.layers import ViewedLayer
@@ -197,7 +198,14 @@ def digest(tensor: Tensor) -> str:
 
 
 def named_tensors(engine: Any, layers: Sequence[ViewedLayer]) -> dict[str, Tensor]:
-    """All parameters of this rank's model, experts one by one under names that are the same on every rank."""
+    """All parameters of this rank's model, experts one by one under names that are the same on every rank.
+
+    Under ZeRO-3 this rank's partitions, which no other rank has.
+    """
+    partitions = {name: own_partition(each) for name, each in engine.module.named_parameters()}
+    if any(each is not None for each in partitions.values()):
+        rank = dist.get_rank()
+        return {f"{name} of rank {rank}": each.detach() for name, each in partitions.items() if each is not None}
     experts = {id(each) for layer in layers for each in layer.stored_parameters().values()}
     dense = ((name, each) for name, each in engine.module.named_parameters() if id(each) not in experts)
     found = {copy_name(name, each): each.detach() for name, each in dense}

@@ -12,7 +12,7 @@ Each part ends with an exchange in which every rank says whether it failed, so t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from ds_moe_ep.engine.explain_errors import Supervision
 from ds_moe_ep.engine.extensions.engine_extensions import EngineExtensions
 from ds_moe_ep.engine.layouts.expert_files import ExpertFiles, problem_of_files
 from ds_moe_ep.engine.state.engine_state import EngineState, untold
-from ds_moe_ep.engine.state.optimizer_view import AppliedNorm, own_square, sum_over_world
+from ds_moe_ep.engine.state.optimizer_view import AppliedNorm, own_square, sum_over_world, whole_weights
 from ds_moe_ep.engine.views.layers import ViewedLayer, viewed_layers
 from ds_moe_ep.engine.views.observe import Observation, ObservedPass
 from ds_moe_ep.errors import EngineError
@@ -57,6 +57,8 @@ TOLD = {
     "replicas": "copies of one expert, and of all else, are equal on all ranks",
     "checkpoint": "saved, read by expert and loaded: equal outputs, weights and optimizer states",
 }
+NO_COPIES = "ZeRO-3 has each number on one rank: there are no copies that could differ"
+TOLD_OF_PARTITIONS = "saved and loaded: equal outputs, partitions of weights, and optimizer states"
 
 
 def verify(
@@ -118,6 +120,8 @@ class Verification:
         self._observation = Observation(self._layers)
         self._found: list[TrainingVerdict] = []
         self._told = dict(TOLD)
+        if engine.zero_optimization_partition_weights():
+            self._told |= {"replicas": NO_COPIES, "checkpoint": TOLD_OF_PARTITIONS}
         self._scopes = ExitStack()
         self._num_steps, self._num_skipped = 0, 0
         self._has_compared = False  # a layer with the dense model
@@ -139,7 +143,8 @@ class Verification:
         self._scopes.enter_context(self._batch.watching())
         self._part("groups", lambda: judge_optimizer.groups(engine, self._layers))
         self._part("movement", lambda: judge_optimizer.frozen(self._layers))
-        self._part("routing", lambda: source_problems(engine.module, self._layers, self._source))
+        with self._whole_layers():
+            self._part("routing", lambda: source_problems(engine.module, self._layers, self._source))
         return self
 
     @contextmanager
@@ -213,10 +218,11 @@ class Verification:
             self._num_skipped += 1
             return result
         outcomes: dict[str, ExpertsOutcome] = {}
-        self._part("routing", lambda: self._local(passes, PassJudge.routing))
-        self._part("balance", lambda: self._local(passes, PassJudge.balance))
-        self._part("balance", lambda: balance_weights(engine, self._layers, passes, self._told))
-        self._part("gradients", lambda: self._gradients(passes, outcomes))
+        with self._whole_layers():
+            self._part("routing", lambda: self._local(passes, PassJudge.routing))
+            self._part("balance", lambda: self._local(passes, PassJudge.balance))
+            self._part("balance", lambda: balance_weights(engine, self._layers, passes, self._told))
+            self._part("gradients", lambda: self._gradients(passes, outcomes))
         square = own_square(engine)
         movement, bias = Movement(engine, self._layers), BiasMovement(engine, self._layers, passes)
         applied = AppliedNorm(engine)
@@ -232,6 +238,9 @@ class Verification:
         self._part("loss scale", lambda: judge_optimizer.scales(engine))
         self._part("replicas", lambda: judge_optimizer.replicas(engine, self._layers))
         return result
+
+    def _whole_layers(self) -> AbstractContextManager[None]:
+        return whole_weights(each for layer in self._layers for each in layer.layer.parameters())
 
     def _local(
         self, passes: Mapping[str, Sequence[ObservedPass]], judge: Callable[[PassJudge], Iterator[TrainingVerdict]]
@@ -291,8 +300,8 @@ def _problem_of(engine: Any) -> EngineError | None:
     reason = ""
     if engine.optimizer is None:
         reason = "engine has no optimizer: verification takes steps; pass the engine that trains"
-    elif engine.zero_optimization_partition_weights():
-        reason = "zero_optimization.stage=3: no rank has a whole weight; verify a run of stage 1 or 2"
+    elif engine.zero_offload_param() is not None and engine.zero_offload_param().device != "none":
+        reason = "zero_optimization.offload_param: weights elsewhere cannot be put back; verify with them in memory"
     elif engine.zero_offload_optimizer() is not None and engine.zero_offload_optimizer().device not in IN_MEMORY:
         reason = "zero_optimization.offload_optimizer: states on a disk cannot be put back; take device=cpu"
     elif seams.has_mesh() and seams.sequence_parallel_size() > 1:

@@ -43,6 +43,21 @@ class OwnJob(Job):
         return config
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartitionedJob(AutoEPJob):
+    """A job under ZeRO-3, whose partitions are small parameters' too up to a size."""
+
+    stage: int = 3
+    ep_size: int = 2
+    persistent: int = 0  # numbers of a parameter that every rank keeps whole besides
+
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        config = super().ds_config
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = self.persistent
+        return config
+
+
 @dataclass(frozen=True)
 class Layout:
     """One engine and its micro-batches: a job, and whether DeepSpeed's layers get the package's hooks."""
@@ -114,4 +129,16 @@ LAYOUTS = (
     ),
     Layout("AutoEP, hooked, bf16", AutoEPJob(stage=1, ep_size=2, bf16=True, score_apply="pre"), hooks=True),
 )
-OF_EACH_MAKER = [AUX, *(layout for layout in LAYOUTS if layout.name in ("native", "AutoEP, hooked"))]
+OFFLOAD = next(layout for layout in LAYOUTS if layout.name == "own, ZeRO 2, offload")
+ZERO_3 = Layout(
+    "AutoEP, hooked, ZeRO 3", PartitionedJob(preset="qwen3_moe", router_logits=True, clipping=0.05), hooks=True
+)
+MORE_ZERO_3 = (
+    Layout(
+        "AutoEP, hooked, ZeRO 3, bf16",
+        PartitionedJob(accumulation=2, bf16=True, persistent=10000),
+        hooks=True,
+    ),
+    Layout("AutoEP, ZeRO 3", PartitionedJob()),
+)
+OF_EACH_MAKER = [AUX, next(layout for layout in LAYOUTS if layout.name == "native"), ZERO_3]

@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
+from ds_moe_ep.engine.state.optimizer_view import own_master
+from ds_moe_ep.engine.views.layers import viewed_layers
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from tests.engine.layouts.tensor_runs import planted
+from tests.verification.engines import OFFLOAD, ZERO_3
 from tests.verification.layouts import SEQUENCE, STAGES, TENSOR
 from tests.verification.mutants import (
     MORE_MUTANTS,
@@ -22,6 +26,7 @@ from tests.verification.mutants import (
     expert,
     first_layer,
     frozen,
+    on_the_wire,
     own_norm,
     uneven_weight,
 )
@@ -106,6 +111,34 @@ def late_expert(engine: Any) -> Iterator[None]:
     handle.remove()
 
 
+@contextmanager
+def stale_master(engine: Any) -> Iterator[None]:
+    """Nothing of what the optimizer does to a weight of the first layer's experts stays."""
+    parameter = _first_expert_weight(engine)
+    take_step = engine.optimizer.step
+
+    def step_and_undo(*args: Any, **kwargs: Any) -> Any:
+        values = own_master(engine, parameter).values
+        before = values.clone()
+        result = take_step(*args, **kwargs)
+        values.copy_(before)
+        return result
+
+    with patch.object(engine.optimizer, "step", step_and_undo):
+        yield
+
+
+@contextmanager
+def doubled_weight(engine: Any) -> Iterator[None]:
+    handle = _first_expert_weight(engine).register_hook(lambda gradient: 2 * gradient)
+    yield
+    handle.remove()
+
+
+def _first_expert_weight(engine: Any) -> torch.nn.Parameter:
+    return next(iter(viewed_layers(engine.module)[0].stored_parameters().values()))
+
+
 OF_SEQUENCES = (
     Mutant("divided by the world", SEQUENCE, divided_by_the_world, "gradients", "0.5 times as large", LAYER),
     Mutant("reduced with others", SEQUENCE, reduced_with_others, "replicas", "differs from the copy", LAYER),
@@ -151,6 +184,16 @@ OF_STAGES = (
     Mutant("gates apart", STAGES, gates_apart, "replicas", "differs from the copy on rank 2", LAST_STAGE, 3),
     Mutant("doubled", STAGES, doubled, "gradients", "2 times as large", "1.moe expert 1"),
 )
+OF_OFFLOAD = (
+    Mutant("doubled", OFFLOAD, doubled, "gradients", "2 times as large", f"{LAYER} expert 1 fc1.weight"),
+    Mutant("stale", OFFLOAD, stale_master, "movement", "no step moved it", f"{LAYER} expert"),
+    Mutant("uneven weight", OFFLOAD, uneven_weight, "balance", "has a weight of 0.1 in a micro-batch", LAYER, 1),
+)
+OF_ZERO_3 = (
+    Mutant("doubled", ZERO_3, doubled_weight, "gradients", "2 times as large", "model.layers.0.mlp expert"),
+    Mutant("stale", ZERO_3, stale_master, "movement", "no step moved it", "model.layers.0.mlp expert"),
+    Mutant("wire", ZERO_3, on_the_wire, "gradients", "output is not the dense model's", "model.layers.0.mlp", 1),
+)
 LAYOUT_MUTANTS = (*OF_SEQUENCES, *OF_TENSOR_RANKS, *OF_STAGES)
 
 BY_NAME = {mutant.name: mutant for mutant in (*MUTANTS, *MORE_MUTANTS)}
@@ -163,5 +206,6 @@ TOGETHER: tuple[tuple[Mutant, ...], ...] = (
     (BY_NAME["drifting scale"],),
     tuple(each for each in OF_SEQUENCES if each.name in ("divided by the world", "frozen", "uneven weight")),
     tuple(each for each in OF_TENSOR_RANKS if each.name in ("tokens twice", "without marks")),
+    tuple(each for each in OF_ZERO_3 if each.name in ("doubled", "stale")),
     tuple(each for each in OF_STAGES if each.name in ("late expert", "frozen", "own norm")),
 )

@@ -25,8 +25,8 @@ from ds_moe_ep.verification.options import VerifyOptions
 from ds_moe_ep.verification.verdicts import EngineReport, TrainingVerdict
 from tests.ranks import run_ranks
 from tests.verification.converted import sourced
-from tests.verification.engines import BIAS, LAYOUTS, OF_EACH_MAKER, Layout, OwnJob
-from tests.verification.layout_mutants import LAYOUT_MUTANTS, TOGETHER
+from tests.verification.engines import BIAS, LAYOUTS, MORE_ZERO_3, OF_EACH_MAKER, ZERO_3, Layout, OwnJob
+from tests.verification.layout_mutants import LAYOUT_MUTANTS, OF_OFFLOAD, OF_ZERO_3, TOGETHER
 from tests.verification.layouts import MORE_OF_LAYOUTS, OF_EACH_LAYOUT
 from tests.verification.mutants import MORE_MUTANTS, MUTANTS, Mutant
 from tests.verification.shadowed import SHADOWED, all_sound, shadowed
@@ -267,8 +267,23 @@ def test_a_sound_engine_of_each_layout_has_no_finding_and_is_what_it_was() -> No
                 check_sound(layout, found)
 
 
+SINGLE_FAULTS: dict[str, Sequence[Mutant]] = {
+    "plain": [*MUTANTS, *MORE_MUTANTS],
+    "layouts": LAYOUT_MUTANTS,
+    "offload": OF_OFFLOAD,
+    "ZeRO 3": OF_ZERO_3,
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mutants", [[*MUTANTS, *MORE_MUTANTS], LAYOUT_MUTANTS], ids=["plain", "layouts"])
+@pytest.mark.parametrize("layout", [ZERO_3, *MORE_ZERO_3], ids=lambda layout: layout.name)
+def test_a_sound_engine_under_zero_3_has_no_finding_and_is_what_it_was(layout: Layout) -> None:
+    for theirs in run_ranks(4, examined, [layout], timeout_s=200):
+        check_sound(layout, theirs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutants", SINGLE_FAULTS.values(), ids=SINGLE_FAULTS)
 def test_each_fault_alone_is_named(mutants: Sequence[Mutant]) -> None:
     by_layout = sorted(mutants, key=lambda mutant: mutant.layout.name)
     assert unnamed(by_layout, run_ranks(4, judged, by_layout, timeout_s=400)[0]) == []

@@ -22,6 +22,7 @@ from torch import Tensor
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.extensions.callback import EngineCallback
 from ds_moe_ep.engine.shadow.blocking_pass import BlockingPass, blocking_pass
+from ds_moe_ep.engine.state.optimizer_view import whole_weights
 from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.engine.views.moved import ROUNDINGS, ExactAndMoved
 from ds_moe_ep.engine.views.observe import Observation, ObservedPass
@@ -146,7 +147,9 @@ class _Check:
         passes = self._observation.take()[self._layer.name]
         if len(passes) != 1 or self._layer.problem_of_oracle():
             return []  # a layer that ran more than once: whose gradient is whose cannot be told
-        seen, asked = passes[0], blocking_pass(self._layer, passes[0])
+        seen = passes[0]
+        with whole_weights(self._layer.layer.parameters()):
+            asked = blocking_pass(self._layer, seen)
         differences = [each for each in self._compared(seen, asked) if _is_beyond(*each[1:])]
         return [self._finding(step, seen, *each) for each in differences]
 

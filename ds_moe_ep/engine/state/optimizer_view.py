@@ -7,11 +7,13 @@ is communicated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,8 +22,10 @@ from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.layouts.reductions import num_counts
 
 MODEL_GROUPS = ("bit16_groups", "fp16_groups", "bf16_groups")  # of a wrapper: the model's parameters, group by group
+SUB_GROUPS = "sub_group_to_group_id"  # of ZeRO-3: the group of each of its parts
 MASTERS, FLAT_MASTERS = "fp32_groups", "fp32_groups_flat"  # of a wrapper without partitions
 MAPPING = "_hp_mapping"  # of a parameter: this rank's span of it in a partition, or None
+PARTITION = "ds_tensor"  # of a parameter under ZeRO-3: this rank's span of it
 ACCUMULATED = "_hp_grad"  # of a parameter, beside .grad: the gradient that the optimizer takes
 
 
@@ -47,6 +51,37 @@ class OwnSpan:
         return OwnSpan(max(first - start, 0), self.values[max(first - self.start, 0) : max(last - self.start, 0)])
 
 
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, also where ZeRO-3 has it in partitions."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def whole_weights(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A scope in which parameters that ZeRO-3 has in partitions are whole on every rank, to be read.
+
+    Collective over the ranks that have them.
+    """
+    with ExitStack() as scopes:
+        for parameter in parameters:
+            if hasattr(parameter, PARTITION):  # one by one: experts' groups are others
+                scopes.enter_context(deepspeed.zero.GatheredParameters([parameter]))
+        yield
+
+
+def own_partition(parameter: nn.Parameter) -> Tensor | None:
+    """This rank's partition of a weight under ZeRO-3; None where the parameter is whole. Local."""
+    found: Tensor | None = getattr(parameter, PARTITION, None)
+    return found
+
+
+def _in_parameter(parameter: nn.Parameter, padded: Tensor) -> OwnSpan:
+    """The span of a parameter that this rank's partition of ZeRO-3 holds, without its padding."""
+    rank = dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    start, num_values = rank * padded.numel(), math.prod(whole_shape(parameter))
+    return OwnSpan(min(start, num_values), padded.detach().flatten()[: max(num_values - start, 0)])
+
+
 def optimizer_groups(engine: Any) -> list[OptimizerGroup]:
     """The groups of the engine's optimizer with the model's own parameters in them. Local."""
     inner, made = step_seams.torch_optimizer(engine), _model_groups(engine.optimizer)
@@ -65,6 +100,8 @@ def own_gradient(parameter: nn.Parameter) -> OwnSpan:
 
     Between the backward pass and the step of a batch's last micro-batch. It still has the loss scale. Local.
     """
+    if hasattr(parameter, PARTITION):
+        return _in_parameter(parameter, parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter))  # type: ignore[attr-defined]
     if getattr(parameter, ACCUMULATED, None) is None and parameter.grad is not None:
         return OwnSpan(0, parameter.grad.detach().flatten())
     if not hasattr(parameter, MAPPING):
@@ -81,6 +118,8 @@ def own_gradient(parameter: nn.Parameter) -> OwnSpan:
 
 def own_master(engine: Any, parameter: nn.Parameter) -> OwnSpan:
     """This rank's span of the weight that the optimizer steps: the fp32 copy, where it keeps one. Local."""
+    if hasattr(parameter, PARTITION):
+        return _in_parameter(parameter, parameter._z3_optimizer.get_local_fp32_param(parameter))  # type: ignore[attr-defined]
     if hasattr(parameter, MAPPING):
         mapping = getattr(parameter, MAPPING)
         if mapping is None:
@@ -91,6 +130,11 @@ def own_master(engine: Any, parameter: nn.Parameter) -> OwnSpan:
 
 
 def _model_groups(optimizer: Any) -> list[list[nn.Parameter]]:
+    if hasattr(optimizer, SUB_GROUPS):  # ZeRO-3 cuts groups into parts that it steps one by one
+        made: dict[int, list[nn.Parameter]] = {}
+        for part, parameters in enumerate(optimizer.fp16_groups):
+            made.setdefault(getattr(optimizer, SUB_GROUPS)[part], []).extend(parameters)
+        return [made.get(group, []) for group in range(len(optimizer.optimizer.param_groups))]
     return next((found for name in MODEL_GROUPS if (found := getattr(optimizer, name, None))), [])
 
 

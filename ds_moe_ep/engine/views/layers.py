@@ -5,6 +5,7 @@ The package's layers, DeepSpeed's own and AutoEP's, with the package's hooks or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooks.native import routing_of
 from ds_moe_ep.engine.layouts.tensor import whole_tokens
 from ds_moe_ep.engine.state.autoep_math import autoep_expert
-from ds_moe_ep.engine.state.optimizer_view import OwnSpan
+from ds_moe_ep.engine.state.optimizer_view import OwnSpan, whole_shape
 from ds_moe_ep.moe.match_expert import is_plain
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 
@@ -39,7 +40,8 @@ class StoredTensor:
     @property
     def num_values(self) -> int:
         """Numbers in it."""
-        return self.of(self.parameter).numel()
+        shape = whole_shape(self.parameter)
+        return math.prod(shape if self.index is None else shape[1:])
 
     def in_span(self, span: OwnSpan) -> OwnSpan:
         """The part of a span of the parameter that is this tensor's."""
