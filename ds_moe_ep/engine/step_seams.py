@@ -23,6 +23,7 @@ GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grads_in_partition", "fp
 PARAMETER_GRADIENT = "grad_accum"  # of a parameter, beside .grad: ZeRO-1's sum in another type
 BUCKETS = "ipg_buckets"  # of ZeRO, by type: gradients are copied into .buffer, .elements of them by now, and reduced
 GRAD_SCALER = "torch_autocast_z0_gradscaler"  # of an engine: torch's, without ZeRO
+PARTITIONS = "fp32_partitioned_groups_flat"  # of ZeRO-3: what it steps
 BATCHES = ("training_dataloader", "data_iterator")  # of an engine: the caller's data
 
 
@@ -96,6 +97,15 @@ def torch_optimizer(engine: Any) -> torch.optim.Optimizer | None:
     while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = getattr(optimizer, UNDER_WRAPPER, None)
     return optimizer
+
+
+def stepped_tensors(engine: Any) -> list[list[Tensor]]:
+    """The tensors that the torch optimizer steps, by group; ZeRO-3 hands over one of its partitions after the other."""
+    partitions = getattr(engine.optimizer, PARTITIONS, None)
+    if partitions is not None:
+        return [[each] for each in partitions]
+    inner = torch_optimizer(engine)
+    return [list(group["params"]) for group in inner.param_groups] if inner is not None else []
 
 
 def is_own_optimizer(engine: Any) -> bool:

@@ -72,7 +72,7 @@ class CheckpointJudge:
     def _spoil(self) -> None:
         """Changes weights, masters and saved buffers: what is not loaded shows."""
         inner = step_seams.torch_optimizer(self._engine)
-        masters = [] if inner is None else [each for group in inner.param_groups for each in group["params"]]
+        masters = [each for group in step_seams.stepped_tensors(self._engine) for each in group]
         weights = list(self._engine.module.parameters())
         partitions = [each for weight in weights if (each := own_partition(weight)) is not None]
         for tensor in {id(each): each for each in (*weights, *partitions, *masters)}.values():
@@ -145,8 +145,8 @@ def _is_saved(module: torch.nn.Module, name: str) -> bool:
 def _flat_states(engine: Any) -> dict[str, str]:
     """Digests of the tensors that the torch optimizer steps, and of what it remembers of them."""
     inner, found = step_seams.torch_optimizer(engine), dict[str, str]()
-    for index, group in enumerate(inner.param_groups if inner is not None else []):
-        for place, parameter in enumerate(group["params"]):
+    for index, group in enumerate(step_seams.stepped_tensors(engine)):
+        for place, parameter in enumerate(group):
             found[f"{index}, tensor {place}"] = digest(parameter)
             for key, value in inner.state.get(parameter, {}).items() if inner is not None else ():
                 if isinstance(value, Tensor):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep import GeluMLP, MoE, MoEConfig
+from ds_moe_ep.engine import step_seams
 from ds_moe_ep.engine.views.layers import viewed_layers
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.quantity import number
@@ -43,11 +44,14 @@ def copied(value: Any) -> Any:
 
 def whole_state(engine: Any) -> dict[str, Any]:
     """All that training goes on from."""
+    inner = step_seams.torch_optimizer(engine)
     return {
         "model": copied(dict(engine.module.state_dict())),
         "buffers": {name: each.clone() for name, each in engine.module.named_buffers()},
         "optimizer": copied(engine.optimizer.state_dict()),
-        "inner": copied(getattr(engine.optimizer, "optimizer", engine.optimizer).state_dict()),
+        "masters": copied(step_seams.stepped_tensors(engine)),
+        "states": copied(list(inner.state.values())),
+        "options": [{name: each for name, each in group.items() if name != "params"} for group in inner.param_groups],
         "counters": (engine.global_steps, engine.micro_steps, engine.global_samples, engine.skipped_steps),
         "random": (torch.get_rng_state(), str(numpy.random.get_state()), random.getstate()),
         "methods": {name: value for name, value in vars(engine).items() if callable(value)},
