@@ -10,6 +10,7 @@ Communicators, threads, files, and what measures an engine are no part of it.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -36,7 +37,7 @@ class EngineState:
         self._engine = engine
         self._random = _random_state(engine.device)
         self._attributes: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._lists: list[tuple[list[Any] | deque[Any], list[Any]]] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._data: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []  # a parameter, its values and its gradient
         self._memory: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
@@ -61,7 +62,8 @@ class EngineState:
             attributes.clear()
             attributes.update(before)
         for items, kept in self._lists:
-            items[:] = kept
+            items.clear()
+            items.extend(kept)
         for values, members in self._sets:
             values.clear()
             values.update(members)
@@ -88,7 +90,7 @@ class EngineState:
             self._keep_attributes(value)
             for each in (*value.keys(), *value.values()):
                 self._walk(each)
-        elif isinstance(value, list):
+        elif isinstance(value, (list, deque)):
             self._lists.append((value, list(value)))
             for each in value:
                 self._walk(each)
