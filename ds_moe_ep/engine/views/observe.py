@@ -80,7 +80,8 @@ class Observation:
         yield layer.gate.register_forward_hook(partial(self._routed, layer))
         yield layer.inner.register_forward_hook(partial(self._after, layer))
         if layer.kind == "AutoEPMoELayer":
-            yield layer.gate.gate.register_forward_hook(partial(self._logits, layer))
+            # Before ZeRO-3's hooks, which put a node between: the model's balance loss takes the logits from here.
+            yield layer.gate.gate.register_forward_hook(partial(self._logits, layer), prepend=True)
 
     def _before(self, layer: ViewedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = None if args else "hidden_states"
