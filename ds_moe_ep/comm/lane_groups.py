@@ -56,16 +56,17 @@ class LaneGroups:
             return finish
         told_PC = told_C.new_empty(self.size, num_columns)
         told_PC[0] = told_C
-        receives = [group.recv([told_PC[peer]], peer, CONSULT_TAG) for peer in range(1, self.size)]
+        receives = [group.recv([rows], peer, CONSULT_TAG) for peer, rows in enumerate(told_PC[1:].unbind(0), start=1)]
 
         def finish_first(left: Left) -> Tensor:
             for receive in receives:
                 receive.wait(left())
             answered_PA = answer(told_PC)
-            sends = [group.send([answered_PA[peer]], peer, CONSULT_TAG) for peer in range(1, self.size)]
+            answered = answered_PA.unbind(0)
+            sends = [group.send([answered[peer]], peer, CONSULT_TAG) for peer in range(1, self.size)]
             for send in sends:
                 send.wait(left())
-            return answered_PA[0]
+            return answered[0]
 
         return finish_first
 

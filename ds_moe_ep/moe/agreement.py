@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 from typing import NamedTuple
 from zlib import crc32
 
@@ -208,7 +209,7 @@ class Agreement:
         if self.transport.size == 1:
             return lambda: AgreedCounts(sent, sent, *head[1:])
         are_told = num_local <= NUM_TOLD
-        answered = self._ask(head, send_PL.flatten().tolist() if are_told else [])
+        answered = self._ask(head, list(chain.from_iterable(sent)) if are_told else [])
 
         def finish() -> AgreedCounts:
             verdict = answered()
@@ -342,12 +343,14 @@ def answers(told_PC: Tensor) -> Tensor:
     """The first rank's answer to each: the verdict on all heads, and the counts of what comes to it where all agree."""
     num_ranks = len(told_PC)
     answers_PA = told_PC.new_zeros(num_ranks, NUM_VERDICT + NUM_TOLD * num_ranks)
-    heads = told_PC[:, :NUM_HEADER]
-    if bool((heads == heads[0]).all()) and int(heads[0, 0]) != BAD_INPUT:
-        answers_PA[:, 0] = 1
-        answers_PA[:, 1:NUM_VERDICT] = told_PC[:, NUM_HEADER:NUM_HEAD].amax(0)
-        num_local = int(heads[0, CountsHeader._fields.index("num_experts")]) // num_ranks
-        if num_local <= NUM_TOLD:
+    heads = told_PC[:, :NUM_HEAD].tolist()  # a few numbers: lists of them cost less than operations on tensors
+    headers = [head[:NUM_HEADER] for head in heads]
+    header = CountsHeader(*headers[0])
+    if header.width != BAD_INPUT and headers.count(headers[0]) == num_ranks:
+        told = map(max, zip(*[head[NUM_HEADER:] for head in heads], strict=True))
+        answers_PA[:, :NUM_VERDICT] = torch.tensor([1, *told])
+        num_local = header.num_experts // num_ranks
+        if num_local <= NUM_TOLD and header.mode != Mode.BACKWARD:
             counts_PPL = told_PC[:, NUM_HEAD : NUM_HEAD + num_ranks * num_local].view(num_ranks, num_ranks, num_local)
             answers_PA[:, NUM_VERDICT : NUM_VERDICT + num_ranks * num_local] = counts_PPL.transpose(0, 1).flatten(1)
     return answers_PA
