@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,13 +38,15 @@ def router_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
 
     Collective over the expert group with balance_scope "group", over the data-parallel ranks with "batch".
     """
-    loss = routing.scores_TE.new_zeros(())
+    terms = []
     if len(routing.scores_TE) == 0 and config.balance_scope in ("rank", "sequence"):
-        return (loss + routing.logits_TE.sum()).to(routing.weights_TK.dtype)
-    if config.has_aux_loss:
-        loss = loss + config.aux_loss_weight * auxiliary_loss(routing, config, batch)
-    if config.z_loss_weight:
-        loss = loss + config.z_loss_weight * z_loss(routing.logits_TE)
+        terms.append(routing.logits_TE.sum())
+    else:
+        if config.has_aux_loss:
+            terms.append(config.aux_loss_weight * auxiliary_loss(routing, config, batch))
+        if config.z_loss_weight:
+            terms.append(config.z_loss_weight * z_loss(routing.logits_TE))
+    loss = functools.reduce(torch.add, terms) if terms else routing.scores_TE.new_zeros(())
     return loss.to(routing.weights_TK.dtype)
 
 
@@ -64,16 +67,16 @@ def auxiliary_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
         return _batch_loss(routing, scores_TE, config, batch)
     counted = slice(None) if config.top_k > 2 else slice(0, 1)
     with torch.no_grad():
-        chosen_E = routing.load_E(counted)
-        num_tokens = chosen_E.new_full((1,), len(scores_TE))
+        chosen_E, num_tokens = routing.load_E(counted), len(scores_TE)
+        of_group = None
         if config.balance_scope == "group":
-            *chosen, num_tokens = batch.sum_over_group(torch.cat([chosen_E, num_tokens])).split([config.num_experts, 1])
-            chosen_E = chosen[0]
-        share_E = chosen_E / num_tokens.clamp(min=1) / (config.top_k if config.top_k > 2 else 1)
-    if config.balance_scope == "group":
-        mean_E = scores_TE.sum(0) * (batch.size / num_tokens.clamp(min=1))
-    else:
-        mean_E = scores_TE.mean(0)
+            told = torch.cat([chosen_E, chosen_E.new_full((1,), num_tokens)])
+            chosen_E, of_group = batch.sum_over_group(told).split([config.num_experts, 1])
+            of_group = of_group.clamp(min=1)
+        share_E = chosen_E / (max(num_tokens, 1) if of_group is None else of_group)
+        if config.top_k > 2:
+            share_E = share_E / config.top_k
+    mean_E = scores_TE.mean(0) if of_group is None else scores_TE.sum(0) * (batch.size / of_group)
     return config.num_experts * (mean_E * share_E).sum()
 
 
