@@ -24,8 +24,8 @@ def not_compiled(function: F) -> F:
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """A scope in which operations compute in their tensors' types; for every device, the meta device too."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return nullcontext()  # a scope of autocast costs as much as some operations
     return torch.autocast(device_type, enabled=False)
 
 

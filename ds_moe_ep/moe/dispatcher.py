@@ -37,7 +37,7 @@ from ds_moe_ep.moe.dispatch_plan import DispatchPlan, PendingPlan, begin_plan
 from ds_moe_ep.moe.executor import PassContext, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert, needs_gradient
 from ds_moe_ep.moe.grouped.choice import groups_products
-from ds_moe_ep.moe.layout import lay_out
+from ds_moe_ep.moe.layout import LastLayout
 from ds_moe_ep.moe.replicas.replicas import HostedPass, Replicas, Window
 from ds_moe_ep.moe.router import Routes, sent_weights, use_triton
 from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift, LinkMeter
@@ -68,6 +68,7 @@ class Dispatcher:
         self._drift, self._link = Drift(config.retune_drift), LinkMeter(config.retune_drift)
         self._num_calls = 0
         self._history = 0  # a digest of the backward passes so far
+        self._layout = LastLayout()
         self._bare: Transport | None = None  # the transport without the callbacks
         self._callbacks: list[TransferCallback] = []
         self._num_copies = 0
@@ -375,7 +376,7 @@ class Dispatcher:
         if self._is_blocking:
             schedules = (connection.control_forward, connection.control_backward)
         is_grouped = groups_products(self._config, experts, schedules, rows_ND, plan)
-        layout = lay_out(plan, connection.forward, transport.rank, num_shared, is_grouped)
+        layout = self._layout.of(plan, connection.forward, transport.rank, num_shared, is_grouped)
         recorder = self._recorder_of(plan, rows_ND.device) if call.mode.is_training else Off()
         lanes, in_triton = self._lanes_on(rows_ND.device), use_triton(self._config, rows_ND.device)
         return PassContext(

@@ -26,10 +26,10 @@ from ds_moe_ep.comm.host_copies import to_device
 from ds_moe_ep.comm.lanes import Event, Lanes
 from ds_moe_ep.comm.recorder import NOT_RECORDED, Off, Recorder, Scope
 from ds_moe_ep.comm.transport import Message, Transport
-from ds_moe_ep.kernels.eager import not_compiled
+from ds_moe_ep.kernels.eager import not_compiled, without_autocast
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.grouped.experts import GroupedPass
-from ds_moe_ep.moe.layout import Move, PieceRows, RowLayout
+from ds_moe_ep.moe.layout import PieceRows, RowLayout
 from ds_moe_ep.moe.two_level.copies import NodeCopies
 from ds_moe_ep.moe.two_level.relay import Relay, relay_of
 from ds_moe_ep.schedule.build import Kind, Op, Schedule
@@ -162,7 +162,7 @@ class _RunExperts(torch.autograd.Function):
                 shared_pass.add_weight_grads(0, slice(0, x_TD.shape[0]), x_TD, d_shared_TD)
                 shared_grads.extend(shared_pass.weight_grads(0))
 
-        with torch.autocast(d_results_ND.device.type, enabled=False):  # whatever surrounds the caller's backward()
+        with without_autocast(d_results_ND.device.type):  # whatever surrounds the caller's backward()
             run(context.backward, context, buffers, Steps("backward", compute, weights, relay))
         for each in ctx.passes:
             each.saved = []
@@ -223,29 +223,40 @@ class Buffers:
 
     def stack(self, rows: PieceRows) -> None:
         """Puts a piece's rows from where they came to where they are computed."""
-        if self.order is None or not rows.moves:
-            _move(rows.moves, self.wire_in_RD, self.inputs_RD)
-        else:
-            here = slice(*rows.wire)
-            self.inputs_RD.index_copy_(0, self.order.stacked_R[here], self.wire_in_RD[here])
+        if not rows.moves:
+            return
+        wire_nD = self.wire_in_RD[slice(*rows.wire)]
+        if self.order is not None:
+            self.inputs_RD.index_copy_(0, self.order.stacked_R[slice(*rows.wire)], wire_nD)
+            return
+        parts = wire_nD.split(rows.part_rows)
+        for (_, (start, stop)), own in zip(rows.runs, rows.run_parts, strict=True):
+            torch.cat([parts[part] for part in own], out=self.inputs_RD[start:stop])
 
     def runs_of(self, rows: PieceRows) -> Iterator[tuple[int, slice, Tensor]]:
         """Each run of a piece: the expert, its stacked rows, and a place to write their results to.
 
         Behind the last run all results lie on the wire.
         """
-        if self.order is None or not rows.moves:
-            for (expert, (start, stop)), moves in zip(rows.runs, rows.run_moves, strict=True):
-                yield expert, slice(start, stop), (out_nD := self._place_for(slice(start, stop), moves))
-                if len(moves) > 1:
-                    _move([(place - start, wire, n) for wire, place, n in moves], out_nD, self.wire_out_RD)
+        if not rows.moves or (self.order is None and len(rows.moves) == len(rows.runs)):
+            for (expert, (start, stop)), own in zip(rows.runs, rows.run_parts, strict=True):
+                if own:  # one peer's rows, which lie side by side on the wire too
+                    wire = rows.moves[own[0]][0]
+                    yield expert, slice(start, stop), self.wire_out_RD[wire : wire + stop - start]
+                else:
+                    yield expert, slice(start, stop), self.outputs_RD[start:stop]
             return
         here = slice(*rows.wire)
         scratch_nD, first = torch.empty_like(self.wire_out_RD[here]), 0
         for expert, (start, stop) in rows.runs:
             yield expert, slice(start, stop), scratch_nD[first : first + stop - start]
             first += stop - start
-        torch.index_select(scratch_nD, 0, self.order.computed_R[here], out=self.wire_out_RD[here])
+        if self.order is not None:
+            torch.index_select(scratch_nD, 0, self.order.computed_R[here], out=self.wire_out_RD[here])
+            return
+        computed = [part for own in rows.run_parts for part in own]
+        parts = dict(zip(computed, scratch_nD.split([rows.part_rows[part] for part in computed]), strict=True))
+        torch.cat([parts[part] for part in range(len(parts))], out=self.wire_out_RD[here])
 
     def group_of(self, rows: PieceRows) -> tuple[slice, ...]:
         """The stacked rows of a piece whose products are grouped; none where it has no rows."""
@@ -258,14 +269,6 @@ class Buffers:
         else:
             here = slice(*rows.wire)
             torch.index_select(results_nD, 0, self.order.computed_R[here], out=self.wire_out_RD[here])
-
-    def _place_for(self, rows: slice, moves: Sequence[Move]) -> Tensor:
-        """A place to write the results of a run of stacked rows to: on the wire, or where its moves begin."""
-        if not moves:
-            return self.outputs_RD[rows]
-        if len(moves) == 1:  # one peer's rows lie side by side on the wire too
-            return self.wire_out_RD[moves[0][0] : moves[0][0] + moves[0][2]]
-        return self.wire_out_RD.new_empty(rows.stop - rows.start, self.wire_out_RD.shape[1])
 
     def everything(self) -> tuple[Tensor, ...]:
         return self.sent_ND, self.wire_in_RD, self.inputs_RD, self.outputs_RD, self.wire_out_RD, self.results_ND
@@ -321,18 +324,18 @@ def run(schedule: Schedule, context: PassContext, buffers: Buffers, steps: Steps
     lanes = context.lanes.blocking() if schedule.depth == 0 else context.lanes
     entry = lanes.entry()
     events: list[Event] = []
-    with telling(context, steps.phase):
-        try:
-            for op, lane, label, is_awaited in schedule.issues:
-                after = [events[before] for before in op.after] or [entry]
-                tags = _tags(context.layer, steps.phase, label)
-                leg = None if steps.relay is None else steps.relay.leg(op, schedule, buffers, tags)
-                work, scope = leg or _work(op, context, buffers, steps, tags), _scope(op, lane, context, tags)
-                events.append(lanes.issue(lane, after, work, scope, is_awaited))
-            lanes.leave(events)
-        except BaseException:
-            lanes.abandon([*buffers.everything(), *([] if steps.relay is None else steps.relay.everything())])
-            raise
+    try:
+        for op, lane, label, is_awaited in schedule.issues:
+            after = [events[before] for before in op.after] or [entry]
+            tags = _tags(context.layer, steps.phase, label)
+            leg = None if steps.relay is None else steps.relay.leg(op, schedule, buffers, tags)
+            work, scope = leg or _work(op, context, buffers, steps, tags), _scope(op, lane, context, tags)
+            events.append(lanes.issue(lane, after, work, scope, is_awaited))
+        lanes.leave(events)
+    except BaseException as error:
+        lanes.abandon([*buffers.everything(), *([] if steps.relay is None else steps.relay.everything())])
+        context.transport.abandon(error, Tags(context.layer, steps.phase))
+        raise
 
 
 @contextmanager
@@ -389,9 +392,3 @@ def _combine(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags
 
 def _messages(rows_RD: Tensor, spans: Sequence[tuple[int, tuple[int, int]]]) -> list[Message]:
     return [Message(peer, rows_RD, start, stop) for peer, (start, stop) in spans]
-
-
-def _move(moves: Sequence[Move], from_RD: Tensor, to_RD: Tensor) -> None:
-    """Copies rows between wire order and stacked order: (from, to, number of rows) each."""
-    for start, to_start, num_rows in moves:
-        to_RD[to_start : to_start + num_rows] = from_RD[start : start + num_rows]

@@ -52,9 +52,17 @@ class PieceRows:
         return self.tokens[0] < self.tokens[1]
 
     @cached_property
-    def run_moves(self) -> tuple[tuple[Move, ...], ...]:
-        """The moves of each run's rows, in the order of `runs`."""
-        return tuple(tuple(move for move in self.moves if start <= move[1] < stop) for _, (start, stop) in self.runs)
+    def part_rows(self) -> list[int]:
+        """The rows of each move: of each part of the piece as it lies on the wire."""
+        return [num_rows for _, _, num_rows in self.moves]
+
+    @cached_property
+    def run_parts(self) -> tuple[tuple[int, ...], ...]:
+        """The parts of each run as they are stacked, in the order of `runs`."""
+        by_place = sorted(range(len(self.moves)), key=lambda part: self.moves[part][1])
+        return tuple(
+            tuple(part for part in by_place if start <= self.moves[part][1] < stop) for _, (start, stop) in self.runs
+        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class RowLayout:
     num_received: int
     grouping: Grouping | None = None
 
-    @property
+    @cached_property
     def is_stacked_on_arrival(self) -> bool:
         """True where received rows already lie by expert: one local expert, or no peers."""
         return not any(rows.moves for rows in self.pieces)
@@ -146,6 +154,27 @@ def lay_out(
         tuple(pairwise(accumulate(rows_L, initial=0))),
         sum(rows_L),
     )
+
+
+class LastLayout:
+    """The layout of the last pass, for the next one where its counts are the same.
+
+    They are with a capacity, and in a recomputation.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[object, ...] = ()
+        self._layout: RowLayout | None = None
+
+    def of(
+        self, plan: DispatchPlan, schedule: Schedule, rank: int, num_shared_tokens: int, is_grouped: bool
+    ) -> RowLayout:
+        """As `lay_out`."""
+        asked = plan.send_rows_PL, plan.recv_rows_PL, schedule, rank, num_shared_tokens, is_grouped
+        if self._layout is None or asked != self._asked or plan.copies is not None:  # copies differ by their tokens too
+            self._layout = lay_out(plan, schedule, rank, num_shared_tokens, is_grouped)
+            self._asked = asked if plan.copies is None else ()
+        return self._layout
 
 
 def _with_legs(

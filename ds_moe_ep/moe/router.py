@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.choose import runs_triton, why_no_triton
+from ds_moe_ep.kernels.eager import without_autocast
 from ds_moe_ep.kernels.gate import MAX_EXPERTS, ChoiceNoise, GateRoutes, GateRule, gate_logits, gate_routes
 from ds_moe_ep.kernels.sort import count_choices, sort_choices
 from ds_moe_ep.moe.balance import BatchLoad, BiasBalance
@@ -224,7 +225,7 @@ class Router(nn.Module):
         if noise == "jitter":
             x_TD = x_TD.to(wide)
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - JITTER, 1 + JITTER)
-        with torch.autocast(x_TD.device.type, enabled=False):  # scores stay in fp32 whatever surrounds the layer
+        with without_autocast(x_TD.device.type):  # scores stay in fp32 whatever surrounds the layer
             logits_TE = self._product(x_TD, wide, in_triton)
         return logits_TE, logits_TE + gumbel_like(logits_TE) if noise == "rsample" else logits_TE
 

@@ -24,7 +24,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.kernels import activation, gate, sort
 from ds_moe_ep.kernels import permute as permute_ops
-from ds_moe_ep.moe import agreement, executor, router, split_experts
+from ds_moe_ep.moe import agreement, router, split_experts
 from ds_moe_ep.moe.dispatcher import Dispatcher
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 from ds_moe_ep.moe.grouped.experts import GroupedPass
@@ -180,7 +180,6 @@ def _instrumented(sizes: Sizes, account: Account) -> Iterator[None]:
             is_static = isinstance(owner.__dict__.get(name), staticmethod)
             inside = account.wrap(getattr(owner, name), where)
             stack.enter_context(mock.patch.object(owner, name, staticmethod(inside) if is_static else inside))
-        stack.enter_context(mock.patch.object(executor, "_move", account.wrap(executor._move, "moves")))
         stack.enter_context(mock.patch.object(agreement, "CopyToHost", _EvenCounts.of(sizes)))
         stack.enter_context(mock.patch.object(agreement.Agreement, "_check", _all_alike))
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda kind: False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.kernels.permute import RowMaps
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
-from ds_moe_ep.moe.layout import RowLayout, lay_out
+from ds_moe_ep.moe.layout import LastLayout, RowLayout, lay_out
 from ds_moe_ep.schedule.build import forward_schedule
 
 NO_MAPS = RowMaps(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64))
@@ -133,6 +135,19 @@ def plans_of(rows: list[list[tuple[int, ...]]]) -> list[DispatchPlan]:
     ]
 
 
+def test_the_layout_of_the_last_pass_serves_the_next_one_with_its_counts_alone() -> None:
+    torus, last = Torus(1, 2), LastLayout()
+    serial, peers = (forward_schedule(MoEConfig(schedule=name), torus) for name in ("serial", "peers"))
+    few, many = (plans_of([[(n, 1), (2, n)], [(1, n), (n, 3)]]) for n in (4, 5))
+    asked = [(few[0], serial, 0, 0), (few[1], serial, 1, 0), (many[0], serial, 0, 0), (many[0], peers, 0, 0)]
+    asked += [(many[0], peers, 0, 6), (few[0], serial, 0, 0)]
+    for plan, schedule, rank, tokens in asked:
+        expected = lay_out(plan, schedule, rank, tokens)
+        again = replace(plan, maps=NO_MAPS)
+        made = last.of(plan, schedule, rank, tokens, False)
+        assert made == expected and last.of(again, schedule, rank, tokens, False) is made
+
+
 def deliver(rank: int, layouts: list[RowLayout], sent: list[list[tuple[int, ...]]]) -> list[tuple[int, ...] | None]:
     """The rank's stacked rows after all pieces; asserts that messages match and each row is computed once."""
     layout = layouts[rank]
@@ -146,11 +161,12 @@ def deliver(rank: int, layouts: list[RowLayout], sent: list[list[tuple[int, ...]
             wire[to_start:to_stop] = sent[source][start:stop]
         for start, to_start, num_rows in piece.moves:
             stacked[to_start : to_start + num_rows] = wire[start : start + num_rows]
-        for (expert, (start, stop)), moves in zip(piece.runs, piece.run_moves, strict=True):
+        for (expert, (start, stop)), parts in zip(piece.runs, piece.run_parts, strict=True):
             first, last = layout.expert_spans[expert]
             assert first <= start < stop <= last
             computed += range(start, stop)
+            moves = [piece.moves[part] for part in parts]
             moved = [row for _, to_start, num_rows in moves for row in range(to_start, to_start + num_rows)]
-            assert layout.is_stacked_on_arrival or sorted(moved) == list(range(start, stop))
+            assert layout.is_stacked_on_arrival or moved == list(range(start, stop))
     assert sorted(computed) == list(range(layout.num_received))
     return wire if layout.is_stacked_on_arrival else stacked
