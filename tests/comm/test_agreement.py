@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from ds_moe_ep.comm.transport import Loopback, Message, Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.agreement import NUM_COLUMNS, NUM_HEAD, NUM_TOLD, Agreement, Call, Mode, num_columns
 from ds_moe_ep.moe.dispatch_plan import make_plan
+from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.schedule.spans import Tags
 from tests.comm.disturbed import caught, make_layer, run_pass
 from tests.ranks import run_ranks
@@ -57,8 +57,8 @@ def plan(
     """The rows that a rank sends to each where all its tokens choose the first expert."""
     ids_TK = torch.zeros(5, 1, dtype=torch.int64)
     places = {"is_kept_TK": torch.ones_like(ids_TK, dtype=torch.bool), "place_TK": torch.arange(5).view(5, 1)}
-    routes = SimpleNamespace(expert_ids_TK=ids_TK, is_used_TK=None, capacity=capacity, **places)
-    return [sum(rows) for rows in make_plan(routes, num_experts, transport, row, call=call).send_rows_PL]  # type: ignore
+    routes = Routes(expert_ids_TK=ids_TK, weights_TK=torch.ones(5, 1), capacity=capacity, **places)
+    return [sum(rows) for rows in make_plan(routes, num_experts, transport, row, call=call).send_rows_PL]
 
 
 def disagree() -> list[tuple[str, list[int]]]:
