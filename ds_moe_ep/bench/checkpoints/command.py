@@ -62,9 +62,10 @@ class CheckpointBenchmark(Benchmark):
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=self._options.folder, prefix="ds_moe_ep_bench_"))
         options = self._options
         for number in range(options.rounds):  # ranks of their own: DeepSpeed's engines do not give all memory back
-            plan = CheckpointPlan(folder, options.ranks, options.model_mb, number, free_port())
-            title = f"round {number + 1}: "
-            yield Launch(run=run_rank, plan=plan, num_ranks=options.ranks, title=title, steps=len(ACTIONS))
+            for reloads in (False, True):
+                plan = CheckpointPlan(folder, options.ranks, options.model_mb, number, free_port(), reloads)
+                title = f"round {number + 1}: "
+                yield Launch(run=run_rank, plan=plan, num_ranks=options.ranks, title=title, steps=plan.num_actions)
 
     def metric(self, name: str) -> Metric:
         return METRICS[name.rpartition(".")[2]]

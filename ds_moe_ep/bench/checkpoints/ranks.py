@@ -30,13 +30,18 @@ BYTES_PER_LAYER = 64_000_000  # about, of the experts in fp32
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """One round of the benchmark; the same on every rank."""
+    """A part of one round of the benchmark: its first actions, or the last one, by other ranks."""
 
     folder: str
     num_ranks: int
     model_mb: int
     number: int
     port: int
+    reloads: bool = False
+
+    @property
+    def num_actions(self) -> int:
+        return 1 if self.reloads else len(ACTIONS) - 1
 
 
 def run_rank(rank: int, plan: CheckpointPlan, findings: Queue[Finding]) -> None:
@@ -59,7 +64,8 @@ def _run(rank: int, plan: CheckpointPlan, tell: Tell) -> None:
     if rank == 0 and not (folder / "source").exists():
         make_source(folder / "source", plan.model_mb * 10**6)
     dist.barrier()
-    _RankBench(rank, folder, tell).round(plan.number, plan.num_ranks)
+    bench = _RankBench(rank, folder, tell)
+    (bench.reload if plan.reloads else bench.round)(plan.number, plan.num_ranks)
     dist.destroy_process_group()
 
 
@@ -80,14 +86,16 @@ class _RankBench:
     tell: Tell
 
     def round(self, number: int, num_ranks: int) -> None:
-        """Every action once, and nothing left of it."""
+        """Every action but the last, once; leaves the checkpoint."""
         place = self.folder / str(number)
         source = bytes_below(self.folder / "source")
         self._timed(WRITE, lambda: self._write(place / "plain", source // num_ranks), lambda: source)
         model = self._timed(IMPORT, lambda: self._model(num_ranks), lambda: source)
-        self._out_and_in(self._engine(model), place)
-        del model
-        gc.collect()  # an engine is full of circles, and another of its size comes now
+        self._out_and_in(self._stepped(self._engine(model)), place)
+
+    def reload(self, number: int, num_ranks: int) -> None:
+        """The last action, by an engine that has not stepped: DeepSpeed's engines do not give all memory back."""
+        place = self.folder / str(number)
         saved, other = place / "saved", self._engine(self._model(num_ranks // 2))
         self._timed(RELOAD, lambda: other.load_checkpoint(str(saved)), lambda: bytes_below(saved))
         dist.barrier()
@@ -114,7 +122,9 @@ class _RankBench:
             "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "torch_adam": True}},
             "steps_per_print": 10**9,
         }
-        engine = ds_moe_ep.initialize(model=model, config=config)[0]
+        return ds_moe_ep.initialize(model=model, config=config)[0]
+
+    def _stepped(self, engine: Any) -> Any:
         ids = torch.arange(8).view(1, 8)
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
