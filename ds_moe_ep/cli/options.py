@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ds_moe_ep.config.options import option
 from ds_moe_ep.config.shipped import shipped_ds_configs
@@ -57,7 +58,12 @@ class ConvertOptions:
 
     source: str = option(help="a folder that engine.save_checkpoint wrote", positional=True, metavar="FROM_DIR")
     target: str = option(help="the folder to make; it must not exist", positional=True, metavar="TO_DIR")
-    config: str = option(help="the ds_config that TO_DIR is for", metavar="DS_CONFIG")
+    config: str | None = option(
+        None, "the ds_config that TO_DIR is for; not needed with --to fp32", metavar="DS_CONFIG"
+    )
+    to: Literal["checkpoint", "hugging_face", "fp32"] = option(
+        "checkpoint", "the form of TO_DIR: a checkpoint, a Hugging Face folder, or the weights in fp32 (safetensors)"
+    )
     tag: str | None = option(None, "which checkpoint of FROM_DIR (default: the one that its file `latest` names)")
     world_size: int | None = option(
         None, "data-parallel ranks that will load TO_DIR (default: as many as saved FROM_DIR)", least=1, metavar="RANKS"

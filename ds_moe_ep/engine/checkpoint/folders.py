@@ -90,7 +90,8 @@ class IncompleteCheckpoints(EngineCallback):
     """Refuses, on every rank, to load a checkpoint of which files are missing. Collective over the world.
 
     `num_experts` has one entry per MoE layer. It raises EngineError before anything is loaded, and names the complete
-    checkpoints of the folder. Universal checkpoints have other files and are left to DeepSpeed.
+    checkpoints of the folder. Universal checkpoints have other files:
+    they are left to DeepSpeed where no expert can be mistaken.
     """
 
     def __init__(self, engine: Any, num_experts: Iterable[int]) -> None:
@@ -99,6 +100,7 @@ class IncompleteCheckpoints(EngineCallback):
 
     def before_load(self, load: LoadCall) -> None:
         if self._engine.load_universal_checkpoint():
+            refuse_universal(self._engine)
             return
         wants = wants_states(load.args, load.kwargs)
         num_ranks = self._num_ranks(load) if wants else 0
@@ -109,6 +111,17 @@ class IncompleteCheckpoints(EngineCallback):
         folder = folder_to_load(Path(load.load_dir), load.tag)
         saved = saved_ranks(folder) if folder is not None and reshards(self._engine) else 0
         return saved or dist.get_world_size(seams.data_parallel_group())
+
+
+def refuse_universal(engine: Any) -> None:
+    """Raises EngineError where DeepSpeed's universal checkpoints would give experts the states of others. Local."""
+    for name, module in engine.module.named_modules():
+        if seams.is_moe_layer(module) and not seams.is_autoep_layer(module) and int(module.ep_size) > 1:
+            raise EngineError(
+                f"checkpoint.load_universal=true: {name or type(module).__name__} has its experts on {module.ep_size} "
+                "ranks, and a universal checkpoint has one set of states per place of an expert on a rank: expert 0 of "
+                "every rank would take those of expert 0. Load the folder of save_checkpoint without it, at any ep_size"
+            )
 
 
 def _agree(problem: str) -> None:

@@ -29,6 +29,7 @@ from deepspeed import comm
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.background import BackgroundSave, StagedFile, refuse_background, stage
 from ds_moe_ep.engine.checkpoint.folders import SAVING, flush, publish, remove, write_latest
+from ds_moe_ep.engine.checkpoint.recovery_script import replace_script
 from ds_moe_ep.engine.explain_errors import cause, first_line, is_collective
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall, SaveCall
 from ds_moe_ep.errors import ConfigError, EngineError
@@ -202,6 +203,7 @@ class SafeSaver(EngineCallback):
 
     def _publish(self, place: CheckpointPlace, save_latest: bool) -> None:
         publish(place.partial, place.folder)
+        replace_script(self._engine, place.save_dir)
         if save_latest and self._engine.global_rank == 0:
             write_latest(place.save_dir, place.tag)
 

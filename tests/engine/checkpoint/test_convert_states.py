@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shutil
 import signal
+import subprocess
+import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +28,7 @@ from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
 from ds_moe_ep.errors import EngineError, MoEError
 from tests.engine.checkpoint.test_reshard import differing, merged, states_of
 from tests.engine.small_model import Job, batches, make_engine, train_steps
+from tests.policy.sources import ROOT
 from tests.ranks import _fork_server, run_ranks
 
 Folder = pathlib.Path
@@ -50,6 +55,9 @@ def carry(ways: Sequence[tuple[Job, Job]], folder: Folder) -> list[tuple[Any, An
         train_steps(engine, saves, batches(saves)[:2])
         engine.save_checkpoint(str(place / "saved"), tag="two")
         before = states_of(engine, saves)
+        engine._config.load_universal_checkpoint = True
+        with pytest.raises(EngineError, match="a universal checkpoint has one set of states per place of an expert"):
+            engine.load_checkpoint(str(place / "saved"))
         if dist.get_rank() == 0:
             prepare(place / "saved", place / "carried", target_config(loads)).write()
         dist.barrier()
@@ -224,6 +232,51 @@ def test_states_that_cannot_be_carried_are_refused_by_name(saved: Folder, tmp_pa
             prepare(source, tmp_path / "target", config)
     without = prepare(saved, tmp_path / "target", even, weights_only=True)
     assert "load_module_only=True" in str(without) and not any("optim" in file.name for file in without.target.files)
+
+
+def test_weights_leave_in_fp32_with_every_expert_and_deepspeeds_scripts_fail_aloud(
+    saved: Folder, tmp_path: Folder
+) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from safetensors.torch import load_file
+
+    script = [sys.executable, str(saved / "zero_to_fp32.py"), str(saved), str(tmp_path / "weights")]
+    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    weights = {
+        name: value for file in (tmp_path / "weights").glob("*.safetensors") for name, value in load_file(file).items()
+    }
+    expected = masters(saved)
+    assert set(weights) == set(expected) and len(weights) == 2 * 8 * 4 + 10
+    assert all(torch.equal(weights[name].flatten(), value) for name, value in expected.items())
+    one, other = (f"layers.0.deepspeed_moe.experts.deepspeed_experts.{index}.fc1.weight" for index in (0, 2))
+    assert not torch.equal(weights[one], weights[other]), "the control: the same place on two ranks is two experts"
+    with pytest.raises(ValueError, match="something is wrong"):
+        get_fp32_state_dict_from_zero_checkpoint(str(saved))
+    options = {"inject_missing_state": True, "num_extract_workers": 1, "num_merge_workers": 1, "strict": True}
+    places = {
+        "input_folder": str(saved / "two"),
+        "output_folder": str(tmp_path / "universal"),
+        "keep_temp_folder": False,
+    }
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        ds_to_universal.main(Namespace(**options, **places))
+
+
+def masters(folder: Folder) -> dict[str, Tensor]:
+    """The master weights of a checkpoint of ep_size=4 on four ranks, read by hand: experts have one holder each."""
+    found: dict[str, list[Tensor]] = {}
+    for rank in range(4):
+        states = torch.load(folder / f"two/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", weights_only=False)
+        states = states["optimizer_state_dict"]
+        for values, spans in zip(
+            states["single_partition_of_fp32_groups"], states["param_slice_mappings"], strict=True
+        ):
+            for name, span in spans.items():
+                known = re.sub(r"(deepspeed_experts\.)(\d+)", lambda m: f"{m[1]}{2 * rank + int(m[2])}", name)  # noqa: B023
+                found.setdefault(known, []).append(values[span.start : span.start + span.numel])
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def test_groups_are_cut_where_deepspeed_cuts_them(monkeypatch: pytest.MonkeyPatch) -> None:

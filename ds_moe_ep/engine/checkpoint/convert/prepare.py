@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ds_moe_ep.config.section import SECTION, Section, load_ds_config, read_section
-from ds_moe_ep.engine.checkpoint.convert import resize, weights
+from ds_moe_ep.engine.checkpoint.convert import exports, resize, weights
 from ds_moe_ep.engine.checkpoint.convert.output import TargetFile, TargetFolder
 from ds_moe_ep.engine.checkpoint.convert.read import find_tag, load_file, tags_in
 from ds_moe_ep.engine.checkpoint.convert.weight_files import (
@@ -33,6 +33,7 @@ from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, MAIN_FILE
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.records.quantity import gigabytes, number
 
+Form = Literal["checkpoint", "hugging_face", "fp32"]
 KEPT = ("global_steps", "global_samples", "skipped_steps", "lr_scheduler", "ds_version")
 
 
@@ -69,8 +70,9 @@ class Conversion:
         self.target.write(on_written)
 
     def __str__(self) -> str:
+        num_files = sum(file.name != "latest" for file in self.target.files)
         return (
-            f"{self.words}: {number(self.num_bytes / 1e9, significant=3)} GB in {len(self.target.files) - 1} files of "
+            f"{self.words}: {number(self.num_bytes / 1e9, significant=3)} GB in {num_files} files of "
             f"{self.target.path} (tag {self.tag!r}); {self.way_on}"
         )
 
@@ -92,9 +94,10 @@ class _Source:
 def prepare(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    config: str | os.PathLike[str] | Mapping[str, Any],
+    config: str | os.PathLike[str] | Mapping[str, Any] | None,
     tag: str | None = None,
     *,
+    to: Form = "checkpoint",
     world_size: int | None = None,
     weights_only: bool = False,
 ) -> Conversion:
@@ -103,24 +106,33 @@ def prepare(
     With "layout" in its section it is a pipeline's, else that of expert parallelism, for `world_size` data-parallel
     ranks (by default as many as saved). Between sizes of expert parallelism optimizer states are carried too, unless
     `weights_only`, and the section needs no "model"; with one the weights are checked against it. `tag` is by default
-    the one that the file `latest` names. Reads names, shapes and types, no weights. Raises ConfigError or EngineError
+    the one that the file `latest` names. `to` "hugging_face" makes a folder of safetensors, config.json and code of the
+    section's "model", "fp32" the weights in fp32 under the names of the model made with ep_size=1, for which no config
+    is needed. Reads names, shapes and types, no weights. Raises ConfigError or EngineError
     where the source is not what the model needs or the target is there already.
     """
-    ds_config = load_ds_config(config)
+    if config is None and to != "fp32":
+        raise ConfigError("config=null: a conversion needs the ds_config that the target is for; give --config")
+    ds_config = load_ds_config(config or {})
     section = read_section(ds_config)
     folder, is_pipeline = Path(source), ds_config.get(SECTION, {}).get("layout") is not None
     tag = find_tag(folder) if tag is None else tag
     found = _Source(folder / tag, ds_config, section, Path(target))
     if not found.folder.is_dir():
         raise EngineError(f"{found.folder}: no such folder; {tags_in(folder)}")
+    if to == "fp32":
+        return _as_fp32(found)
     names = [path.name for path in found.folder.iterdir()]
-    is_expert_parallel = any(EXPERT_FILE.fullmatch(name) for name in names) and not is_pipeline
+    is_expert_parallel = any(EXPERT_FILE.fullmatch(name) for name in names) and not is_pipeline and to == "checkpoint"
     if section.model is None and not (is_expert_parallel and not any("-model_" in name for name in names)):
         raise ConfigError(f"{SECTION}.model=null: a conversion needs the model that was saved; name it in the section")
     source_files, parts = None, None
     if section.model is not None:
         source_files = find_files(names, str(found.folder), section.model, section.moe)
         parts = weights.find_parts(found.folder, source_files, whole_weights(section.model, section.moe))
+    if to == "hugging_face":
+        assert source_files is not None and parts is not None
+        return _as_hugging_face(found, source_files, parts)
     if source_files is None or not (source_files.is_pipeline or is_pipeline):
         return _resized(found, world_size, weights_only)
     assert parts is not None and section.model is not None
@@ -139,7 +151,7 @@ def _between_layouts(source: _Source, source_files: WeightFiles, parts: weights.
         state["num_experts"] = [moe.num_experts] * model.num_layers
     targets = list(weights.target_files(source.tag, (source.folder, source_files), files, parts, state))
     words = f"{len(parts)} weights from {source_files.words} to {files.words}"
-    return _conversion(source, targets, words, is_whole=False)
+    return _checkpoint(source, targets, words, is_whole=False)
 
 
 def _resized(source: _Source, world_size: int | None, weights_only: bool) -> Conversion:
@@ -154,7 +166,25 @@ def _resized(source: _Source, world_size: int | None, weights_only: bool) -> Con
     ranks = f" on {grid.world_size} ranks" if with_states else ""
     carried = "weights and optimizer states" if with_states else "weights"
     words = f"{carried} of {experts} experts in {len(checkpoint.num_experts)} layers to ep_size={grid.ep_size}{ranks}"
-    return _conversion(source, targets, words, is_whole=with_states)
+    return _checkpoint(source, targets, words, is_whole=with_states)
+
+
+def _as_fp32(source: _Source) -> Conversion:
+    checkpoint = resize.ExpertCheckpoint(source.folder)
+    files = list(exports.fp32_files(checkpoint))
+    origin = "ZeRO's master weights" if checkpoint.zero_files else "the model's weights"
+    words = f"{origin} in fp32, all {sum(checkpoint.num_experts.values())} experts by their global index"
+    way_on = "read them with safetensors, and model.load_state_dict(weights) at any ep_size"
+    return _conversion(source, files, words, way_on)
+
+
+def _as_hugging_face(source: _Source, files: WeightFiles, parts: weights.Parts) -> Conversion:
+    model, moe = source.section.model, source.section.moe
+    assert model is not None
+    targets = list(exports.hugging_face_files(source.folder, files, parts, model, moe))
+    words = f"{len(parts)} weights from {files.words} to a Hugging Face folder"
+    way_on = f"AutoModelForCausalLM.from_pretrained({str(source.target)!r}, trust_remote_code=True) loads it"
+    return _conversion(source, targets, words, way_on)
 
 
 def _check_stage(source: _Source, is_zero: bool) -> None:
@@ -168,13 +198,16 @@ def _check_stage(source: _Source, is_zero: bool) -> None:
         )
 
 
-def _conversion(source: _Source, files: Sequence[TargetFile], words: str, is_whole: bool) -> Conversion:
+def _checkpoint(source: _Source, files: Sequence[TargetFile], words: str, is_whole: bool) -> Conversion:
     latest = TargetFile("latest", 0, partial(_write_text, source.tag))
-    targets = [*files, latest]
-    folder = TargetFolder(source.target, targets, _identity(source, words, targets))
-    folder.check_free()
     option = "" if is_whole else ", load_module_only=True"
     way_on = f"load them with engine.load_checkpoint({str(source.target)!r}{option})"
+    return _conversion(source, [*files, latest], words, way_on)
+
+
+def _conversion(source: _Source, files: Sequence[TargetFile], words: str, way_on: str) -> Conversion:
+    folder = TargetFolder(source.target, files, _identity(source, words, files))
+    folder.check_free()
     return Conversion(folder, source.tag, words, way_on)
 
 
