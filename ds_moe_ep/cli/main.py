@@ -186,7 +186,7 @@ def _of_files() -> tuple[Command[Any], ...]:
             run_convert,
             "Carries a DeepSpeed checkpoint to the sizes of a ds_config, without ranks: between sizes of expert "
             "parallelism with its optimizer states; to or from tensor x pipeline parallelism (where the section moe_ep "
-            "has a layout) its weights; with --to, to a Hugging Face folder or weights in fp32. The checkpoint's layout "
+            "has a layout) its weights; with --to, to a Hugging Face folder or fp32 weights. The checkpoint's layout "
             "is read from its files. Says the bytes needed and free first, refuses a damaged file by its name, and "
             "writes file by file with checksums (SHA256SUMS): after a kill the same command goes on where it ended.",
             example="python -m ds_moe_ep convert ck-ep16 ck-tp8-pp2 --config ds_configs/tp8_pp2.json",
