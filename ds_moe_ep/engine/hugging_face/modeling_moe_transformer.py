@@ -248,7 +248,7 @@ class MoETransformerForCausalLM(_Model, _Generates):
 
 
 def _mask(attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
-    """What each token may look at, [B, 1, S, S]; None where that is itself and every token before it."""
+    """True for what each token may look at, [B, 1, S, S]; None where that is itself and every token before it."""
     if attention_mask is None or bool(attention_mask.all()):
         return None
     causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=attention_mask.device).tril()
