@@ -6,7 +6,6 @@ Both have one name per tensor of the model on one device, in shards with an inde
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.checkpoint.convert.resize import ExpertCheckpoint
 from ds_moe_ep.engine.checkpoint.convert.weight_files import WHOLE, WeightFiles, WeightPlace
 from ds_moe_ep.engine.checkpoint.convert.weights import Parts, share_at
-from ds_moe_ep.engine.checkpoint.convert.zero_states import MASTER
+from ds_moe_ep.engine.checkpoint.convert.zero_states import master_weight
 from ds_moe_ep.engine.checkpoint.load import MAIN_FILE
 from ds_moe_ep.engine.checkpoint.reshard import SavedStates
 from ds_moe_ep.engine.hugging_face.export import INDEX, SHARD_BYTES, shard_name
@@ -108,7 +107,11 @@ def fp32_files(checkpoint: ExpertCheckpoint) -> Iterator[TargetFile]:
         weights = checkpoint.main["module"] if path.name == MAIN_FILE else load_file(path)
         for name, weight in weights.items():
             is_master = states is not None and _pattern(name) in trained
-            read = partial(_master, states, name, tuple(weight.shape)) if is_master else partial(_wide, weight)
+            read = (
+                partial(master_weight, states, name, tuple(weight.shape))
+                if states is not None and is_master
+                else partial(_wide, weight)
+            )
             num_bytes = weight.numel() * (4 if weight.is_floating_point() else weight.element_size())
             tensors.append(NamedTensor(name, num_bytes, read, of_states if is_master else (path,)))
     yield from shards(tensors)
@@ -123,11 +126,6 @@ def _pattern(name: str) -> str:
     from ds_moe_ep.model.initialize import renumbered
 
     return renumbered(name, lambda _: 0)
-
-
-def _master(states: Any, name: str, shape: tuple[int, ...]) -> Tensor:
-    whole: Tensor = states.whole(name, MASTER, math.prod(shape))
-    return whole.view(shape).float()
 
 
 def _wide(weight: Tensor) -> Tensor:

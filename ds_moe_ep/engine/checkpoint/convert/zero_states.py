@@ -123,6 +123,11 @@ class ZeroStates:
         return vectors[MASTER], states, spans
 
 
+def master_weight(saved: SavedStates, name: str, shape: Sequence[int]) -> Tensor:
+    """A parameter's master weight, whole and in fp32."""
+    return saved.whole(name, MASTER, math.prod(shape)).view(*shape).float()
+
+
 def is_vector(value: Any) -> bool:
     """True for a state with a value for each of the parameter's; False for what is one for all."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 1
