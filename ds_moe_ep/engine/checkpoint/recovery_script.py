@@ -1,8 +1,8 @@
 """The script beside a checkpoint that makes one file of weights in fp32 of it.
 
-DeepSpeed's `zero_to_fp32.py` does not know experts' files, and takes one rank's parameters for those of all: it ends with
-an error where ranks hold different experts. There a script of the same name and arguments takes its place, which calls
-`convert`.
+DeepSpeed's `zero_to_fp32.py` does not know experts' files, and takes one rank's parameters for those of all: it
+ends with an error where ranks hold different experts. There a script of the same name and arguments takes its place,
+which calls `convert`.
 """
 
 from __future__ import annotations
