@@ -34,6 +34,8 @@ class Job:
     num_experts: int = NUM_EXPERTS
     stage: int = 0
     bf16: bool = False
+    fp16: bool = False
+    sums_in: str = ""  # the type in which gradients are summed, where it is not the weights'
     accumulation: int = 1
     clipping: float = 0.0
     steps: int = 3
@@ -81,6 +83,10 @@ class Job:
             config["use_data_before_expert_parallelism"] = True
         if self.bf16:
             config["bf16"] = {"enabled": True}
+        if self.fp16:
+            config["fp16"] = {"enabled": True, "initial_scale_power": 8}
+        if self.sums_in:
+            config["data_types"] = {"grad_accum_dtype": self.sums_in}
         return config
 
 
@@ -166,10 +172,13 @@ def batches(job: Job) -> list[list[tuple[Tensor, Tensor]]]:
 def make_engine(job: Job, **arguments: Any) -> Any:
     """The job's model in an engine, which takes the arguments. Collective."""
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     import ds_moe_ep
 
     deepspeed.init_distributed("gloo")
+    if job.fp16:  # refused on the CPU: its loss scaling and its optimizers run all the same
+        get_accelerator().is_fp16_supported = lambda: True
     model = make_model(job)
     start = ds_moe_ep.initialize if job.layer == "ours" and job.door == "ds_moe_ep" else deepspeed.initialize
     return start(model=model, config=job.ds_config, model_parameters=list(model.parameters()), **arguments)[0]
@@ -178,7 +187,7 @@ def make_engine(job: Job, **arguments: Any) -> Any:
 def train_steps(engine: Any, job: Job, steps: Sequence[list[tuple[Tensor, Tensor]]]) -> list[float]:
     """The world's loss of each step."""
     rank, losses = dist.get_rank(), []
-    dtype = torch.bfloat16 if job.bf16 else torch.float32
+    dtype = torch.bfloat16 if job.bf16 else torch.float16 if job.fp16 else torch.float32
     for micro_batches in steps:
         total = torch.zeros(())
         for x, target in micro_batches:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.checkpoint.convert.read import load_file
+from ds_moe_ep.engine.checkpoint.load import MAIN_FILE, folder_to_load
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall, SaveCall, StepCall
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.tuner import Choice
 
 KEY = "moe_ep_schedules"  # in the checkpoint's client state
@@ -38,6 +41,15 @@ class ChoiceKeeper(EngineCallback):
         state = {**(save.client_state or {}), **({KEY: made} if made else {})}
         return proceed(replace(save, client_state=state))
 
+    def before_load(self, load: LoadCall) -> None:
+        folder = folder_to_load(Path(load.load_dir), load.tag)
+        if folder is not None and (folder / MAIN_FILE).is_file():
+            try:
+                saved = load_file(folder / MAIN_FILE)
+            except EngineError:
+                return  # told by those that look at files
+            choices_in(self._layers, saved.get(KEY, {}) if isinstance(saved, Mapping) else {}, str(folder))
+
     def around_load(self, load: LoadCall, proceed: Callable[[LoadCall], Any]) -> Any:
         path, state = proceed(load)
         if state:
@@ -56,15 +68,25 @@ def choices_of(layers: Mapping[str, OverlappedLayer]) -> dict[str, Any]:
 
 
 def take_choices(layers: Mapping[str, OverlappedLayer], saved: Mapping[str, Any], path: str) -> None:
-    """Gives the layers what `choices_of` gave. Raises ConfigError where it is something else."""
+    """Gives the layers what `choices_of` gave. Raises ConfigError where it is something else, and changes nothing."""
+    for layer, choice in choices_in(layers, saved, path):
+        layer.dispatcher.take_choice(choice)
+
+
+def choices_in(
+    layers: Mapping[str, OverlappedLayer], saved: Mapping[str, Any], path: str
+) -> list[tuple[OverlappedLayer, Choice]]:
+    """The layers that take a saved choice, and their choices. Raises ConfigError for anything but choices."""
     if not isinstance(saved, Mapping):
         raise ConfigError(f"{path}: {KEY}={saved!r}: expected a choice per layer; leave it out of the client state")
+    taken: list[tuple[OverlappedLayer, Choice]] = []
     for name, entry in saved.items():
         layer = layers.get(name)
         if not isinstance(entry, Mapping) or not {"torus", "choice"} <= set(entry):
             raise ConfigError(f"{path}: {KEY}.{name}={entry!r}: expected a torus and a choice; leave it out")
         if layer is not None and layer.config.schedule == "auto" and torus_of_layer(layer) == entry["torus"]:
-            layer.dispatcher.take_choice(Choice.from_dict(entry["choice"], f"{path}: {KEY}.{name}"))
+            taken.append((layer, Choice.from_dict(entry["choice"], f"{path}: {KEY}.{name}")))
+    return taken
 
 
 def torus_of_layer(layer: OverlappedLayer) -> list[int]:

@@ -3,8 +3,8 @@
 Saving and loading are the engine's own: the layer's parameters carry DeepSpeed's names, so its checkpoints are
 DeepSpeed's native ones, and experts, one file each, load under any ep_size. Optimizer states do not: DeepSpeed cuts
 them by expert-parallel rank and cannot cut them anew. Loaded all the same they would land on the wrong experts, some
-of them without a word. Those of ZeRO 1 and 2, and of fp32 without ZeRO, are therefore cut anew here (`reshard.py`,
-`reshard_plain.py`); others are refused.
+of them without a word. Those of ZeRO 1 and 2, of BF16_Optimizer and of no ZeRO are therefore cut anew here
+(`reshard.py`, `reshard_plain.py`); others are refused. All that can be refused is, before anything is changed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch.distributed as dist
 
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.reshard import SavedStates, can_reshard, load_states
-from ds_moe_ep.engine.checkpoint.reshard_plain import can_reshard_plain, load_plain_states
+from ds_moe_ep.engine.checkpoint.convert.read import load_file
+from ds_moe_ep.engine.checkpoint.reshard import SavedStates, can_reshard, parts_of
+from ds_moe_ep.engine.checkpoint.reshard_plain import PlainRun, can_reshard_plain, plain_states, take_loss_scale
+from ds_moe_ep.engine.checkpoint.state_pieces import SavedPieces, StatePart, check_states, take_states
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.errors import EngineError, MoEError
 
@@ -56,16 +58,17 @@ class SavedEpSize(EngineCallback):
         if saved is not None and saved != self._ep_size and not reshards(self._engine):
             raise EngineError(
                 f"{load.load_dir}: saved with ep_size={saved}, this run has ep_size={self._ep_size}; optimizer states "
-                "are cut anew with zero_optimization.stage 1 and 2, and in fp32 with 0. Load the weights: "
+                "are cut anew with zero_optimization.stage 0, 1 and 2. Load the weights: "
                 "load_checkpoint(..., load_module_only=True)"
             )
 
     def around_load(self, load: LoadCall, proceed: Callable[[LoadCall], Any]) -> Any:
         cut = self._cut_otherwise(load)
         if cut is not None:
+            parts, states = self._found(*cut)
             options = {**dict(zip(OPTIONS, load.args, strict=False)), **load.kwargs, "load_optimizer_states": False}
             found = proceed(replace(load, args=(), kwargs=options))
-            seams.settle(self._load_anew(*cut))
+            self._take(parts, states, *cut)
             return found
         try:
             return proceed(load)
@@ -99,27 +102,71 @@ class SavedEpSize(EngineCallback):
             )
         return None if is_same else (folder, saved)
 
-    def _load_anew(self, folder: Path, saved: int) -> MoEError | None:
-        """Takes this rank's part of the saved states; the error that it met, for all ranks."""
-        num_experts = {name: int(m.num_experts) for name, m in _moe_layers(self._engine)}
-        is_interleaved = seams.has_data_before_experts(self._engine)
-        grid = RankGrid(world_size=dist.get_world_size(), ep_size=self._ep_size, data_before_expert=is_interleaved)
-        ep_rank = grid.ep_rank(dist.get_rank())
+    def _found(self, folder: Path, saved: int) -> tuple[list[StatePart], SavedPieces]:
+        """This rank's parts of the states, and the pieces in the files that hold all of them. Changes nothing.
+
+        Collective over the world. Raises EngineError on every rank where a rank's parts are not there.
+        """
+        error: MoEError | None = None
         try:
-            if can_reshard_plain(self._engine.optimizer):
-                load_plain_states(self._engine, folder, ep_rank, (saved, self._ep_size), num_experts)
-            else:
-                states = SavedStates(folder, saved, is_interleaved, num_experts)
-                load_states(self._engine.optimizer, states, ep_rank, self._ep_size, num_experts)
-        except MoEError as error:
-            return error
-        except (OSError, RuntimeError, KeyError, IndexError) as error:
-            return EngineError(f"{folder}: optimizer states cannot be read ({type(error).__name__}: {error})")
+            parts, states = states_found(self._engine, self._ep_size, folder, saved)
+        except MoEError as caught:
+            error = caught
+        except (OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as caught:
+            error = EngineError(f"{folder}: optimizer states cannot be read ({type(caught).__name__}: {caught})")
+        seams.settle(error)
+        return parts, states
+
+    def _take(self, parts: Sequence[StatePart], states: SavedPieces, folder: Path, saved: int) -> None:
+        """Takes this rank's part of the saved states."""
+        optimizer = self._engine.optimizer
+        take_states(base_of(optimizer), parts, states)
+        for name in ("loss_scaler", "dynamic_loss_scale") if can_reshard(optimizer) else ():
+            if name in states.first:
+                setattr(optimizer, name, states.first[name])
+        take_loss_scale(optimizer, states.first)
         seams.log_rank0(
             f"{folder}: optimizer states of ep_size={saved} were cut anew for ep_size={self._ep_size} on "
             f"{dist.get_world_size()} ranks"
         )
-        return None
+
+
+def states_found(engine: Any, ep_size: int, folder: Path, saved: int) -> tuple[list[StatePart], SavedPieces]:
+    """This rank's parts of the states that `saved` expert-parallel ranks saved, and the pieces that hold them. Local.
+
+    Raises EngineError where something of them is not there.
+    """
+    num_experts = {name: int(m.num_experts) for name, m in _moe_layers(engine)}
+    stacked = stacked_names(engine)
+    is_interleaved = seams.has_data_before_experts(engine)
+    grid = RankGrid(world_size=dist.get_world_size(), ep_size=ep_size, data_before_expert=is_interleaved)
+    ep_rank = grid.ep_rank(dist.get_rank())
+    states: SavedPieces
+    if can_reshard_plain(engine.optimizer):
+        run = PlainRun(engine, ep_rank, ep_size, num_experts, stacked)
+        parts, states = list(run.parts()), plain_states(run, folder, saved)
+    else:
+        parts = list(parts_of(engine.optimizer, ep_rank, ep_size, num_experts, stacked))
+        states = SavedStates(folder, saved, is_interleaved, num_experts, stacked)
+    check_states(parts, states)
+    return parts, states
+
+
+def base_of(optimizer: Any) -> Any:
+    """The optimizer of torch's form in what DeepSpeed wrapped around it, if anything."""
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+
+
+def stacked_names(engine: Any) -> frozenset[str]:
+    """Names of the parameters that hold all experts of a rank: AutoEP's."""
+    stacks = [
+        f"{name}.experts.{stack}".removeprefix(".")
+        for name, layer in _moe_layers(engine)
+        if seams.is_autoep_layer(layer)
+        for stack, parameter in layer.experts.named_parameters()
+        if parameter.shape[0] == layer.num_local_experts
+    ]
+    return frozenset(stacks)
 
 
 def _moe_layers(engine: Any) -> list[tuple[str, Any]]:
@@ -128,8 +175,7 @@ def _moe_layers(engine: Any) -> list[tuple[str, Any]]:
 
 def reshards(engine: Any) -> bool:
     """True where the optimizer states of this engine can be cut anew. Local, alike on every rank."""
-    is_known = can_reshard(engine.optimizer) or can_reshard_plain(engine.optimizer)
-    return is_known and not any(seams.is_autoep_layer(m) for m in engine.module.modules())
+    return can_reshard(engine.optimizer) or can_reshard_plain(engine.optimizer)
 
 
 def saved_ranks(folder: Path) -> int:
@@ -137,7 +183,7 @@ def saved_ranks(folder: Path) -> int:
     has_states = folder.is_dir() and any("zero_pp_rank_" in path.name for path in folder.glob("*_optim_states.pt"))
     if not has_states or not (folder / MAIN_FILE).is_file():
         return 0
-    state = torch.load(folder / MAIN_FILE, map_location="cpu", mmap=True, weights_only=False)
+    state = load_file(folder / MAIN_FILE)
     return int(state.get("dp_world_size") or 0)
 
 
@@ -176,7 +222,7 @@ def saved_ep_size(load_dir: str, tag: str | None = None) -> int | None:
 def _ep_size_by_shapes(model_file: Path) -> int | None:
     if not model_file.is_file():
         return None
-    state = torch.load(model_file, map_location="cpu", mmap=True, weights_only=False)  # as DeepSpeed itself loads it
+    state = load_file(model_file)
     for layer in state.get("ds_autoep_layers") or []:  # AutoEP says it
         return int(layer["ep_size"])
     names = [name for group in state.get("param_shapes") or [] for name in group]

@@ -1,54 +1,127 @@
-"""Optimizer states without ZeRO, in fp32, under another ep_size than they were saved with.
+"""Optimizer states without ZeRO under another ep_size than they were saved with.
 
-Each expert-parallel rank has a file of torch's: states by the place of a parameter in the optimizer. The places of the
-run that saved follow from this run's, as both list the same modules in the same order, with other numbers of experts.
+Each expert-parallel rank has a file: states by the place of a parameter in the optimizer. The places of the run that
+saved follow from this run's, as both list the same modules in the same order, with other numbers of experts. In 16
+bits DeepSpeed wraps the optimizer: a master weight stands beside each parameter, or one flat vector per group.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ds_moe_ep.engine.checkpoint.reshard import OF_THE_GROUP, num_experts_of
+from ds_moe_ep.engine.checkpoint.convert.read import load_file
+from ds_moe_ep.engine.checkpoint.state_pieces import SavedPieces, StatePart, StatePiece, global_name, num_experts_of
 from ds_moe_ep.errors import EngineError
 
 _EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)\.(.*)")
 _FILE = re.compile(r"expp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+# What DeepSpeed's 16-bit wrappers keep of the loss scale, on their configuration of it.
+LOSS_SCALE = ("dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A parameter of this run's optimizer, by the model's name, in the order of its group."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """This run's optimizer without ZeRO: its expert-parallel place, and the layers' numbers of experts."""
+
+    engine: Any
+    ep_rank: int
+    ep_size: int
+    num_experts: Mapping[str, int]
+    stacked: Collection[str]
+
+    @property
+    def optimizer(self) -> Any:
+        return self.engine.optimizer
+
+    @property
+    def base(self) -> Any:
+        """The optimizer of torch's form."""
+        return self.optimizer if isinstance(self.optimizer, torch.optim.Optimizer) else self.optimizer.optimizer
+
+    def groups(self) -> list[list[Owned]]:
+        """The parameters of each group."""
+        name_of = {parameter: name for name, parameter in self.engine.module.named_parameters()}
+        is_wrapped = self.base is not self.optimizer
+        groups = self.optimizer.fp16_groups if is_wrapped else [g["params"] for g in self.base.param_groups]
+        return [[Owned(name_of.get(each, ""), tuple(each.shape)) for each in group] for group in groups]
+
+    def parts(self) -> Iterator[StatePart]:
+        """What this rank keeps of each parameter's states. Local."""
+        for number, group in enumerate(self.groups()):
+            start = 0
+            for place, owned in enumerate(group):
+                size, is_stacked = math.prod(owned.shape), owned.name in self.stacked
+                vectors = self.base.param_groups[number]["params"]
+                vector = vectors[0] if self._is_flat else vectors[place]
+                known = global_name(owned.name, self.ep_rank, self.ep_size, self.num_experts)
+                first, total = (self.ep_rank * size, self.ep_size * size) if is_stacked else (0, size)
+                master = None if self.base is self.optimizer else vector.data
+                at = start if self._is_flat else 0
+                yield StatePart(known, number, vector, master, at, size, first, total)
+                start += size
+
+    @property
+    def _is_flat(self) -> bool:
+        return hasattr(self.optimizer, "fp32_groups_flat")
 
 
 def can_reshard_plain(optimizer: Any) -> bool:
-    """True for an optimizer of torch's that is not wrapped."""
-    return isinstance(optimizer, torch.optim.Optimizer)
+    """True for an optimizer of torch's that is not wrapped, and for DeepSpeed's 16-bit wrappers without ZeRO."""
+    is_wrapped = hasattr(optimizer, "fp16_groups") and (
+        hasattr(optimizer, "fp32_groups") or hasattr(optimizer, "fp32_groups_flat")
+    )
+    return isinstance(optimizer, torch.optim.Optimizer) or is_wrapped
 
 
-def load_plain_states(
-    engine: Any, folder: Path, ep_rank: int, sizes: tuple[int, int], num_experts: Mapping[str, int]
-) -> None:
-    """Gives this rank's optimizer its states. `sizes`: the ep_size that saved, and this run's. Local."""
-    saved_size = sizes[0]
+def plain_states(run: PlainRun, folder: Path, saved_size: int) -> SavedPieces:
+    """The states in the files that `saved_size` expert-parallel ranks saved, by parameter.
+
+    Raises EngineError where they are of another form, or of another model than this run's.
+    """
     files = _files(folder, saved_size)
-    name_of = {parameter: name for name, parameter in engine.module.named_parameters()}
-    for number, group in enumerate(engine.optimizer.param_groups):
-        names = [name_of[parameter] for parameter in group["params"]]
-        place_of = {name: place for place, name in enumerate(_names_that_saved(names, saved_size, num_experts))}
-        for name, parameter in zip(names, group["params"], strict=True):
-            rank, known = _where(name, ep_rank, sizes, num_experts)
-            saved = files[rank]
-            places = saved["param_groups"][number]["params"]
-            if len(places) != len(place_of):
-                raise EngineError(
-                    f"{folder}: parameter group {number} has {len(places)} parameters there and would have "
-                    f"{len(place_of)} here under ep_size={saved_size}; give the model and groups that were saved"
-                )
-            state = saved["state"].get(places[place_of[known]], {})
-            engine.optimizer.state[parameter] = _copied(state, parameter, f"{folder}: {name}")
-        saved_group = files[0]["param_groups"][number]
-        group.update({key: value for key, value in saved_group.items() if key not in OF_THE_GROUP})
+    pieces: dict[str, list[StatePiece]] = {}
+    for number, group in enumerate(run.groups()):
+        listed = _that_saved(group, run, saved_size)
+        for rank, file in enumerate(files):
+            _check_places(folder, file, number, len(listed), saved_size)
+            for owned, piece in zip(listed, _pieces(folder, file, number, listed), strict=True):
+                if owned.name in run.stacked:
+                    offset = rank * piece.num_values
+                    moved = StatePiece(piece.state, piece.options, piece.master, piece.start, piece.num_values, offset)
+                    pieces.setdefault(owned.name, []).append(moved)
+                elif rank == 0 or _EXPERT.fullmatch(owned.name):
+                    pieces[global_name(owned.name, rank, saved_size, run.num_experts)] = [piece]
+    return SavedPieces(folder, pieces, files[0], _base(files[0]))
+
+
+def take_loss_scale(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """Gives a 16-bit wrapper the loss scale of the run that saved."""
+    config = getattr(optimizer, "loss_scale_config", None)
+    for name in LOSS_SCALE if config is not None else ():
+        if name in saved:
+            setattr(config, name, saved[name])
+
+
+def _base(file: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of torch's optimizer: wrapped, or alone."""
+    found: Mapping[str, Any] = file.get("optimizer_state_dict", file)
+    return found
 
 
 def _files(folder: Path, saved_size: int) -> list[dict[str, Any]]:
@@ -57,53 +130,71 @@ def _files(folder: Path, saved_size: int) -> list[dict[str, Any]]:
     absent = [rank for rank in range(saved_size) if rank not in paths]
     if absent:
         raise EngineError(f"{folder}: has no expp_rank_{absent[0]}_*_optim_states.pt; complete the folder")
-    loaded = [torch.load(paths[rank], map_location="cpu", mmap=True, weights_only=False) for rank in range(saved_size)]
-    states = [each.get("optimizer") for each in loaded]
-    if not all(isinstance(state, dict) and "param_groups" in state for state in states):
+    loaded = [load_file(paths[rank]) for rank in range(saved_size)]
+    states = [each.get("optimizer") if isinstance(each, Mapping) else None for each in loaded]
+    if not all(isinstance(each, dict) and {"state", "param_groups"} <= set(_base(each)) for each in states):
         raise EngineError(
             f"{folder}: holds no optimizer states of torch's form; load the weights alone: load_checkpoint(..., "
             "load_module_only=True)"
         )
-    return states
+    return [each for each in states if each is not None]
 
 
-def _names_that_saved(names: Sequence[str], saved_size: int, num_experts: Mapping[str, int]) -> list[str]:
-    """The names of a group in the run that saved: as many experts of each layer as its ranks had."""
-    listed: list[str] = []
+def _check_places(folder: Path, file: Mapping[str, Any], number: int, planned: int, saved_size: int) -> None:
+    groups = _base(file)["param_groups"]
+    there = len(groups[number]["params"]) if number < len(groups) else 0
+    if "fp32_groups_flat" in file:
+        planned = 1
+    elif "fp32_groups" in file and number < len(file["fp32_groups"]):
+        there = min(there, len(file["fp32_groups"][number]))
+    if there != planned:
+        raise EngineError(
+            f"{folder}: parameter group {number} has {there} parameters there and would have {planned} here under "
+            f"ep_size={saved_size}; give the model and groups that were saved"
+        )
+
+
+def _pieces(folder: Path, file: Mapping[str, Any], number: int, listed: Sequence[Owned]) -> Iterator[StatePiece]:
+    """The piece of each parameter of a group in a rank's file."""
+    base = _base(file)
+    options = base["param_groups"][number]
+    flat = file.get("fp32_groups_flat")
+    start = 0
+    for place, owned in enumerate(listed):
+        size = math.prod(owned.shape)
+        state = base["state"].get(options["params"][0 if flat else place], {})
+        if flat:
+            yield StatePiece(state, options, flat[number], start, size)
+        else:
+            master = file["fp32_groups"][number][place] if "fp32_groups" in file else None
+            _check_shapes(f"{folder}: {owned.name}", {**state, "the master weight": master}, owned.shape)
+            yield StatePiece(state, options, master, 0, size)
+        start += size
+
+
+def _check_shapes(path: str, state: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    for kind, value in state.items():
+        if isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shape:
+            raise EngineError(f"{path} has {kind} of {tuple(value.shape)} there and {shape} here; give the saved model")
+
+
+def _that_saved(group: Sequence[Owned], run: PlainRun, saved_size: int) -> list[Owned]:
+    """A group in the run that saved: as many experts of each layer as its ranks had."""
+    if saved_size == run.ep_size:
+        return list(group)
+    listed: list[Owned] = []
     done: set[str] = set()
-    for name in names:
-        match = _EXPERT.fullmatch(name)
-        if match is None:
-            listed.append(name)
+    for owned in group:
+        match = _EXPERT.fullmatch(owned.name)
+        if owned.name in run.stacked:
+            experts = owned.shape[0] * run.ep_size // saved_size
+            listed.append(Owned(owned.name, (experts, *owned.shape[1:])))
+        elif match is None:
+            listed.append(owned)
         elif match[1] not in done:  # a layer's experts stand side by side, and the first one says what each has
             done.add(match[1])
-            rests = [m[3] for each in names if (m := _EXPERT.fullmatch(each)) and m[1] == match[1] and m[2] == "0"]
-            count = num_experts_of(name, num_experts) // saved_size
-            listed.extend(f"{match[1]}{index}.{rest}" for index in range(count) for rest in rests)
+            mine = ((each, _EXPERT.fullmatch(each.name)) for each in group)
+            rests = [(m[3], each.shape) for each, m in mine if m and m[1] == match[1] and m[2] == "0"]
+            count = num_experts_of(owned.name, run.num_experts) // saved_size
+            listed.extend(Owned(f"{match[1]}{index}.{rest}", shape) for index in range(count) for rest, shape in rests)
     return listed
-
-
-def _where(name: str, ep_rank: int, sizes: tuple[int, int], num_experts: Mapping[str, int]) -> tuple[int, str]:
-    """The rank that saved a parameter, and the name that it had there."""
-    match = _EXPERT.fullmatch(name)
-    if match is None:
-        return 0, name
-    total = num_experts_of(name, num_experts)
-    index = ep_rank * (total // sizes[1]) + int(match[2])
-    rank, local = divmod(index, total // sizes[0])
-    return rank, f"{match[1]}{local}.{match[3]}"
-
-
-def _copied(state: Mapping[str, Any], parameter: nn.Parameter, path: str) -> dict[str, Any]:
-    """The state in memory of its own, on the parameter's device. Raises EngineError for another shape."""
-    copied: dict[str, Any] = {}
-    for kind, value in state.items():
-        if not isinstance(value, Tensor):
-            copied[kind] = value
-        elif value.dim() == 0:
-            copied[kind] = value.clone()  # torch's step stays where it was
-        elif value.shape == parameter.shape:
-            copied[kind] = value.to(parameter.device, copy=True)
-        else:
-            raise EngineError(f"{path} has {kind} of {tuple(value.shape)} there and {tuple(parameter.shape)} here")
-    return copied

@@ -13,6 +13,7 @@ from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
+from ds_moe_ep.engine.checkpoint.preflight import Preflight
 from ds_moe_ep.engine.checkpoint.save import FinishedSaves, SafeSaver, saves_safely
 from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
 from ds_moe_ep.engine.explain_errors import Supervision
@@ -109,6 +110,7 @@ def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog |
     if len(sizes) == 1:  # of several sizes, files do not tell which layer had which
         yield SavedEpSize(engine, *sizes)
     yield IncompleteCheckpoints(engine, [layer.num_experts for layer in numbered])
+    yield Preflight(engine, sizes)
     yield ChoiceKeeper(layers)
     yield Supervision(engine, watch)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
+from ds_moe_ep.engine.checkpoint.preflight import Preflight
 from ds_moe_ep.engine.checkpoint.save import FinishedSaves, SafeSaver
 from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
 from ds_moe_ep.engine.explain_errors import Supervision
@@ -40,8 +41,9 @@ ORDER: tuple[type[EngineCallback], ...] = (
     ChoiceKeeper,
     # Refuses a checkpoint before anything of it is written.
     ExpertFiles,
-    # Missing files are told before the sizes are read, which are in one of the files.
+    # Missing files are told before any is opened; all are read as tensors before the sizes are, which are in one.
     IncompleteCheckpoints,
+    Preflight,
     SavedEpSize,
     # Innermost of those that save: it calls the engine's own method with a folder of its own.
     SafeSaver,

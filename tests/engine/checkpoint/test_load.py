@@ -152,22 +152,3 @@ def test_weights_load_under_another_ep_size(stage: int, ep_sizes: tuple[int, ...
     for ep_size in ep_sizes:
         loaded = run_ranks(4, load_elsewhere, replace(job, ep_size=ep_size), str(tmp_path), timeout_s=60)
         assert distance(merged(loaded), saved) == 0.0, ep_size
-
-
-def refusal(job: Job, folder: str) -> tuple[str, str]:
-    engine = make_engine(job)
-    try:
-        engine.load_checkpoint(folder)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "nothing", ""
-
-
-def test_states_in_another_form_are_refused_on_every_rank_under_another_ep_size(tmp_path: pathlib.Path) -> None:
-    job = replace(BASE, stage=0, bf16=True)
-    run_ranks(4, save_then_go_on, job, str(tmp_path), timeout_s=60)
-    for name, message in run_ranks(4, refusal, replace(job, ep_size=4), str(tmp_path), timeout_s=60):
-        assert name == "EngineError"
-        assert "ep_size=2" in message
-        assert "ep_size=4" in message
-        assert "load_module_only=True" in message

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's files for a conversion: as tensors and plain values alone, mapped, and checked for damage."""
+"""Reads a checkpoint's files: as tensors and plain values alone, mapped, and checked for damage."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ds_moe_ep.errors import EngineError
+
+_ALLOW = "torch.serialization.add_safe_globals"
 
 
 def find_tag(source: Path) -> str:
@@ -39,14 +42,14 @@ def load_file(path: Path) -> Any:
     if not zipfile.is_zipfile(path):
         raise EngineError(f"{path}: is cut off, or no file of torch.save in its zip form; save the checkpoint again")
     try:
-        with torch.serialization.safe_globals(deepspeeds_classes()):
+        with torch.serialization.safe_globals([*deepspeeds_classes(), *numpys_functions()]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = found[1] if found else "something that is no tensor"
         raise EngineError(
             f"{path}: holds {what}, and making it could run code of the file's; save the checkpoint again without it "
-            "(a client_state of plain values and tensors)"
+            f"(a client_state of plain values and tensors), or, where you trust it: {_ALLOW}([...])"
         ) from error
     except Exception as error:
         raise EngineError(f"{path}: cannot be read ({type(error).__name__}: {error}); save it again") from error
@@ -61,6 +64,14 @@ def deepspeeds_classes() -> list[Any]:
     }
     modules = ((importlib.import_module(module), names) for module, names in homes.items())
     return [getattr(module, name) for module, names in modules for name in names if hasattr(module, name)]
+
+
+def numpys_functions() -> list[Any]:
+    """Makers of numpy's arrays, which hold values alone: numpy's random state is one, beside plain values."""
+    array = np.zeros(1, dtype=np.uint32)
+    reconstruct = array.__reduce__()[0]
+    kinds = {type(np.dtype(kind)) for kind in ("u1", "u4", "u8", "i4", "i8", "f4", "f8", "?")}
+    return [reconstruct, np.ndarray, np.dtype, *kinds]
 
 
 def check_undamaged(path: Path) -> None:

@@ -25,7 +25,8 @@ from ds_moe_ep.engine.checkpoint.convert.plain_states import OPTIMIZER_FILE, Pla
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.checkpoint.convert.zero_states import ZeroStates
 from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, MAIN_FILE, saved_ep_size
-from ds_moe_ep.engine.checkpoint.reshard import SavedStates, num_experts_of
+from ds_moe_ep.engine.checkpoint.reshard import SavedStates
+from ds_moe_ep.engine.checkpoint.state_pieces import num_experts_of
 from ds_moe_ep.errors import ConfigError, EngineError
 
 INTERLEAVED = "use_data_before_expert_parallelism"  # DeepSpeed's key

@@ -21,10 +21,10 @@ from torch import Tensor
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.engine.checkpoint.convert.groups import ParameterGroup
 from ds_moe_ep.engine.checkpoint.convert.output import TargetFile
-from ds_moe_ep.engine.checkpoint.reshard import SavedStates, global_name
+from ds_moe_ep.engine.checkpoint.reshard import SavedStates
+from ds_moe_ep.engine.checkpoint.state_pieces import MASTER, global_name
 
 ALIGNMENT = 2  # values of a cut, for each rank of its group
-MASTER = "the master weight"  # as `SavedStates.whole` calls it
 
 
 @dataclass(frozen=True)
