@@ -118,7 +118,7 @@ def test_states_load_under_every_ep_size_and_training_goes_on(tmp_path: Path) ->
         ("fp16", replace(BASE, fp16=True)),
     ):
         saves.append((name, replace(job, ep_size=2)))
-        loads += [(name, replace(job, ep_size=ep)) for ep in ((4, 1) if job.bf16 else (4,))]
+        loads.append((name, replace(job, ep_size=1 if job.sums_in else 4)))
     expected = all_load(saves, loads, tmp_path)
     assert sum("exp_avg_sq" in name and "deepspeed_experts" in name for name in expected["ep4"]) == 8 * NUM_EXPERTS
     moments = [
