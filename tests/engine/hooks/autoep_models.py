@@ -152,11 +152,11 @@ def named_weights(engine: Any, job: AutoEPJob) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
-            weights |= _by_expert(name, parameter.detach().float().clone(), job)
+            weights |= by_expert(name, parameter.detach().float().clone(), job)
     return weights
 
 
-def _by_expert(name: str, weight: Tensor, job: AutoEPJob) -> dict[str, Tensor]:
+def by_expert(name: str, weight: Tensor, job: AutoEPJob) -> dict[str, Tensor]:
     """A parameter under its name, or a stack of experts one by one."""
     stem, _, kind = name.rpartition(".")
     if ".experts" not in name:
