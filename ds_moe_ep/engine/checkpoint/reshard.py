@@ -127,7 +127,7 @@ def cuts_of(optimizer: Any) -> tuple[list[Tensor], list[list[Any]]]:
 def parts_of(
     optimizer: Any, ep_rank: int, ep_size: int, num_experts: Mapping[str, int], stacked: Collection[str]
 ) -> Iterator[StatePart]:
-    """What this rank keeps of each parameter's states. Local."""
+    """The part of each parameter's states that this rank keeps. Local."""
     masters, groups = cuts_of(optimizer)
     for group, flat in enumerate(masters):
         by_name = {optimizer.param_names[parameter]: parameter for parameter in groups[group]}

@@ -62,7 +62,7 @@ class PlainRun:
         return [[Owned(name_of.get(each, ""), tuple(each.shape)) for each in group] for group in groups]
 
     def parts(self) -> Iterator[StatePart]:
-        """What this rank keeps of each parameter's states. Local."""
+        """The part of each parameter's states that this rank keeps. Local."""
         for number, group in enumerate(self.groups()):
             start = 0
             for place, owned in enumerate(group):

@@ -48,7 +48,7 @@ class StatePiece:
 
 @dataclass(frozen=True)
 class StatePart:
-    """What this rank keeps of a parameter's states: values `first` on of `total`, at `start` of vectors.
+    """The part of a parameter's states that this rank keeps: values `first` on of `total`, at `start` of vectors.
 
     `vector` is the optimizer's: a cut of a group, or the parameter. `master` is where master weights go, if anywhere.
     """
