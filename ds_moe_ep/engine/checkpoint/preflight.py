@@ -130,12 +130,10 @@ def check_own_cut(optimizer: Any, path: Path) -> None:
 
 
 def check_layout(folder: Path, main: Mapping[str, Any], names: Iterable[str], is_pipeline: bool) -> None:
-    """Raises EngineError where a pipeline's weights would go into a plain engine, or the other way."""
+    """Raises EngineError where the weights lie in files of pipeline modules, which a plain engine does not read."""
     has_stages = any("-model_" in name for name in names)
     if has_stages and not is_pipeline and main.get("module") is None:
         raise EngineError(f"{folder}: was saved by pipeline stages, and this engine has none; {_convert(folder)}")
-    if is_pipeline and not has_stages:
-        raise EngineError(f"{folder}: was not saved by pipeline stages, as this engine has them; {_convert(folder)}")
 
 
 def _convert(folder: Path) -> str:
