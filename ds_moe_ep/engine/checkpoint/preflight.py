@@ -152,12 +152,12 @@ def check_main(engine: Any, path: Path, main: Mapping[str, Any], options: Mappin
             f"{path}: has no state of a learning rate's scheduler, and this engine has one; "
             "load_checkpoint(..., load_lr_scheduler_states=False)"
         )
+    is_pipeline = hasattr(engine, "train_batch")  # a stage has some of the layers
     saved, here = main.get("num_experts"), list(getattr(engine, "num_experts", []))
-    if isinstance(saved, list) and saved != here:
+    if isinstance(saved, list) and saved != here and not is_pipeline:
         raise EngineError(
             f"{path}: its layers have {saved} experts, this model's {here}; give the model that was saved"
         )
-    is_pipeline = hasattr(engine, "train_batch")
     if not is_pipeline and seams.tensor_parallel_size() == 1 and options.get("custom_load_fn") is None:
         check_weights(engine.module, path, main.get("module"), bool(options.get("load_module_strict", True)))
 
