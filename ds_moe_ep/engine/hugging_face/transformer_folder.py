@@ -6,9 +6,7 @@ and is loaded with `trust_remote_code=True`.
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +92,3 @@ def config_values(model: ModelConfig, moe: MoEConfig, dtype: torch.dtype) -> dic
 def code_path() -> Path:
     """The model's code, which a folder carries."""
     return Path(__file__).with_name(f"{CODE}.py")
-
-
-def write_config(values: dict[str, Any], folder: Path) -> None:
-    """Writes config.json, and the model's code beside it."""
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(code_path(), folder / f"{CODE}.py")
