@@ -30,6 +30,7 @@ MAX_AUTO_SLOTS = 4  # each costs an expert's memory on every rank, and the secon
 PARTS = 1024  # of a row, so that smoothed loads are whole numbers
 NEAR = 0.05  # of level loads' price: nearer, no other placement is looked for where loads move
 SLACK = 64  # of the mean rows of a rank, one part: loads are levelled so far for their price
+PASS = 1 / 32  # of a rank's rows is what a copy is taken to need in each pass: messages and products of its own
 EXCHANGE = 0.5  # of the time of rows' products is what their exchanges are taken to need, where nothing was measured
 
 
@@ -109,13 +110,15 @@ class CopyCosts:
     `row_us`: one row through its expert, forward and backward. `near_us`, `far_us`: the weights of one expert to a
     rank of the same node, and to one of another. `gradient_ratio`: bytes of an expert's gradient sums over those of
     its weights. `each_us`: the weights of one copy, on links that all copies share alike. `hidden_us`: time of the
-    window under which such transfers cost nothing.
+    window under which such transfers cost nothing. `pass_share`: one copy in a pass, in parts of a rank's rows, beside
+    which transfers go on.
     """
 
     row_us: float
     near_us: float = 0.0
     far_us: float = 0.0
     each_us: float = 0.0
+    pass_share: float = 0.0
     gradient_ratio: float = 2.0
     hidden_us: float = 0.0
     micro_batches: int = 1
@@ -162,6 +165,7 @@ class CopyCosts:
             row_us=1.0,
             each_us=EXCHANGE * weight_bytes / exchanges / ranks,
             gradient_ratio=gradient_bytes / weight_bytes,
+            pass_share=PASS,
         )
 
 
@@ -201,14 +205,14 @@ def place(
     before = previous if previous is not None and _fits(previous, none, slots, most) else none
     prices = {each: _price(loads, each, torus, costs, has_begun, each == before) for each in (none, before)}
     kept = min((none, before), key=lambda placement: (prices[placement], len(placement.copies)))
-    level_us = costs.micro_batches * costs.row_us * sum(map(sum, loads)) / len(loads) / PARTS / torus.size
+    level_us = _level_us(loads, torus, costs)
     if prices[kept] <= (1 + (NEAR if others_E else MARGIN)) * level_us:  # with no transfer
         return kept
     best, best_us = kept, prices[kept]
     for num_slots in range(1, most + 1) if slots == "auto" else [most] * (most > 0):
         for found in _candidates(loads, torus, num_slots, none.slots):
             num_copies = len(found.copies)
-            least_us = level_us + _transfer_us(found, torus, costs, has_begun, found == before)
+            least_us = level_us + _copies_us(level_us, found, torus, costs, has_begun, found == before)
             if least_us > best_us * (1 - SMALL) and num_copies >= len(best.copies):
                 continue
             found_us = _price(loads, found, torus, costs, has_begun, found == before)
@@ -250,14 +254,23 @@ def _price(
 ) -> float:
     fullest = sum(max(levelled_rows(rows_E, placement, SLACK)) for rows_E in loads) / len(loads)
     rows_us = costs.micro_batches * costs.row_us * fullest / PARTS
-    return rows_us + _transfer_us(placement, torus, costs, has_begun, is_there)
+    return rows_us + _copies_us(_level_us(loads, torus, costs), placement, torus, costs, has_begun, is_there)
 
 
-def _transfer_us(placement: Placement, torus: Torus, costs: CopyCosts, has_begun: bool, is_there: bool) -> float:
+def _level_us(loads: Sequence[Sequence[int]], torus: Torus, costs: CopyCosts) -> float:
+    """Time of the rows of a rank where all have as many."""
+    return costs.micro_batches * costs.row_us * sum(map(sum, loads)) / len(loads) / PARTS / torus.size
+
+
+def _copies_us(
+    level_us: float, placement: Placement, torus: Torus, costs: CopyCosts, has_begun: bool, is_there: bool
+) -> float:
     weights_us, sums_us = _transfers_us(placement, torus, costs)
     if has_begun:  # nothing hides the weights that are sent now
-        return (0.0 if is_there else weights_us) + max(sums_us - costs.hidden_us, 0.0)
-    return max(weights_us + sums_us - costs.hidden_us, 0.0)
+        transfer_us = (0.0 if is_there else weights_us) + max(sums_us - costs.hidden_us, 0.0)
+    else:
+        transfer_us = max(weights_us + sums_us - costs.hidden_us, 0.0)
+    return max(transfer_us, len(placement.copies) * costs.pass_share * level_us)
 
 
 def levelled_rows(rows_E: Sequence[int], placement: Placement, parts: int = 0) -> list[int]:

@@ -10,7 +10,8 @@ import pytest
 from ds_moe_ep.bench.candidates.workloads import Workload
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule.copies.forecast import Forecast, LoadAverage, moved_share
-from ds_moe_ep.schedule.placement import CopyCosts, Placement, levelled_rows, place
+from ds_moe_ep.schedule.placement import CopyCosts
+from tests.schedule.replay import costs_of_quickstart, ratios
 
 EXPERTS, ROWS = 16, 8192
 TORUS = Torus(4, 4)
@@ -69,22 +70,9 @@ def test_other_loads_are_expected_where_the_forecast_errs(loads: list[list[int]]
     assert all(min(rows_E) >= 0 for rows_E in forecast.others_E)
 
 
-def fullest(loads: list[list[int]], costs: CopyCosts, anew: bool) -> list[float]:
-    """Rows of the fullest rank over the mean in windows of one pass; copies move once more in the pass, or not."""
-    forecast, placement, found = Forecast(EXPERTS), Placement.without_guests(EXPERTS, 1, 1), []
-    for rows_E in loads:
-        if forecast.has_passes:
-            placement = place(forecast.rows_E, TORUS, 1, costs, placement, forecast.others_E)
-        if anew:
-            placement = place(rows_E, TORUS, 1, costs, placement, has_begun=True)
-        found.append(max(levelled_rows(rows_E, placement)) * EXPERTS / sum(rows_E))
-        forecast.add(rows_E)
-    return found[1:]
-
-
 def test_moving_loads_are_level_where_copies_move_in_the_pass_and_nearly_so_where_they_follow() -> None:
-    loads, costs = moving(24), CopyCosts.assumed(512, 2**19, 2**19, EXPERTS)
+    loads = moving(24)
     without = [max(rows_E) * EXPERTS / sum(rows_E) for rows_E in loads[1:]]
     assert mean(without) > 2.0
-    assert mean(fullest(loads, CopyCosts(row_us=1.0), anew=False)) < 1.3
-    assert max(fullest(loads, costs, anew=True)) <= 1.3
+    assert mean(ratios(loads, TORUS, CopyCosts(row_us=1.0))[0]) < 0.7 * mean(without)
+    assert max(ratios(loads, TORUS, costs_of_quickstart(EXPERTS))[1]) <= 1.3

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.placement import MARGIN, CopyCosts, Placement, levelled_rows, place, price_us
+from ds_moe_ep.schedule.placement import MARGIN, PASS, CopyCosts, Placement, levelled_rows, place, price_us
 from ds_moe_ep.schedule.price import Costs
 
 NODES = Torus(2, 8)
@@ -111,17 +111,20 @@ def test_copies_that_cost_more_than_they_take_away_are_not_made() -> None:
     assert copies(5000.0, 64) > copies(5000.0, 16) > 0  # a longer window pays for more
 
 
-def test_by_sizes_alone_idle_experts_pay_for_copies_in_longer_windows_and_one_hot_expert_in_one_pass() -> None:
+def test_by_sizes_alone_idle_experts_do_not_pay_for_copies_in_any_window_and_hot_ones_do() -> None:
     """Rows of 1 KiB, experts of 2 MiB, 1,000 rows per rank."""
     idle = [0.0, 4000 / 3, 4000 / 3, 4000 / 3] * 4
 
-    def copies(rows_E: list[float], micro_batches: int) -> int:
-        costs = replace(CopyCosts.assumed(2**10, 2**21, 2**21, 16), micro_batches=micro_batches)
+    def copies(rows_E: list[float], micro_batches: int, pass_share: float = PASS) -> int:
+        sizes = CopyCosts.assumed(2**10, 2**21, 2**21, 16)
+        costs = replace(sizes, micro_batches=micro_batches, pass_share=pass_share)
         return len(place(rows_E, NODES, 1, costs).copies)
 
-    assert copies(idle, 1) == 0  # twelve copies, each as long as 32 rows, would take away 333 rows
-    assert copies(idle, 2) == 12
-    assert copies(one_hot(4.0), 1) > 0
+    for micro_batches in (1, 4, 16):
+        assert copies(idle, micro_batches) == 0  # twelve copies, each as long as 31 rows, would take away 333 rows
+        assert copies(one_hot(4.0), micro_batches) > 5
+        assert copies(zipf(1.0), micro_batches) > 5
+    assert (copies(idle, 1, 0.0), copies(idle, 2, 0.0)) == (0, 12)  # by transfers alone a longer window pays
 
 
 def test_where_loads_move_all_slots_are_used_if_copies_cost_nothing_and_fewer_where_they_cost_rows() -> None:

@@ -39,7 +39,7 @@ from ds_moe_ep.moe.replicas.told import Digests, Told, num_told, present, told_c
 from ds_moe_ep.moe.router import Routes
 from ds_moe_ep.moe.split_experts import Weights
 from ds_moe_ep.schedule.assignment import assign
-from ds_moe_ep.schedule.copies.forecast import Forecast, moved_share
+from ds_moe_ep.schedule.copies.forecast import UNEVEN, Forecast, moved_share
 from ds_moe_ep.schedule.placement import MAX_AUTO_SLOTS, CopyCosts, Placement, levelled_rows, place
 from ds_moe_ep.schedule.price import Costs
 from ds_moe_ep.schedule.spans import Tags
@@ -48,7 +48,6 @@ Known = tuple[Form, Sequence[Weights]]
 Choose = Callable[[Sequence[float], Placement], Placement]  # from rows per expert and the placement before
 
 SAME = 0.01  # of the rows go to other experts than when a placement was found best: no other is looked for
-UNEVEN = 1.2  # rows of the fullest rank over the mean, beyond which a window's first pass may move copies
 
 
 class Window(Protocol):

@@ -15,6 +15,7 @@ PACES = (KEPT, 0.5, 0.0)  # of averages, the calmest first
 REMEMBERED = 0.9  # of an average's errors behind one more pass
 CLEARLY = 0.8  # of a calmer average's errors: only a quicker one with fewer is followed, lest bursts are
 ERRORS = 2  # passes whose errors may come again
+UNEVEN = 1.2  # rows of the fullest rank over the mean, beyond which a window's first pass may move copies
 MOVES = 0.05  # of the rows went to other experts than foretold: more than draws of many rows differ by
 
 
