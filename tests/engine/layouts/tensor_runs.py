@@ -38,7 +38,6 @@ AUTOTP = {
         },
     }
 }
-PLAN = {"tensor_parallel": {"partition_config": AUTOTP["tensor_parallel"]["partition_config"]}}  # tp_model_init's ranks
 
 
 @dataclass(frozen=True)
@@ -93,23 +92,21 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
     from ds_moe_ep.model.initialize import global_name
 
     ds_moe_ep.init_distributed()
-    is_cut_by_autotp, is_recorded = bool(keys), bool(keys) and "autotp_size" not in keys["tensor_parallel"]
+    is_cut_by_autotp = bool(keys)
     grid = mpu_of(TENSOR_SIZE, job.prefix)
     model = TensorModel(job, lambda _: make_layer(job), None if is_cut_by_autotp else grid)
     model.grid = grid
     give_weights(model, job)
-    if is_recorded:  # for all engines that this process makes from now on
-        model = deepspeed.tp_model_init(model, tp_size=TENSOR_SIZE, dtype=job.dtype)
     with planted(job.fault):
         try:
-            engine, *_ = (ds_moe_ep.initialize if is_recorded else deepspeed.initialize)(
+            engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=torch.optim.SGD(parameter_groups(model), lr=job.rate),
                 mpu=None if is_cut_by_autotp else grid,
                 config=job.ds_config(keys or {}),
             )
             attached = nullcontext()
-            if job.kind != "native" and not is_recorded:
+            if job.kind != "native":
                 traffic = {"schedule": "peers"} | job.knobs
                 attached = ds_moe_ep.attach_overlap(engine, traffic if job.kind == "hooked" else None)
             let_rows_count_alone(engine.module)

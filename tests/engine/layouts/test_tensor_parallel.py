@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.layouts.tensor_models import BOUND, TensorJob
-from tests.engine.layouts.tensor_runs import AUTOTP, PLAN, Trained, merged, reference, run_jobs
+from tests.engine.layouts.tensor_runs import AUTOTP, Trained, merged, reference, run_jobs
 from tests.ranks import run_ranks
 
 CLIPPED: dict[str, Any] = {"clipping": 3.0}
@@ -49,15 +49,6 @@ MORE_JOBS: dict[str, TensorJob] = {
         ep_size=4, top_k=2, capacity_factor=1.0, accumulation=2, recompute=True, replays=True,
         knobs={"sequence_parallel": True}, **CUT, **CLIPPED,
     ),
-    "one copy per node": TensorJob(
-        ep_size=4, top_k=2, stage=1, knobs={"two_level": "copies", "node_size": 2}, **CLIPPED
-    ),
-    "one copy and one sum per node, tokens that come cut": TensorJob(
-        ep_size=4, top_k=4, knobs={"two_level": "sums", "node_size": 2, "sequence_parallel": True}, **CUT, **CLIPPED
-    ),
-    "hooked, one copy and one sum per node": TensorJob(
-        kind="hooked", ep_size=4, top_k=2, knobs={"two_level": "sums", "node_size": 2}, **CLIPPED
-    ),
     "hooked, recorded": TensorJob(kind="hooked", ep_size=4, stage=2, recompute=True, records=True, **CLIPPED),
     "hooked, routes of a record": TensorJob(kind="hooked", top_k=2, stage=1, replays=True, **CLIPPED),
     "hooked, routes of a record, tokens that come cut": TensorJob(
@@ -72,7 +63,6 @@ MORE_OTHER_ROUTES: dict[str, TensorJob] = {
     **{name: replace(job, knobs={}) for name, job in MORE_JOBS.items() if "groups of" in name},
     **{name: replace(job, replays=False) for name, job in MORE_JOBS.items() if job.replays},
 }
-CUTS = ("AutoTP", "AutoTP's ranks from deepspeed.tp_model_init")
 NATIVE = TensorJob(kind="native", top_k=2, stage=1, tokens=8)
 FAULTS: dict[str, TensorJob] = {
     "tokens counted twice": TensorJob(fault="tokens counted twice"),
@@ -104,8 +94,7 @@ def found() -> Found:
 def found_slowly() -> Found:
     plain: list[tuple[TensorJob, dict[str, Any] | None]]
     plain = [(job, None) for job in (*MORE_JOBS.values(), *MORE_FAULTS.values(), NATIVE)]
-    by_keys = [(TensorJob(**CLIPPED), AUTOTP), (TensorJob(**CLIPPED), PLAN | {"train_batch_size": 4})]
-    return _run([*MORE_JOBS, *MORE_FAULTS, "native", *CUTS], [*plain, *by_keys])
+    return _run([*MORE_JOBS, *MORE_FAULTS, "native", "AutoTP"], [*plain, (TensorJob(**CLIPPED), AUTOTP)])
 
 
 def _run(names: list[str], jobs: list[tuple[TensorJob, dict[str, Any] | None]]) -> Found:
@@ -149,9 +138,8 @@ def check_seen(result: Trained | str, other: TensorJob) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CUTS)
-def test_a_dense_part_that_autotp_cuts_trains_as_one_device(found_slowly: Found, name: str) -> None:
-    check(found_slowly[name], TensorJob(**CLIPPED))
+def test_a_dense_part_that_autotp_cuts_trains_as_one_device(found_slowly: Found) -> None:
+    check(found_slowly["AutoTP"], TensorJob(**CLIPPED))
 
 
 @pytest.mark.slow
