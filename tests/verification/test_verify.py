@@ -136,6 +136,18 @@ def judged(mutants: Sequence[Mutant]) -> list[tuple[TrainingVerdict, ...]]:
     return found
 
 
+def more_examined() -> list[Examined]:
+    return examined(MORE_OF_LAYOUTS)
+
+
+def each_alone(name: str) -> list[tuple[TrainingVerdict, ...]]:
+    return judged(by_layout(SINGLE_FAULTS[name]))
+
+
+def by_layout(mutants: Sequence[Mutant]) -> list[Mutant]:
+    return sorted(mutants, key=lambda mutant: mutant.layout.name)
+
+
 def failing() -> tuple[str, list[str]]:
     """The error of a verification in which rank 1 raises, and where the engine's state differs afterwards."""
     import ds_moe_ep
@@ -265,7 +277,7 @@ def test_a_sound_engine_of_each_layout_has_no_finding_and_is_what_it_was() -> No
     worlds: dict[tuple[int, bool], list[Any]] = {}  # DeepSpeed's groups, and their sizes, are a process's
     for layout in LAYOUTS:
         worlds.setdefault((layout.job.ep_size, getattr(layout.job, "interleaved", False)), []).append(layout)
-    for layouts in (*worlds.values(), list(MORE_OF_LAYOUTS)):
+    for layouts in worlds.values():
         for theirs in run_ranks(4, examined, layouts, timeout_s=400):
             for layout, found in zip(layouts, theirs, strict=True):
                 check_sound(layout, found)
@@ -287,10 +299,17 @@ def test_a_sound_engine_under_zero_3_has_no_finding_and_is_what_it_was(layout: L
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutants", SINGLE_FAULTS.values(), ids=SINGLE_FAULTS)
-def test_each_fault_alone_is_named(mutants: Sequence[Mutant]) -> None:
-    by_layout = sorted(mutants, key=lambda mutant: mutant.layout.name)
-    assert unnamed(by_layout, run_ranks(4, judged, by_layout, timeout_s=400)[0]) == []
+def test_more_sound_engines_beside_other_ranks_have_no_finding() -> None:
+    for theirs in run_ranks(4, more_examined, timeout_s=400):
+        for layout, found in zip(MORE_OF_LAYOUTS, theirs, strict=True):
+            check_sound(layout, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SINGLE_FAULTS)
+def test_each_fault_alone_is_named(name: str) -> None:
+    found = run_ranks(4, each_alone, name, timeout_s=400)[0]
+    assert unnamed(by_layout(SINGLE_FAULTS[name]), found) == []
 
 
 @pytest.mark.slow
