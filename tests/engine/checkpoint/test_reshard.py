@@ -165,3 +165,17 @@ def test_states_load_on_more_and_on_fewer_ranks(tmp_path: Path) -> None:
     back = run_ranks(2, run, [], [("four", small), ("four", replace(small, ep_size=1))], tmp_path, timeout_s=120)
     for index in range(2):
         assert differing(merged([loaded[index][0] for _, loaded in back]), on_four) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layer", ["ours", "native"])
+def test_all_25_pairs_of_ep_sizes_on_16_ranks(layer: str, tmp_path: Path) -> None:
+    base, sizes = replace(BASE, layer=layer, world_size=16, num_experts=16), (1, 2, 4, 8, 16)
+    saves = [(f"ep{ep}", replace(base, ep_size=ep)) for ep in sizes]
+    loads = [(name, replace(base, ep_size=ep)) for name, _ in saves for ep in sizes]
+    by_rank = run_ranks(16, run, saves, loads, tmp_path, timeout_s=880)
+    expected = {name: merged([saved[name][0] for saved, _ in by_rank]) for name, _ in saves}
+    for index, (name, job) in enumerate(loads):
+        assert differing(merged([loaded[index][0] for _, loaded in by_rank]), expected[name]) == [], (name, job)
+    assert len(differing(expected["ep1"], expected["ep16"])) > 100, "the control: other routing groups, other rounding"
