@@ -137,6 +137,9 @@ def judged(mutants: Sequence[Mutant]) -> list[tuple[TrainingVerdict, ...]]:
 
 
 def more_examined() -> list[Examined]:
+    import ds_moe_ep
+
+    ds_moe_ep.init_distributed()
     return examined(MORE_OF_LAYOUTS)
 
 
