@@ -12,7 +12,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.experts import GeluMLP, KnownExperts, SwiGLU, start_pass
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.match_expert import match_expert
-from ds_moe_ep.moe.split_experts import GradSums
+from ds_moe_ep.moe.split_experts import ActiveRows, GradSums
 
 ROWS, WIDTH = 9, 16
 
@@ -20,15 +20,21 @@ ROWS, WIDTH = 9, 16
 @pytest.mark.parametrize(
     ("expert", "kept_at_last"),
     [
-        (GeluMLP(8, WIDTH), {"down": 2 * ROWS, "up": ROWS}),  # hidden rows, and active ones made again
+        (GeluMLP(8, WIDTH), {"down": 2 * ROWS, "up": ROWS}),  # hidden rows, and active ones
         (SwiGLU(8, WIDTH), {"down": 3 * ROWS, "up": 2 * ROWS, "gate": ROWS}),
     ],
     ids=["gelu", "swiglu"],
 )
+@pytest.mark.parametrize("active", [ActiveRows.MADE_AGAIN, ActiveRows.SAVED])
 @pytest.mark.parametrize("may_overwrite", [True, False])
 def test_kept_rows_go_with_the_last_product_that_reads_them(
-    expert: nn.Module, kept_at_last: dict[str, int], may_overwrite: bool, monkeypatch: pytest.MonkeyPatch
+    expert: nn.Module,
+    kept_at_last: dict[str, int],
+    active: ActiveRows,
+    may_overwrite: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(ActiveRows, "of_this_pass", lambda is_on_cpu: active)
     form = match_expert(expert)
     assert form is not None
     started = start_pass(form, [form.weights_of(expert)], [(0, ROWS)])
@@ -36,7 +42,8 @@ def test_kept_rows_go_with_the_last_product_that_reads_them(
     add = GradSums.add
 
     def count(self: GradSums, part: str, x_nI: Tensor, dy_nO: Tensor, is_only: bool) -> None:
-        kept[part] = sum(len(rows) for rows in [*started.saved, started.gradients(0)[-1]])
+        places = {rows.data_ptr(): len(rows) for rows in [*started.saved, started.gradients(0)[-1]]}
+        kept[part] = sum(places.values())
         add(self, part, x_nI, dy_nO, is_only)
 
     monkeypatch.setattr(GradSums, "add", count)
