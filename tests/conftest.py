@@ -1,6 +1,5 @@
 """One thread for the parent too: torch's thread pool and busy ranks on the same cores slow each other by a hundred."""
 
-import contextlib
 import gc
 import os
 from typing import Any
@@ -24,17 +23,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return Lanes(config, log)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
-    from tests.lane_workers import importing_process
-
-    started = contextlib.ExitStack()
-    python = started.enter_context(importing_process())
-    config.add_cleanup(started.close)
-    for spec in specs:
-        spec.python = python
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

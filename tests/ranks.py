@@ -202,7 +202,7 @@ def _release(pipes: list[Any], processes: list[Any]) -> None:
 def _fork_server() -> Any:
     """The multiprocessing context whose fork server has the heavy modules loaded, with one thread per rank."""
     context = multiprocessing.get_context("forkserver")
-    changed = server_environment()
+    changed = SERVER_ENV | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.getenv("PYTHONPATH")])])}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)  # the server reads its environment once, when it starts
     try:
@@ -215,11 +215,6 @@ def _fork_server() -> Any:
             else:
                 os.environ[name] = value
     return context
-
-
-def server_environment() -> dict[str, str]:
-    """Variables that the fork server has of its own."""
-    return SERVER_ENV | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.getenv("PYTHONPATH")])])}
 
 
 def _rank_main(orders: Orders, pipe: Any) -> None:
