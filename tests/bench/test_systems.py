@@ -166,6 +166,7 @@ def test_eight_engines_in_one_world_train_alike_and_account_for_their_time() -> 
     assert {name for name in values if metric(SMALL_WORLD, name) and not is_known(name)} == set()
 
 
+@pytest.mark.slow
 def test_emulated_devices_are_as_busy_as_the_plan_says_in_every_system() -> None:
     plan = replace(
         SMALL_WORLD,

@@ -152,7 +152,7 @@ def before_the_engine(door: str, autograd: bool) -> tuple[set[str], float]:
 
 
 def other_doors() -> list[tuple[set[str], float]]:
-    return [before_the_engine(*each) for each in (("ds_moe_ep", False), ("deepspeed", False), ("deepspeed", True))]
+    return [before_the_engine(*each) for each in (("ds_moe_ep", False), ("deepspeed", True))]
 
 
 class EndsAtOnce(Seen):

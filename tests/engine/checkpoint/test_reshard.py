@@ -109,8 +109,8 @@ def differing(found: States, expected: States) -> list[str]:
 
 
 def test_states_load_under_every_ep_size_and_training_goes_on(tmp_path: Path) -> None:
-    saves = [(f"ep{ep}", replace(BASE, ep_size=ep)) for ep in (1, 2, 4)]
-    loads = [(f"ep{saved}", replace(BASE, ep_size=ep)) for saved, ep in ((1, 2), (2, 4), (4, 1), (4, 2))]
+    saves = [(f"ep{ep}", replace(BASE, ep_size=ep)) for ep in (2, 4)]
+    loads = [(f"ep{saved}", replace(BASE, ep_size=ep)) for saved, ep in ((2, 4), (4, 1))]
     extra = replace(BASE, stage=2, bf16=True)
     for name, job in (
         ("bf16", extra),
@@ -129,8 +129,9 @@ def test_states_load_under_every_ep_size_and_training_goes_on(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_states_load_under_the_other_ep_sizes(tmp_path: Path) -> None:
-    saves = [(f"ep{ep}", replace(BASE, ep_size=ep)) for ep in (1, 2)]
-    all_load(saves, [("ep1", replace(BASE, ep_size=4)), ("ep2", replace(BASE, ep_size=1))], tmp_path)
+    saves = [(f"ep{ep}", replace(BASE, ep_size=ep)) for ep in (1, 2, 4)]
+    pairs = ((1, 2), (1, 4), (2, 1), (4, 2))
+    all_load(saves, [(f"ep{saved}", replace(BASE, ep_size=ep)) for saved, ep in pairs], tmp_path)
 
 
 def test_states_without_zero_load_under_another_ep_size(tmp_path: Path) -> None:
