@@ -131,7 +131,7 @@ def run_ranks(
                 there.close()
                 processes.append(process)
                 pipes.append(here)
-            answers = _collect(pipes, processes, time.monotonic() + timeout_s)
+            answers = _collect(pipes, processes, folder, time.monotonic() + timeout_s)
             failures = {rank: a for rank, a in answers.items() if isinstance(a, RankFailure)}
             for rank in range(world_size):
                 if rank not in answers:
@@ -151,7 +151,7 @@ def signal_itself(number: signal.Signals) -> None:
     signal.pthread_kill(threading.get_ident(), number)
 
 
-def _collect(pipes: list[Any], processes: list[Any], deadline: float) -> dict[int, bytes | RankFailure]:
+def _collect(pipes: list[Any], processes: list[Any], folder: str, deadline: float) -> dict[int, bytes | RankFailure]:
     """Each rank's answer; after a failure the others get a moment, not the whole limit, and again after the next."""
     answers: dict[int, bytes | RankFailure] = {}
     limit = deadline
@@ -166,7 +166,9 @@ def _collect(pipes: list[Any], processes: list[Any], deadline: float) -> dict[in
                 answers[rank] = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
                 processes[rank].join(5)
-                answers[rank] = RankFailure("Died", f"exit code {processes[rank].exitcode}, no answer", "")
+                answers[rank] = RankFailure(
+                    "Died", f"exit code {processes[rank].exitcode}, no answer", _stack(f"{folder}/{rank}")
+                )
             if isinstance(answers[rank], RankFailure):
                 deadline = min(limit, time.monotonic() + GRACE_S)
     return answers
@@ -179,11 +181,17 @@ def _unanswered(process: Any, stack_path: str, timeout_s: float) -> RankFailure:
     except ProcessLookupError:
         return RankFailure("Unanswered", "gone without an answer", "")
     time.sleep(0.1)
-    path = pathlib.Path(stack_path)
-    stack = path.read_text() if path.exists() else "(no stack: it had not started)"
     return RankFailure(
-        "Unanswered", f"no answer within the limit ({timeout_s:g} s, or the moment after a failure)", stack
+        "Unanswered",
+        f"no answer within the limit ({timeout_s:g} s, or the moment after a failure)",
+        _stack(stack_path),
     )
+
+
+def _stack(path: str) -> str:
+    """The stack that a rank wrote when it was asked, or when a signal like SIGSEGV ended it."""
+    file = pathlib.Path(path)
+    return file.read_text() if file.exists() else "(no stack: it had not started)"
 
 
 def _release(pipes: list[Any], processes: list[Any]) -> None:
@@ -225,6 +233,7 @@ def _rank_main(orders: Orders, pipe: Any) -> None:
         os._exit(1)
     stack_file = open(orders.stack_path, "w")  # noqa: SIM115 (faulthandler keeps it open)
     faulthandler.register(signal.SIGUSR1, file=stack_file)
+    faulthandler.enable(file=stack_file)
     try:
         answer: Any = _run(orders)
         code, linger_s = 0, orders.timeout_s

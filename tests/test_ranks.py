@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import signal
 import socket
 import time
 
@@ -32,10 +33,10 @@ def hang_on(rank: int) -> int:
     return dist.get_rank()
 
 
-def die_on(rank: int) -> None:
-    if dist.get_rank() == rank:
+def end_and_crash() -> None:
+    if dist.get_rank() == 0:
         os._exit(7)
-    dist.barrier()
+    os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def report_pid(folder: str) -> None:
@@ -90,9 +91,11 @@ def test_a_hanging_rank_is_killed_at_the_limit_and_its_stack_is_shown() -> None:
     assert "hang_on" in caught.value.failures[1].traceback
 
 
-def test_a_rank_that_dies_is_reported_with_its_exit_code() -> None:
-    with pytest.raises(RankError, match="rank 0: Died: exit code 7"):
-        run_ranks(2, die_on, 0, timeout_s=20)
+def test_a_rank_that_dies_is_reported_with_its_exit_code_and_one_that_crashes_with_its_stack() -> None:
+    with pytest.raises(RankError, match="rank 0: Died: exit code 7") as caught:
+        run_ranks(2, end_and_crash, timeout_s=20)
+    assert "exit code -11" in caught.value.failures[1].message
+    assert "end_and_crash" in caught.value.failures[1].traceback and not caught.value.failures[0].traceback
 
 
 def test_no_rank_survives_a_time_limit(tmp_path) -> None:
