@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ds_moe_ep.engine.extensions.callback import EngineCallback
 from ds_moe_ep.errors import MoEError, PeerError
+from ds_moe_ep.health.secondary_failures import is_secondary_message
 from ds_moe_ep.health.watch import Watch
 
 _COLLECTIVES = ("deepspeed.comm", "torch.distributed")
@@ -65,10 +66,15 @@ def cause(watch: Watch) -> str:
 
 
 def is_collective(error: BaseException) -> bool:
-    """True where an error came out of a collective, and so from another rank's end or silence."""
+    """True where an error came out of a collective, and so from another rank's end or silence.
+
+    One that was begun and is waited for later has no frame of its own: its communicator's words tell.
+    """
     frames = traceback.walk_tb(error.__traceback__)
     if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
         return False
+    if is_secondary_message(str(error)):
+        return True
     return any(str(frame.f_globals.get("__name__", "")).startswith(_COLLECTIVES) for frame, _ in frames)
 
 

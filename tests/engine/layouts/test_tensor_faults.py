@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_moe_ep.engine.explain_errors import is_collective
 from tests.engine.layouts.tensor_models import TensorJob
 from tests.engine.layouts.test_sequence_parallel import SequenceJob, run_job
 from tests.engine.layouts.test_tensor_checkpoints import make_engine, step
@@ -84,3 +85,9 @@ def train_sequences_until_killed(job: SequenceJob) -> None:
 def test_a_rank_that_dies_beside_sequence_ranks_ends_the_others(ep_size: int) -> None:
     job = SequenceJob(ep_size=ep_size, top_k=2, knobs={"timeout_s": 10.0, "watch": None})
     check_all_end_and_name_the_culprit(train_sequences_until_killed, job)
+
+
+def test_a_collective_that_is_waited_for_later_is_known_by_its_communicators_words() -> None:
+    """Its wait has no frame of torch.distributed; the control is an error of the program's own."""
+    assert is_collective(RuntimeError("[pair.cc:537] Read error [127.0.0.1]:3977: Connection reset by peer"))
+    assert not is_collective(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
