@@ -35,7 +35,7 @@ def publish(partial: Path, folder: Path) -> None:
         remove(partial)
     else:
         partial.rename(folder)
-    _flush_names(folder.parent)
+    flush(folder.parent)
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -51,8 +51,8 @@ def exchange(one: Path, other: Path) -> None:
     aside.rename(one)
 
 
-def flush(path: str) -> int:
-    """The bytes of a file, once they are on disk: some filesystems find out only then that it is full."""
+def flush(path: str | Path) -> int:
+    """Bytes of a file, or of a folder's names, once on disk: some filesystems find out only then that it is full."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,15 +75,7 @@ def write_latest(save_dir: Path, tag: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(save_dir / "latest")
-    _flush_names(save_dir)
-
-
-def _flush_names(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(save_dir)
 
 
 class IncompleteCheckpoints(EngineCallback):

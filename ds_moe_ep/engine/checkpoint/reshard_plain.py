@@ -18,10 +18,16 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
-from ds_moe_ep.engine.checkpoint.state_pieces import SavedPieces, StatePart, StatePiece, global_name, num_experts_of
+from ds_moe_ep.engine.checkpoint.state_pieces import (
+    EXPERT_NAME,
+    SavedPieces,
+    StatePart,
+    StatePiece,
+    global_name,
+    num_experts_of,
+)
 from ds_moe_ep.errors import EngineError
 
-_EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)\.(.*)")
 _FILE = re.compile(r"expp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 # What DeepSpeed's 16-bit wrappers keep of the loss scale, on their configuration of it.
 LOSS_SCALE = ("dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
@@ -105,7 +111,7 @@ def plain_states(run: PlainRun, folder: Path, saved_size: int) -> SavedPieces:
                     offset = rank * piece.num_values
                     moved = StatePiece(piece.state, piece.options, piece.master, piece.start, piece.num_values, offset)
                     pieces.setdefault(owned.name, []).append(moved)
-                elif rank == 0 or _EXPERT.fullmatch(owned.name):
+                elif rank == 0 or EXPERT_NAME.fullmatch(owned.name):
                     pieces[global_name(owned.name, rank, saved_size, run.num_experts)] = [piece]
     return SavedPieces(folder, pieces, files[0], _base(files[0]))
 
@@ -185,7 +191,7 @@ def _that_saved(group: Sequence[Owned], run: PlainRun, saved_size: int) -> list[
     listed: list[Owned] = []
     done: set[str] = set()
     for owned in group:
-        match = _EXPERT.fullmatch(owned.name)
+        match = EXPERT_NAME.fullmatch(owned.name)
         if owned.name in run.stacked:
             experts = owned.shape[0] * run.ep_size // saved_size
             listed.append(Owned(owned.name, (experts, *owned.shape[1:])))
@@ -193,7 +199,7 @@ def _that_saved(group: Sequence[Owned], run: PlainRun, saved_size: int) -> list[
             listed.append(owned)
         elif match[1] not in done:  # a layer's experts stand side by side, and the first one says what each has
             done.add(match[1])
-            mine = ((each, _EXPERT.fullmatch(each.name)) for each in group)
+            mine = ((each, EXPERT_NAME.fullmatch(each.name)) for each in group)
             rests = [(m[3], each.shape) for each, m in mine if m and m[1] == match[1] and m[2] == "0"]
             count = num_experts_of(owned.name, run.num_experts) // saved_size
             listed.extend(Owned(f"{match[1]}{index}.{rest}", shape) for index in range(count) for rest, shape in rests)

@@ -23,6 +23,7 @@ from ds_moe_ep.errors import EngineError
 
 MASTER = "the master weight"
 OF_THE_GROUP = ("params", "name", "moe")  # options of a parameter group that are this run's own
+EXPERT_NAME = re.compile(r"(.*\.deepspeed_experts\.)(\d+)\.(.*)")  # of a parameter: its layer, the expert, the rest
 _EXPERT = re.compile(r"(\.deepspeed_experts\.)(\d+)\.")
 
 

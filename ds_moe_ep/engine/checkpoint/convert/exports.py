@@ -69,9 +69,7 @@ def hugging_face_files(
     folder: Path, files: WeightFiles, parts: Parts, model: ModelConfig, moe: MoEConfig
 ) -> Iterator[TargetFile]:
     """The folder of the package's own model. Raises ExportError where its gate is not that of the folder's code."""
-    holders: dict[str, set[Path]] = {}
-    for place in files.places:
-        holders.setdefault(place.name, set()).add(folder / place.file)
+    holders = files.holders(folder)
     config = config_values(model, moe, parts["head.weight"][0].dtype)
     biases = routing_biases(
         {name: shares[0] for name, shares in parts.items() if is_balance_state(name)}, moe.bias_step

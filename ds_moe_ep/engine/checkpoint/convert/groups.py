@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-from ds_moe_ep.engine.checkpoint.state_pieces import OF_THE_GROUP, num_experts_of
+from ds_moe_ep.engine.checkpoint.state_pieces import EXPERT_NAME, OF_THE_GROUP, num_experts_of
 
-EXPERT_NAME = re.compile(r"(.*\.deepspeed_experts\.)(\d+)\.(.*)")
 Shapes = Mapping[str, Sequence[int]]  # of a rank's parameters, by their names there, in their order
 
 

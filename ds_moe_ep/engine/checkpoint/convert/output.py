@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_moe_ep.engine.checkpoint.convert.read import check_undamaged
+from ds_moe_ep.engine.checkpoint.folders import flush
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.records.quantity import gigabytes
 
@@ -97,7 +98,7 @@ class TargetFolder:
         try:
             self._write_files(partial, on_written)
             os.rename(partial, self.path)
-            _flush(self.path.absolute().parent)
+            flush(self.path.absolute().parent)
         except (OSError, RuntimeError) as error:  # torch.save raises the latter
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, EngineError):
@@ -153,7 +154,7 @@ def _replace(place: Path, write: Callable[[Path], None]) -> None:
     """Lets a file appear whole: written under another name, on disk, then renamed."""
     unfinished = place.with_name(place.name + WRITING)
     write(unfinished)
-    _flush(unfinished)
+    flush(unfinished)
     unfinished.replace(place)
 
 
@@ -169,11 +170,3 @@ def _append(path: Path, line: str) -> None:
         file.write((b"" if not text or text.endswith(b"\n") else b"\n") + line.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

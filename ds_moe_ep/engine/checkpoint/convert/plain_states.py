@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_moe_ep.engine.checkpoint.convert.groups import EXPERT_NAME, ParameterGroup, Shapes, of_experts, resized
+from ds_moe_ep.engine.checkpoint.convert.groups import ParameterGroup, Shapes, of_experts, resized
 from ds_moe_ep.engine.checkpoint.convert.output import TargetFile
-from ds_moe_ep.engine.checkpoint.state_pieces import num_experts_of
+from ds_moe_ep.engine.checkpoint.state_pieces import EXPERT_NAME, num_experts_of
 from ds_moe_ep.errors import EngineError
 
 OPTIMIZER_FILE = "expp_rank_{}_mp_rank_00_optim_states.pt"

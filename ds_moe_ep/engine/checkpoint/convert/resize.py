@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ds_moe_ep.config.section import SECTION
 from ds_moe_ep.config.topology import RankGrid
-from ds_moe_ep.engine.checkpoint.convert.groups import EXPERT_NAME, ParameterGroup, of_experts, resized
+from ds_moe_ep.engine.checkpoint.convert.groups import ParameterGroup, of_experts, resized
 from ds_moe_ep.engine.checkpoint.convert.output import TargetFile
 from ds_moe_ep.engine.checkpoint.convert.plain_states import OPTIMIZER_FILE, PlainStates
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.checkpoint.convert.zero_states import ZeroStates
 from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, MAIN_FILE, saved_ep_size
 from ds_moe_ep.engine.checkpoint.reshard import SavedStates
-from ds_moe_ep.engine.checkpoint.state_pieces import num_experts_of
+from ds_moe_ep.engine.checkpoint.state_pieces import EXPERT_NAME, num_experts_of
 from ds_moe_ep.errors import ConfigError, EngineError
 
 INTERLEAVED = "use_data_before_expert_parallelism"  # DeepSpeed's key

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -56,6 +57,13 @@ class WeightFiles:
     def by_file(self) -> list[tuple[str, list[WeightPlace]]]:
         """The places of each file with weights."""
         return [(file, list(places)) for file, places in groupby(self.places, key=lambda place: place.file)]
+
+    def holders(self, folder: Path) -> dict[str, set[Path]]:
+        """The files in `folder` that hold each weight, or shares of it, by the weight's name."""
+        found: dict[str, set[Path]] = {}
+        for place in self.places:
+            found.setdefault(place.name, set()).add(folder / place.file)
+        return found
 
     def state_files(self) -> list[str]:
         """The files that tell the state of the run. Without a pipeline it is one, which holds weights too."""

@@ -31,9 +31,7 @@ def target_files(
 ) -> Iterator[TargetFile]:
     """The files of the target's layout; `source` is the folder of the tag and its files, `state` that of the run."""
     folder, files = source
-    holders: dict[str, set[Path]] = {}
-    for place in files.places:
-        holders.setdefault(place.name, set()).add(folder / place.file)
+    holders = files.holders(folder)
     for name, places in target.by_file():
         reads = sorted({path for place in places for path in holders[place.name]})
         num_bytes = sum(bytes_at(place, parts) for place in places)
