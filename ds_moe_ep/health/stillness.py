@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import faulthandler
-import re
-import tempfile
+import gc
+import sys
 import threading
 import time
-from itertools import takewhile
+from collections import deque
+from functools import partial
+from itertools import accumulate, chain, islice, repeat, takewhile
+from operator import is_not, methodcaller
 from pathlib import PurePath
-from typing import IO, NamedTuple
+from types import FrameType
+from typing import NamedTuple
 
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")  # in paths of modules whose calls wait for other ranks
 WRAPPERS = (*COLLECTIVES, "/torch/_dynamo/", "/threading.py")  # whose callers tell more of where a rank is
@@ -37,14 +40,13 @@ class Stillness:
         self._place = ""
         self._since_s = time.monotonic()
         self._busy_s = 0.0
-        self._dump: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
 
     def look(self) -> tuple[str, float]:
         """Where the main thread is, and for how long it has not moved in one call that waits for other ranks.
 
         0 where it waits for none: a thread that computes, reads or sleeps may be slow, and comes in the end.
         """
-        frames = stack_of(self._main, self._dump)
+        frames = stack_of(self._main)
         inner = list(takewhile(lambda frame: frame.is_in(WRAPPERS), frames))
         calls = [frame for frame in inner if frame.is_in(COLLECTIVES)]
         place = _text(frames[min(len(inner), len(frames) - 1)]) if frames else "the process"
@@ -56,23 +58,23 @@ class Stillness:
         return place, now_s - self._since_s if calls else 0.0
 
 
-def stack_of(thread: int, dump: IO[bytes]) -> list[Frame]:
-    """The calls of a thread, the innermost first.
+def stack_of(thread: int) -> list[Frame]:
+    """The calls of a thread, the innermost first; none where there is no such thread.
 
-    Read from a dump that the interpreter writes in one go. Frame objects of a thread that runs are no way: one that is
-    ended meanwhile points at memory that is no frame any more, and to ask it for its caller ends the process.
+    Walked by one call of C, so that no other thread runs meanwhile. Step by step the walked thread may go on, and a
+    generator's frame that was suspended points at a caller that is no frame any more. Nor may the collector run (up to
+    Python 3.11 inside of an allocation), since finalizers let other threads run. A dump of all threads is no way: on
+    Python 3.11 it reads one that is being made, by a thread of C++ that frees a tensor, and ends the process.
     """
-    dump.seek(0)
-    dump.truncate()
-    faulthandler.dump_traceback(dump, all_threads=True)
-    dump.seek(0)
-    for part in dump.read().decode(errors="replace").split("\n\n"):
-        head, _, calls = part.partition("\n")
-        ident = re.search(r"hread 0x([0-9a-f]+)", head)
-        if ident and int(ident[1], 16) == thread:
-            found = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', calls, re.MULTILINE)
-            return [Frame(PurePath(file).as_posix(), int(line), function) for file, line, function in found]
-    return []
+    innermost = islice(map(methodcaller("get", thread), iter(sys._current_frames, None)), 1)
+    calls = takewhile(partial(is_not, None), accumulate(chain(innermost, repeat("f_back")), getattr))
+    frames: list[FrameType] = []
+    walk = partial(frames.extend, calls)
+    steps = (gc.disable, walk, gc.enable) if gc.isenabled() else (walk,)
+    deque(map(methodcaller("__call__"), steps), maxlen=0)
+    return [
+        Frame(PurePath(frame.f_code.co_filename).as_posix(), frame.f_lineno, frame.f_code.co_name) for frame in frames
+    ]
 
 
 def _text(frame: Frame) -> str:
