@@ -7,9 +7,11 @@ is its time with the bubble of 1F1B, by hand: (m + p - 1)/m for m micro-batches 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ds_moe_ep.config.attention_shape import AttentionShape
+from ds_moe_ep.config.knobs import ModelConfig
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.records.render import to_markdown
 from ds_moe_ep.records.table import table
@@ -20,14 +22,29 @@ from ds_moe_ep.simulate.job.job import read_job
 from ds_moe_ep.simulate.step.predict import predict
 from ds_moe_ep.simulate.step.setup import Setup
 
-QWEN3_30B = {  # has 32 heads of 128 with 4 of keys and values: here 32 of 64
+QWEN3_30B = {
     "num_layers": 48, "hidden_size": 2048, "num_heads": 32, "expert_width": 768, "expert": "swiglu",
     "vocab_size": 151_936, "sequence_length": 4096,
 }  # fmt: skip
-DEEPSEEK_V3_STAGE = {  # a quarter of 61 layers; has latent attention: here 64 heads of 112
+DEEPSEEK_V3_STAGE = {  # a quarter of 61 layers
     "num_layers": 15, "hidden_size": 7168, "num_heads": 64, "expert_width": 2048, "expert": "swiglu",
     "shared_expert_width": 2048, "vocab_size": 129_280, "sequence_length": 4096,
 }  # fmt: skip
+ATTENTION = {  # by width of a token: of Qwen3-30B-A3B and of DeepSeek-V3 (their config.json)
+    2048: AttentionShape.grouped(2048, num_heads=32, num_key_value_heads=4, head_size=128),
+    7168: AttentionShape.latent(
+        7168, num_heads=128, query_rank=1536, key_value_rank=512, plain_size=128, rotated_size=64, value_size=128
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedModel(ModelConfig):
+    """A model with its own attention, which the package's model does not have."""
+
+    @property
+    def attention(self) -> AttentionShape:
+        return ATTENTION[self.hidden_size]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +81,8 @@ class PublishedRun:
             "optimizer": {"type": "AdamW", "params": {}},
             "moe_ep": {**self.moe, "model": model},
         }
-        return as_auto(read_job(ds_config, h100s(self.stage_gpus)).setup)
+        setup = read_job(ds_config, h100s(self.stage_gpus)).setup
+        return as_auto(replace(setup, model=PublishedModel(**vars(setup.model))))
 
     def step_s(self, recompute: bool) -> Quantity:
         """Seconds of a step."""

@@ -67,6 +67,9 @@ class _Passed:
         return None
 
 
+_PASSED = _Passed()
+
+
 class _Pass:
     """The jobs of one pass, which may start until one fails. The first that fails drops the others, on every lane: what
     started behind it would meet the peers' transfer before."""
@@ -171,7 +174,8 @@ class _Waiting:
 
     def leave(self, events: Sequence[Event]) -> None:
         for event in events:
-            event.wait()
+            if event is not _PASSED:
+                event.wait()
 
     def abandon(self, touches: Sequence[Tensor]) -> None:
         return None
@@ -192,7 +196,7 @@ class HostLanes(_Waiting):
 
     def entry(self) -> Event:
         self._pass = _Pass()
-        return _Passed()
+        return _PASSED
 
     def issue(self, lane: str, after: Sequence[Event], work: Work, scope: Scope, is_awaited: bool = True) -> Event:
         if lane not in TRANSFERS:
@@ -226,14 +230,15 @@ class Inline(_Waiting):
     """The host without threads: every op is finished where it is issued."""
 
     def entry(self) -> Event:
-        return _Passed()
+        return _PASSED
 
     def issue(self, lane: str, after: Sequence[Event], work: Work, scope: Scope, is_awaited: bool = True) -> Event:
         for event in after:
-            event.wait()
+            if event is not _PASSED:
+                event.wait()
         with scope:
             _finish(work)
-        return _Passed()
+        return _PASSED
 
     def blocking(self) -> Lanes:
         return self
@@ -249,8 +254,12 @@ class _StreamEvent:
         self.lane, self.number, self.recorded = lane, number, recorded
 
     def wait(self) -> None:
+        self.hold(torch.cuda.current_stream())
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Makes a stream wait."""
         assert self.recorded is not None, "an op that others wait for is awaited"
-        torch.cuda.current_stream().wait_event(self.recorded)
+        stream.wait_event(self.recorded)
 
 
 class CudaLanes(_Waiting):
@@ -272,39 +281,47 @@ class CudaLanes(_Waiting):
         return CudaLanes, (self._device,)
 
     def _stream(self, lane: str) -> torch.cuda.Stream:
-        if lane in NEAR_LANES and lane not in self._own:  # which few layers use
+        if lane not in self._own:  # of the node, which few layers use
             self._own[lane] = torch.cuda.Stream(self._device, priority=-1)
-        return self._own[lane] if lane in self._own else torch.cuda.current_stream()
+        return self._own[lane]
 
     def entry(self) -> Event:
         self._seen.clear()  # the caller may have come with another stream
-        return self._event("compute", self._stream("compute"))
+        self._compute = torch.cuda.current_stream()
+        return self._event("compute", self._compute)
 
     def issue(self, lane: str, after: Sequence[Event], work: Work, scope: Scope, is_awaited: bool = True) -> Event:
+        if lane not in TRANSFERS:  # on the stream that is the current one
+            return self._issue_on(self._compute, lane, after, work, scope, is_awaited)
         stream = self._stream(lane)
         with torch.cuda.stream(stream):
-            for event in after:
-                self._wait(lane, event)
-            with scope:
-                _finish(work)  # orders the lane behind the communicator's own stream
-            return self._event(lane, stream, is_awaited)
+            return self._issue_on(stream, lane, after, work, scope, is_awaited)
+
+    def _issue_on(
+        self, stream: torch.cuda.Stream, lane: str, after: Sequence[Event], work: Work, scope: Scope, is_awaited: bool
+    ) -> Event:
+        for event in after:
+            self._wait(stream, lane, event)
+        with scope:
+            _finish(work)  # orders the lane behind the communicator's own stream
+        return self._event(lane, stream, is_awaited)
 
     def leave(self, events: Sequence[Event]) -> None:
         for event in events:
             assert isinstance(event, _StreamEvent)
             if event.recorded is not None:  # the last of a lane, which stands for those before it, is
-                self._wait("compute", event)
+                self._wait(self._compute, "compute", event)
 
     def abandon(self, touches: Sequence[Tensor]) -> None:
         for tensor in touches:
             for stream in self._own.values():
                 tensor.record_stream(stream)
 
-    def _wait(self, lane: str, event: Event) -> None:
-        """Makes the lane's stream wait, which is the current one, unless its order says so already."""
+    def _wait(self, stream: torch.cuda.Stream, lane: str, event: Event) -> None:
+        """Makes the lane's stream wait, never the host, unless its order says so already."""
         assert isinstance(event, _StreamEvent)
         if event.lane != lane and self._seen.get((lane, event.lane), -1) < event.number:
-            event.wait()
+            event.hold(stream)
             self._seen[lane, event.lane] = event.number
 
     def _event(self, lane: str, stream: torch.cuda.Stream, is_awaited: bool = True) -> Event:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from ds_moe_ep.comm import nccl
-from ds_moe_ep.comm.group_transport import SHORT, Bytes, GroupTransport, wait_for
+from ds_moe_ep.comm.group_transport import SHORT, Bytes, GroupTransport
 from ds_moe_ep.comm.transport import Done, Message, Transfer
 from ds_moe_ep.health.abort import CLOSING_TAG
 from ds_moe_ep.health.heartbeat import Place
@@ -33,14 +33,17 @@ class Works:
 
     def wait(self) -> None:
         transport, place = self._transport, self._place
-        messages = (*self._receives, *self._sends)
         transport.watch.enters(place)
         number = 0
         try:
+            if not self._is_on_host:
+                for work in self._works:
+                    work.wait()
+                return
+            messages = (*self._receives, *self._sends)
             for number, work in enumerate(self._works):
-                if self._is_on_host:
-                    place.waits_for = (transport.ranks[messages[number].peer],)
-                wait_for(work, transport.time_left(place) if self._is_on_host else None)
+                place.waits_for = (transport.ranks[messages[number].peer],)
+                work.wait(transport.time_left(place))
         except RuntimeError as error:
             raise transport.failure(place, error, self._owed(number)) from error
         finally:
@@ -86,7 +89,7 @@ class Pairwise(GroupTransport):
 
 
 def _ends(messages: Sequence[Message]) -> nccl.Ends:
-    return [(message.buffer_RD[message.start : message.stop], message.peer) for message in messages]
+    return [(message.rows, message.peer) for message in messages]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -24,17 +24,37 @@ REPLICAS = "replicas"  # that of the weights and gradients of replicated experts
 Answer = Callable[[Tensor], Tensor]  # told_PC of all ranks -> what each of them is answered, [P, A]
 
 
+class Views:
+    """The rows of a buffer between cuts: all of them by one operation, when the first is asked for."""
+
+    __slots__ = ("_buffer_RD", "_lengths", "_parts")
+
+    def __init__(self, buffer_RD: Tensor, lengths: Sequence[int]) -> None:
+        self._buffer_RD, self._lengths = buffer_RD, lengths
+        self._parts: Sequence[Tensor] | None = None
+
+    def at(self, place: int) -> Tensor:
+        """The rows of the part at this place."""
+        parts = self._parts
+        if parts is None:
+            parts = self._parts = self._buffer_RD.split_with_sizes(self._lengths)
+        return parts[place]
+
+
 @dataclass(slots=True)
 class Message:
     """Rows [n, D] for, or from, the rank `peer` of the group, which may be the own one: a span of a contiguous buffer.
 
-    n may be 0. Not frozen: a pass makes a hundred of them, and setting frozen fields takes four times as long.
+    n may be 0. `views`: of the buffer, of which the rows are the one at `place`. Not frozen: a pass makes a hundred of
+    them, and setting frozen fields takes four times as long.
     """
 
     peer: int
     buffer_RD: Tensor
     start: int
     stop: int
+    views: Views | None = None
+    place: int = 0
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -42,7 +62,7 @@ class Message:
     @property
     def rows(self) -> Tensor:
         """A view of the buffer."""
-        return self.buffer_RD[self.start : self.stop]
+        return self.buffer_RD[self.start : self.stop] if self.views is None else self.views.at(self.place)
 
     @property
     def num_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import struct
 import types
 import typing
 from collections.abc import Mapping
@@ -72,3 +73,9 @@ def _has_kind(value: Any, kinds: tuple[type, ...]) -> bool:
     if isinstance(value, int) and float in kinds:
         return True
     return isinstance(value, kinds)
+
+
+def to_fp32(value: float) -> float:
+    """The nearest number that fp32 has."""
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded

@@ -11,12 +11,12 @@ import dataclasses
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ds_moe_ep.config.fields import check_fields, from_dict, knob
+from ds_moe_ep.config.attention_shape import AttentionShape
+from ds_moe_ep.config.fields import check_fields, from_dict, knob, to_fp32
 from ds_moe_ep.config.two_level import check_two_level
 from ds_moe_ep.errors import ConfigError, nearest
 
@@ -302,6 +302,11 @@ class ModelConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def attention(self) -> AttentionShape:
+        """The widths of a layer's attention."""
+        return AttentionShape.whole(self.hidden_size)
+
+    @property
     def expert_matrices(self) -> int:
         """Weight matrices of one expert: 2 for GELU, 3 for SwiGLU."""
         return 3 if self.expert == "swiglu" else 2
@@ -382,12 +387,6 @@ class Layout:
                 f"moe_ep.noise={moe.noise!r} with moe_ep.layout.tp_size={self.tp_size}: the ranks of a tensor group "
                 "would route alike tokens differently; set it to 'none'"
             )
-
-
-def to_fp32(value: float) -> float:
-    """The nearest number that fp32 has."""
-    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
-    return rounded
 
 
 SPECIFICATION = ModelConfig()

@@ -124,8 +124,19 @@ def is_deadlocked(view: View, own: Heartbeat, least_s: float) -> bool:
 
     Ranks in one place may be in a collective that is slow; a rank that waits for none may come yet.
     """
-    heartbeats = [own, *(seen.heartbeat for seen in view.others() if not is_gone(view, seen.heartbeat.rank))]
-    return len({each.place for each in heartbeats}) > 1 and min(each.blocked_s for each in heartbeats) > least_s
+    heartbeats = [own, *_living(view)]
+    is_blocked = own.blocked_s > least_s and are_blocked(view, least_s)
+    return is_blocked and len({each.place for each in heartbeats}) > 1
+
+
+def are_blocked(view: View, least_s: float) -> bool:
+    """True where every other rank that lives waits for others, and none has moved for so long."""
+    return all(heartbeat.blocked_s > least_s for heartbeat in _living(view))
+
+
+def _living(view: View) -> list[Heartbeat]:
+    """The heartbeats of the other ranks whose processes have not ended."""
+    return [seen.heartbeat for seen in view.others() if not is_gone(view, seen.heartbeat.rank)]
 
 
 def slow_step(view: View, own: Heartbeat, took_s: float, median_s: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 from ds_moe_ep.errors import PeerError
 from ds_moe_ep.health.secondary_failures import is_secondary_message
@@ -70,19 +70,17 @@ class Heartbeat:
 
     def pack(self) -> str:
         """The heartbeat as text for the store."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        parts = {"identity": vars(self.identity), "fault": None if self.fault is None else vars(self.fault)}
+        return json.dumps({**vars(self), **parts}, separators=(",", ":"))
 
     @classmethod
     def unpack(cls, text: bytes | str) -> Heartbeat:
         """The heartbeat that `pack` made a text of."""
         values = json.loads(text)
         fault = values["fault"]
-        return replace(
-            cls(**values),
-            identity=Identity(**values["identity"]),
-            waits_for=tuple(values["waits_for"]),
-            fault=None if fault is None else Fault(**fault),
-        )
+        values["identity"], values["waits_for"] = Identity(**values["identity"]), tuple(values["waits_for"])
+        values["fault"] = None if fault is None else Fault(**fault)
+        return cls(**values)
 
 
 def is_secondary(error: BaseException) -> bool:

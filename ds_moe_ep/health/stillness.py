@@ -27,6 +27,12 @@ class Frame(NamedTuple):
     line: int
     function: str
 
+    @classmethod
+    def of(cls, call: FrameType) -> Frame:
+        """The call as text."""
+        code = call.f_code
+        return cls(code.co_filename.replace("\\", "/"), call.f_lineno, code.co_name)
+
     def is_in(self, paths: tuple[str, ...]) -> bool:
         """True where the call's module lies at one of these paths."""
         return any(path in self.file for path in paths)
@@ -46,10 +52,15 @@ class Stillness:
 
         0 where it waits for none: a thread that computes, reads or sleeps may be slow, and comes in the end.
         """
-        frames = stack_of(self._main)
-        inner = list(takewhile(lambda frame: frame.is_in(WRAPPERS), frames))
+        frames = calls_of(self._main)
+        inner: list[Frame] = []
+        here: Frame | None = None
+        for here in map(Frame.of, frames):  # few of them: the line of a call is slow to find
+            if not here.is_in(WRAPPERS):
+                break
+            inner.append(here)
         calls = [frame for frame in inner if frame.is_in(COLLECTIVES)]
-        place = _text(frames[min(len(inner), len(frames) - 1)]) if frames else "the process"
+        place = "the process" if here is None else _text(here)
         name = next((frame.function for frame in reversed(calls) if frame.function not in DECORATORS), "")
         place = f"{name}, called from {place}" if name else place
         busy_s, now_s = _processor_s(self._main), time.monotonic()
@@ -59,7 +70,12 @@ class Stillness:
 
 
 def stack_of(thread: int) -> list[Frame]:
-    """The calls of a thread, the innermost first; none where there is no such thread.
+    """The calls of a thread, the innermost first; none where there is no such thread."""
+    return list(map(Frame.of, calls_of(thread)))
+
+
+def calls_of(thread: int) -> list[FrameType]:
+    """The same as Python's frames.
 
     Walked by one call of C, so that no other thread runs meanwhile. Step by step the walked thread may go on, and a
     generator's frame that was suspended points at a caller that is no frame any more. Nor may the collector run (up to
@@ -72,9 +88,7 @@ def stack_of(thread: int) -> list[Frame]:
     walk = partial(frames.extend, calls)
     steps = (gc.disable, walk, gc.enable) if gc.isenabled() else (walk,)
     deque(map(methodcaller("__call__"), steps), maxlen=0)
-    return [
-        Frame(PurePath(frame.f_code.co_filename).as_posix(), frame.f_lineno, frame.f_code.co_name) for frame in frames
-    ]
+    return frames
 
 
 def _text(frame: Frame) -> str:

@@ -18,7 +18,17 @@ import threading
 import time
 
 from ds_moe_ep.errors import PeerError
-from ds_moe_ep.health.diagnosis import View, explain, is_deadlocked, is_gone, is_silent, slow_step, spread, unhealthy
+from ds_moe_ep.health.diagnosis import (
+    View,
+    are_blocked,
+    explain,
+    is_deadlocked,
+    is_gone,
+    is_silent,
+    slow_step,
+    spread,
+    unhealthy,
+)
 from ds_moe_ep.health.processes import ProcessStatus
 from ds_moe_ep.health.rank_state import RankState
 from ds_moe_ep.records.quantity import number
@@ -131,13 +141,14 @@ class Watchdog:
             servers = [rank for rank, seen in view.seen.items() if seen.heartbeat.serves_store]
             wrong += [rank for rank in servers if view.statuses.get(rank) is not ProcessStatus.RUNS]
         self._unhealthy_since = {rank: self._unhealthy_since.get(rank, now_s) for rank in wrong if rank != view.own}
-        own = self._state.heartbeat()
-        is_deadlocked_now = is_deadlocked(view, own, MARGIN_S)
+        # The own heartbeat reads the main thread's stack: it is asked for where the others leave the question open.
+        is_deadlocked_now = are_blocked(view, MARGIN_S) and is_deadlocked(view, self._state.heartbeat(), MARGIN_S)
         self._deadlocked_since = (self._deadlocked_since or now_s) if is_deadlocked_now else None
         waiting = self._state.waiting()
         if waiting is None or waiting.still_s <= self._timeout_s + MARGIN_S:
             return
-        text = f"rank {view.own} has waited for {number(waiting.still_s, 0)} s in {waiting.call}, in {own.place}: "
+        where = f"{waiting.call}, in {self._state.heartbeat().place}"
+        text = f"rank {view.own} has waited for {number(waiting.still_s, 0)} s in {where}: "
         # Each reason must have held for the limit itself: a rank may fail late in a wait that was long for another.
         if now_s - min(self._unhealthy_since.values(), default=now_s) > self._timeout_s + MARGIN_S:
             self._end_process(text + explain(view, self._unhealthy_since))

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -146,6 +147,6 @@ def gate_gradients(
     return dx_TD, d_weight_ED
 
 
-def _token_blocks(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
-    num_blocks = max(1, len(tensors[0]) // BLOCK_TOKENS)
-    return zip(*(tensor.tensor_split(num_blocks) for tensor in tensors), strict=True)
+def _token_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    num_blocks = tensors[0].shape[0] // BLOCK_TOKENS
+    return [tensors] if num_blocks <= 1 else zip(*(tensor.tensor_split(num_blocks) for tensor in tensors), strict=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ds_moe_ep.kernels.linear import is_slow_half
+
 FP32 = torch.float32
 Weights = dict[str, Tensor | None]
 
@@ -18,6 +20,8 @@ def add_weight_product(total_OI: Tensor | None, dy_nO: Tensor, x_nI: Tensor) -> 
     sum_type = torch.promote_types(x_nI.dtype, FP32)
     if x_nI.dtype == sum_type:
         return dy_nO.t() @ x_nI if total_OI is None else total_OI.addmm_(dy_nO.t(), x_nI)
+    if is_slow_half(x_nI):
+        return add_weight_product(total_OI, dy_nO.float(), x_nI.float())
     if x_nI.is_cpu:
         product_OI = dy_nO.t() @ x_nI
         return product_OI if total_OI is None else total_OI.to(sum_type) + product_OI
@@ -51,7 +55,7 @@ class GradSums:
                 continue
             if name.endswith("bias"):
                 self._sums[name] = sum_of(self._sums.get(name), dy_nO.sum(0))
-            elif is_only:
+            elif is_only and not is_slow_half(x_nI):
                 self._sums[name] = dy_nO.t() @ x_nI
             else:
                 self._sums[name] = add_weight_product(self._sums.get(name), dy_nO, x_nI)

@@ -164,19 +164,19 @@ class Agreement:
         """
         if is_on_host(send_PL.device):
             return self._begin_on_host(send_PL, self._head(capacity))
-        num_local, head, device = send_PL.shape[1], self._head(capacity), send_PL.device
+        (size, num_local), head, device = send_PL.shape, self._head(capacity), send_PL.device
         stop = NUM_HEAD + num_local
-        send_PC = send_PL.new_zeros(self.transport.size, num_columns(num_local))
-        send_PC[:, :NUM_HEAD] = to_device(head.columns(), device)
-        send_PC[:, NUM_HEAD:stop] = send_PL
-        on_its_way = CopyToHost(torch.stack([send_PC, self._exchange(send_PC)]))
+        padding_PC = send_PL.new_zeros(size, num_columns(num_local) - stop)
+        send_PC = torch.cat([to_device(head.columns(), device).expand(size, -1), send_PL, padding_PC], dim=1)
+        both_PC = [told_PC[:, :stop] for told_PC in (send_PC, self._exchange(send_PC))]
+        on_its_way = CopyToHost(torch.stack(both_PC))
 
         def finish() -> AgreedCounts:
             both = on_its_way.wait()  # the layer's only device sync
             self.transport.check_open(self.call.tags)  # what a communicator that was aborted left there means nothing
-            heads = self._check(head, both[1], device)
-            sent, received = ([row[NUM_HEAD:stop] for row in rows] for rows in both)
-            told = [any(flags) for flags in zip(*(head[1:] for head in heads), strict=True)]
+            self._check(head, both[1], device)
+            sent, received = ([row[NUM_HEAD:] for row in rows] for rows in both)
+            told = [any(row[column] for row in both[1]) for column in range(NUM_HEADER, NUM_HEAD)]
             return AgreedCounts(sent, received, *told)
 
         return finish
@@ -253,16 +253,17 @@ class Agreement:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _check(self, own: Head, rows: list[list[int]], device: torch.device) -> list[Head]:
-        """Every rank's head. Raises EngineError where a peer refused its input, or is not like this rank."""
+    def _check(self, own: Head, rows: list[list[int]], device: torch.device) -> None:
+        """Raises EngineError where a peer, by its row's head, refused its input, or is not like this rank."""
+        columns = list(own.header)
+        if all(row[:NUM_HEADER] == columns for row in rows):
+            return
         layer, ranks = self.call.layer or "MoE layer", self.transport.ranks
         heads = [Head.read(row) for row in rows]
         for rank, head in zip(ranks, heads, strict=True):
             if head.header.width == BAD_INPUT:
                 raise EngineError(f"{layer}: rank {rank} refused its input: its own error says why")
         odd = [peer for peer, head in enumerate(heads) if head.header != own.header]
-        if not odd:
-            return heads
         if any(place_of(heads[peer]) != place_of(own) for peer in odd):
             raise EngineError(f"{layer}: ranks are in different passes: {self._places(device)}: {SAME_PASSES}")
         here = ranks[self.transport.rank]

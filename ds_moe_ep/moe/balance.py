@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.eager import is_inside_backward
+from ds_moe_ep.kernels.gate_losses import gate_losses
 
 if TYPE_CHECKING:
     from ds_moe_ep.moe.router import Routing
@@ -39,8 +40,10 @@ def router_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
     Collective over the expert group with balance_scope "group", over the data-parallel ranks with "batch".
     """
     terms = []
-    if len(routing.scores_TE) == 0 and config.balance_scope in ("rank", "sequence"):
+    if routing.scores_TE.shape[0] == 0 and config.balance_scope in ("rank", "sequence"):
         terms.append(routing.logits_TE.sum())
+    elif config.balance_scope == "rank" and (config.has_aux_loss or config.z_loss_weight):
+        terms.append(losses_of_rank(routing, config))
     else:
         if config.has_aux_loss:
             terms.append(config.aux_loss_weight * auxiliary_loss(routing, config, batch))
@@ -48,6 +51,16 @@ def router_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
             terms.append(config.z_loss_weight * z_loss(routing.logits_TE))
     loss = functools.reduce(torch.add, terms) if terms else routing.scores_TE.new_zeros(())
     return loss.to(routing.weights_TK.dtype)
+
+
+def losses_of_rank(routing: Routing, config: MoEConfig) -> Tensor:
+    """Both losses by this rank's own tokens, of which there are some: the load is theirs alone."""
+    share_E = None
+    if config.has_aux_loss:
+        share_E = _first_choices(routing, config) / routing.scores_TE.shape[0]
+    weights = config.aux_loss_weight, config.z_loss_weight
+    is_softmax = config.score == "softmax"
+    return gate_losses(_shares(routing, config), routing.logits_TE, share_E, *weights, is_softmax)
 
 
 def auxiliary_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
@@ -58,26 +71,29 @@ def auxiliary_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
     all tokens of the expert group; the mean of this loss over ranks is then the loss of the group's batch. With
     "sequence" and "batch" all choices count, for every k.
     """
-    scores_TE = routing.scores_TE
-    if config.score == "sigmoid":
-        scores_TE = scores_TE / scores_TE.sum(1, keepdim=True)
+    scores_TE = _shares(routing, config)
     if config.balance_scope == "sequence":
         return _sequence_loss(routing, scores_TE, config, batch)
     if config.balance_scope == "batch":
         return _batch_loss(routing, scores_TE, config, batch)
-    counted = slice(None) if config.top_k > 2 else slice(0, 1)
     with torch.no_grad():
-        chosen_E, num_tokens = routing.load_E(counted), len(scores_TE)
-        of_group = None
-        if config.balance_scope == "group":
-            told = torch.cat([chosen_E, chosen_E.new_full((1,), num_tokens)])
-            chosen_E, of_group = batch.sum_over_group(told).split([config.num_experts, 1])
-            of_group = of_group.clamp(min=1)
-        share_E = chosen_E / (max(num_tokens, 1) if of_group is None else of_group)
-        if config.top_k > 2:
-            share_E = share_E / config.top_k
-    mean_E = scores_TE.mean(0) if of_group is None else scores_TE.sum(0) * (batch.size / of_group)
-    return config.num_experts * (mean_E * share_E).sum()
+        chosen_E = _first_choices(routing, config)
+        told = torch.cat([chosen_E, chosen_E.new_full((1,), len(scores_TE))])
+        chosen_E, of_group = batch.sum_over_group(told).split([config.num_experts, 1])
+        of_group = of_group.clamp(min=1)
+    mean_E = scores_TE.sum(0) * (batch.size / of_group)
+    return config.num_experts * (mean_E * (chosen_E / of_group)).sum()
+
+
+def _shares(routing: Routing, config: MoEConfig) -> Tensor:
+    """The scores of each token, which sum to 1."""
+    scores_TE = routing.scores_TE
+    return scores_TE / scores_TE.sum(1, keepdim=True) if config.score == "sigmoid" else scores_TE
+
+
+def _first_choices(routing: Routing, config: MoEConfig) -> Tensor:
+    """The tokens of each expert that the loss counts: first choices for k <= 2, above all choices over k."""
+    return routing.load_E() / config.top_k if config.top_k > 2 else routing.load_E(slice(0, 1))
 
 
 def _sequence_loss(routing: Routing, scores_TE: Tensor, config: MoEConfig, batch: Batch) -> Tensor:

@@ -11,8 +11,7 @@ hooks fire once a backward pass.
 from __future__ import annotations
 
 import functools
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_moe_ep.comm.host_copies import to_device
 from ds_moe_ep.comm.lanes import Event, Lanes
 from ds_moe_ep.comm.recorder import NOT_RECORDED, Off, Recorder, Scope
-from ds_moe_ep.comm.transport import Message, Transport
+from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.kernels.eager import not_compiled, without_autocast
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.grouped.experts import GroupedPass
 from ds_moe_ep.moe.layout import PieceRows, RowLayout
+from ds_moe_ep.moe.rows.buffers import Buffers
 from ds_moe_ep.moe.two_level.copies import NodeCopies
 from ds_moe_ep.moe.two_level.relay import Relay, relay_of
 from ds_moe_ep.schedule.build import Kind, Op, Schedule
@@ -89,13 +88,13 @@ class _RunExperts(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with telling(context, "forward"):
-            layout = context.layout
+            layout, num_ranks = context.layout, context.transport.size
             expert_pass = experts.start(layout.expert_spans, may_differentiate, layout.grouping)
             shared_pass = None if shared is None else shared.start()
             for started in (expert_pass, shared_pass):
                 if started is not None:
                     started.use_triton = context.use_triton
-            buffers, shared_TD = Buffers.of(rows_ND.contiguous(), context), torch.empty_like(x_TD)
+            buffers, shared_TD = Buffers.of(rows_ND.contiguous(), layout, num_ranks), torch.empty_like(x_TD)
             legs = [rows.legs for rows in layout.pieces]
             links = context.forward, context.copies, legs, context.transport
             relay = relay_of(*links, rows_ND, weights_UK, context.use_triton)
@@ -135,7 +134,9 @@ class _RunExperts(torch.autograd.Function):
         with telling(context, "backward"):
             inputs_RD, x_TD, relayed = _take_saved(ctx)
             relay = None if ctx.relay is None else ctx.relay.backward(relayed, d_results_ND)
-            buffers = Buffers.of(d_results_ND.contiguous(), context, returns_in_place=True)
+            buffers = Buffers.of(
+                d_results_ND.contiguous(), context.layout, context.transport.size, returns_in_place=True
+            )
             d_shared_TD, dx_TD = d_shared_TD.contiguous(), torch.empty_like(x_TD)
         grads: list[Tensor | None] = []
         shared_grads: list[Tensor | None] = []
@@ -189,127 +190,6 @@ def _take_saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 @dataclass(frozen=True)
-class Buffers:
-    """The rows of one pass. N sent and returned, R received.
-
-    `wire_in` and `wire_out` are what the transport writes and reads on the experts' side: the stacked rows
-    themselves, or, where received rows lie in another order, one staging buffer for both (a piece's results take the
-    places of its inputs, which are stacked by then; there is no buffer of stacked results, each run spreads its own).
-    With `returns_in_place` results come back over the sent rows: a piece's rows are gone when its results arrive.
-    """
-
-    sent_ND: Tensor
-    wire_in_RD: Tensor
-    inputs_RD: Tensor
-    outputs_RD: Tensor
-    wire_out_RD: Tensor
-    results_ND: Tensor
-    order: RowOrder | None = None  # where rows move by index; run by run else
-
-    @classmethod
-    def of(cls, sent_ND: Tensor, context: PassContext, returns_in_place: bool = False) -> Buffers:
-        if context.transport.size == 1:  # every row stays, in its place
-            outputs_RD = torch.empty_like(sent_ND)
-            return cls(sent_ND, sent_ND, sent_ND, outputs_RD, outputs_RD, outputs_RD)
-        inputs_RD = sent_ND.new_empty(context.layout.num_received, sent_ND.shape[1])
-        results_ND = sent_ND if returns_in_place else torch.empty_like(sent_ND)
-        if context.layout.is_stacked_on_arrival:
-            outputs_RD = torch.empty_like(inputs_RD)
-            return cls(sent_ND, inputs_RD, inputs_RD, outputs_RD, outputs_RD, results_ND)
-        wire_RD = torch.empty_like(inputs_RD)
-        by_index = moves_by_index(sent_ND.device) or context.layout.grouping is not None
-        order = RowOrder.of(context.layout, sent_ND.device) if by_index else None
-        return cls(sent_ND, wire_RD, inputs_RD, wire_RD[:0], wire_RD, results_ND, order)
-
-    def stack(self, rows: PieceRows) -> None:
-        """Puts a piece's rows from where they came to where they are computed."""
-        if not rows.moves:
-            return
-        wire_nD = self.wire_in_RD[slice(*rows.wire)]
-        if self.order is not None:
-            self.inputs_RD.index_copy_(0, self.order.stacked_R[slice(*rows.wire)], wire_nD)
-            return
-        parts = wire_nD.split(rows.part_rows)
-        for (_, (start, stop)), own in zip(rows.runs, rows.run_parts, strict=True):
-            torch.cat([parts[part] for part in own], out=self.inputs_RD[start:stop])
-
-    def runs_of(self, rows: PieceRows) -> Iterator[tuple[int, slice, Tensor]]:
-        """Each run of a piece: the expert, its stacked rows, and a place to write their results to.
-
-        Behind the last run all results lie on the wire.
-        """
-        if not rows.moves or (self.order is None and len(rows.moves) == len(rows.runs)):
-            for (expert, (start, stop)), own in zip(rows.runs, rows.run_parts, strict=True):
-                if own:  # one peer's rows, which lie side by side on the wire too
-                    wire = rows.moves[own[0]][0]
-                    yield expert, slice(start, stop), self.wire_out_RD[wire : wire + stop - start]
-                else:
-                    yield expert, slice(start, stop), self.outputs_RD[start:stop]
-            return
-        here = slice(*rows.wire)
-        scratch_nD, first = torch.empty_like(self.wire_out_RD[here]), 0
-        for expert, (start, stop) in rows.runs:
-            yield expert, slice(start, stop), scratch_nD[first : first + stop - start]
-            first += stop - start
-        if self.order is not None:
-            torch.index_select(scratch_nD, 0, self.order.computed_R[here], out=self.wire_out_RD[here])
-            return
-        computed = [part for own in rows.run_parts for part in own]
-        parts = dict(zip(computed, scratch_nD.split([rows.part_rows[part] for part in computed]), strict=True))
-        torch.cat([parts[part] for part in range(len(parts))], out=self.wire_out_RD[here])
-
-    def group_of(self, rows: PieceRows) -> tuple[slice, ...]:
-        """The stacked rows of a piece whose products are grouped; none where it has no rows."""
-        return tuple(slice(*span) for _, span in rows.runs)
-
-    def spread(self, rows: PieceRows, results_nD: Tensor) -> None:
-        """Puts the results of a whole piece, in stacked order, to where they leave from."""
-        if self.order is None:
-            self.outputs_RD[self.group_of(rows)[0]] = results_nD
-        else:
-            here = slice(*rows.wire)
-            torch.index_select(results_nD, 0, self.order.computed_R[here], out=self.wire_out_RD[here])
-
-    def everything(self) -> tuple[Tensor, ...]:
-        return self.sent_ND, self.wire_in_RD, self.inputs_RD, self.outputs_RD, self.wire_out_RD, self.results_ND
-
-
-@dataclass(frozen=True)
-class RowOrder:
-    """For each received row as it lies on the wire: its stacked place, and its place among what its piece computes.
-
-    With many experts, a piece has a part of each expert's rows from each peer: as copies of slices they would be as
-    many launches, by index they are one launch for each way.
-    """
-
-    stacked_R: Tensor
-    computed_R: Tensor
-
-    @classmethod
-    def of(cls, layout: RowLayout, device: torch.device) -> RowOrder:
-        """From the lengths of the parts, which are few; no device sync."""
-        parts: list[tuple[int, int, int]] = []  # how far behind its place on the wire either other place is, rows
-        for rows in layout.pieces:
-            computed_at = dict[int, int]()  # of a run, by its first stacked row
-            for _, (start, _) in rows.runs:
-                computed_at[start] = sum(other - first for _, (first, other) in rows.runs if first < start)
-            starts = sorted(computed_at)
-            for wire, stacked, num_rows in rows.moves:
-                run = starts[bisect_right(starts, stacked) - 1]
-                parts.append((stacked - wire, computed_at[run] + stacked - run - wire, num_rows))
-        columns = to_device([value for column in zip(*parts, strict=True) for value in column], device).view(3, -1)
-        num_rows = sum(part[2] for part in parts)
-        behind = torch.repeat_interleave(columns[:2], columns[2], dim=1, output_size=num_rows)
-        stacked_R, computed_R = behind + torch.arange(num_rows, device=device)
-        return cls(stacked_R, computed_R)
-
-
-def moves_by_index(device: torch.device) -> bool:
-    """True where a launch costs more than what it moves; on the CPU copies of slices are faster than gathers."""
-    return device.type != "cpu"
-
-
-@dataclass(frozen=True)
 class Steps:
     """The computations of a pass: a piece's rows, and a block of weight gradients."""
 
@@ -353,11 +233,11 @@ def _work(op: Op, context: PassContext, buffers: Buffers, steps: Steps, tags: Ta
     if op.kind is Kind.WEIGHTS:
         assert steps.weights is not None, "this pass has no weight gradients"
         return partial(steps.weights, op.piece)
-    rows = context.layout.pieces[op.piece]
     if op.kind is Kind.DISPATCH:
-        return partial(_dispatch, rows, context.transport, buffers, tags)
+        return partial(_dispatch, op.piece, context.layout, context.transport, buffers, tags)
     if op.kind is Kind.COMBINE:
-        return partial(_combine, rows, context.transport, buffers, tags)
+        return partial(_combine, op.piece, context.layout, context.transport, buffers, tags)
+    rows = context.layout.pieces[op.piece]
 
     def compute() -> None:
         buffers.stack(rows)
@@ -378,17 +258,11 @@ def _scope(op: Op, lane: str, context: PassContext, tags: Tags) -> Scope:
     return context.recorder.scope(lane, str(op), tags)
 
 
-def _dispatch(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Event:
-    return transport.start(
-        "dispatch", _messages(buffers.sent_ND, rows.sent), _messages(buffers.wire_in_RD, rows.received), tags
-    )
+def _dispatch(piece: int, layout: RowLayout, transport: Transport, buffers: Buffers, tags: Tags) -> Event:
+    sends = buffers.sent(buffers.sent_ND, layout, piece)
+    return transport.start("dispatch", sends, buffers.received(buffers.wire_in_RD, layout, piece), tags)
 
 
-def _combine(rows: PieceRows, transport: Transport, buffers: Buffers, tags: Tags) -> Event:
-    return transport.start(
-        "combine", _messages(buffers.wire_out_RD, rows.received), _messages(buffers.results_ND, rows.sent), tags
-    )
-
-
-def _messages(rows_RD: Tensor, spans: Sequence[tuple[int, tuple[int, int]]]) -> list[Message]:
-    return [Message(peer, rows_RD, start, stop) for peer, (start, stop) in spans]
+def _combine(piece: int, layout: RowLayout, transport: Transport, buffers: Buffers, tags: Tags) -> Event:
+    sends = buffers.received(buffers.wire_out_RD, layout, piece)
+    return transport.start("combine", sends, buffers.sent(buffers.results_ND, layout, piece), tags)

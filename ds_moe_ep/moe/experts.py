@@ -141,7 +141,8 @@ class Experts(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """The parameters' type; None for experts without parameters."""
-        return next((p.dtype for p in self.parameters()), None)
+        first = first_parameter(self)
+        return None if first is None else first.dtype
 
     @property
     def form(self) -> Form | None:
@@ -173,6 +174,17 @@ class Experts(nn.Module):
         if known is None:
             return OpaquePass([opaque(expert) for expert in self.deepspeed_experts], keep_graph)
         return start_pass(*known, spans, grouping)
+
+
+def first_parameter(module: nn.Module) -> Tensor | None:
+    """The first of `module.parameters()`, which take ten times as long to begin; None without any."""
+    own = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
+    if own is not None:
+        return own
+    for child in module._modules.values():
+        if child is not None and (found := first_parameter(child)) is not None:
+            return found
+    return None
 
 
 def opaque(expert: nn.Module) -> Opaque:

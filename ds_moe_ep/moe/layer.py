@@ -21,7 +21,7 @@ from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.autocast import autocast_type, local_experts, shared_expert
 from ds_moe_ep.moe.balance import Batch, router_loss
 from ds_moe_ep.moe.dispatcher import Dispatcher
-from ds_moe_ep.moe.experts import Experts, OpaqueExperts
+from ds_moe_ep.moe.experts import Experts, OpaqueExperts, first_parameter
 from ds_moe_ep.moe.match_expert import ExpertForms
 from ds_moe_ep.moe.replicas.replicas import known_or_refused
 from ds_moe_ep.moe.router import Router, Routing
@@ -186,7 +186,8 @@ class ExpertParallel(nn.Module):
             )
         if x.device != self._device:
             raise ConfigError(f"input.device={x.device}: the layer is on {self._device}; move the input there")
-        parameter = next(self.experts.parameters(), x)
+        parameter = first_parameter(self.experts)
+        parameter = x if parameter is None else parameter
         if x.dtype != parameter.dtype and autocast_type(x, parameter) is None:
             raise ConfigError(
                 f"input.dtype={x.dtype}: the experts' parameters are {parameter.dtype}; cast the input or the model, "

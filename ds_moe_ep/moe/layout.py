@@ -77,6 +77,28 @@ class Grouping:
     moves: tuple[Move, ...]
 
 
+class Cuts(NamedTuple):
+    """A buffer cut at the ends of all messages: lengths in order, and the places of each piece's spans among them."""
+
+    lengths: list[int]
+    places: list[list[int]]
+    num_rows: int
+
+    @classmethod
+    def of(cls, pieces: Sequence[Sequence[tuple[int, Span]]]) -> Cuts | None:
+        """The cuts at these spans, by piece; None where they leave rows out, or have some twice."""
+        places: list[list[int]] = [[0] * len(spans) for spans in pieces]
+        found = [(span, piece, index) for piece, spans in enumerate(pieces) for index, (_, span) in enumerate(spans)]
+        lengths, end = [], 0
+        for place, ((start, stop), piece, index) in enumerate(sorted(found)):
+            if start != end:
+                return None
+            places[piece][index] = place
+            lengths.append(stop - start)
+            end = stop
+        return cls(lengths, places, end)
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """The rows of a whole pass: one PieceRows a piece, runs of each block of weight gradients, each expert's span.
@@ -94,6 +116,16 @@ class RowLayout:
     def is_stacked_on_arrival(self) -> bool:
         """True where received rows already lie by expert: one local expert, or no peers."""
         return not any(rows.moves for rows in self.pieces)
+
+    @cached_property
+    def sent_cuts(self) -> Cuts | None:
+        """Cuts of the sent rows, and of the results that come back to their places."""
+        return Cuts.of([rows.sent for rows in self.pieces])
+
+    @cached_property
+    def received_cuts(self) -> Cuts | None:
+        """Cuts of the received rows as they lie on the wire, and of their results."""
+        return Cuts.of([rows.received for rows in self.pieces])
 
 
 def lay_out(

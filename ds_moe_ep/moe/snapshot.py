@@ -78,7 +78,7 @@ class Snapshot:
         return (
             len(roots) == len(self._roots)
             and all(map(operator.is_, roots, self._roots))
-            and all(map(_is_same, self._states, map(_state, self._modules)))
+            and all(map(_is_as_before, self._states, self._modules))
             and self._names.hold()
         )
 
@@ -87,10 +87,13 @@ def _state(module: nn.Module) -> tuple[Any, ...]:
     """Objects whose identity changes with the module: its class, attributes, children, parameters, buffers, hooks."""
     own = module.__dict__
     children, parameters, buffers = own["_modules"], own["_parameters"], own["_buffers"]
-    return type(module), has_hooks(module), *own.values(), *children.values(), *parameters.values(), *buffers.values()
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    fixed = type(module), not hooks
+    return *fixed, *own.values(), *children.values(), *parameters.values(), *buffers.values()
 
 
-def _is_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+def _is_as_before(before: tuple[Any, ...], module: nn.Module) -> bool:
+    now = _state(module)
     return len(before) == len(now) and all(map(operator.is_, before, now))
 
 

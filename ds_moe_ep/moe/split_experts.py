@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.errors import EngineError
-from ds_moe_ep.kernels.activation import Clamp, gelu_backward, swiglu, swiglu_backward
+from ds_moe_ep.kernels.activation import Clamp, gelu, gelu_backward, swiglu, swiglu_backward
 from ds_moe_ep.kernels.linear import add_linear_grad_rows, linear_grad_rows, linear_rows
 from ds_moe_ep.kernels.weight_sums import GradSums as GradSums
 from ds_moe_ep.kernels.weight_sums import Weights as Weights
@@ -197,7 +197,7 @@ class GeluPass(SavedActivations):
         hidden_nF = self.of(expert)[0][here]
         for x, hidden, active, y in blocks(x_nD, hidden_nF, self.active_rows(expert, here, hidden_nF), y_nD):
             linear_rows(x, up, weights.get("up.bias"), hidden)
-            torch.ops.aten.gelu.out(hidden, approximate=self._approximate, out=active)
+            gelu(hidden, active, self._approximate)
             linear_rows(active, down, weights.get("down.bias"), y)
 
     def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:

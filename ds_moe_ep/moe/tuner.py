@@ -37,11 +37,12 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
-from ds_moe_ep.moe.executor import Buffers, PassContext, Steps, run, run_experts
+from ds_moe_ep.moe.executor import PassContext, Steps, run, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.grouped.choice import groups_products
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.router import use_triton
+from ds_moe_ep.moe.rows.buffers import Buffers
 from ds_moe_ep.moe.split_experts import keep
 from ds_moe_ep.records.quantity import number
 from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, pieces_of
@@ -262,7 +263,8 @@ class AutotuneRun:
         rows_ND = (
             self.rows_ND if len(self.rows_ND) == num_rows else self.rows_ND.new_zeros(num_rows, self.rows_ND.shape[1])
         )
-        run(probe, context, Buffers.of(rows_ND, context), Steps("forward", compute=_nothing))
+        buffers = Buffers.of(rows_ND, context.layout, self.transport.size)
+        run(probe, context, buffers, Steps("forward", compute=_nothing))
         return recorder.spans()
 
     def _serial_spans(self) -> list[Span]:

@@ -82,7 +82,7 @@ def count_parameters(model: ModelConfig, moe: MoEConfig) -> Parameters:
     L, D = model.num_layers, model.hidden_size
     return Parameters(
         embedding=model.vocab_size * D,
-        attention=L * 4 * D * D,
+        attention=L * model.attention.params,
         gate=L * (D + moe.gate_bias) * moe.num_experts,
         experts=L * moe.num_experts * model.expert_params,
         shared_experts=L * sum(_shared_shapes(model).values()),
@@ -109,8 +109,8 @@ def _held(sizes: dict[str, int], layer: str, cut: DenseCut) -> int:
 
 def _attention_shapes(model: ModelConfig) -> dict[str, int]:
     """Numbers in each weight of a layer's attention, by the package's names."""
-    square = model.hidden_size**2
-    return {"attention.qkv.weight": 3 * square, "attention.out.weight": square}
+    inputs = model.attention.input_params
+    return {"attention.qkv.weight": inputs, "attention.out.weight": model.attention.params - inputs}
 
 
 def _shared_shapes(model: ModelConfig) -> dict[str, int]:
@@ -251,7 +251,8 @@ def layer_flops(model: ModelConfig, moe: MoEConfig) -> tuple[int, int]:
     """Operations of one token in a layer, forward: without the experts of its choices, and in them."""
     D, m = model.hidden_size, model.expert_matrices
     shared = 2 * m * D * model.shared_expert_width
-    dense = 8 * D * D + 2 * model.sequence_length * D + 2 * D * moe.num_experts + shared
+    attention = 2 * model.attention.params + model.sequence_length * model.attention.scores_width
+    dense = attention + 2 * D * moe.num_experts + shared
     return dense, 2 * moe.top_k * m * D * model.expert_width
 
 

@@ -21,6 +21,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.moe import executor as overlap
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
+from ds_moe_ep.moe.rows import buffers
 from ds_moe_ep.schedule.build import Kind, Schedule, backward_schedule, forward_schedule
 from tests.comm.recorded_layer import TORUS, Change, has, run_layer
 from tests.comm.recording_device import HOST_METHODS, RecordingDevice, RecordingTransport, RecordingWork
@@ -87,7 +88,7 @@ def test_a_shared_expert_needs_no_further_edge(
 def test_rows_that_move_by_index_need_no_further_edge_and_no_wait_of_the_host(
     device: RecordingDevice, monkeypatch: pytest.MonkeyPatch, schedule: str, template: type[nn.Module]
 ) -> None:
-    monkeypatch.setattr(overlap, "moves_by_index", lambda device: True)
+    monkeypatch.setattr(buffers, "moves_by_index", lambda device: True)
     assert run_layer(device, schedule=schedule, experts=16, template=template, depth=1) == []
     assert device.host_waited == ["synchronize of an event"]
     assert "aten::index_copy_" in device.launched

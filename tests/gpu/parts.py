@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from ds_moe_ep.kernels.attention import blockwise_causal_attention
 from tests.gpu.layers import Sizes, alternate
 from tests.gpu.sections import Finding
 
 ROWS = (156, 312, 625, 1250, 2500, 5000, 10000)
 NUM_HEADS = 16
 TERA = 1e12
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def parts(of: Sizes, rounds: int) -> Iterator[Finding]:
@@ -31,15 +36,20 @@ def attention(of: Sizes, rounds: int) -> Iterator[Finding]:
     gradient = torch.randn_like(q)
     flops = 2 * of.num_tokens**2 * of.hidden_size  # two products, the lower half of the scores
 
-    def forward() -> None:
-        F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    def forward(attend: Attention) -> None:
+        attend(q, k, v)
 
-    def both() -> None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.autograd.grad(y, [q, k, v], gradient)
+    def both(attend: Attention) -> None:
+        torch.autograd.grad(attend(q, k, v), [q, k, v], gradient)
 
-    for name, work, times in (("forward", forward, 1.0), ("step", both, 3.5)):
-        yield rate(f"parts.attention.heads{NUM_HEADS}x{head_dim}.{name}", work, times * flops, rounds)
+    ways: dict[str, Attention] = {
+        "torch": partial(F.scaled_dot_product_attention, is_causal=True),
+        "blocks": blockwise_causal_attention,  # what the package takes for heads that no flash kernel has
+    }
+    for way, attend in ways.items():
+        for name, work, times in (("forward", forward, 1.0), ("step", both, 3.5)):
+            at = f"parts.attention.heads{NUM_HEADS}x{head_dim}.{way}.{name}"
+            yield rate(at, partial(work, attend), times * flops, rounds)
 
 
 def products(of: Sizes, rounds: int) -> Iterator[Finding]:

@@ -111,13 +111,19 @@ def sync(of: Sizes) -> Iterator[Finding]:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             y_TD = layer(x_TD)[0]
-            num_forward = len(seen)
+            num_forward = len(_syncs(seen))
             y_TD.backward(dy_TD)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    lines = sorted({f"{Path(each.filename).name}:{each.lineno}" for each in seen})
+    syncs = _syncs(seen)
+    lines = sorted({f"{Path(each.filename).name}:{each.lineno}" for each in syncs})
     yield Finding("sync.forward", num_forward, "syncs", holds=num_forward <= 1, note=", ".join(lines))
-    yield Finding("sync.backward", len(seen) - num_forward, "syncs", holds=len(seen) == num_forward)
+    yield Finding("sync.backward", len(syncs) - num_forward, "syncs", holds=len(syncs) == num_forward)
+
+
+def _syncs(seen: Sequence[warnings.WarningMessage]) -> list[warnings.WarningMessage]:
+    """The warnings of torch's debug mode, among those of others."""
+    return [each for each in seen if "called a synchronizing" in str(each.message)]
 
 
 def speed(of: Sizes, rounds: int) -> Iterator[Finding]:

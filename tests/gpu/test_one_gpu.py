@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from ds_moe_ep.kernels.traffic import TRAFFIC
 from ds_moe_ep.records.record import read_records
-from tests.gpu.layers import sizes
+from tests.gpu.kernels import calls, from_torch, largest_difference
+from tests.gpu.layers import Sizes, sizes
 from tests.gpu.sections import SCHEDULES, GeluMLP, worst_error
+from tests.kernels.interpreter import under_interpreter
 
 WITHOUT_DEEPSPEED = """
 import sys
@@ -38,3 +43,16 @@ def test_a_peer_whose_rows_are_lost_is_seen() -> None:
     of = sizes(small=True)
     assert worst_error(of, GeluMLP, SCHEDULES["peers"], 1, 0, 1) <= of.bound
     assert worst_error(of, GeluMLP, SCHEDULES["peers"], 1, 0, 1, "lost rows") > of.bound
+
+
+@under_interpreter
+def test_each_kernel_of_the_check_equals_plain_torch_where_triton_interprets() -> None:
+    of = Sizes(20, 64, 32, torch.device("cpu"), torch.float32)
+    found = {
+        (name, k): from_torch(call) for k in (1, 2) for name, operation, call in calls(of, k) if TRAFFIC[operation]
+    }
+    assert len(found) == 2 * 12 + 2
+    assert {at: difference for at, difference in found.items() if not difference < 1e-5} == {}
+    numbers = torch.arange(4.0)
+    assert largest_difference(numbers, numbers.roll(1)) == 1.0
+    assert largest_difference(numbers / 0, numbers) == float("inf")

@@ -6,7 +6,7 @@ A case's weights, inputs and output gradients depend on its name alone, so ranks
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -152,22 +152,26 @@ def expert_function(kind: str, weights: Weights) -> Expert:
     return gelu_expert(weights) if kind.startswith("gelu") else swiglu_expert(weights)
 
 
-def reference_results(case: LayerCase, dtype: torch.dtype = torch.float64) -> list[LayerResult]:
+def reference_results(
+    case: LayerCase,
+    dtype: torch.dtype = torch.float64,
+    make: Callable[[str, Weights], Expert] = expert_function,
+) -> list[LayerResult]:
     """Results that every rank should see. Gradients of gate and experts stand summed in the first one.
 
-    The gate computes in float64 always; experts and rows in `dtype`.
+    The gate computes in float64 always; experts, which `make` makes, and rows in `dtype`.
     """
     data = case_data(case)
     gate = data.gate_ED.double().requires_grad_()
     weights: dict[int | str, Weights] = dict(enumerate(_leaves(w, dtype) for w in data.experts))
-    functions = [expert_function(case.expert, w) for w in weights.values()]
+    functions = [make(case.expert, w) for w in weights.values()]
     inputs = [x.to(dtype).requires_grad_() for x in data.inputs]
     bias = data.bias_steps_E * case.config.bias_step if case.config.balance == "bias" else None
     shards = moe_reference(case.config, gate, functions, inputs, data.used_tokens, bias, case.training)
     outputs = [shard.output_TD for shard in shards]
     if case.shared:
         weights["shared"] = _leaves(data.shared, dtype)
-        outputs = [y + expert_function(case.expert, weights["shared"])(x) for y, x in zip(outputs, inputs, strict=True)]
+        outputs = [y + make(case.expert, weights["shared"])(x) for y, x in zip(outputs, inputs, strict=True)]
     for output, shard, grad in zip(outputs, shards, data.output_grads, strict=True):
         ((output * grad.to(dtype)).sum().double() + shard.l_aux).backward(retain_graph=True)
     results = [

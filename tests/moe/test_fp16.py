@@ -56,16 +56,22 @@ def run_scaled(cases: list[LayerCase], scale: float, size: float, overflow_rank:
     return results
 
 
-def worst(case: LayerCase, found: list[LayerResult], scale: float) -> tuple[str, float]:
-    """The tensor that is furthest off, its gradients divided by the scale in float64."""
-    for result in found:
-        result.output, result.l_aux = result.output.double(), result.l_aux.double()
-        result.input_grad, result.gate_grad = result.input_grad.double() / scale, result.gate_grad.double() / scale
-        result.expert_grads = {
-            key: {name: grad.double() / scale for name, grad in grads.items()}
-            for key, grads in result.expert_grads.items()
-        }
-    by_name = errors(found, reference_results(case))
+def unscaled(result: LayerResult, scale: float) -> LayerResult:
+    """The result in float64, its gradients divided by the scale."""
+    grads = {e: {name: grad.double() / scale for name, grad in each.items()} for e, each in result.expert_grads.items()}
+    return replace(
+        result,
+        output=result.output.double(),
+        l_aux=result.l_aux.double(),
+        input_grad=result.input_grad.double() / scale,
+        gate_grad=result.gate_grad.double() / scale,
+        expert_grads=grads,
+    )
+
+
+def worst(found: list[LayerResult], scale: float, expected: list[LayerResult]) -> tuple[str, float]:
+    """The tensor that is furthest off."""
+    by_name = errors([unscaled(result, scale) for result in found], expected)
     return max(by_name.items(), key=lambda item: item[1])
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_moe_ep.moe import executor
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU, start_pass
 from ds_moe_ep.moe.match_expert import match_expert
+from ds_moe_ep.moe.rows import buffers
 from tests.moe.layer_cases import LayerCase
 from tests.moe.layer_runs import Links, config, run_case
 from tests.moe.test_schedules import EDGE_VARIANTS, differences
@@ -118,7 +118,7 @@ def compare_moves(cases: Sequence[LayerCase], variants: Sequence[dict[str, objec
         for knobs in variants:
             variant = case.with_config(**knobs)
             expected = run_case(variant, links.of(variant))
-            with mock.patch.object(executor, "moves_by_index", lambda device: True):
+            with mock.patch.object(buffers, "moves_by_index", lambda device: True):
                 found = run_case(variant, links.of(variant))
             wrong += [f"{case.name} {knobs}: {name}" for name in differences(found, expected)]
     return wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ds_moe_ep.config.knobs import ModelConfig
 from ds_moe_ep.sizing.footprint import count_parameters
 from tests.published import RUNS, PublishedRun
 
@@ -28,3 +29,13 @@ def test_a_pipeline_pays_its_bubble_and_the_error_is_of_what_is_published() -> N
     assert step.low < step.value < step.high
     assert qwen.error_percent(step.scaled(qwen.published_s / step.value)) == pytest.approx(0, abs=1e-9)
     assert abs(qwen.error_percent(step)) > 1
+
+
+def test_attention_has_the_weights_that_the_models_cards_add_up_to() -> None:
+    """By hand: Qwen3's 32 queries and 8 keys and values of 128 columns; DeepSeek's five matrices."""
+    qwen, deepseek, _ = (run.setup(recompute=True).model.attention for run in RUNS)
+    assert qwen.params == 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048
+    down_and_up = 7168 * 1536 + 1536 * 128 * 192 + 7168 * (512 + 64) + 512 * 128 * (128 + 128)
+    assert deepseek.params == down_and_up + 128 * 128 * 7168
+    assert (qwen.scores_width, deepseek.scores_width) == (2 * 32 * 128, 128 * (192 + 128))
+    assert ModelConfig().attention.params == 4 * 8192**2

@@ -159,12 +159,11 @@ def double_softmax(engine: Any) -> Iterator[None]:
 
     from ds_moe_ep.moe import balance
 
-    loss = balance.auxiliary_loss
+    def twice(loss: Any) -> Any:
+        return lambda routing, *others: loss(replace(routing, scores_TE=routing.scores_TE.softmax(1)), *others)
 
-    def twice(routing: Any, *others: Any) -> Any:
-        return loss(replace(routing, scores_TE=routing.scores_TE.softmax(1)), *others)
-
-    with patch.object(balance, "auxiliary_loss", twice):
+    names = ("auxiliary_loss", "losses_of_rank")
+    with patch.multiple(balance, **{name: twice(getattr(balance, name)) for name in names}):
         yield
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.comm.host_copies import to_device
-from ds_moe_ep.kernels.activation import gelu_backward, swiglu, swiglu_backward
+from ds_moe_ep.kernels.activation import gelu, gelu_backward, swiglu, swiglu_backward
 from ds_moe_ep.kernels.grouped import (
     Groups,
     add_of_expert,
@@ -67,7 +67,7 @@ class GroupedPass:
         hidden = [self._linear(part, x_nD, groups) for part in parts]
         active_nF = torch.empty_like(hidden[0])
         if self._form.kind == "gelu":
-            torch.ops.aten.gelu.out(hidden[0], approximate=self._form.approximate, out=active_nF)
+            gelu(hidden[0], active_nF, self._form.approximate)
         else:
             swiglu(hidden[0], hidden[1], active_nF, self.use_triton, self._form.clamp)
         self._piece_of[rows.start] = len(self._piece_of)

@@ -58,7 +58,9 @@ class LayerCosts:
         """
         D, times = self.model.hidden_size, 2 if backward else 1
         own = tokens * D // self.tp_size  # numbers of this rank's heads
-        projections = [self._product(width * D * D * tokens, tokens, times) for width in (6, 2)]
+        shape = self.model.attention
+        sizes = [columns * width for columns, width in (*shape.inputs, shape.output)]
+        projections = [self._product(2 * size * tokens, tokens, times) for size in sizes]
         turned = self._counted(f"rotation {_phase(backward)}", tokens)
         elementwise = self.spend("norms", (), (8 if backward else 5) * tokens * D * self._b, 3 if backward else 2)
         elementwise += self.spend("rotation", (), turned.num_bytes / self.tp_size, turned.num_launches)
@@ -73,7 +75,8 @@ class LayerCosts:
         """
         S = self.model.sequence_length
         if self.path != "blocks":
-            flops = 2 * S * own * (SCORES_BACKWARD if backward else 1.0)
+            scores = S * tokens * self.model.attention.scores_width / self.tp_size
+            flops = scores * (SCORES_BACKWARD if backward else 1.0)
             return self.spend("scores", attention_flops=flops)
         heads, head_size = self.model.num_heads // self.tp_size, self.model.head_size
         found = BlockedAttention(

@@ -1,0 +1,1 @@
+"""The rows of a pass, and the places through which they go."""
