@@ -8,7 +8,7 @@ be kept in between. All functions write into given tensors and have no gradient 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_moe_ep.kernels.choose import runs_triton
 
 BLOCK_ELEMENTS = 2**17  # of a thread, on the CPU: what lies between two passes stays in its cache
-_GELU = torch._C._nn.gelu  # torch.ops takes three times as long to call; F.gelu may be a profiler's
+_GELU: Any = torch._C._nn.gelu  # torch.ops takes three times as long to call; F.gelu may be a profiler's
 _GELU_BACKWARD = torch.ops.aten.gelu_backward.grad_input
 
 

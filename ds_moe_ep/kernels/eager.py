@@ -26,14 +26,13 @@ def not_compiled(function: F) -> F:
     if not hasattr(_eval_frame, "set_code_exec_strategy"):  # of another release
         return left_out
 
-    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return (function if _compiler_of_frames() is None else left_out)(*args, **kwargs)
 
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
     skip = _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.DEFAULT)
     _eval_frame.set_code_exec_strategy(call.__code__, skip)
-    return call  # type: ignore[return-value]
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return functools.wraps(function)(call)  # type: ignore[return-value]
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:

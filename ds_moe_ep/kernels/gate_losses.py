@@ -1,4 +1,4 @@
-"""The losses that keep a gate balanced, as one node of autograd: step by step they are a dozen, each with a way back."""
+"""The losses that keep a gate balanced, as one node of autograd: step by step they are a dozen."""
 
 from __future__ import annotations
 
