@@ -82,7 +82,8 @@ def auxiliary_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
         chosen_E, of_group = batch.sum_over_group(told).split([config.num_experts, 1])
         of_group = of_group.clamp(min=1)
     mean_E = scores_TE.sum(0) * (batch.size / of_group)
-    return config.num_experts * (mean_E * (chosen_E / of_group)).sum()
+    loss: Tensor = config.num_experts * (mean_E * (chosen_E / of_group)).sum()
+    return loss
 
 
 def _shares(routing: Routing, config: MoEConfig) -> Tensor:
