@@ -51,7 +51,7 @@ def status_of(identity: Identity, machine: str) -> ProcessStatus:
 
 def _read(pid: int) -> tuple[str, int]:
     """The state of a process and when it was born, in the kernel's ticks."""
-    with open(f"{_PROCESSES}/{pid}/stat", "rb", buffering=0) as file:  # each rank asks for all others, twice a second
+    with open(f"{_PROCESSES}/{pid}/stat", "rb", buffering=0) as file:  # each rank asks for all others, twice per second
         text = file.read()
     fields = text[text.rindex(b")") + 2 :].split(None, 20)  # behind its name, which may hold anything
     return fields[0].decode(), int(fields[19])
