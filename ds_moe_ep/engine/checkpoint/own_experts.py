@@ -47,6 +47,12 @@ def expert_group_of(layer: Any) -> dist.ProcessGroup | None:
     return seams.known_expert_group(int(layer.ep_size))
 
 
+def holders_of(layer: Any) -> list[int]:
+    """The first rank of the world that holds each expert-parallel rank's experts. Collective over the world."""
+    ranks = seams.gather(dist.get_rank(expert_group_of(layer)))
+    return [ranks.index(ep_rank) for ep_rank in range(int(layer.ep_size))]
+
+
 def shifted(name: str, offset: int) -> str:
     """The name of an expert's tensor with `offset` added to the expert's index."""
     return renumbered(name, lambda index: index + offset)

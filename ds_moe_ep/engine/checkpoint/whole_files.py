@@ -26,10 +26,11 @@ from ds_moe_ep.engine.checkpoint.model_files import (
     refuse_part_of_experts,
     writer_of_file,
 )
-from ds_moe_ep.engine.checkpoint.own_experts import expert_group_of, shifted, take_own_experts
+from ds_moe_ep.engine.checkpoint.own_experts import holders_of, shifted, take_own_experts
 from ds_moe_ep.engine.extensions.callback import EngineCallback
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import FAMILIES
+from ds_moe_ep.engine.hugging_face.stacks import BlockStacks
 from ds_moe_ep.model.initialize import LOCAL_EXPERT
 
 
@@ -82,6 +83,9 @@ def complete_experts(layer: Any, state_dict: dict[str, Any], prefix: str, _metad
     if model_type in FAMILIES and not hasattr(root, "peft_config"):
         block = ExpertBlock(prefix.removesuffix(".").removesuffix(".moe"), FAMILIES[model_type], layer)
         state_dict.update((name, tensor.detach()) for name, tensor in block.replicated())
+        if block.family.stacked:
+            state_dict.update(BlockStacks(block).filled(is_writer()))
+            return
         local = [list(block.experts(rank * block.num_local_experts)) for rank in range(int(layer.ep_size))]
         state_dict.update(_of_all_holders(layer, local))
         return
@@ -120,12 +124,6 @@ def _stack_all(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
         parts = [part for _, part in _of_all_holders(layer, [[(name, own)]] * int(layer.ep_size))]
         if parts:
             state_dict[name] = torch.cat(parts)
-
-
-def holders_of(layer: Any) -> list[int]:
-    """The first rank of the world that holds each expert-parallel rank's experts. Collective over the world."""
-    ranks = seams.gather(dist.get_rank(expert_group_of(layer)))
-    return [ranks.index(ep_rank) for ep_rank in range(int(layer.ep_size))]
 
 
 def is_writer() -> bool:

@@ -17,7 +17,8 @@ from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import Family
 from ds_moe_ep.engine.layer import MoE
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.moe.experts import SharedWithGate, SwiGLU
+from ds_moe_ep.kernels.activation import Clamp
+from ds_moe_ep.moe.experts import ClampedSwiGLU, SharedWithGate, SwiGLU
 
 
 class MoEBlock(nn.Module):
@@ -34,13 +35,25 @@ class MoEBlock(nn.Module):
             shared_width = int(getattr(config, family.shared_width))
             shared_width *= int(getattr(config, family.shared_count)) if family.shared_count else 1
             shared = (SharedWithGate if family.shared_gate else SwiGLU)(hidden_size, shared_width)
-        self.moe = MoE(hidden_size, SwiGLU(hidden_size, width), config=knobs, shared=shared)
+        self.gives_scores = family.gives_scores
+        self.moe = MoE(hidden_size, _expert(config, family, width), config=knobs, shared=shared)
         self.l_aux = torch.zeros(())
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, None]:
         output: Tensor
         output, self.l_aux, _ = self.moe(hidden_states)
-        return output
+        return (output, None) if self.gives_scores else output
+
+
+def _expert(config: Any, family: Family, width: int) -> nn.Module:
+    if not family.stacked:
+        return SwiGLU(int(config.hidden_size), width)
+    return ClampedSwiGLU(int(config.hidden_size), width, **clamp_of(config)._asdict())
+
+
+def clamp_of(config: Any) -> Clamp:
+    """The bounds of gpt-oss's experts; releases whose configuration has none compute with its first ones."""
+    return Clamp(float(getattr(config, "swiglu_alpha", 1.702)), float(getattr(config, "swiglu_limit", 7.0)))
 
 
 def balance_loss(model: nn.Module) -> Tensor:
@@ -84,6 +97,8 @@ def knobs_of(config: Any, family: Family, ep_size: int, knobs: Mapping[str, Any]
         "score": family.score,
         "renormalize": bool(getattr(config, family.renormalizes)) if family.renormalizes else family.renormalizes == "",
     }
+    if family.gate_bias:
+        decided["gate_bias"] = True
     if family.limits_groups:
         is_limited = getattr(config, "topk_method", None) != "greedy"
         decided |= {

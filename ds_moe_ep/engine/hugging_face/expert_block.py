@@ -47,6 +47,8 @@ class ExpertBlock:
         yield f"{prefix}.{family.router}", (router.gate if self.is_autoep else router.wg).weight
         if family.router_bias:
             yield f"{prefix}.{family.router_bias}", self._router_bias(router)
+        if family.gate_bias:
+            yield f"{prefix}.{family.gate_bias}", self._gate_bias(router)
         if family.shared:
             yield from ((f"{prefix}.{name}", tensor) for name, tensor in self._shared())
 
@@ -62,6 +64,15 @@ class ExpertBlock:
                 'make it with moe_ep.balance="bias"'
             )
         assert isinstance(bias, Tensor)
+        return bias
+
+    def _gate_bias(self, router: Any) -> Tensor:
+        bias: Tensor | None = (router.gate if self.is_autoep else router.wg).bias
+        if bias is None:
+            raise ExportError(
+                f"{self.name}: the router of {self.family.model_type} has a bias in its product, the layer's has none; "
+                "make it with moe_ep.gate_bias=true"
+            )
         return bias
 
     def _shared(self) -> Iterator[tuple[str, Tensor]]:
@@ -99,20 +110,36 @@ class ExpertBlock:
         if self.is_autoep:
             stacks = self.layer.experts
             return {projection: getattr(stacks, name)[local] for projection, name in AUTOEP_STACKS.items()}
+        weights = self.weights_of(local)
+        return {projection: weights[f"{projection}.weight"] for projection in PROJECTIONS}
+
+    def weights_of(self, local: int) -> dict[str, Tensor]:
+        """Weights, and biases where it has some, of an expert of the package's or DeepSpeed's layer by part."""
         expert = self.layer.deepspeed_moe.experts.deepspeed_experts[local]
-        weights = self._form(expert).weights_of(expert)
-        return {projection: _present(weights[f"{projection}.weight"]) for projection in PROJECTIONS}
+        found = self._form(expert).weights_of(expert)
+        return {name: _present(weight) for name, weight in found.items()}
 
     def _form(self, expert: nn.Module) -> Form:
         """The expert's form, which must be what the family's files hold. Raises ExportError."""
-        form = match_expert(expert)
-        has_bias = any(name.endswith("bias") for name, _ in expert.named_parameters())
-        if form is None or form.kind != "swiglu" or form.clamp or has_bias:
-            kind = "something else" if form is None else form.kind
+        form, family = match_expert(expert), self.family
+        named = [name for name, _ in expert.named_parameters()]
+        num_biases = sum(name.endswith("bias") for name in named)
+        is_clamped = form is not None and form.clamp is not None
+        if (
+            form is None
+            or form.kind != "swiglu"
+            or is_clamped != family.stacked
+            or num_biases != (len(named) // 2 if family.stacked else 0)
+        ):
+            kind = "something else" if form is None else f"{'clamped ' if is_clamped else ''}{form.kind}"
+            held = (
+                "gpt-oss's clamped SwiGLU with biases"
+                if family.stacked
+                else ("silu(gate(x)) * up(x), then down, without biases")
+            )
             raise ExportError(
-                f"{self.name}: files of {self.family.model_type} hold silu(gate(x)) * up(x), then down, without "
-                f"biases; an expert computes {kind}{' with biases' if has_bias else ''}. Merge adapters and take off "
-                "hooks first"
+                f"{self.name}: files of {family.model_type} hold {held}; an expert computes {kind}"
+                f"{' with biases' if num_biases else ''}. Merge adapters and take off hooks first"
             )
         return form
 

@@ -1,5 +1,7 @@
 """Writes the model of an engine as a Hugging Face folder: safetensors in shards, their index, config.json.
 
+What the files hold depends on the model: a family's names, or those of the package's own model (`Content`).
+
 1. Every rank plans: the first rank that holds an expert writes it, rank 0 all that is replicated. Plans are names and
    bytes; shards are numbered over all ranks.
 2. Every rank writes its shards into `<folder>.part`, copying one shard's tensors to the host at a time.
@@ -13,8 +15,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +27,14 @@ from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.own_experts import expert_group_of
+from ds_moe_ep.engine.hugging_face import transformer_folder
 from ds_moe_ep.engine.hugging_face.adapters import merged
-from ds_moe_ep.engine.hugging_face.blocks import blocks_of
+from ds_moe_ep.engine.hugging_face.blocks import blocks_of, clamp_of
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import family_of
+from ds_moe_ep.engine.hugging_face.stacks import BlockStacks
 from ds_moe_ep.errors import ConfigError, EngineError, ExportError, MoEError
+from ds_moe_ep.model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 1000**3
@@ -38,36 +45,51 @@ def save_pretrained(engine: Any, folder: str | os.PathLike[str], max_shard_bytes
     """Writes the model of an engine to a new Hugging Face folder, from which `from_pretrained` loads it; returns it.
 
     For models of Hugging Face whose MoE blocks are AutoEP's layers (hooked or not), the package's `MoE`
-    (`from_pretrained`), or DeepSpeed's. Adapters of the peft library leave as a part of the weights that they adapt;
-    the engine's stay as they are. Collective over the world; with ZeRO 0, 1 and 2. A rank copies to the host what one
-    shard holds, and the weights that adapters change. Raises, on every rank, ConfigError for families that it does not
-    know, ExportError where a layer does not compute what the family's files hold, and EngineError where a rank cannot
-    write; nothing is left behind.
+    (`from_pretrained`), or DeepSpeed's; and for the package's own model (`build_transformer`), whose folder carries its
+    code and is loaded with trust_remote_code=True. Adapters of the peft library leave as a part of the weights that
+    they adapt; the engine's stay as they are. Collective over the world; with ZeRO 0, 1 and 2. A rank copies to the
+    host what one shard holds, and the weights that adapters change. Raises, on every rank, ConfigError for families
+    that it does not know, ExportError where a layer does not compute what the family's files hold, and EngineError
+    where a rank cannot write; nothing is left behind.
     """
     folder = Path(folder).absolute()
     with ExitStack() as scopes:
         return _save(engine, folder, max_shard_bytes, scopes)
 
 
+@dataclass(frozen=True)
+class Content:
+    """The content of a folder: the tensors that this rank writes, by their names in files, and what describes them."""
+
+    tensors: Named
+    stacks: Sequence[BlockStacks]  # that all ranks fill together and rank 0 writes, a file each
+    describe: Callable[[Path], None]  # writes the configuration
+
+
 def _save(engine: Any, folder: Path, max_shard_bytes: int, scopes: ExitStack) -> Path:
     partial = folder.with_name(folder.name + ".part")
     model: nn.Module = getattr(engine, "module", engine)
     shards: list[Named] = []
+    content = Content([], (), lambda folder: None)
     error: MoEError | None = None
     try:
         _check(engine, folder, partial)
         model = scopes.enter_context(merged(model))
-        shards = cut(_own_tensors(model), max_shard_bytes)
+        content = _content(model)
+        shards = cut(content.tensors, max_shard_bytes)
     except MoEError as found:
         error = found
     seams.settle(error)
-    plans = seams.gather([[name for name, _ in shard] for shard in shards])
+    of_stacks = [stacks.names for stacks in content.stacks] if dist.get_rank() == 0 else []
+    plans = seams.gather([[name for name, _ in shard] for shard in shards] + of_stacks)
     first, total = sum(map(len, plans[: dist.get_rank()])), sum(map(len, plans))
     try:
         seams.settle(_attempt(lambda: partial.mkdir(parents=True), dist.get_rank() == 0))
         seams.settle(_attempt(lambda: _write_shards(shards, partial, first, total)))
         num_bytes = sum(seams.gather(sum(tensor.nbytes for shard in shards for _, tensor in shard)))
-        seams.settle(_attempt(lambda: _finish(model, plans, num_bytes, partial, folder), dist.get_rank() == 0))
+        num_bytes += _write_stacks(content.stacks, partial, len(shards), total)
+        files = [names for plan in plans for names in plan]
+        seams.settle(_attempt(lambda: _finish(content, files, num_bytes, partial, folder), dist.get_rank() == 0))
     except BaseException:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -90,23 +112,34 @@ def _check(engine: Any, folder: Path, partial: Path) -> None:
         raise ExportError("tensor parallelism and pipeline stages cut weights; export from a run without them")
 
 
-def _own_tensors(model: nn.Module) -> Named:
-    """The tensors that this rank writes, by name in files."""
-    config = getattr(model, "config", None)
-    family = family_of(config)
+def _content(model: nn.Module) -> Content:
+    """The content of a model's folder. Local. Raises MoEError where no folder holds what the model computes."""
+    if isinstance(model, Transformer):
+        values = transformer_folder.values_of(model)
+        own = transformer_folder.tensors_of(model, dist.get_rank() == 0, first_expert)
+        return Content(list(own), (), partial_of(transformer_folder.describe, values))
+    family = family_of(getattr(model, "config", None))
     blocks = blocks_of(model, family)
     if not blocks:
         raise ExportError(
             f"model={type(model).__name__}: has no MoE layer of DeepSpeed's or this package's; "
             "model.save_pretrained writes it"
         )
+    stacks = [BlockStacks(block) for block in blocks] if family.stacked else []
+    for each in stacks:
+        each.check(clamp_of(model.config))
+    return Content(_own_tensors(model, blocks), stacks, partial_of(_describe, model))
+
+
+def _own_tensors(model: nn.Module, blocks: Sequence[ExpertBlock]) -> Named:
+    """The tensors that this rank writes by itself, by name in files."""
     own: Named = []
     if dist.get_rank() == 0:
         own.extend(_dense(model, blocks))
         for block in blocks:
             own.extend(block.replicated())
     for block in blocks:
-        if (first := _first_expert(block)) is not None:
+        if not block.family.stacked and (first := first_expert(block.name, block.layer)) is not None:
             own.extend(block.experts(first))
     for name, _ in own:
         if any(part in name for part in (".base_layer.", ".original_module.", "lora_")):
@@ -114,17 +147,16 @@ def _own_tensors(model: nn.Module) -> Named:
     return own
 
 
-def _first_expert(block: ExpertBlock) -> int | None:
-    """The global index of this rank's first expert; None where another rank writes the same ones."""
-    layer = block.layer
+def first_expert(name: str, layer: Any) -> int | None:
+    """The global index of this rank's first expert of a layer; None where another rank writes the same ones."""
     ep_size = int(layer.ep_size)
     if ep_size == 1:
         return 0 if dist.get_rank() == 0 else None
     group = expert_group_of(layer)
     if group is None:
-        raise EngineError(f"{block.name}: has no expert-parallel group; export from an engine")
+        raise EngineError(f"{name}: has no expert-parallel group; export from an engine")
     ep_rank = dist.get_rank(group)
-    return ep_rank * block.num_local_experts if seams.is_first_holder(f"ep_size_{ep_size}") else None
+    return ep_rank * int(layer.num_local_experts) if seams.is_first_holder(f"ep_size_{ep_size}") else None
 
 
 def _dense(model: nn.Module, blocks: Sequence[ExpertBlock]) -> Iterator[tuple[str, Tensor]]:
@@ -174,18 +206,35 @@ def _write_shards(shards: Sequence[Named], partial: Path, first: int, total: int
         save_file(tensors, partial / shard_name(index, total), {"format": "pt"})
 
 
-def _finish(
-    model: nn.Module, plans: Sequence[Sequence[Sequence[str]]], num_bytes: int, partial: Path, folder: Path
-) -> None:
+def _write_stacks(stacks: Sequence[BlockStacks], partial: Path, first: int, total: int) -> int:
+    """Fills each block's stacks, one block in memory at a time, and writes them on rank 0; their bytes. Collective."""
+    from safetensors.torch import save_file
+
+    error, num_bytes = None, 0
+    for index, block in enumerate(stacks, start=first):
+        tensors = block.filled(is_writer=dist.get_rank() == 0)
+        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        write = partial_of(save_file, tensors, partial / shard_name(index, total), {"format": "pt"})
+        error = error or _attempt(write, dist.get_rank() == 0)
+    seams.settle(error)
+    return num_bytes
+
+
+def _finish(content: Content, files: Sequence[Sequence[str]], num_bytes: int, partial: Path, folder: Path) -> None:
     """Index and configuration; then the folder takes its name."""
-    write_index(partial, [names for plan in plans for names in plan], num_bytes)
+    write_index(partial, files, num_bytes)
+    content.describe(partial)
+    partial.rename(folder)
+
+
+def _describe(model: nn.Module, folder: Path) -> None:
+    """The configuration of a model of Hugging Face's."""
     config: Any = model.config
     config.architectures = [type(model).__name__]
-    config.save_pretrained(partial)
+    config.save_pretrained(folder)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
-        generation.save_pretrained(partial)
-    partial.rename(folder)
+        generation.save_pretrained(folder)
 
 
 def _attempt(work: Any, is_mine: bool = True) -> MoEError | None:

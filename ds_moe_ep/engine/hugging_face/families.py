@@ -1,7 +1,7 @@
 """Names and routing of Hugging Face's MoE families: one row per family, no code per family.
 
-Names are those of the files on the hub, one tensor per expert and projection, which every release of transformers
-reads. Projections are those of silu(gate(x)) * up(x), then down.
+Names are those of the files on the hub, which every release of transformers reads: one tensor per expert and
+projection, those of silu(gate(x)) * up(x), then down; gpt-oss's hold a block's experts together (`stacks.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ds_moe_ep.errors import ConfigError, nearest
 
+STACKS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # of a family whose experts are stacked
 Projection = Literal["gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = ("gate", "up", "down")
 
@@ -41,10 +42,17 @@ class Family:
     shared_count: str = ""  # of expert widths that its shared expert has; "" where `shared_width` is its own
     limits_groups: bool = False  # n_group, topk_group and routed_scaling_factor; not where its topk_method is "greedy"
     group_score: Literal["top2_sum", "max"] = "top2_sum"
+    gate_bias: str = ""  # of the router's product
+    stacked: bool = False  # all experts of a block in one tensor per part, with biases; clamped SwiGLU (gpt-oss)
+    gives_scores: bool = False  # the block's answer is (hidden states, scores)
 
     def expert(self, index: int, projection: Projection) -> str:
         """The name of one projection of one expert."""
         return f"experts.{index}.{self.projections[PROJECTIONS.index(projection)]}.weight"
+
+    def stack(self, part: str) -> str:
+        """The name of a tensor that holds a part of all experts."""
+        return f"experts.{part}"
 
     def in_files(self, block: str) -> str:
         """The block's name in files, for its name in the model."""
@@ -53,9 +61,10 @@ class Family:
     def names(self, num_experts: int) -> Iterator[str]:
         """Every name of a block in files."""
         yield self.router
-        if self.router_bias:
-            yield self.router_bias
-        for index in range(num_experts):
+        yield from filter(None, (self.router_bias, self.gate_bias))
+        if self.stacked:
+            yield from map(self.stack, STACKS)
+        for index in range(0 if self.stacked else num_experts):
             for projection in PROJECTIONS:
                 yield self.expert(index, projection)
         if self.shared:
@@ -107,23 +116,29 @@ FAMILIES = {
             )
             for model_type in ("deepseek_v3", "glm4_moe", "dots1")
         ),
+        Family(
+            model_type="gpt_oss",
+            router="router.weight",
+            gate_bias="router.bias",
+            num_experts="num_local_experts",
+            expert_width="intermediate_size",
+            stacked=True,
+            gives_scores=True,
+        ),
     )
 }
 
-STACKED = {  # families whose files hold experts together
-    "gpt_oss": (
-        "its files hold a block's experts in one tensor, gate and up in turn, with biases; folders are read here with "
-        "a name per expert and projection; make the model with ds_moe_ep.MoE, ClampedSwiGLU experts and gate_bias, and "
-        "copy the weights (docs/adopt.md)"
-    )
-}
+PACKED = "gpt-oss's own files: make them plain with transformers (Mxfp4Config(dequantize=True), then save_pretrained)"
 
 
 def family_of(config: Any) -> Family:
     """The family of a Hugging Face configuration. Raises ConfigError for one that has no row here."""
     model_type = str(getattr(config, "model_type", ""))
-    if model_type in STACKED:
-        raise ConfigError(f"config.model_type={model_type!r}: {STACKED[model_type]}")
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            "config.quantization_config: the files hold weights of fewer bits, which no layer here trains; take plain "
+            f"ones. {PACKED}"
+        )
     if model_type not in FAMILIES:
         raise ConfigError(
             f"config.model_type={model_type!r}: files of this family are not known here; "

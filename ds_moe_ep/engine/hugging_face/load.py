@@ -25,6 +25,7 @@ from ds_moe_ep.engine.hugging_face.blocks import MoEBlock, blocks_of, knobs_of
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.export import INDEX
 from ds_moe_ep.engine.hugging_face.families import Family, family_of
+from ds_moe_ep.engine.hugging_face.stacks import BlockStacks, into_stacks, out_of_stacks
 from ds_moe_ep.errors import ConfigError, EngineError
 
 SINGLE = "model.safetensors"
@@ -46,8 +47,11 @@ class Weights:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def read(self, name: str) -> Tensor:
-        """A tensor of the files. Raises EngineError where there is none of that name, or its file cannot be read."""
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """A tensor of the files, or one place of its first dimension, of which no more is read.
+
+        Raises EngineError where there is none of that name, or its file cannot be read.
+        """
         from safetensors import SafetensorError, safe_open
 
         if name not in self.file_of:
@@ -57,7 +61,8 @@ class Weights:
             if file not in self._files:
                 path = self.folder / file
                 self._files[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            tensor: Tensor = self._files[file].get_tensor(name)
+            opened = self._files[file]
+            tensor: Tensor = opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
         except (OSError, SafetensorError) as error:
             raise EngineError(f"{self.folder / file}: cannot be read ({error}); download or export it again") from error
         return tensor
@@ -144,7 +149,7 @@ def _replace_blocks(model: nn.Module, config: Any, family: Family, make: Callabl
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if name == family.module and hasattr(child, "experts") and hasattr(child, "gate")
+        if name == family.module and hasattr(child, "experts") and hasattr(child, family.router.split(".")[0])
     ]
     if not places:
         raise ConfigError(f"config.model_type={config.model_type!r}: the model has no MoE block; train it as it is")
@@ -171,7 +176,11 @@ def _fill(model: nn.Module, family: Family, weights: Weights, ep_rank: int) -> N
         if name in weights.file_of or not _is_tied(model, name):
             _copy(weights, name, target)
     for block in blocks:
-        for name, target in (*block.replicated(), *block.experts(ep_rank * block.num_local_experts)):
+        first = ep_rank * block.num_local_experts
+        experts = () if family.stacked else block.experts(first)
+        if family.stacked:
+            _fill_from_stacks(weights, block, first)
+        for name, target in (*block.replicated(), *experts):
             if family.router_bias and name == f"{family.in_files(block.name)}.{family.router_bias}":
                 block.take_router_bias(_read(weights, name, target))
             else:
@@ -179,6 +188,20 @@ def _fill(model: nn.Module, family: Family, weights: Weights, ep_rank: int) -> N
     tie: Any = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
+
+
+def _fill_from_stacks(weights: Weights, block: ExpertBlock, first: int) -> None:
+    """Sets a block's own experts from tensors that hold those of all ranks. Raises EngineError for other shapes."""
+    names = BlockStacks(block).names
+    for local in range(block.num_local_experts):
+        own = block.weights_of(local)
+        asked = into_stacks(own)
+        read = [weights.read(name, first + local) for name in names]
+        for name, found, part in zip(names, read, asked.values(), strict=True):
+            _check_shape(weights, name, found, part)
+        for part, value in out_of_stacks(dict(zip(asked, read, strict=True))).items():
+            with torch.no_grad():
+                own[part].copy_(value)
 
 
 def _known_names(model: nn.Module, blocks: Iterable[ExpertBlock], family: Family) -> set[str]:
@@ -209,9 +232,13 @@ def _copy(weights: Weights, name: str, target: Tensor) -> None:
 def _read(weights: Weights, name: str, target: Tensor) -> Tensor:
     """A tensor of the files in the place of another. Raises EngineError where it has another shape."""
     found = weights.read(name)
+    _check_shape(weights, name, found, target)
+    return found
+
+
+def _check_shape(weights: Weights, name: str, found: Tensor, target: Tensor) -> None:
     if found.shape != target.shape:
         raise EngineError(
             f"{weights.folder}: {name} is {tuple(found.shape)}, and the model of config.json has "
             f"{tuple(target.shape)}; the files are of another model"
         )
-    return found

@@ -6,7 +6,9 @@ and is loaded with `trust_remote_code=True`.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,54 @@ import torch
 
 from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.errors import ExportError
+from ds_moe_ep.model.initialize import LOCAL_EXPERT, global_name, renumbered
+from ds_moe_ep.model.transformer import Transformer
 
+OWN_KIND = "ds_moe_ep.MoE"
 CODE = "modeling_moe_transformer"
 MODEL_TYPE, CLASS = "ds_moe_ep_transformer", "MoETransformerForCausalLM"
 ROUTING_BIAS = "gate.routing_bias"
 _STEPS, _START = "gate.balance.steps_E", "gate.balance.start_bits_E"
+
+
+def values_of(model: Transformer) -> dict[str, Any]:
+    """The content of config.json for a model in an engine. Raises ExportError for layers that are not the package's."""
+    layers = [layer.feed_forward for layer in model.layers]
+    odd = next((type(layer).__name__ for layer in layers if getattr(layer, "kind", "") != OWN_KIND), "")
+    if odd:
+        raise ExportError(f"model=Transformer with {odd} layers: the folder's code has the gate of ds_moe_ep.MoE alone")
+    return config_values(model.config, layers[0].config, model.head.weight.dtype)
+
+
+def tensors_of(
+    model: Transformer, is_first: bool, first_expert: Callable[[str, Any], int | None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that this rank writes, by their names in files: its experts, and on the first rank all others.
+
+    `first_expert` gives the global index of a layer's first expert here; None where another rank writes the same ones.
+    """
+    state = {global_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    if is_first:
+        dense = {name: tensor for name, tensor in state.items() if not LOCAL_EXPERT.search(name)}
+        yield from ((name, tensor) for name, tensor in dense.items() if not is_balance_state(name))
+        yield from routing_biases(dense, model.layers[0].feed_forward.config.bias_step).items()
+    for index, layer in enumerate(model.layers):
+        prefix = f"layers.{index}.feed_forward."
+        first = first_expert(prefix.removesuffix("."), layer.feed_forward)
+        for name, tensor in state.items() if first is not None else ():
+            if name.startswith(prefix) and LOCAL_EXPERT.search(name):
+                yield name_in_files(renumbered(name, expert_index(first))), tensor
+
+
+def expert_index(first: int | None) -> Callable[[int], int]:
+    """The map from local to global indices of experts, of which `first` is the first one's."""
+    return lambda local: (first or 0) + local
+
+
+def describe(values: dict[str, Any], folder: Path) -> None:
+    """Writes the configuration and the model's code into a folder."""
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{CODE}.py").write_text(code_path().read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def name_in_files(name: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import ds_moe_ep
 from ds_moe_ep.errors import ConfigError, EngineError, ExportError
+from tests.engine.hugging_face import test_transformer_folder as own_model
 from tests.engine.hugging_face.tiny_models import (
     distance,
     ds_config,
@@ -40,11 +41,13 @@ OWN: list[tuple[str, int, int]] = [  # family, ep_size, ZeRO stage
     ("qwen3_moe", 1, 0),
     ("olmoe", 4, 2),
     ("deepseek_v3", 2, 1),
+    ("gpt_oss", 2, 1),
 ]
+LOADED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "deepseek_v2", "glm4_moe", "dots1", "gpt_oss")
 
 
 def test_folders_load_without_ranks_and_keep_their_logits(tmp_path: Path) -> None:
-    for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "deepseek_v2", "glm4_moe", "dots1"):
+    for family in LOADED:
         model = make_model(family)
         model.save_pretrained(tmp_path / family)
         mine = ds_moe_ep.from_pretrained(tmp_path / family)
@@ -58,7 +61,7 @@ def test_folders_load_without_ranks_and_keep_their_logits(tmp_path: Path) -> Non
 
 
 def exported_by_autoep(folder: Path) -> list[Tensor]:
-    """Logits of each engine before its export."""
+    """Logits of each engine before its export, and of one of the package's own model."""
     import logging
 
     found = []
@@ -71,7 +74,7 @@ def exported_by_autoep(folder: Path) -> list[Tensor]:
         if handle is not None:
             handle.remove()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    return found
+    return [*found, own_model.trained_and_exported(folder)]
 
 
 def loaded_and_exported(folder: Path) -> list[tuple[float, Tensor]]:
@@ -94,8 +97,14 @@ def loaded_and_exported(folder: Path) -> list[tuple[float, Tensor]]:
     return found
 
 
-def test_models_of_autoep_leave_as_folders_with_their_logits(tmp_path: Path) -> None:
+def test_models_of_autoep_and_the_own_one_leave_as_folders_with_their_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     by_rank = run_ranks(4, exported_by_autoep, tmp_path, timeout_s=200)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
+    for found in by_rank:
+        assert distance(found[-1], by_rank[0][-1]) <= BOUND
+    own_model.check_exported(tmp_path, by_rank[0][-1])
     for index, (family, *_) in enumerate(AUTOEP):
         model = load(tmp_path / family)
         for found in by_rank:
@@ -191,13 +200,28 @@ def test_exports_that_cannot_be_made_are_refused_on_every_rank(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
 
 
-def test_a_family_whose_files_hold_experts_together_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_files_of_fewer_bits_are_refused_with_the_way_out(tmp_path: Path) -> None:
     """Before a weight is read: the folder holds a configuration alone."""
     from transformers import GptOssConfig
 
-    GptOssConfig().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"'gpt_oss': its files hold a block's experts in one tensor.*ClampedSwiGLU"):
+    GptOssConfig(quantization_config={"quant_method": "mxfp4"}).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"config.quantization_config: .*gpt-oss.*Mxfp4Config\(dequantize=True\)"):
         ds_moe_ep.from_pretrained(tmp_path)
+
+
+def test_stacks_of_experts_with_other_bounds_than_the_configuration_says_are_not_exported() -> None:
+    from ds_moe_ep.engine.hugging_face.blocks import blocks_of
+    from ds_moe_ep.engine.hugging_face.families import FAMILIES
+    from ds_moe_ep.engine.hugging_face.stacks import BlockStacks
+    from ds_moe_ep.kernels.activation import Clamp
+
+    config = ds_moe_ep.MoEConfig(num_experts=2, gate_bias=True)
+    experts = (ds_moe_ep.ClampedSwiGLU(8, 16, limit=6.0), ds_moe_ep.SwiGLU(8, 16))
+    for expert, told in zip(experts, ("an expert computes with Clamp", "an expert computes swiglu"), strict=True):
+        model = torch.nn.ModuleDict({"mlp": ds_moe_ep.MoE(8, expert, config=config)})
+        (block,) = blocks_of(model, FAMILIES["gpt_oss"])
+        with pytest.raises(ExportError, match=told):
+            BlockStacks(block).check(Clamp(1.702, 7.0))
 
 
 def test_folders_that_are_not_whole_are_refused(tmp_path: Path) -> None:

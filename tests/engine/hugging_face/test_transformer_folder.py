@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ds_moe_ep.config.section import read_section
 from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
@@ -21,7 +22,7 @@ from ds_moe_ep.errors import ExportError
 from ds_moe_ep.model.initialize import init_weights
 from ds_moe_ep.model.transformer import build_transformer
 from tests.engine.checkpoint.checkpoints import TAG, target_config
-from tests.engine.hugging_face.tiny_models import distance
+from tests.engine.hugging_face.tiny_models import distance, ds_config
 from tests.parallel.training_runs import Run
 
 BOUND = 2e-6
@@ -57,6 +58,48 @@ def write_run(folder: Path, run: Run, knobs: dict[str, Any]) -> tuple[nn.Module,
             weights = {name: value.clone() for name, value in state.items() if name.startswith(prefix)}
             torch.save(weights, folder / TAG / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt")
     return net, config
+
+
+def trained_and_exported(folder: Path) -> Tensor:
+    """Logits of an engine with the model behind one step; its folder and its checkpoint are written. Collective."""
+    import ds_moe_ep
+    from ds_moe_ep.model.initialize import expert_index_of
+
+    config = target_config(WIDE, pipeline=False) | ds_config(1)
+    del config["train_batch_size"]
+    config["moe_ep"] |= DEEPSEEK | {"bias_step": 0.2}
+    section = read_section(config)
+    assert section.model is not None
+    net = build_transformer(section.model, section.moe, MoE)
+    init_weights(net, 3, expert_index_of(dist.get_rank(), section.moe.num_local_experts))
+    engine = ds_moe_ep.initialize(model=net, config=config)[0]
+    engine.backward(engine(IDS, IDS).loss)
+    engine.step()
+    engine.save_checkpoint(str(folder / "own saved"))
+    ds_moe_ep.save_pretrained(engine, folder / "own", max_shard_bytes=20_000)
+    engine.eval()
+    with torch.no_grad():
+        return engine.module(IDS).logits_BSV
+
+
+def check_exported(folder: Path, logits_BSV: Tensor) -> None:
+    """The engine's folder gives its logits, and is that of its checkpoint, tensor by tensor."""
+    model = load(folder / "own")
+    with torch.no_grad():
+        assert distance(model(input_ids=IDS).logits, logits_BSV) <= BOUND
+    config = target_config(WIDE, pipeline=False)
+    config["moe_ep"] |= DEEPSEEK | {"bias_step": 0.2}
+    prepare(folder / "own saved", folder / "converted", config, to="hugging_face").write()
+    own, converted = (tensors_in(folder / name) for name in ("own", "converted"))
+    assert own.keys() == converted.keys()
+    assert all(torch.equal(own[name], converted[name]) for name in own)
+    assert any(name.endswith("routing_bias") and value.any() for name, value in own.items()), "the bias has moved"
+    assert (folder / "own" / "config.json").read_text() == (folder / "converted" / "config.json").read_text()
+    assert len(list((folder / "own").glob("*.safetensors"))) > 4, "every rank writes its own"
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def load(folder: Path) -> Any:

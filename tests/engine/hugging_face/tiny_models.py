@@ -54,6 +54,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": False, "head_dim": 8,
         "first_k_dense_replace": 1,
     },
+    "gpt_oss": {
+        "num_local_experts": NUM_EXPERTS, "intermediate_size": 24, "head_dim": 8, "sliding_window": 8,
+        "swiglu_limit": 0.5,  # that some reach
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
 }  # fmt: skip
 
 
@@ -67,6 +72,9 @@ def make_model(family: str, seed: int = 3, **changes: Any) -> Any:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(0.1 * torch.randn_like(buffer))
+    for name, parameter in model.named_parameters():
+        if family == "gpt_oss" and "bias" in name:  # which begin at zero
+            parameter.data.normal_(std=0.1)
     return model
 
 
