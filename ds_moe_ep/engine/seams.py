@@ -26,8 +26,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.engine import InferenceEngine
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate
-from deepspeed.runtime.constants import PIPE_REPLICATED
-from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups, log_dist, logger
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import nn
@@ -315,16 +313,6 @@ def pipeline_stage() -> int:
     """The stage of this rank in the pipeline that DeepSpeed was given; 0 without one."""
     names = ("get_pipeline_model_parallel_rank", "get_pipe_parallel_rank")
     return next((int(getattr(groups.mpu, name)()) for name in names if hasattr(groups.mpu, name)), 0)
-
-
-def num_holders(parameter: torch.nn.Parameter) -> int:
-    """Ranks of the world that hold the parameter; 0 for a tied one that DeepSpeed counts in another stage."""
-    if getattr(parameter, PIPE_REPLICATED, False):
-        return 0
-    if is_expert_parameter(parameter):
-        return int(groups._get_expert_data_parallel_world_size(parameter.group_name))  # type: ignore[attr-defined]
-    shares = tensor_parallel_size() if is_model_parallel_parameter(parameter) else 1
-    return dist.get_world_size() // num_pipeline_stages() // shares
 
 
 def is_first_holder(group_name: str) -> bool:

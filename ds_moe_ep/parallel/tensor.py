@@ -94,7 +94,9 @@ def connect(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
     for name, parameter in model.named_parameters():
         # DeepSpeed takes the gradients' norm over what bears the mark, and over all of the first rank. Without ZeRO
         # that is the first of all stages together: what a stage holds whole bears the mark on the stage's first rank.
-        counts = is_first or cut_dimension(name) is not None
+        is_cut = cut_dimension(name) is not None
+        parameter.moe_ep_is_cut = is_cut  # type: ignore[attr-defined]
+        counts = is_first or is_cut
         parameter.model_parallel = parameter.tensor_model_parallel = counts  # type: ignore[attr-defined]
     return model
 
@@ -103,16 +105,16 @@ class TensorRegion:
     """The edge of a part whose sums are cut over a group: whole tensors go in, sums come out."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self.group = group
 
     def copy_to_tp(self, whole: Tensor) -> Tensor:
         """`whole`, the same on every rank; its gradient is summed over the group."""
-        copied: Tensor = _CopyToTensorRanks.apply(whole, self._group)  # type: ignore[no-untyped-call]
+        copied: Tensor = _CopyToTensorRanks.apply(whole, self.group)  # type: ignore[no-untyped-call]
         return copied
 
     def reduce_from_tp(self, part: Tensor) -> Tensor:
         """The sum of `part` over the group, in its place; its gradient is the sum's."""
-        summed: Tensor = _ReduceFromTensorRanks.apply(part, self._group)  # type: ignore[no-untyped-call]
+        summed: Tensor = _ReduceFromTensorRanks.apply(part, self.group)  # type: ignore[no-untyped-call]
         return summed
 
 

@@ -100,12 +100,13 @@ class CheckpointJudge:
                 )
 
     def _files(self, folder: Path) -> Iterator[TrainingVerdict]:
-        """Problems of the files of experts, told by rank 0."""
+        """Problems of the files of experts, told by rank 0; experts that are cut lie in those of their stages."""
+        in_files_of_stages = tuple(f"{each.name} " for each in self._layers if each.shares_width_with is not None)
         everyone = seams.gather(
             {
                 name: digest(each)
                 for name, each in named_tensors(self._engine, self._layers).items()
-                if " expert " in name
+                if " expert " in name and not name.startswith(in_files_of_stages)
             }
         )
         named = dict(seams.gather((seams.pipeline_stage(), [layer.name for layer in self._layers])))

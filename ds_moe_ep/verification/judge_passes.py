@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.engine.layouts.reductions import batch_group, gradient_divisor, replica_group
+from ds_moe_ep.engine.layouts.reductions import batch_group, gradient_divisor, summing_group
 from ds_moe_ep.engine.state.optimizer_view import OwnSpan, loss_scale, own_gradient
-from ds_moe_ep.engine.views.layers import RoutingRule, ViewedLayer
+from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.engine.views.moved import ROUNDINGS, SEED, ExactAndMoved, moved
 from ds_moe_ep.engine.views.observe import ObservedPass
+from ds_moe_ep.engine.views.parts import RoutingRule
+from ds_moe_ep.engine.views.shares import own_shares
 from ds_moe_ep.verification.gate_oracle import GateOracle, logits_of
 from ds_moe_ep.verification.oracle import Oracle, OracleLayer
 from ds_moe_ep.verification.reference_routing import (
@@ -29,7 +31,7 @@ from ds_moe_ep.verification.reference_routing import (
     strangely_routed,
     weights_of,
 )
-from ds_moe_ep.verification.tensor_shares import own_shares, whole_answers
+from ds_moe_ep.verification.tensor_shares import summed_answers, whole_answers
 from ds_moe_ep.verification.verdicts import TrainingVerdict, short
 
 EXCHANGE = "compare a run with schedule 'serial' and transport 'collective'; where that is right, report the schedule"
@@ -173,14 +175,14 @@ def judge_gradients(
     problems, outcome = list[TrainingVerdict](), ExpertsOutcome({}, {})
     for local, answers in enumerate(oracle.experts):
         tensors = layer.expert_tensors(local)
-        group = replica_group(next(iter(tensors.values())).parameter.group_name)  # type: ignore[attr-defined]
+        group = summing_group(next(iter(tensors.values())).parameter)
         reduced, outcome.rows[local] = _reduced(layer, answers, oracle.rows_L[local], group)
         for name, stored in tensors.items():
             if stored.parameter.requires_grad:
                 found = stored.in_span(own_gradient(stored.parameter))
                 outcome.gradient_norms[local, name] = float(found.values.double().norm())
                 problems += _compared(layer.expert_name(local, name), found, reduced[name], outcome.rows[local])
-    oracle = whole_answers(layer.tensor_ranks, oracle)
+    oracle = summed_answers(layer.shares_width_with, whole_answers(layer.tensor_ranks, oracle))
     problems += _token_problems(layer, passes, oracle)
     problems += _gate_problems(layer, passes, oracle, balance)
     return problems, outcome

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.config.knobs import MoEConfig
-from ds_moe_ep.engine.views.layers import RoutingRule
 from ds_moe_ep.engine.views.observe import ObservedPass
+from ds_moe_ep.engine.views.parts import RoutingRule
 
 NUM_DRAWS = 16  # of moved logits, for tokens whose choice is a near tie
 

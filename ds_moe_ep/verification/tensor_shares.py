@@ -1,13 +1,14 @@
-"""Passes of layers whose tokens a tensor group shares: whole, as the gate routed them, and this rank's own share.
+"""Passes of layers whose tokens a tensor group shares, and the oracle's answers on all shares, in host memory.
 
-Experts meet a token once, from the rank whose span it lies in. So each rank gives the oracle its own share, and the
-answers on all shares are put together again. Collective over the tensor group, in host memory.
+Each rank gives the oracle its own share, and the answers are put together again. Collective over the tensor group.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,9 @@ from torch import Tensor
 
 from ds_moe_ep.engine.views.moved import ExactAndMoved
 from ds_moe_ep.engine.views.observe import ObservedPass
-from ds_moe_ep.moe.tensor_parallel.exchange import Spans
+from ds_moe_ep.engine.views.shares import OF_TOKENS
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from ds_moe_ep.verification.oracle import OracleLayer
-
-ROUTED = ("ids_TK", "weights_TK", "kept_TK")
-OF_TOKENS = ("x_TD", "y_TD", "dx_TD", "dy_TD")
 
 
 def whole_passes(ranks: TensorRanks, passes: Sequence[ObservedPass]) -> list[ObservedPass]:
@@ -36,20 +34,6 @@ def whole_passes(ranks: TensorRanks, passes: Sequence[ObservedPass]) -> list[Obs
     ]
 
 
-def own_shares(ranks: TensorRanks, passes: Sequence[ObservedPass]) -> list[ObservedPass]:
-    """This rank's own tokens of whole passes. Local."""
-    if not ranks.is_shared:
-        return list(passes)
-    return [replace(seen, **_cut(ranks, seen)) for seen in passes]  # type: ignore[arg-type]
-
-
-def _cut(ranks: TensorRanks, seen: ObservedPass) -> dict[str, Tensor | None]:
-    assert ranks.group is not None
-    spans = Spans(ranks.group, ranks.rank, ranks.size, len(seen.x_TD))
-    values = {name: getattr(seen, name) for name in (*ROUTED, *OF_TOKENS)}
-    return {name: None if each is None else spans.own(each) for name, each in values.items()}
-
-
 def whole_answers(ranks: TensorRanks, own: OracleLayer) -> OracleLayer:
     """The oracle's answers on the tokens of all ranks' shares; those on experts stay this rank's."""
     if not ranks.is_shared:
@@ -61,6 +45,22 @@ def whole_answers(ranks: TensorRanks, own: OracleLayer) -> OracleLayer:
             ExactAndMoved(torch.cat([each.exact for each in theirs]), torch.cat([each.moved for each in theirs]))
             for theirs in zip(*of_ranks, strict=True)
         ]
+        for of_ranks in zip(*everyone, strict=True)
+    )
+    return replace(own, y_TD=y_TD, dx_TD=dx_TD, dweights_TK=dweights_TK)
+
+
+def summed_answers(group: dist.ProcessGroup | None, own: OracleLayer) -> OracleLayer:
+    """The oracle's answers on tokens over the ranks that each have a share of the experts' width.
+
+    Collective over them; those on experts stay this rank's.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return own
+    everyone: list[list[list[ExactAndMoved]]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, [own.y_TD, own.dx_TD, own.dweights_TK], group=group)
+    y_TD, dx_TD, dweights_TK = (
+        [reduce(operator.add, theirs) for theirs in zip(*of_ranks, strict=True)]
         for of_ranks in zip(*everyone, strict=True)
     )
     return replace(own, y_TD=y_TD, dx_TD=dx_TD, dweights_TK=dweights_TK)

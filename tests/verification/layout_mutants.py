@@ -16,7 +16,7 @@ from ds_moe_ep.engine.views.layers import viewed_layers
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from tests.engine.layouts.tensor_runs import planted
 from tests.verification.engines import OFFLOAD, ZERO_3
-from tests.verification.layouts import SEQUENCE, STAGES, TENSOR
+from tests.verification.layouts import AUTOTP_RANKS, CUT, FOLDED, SEQUENCE, STAGES, TENSOR
 from tests.verification.mutants import (
     MORE_MUTANTS,
     MUTANTS,
@@ -135,6 +135,11 @@ def doubled_weight(engine: Any) -> Iterator[None]:
     handle.remove()
 
 
+def tokens_twice(engine: Any) -> Any:
+    """Each tensor rank takes all tokens to the experts."""
+    return planted("tokens counted twice")
+
+
 def _first_expert_weight(engine: Any) -> torch.nn.Parameter:
     return next(iter(viewed_layers(engine.module)[0].stored_parameters().values()))
 
@@ -159,7 +164,7 @@ OF_TENSOR_RANKS = (
     Mutant(
         "tokens twice",
         TENSOR,
-        lambda engine: planted("tokens counted twice"),
+        tokens_twice,
         "gradients",
         "2 times as large",
         f"{LAYER} expert",
@@ -194,7 +199,15 @@ OF_ZERO_3 = (
     Mutant("stale", ZERO_3, stale_master, "movement", "no step moved it", "model.layers.0.mlp expert"),
     Mutant("wire", ZERO_3, on_the_wire, "gradients", "output is not the dense model's", "model.layers.0.mlp", 1),
 )
-LAYOUT_MUTANTS = (*OF_SEQUENCES, *OF_TENSOR_RANKS, *OF_STAGES)
+OF_MORE = (
+    Mutant("doubled", CUT, doubled_weight, "gradients", "2 times as large"),
+    Mutant("stale", CUT, stale_master, "movement", "no step moved it"),
+    Mutant("doubled", AUTOTP_RANKS, doubled_weight, "gradients", "2 times as large", f"{LAYER} expert"),
+    Mutant("tokens twice", AUTOTP_RANKS, tokens_twice, "gradients", "2 times as large", f"{LAYER} expert"),
+    Mutant("doubled", FOLDED, doubled_weight, "gradients", "2 times as large", "model.layers.0.mlp expert"),
+    Mutant("tokens twice", FOLDED, tokens_twice, "gradients", "2 times as large", "model.layers.0.mlp expert"),
+)
+LAYOUT_MUTANTS = (*OF_SEQUENCES, *OF_TENSOR_RANKS, *OF_STAGES, *OF_MORE)
 
 BY_NAME = {mutant.name: mutant for mutant in (*MUTANTS, *MORE_MUTANTS)}
 # What is planted in one engine at once: each of the ten public reports, and a fault per kind of group.

@@ -29,8 +29,9 @@ from tests.verification.converted import sourced
 from tests.verification.engines import BIAS, LAYOUTS, MORE_ZERO_3, OF_EACH_MAKER, ZERO_3, Layout, OwnJob
 from tests.verification.layout_mutants import LAYOUT_MUTANTS, OF_OFFLOAD, OF_ZERO_3, TOGETHER
 from tests.verification.layouts import MORE_OF_LAYOUTS, OF_EACH_LAYOUT
+from tests.verification.maker_mutants import AUTOEP_BIAS, MAKER_MUTANTS
 from tests.verification.mutants import MORE_MUTANTS, MUTANTS, Mutant
-from tests.verification.shadowed import SHADOWED, all_sound, shadowed
+from tests.verification.shadowed import SHADOWED, SHADOWED_LAYOUTS, all_shadowed, all_sound, shadowed, shadowed_in
 
 
 def copied(value: Any) -> Any:
@@ -140,7 +141,7 @@ def more_examined() -> list[Examined]:
     import ds_moe_ep
 
     ds_moe_ep.init_distributed()
-    return examined(MORE_OF_LAYOUTS)
+    return examined([*MORE_OF_LAYOUTS, AUTOEP_BIAS])
 
 
 def each_alone(name: str) -> list[tuple[TrainingVerdict, ...]]:
@@ -191,7 +192,8 @@ def commanded(script: str) -> EngineReport:
 def all_of_it(script: str) -> tuple[Any, ...]:
     of_makers, of_bias = examined(OF_EACH_MAKER, TOGETHER), faulty(BIAS, TOGETHER)
     beside = shadowed(), commanded(script), sourced()
-    return [*of_makers, *examined(OF_EACH_LAYOUT, TOGETHER)], *beside, of_bias  # layouts forget DeepSpeed's groups
+    of_layouts = examined(OF_EACH_LAYOUT, TOGETHER)  # layouts forget DeepSpeed's groups
+    return [*of_makers, *of_layouts], *beside, of_bias, shadowed_in("stages")
 
 
 def check_sound(layout: Any, found: Examined) -> None:
@@ -256,6 +258,16 @@ def test_each_planted_fault_is_named_and_a_sound_engine_has_none_and_is_what_it_
     assert report.is_ok and "with a weight of 0.1 in the loss" in str(report)
     assert [each.status for each in report.verdicts if each.check == "checkpoint"] == ["note"], "none was asked for"
     check_sources(by_rank[0][3])
+    check_drift("stages", by_rank[0][5])
+
+
+def check_drift(name: str, found: dict[str, Any]) -> None:
+    """The flipped value is told of its layer and rank, once per value that it spoils, and nothing without it."""
+    told = {(each.layer, each.rank, each.step) for each in found["found"]}
+    assert told == {(SHADOWED_LAYOUTS[name][1], 1, 2)}, (name, told)
+    assert "output" in {each.what for each in found["found"]}, name
+    assert found["rest"] == [] and found["checks"] == 4, (name, found)
+    assert "verify_every: " in found["meter"] and "ms in step 4" in found["meter"], name
 
 
 def check_sources(found: dict[str, list[str]]) -> None:
@@ -291,6 +303,7 @@ SINGLE_FAULTS: dict[str, Sequence[Mutant]] = {
     "layouts": LAYOUT_MUTANTS,
     "offload": OF_OFFLOAD,
     "ZeRO 3": OF_ZERO_3,
+    "makers": MAKER_MUTANTS,
 }
 
 
@@ -304,7 +317,7 @@ def test_a_sound_engine_under_zero_3_has_no_finding_and_is_what_it_was(layout: L
 @pytest.mark.slow
 def test_more_sound_engines_beside_other_ranks_have_no_finding() -> None:
     for theirs in run_ranks(4, more_examined, timeout_s=400):
-        for layout, found in zip(MORE_OF_LAYOUTS, theirs, strict=True):
+        for layout, found in zip([*MORE_OF_LAYOUTS, AUTOEP_BIAS], theirs, strict=True):
             check_sound(layout, found)
 
 
@@ -321,6 +334,14 @@ def test_the_shadow_finds_nothing_in_sound_layers_of_each_maker() -> None:
     for found in run_ranks(4, all_sound, layouts, timeout_s=200):
         assert [checks for checks, _ in found] == [layout.job.steps for layout in layouts]
         assert [findings for _, findings in found] == [[] for _ in layouts]
+
+
+@pytest.mark.slow
+def test_a_drift_is_told_with_its_layer_and_rank_in_each_layout() -> None:
+    by_rank = run_ranks(4, all_shadowed, timeout_s=400)
+    for name, found in by_rank[0].items():
+        check_drift(name, found)
+        assert all(theirs[name]["found"] == found["found"] for theirs in by_rank), name
 
 
 def test_a_bias_that_a_layer_starts_from_counts_in_the_routing_that_is_asked_for() -> None:

@@ -61,6 +61,9 @@ class EngineCallback:
     def clip_gradients(self) -> None:
         """Clips fp32 gradients, in the place of the engine's own clipping."""
 
+    def before_model_step(self) -> None:
+        """A batch's gradients are complete, and the optimizer is about to be called."""
+
     def after_model_step(self, is_applied: bool) -> None:
         """The optimizer was called, and moved the parameters or did not: in `step`, or a pipeline's `train_batch`."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.extensions.callback import EngineCallback
+from ds_moe_ep.engine.layouts.reductions import num_holders
 
 EPSILON = 1e-6  # DeepSpeed's, beside the norm
 
@@ -27,7 +28,7 @@ def clipping_for(engine: Any) -> GradientClipping | WrapperClipping | None:
     kind = step_seams.clipping_of(engine)
     if kind == "whole":
         return None
-    are_apart = any(seams.num_holders(parameter) < dist.get_world_size() for parameter in engine.module.parameters())
+    are_apart = any(num_holders(parameter) < dist.get_world_size() for parameter in engine.module.parameters())
     if engine.gradient_clipping() > 0 and (are_apart or kind == "wrapper"):
         seams.log_rank0(
             f"gradient_clipping={engine.gradient_clipping()}: the norm that clips counts the experts of all ranks; "
@@ -47,11 +48,11 @@ def whole_norm(parameters: Iterable[nn.Parameter], device: torch.device | str) -
         if parameter.grad is not None:
             gradient = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
             norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
-            norms[seams.num_holders(parameter)].append(norm)
+            norms[num_holders(parameter)].append(norm)
     norms.pop(0, None)
     total = torch.zeros((), device=device)
-    for num_holders, theirs in norms.items():  # each holder gives its share, so that the ranks' sum has each once
-        total += torch.stack(theirs).square().sum() / num_holders
+    for holders, theirs in norms.items():  # each holder gives its share, so that the ranks' sum has each once
+        total += torch.stack(theirs).square().sum() / holders
     dist.all_reduce(total)
     return total.sqrt()
 

@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "train_batch": ("around_call", "after_step"),  # of a pipeline's engine, as the next
     "eval_batch": ("around_call",),
     step_seams.CLIP_GRADIENTS: ("clip_gradients",),
-    step_seams.TAKE_MODEL_STEP: ("after_model_step",),
+    step_seams.TAKE_MODEL_STEP: ("before_model_step", "after_model_step"),
     "save_checkpoint": ("around_save",),
     "load_checkpoint": ("before_load", "around_load"),
 }
@@ -190,7 +190,14 @@ class EngineExtensions:
             for callback in reversed(self._acting("after_model_step")):
                 callback.after_model_step(is_applied)
 
-        return step_seams.reporting_model_step(self._engine, original, report)
+        take = step_seams.reporting_model_step(self._engine, original, report)
+
+        def take_model_step(*args: Any, **kwargs: Any) -> Any:
+            for callback in self._acting("before_model_step"):
+                callback.before_model_step()
+            return take(*args, **kwargs)
+
+        return take_model_step
 
     def _save(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def proceed(save: SaveCall) -> Any:

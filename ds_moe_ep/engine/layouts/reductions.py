@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from torch import nn
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.layouts.tensor import tensor_rank
+
+IS_CUT = "moe_ep_is_cut"  # of a parameter of `parallel/tensor.py`: True where tensor ranks each have a part of it
 
 
 def batch_group() -> dist.ProcessGroup:
@@ -27,9 +30,35 @@ def replica_group(group_name: str) -> dist.ProcessGroup:
     return group
 
 
+def summing_group(parameter: nn.Parameter) -> dist.ProcessGroup:
+    """The ranks over which a parameter's gradient is summed."""
+    if seams.is_expert_parameter(parameter):
+        return replica_group(parameter.group_name)  # type: ignore[attr-defined]
+    return batch_group()
+
+
 def gradient_divisor() -> float:
     """The number of copies of the model that share a batch: the divisor of every summed gradient."""
     return dist.get_world_size(batch_group()) / seams.sequence_parallel_size()
+
+
+def is_share(parameter: torch.Tensor) -> bool:
+    """True where each tensor rank has a part of its own of a dense parameter.
+
+    The marks that DeepSpeed's norms read say more in a pipeline of the package's own model, whose first rank has them
+    on all that it holds.
+    """
+    return bool(getattr(parameter, IS_CUT, is_model_parallel_parameter(parameter)))
+
+
+def num_holders(parameter: nn.Parameter) -> int:
+    """Ranks of the world that hold the parameter; 0 for a tied one that DeepSpeed counts in another stage."""
+    if getattr(parameter, PIPE_REPLICATED, False):
+        return 0
+    if seams.is_expert_parameter(parameter):
+        return int(groups._get_expert_data_parallel_world_size(parameter.group_name))  # type: ignore[attr-defined]
+    shares = seams.tensor_parallel_size() if is_share(parameter) else 1
+    return dist.get_world_size() // seams.num_pipeline_stages() // shares
 
 
 def num_counts(parameter: nn.Parameter, has_partitions: bool) -> float:
@@ -37,16 +66,14 @@ def num_counts(parameter: nn.Parameter, has_partitions: bool) -> float:
 
     Partitions of an optimizer divide a parameter among the ranks that reduce it.
     """
-    holders = seams.num_holders(parameter)
+    holders = num_holders(parameter)
     if not has_partitions:
         return holders
-    is_expert = seams.is_expert_parameter(parameter)
-    group = replica_group(parameter.group_name) if is_expert else batch_group()  # type: ignore[attr-defined]
-    return holders / dist.get_world_size(group)
+    return holders / dist.get_world_size(summing_group(parameter))
 
 
 def copy_name(name: str, parameter: torch.Tensor) -> str:
     """The name under which copies of a dense parameter are alike: its own, with the tensor rank where it is cut."""
-    if seams.tensor_parallel_size() == 1 or not is_model_parallel_parameter(parameter):
+    if seams.tensor_parallel_size() == 1 or not is_share(parameter):
         return name
     return f"{name} of tensor rank {tensor_rank()}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.engine.views.moved import SEED, ExactAndMoved, moved
 from ds_moe_ep.engine.views.observe import ObservedPass
+from ds_moe_ep.engine.views.shares import of_all_shares, own_shares
 
 Weights = Mapping[str, Tensor]
 
@@ -61,8 +62,12 @@ class BlockingPass:
     experts: list[dict[str, ExactAndMoved]]
 
 
-def blocking_pass(layer: ViewedLayer, seen: ObservedPass) -> BlockingPass:
-    """The pass computed again, exactly and moved by rounding. Collective over the layer's group; it blocks."""
+def blocking_pass(layer: ViewedLayer, whole: ObservedPass) -> BlockingPass:
+    """The pass computed again, exactly and moved by rounding. Collective over the layer's group; it blocks.
+
+    Of tensor ranks each takes its own tokens, and all get the results of all: collective over them too.
+    """
+    (seen,) = own_shares(layer.tensor_ranks, [whole])
     generator = torch.Generator(seen.x_TD.device).manual_seed(SEED)
     wide = wide_type(seen.type)
     weights = [
@@ -75,7 +80,8 @@ def blocking_pass(layer: ViewedLayer, seen: ObservedPass) -> BlockingPass:
         ExactAndMoved(one, moved(two, seen.type, generator)) for one, two in zip(exact, other, strict=True)
     ]
     left = iter(rest)
-    return BlockingPass(y_TD, dx_TD, dweights_TK, [{name: next(left) for name in theirs} for theirs in weights])
+    of_tokens = [of_all_shares(layer.tensor_ranks, whole, each) for each in (y_TD, dx_TD, dweights_TK)]
+    return BlockingPass(*of_tokens, [{name: next(left) for name in theirs} for theirs in weights])
 
 
 def _pass(

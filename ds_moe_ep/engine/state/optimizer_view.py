@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moe_ep.engine import seams, step_seams
-from ds_moe_ep.engine.layouts.reductions import num_counts
+from ds_moe_ep.engine import step_seams
+from ds_moe_ep.engine.layouts.reductions import num_counts, num_holders
 
 MODEL_GROUPS = ("bit16_groups", "fp16_groups", "bf16_groups")  # of a wrapper: the model's parameters, group by group
 SUB_GROUPS = "sub_group_to_group_id"  # of ZeRO-3: the group of each of its parts
@@ -206,7 +206,7 @@ class AppliedNorm:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    holders = 1 if has_partitions(self._engine) else seams.num_holders(parameter)
+                    holders = 1 if has_partitions(self._engine) else num_holders(parameter)
                     self.square += float(parameter.grad.detach().double().square().sum()) / holders if holders else 0.0
 
 

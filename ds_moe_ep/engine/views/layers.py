@@ -5,9 +5,7 @@ The package's layers, DeepSpeed's own and AutoEP's, with the package's hooks or 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,58 +18,10 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooks.native import routing_of
 from ds_moe_ep.engine.layouts.tensor import whole_tokens
 from ds_moe_ep.engine.state.autoep_math import autoep_expert
-from ds_moe_ep.engine.state.optimizer_view import OwnSpan, whole_shape
+from ds_moe_ep.engine.views.parts import Routed, RoutingRule, StoredTensor
+from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.match_expert import is_plain
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a local expert where the model has it: a parameter, or its slice along the first dimension."""
-
-    name: str  # the parameter's, in the model
-    parameter: nn.Parameter
-    index: int | None = None
-
-    def of(self, stored: Tensor) -> Tensor:
-        """This tensor's part of what has the parameter's shape."""
-        return stored if self.index is None else stored[self.index]
-
-    @property
-    def num_values(self) -> int:
-        """Numbers in it."""
-        shape = whole_shape(self.parameter)
-        return math.prod(shape if self.index is None else shape[1:])
-
-    def in_span(self, span: OwnSpan) -> OwnSpan:
-        """The part of a span of the parameter that is this tensor's."""
-        start = (self.index or 0) * self.num_values
-        return span.within(start, start + self.num_values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingRule:
-    """The routing that a layer's configuration asks for."""
-
-    top_k: int
-    score: str
-    renormalizes: bool
-    scale: float = 1.0
-    num_groups: int = 0  # of experts, of which `kept_groups` are chosen first; 0: none
-    kept_groups: int = 0
-    group_score: str = ""
-    is_drawn: bool = False  # noise takes part in the choice, or recorded routes are replayed
-    moves_input: bool = False  # noise on the gate's input, or no gate at all: the routing cannot be computed again
-
-
-@dataclass(frozen=True)
-class Routed:
-    """One answer of a gate: experts [T, K], weights [T, K] with their graph, and the choices that keep a place."""
-
-    ids_TK: Tensor
-    weights_TK: Tensor
-    kept_TK: Tensor
-    hides_dropped: bool = False  # the gate does not say which experts a dropped choice was for
 
 
 class ViewedLayer:
@@ -98,6 +48,11 @@ class ViewedLayer:
         """The ranks that take a part of its tokens to the experts."""
         found = getattr(getattr(self.inner, "overlap", self.inner), "tensor_ranks", None)
         return found if isinstance(found, TensorRanks) else whole_tokens()
+
+    @property
+    def shares_width_with(self) -> dist.ProcessGroup | None:
+        """The ranks that each have a share of every expert's width; None where experts are whole."""
+        return None
 
     @property
     def ep_rank(self) -> int:
@@ -150,6 +105,10 @@ class ViewedLayer:
 
     def choice_bias_E(self) -> Tensor | None:
         """The bias that moves the choice and no weight; None without one."""
+        return None
+
+    def bias_in_steps(self) -> Tensor | None:
+        """The balancing bias that each step of the optimizer moves, counted in its steps; None where none is moved."""
         return None
 
     def compute(self, weights: Mapping[str, Tensor], rows_nD: Tensor) -> Tensor:
@@ -258,6 +217,10 @@ class OwnLayerView(_DeepSpeedFace):
         start_E = balance.start_bits_E
         return moved_E if start_E is None else start_E.view(torch.float32).double() + moved_E
 
+    def bias_in_steps(self) -> Tensor | None:
+        is_moved = self.config.has_bias and self.config.bias_step
+        return self.gate.balance.steps_E.cpu().double() if is_moved else None
+
     def adds_more(self) -> bool:
         return self.inner.shared is not None
 
@@ -334,6 +297,13 @@ class AutoEPLayerView(ViewedLayer):
         parts = [each for each in (self.inner.expert_bias, self.gate.e_score_correction_bias) if each is not None]
         return sum((part.detach().double() for part in parts[1:]), parts[0].detach().double()) if parts else None
 
+    def bias_in_steps(self) -> Tensor | None:
+        config = getattr(getattr(self.layer, "overlap", None), "config", None)
+        bias_E = self.choice_bias_E()
+        if config is None or not config.has_bias or not config.bias_step or bias_E is None:
+            return None
+        return bias_E.cpu() / float(config.bias_step)
+
     def compute(self, weights: Mapping[str, Tensor], rows_nD: Tensor) -> Tensor:
         return autoep_expert(self.inner.experts, weights, rows_nD)
 
@@ -346,12 +316,41 @@ class AutoEPLayerView(ViewedLayer):
         return self.inner.shared_experts is not None
 
 
+class CutLayerView(OwnLayerView):
+    """The package's layer in `build_pipeline` with ep_size 1: each tensor rank has a share of every expert's width."""
+
+    kind = "ds_moe_ep.ExpertParallel"
+
+    def __init__(self, name: str, layer: ExpertParallel) -> None:
+        config = layer.config
+        self.name, self.layer, self.inner, self.gate = name, layer, layer, layer.gate
+        self.num_experts, self.num_local, self.ep_size = config.num_experts, config.num_local_experts, config.ep_size
+
+    @property
+    def shares_width_with(self) -> dist.ProcessGroup | None:
+        return getattr(self.layer.region, "group", None)
+
+    def expert_tensors(self, local: int) -> dict[str, StoredTensor]:
+        prefix = f"{self.name}.experts.deepspeed_experts.{local}"
+        found = self._experts()[local].named_parameters()
+        return {name: StoredTensor(f"{prefix}.{name}", parameter) for name, parameter in found}
+
+    def expert_name(self, local: int, name: str) -> str:
+        group, whole = self.shares_width_with, super().expert_name(local, name)
+        return whole if group is None else f"{whole} of tensor rank {dist.get_rank(group)}"
+
+    def problem_of_oracle(self) -> str:
+        return ""
+
+
 def viewed_layers(model: nn.Module) -> list[ViewedLayer]:
     """The MoE layers of a model, in its order."""
     views: list[ViewedLayer] = []
     for name, module in model.named_modules():
         if getattr(module, "kind", "") == OwnLayerView.kind:
             views.append(OwnLayerView(name, module))
+        elif type(module) is ExpertParallel and module.config.ep_size == 1:
+            views.append(CutLayerView(name, module))
         elif seams.is_autoep_layer(module):
             views.append(AutoEPLayerView(name, module))
         elif seams.is_moe_layer(module):

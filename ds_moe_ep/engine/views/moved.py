@@ -52,6 +52,9 @@ class ExactAndMoved:
         stop = start + num_values
         return ExactAndMoved(self.exact.flatten()[start:stop], self.moved.flatten()[start:stop])
 
+    def __add__(self, other: ExactAndMoved) -> ExactAndMoved:
+        return ExactAndMoved(self.exact + other.exact, self.moved + other.moved)
+
     def __iadd__(self, other: ExactAndMoved) -> ExactAndMoved:
         self.exact, self.moved = self.exact + other.exact, self.moved + other.moved
         return self

@@ -90,7 +90,7 @@ class Observation:
         parameter = next(layer.inner.experts.parameters(), x)
         seen = ObservedPass(self._keep(x.reshape(-1, x.shape[-1])), autocast_type(x, parameter) or x.dtype)
         seen.has_mask = len(args) > 1 and args[1] is not None
-        seen.has_residual = len(args) > 2 and args[2] is not None
+        seen.has_residual = (args[2] if len(args) > 2 else kwargs.get("residual")) is not None
         bias_E = layer.choice_bias_E()
         seen.bias_E = None if bias_E is None else self._keep(bias_E)
         self._passes[layer.name].append(seen)

@@ -120,32 +120,39 @@ def make_stages(job: LayoutJob) -> Any:
 
 def run_job(job: LayoutJob) -> Trained:
     """The job on this rank: the losses of its steps, and the moves of its own parameters."""
-    from deepspeed.accelerator import get_accelerator
-
-    import ds_moe_ep
     from ds_moe_ep.model.initialize import global_name
 
-    ds_moe_ep.init_distributed()
-    get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and right
-    if job.pp_size > 1:
-        model, mpu, rename = make_stages(job), None, whole_name
-    else:
-        mpu, rename = mpu_of_job(job), str
-        model = TensorModel(job, lambda _: make_layer(job), mpu if job.tp_size > 1 else None)
-        give_weights(model, job)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = torch.optim.SGD(parameter_groups(model), lr=job.rate)
-    door = ds_moe_ep.initialize
-    engine = door(model=model, optimizer=optimizer, mpu=mpu, config=job.ds_config({}))[0]
+    engine, before = make_engine(job)
+    rename = whole_name if job.pp_size > 1 else str
     with routed(engine, job, 0) if job.pp_size == 1 else nullcontext() as record:
         losses, norms = (train_stages if job.pp_size > 1 else train)(engine, job)
     forget_groups()
     index = job.expert_index(dist.get_rank())
     moves = {
         global_name(rename(name), index): parameter.detach().float() - before[name].to(job.dtype).float()
-        for name, parameter in model.named_parameters()
+        for name, parameter in engine.module.named_parameters()
     }
     return Trained(losses, norms, moves, {} if record is None else experts_of(record))
+
+
+def make_engine(job: LayoutJob) -> tuple[Any, dict[str, Tensor]]:
+    """The job's engine, and its first weights. Collective."""
+    from deepspeed.accelerator import get_accelerator
+
+    import ds_moe_ep
+
+    ds_moe_ep.init_distributed()
+    get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and right
+    if job.pp_size > 1:
+        model, mpu = make_stages(job), None
+    else:
+        mpu = mpu_of_job(job)
+        model = TensorModel(job, lambda _: make_layer(job), mpu if job.tp_size > 1 else None)
+        give_weights(model, job)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(parameter_groups(model), lr=job.rate)
+    door = ds_moe_ep.initialize
+    return door(model=model, optimizer=optimizer, mpu=mpu, config=job.ds_config({}))[0], before
 
 
 def mpu_of_job(job: LayoutJob) -> Any:

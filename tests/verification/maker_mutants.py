@@ -1,0 +1,171 @@
+"""The public reports' faults in layers that DeepSpeed and AutoEP made, wherever they can exist there.
+
+DeepSpeed's gate has no routing bias, so none can be dropped or stand still. AutoEP's that a converter leaves behind is
+in `converted.py`. The norm that counts a rank's own experts needs no planting: DeepSpeed's own clipping has it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from ds_moe_ep.engine.views.layers import viewed_layers
+from ds_moe_ep.engine.views.parts import StoredTensor
+from tests.engine.hooks import test_autoep_bias as biased
+from tests.engine.hooks.autoep_models import AutoEPJob
+from tests.engine.hugging_face.tiny_models import token_ids
+from tests.engine.small_model import Job
+from tests.verification.engines import FEW, Layout
+from tests.verification.layouts import RanksLayout
+from tests.verification.mutants import Mutant, after_load, drifting_scale, dropping, unmoved_bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledJob(AutoEPJob):
+    """A job in fp16."""
+
+    fp16: bool = True
+    grouped_mm: bool = False
+
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        return super().ds_config | {"fp16": {"enabled": True, "initial_scale_power": 8}}
+
+
+def biased_layout(name: str) -> RanksLayout:
+    """DeepSeek-V3 behind AutoEP, hooked, whose routing bias moves."""
+
+    def make() -> Any:
+        import ds_moe_ep
+
+        engine = biased.make_engine(biased.CASES[0])
+        ds_moe_ep.attach_overlap(engine)
+        return engine
+
+    def batches(engine: Any) -> Iterator[Any]:
+        ids = [token_ids(100 * dist.get_rank() + number) for number in range(4)]
+        return itertools.cycle([{"input_ids": each, "labels": each} for each in ids])
+
+    return RanksLayout(name=name, make=make, endless=batches, accumulation=biased.ACCUMULATION)
+
+
+NATIVE = Layout("native", Job(**FEW, layer="native", accumulation=2))
+NATIVE_CLIPPED = Layout("native, clipped by DeepSpeed", Job(**FEW, layer="native", clipping=0.01))
+NATIVE_FP16 = Layout("native, fp16", Job(**FEW, layer="native", fp16=True, stage=1))
+AUTOEP = Layout("AutoEP", AutoEPJob(ep_size=2, preset="qwen3_moe", router_logits=True, accumulation=2))
+AUTOEP_CLIPPED = Layout("AutoEP, clipped by DeepSpeed", AutoEPJob(ep_size=2, clipping=0.01))
+AUTOEP_FP16 = Layout("AutoEP, fp16", ScaledJob(ep_size=2, stage=1))
+AUTOEP_BIAS = biased_layout("AutoEP, hooked, a bias that moves")
+
+
+def stored(engine: Any, local: int = 1) -> StoredTensor:
+    """The first tensor of an expert of the first layer."""
+    return next(iter(viewed_layers(engine.module)[0].expert_tensors(local).values()))
+
+
+@contextmanager
+def frozen(engine: Any) -> Iterator[None]:
+    """The optimizer forgot a parameter of experts."""
+    lost = stored(engine).parameter
+    group = next(g for g in engine.optimizer.param_groups if any(p is lost for p in g["params"]))
+    before = list(group["params"])
+    group["params"] = [parameter for parameter in before if parameter is not lost]
+    yield
+    group["params"] = before
+
+
+@contextmanager
+def doubled(engine: Any) -> Iterator[None]:
+    """The gradient of one expert is twice too large."""
+    tensor = stored(engine)
+
+    def twice(gradient: torch.Tensor) -> torch.Tensor:
+        more = gradient.clone()
+        tensor.of(more).mul_(2)
+        return more
+
+    handle = tensor.parameter.register_hook(twice)
+    yield
+    handle.remove()
+
+
+def swap_momentum(engine: Any) -> None:
+    """Moments of one expert come back on another."""
+    places = [stored(engine, local) for local in range(2)]
+    first, second = (each.of(engine.optimizer.state[each.parameter]["exp_avg"]) for each in places)
+    kept = first.clone()
+    first.copy_(second)
+    second.copy_(kept)
+
+
+def leave_packed(engine: Any) -> None:
+    """An expert stays what it was before the load: here, spoilt."""
+    tensor = stored(engine)
+    tensor.of(tensor.parameter.data).mul_(-0.5)
+
+
+@contextmanager
+def native_double_softmax(engine: Any) -> Iterator[None]:
+    from deepspeed.moe import sharded_moe
+
+    right = sharded_moe.top2gating
+
+    def twice(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = right(logits, *args, **kwargs)
+        return right(logits.softmax(1), *args, **kwargs)[0], *answer[1:]
+
+    with patch.object(sharded_moe, "top2gating", twice):
+        yield
+
+
+@contextmanager
+def model_double_softmax(engine: Any) -> Iterator[None]:
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as model
+
+    right = model.load_balancing_loss_func
+
+    def twice(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return right(tuple(each.softmax(-1) for each in logits), *args, **kwargs)
+
+    with patch.object(model, "load_balancing_loss_func", twice):
+        yield
+
+
+def of_maker(layout: Layout, layer: str, stored_name: str, tensor: str) -> tuple[Mutant, ...]:
+    """The faults that are planted alike in the layers of both; `tensor` is the name of an expert's first one."""
+
+    def at_load(spoil: Callable[[Any], None]) -> Callable[[Any], Any]:
+        return lambda engine: after_load(engine, spoil)
+
+    loaded, again = "checkpoint", "is another one after save and load"
+    momentum, packed = f"{layer} expert 0 {tensor} (exp_avg)", f"{layer} expert 1 {tensor}"
+    lost = "is not in the checkpoint's files"
+    return (
+        Mutant("frozen", layout, frozen, "groups", "in no group of the optimizer", f"{layer}.{stored_name}"),
+        Mutant("momentum", layout, at_load(swap_momentum), loaded, again, momentum, checkpoint=True),
+        Mutant("packed", layout, at_load(leave_packed), loaded, again, packed, checkpoint=True),
+        Mutant("dropping", layout, dropping, loaded, lost, f"{layer} expert 3 {tensor[0]}", 0, checkpoint=True),
+        Mutant("doubled", layout, doubled, "gradients", "2 times as large", f"{layer} expert 1 {tensor}"),
+    )
+
+
+LAYER, BLOCK = "layers.0", "model.layers.0.mlp"
+DRIFT = "and on rank 0 256"
+MAKER_MUTANTS = (
+    *of_maker(NATIVE, LAYER, "deepspeed_moe.experts", "fc1.weight"),
+    Mutant("double softmax", NATIVE, native_double_softmax, "balance", "its formula gives", LAYER),
+    Mutant("own norm", NATIVE_CLIPPED, lambda engine: nullcontext(), "norm", "all experts counted once"),
+    Mutant("drifting scale", NATIVE_FP16, drifting_scale, "loss scale", DRIFT, "", 1),
+    *of_maker(AUTOEP, BLOCK, "experts", "w1"),
+    Mutant("double softmax", AUTOEP, model_double_softmax, "balance", "is not that of the routing weights", BLOCK),
+    Mutant("own norm", AUTOEP_CLIPPED, lambda engine: nullcontext(), "norm", "all experts counted once"),
+    Mutant("drifting scale", AUTOEP_FP16, drifting_scale, "loss scale", DRIFT, "", 1),
+    Mutant("unmoved bias", AUTOEP_BIAS, unmoved_bias, "balance", "the balancing bias of expert", "model.layers.1.mlp"),
+)
