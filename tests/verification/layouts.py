@@ -18,7 +18,7 @@ from tests.engine.layouts.layout_runs import LayoutJob
 from tests.engine.layouts.layout_runs import make_engine as make_layout_engine
 from tests.engine.layouts.tensor_models import RATE, TENSOR_SIZE, D, TensorJob, TensorModel, mpu_of, sequence_mpu_of
 from tests.engine.layouts.tensor_runs import AUTOTP, forget_groups, give_weights, make_layer, parameter_groups
-from tests.parallel.training_runs import Run, make_pipeline, of_this_copy
+from tests.parallel.training_runs import Run, make_experts, make_pipeline, of_this_copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class RanksLayout:
             return
         for _ in range(self.accumulation):
             batch = next(batches)
-            output = engine(**batch) if isinstance(batch, dict) else engine(batch)
+            args = batch if isinstance(batch, tuple) else (batch,)
+            output = engine(**batch) if isinstance(batch, dict) else engine(*args)
             engine.backward(getattr(output, "loss", output))
             engine.step()
 
@@ -165,6 +166,20 @@ def cover_layout(**settings: Any) -> RanksLayout:
     return RanksLayout(name=told, make=make, endless=batches, accumulation=job.accumulation, is_saved=is_saved)
 
 
+def own_model_layout(name: str, **settings: Any) -> RanksLayout:
+    """The package's own model in a plain engine."""
+    run = Run(**{"top_k": 2, "ep_size": 2, "clipping": 0.05, "steps": 2, **settings})
+
+    def batches(engine: Any) -> Iterator[Any]:
+        group, place = divmod(dist.get_rank(), run.ep_size)
+        num_groups = run.world_size // run.ep_size
+        own = [each for step in run.batches() for each in step[group::num_groups]]
+        return itertools.cycle([(ids.chunk(run.ep_size)[place], to.chunk(run.ep_size)[place]) for ids, to in own])
+
+    accumulation = run.num_micro_batches * run.ep_size // run.world_size
+    return RanksLayout(name=name, make=lambda: make_experts(run)[0], endless=batches, accumulation=accumulation)
+
+
 def own_pipeline_layout(name: str, **settings: Any) -> RanksLayout:
     """The package's own model in stages of tensor ranks, whose experts ranks share, or which cut them."""
     run = Run(**{"top_k": 2, "num_micro_batches": 4, "clipping": 0.05, "steps": 2, "balance_scope": "rank", **settings})
@@ -203,6 +218,7 @@ MORE_OF_LAYOUTS = (
     folded_layout("folded AutoEP, plain", hooked=False),
     folded_layout("folded AutoEP, ZeRO 3", ep_size=4, stage=3),
     stages_layout("stages, ZeRO 1", stage=1),
+    own_model_layout("own model"),
     own_pipeline_layout("own model, PP 2 x TP 2 x EP 2", ep_size=2, is_staged=True),
     CUT,
     own_pipeline_layout("own model, PP 2 x TP 2, experts cut, ZeRO 1, bf16", stage=1, bf16=True),
