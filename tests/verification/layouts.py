@@ -176,8 +176,12 @@ def own_model_layout(name: str, **settings: Any) -> RanksLayout:
         own = [each for step in run.batches() for each in step[group::num_groups]]
         return itertools.cycle([(ids.chunk(run.ep_size)[place], to.chunk(run.ep_size)[place]) for ids, to in own])
 
+    def make() -> Any:
+        forget_groups()
+        return make_experts(run)[0]
+
     accumulation = run.num_micro_batches * run.ep_size // run.world_size
-    return RanksLayout(name=name, make=lambda: make_experts(run)[0], endless=batches, accumulation=accumulation)
+    return RanksLayout(name=name, make=make, endless=batches, accumulation=accumulation)
 
 
 def own_pipeline_layout(name: str, **settings: Any) -> RanksLayout:
