@@ -199,9 +199,9 @@ def _fill_from_stacks(weights: Weights, block: ExpertBlock, first: int) -> None:
         read = [weights.read(name, first + local) for name in names]
         for name, found, part in zip(names, read, asked.values(), strict=True):
             _check_shape(weights, name, found, part)
-        for part, value in out_of_stacks(dict(zip(asked, read, strict=True))).items():
+        for projection, value in out_of_stacks(dict(zip(asked, read, strict=True))).items():
             with torch.no_grad():
-                own[part].copy_(value)
+                own[projection].copy_(value)
 
 
 def _known_names(model: nn.Module, blocks: Iterable[ExpertBlock], family: Family) -> set[str]:

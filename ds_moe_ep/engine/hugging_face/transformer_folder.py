@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _STEPS, _START = "gate.balance.steps_E", "gate.balance.start_bits_E"
 
 def values_of(model: Transformer) -> dict[str, Any]:
     """The content of config.json for a model in an engine. Raises ExportError for layers that are not the package's."""
-    layers = [layer.feed_forward for layer in model.layers]
+    layers = _moe_layers(model)
     odd = next((type(layer).__name__ for layer in layers if getattr(layer, "kind", "") != OWN_KIND), "")
     if odd:
         raise ExportError(f"model=Transformer with {odd} layers: the folder's code has the gate of ds_moe_ep.MoE alone")
@@ -46,13 +46,18 @@ def tensors_of(
     if is_first:
         dense = {name: tensor for name, tensor in state.items() if not LOCAL_EXPERT.search(name)}
         yield from ((name, tensor) for name, tensor in dense.items() if not is_balance_state(name))
-        yield from routing_biases(dense, model.layers[0].feed_forward.config.bias_step).items()
-    for index, layer in enumerate(model.layers):
+        yield from routing_biases(dense, _moe_layers(model)[0].config.bias_step).items()
+    for index, layer in enumerate(_moe_layers(model)):
         prefix = f"layers.{index}.feed_forward."
-        first = first_expert(prefix.removesuffix("."), layer.feed_forward)
+        first = first_expert(prefix.removesuffix("."), layer)
         for name, tensor in state.items() if first is not None else ():
             if name.startswith(prefix) and LOCAL_EXPERT.search(name):
                 yield name_in_files(renumbered(name, expert_index(first))), tensor
+
+
+def _moe_layers(model: Transformer) -> list[Any]:
+    layers: Iterable[Any] = model.layers
+    return [layer.feed_forward for layer in layers]
 
 
 def expert_index(first: int | None) -> Callable[[int], int]:

@@ -80,8 +80,9 @@ def blocking_pass(layer: ViewedLayer, whole: ObservedPass) -> BlockingPass:
         ExactAndMoved(one, moved(two, seen.type, generator)) for one, two in zip(exact, other, strict=True)
     ]
     left = iter(rest)
-    of_tokens = [of_all_shares(layer.tensor_ranks, whole, each) for each in (y_TD, dx_TD, dweights_TK)]
-    return BlockingPass(*of_tokens, [{name: next(left) for name in theirs} for theirs in weights])
+    ranks, experts = layer.tensor_ranks, [{name: next(left) for name in theirs} for theirs in weights]
+    y_TD, dx_TD, dweights_TK = (of_all_shares(ranks, whole, each) for each in (y_TD, dx_TD, dweights_TK))
+    return BlockingPass(y_TD, dx_TD, dweights_TK, experts)
 
 
 def _pass(
