@@ -19,6 +19,7 @@ from ds_moe_ep.verification.verdicts import TrainingVerdict
 
 NUM_TOKENS = 64
 SEED = 2
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 BIAS = "e_score_correction_bias"
 FIX = "convert the model with the preset of its family, and load the gate's weights and bias from the same checkpoint"
 
@@ -73,7 +74,7 @@ def _differences(gate: nn.Module, layer: ViewedLayer, has_numbers: bool) -> Iter
     if has_bias and layer.gate.e_score_correction_bias is None:
         yield _verdict("problem", f"the block that it replaced has {BIAS}, and the layer has none", layer)
         return
-    twin = copy.deepcopy(gate) if has_numbers else copy.deepcopy(gate).to_empty(device="cpu")
+    twin = _without_hooks(gate) if has_numbers else _without_hooks(gate).to_empty(device="cpu")
     twin = twin.float().eval()
     if not has_numbers:
         _fill(twin, layer)
@@ -81,7 +82,7 @@ def _differences(gate: nn.Module, layer: ViewedLayer, has_numbers: bool) -> Iter
     try:
         with torch.no_grad():
             answer = twin(x_TD)
-            router = copy.deepcopy(layer.gate).float().cpu()
+            router = _without_hooks(layer.gate).float().cpu()
             bias_E = None if layer.inner.expert_bias is None else layer.inner.expert_bias.cpu()
             weights_TK, ids_TK, _ = router(x_TD, bias_E)
     except Exception as error:  # of whatever class the gate is
@@ -100,6 +101,18 @@ def _differences(gate: nn.Module, layer: ViewedLayer, has_numbers: bool) -> Iter
             f"(experts {sorted(ids_TK[token].tolist())} in place of {sorted(answer[2][token].tolist())})",
             layer,
         )
+
+
+def _without_hooks(gate: nn.Module) -> nn.Module:
+    """A copy of a gate without its hooks, which hold what watches the run, and the run's groups of ranks."""
+    kept = [(module, name, vars(module)[name]) for module in gate.modules() for name in HOOKS]
+    try:
+        for module, name, hooks in kept:
+            vars(module)[name] = type(hooks)()
+        return copy.deepcopy(gate)
+    finally:
+        for module, name, hooks in kept:
+            vars(module)[name] = hooks
 
 
 @torch.no_grad()

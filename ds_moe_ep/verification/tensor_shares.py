@@ -9,27 +9,34 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.engine.views.moved import ExactAndMoved
 from ds_moe_ep.engine.views.observe import ObservedPass
 from ds_moe_ep.engine.views.shares import OF_TOKENS
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from ds_moe_ep.verification.oracle import OracleLayer
 
+OF_GATE = ("dweights_TK", "dlogits_TE")
 
-def whole_passes(ranks: TensorRanks, passes: Sequence[ObservedPass]) -> list[ObservedPass]:
-    """Passes with all tokens of the group: gathered where they come cut, else as they are."""
-    if not (ranks.is_shared and ranks.has_own_tokens):
+
+def whole_passes(layer: ViewedLayer, passes: Sequence[ObservedPass]) -> list[ObservedPass]:
+    """Passes with all tokens of the group, gathered where they come cut, and with the gradients that its gate gets."""
+    ranks = layer.tensor_ranks
+    if not ranks.is_shared or not (ranks.has_own_tokens or layer.averages_gate_gradients):
         return list(passes)
-    own = [{name: getattr(seen, name) for name in OF_TOKENS} for seen in passes]
-    everyone: list[list[dict[str, Tensor | None]]] = [[] for _ in range(ranks.size)]
+    names = OF_TOKENS if ranks.has_own_tokens else OF_GATE
+    own = [{name: getattr(seen, name) for name in names} for seen in passes]
+    everyone: list[list[dict[str, Any]]] = [[] for _ in range(ranks.size)]
     dist.all_gather_object(everyone, own, group=ranks.group)
+    join = _joined if ranks.has_own_tokens else _averaged
     return [
-        replace(seen, **{name: _joined([each[name] for each in theirs]) for name in OF_TOKENS})  # type: ignore[arg-type]
+        replace(seen, **{name: join([each[name] for each in theirs]) for name in names})
         for seen, theirs in zip(passes, zip(*everyone, strict=True), strict=True)
     ]
 
@@ -69,3 +76,10 @@ def summed_answers(group: dist.ProcessGroup | None, own: OracleLayer) -> OracleL
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     there = [each for each in parts if each is not None]
     return torch.cat(there) if len(there) == len(parts) else None
+
+
+def _averaged(parts: Sequence[Any]) -> Any:
+    """The mean of tensors, or of those of each key."""
+    if isinstance(parts[0], dict):
+        return {key: _averaged([each[key] for each in parts]) for key in parts[0]}
+    return None if parts[0] is None else torch.stack(list(parts)).mean(0)

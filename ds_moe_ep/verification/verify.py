@@ -212,7 +212,7 @@ class Verification:
         if self.is_over:
             return step()
         engine, taken = self._engine, self._observation.take()
-        passes = {layer.name: whole_passes(layer.tensor_ranks, taken[layer.name]) for layer in self._layers}
+        passes = {layer.name: whole_passes(layer, taken[layer.name]) for layer in self._layers}
         if not self._are_finite(passes):
             result = step()
             self._num_skipped += 1

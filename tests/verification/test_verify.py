@@ -201,6 +201,7 @@ def check_sound(layout: Any, found: Examined) -> None:
     well = {each.check for each in found.sound if each.status == "ok"}
     assert well >= {"gradients", "routing", "movement", "norm", "replicas"}, layout.name
     assert ("checkpoint" in well) == getattr(layout, "is_saved", True), layout.name
+    assert not [str(each) for each in found.sound if "cannot be asked" in each.found], layout.name
     assert found.changed == [], f"{layout.name}: the state was not put back"
 
 

@@ -50,6 +50,11 @@ class ViewedLayer:
         return found if isinstance(found, TensorRanks) else whole_tokens()
 
     @property
+    def averages_gate_gradients(self) -> bool:
+        """True where a tensor rank's gradients at the gate are of its own tokens, and their mean that of all."""
+        return False
+
+    @property
     def shares_width_with(self) -> dist.ProcessGroup | None:
         """The ranks that each have a share of every expert's width; None where experts are whole."""
         return None
@@ -261,6 +266,10 @@ class AutoEPLayerView(ViewedLayer):
         super().__init__(name, layer)
         self.inner, self.gate = layer, layer.router
         self.weighs_rows = layer.score_apply == "pre"
+
+    @property
+    def averages_gate_gradients(self) -> bool:
+        return not hasattr(self.layer, "overlap")  # AutoEP's own folding
 
     @property
     def rule(self) -> RoutingRule:  # type: ignore[override]
