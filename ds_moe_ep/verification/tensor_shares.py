@@ -6,7 +6,7 @@ Each rank gives the oracle its own share, and the answers are put together again
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -34,7 +34,7 @@ def whole_passes(layer: ViewedLayer, passes: Sequence[ObservedPass]) -> list[Obs
     own = [{name: getattr(seen, name) for name in names} for seen in passes]
     everyone: list[list[dict[str, Any]]] = [[] for _ in range(ranks.size)]
     dist.all_gather_object(everyone, own, group=ranks.group)
-    join = _joined if ranks.has_own_tokens else _averaged
+    join: Callable[[Any], Any] = _joined if ranks.has_own_tokens else _averaged
     return [
         replace(seen, **{name: join([each[name] for each in theirs]) for name in names})
         for seen, theirs in zip(passes, zip(*everyone, strict=True), strict=True)
