@@ -142,11 +142,6 @@ def check(folder: Path, stage: int) -> None:
     assert distance(logits_of(other.merge_and_unload()), logits_of(merged)) > 1e-2, "the control: other adapters"
 
 
-def test_adapters_load_whole_at_another_ep_size_and_leave_merged(tmp_path: Path) -> None:
-    check(tmp_path, stage=1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2])
-def test_adapters_load_whole_at_another_ep_size_under_other_stages(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_adapters_load_whole_at_another_ep_size_and_leave_merged(tmp_path: Path, stage: int) -> None:
     check(tmp_path, stage)

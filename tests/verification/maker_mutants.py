@@ -24,6 +24,7 @@ from tests.engine.hugging_face.tiny_models import token_ids
 from tests.engine.layouts.tensor_runs import forget_groups
 from tests.engine.small_model import Job
 from tests.verification.engines import FEW, Layout
+from tests.verification.layout_mutants import stale_master
 from tests.verification.layouts import RanksLayout
 from tests.verification.mutants import Mutant, after_load, drifting_scale, dropping, unmoved_bias
 
@@ -151,6 +152,7 @@ def of_maker(layout: Layout, layer: str, stored_name: str, tensor: str) -> tuple
     lost = "is not in the checkpoint's files"
     return (
         Mutant("frozen", layout, frozen, "groups", "in no group of the optimizer", f"{layer}.{stored_name}"),
+        Mutant("stale", layout, stale_master, "movement", "no step moved it", f"{layer} expert"),
         Mutant("momentum", layout, at_load(swap_momentum), loaded, again, momentum, checkpoint=True),
         Mutant("packed", layout, at_load(leave_packed), loaded, again, packed, checkpoint=True),
         Mutant("dropping", layout, dropping, loaded, lost, f"{layer} expert 3 {tensor[0]}", 0, checkpoint=True),
