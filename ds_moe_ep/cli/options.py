@@ -14,7 +14,6 @@ BENCHMARKS = {
     "layer": "one layer against DeepSpeed's own and the matmuls alone",
     "overlap": "schedules of one layer on shaped links",
     "probe": "a device and its links, in two minutes, for calibrate",
-    "soak": "many steps whose routing drifts and bursts: memory, handles, determinism",
 }
 
 

@@ -55,7 +55,7 @@ PLAN = ["plan", "--config", EP16, "--cluster", CLUSTER]
         (["bench", "overlap", "--links", "nanmbit"], "--links=nan: give a number that is more than 0"),
         (["bench", "overlap", "--warm-ups", "0"], "--warm-ups=0"),
         (["bench", "scaling", "--compute-s", "inf"], "--compute-s=inf"),
-        (["bench", "soak", "--runs", "0"], "--runs=0"),
+        (["bench", "soak"], "BENCHMARK=soak: known values: layer, overlap, probe, scaling, systems"),
         (["bench", "systems", "--systems", "ep17"], "--systems=ep17: did you mean 'ep16'?"),
         (["bench", "probe", "--ranks", "-1"], "--ranks=-1: give a whole number of 0 or more"),
     ],

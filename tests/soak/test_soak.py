@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ds_moe_ep.bench.harness.collector import Collector
 from ds_moe_ep.bench.harness.processes import Finding
-from ds_moe_ep.bench.soak import command as soak_command
-from ds_moe_ep.bench.soak.findings import derive, extremes, metric, slope
-from ds_moe_ep.bench.soak.plan import SoakPlan
-from ds_moe_ep.bench.soak.ranks import soak
 from ds_moe_ep.records.names import SOAK_VERDICTS
 from ds_moe_ep.records.provenance import Provenance
 from ds_moe_ep.records.record import Record, read_records
 from ds_moe_ep.report.known_names import is_known
 from tests.ranks import run_ranks
+from tests.soak import __main__ as soak_command
+from tests.soak.findings import derive, extremes, metric, slope
+from tests.soak.plan import SoakPlan
+from tests.soak.ranks import soak
 
 SOURCE = Provenance(command="python -m bench", commit="abc", hardware="2 cores")
 PLAN = SoakPlan(num_ranks=2, steps=40, sample_every=5, hash_every=10, num_tokens=32, expert_width=64)
@@ -33,14 +33,14 @@ KEPT = 2**18  # numbers of fp32: 1 MiB
 
 
 def sound_model(plan: SoakPlan) -> Any:
-    from ds_moe_ep.bench.soak.model import SoakModel
+    from tests.soak.model import SoakModel
 
     return SoakModel(plan)
 
 
 def faulty_model(plan: SoakPlan) -> Any:
     """Keeps a tensor and a socket of every step; once, on one rank, moves every number of a batch by its last bit."""
-    from ds_moe_ep.bench.soak.model import Output, SoakModel
+    from tests.soak.model import Output, SoakModel
 
     class Faulty(SoakModel):
         kept: tuple[object, ...] = ()
@@ -146,7 +146,7 @@ def test_a_run_that_is_cut_short_keeps_what_is_complete(first_run: list[Finding]
 
 
 def test_the_routing_workload_follows_from_seed_step_and_rank() -> None:
-    from ds_moe_ep.bench.soak.model import RoutingWorkload
+    from tests.soak.model import RoutingWorkload
 
     plan = SoakPlan()
     first, second = RoutingWorkload(plan), RoutingWorkload(plan)

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
-from ds_moe_ep.bench.soak.plan import SETTLED, SoakPlan
 from ds_moe_ep.records.quantity import Quantity, number, percent
+from tests.soak.plan import SETTLED, SoakPlan
 
 COUNTS = ("handles", "sockets", "threads")
 MOMENTS = {

@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_moe_ep.bench.soak.plan import DRIFT_STEPS, SoakPlan
 from ds_moe_ep.engine.layer import MoE
 from ds_moe_ep.engine.start import initialize
 from ds_moe_ep.model.text import fingerprint
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
+from tests.soak.plan import DRIFT_STEPS, SoakPlan
 
 Batch = tuple[Tensor, Tensor]  # points [T, D], and their classes [T]
 

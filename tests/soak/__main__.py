@@ -1,6 +1,6 @@
 """Soaks the whole system: many steps whose routing drifts and bursts; memory flat, no open handles, the same bits.
 
-    python -m ds_moe_ep bench soak --ranks 16 --steps 1000 --runs 3 --out soak.jsonl
+    python -m tests.soak --ranks 16 --steps 1000 --runs 3 --out soak.jsonl
 
 Each run starts ranks of its own, makes a DeepSpeed engine around two MoE layers on the overlapping schedule "peers",
 and takes one optimizer step after the other. Tokens share a direction that turns, so that the busiest expert changes;
@@ -18,15 +18,15 @@ from functools import partial
 from ds_moe_ep.bench.harness.benchmark import MISSED, Benchmark, BenchmarkOptions, Launch, run_benchmark
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.processes import free_port
-from ds_moe_ep.bench.soak.findings import derive, extremes, metric
-from ds_moe_ep.bench.soak.plan import SoakPlan
-from ds_moe_ep.bench.soak.ranks import run_soak_rank
 from ds_moe_ep.config.options import option
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import SOAK_VERDICTS
 from ds_moe_ep.records.quantity import NONE, Quantity
 from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table, table
+from tests.soak.findings import derive, extremes, metric
+from tests.soak.plan import SoakPlan
+from tests.soak.ranks import run_soak_rank
 
 PLAN = SoakPlan()
 
@@ -48,7 +48,7 @@ class SoakOptions(BenchmarkOptions):
 class Soak(Benchmark):
     """Thousands of steps, and what they leave behind."""
 
-    module = ("ds_moe_ep", "bench", "soak")
+    module = ("tests.soak",)
     options = SoakOptions
     description = "Trains many steps under routing that drifts and bursts; judges memory, handles and determinism."
     width = 120
@@ -105,3 +105,6 @@ def _verdict(records: Sequence[Record], what: str) -> Record | None:
 
 
 main = partial(run_benchmark, Soak)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.bench.harness.processes import Finding, Tell, live_as_rank, loopback_environment
 from ds_moe_ep.bench.meters.memory import HostMeter
-from ds_moe_ep.bench.soak.plan import SoakPlan
+from tests.soak.plan import SoakPlan
 
 START_TIMEOUT_S = 600.0
 PATIENCE_S = 10.0  # for threads that were told to end
@@ -62,8 +62,8 @@ def soak(plan: SoakPlan, tell: Tell, make_model: Callable[[SoakPlan], nn.Module]
     `tell` hears of each step, and at every sample of what all ranks hold.
     """
     from ds_moe_ep.bench.candidates import native  # imports deepspeed, which reads DS_ACCELERATOR
-    from ds_moe_ep.bench.soak.model import SoakModel, build_engine
     from ds_moe_ep.engine import seams
+    from tests.soak.model import SoakModel, build_engine
 
     native.start_ranks("gloo", START_TIMEOUT_S)
     tell(Finding("phase", "building the engine"))
@@ -82,7 +82,7 @@ def soak(plan: SoakPlan, tell: Tell, make_model: Callable[[SoakPlan], nn.Module]
 
 def train(engine: Any, plan: SoakPlan, tell: Tell) -> None:
     """All steps of a run. Collective."""
-    from ds_moe_ep.bench.soak.model import RoutingWorkload
+    from tests.soak.model import RoutingWorkload
 
     workload, journal, rank = RoutingWorkload(plan), Journal(plan), dist.get_rank()
     samples, hashes = set(plan.samples()), set(plan.hashes())
