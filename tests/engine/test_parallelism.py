@@ -52,6 +52,7 @@ def refusals() -> dict[tuple[str, str, int], str]:
     import deepspeed
 
     import ds_moe_ep
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
     ds_moe_ep.init_distributed()
     said = {}
@@ -66,13 +67,6 @@ def refusals() -> dict[tuple[str, str, int], str]:
             said[road, door.__module__.split(".")[0], ep_size] = text
             forget_groups()
     return said
-
-
-def forget_groups() -> None:
-    """Takes back what an engine set in DeepSpeed for all that come after it."""
-    from deepspeed.utils import groups
-
-    groups.mpu = groups.mesh_device = None
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +89,7 @@ def test_ranks_that_share_sequences_are_refused_on_every_rank_with_the_way_out(
 def one_step_with(tensor_size: int | None, keys: dict[str, Any]) -> list[torch.Tensor]:
     """This rank's parameters after a step, under an mpu where a tensor size is given."""
     import ds_moe_ep
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
     ds_moe_ep.init_distributed()
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from ds_moe_ep.schedule.placement import Placement
 from tests.engine.extensions.test_nonfinite import make_scaled_engine
 from tests.engine.hooks import autoep_models
 from tests.engine.hooks.autoep_models import AutoEPJob
+from tests.engine.layouts.tensor_models import mpu_of
 from tests.engine.small_model import (
     NUM_EXPERTS,
     Job,
@@ -31,7 +32,6 @@ from tests.engine.small_model import (
     reference_job,
     train_steps,
 )
-from tests.engine.test_parallelism import forget_groups, mpu_of
 from tests.engine.test_training import LOSS, WEIGHTS, Outcome, loss_distance
 from tests.moe.replica_cases import let_rows_count_alone
 from tests.ranks import run_ranks
@@ -287,6 +287,8 @@ def test_a_checkpoint_saved_with_copies_loads_without_and_the_other_way(saves_wi
 
 def under_an_mpu(job: Job) -> list[tuple[Outcome, int]]:
     """The job without an mpu, and with Megatron's, whose data-parallel world is all ranks; copies in use at the end."""
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
+
     found = []
     for arguments in ({}, {"mpu": mpu_of(1, "tensor_model_parallel")}):
         engine = make_engine(job, **arguments)

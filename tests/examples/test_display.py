@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from display import StepReport, communication_hidden, gradient_norm, packed, why_little_is_hidden, write_trace
 
 import ds_moe_ep
+from tests.examples.training_scripts import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 FIGURES = (
     "loss 3.000", "lr 1.00e-03", "grad norm 0.123", "123,456 tokens/s", "memory 71.23 GB", "expert load max/mean 1.50",
     "communication hidden 93 % (blocking: 0 %)",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import pathlib
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -15,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from tests.examples.spoilt import losses_of, spoilt
+from tests.examples.training_scripts import EXAMPLES
 from tests.ranks import run_ranks
-
-EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
 
 def losses(is_hooked: bool, spoils: bool = False, num_steps: int = 3) -> list[float]:

@@ -22,9 +22,9 @@ from ds_moe_ep.config.section import load_ds_config, read_section
 from ds_moe_ep.config.shipped import shipped_ds_configs
 from ds_moe_ep.config.training import read_training, shipped_sizes
 from ds_moe_ep.errors import MoEError, TopologyError
+from tests.examples.training_scripts import EXAMPLES
 from tests.ranks import RankError, run_ranks, signal_itself
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_STEPS = 4
 
 

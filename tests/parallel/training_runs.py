@@ -168,6 +168,7 @@ def make_pipeline(run: Run, seed: int = 1) -> Any:
     import deepspeed
 
     import ds_moe_ep
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     layout = Layout(tp_size=run.tp_size, pp_size=run.pp_size)
@@ -178,16 +179,6 @@ def make_pipeline(run: Run, seed: int = 1) -> Any:
     num_sharing = max(1, ep_size // layout.tp_size)  # copies that share a micro-batch of the reference, as experts do
     config = run.ds_config(run.num_sequences // num_sharing, run.num_micro_batches * num_sharing // num_copies)
     return deepspeed.initialize(model=net, config=config)[0]
-
-
-def forget_groups() -> None:
-    """Takes back the groups that an engine of another layout left in DeepSpeed, which keeps them by ep_size alone."""
-    from deepspeed.utils import groups
-
-    for table in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
-        getattr(groups, table).clear()
-        getattr(groups, f"{table}_RANKS").clear()
-    groups.mpu = None
 
 
 def stage_parameters(engine: Any) -> dict[str, nn.Parameter]:

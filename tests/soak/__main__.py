@@ -10,6 +10,7 @@ measured until then is in the file, which `python -m ds_moe_ep report` draws.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace

@@ -17,7 +17,7 @@ from tests.engine.layouts import stage_models
 from tests.engine.layouts.layout_runs import LayoutJob
 from tests.engine.layouts.layout_runs import make_engine as make_layout_engine
 from tests.engine.layouts.tensor_models import RATE, TENSOR_SIZE, D, TensorJob, TensorModel, mpu_of, sequence_mpu_of
-from tests.engine.layouts.tensor_runs import AUTOTP, forget_groups, give_weights, make_layer, parameter_groups
+from tests.engine.layouts.tensor_runs import AUTOTP, give_weights, make_layer, parameter_groups
 from tests.parallel.training_runs import Run, make_experts, make_pipeline, of_this_copy
 
 
@@ -49,6 +49,8 @@ def tensor_layout(name: str, by_autotp: bool = False, **settings: Any) -> RanksL
     job = TensorJob(**{"clipping": 0.05, "top_k": 2, **settings})
 
     def make() -> Any:
+        from ds_moe_ep.engine.layouts.known_groups import forget_groups
+
         forget_groups()
         grid = None if by_autotp else mpu_of(TENSOR_SIZE)
         model = TensorModel(job, lambda _: make_layer(job), grid)
@@ -68,6 +70,8 @@ def sequence_layout(name: str, by_megatron: bool = False, **settings: Any) -> Ra
 
     def make() -> Any:
         from deepspeed.runtime.sequence_parallel import parallel_state_sp as unit
+
+        from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
         forget_groups()
         if unit._SEQUENCE_PARALLEL_GROUP is None:
@@ -89,6 +93,7 @@ def folded_layout(name: str, **settings: Any) -> RanksLayout:
 
     def make() -> Any:
         import ds_moe_ep
+        from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
         forget_groups()
         engine = make_autoep_engine(job)
@@ -151,6 +156,8 @@ def cover_layout(**settings: Any) -> RanksLayout:
     job = CoverJob(**settings)
 
     def make() -> Any:
+        from ds_moe_ep.engine.layouts.known_groups import forget_groups
+
         forget_groups()
         return make_layout_engine(job)[0]
 
@@ -177,6 +184,8 @@ def own_model_layout(name: str, **settings: Any) -> RanksLayout:
         return itertools.cycle([(ids.chunk(run.ep_size)[place], to.chunk(run.ep_size)[place]) for ids, to in own])
 
     def make() -> Any:
+        from ds_moe_ep.engine.layouts.known_groups import forget_groups
+
         forget_groups()
         return make_experts(run)[0]
 

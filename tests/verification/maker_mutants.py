@@ -21,7 +21,6 @@ from ds_moe_ep.engine.views.parts import StoredTensor
 from tests.engine.hooks import test_autoep_bias as biased
 from tests.engine.hooks.autoep_models import AutoEPJob
 from tests.engine.hugging_face.tiny_models import token_ids
-from tests.engine.layouts.tensor_runs import forget_groups
 from tests.engine.small_model import Job
 from tests.verification.engines import FEW, Layout
 from tests.verification.layout_mutants import stale_master
@@ -46,6 +45,7 @@ def biased_layout(name: str) -> RanksLayout:
 
     def make() -> Any:
         import ds_moe_ep
+        from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
         forget_groups()
         engine = biased.make_engine(biased.CASES[0])

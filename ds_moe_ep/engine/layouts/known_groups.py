@@ -1,8 +1,8 @@
 """The groups that DeepSpeed knows, which are global to a process, for each of several engines that live in one.
 
-It knows one unit of model parallelism, and one expert-parallel group per ep_size. Engines of two layouts have other
-ranks in groups of one name: an engine is made where none is known, and its groups are put in force before it runs. Part
-of `seams.py`, as to private names.
+It knows one unit of model parallelism or one mesh, and one expert-parallel group per ep_size. Engines of two layouts
+have other ranks in groups of one name: an engine is made where none is known, and its groups are put in force before it
+runs. Part of `seams.py`, as to private names.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ TABLES = (
 
 @dataclass(frozen=True)
 class KnownGroups:
-    """Groups that DeepSpeed knows of: its unit of model parallelism, and its tables of expert groups by name."""
+    """Groups that DeepSpeed knows of: its unit of model parallelism, its mesh, its tables of expert groups by name."""
 
     mpu: Any
+    mesh: Any
     tables: Mapping[str, Any]
 
     @classmethod
     def now(cls) -> KnownGroups:
         """The groups in force; those of a name that is made later are found among them too."""
-        return cls(groups.mpu, {name: getattr(groups, name) for name in TABLES})
+        return cls(groups.mpu, getattr(groups, "mesh_device", None), {name: getattr(groups, name) for name in TABLES})
 
     def put_in_force(self) -> None:
         """Gives them to DeepSpeed. Local."""
-        groups.mpu = self.mpu
+        groups.mpu, groups.mesh_device = self.mpu, self.mesh
         for name, table in self.tables.items():
             setattr(groups, name, table)
 
 
 def forget_groups() -> None:
     """Lets DeepSpeed know of no group: the next engine makes its own. Local; the same on every rank."""
-    KnownGroups(None, {name: {} for name in TABLES}).put_in_force()
+    KnownGroups(None, None, {name: {} for name in TABLES}).put_in_force()

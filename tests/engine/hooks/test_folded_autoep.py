@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tests.engine.hooks.autoep_models import AutoEPJob, batches, make_engine, named_weights
 from tests.engine.layouts.tensor_models import sequence_mpu_of
-from tests.engine.layouts.tensor_runs import forget_groups
 from tests.engine.small_model import distance
 from tests.ranks import run_ranks
 
@@ -51,6 +50,7 @@ class FoldedJob(AutoEPJob):
 def train(job: FoldedJob, scope: Callable[[Any], Any] = nullcontext) -> Outcome:
     """Losses and last weights of this rank; in a scope of its engine."""
     import ds_moe_ep
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
     from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 
     engine, copy = make_engine(job, mpu_of(job)), dist.get_rank() // job.tensor_size
@@ -156,6 +156,8 @@ SEQUENCES = [FoldedJob(ep_size=size, stage=stage, **SHARED) for size, stage in (
 def train_all_and_be_refused(jobs: Sequence[FoldedJob]) -> tuple[list[Outcome], list[str]]:
     """The jobs; and DeepSpeed's errors of its own unit of groups, and of ZeRO-3."""
     from deepspeed.runtime.sequence_parallel import parallel_state_sp as unit
+
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
     outcomes, errors = train_all(jobs), []
     unit.initialize_sequence_parallel(2)

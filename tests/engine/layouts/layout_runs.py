@@ -17,7 +17,6 @@ from tests.engine.layouts.tensor_models import TENSOR_SIZE, Dense, TensorJob, Te
 from tests.engine.layouts.tensor_runs import (
     Trained,
     experts_of,
-    forget_groups,
     give_weights,
     make_layer,
     parameter_groups,
@@ -120,6 +119,7 @@ def make_stages(job: LayoutJob) -> Any:
 
 def run_job(job: LayoutJob) -> Trained:
     """The job on this rank: the losses of its steps, and the moves of its own parameters."""
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
     from ds_moe_ep.model.initialize import global_name
 
     engine, before = make_engine(job)

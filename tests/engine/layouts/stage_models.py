@@ -122,7 +122,7 @@ def make_engine(
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
-    from tests.parallel.training_runs import forget_groups
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
     forget_groups()
     net = PipelineModule(

@@ -89,6 +89,7 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
     import deepspeed
 
     import ds_moe_ep
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
     from ds_moe_ep.model.initialize import global_name
 
     ds_moe_ep.init_distributed()
@@ -229,16 +230,6 @@ def give_weights(model: nn.Module, job: TensorJob, rename: Callable[[str], str] 
             if value.shape != parameter.shape:
                 value = value.chunk(TENSOR_SIZE, dim)[rank % TENSOR_SIZE]
             parameter.copy_(value)
-
-
-def forget_groups() -> None:
-    """Takes back what an engine set in DeepSpeed for all that come after it."""
-    from deepspeed.utils import groups
-
-    groups.mpu = groups.mesh_device = None
-    for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
-        getattr(groups, name).clear()
-        getattr(groups, f"{name}_RANKS").clear()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from torch import nn
 
 from ds_moe_ep.check.config import check_config
 from tests.engine.layouts.tensor_models import mpu_of
-from tests.engine.layouts.tensor_runs import forget_groups
 from tests.ranks import run_ranks
 
 MODEL = {
@@ -42,6 +41,7 @@ def ds_config(plan: Sequence[tuple[str, str]], stage: int) -> dict[str, Any]:
 def held(config: dict[str, Any]) -> Held:
     import ds_moe_ep
     from ds_moe_ep.config.section import read_section
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
     from ds_moe_ep.model.initialize import expert_index_of, init_weights
 
     ds_moe_ep.init_distributed()
@@ -82,6 +82,7 @@ def held_beside_mpu(config: dict[str, Any]) -> tuple[int, int]:
     """Parameters of this rank, and those whose optimizer states it has; nothing is computed with these halves."""
     import ds_moe_ep
     from ds_moe_ep.config.section import read_section
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
     ds_moe_ep.init_distributed()
     section = read_section(config)

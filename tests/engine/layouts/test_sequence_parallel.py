@@ -16,7 +16,6 @@ from tests.engine.layouts.tensor_models import BOUND, WORLD, D, TensorJob, Tenso
 from tests.engine.layouts.tensor_runs import (
     Trained,
     experts_of,
-    forget_groups,
     give_weights,
     joined_routes,
     make_layer,
@@ -47,6 +46,7 @@ def run_job(job: SequenceJob) -> Trained:
     from deepspeed.runtime.sequence_parallel import parallel_state_sp as unit
 
     import ds_moe_ep
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
     from ds_moe_ep.engine.layouts.sequence import ExpertGradients
     from ds_moe_ep.model.initialize import global_name
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.engine.layouts.tensor_models import TENSOR_SIZE, TensorJob, TensorModel, mpu_of
-from tests.engine.layouts.tensor_runs import forget_groups, give_weights, make_layer, parameter_groups
+from tests.engine.layouts.tensor_runs import give_weights, make_layer, parameter_groups
 from tests.ranks import run_ranks
 
 
@@ -41,6 +41,7 @@ def step(engine: Any, x: Tensor) -> float:
 def resumed(folder: str, job: TensorJob) -> bool | str:
     """True where a step after loading gives the bits of a step without; or the error."""
     import ds_moe_ep
+    from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
     first, second = job.batches()
     engine = make_engine(job)
