@@ -20,7 +20,8 @@ from ds_moe_ep.engine.extensions.clock import LayerClock, Timed
 from ds_moe_ep.engine.hooks.layer import copied
 from ds_moe_ep.kernels.eager import not_compiled
 from ds_moe_ep.moe.layer import ExpertParallel
-from ds_moe_ep.moe.router import Router, Routing
+from ds_moe_ep.moe.router import Router
+from ds_moe_ep.moe.routes import Routing
 
 POLICIES = {noise: policy for policy, noise in NOISE.items() if policy != "None"}
 

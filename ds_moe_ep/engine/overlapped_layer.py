@@ -46,3 +46,13 @@ class OverlappedLayer(Protocol):
     @property
     def last_counts_E(self) -> Tensor:
         """This rank's choices per expert in the last forward pass."""
+
+
+class OwnLayer(OverlappedLayer, Protocol):
+    """Interface of a layer made here, which takes its knobs from the section of an engine that is being made."""
+
+    def configure(self, config: MoEConfig, path: str = "moe_ep") -> None:
+        """Puts knobs in force. Raises ConfigError in the name of `path` where the layer was made with other ones."""
+
+    def fingerprint(self) -> str:
+        """Digest of what all ranks that share its experts must have alike."""

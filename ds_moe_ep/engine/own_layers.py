@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ds_moe_ep.config.knobs import Layout, MoEConfig
 from ds_moe_ep.config.section import SECTION, Section, read_section
@@ -22,13 +22,11 @@ from ds_moe_ep.engine.extensions.engine_extensions import EngineExtensions
 from ds_moe_ep.engine.extensions.install import prepare_steps
 from ds_moe_ep.engine.extensions.replica_windows import ReplicaWindows
 from ds_moe_ep.engine.layouts.stages import meet_stages, stage_name, wait_for_all
+from ds_moe_ep.engine.overlapped_layer import OwnLayer
 from ds_moe_ep.errors import ConfigError
 
-if TYPE_CHECKING:
-    from ds_moe_ep.engine.layer import MoE
 
-
-def meet(engine: Any, layers: Mapping[str, MoE]) -> None:
+def meet(engine: Any, layers: Mapping[str, OwnLayer]) -> None:
     """Gives the layers of an engine that is being made its section's knobs, and lets their bias follow its steps.
 
     In a pipeline it also makes the groups of all stages. Collective over the world at first, local for an engine that
@@ -56,7 +54,7 @@ def meet(engine: Any, layers: Mapping[str, MoE]) -> None:
     step_seams.once_it_has_an_optimizer(engine, partial(prepare_steps, engine))
 
 
-def give_knobs(layers: Mapping[str, MoE], section: Section, layout: Layout = WHOLE) -> None:
+def give_knobs(layers: Mapping[str, OwnLayer], section: Section, layout: Layout = WHOLE) -> None:
     """Gives the layers the knobs that a section names, and their names in the model, which is cut in `layout`. Local.
 
     Raises ConfigError where a knob shapes parameters and the layer was made with another value, and for a layout that

@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.eager import is_inside_backward
 from ds_moe_ep.kernels.gate_losses import gate_losses
-
-if TYPE_CHECKING:
-    from ds_moe_ep.moe.router import Routing
+from ds_moe_ep.moe.routes import Routing
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.kernels.permute import RowMaps
 from ds_moe_ep.kernels.sort import sort_choices
 from ds_moe_ep.moe.agreement import NO_CALL, Agreement, Call
-from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.two_level.copies import NodeCopies
 
 Counts = tuple[tuple[int, ...], ...]

@@ -39,7 +39,8 @@ from ds_moe_ep.moe.experts import LocalExperts, SharedExpert, needs_gradient
 from ds_moe_ep.moe.grouped.choice import groups_products
 from ds_moe_ep.moe.layout import LastLayout
 from ds_moe_ep.moe.replicas.replicas import HostedPass, Replicas, Window
-from ds_moe_ep.moe.router import Routes, sent_weights, use_triton
+from ds_moe_ep.moe.router import sent_weights, use_triton
+from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift, LinkMeter
 from ds_moe_ep.moe.two_level.connection import Connection, may_copy
 from ds_moe_ep.moe.two_level.plan import begin_two_level, num_told

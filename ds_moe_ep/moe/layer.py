@@ -18,13 +18,20 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.eager import not_compiled
-from ds_moe_ep.moe.autocast import autocast_type, local_experts, shared_expert
 from ds_moe_ep.moe.balance import Batch, router_loss
 from ds_moe_ep.moe.dispatcher import Dispatcher
-from ds_moe_ep.moe.experts import Experts, OpaqueExperts, first_parameter
+from ds_moe_ep.moe.experts import (
+    Experts,
+    OpaqueExperts,
+    autocast_type,
+    first_parameter,
+    local_experts,
+    shared_expert,
+)
 from ds_moe_ep.moe.match_expert import ExpertForms
 from ds_moe_ep.moe.replicas.replicas import known_or_refused
-from ds_moe_ep.moe.router import Router, Routing
+from ds_moe_ep.moe.router import Router
+from ds_moe_ep.moe.routes import Routing
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 
 

@@ -15,7 +15,7 @@ from ds_moe_ep.comm.transport import Loopback, Message, Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.moe.agreement import NUM_COLUMNS, NUM_HEAD, NUM_TOLD, Agreement, Call, Mode, num_columns
 from ds_moe_ep.moe.dispatch_plan import make_plan
-from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.schedule.spans import Tags
 from tests.comm.disturbed import caught, make_layer, run_pass
 from tests.ranks import run_ranks

@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +87,46 @@ def test_imports_go_down_only() -> None:
 )
 def test_the_floor_rule_refuses_what_it_should(importer: str, imported: str) -> None:
     assert why_not(importer, imported) is not None
+
+
+def imports_by_module() -> dict[str, set[str]]:
+    """The package's modules that each of them imports: above, in a function, or for annotations alone."""
+    trees = {
+        module_name(path.relative_to(ROOT)): (path, tree) for path, tree in own_python() if PACKAGE in path.parents
+    }
+    del trees[PACKAGE.name]  # its lazy names look up at every floor
+    found: dict[str, set[str]] = {}
+    for name, (path, tree) in trees.items():
+        named = {each if each in trees else each.rpartition(".")[0] for each in imports_of(path, tree)}
+        found[name] = (named & trees.keys()) - {name}
+    return found
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def circle(imports: Mapping[str, Set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one again at its end; none where there is no circle."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle_not_even_for_annotations_or_late() -> None:
+    imports = imports_by_module()
+    assert sum(map(len, imports.values())) > 1000
+    assert circle(imports) == []
+
+
+def test_a_circle_of_late_imports_would_be_found() -> None:
+    imports = imports_by_module()
+    assert "ds_moe_ep.bench.demo.ranks" in imports["ds_moe_ep.bench.demo.command"], "inside of a function"
+    imports["ds_moe_ep.moe.routes"] |= {"ds_moe_ep.moe.router"}
+    assert {"ds_moe_ep.moe.routes", "ds_moe_ep.moe.router"} <= {*circle(imports)}
 
 
 def test_deepspeed_has_one_door() -> None:

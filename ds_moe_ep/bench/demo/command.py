@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ds_moe_ep.bench.demo.death import Death, show_death, watch_death
-from ds_moe_ep.bench.demo.plan import NUM_RANKS, DemoPlan, run_rank
+from ds_moe_ep.bench.demo.plan import NUM_RANKS, DemoPlan
 from ds_moe_ep.bench.demo.results import Results
 from ds_moe_ep.bench.demo.show import show
 from ds_moe_ep.bench.harness.benchmark import FAILED
@@ -28,7 +29,7 @@ from ds_moe_ep.config.command_line import refused
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.schedule.spans import chrome_trace
 
-PRELOAD = ("ds_moe_ep.bench.demo.ranks",)
+PRELOAD = ("ds_moe_ep.bench.demo.command", "ds_moe_ep.bench.demo.ranks")
 WIDTH = 80  # where there is no terminal
 ENVIRONMENT = {  # of the ranks; torch reads it when it is imported
     "OMP_NUM_THREADS": "1",
@@ -92,6 +93,13 @@ def kill(plan: DemoPlan) -> Death:
     """Starts the ranks, of which one dies, and collects what the others say."""
     with _progress(), started_ranks(run_rank, plan, NUM_RANKS, PRELOAD) as (processes, inbox):
         return watch_death(plan, processes, inbox)
+
+
+def run_rank(rank: int, plan: DemoPlan, findings: Any) -> None:
+    """The life of one rank. torch is imported here, so that whoever starts ranks needs none."""
+    from ds_moe_ep.bench.demo.ranks import live
+
+    live(rank, plan, findings)
 
 
 @contextmanager

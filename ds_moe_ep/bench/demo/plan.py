@@ -30,10 +30,3 @@ class DemoPlan:
     port: int
     folder: str  # where the ranks of a node find their link
     victim: int | None = None  # the rank that dies in the middle of a pass
-
-
-def run_rank(rank: int, plan: DemoPlan, findings: Any) -> None:
-    """The life of one rank. torch is imported here, so that whoever starts ranks needs none."""
-    from ds_moe_ep.bench.demo.ranks import live
-
-    live(rank, plan, findings)

@@ -26,11 +26,10 @@ from ds_moe_ep.engine.layouts.tensor import refuse_unlike, tensor_ranks_of
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.activation import Clamp
 from ds_moe_ep.kernels.eager import not_compiled
-from ds_moe_ep.moe.autocast import autocast_type, known_experts
-from ds_moe_ep.moe.experts import OpaqueExperts
+from ds_moe_ep.moe.experts import OpaqueExperts, autocast_type, known_experts
 from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.replicas.replicas import Known
-from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.split_experts import Opaque, Weights
 
 SWIGLU = Form("swiglu", {"gate": "w1", "up": "w3", "down": "w2"})

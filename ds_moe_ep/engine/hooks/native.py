@@ -29,11 +29,10 @@ from ds_moe_ep.engine.layouts.tensor import refuse_unlike, tensor_ranks_of
 from ds_moe_ep.engine.parallelism import problem_of_sequences
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.eager import not_compiled
-from ds_moe_ep.moe.autocast import autocast_type, known_experts
-from ds_moe_ep.moe.experts import OpaqueExperts, first_output
+from ds_moe_ep.moe.experts import OpaqueExperts, autocast_type, first_output, known_experts
 from ds_moe_ep.moe.match_expert import ExpertForms
 from ds_moe_ep.moe.replicas.replicas import Known
-from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.snapshot import has_foreign_hooks
 from ds_moe_ep.moe.split_experts import Opaque
 from ds_moe_ep.moe.tensor_parallel.ranks import is_cut

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
@@ -22,11 +22,9 @@ from ds_moe_ep.config.section import Section
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.config.training import Training
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.overlapped_layer import OwnLayer
 from ds_moe_ep.errors import ConfigError, EngineError, MoEError
 from ds_moe_ep.health.diagnosis import ranks_named
-
-if TYPE_CHECKING:
-    from ds_moe_ep.engine.layer import MoE
 
 REPLICAS_RULE = "copies of experts follow an engine's forward passes, and a stage has several micro-batches on the way"
 BATCH_RULE = "several micro-batches are on their way, and none knows the load of the batch; set it to 'rank'"
@@ -80,7 +78,7 @@ def hosts_of(engine: Any) -> list[str]:
     return _HOSTS[engine]
 
 
-def meet_stages(engine: Any, layers: Mapping[str, MoE]) -> None:
+def meet_stages(engine: Any, layers: Mapping[str, OwnLayer]) -> None:
     """Makes the groups of all stages' layers. Collective over the world, once per engine.
 
     Raises EngineError on every rank that is there where a stage has no layer, or where the ranks of one differ.
@@ -101,7 +99,7 @@ def meet_stages(engine: Any, layers: Mapping[str, MoE]) -> None:
     _HOSTS[engine] = [each.host for each in told]
 
 
-def problem_of(engine: Any, layers: Mapping[str, MoE]) -> MoEError | None:
+def problem_of(engine: Any, layers: Mapping[str, OwnLayer]) -> MoEError | None:
     """Error of what a pipeline's engine and these layers do not have together, or None. Local."""
     for name, layer in layers.items():
         if layer.config.replicas:
@@ -124,7 +122,7 @@ def refuse_unscaled(training: Training) -> None:
         raise ConfigError(UNSCALED)
 
 
-def refuse_in_stages(own: Mapping[str, MoE], section: Section) -> None:
+def refuse_in_stages(own: Mapping[str, OwnLayer], section: Section) -> None:
     """Raises for a stage without layers, and for knobs that a pipeline's engine does not heed. Local."""
     if not own:
         raise EngineError(

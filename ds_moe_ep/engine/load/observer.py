@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.moe.dispatch_plan import Counts, DispatchPlan
-from ds_moe_ep.moe.router import Routes, Routing
+from ds_moe_ep.moe.routes import Routes, Routing
 
 MAX_PASSES = 64  # that a report speaks of: the last ones
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.engine.views.layers import ViewedLayer
-from ds_moe_ep.moe.autocast import autocast_type
+from ds_moe_ep.moe.experts import autocast_type
 
 
 @dataclass

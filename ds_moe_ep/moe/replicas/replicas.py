@@ -36,7 +36,7 @@ from ds_moe_ep.moe.replicas.costs import assumed_costs, measured_costs
 from ds_moe_ep.moe.replicas.gradients import Collect, Ledger, Lend, LentPass, Loan, lent_pass
 from ds_moe_ep.moe.replicas.rows import maps_to_hosts
 from ds_moe_ep.moe.replicas.told import Digests, Told, num_told, present, told_columns
-from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.split_experts import Weights
 from ds_moe_ep.schedule.assignment import assign
 from ds_moe_ep.schedule.copies.forecast import UNEVEN, Forecast, moved_share

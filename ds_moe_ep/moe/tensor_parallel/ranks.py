@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.sort import count_choices
-from ds_moe_ep.moe.router import Routes, Routing
+from ds_moe_ep.moe.routes import Routes, Routing
 from ds_moe_ep.moe.tensor_parallel.exchange import Spans, all_gather, begin_gather, cut, gather
 
 PROBED_TOKENS = 16  # whose numbers tell whether ranks hold the same tokens

@@ -18,7 +18,7 @@ from ds_moe_ep.kernels.permute import RowMaps
 from ds_moe_ep.kernels.sort import sort_choices
 from ds_moe_ep.moe.agreement import Agreement
 from ds_moe_ep.moe.dispatch_plan import Counts, DispatchPlan, PendingPlan, padded_maps
-from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.two_level.copies import Relayed, TwoLevel, is_copied, make_copies
 
 

@@ -126,7 +126,7 @@ def weights_after_forward() -> int:
     from ds_moe_ep.moe.dispatcher import Dispatcher
     from ds_moe_ep.moe.experts import KnownExperts
     from ds_moe_ep.moe.match_expert import Form
-    from ds_moe_ep.moe.router import Routes
+    from ds_moe_ep.moe.routes import Routes
     from tests.moe.layer_runs import config
 
     knobs = replace(config(num_experts=4, ep_size=2, top_k=1), schedule="peers")

@@ -10,7 +10,7 @@ import torch
 from ds_moe_ep.engine.load.observer import MAX_PASSES, LoadObserver
 from ds_moe_ep.engine.load.report import guests_of
 from ds_moe_ep.moe.dispatch_plan import Counts, DispatchPlan
-from ds_moe_ep.moe.router import Routes
+from ds_moe_ep.moe.routes import Routes
 
 
 def layer(**parts: Any) -> Any:
