@@ -244,7 +244,7 @@ def _sharing_notes(model: ModelConfig | None, moe: MoEConfig, training: Training
 def _traffic_notes(moe: MoEConfig, training: Training) -> Iterator[str]:
     """Notes on experts that are whole on their ranks."""
     if training.zero_stage and training.num_replicas == 1:
-        yield "each expert has one owner (world_size = ep_size): ZeRO shares the dense optimizer states alone"
+        yield "each expert has one owner: ZeRO shares the dense optimizer states alone"
     if moe.depth == 0 or moe.schedule == "serial":
         yield f"schedule={moe.schedule!r}, depth={moe.depth}: every transfer blocks and nothing is hidden"
 

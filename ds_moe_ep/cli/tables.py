@@ -45,13 +45,19 @@ def print_check(check: Check, console: Console | None = None, *, verbose: bool =
         job = {name: text for name, text in _job(check).items() if name not in BESIDE_THE_POINT}
         print_lines(job | _memory_told(check), console)
     told = check.notes if verbose else check.notes[:FEW_NOTES]
-    print_lines([f"note: {note}" for note in told], console, style="yellow")
+    notes = [f"note: {note}" for note in told]
+    print_lines(notes if verbose else [one_line(note, console.width) for note in notes], console, style="yellow")
     if not verbose:
         left = len(check.notes) - len(told)
         more = f"All tables, {left} more notes" if left else "All tables"
         print_lines([f"Derived from shapes, not measured. {more}: --verbose"], console, style="dim")
     elif check.details is not None:
         print_lines([DERIVED], console, style="dim")
+
+
+def one_line(text: str, width: int) -> str:
+    """The text, or as much of it as a line has room for."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def knob_table(config: type[MoEConfig] | type[ModelConfig] | type[Layout]) -> str:
@@ -126,13 +132,13 @@ def _job(check: Check) -> dict[str, str]:
     summed = "" if training.gradient_precision == training.precision else f", summed in {training.gradient_precision}"
     return {
         "ranks": f"{training.world_size} = {ranks}",
-        "experts per layer": f"{moe.num_experts}, {place}",
+        "experts": f"{moe.num_experts} per layer, {place}{_slots(check)}",
         "routing": f"{_choice(moe)}, {moe.score}, {capacity}, balance {moe.balance}",
         "schedule": schedule,
         **attention,
         "precision": training.precision + summed,
-        "batch in sequences": (
-            f"{training.batch:,} = {training.micro_batch} x {training.accumulation} micro-batches x {copies}"
+        "batch": (
+            f"{training.batch:,} sequences = {training.micro_batch} x {training.accumulation} micro-batches x {copies}"
         ),
     }
 
@@ -147,10 +153,15 @@ def _memory_told(check: Check) -> dict[str, str]:
     else:
         room = f"up to {number(details.load_that_fits, 1)} x the mean rows fit"
     of = f"{budget.gpu_gb:g} - {budget.reserve_gb:g} GB reserve"
-    told = {"memory of a GPU": f"{size(details.memory.peak)} of {of}; {room}"}
-    if details.memory.replicas:
-        told["replicas"] = f"{check.moe.replicas} per rank and layer: {size(details.memory.replicas)} of it"
-    return told
+    return {"memory": f"{size(details.memory.peak)} of {of} on a GPU; {room}"}
+
+
+def _slots(check: Check) -> str:
+    """Words on the slots for copies of other ranks' experts, with their memory on a GPU; none where there are none."""
+    memory = None if check.details is None else check.details.memory
+    if memory is None or not memory.replicas:
+        return ""
+    return f", and slots for {check.moe.replicas} replicas ({size(memory.replicas)})"
 
 
 def _parameters(whole: Parameters, rank: Parameters, place: str = "one rank") -> Table:

@@ -13,6 +13,7 @@ import pytest
 from ds_moe_ep import __version__
 from ds_moe_ep.check.config import Budget, check_config
 from ds_moe_ep.cli.main import main
+from ds_moe_ep.config.shipped import shipped_ds_configs
 from ds_moe_ep.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,10 +50,13 @@ def test_check_config_tells_memory_traffic_and_the_specifications_figures(capsys
 def test_the_answers_of_check_config_are_at_most_eight_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    assert main(["check-config", "ep8", "--gpu-gb", "80"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 8 and "can run" in lines[0] and "--verbose" in lines[-1]
+    monkeypatch.setenv("COLUMNS", "80")
+    copies = write(tmp_path, CONFIG | {"moe_ep": CONFIG["moe_ep"] | {"replicas": 1}})
+    for config in (*shipped_ds_configs(), copies, "ep8"):
+        assert main(["check-config", config, "--gpu-gb", "80"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= 8 and "can run" in lines[0] and "--verbose" in lines[-1], config
+        assert ("slots for 1 replicas" in lines[2]) == (config == copies)
     assert any("59.77 GB of 80 - 4 GB reserve" in line for line in lines)
     assert main(["check-config", write(tmp_path, CONFIG), "--verbose", "--json"]) == 2
     assert "not allowed with" in capsys.readouterr().out
