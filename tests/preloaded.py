@@ -18,7 +18,7 @@ import torch
 from torch.overrides import get_overridable_functions, get_testing_overrides
 
 from ds_moe_ep.moe import tuner
-from ds_moe_ep.schedule import race
+from ds_moe_ep.schedule import benchmark
 
 get_testing_overrides()
 get_overridable_functions()
@@ -29,13 +29,13 @@ gc.collect()
 gc.freeze()
 gc.set_threshold(20_000, *gc.get_threshold()[1:])
 
-FULL = (tuner.PROBES, race.STAGES, race.MOST_ROUNDS, tuner.MOST)
-tuner.PROBES, race.STAGES, race.MOST_ROUNDS, tuner.MOST = 1, (1, 1), 1, 3
+FULL = (tuner.PROBES, benchmark.STAGES, benchmark.MOST_ROUNDS, tuner.MOST)
+tuner.PROBES, benchmark.STAGES, benchmark.MOST_ROUNDS, tuner.MOST = 1, (1, 1), 1, 3
 
 
 def full_measurement() -> None:
     """Lets layers of this rank measure as long as a user's do."""
-    tuner.PROBES, race.STAGES, race.MOST_ROUNDS, tuner.MOST = FULL
+    tuner.PROBES, benchmark.STAGES, benchmark.MOST_ROUNDS, tuner.MOST = FULL
 
 
 LARGE_PAGE = 2 << 20

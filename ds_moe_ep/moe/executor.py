@@ -31,7 +31,7 @@ from ds_moe_ep.moe.layout import PieceRows, RowLayout
 from ds_moe_ep.moe.rows.buffers import Buffers
 from ds_moe_ep.moe.two_level.copies import NodeCopies
 from ds_moe_ep.moe.two_level.relay import Relay, relay_of
-from ds_moe_ep.schedule.build import Kind, Op, Schedule
+from ds_moe_ep.schedule.build import Op, OpKind, Schedule
 from ds_moe_ep.schedule.spans import Tags
 
 
@@ -230,12 +230,12 @@ def telling(context: PassContext, phase: str) -> Iterator[None]:
 
 def _work(op: Op, context: PassContext, buffers: Buffers, steps: Steps, tags: Tags) -> Callable[[], Event | None]:
     """The work of an op, to be called on its lane."""
-    if op.kind is Kind.WEIGHTS:
+    if op.kind is OpKind.WEIGHTS:
         assert steps.weights is not None, "this pass has no weight gradients"
         return partial(steps.weights, op.piece)
-    if op.kind is Kind.DISPATCH:
+    if op.kind is OpKind.DISPATCH:
         return partial(_dispatch, op.piece, context.layout, context.transport, buffers, tags)
-    if op.kind is Kind.COMBINE:
+    if op.kind is OpKind.COMBINE:
         return partial(_combine, op.piece, context.layout, context.transport, buffers, tags)
     rows = context.layout.pieces[op.piece]
 

@@ -45,10 +45,10 @@ from ds_moe_ep.moe.router import use_triton
 from ds_moe_ep.moe.rows.buffers import Buffers
 from ds_moe_ep.moe.split_experts import keep
 from ds_moe_ep.records.quantity import number
-from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule, pieces_of
+from ds_moe_ep.schedule.benchmark import SERIAL, benchmark, described
+from ds_moe_ep.schedule.build import Op, OpKind, Piece, Schedule, backward_schedule, forward_schedule, pieces_of
 from ds_moe_ep.schedule.drift import LinkDrift, LinkSample
 from ds_moe_ep.schedule.price import Costs, probe_pieces, ranked
-from ds_moe_ep.schedule.race import SERIAL, described, race
 from ds_moe_ep.schedule.spans import Span, Tags
 
 PROBES = 2  # measured runs of each probe, after one that warms up
@@ -184,7 +184,7 @@ class AutotuneRun:
         config = self.config if can_copy else dataclasses.replace(self.config, two_level="off")
         priced = ranked(config, self.torus, self.measure_costs())
         predicted_us = {str(knobs): us for us, knobs in priced}
-        found = race(self._finalists(priced), self._benchmark)
+        found = benchmark(self._finalists(priced), self._benchmark)
         ratios = {name: statistics.median(found.to_serial(name)) for name in found.seconds}
         predicted = predicted_us[str(found.leader)] / max(predicted_us[str(SERIAL)], 1e-9)
         serial_ms = 1e3 * statistics.median(seconds for seconds in found.serial_s if seconds)
@@ -240,7 +240,7 @@ class AutotuneRun:
         near_us, far_us, latency_us = (span.stop_us - span.start_us for span in wire)
         computes = [span for span in serial if span.lane == "compute"]
 
-        def total_us(phase: str, kind: Kind) -> float:
+        def total_us(phase: str, kind: OpKind) -> float:
             mine = [s for s in computes if s.tags.phase == phase and s.name.startswith(kind.value)]
             return sum(span.stop_us - span.start_us for span in mine)
 
@@ -248,14 +248,14 @@ class AutotuneRun:
             near_us=max(near_us - latency_us, 0.0),
             far_us=max(far_us - latency_us, 0.0),
             latency_us=latency_us,
-            forward_us=total_us("forward", Kind.COMPUTE),
-            input_grad_us=total_us("backward", Kind.COMPUTE),
-            weight_grad_us=total_us("backward", Kind.WEIGHTS),
+            forward_us=total_us("forward", OpKind.COMPUTE),
+            input_grad_us=total_us("backward", OpKind.COMPUTE),
+            weight_grad_us=total_us("backward", OpKind.WEIGHTS),
         )
 
     def _wire_spans(self, pieces: tuple[Piece, ...]) -> list[Span]:
         """One blocking dispatch of each piece, recorded."""
-        ops = tuple(Op(Kind.DISPATCH, piece, (piece - 1,) if piece else ()) for piece in range(len(pieces)))
+        ops = tuple(Op(OpKind.DISPATCH, piece, (piece - 1,) if piece else ()) for piece in range(len(pieces)))
         probe = Schedule("probe", self.torus, pieces, ops, depth=0)
         recorder = make_recorder(self.rows_ND.device, self.transport.rank)
         context = dataclasses.replace(self._context(probe, probe), recorder=recorder)

@@ -49,7 +49,7 @@ Peers = tuple[tuple[tuple[int, int], ...], ...]
 MAX_WEIGHT_BLOCKS = 4  # more would cost more in small matrix products than they fill
 
 
-class Kind(Enum):
+class OpKind(Enum):
     """The work of an op on its piece; the value is the lane that it runs on."""
 
     DISPATCH = "dispatch"
@@ -62,10 +62,10 @@ class Kind(Enum):
     @property
     def lane(self) -> str:
         """The lane of the op: weight gradients share the compute lane."""
-        return "compute" if self is Kind.WEIGHTS else self.value
+        return "compute" if self is OpKind.WEIGHTS else self.value
 
 
-LETTERS = dict(zip(Kind, "DSEGCW", strict=True))
+LETTERS = dict(zip(OpKind, "DSEGCW", strict=True))
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Op:
     The piece of WEIGHTS is one of the schedule's blocks: the rows from its offsets, in whatever pieces they came.
     """
 
-    kind: Kind
+    kind: OpKind
     piece: int
     after: tuple[int, ...] = ()
 
@@ -117,7 +117,7 @@ class Schedule:
     def issues(self) -> tuple[tuple[Op, str, str, bool], ...]:
         """Each op with its lane, whose rows it moves or computes, and whether its end is awaited."""
         return tuple(
-            (op, op.kind.lane, "" if op.kind is Kind.WEIGHTS else self.labels[op.piece], index in self.awaited)
+            (op, op.kind.lane, "" if op.kind is OpKind.WEIGHTS else self.labels[op.piece], index in self.awaited)
             for index, op in enumerate(self.ops)
         )
 
@@ -137,12 +137,12 @@ class Schedule:
     @cached_property
     def spreads(self) -> frozenset[int]:
         """The pieces whose rows for far nodes leave as one copy per token, and are spread there."""
-        return frozenset(op.piece for op in self.ops if op.kind is Kind.SPREAD)
+        return frozenset(op.piece for op in self.ops if op.kind is OpKind.SPREAD)
 
     @cached_property
     def gathers(self) -> frozenset[int]:
         """The pieces whose results are summed on the far node before they come back."""
-        return frozenset(op.piece for op in self.ops if op.kind is Kind.GATHER)
+        return frozenset(op.piece for op in self.ops if op.kind is OpKind.GATHER)
 
     @cached_property
     def awaited(self) -> frozenset[int]:
@@ -262,7 +262,7 @@ def _schedule(config: MoEConfig, torus: Torus, *, is_backward: bool) -> Schedule
     return Schedule(config.schedule, torus, pieces, ops, depth, blocks, config.bit_equal)
 
 
-Computes = list[tuple[Kind, int]]
+Computes = list[tuple[OpKind, int]]
 
 
 def _compute_order(pieces: Sequence[Piece], blocks: Sequence[tuple[Offset, ...]]) -> Computes:
@@ -275,11 +275,11 @@ def _compute_order(pieces: Sequence[Piece], blocks: Sequence[tuple[Offset, ...]]
     computes: Computes = []
     written = 0
     for place, piece in enumerate(order):
-        computes.append((Kind.COMPUTE, piece))
+        computes.append((OpKind.COMPUTE, piece))
         while written < len(blocks) and last_of[written] + (written > 0) <= place:
-            computes.append((Kind.WEIGHTS, written))
+            computes.append((OpKind.WEIGHTS, written))
             written += 1
-    return computes + [(Kind.WEIGHTS, block) for block in range(written, len(blocks))]
+    return computes + [(OpKind.WEIGHTS, block) for block in range(written, len(blocks))]
 
 
 @dataclass(frozen=True)
@@ -289,18 +289,18 @@ class _Around:
     spreads: frozenset[int]
     gathers: frozenset[int]
 
-    def before(self, piece: int) -> tuple[Kind, ...]:
-        return (Kind.DISPATCH, Kind.SPREAD) if piece in self.spreads else (Kind.DISPATCH,)
+    def before(self, piece: int) -> tuple[OpKind, ...]:
+        return (OpKind.DISPATCH, OpKind.SPREAD) if piece in self.spreads else (OpKind.DISPATCH,)
 
-    def behind(self, piece: int) -> tuple[Kind, ...]:
-        return (Kind.GATHER, Kind.COMBINE) if piece in self.gathers else (Kind.COMBINE,)
+    def behind(self, piece: int) -> tuple[OpKind, ...]:
+        return (OpKind.GATHER, OpKind.COMBINE) if piece in self.gathers else (OpKind.COMBINE,)
 
 
 def _blocking(computes: Computes, around: _Around) -> Iterator[Op]:
     """Each op waits for the one before: nothing is hidden. The control of every overlap figure."""
     index = 0
     for kind, piece in computes:
-        is_piece = kind is Kind.COMPUTE
+        is_piece = kind is OpKind.COMPUTE
         for step in (*around.before(piece), kind, *around.behind(piece)) if is_piece else (kind,):
             yield Op(step, piece, (index - 1,) if index else ())
             index += 1
@@ -313,28 +313,28 @@ def _pipelined(
 
     A spread is issued one piece ahead, and with depth 1, for one hardware queue, not ahead: it waits for its dispatch.
     """
-    to_dispatch = [piece for kind, piece in computes if kind is Kind.COMPUTE]
-    index_of: dict[tuple[Kind, int], int] = {}
+    to_dispatch = [piece for kind, piece in computes if kind is OpKind.COMPUTE]
+    index_of: dict[tuple[OpKind, int], int] = {}
 
-    def op(kind: Kind, piece: int, after: Sequence[int] = ()) -> Op:
+    def op(kind: OpKind, piece: int, after: Sequence[int] = ()) -> Op:
         index_of[kind, piece] = len(index_of)
         return Op(kind, piece, tuple(after))
 
     dispatched = spread = computed = 0
     for kind, piece in computes:
-        if kind is Kind.WEIGHTS:
+        if kind is OpKind.WEIGHTS:
             parts = [p for p in to_dispatch if set(pieces[p].offsets) & set(blocks[piece])]
-            yield op(kind, piece, [index_of[Kind.COMPUTE, part] for part in parts])
+            yield op(kind, piece, [index_of[OpKind.COMPUTE, part] for part in parts])
             continue
         while dispatched < min(computed + 1 + depth, len(to_dispatch)):
-            yield op(Kind.DISPATCH, to_dispatch[dispatched])
+            yield op(OpKind.DISPATCH, to_dispatch[dispatched])
             dispatched += 1
         for ahead in to_dispatch[spread : computed + min(depth, 2)]:
             if ahead in around.spreads:
-                yield op(Kind.SPREAD, ahead, [index_of[Kind.DISPATCH, ahead]])
+                yield op(OpKind.SPREAD, ahead, [index_of[OpKind.DISPATCH, ahead]])
         spread = computed + min(depth, 2)
-        yield op(Kind.COMPUTE, piece, [index_of[around.before(piece)[-1], piece]])
-        last = Kind.COMPUTE
+        yield op(OpKind.COMPUTE, piece, [index_of[around.before(piece)[-1], piece]])
+        last = OpKind.COMPUTE
         for following in around.behind(piece):
             yield op(following, piece, [index_of[last, piece]])
             last = following

@@ -14,9 +14,9 @@ from itertools import pairwise, zip_longest
 
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule import two_level
-from ds_moe_ep.schedule.build import Kind, Offset, Op, Schedule
+from ds_moe_ep.schedule.build import Offset, Op, OpKind, Schedule
 
-TRANSFERS = (Kind.DISPATCH, Kind.SPREAD, Kind.GATHER, Kind.COMBINE)
+TRANSFERS = (OpKind.DISPATCH, OpKind.SPREAD, OpKind.GATHER, OpKind.COMBINE)
 NEVER = sys.maxsize  # the op that would hold the other end of a message that nobody sends or takes
 
 Ends = list[list[list[tuple[int, int]]]]  # by rank and op: (peer, its op), the other ends of the op's messages
@@ -131,8 +131,8 @@ def _check_names(schedule: Schedule) -> Iterator[str]:
             yield f"piece {index} is cut {piece.cut} of {piece.num_cuts}"
     num_blocks = len(schedule.blocks)
     for index, op in enumerate(schedule.ops):
-        if not 0 <= op.piece < (num_blocks if op.kind is Kind.WEIGHTS else len(schedule.pieces)):
-            yield f"op {index} ({op}) names a {'block' if op.kind is Kind.WEIGHTS else 'piece'} that does not exist"
+        if not 0 <= op.piece < (num_blocks if op.kind is OpKind.WEIGHTS else len(schedule.pieces)):
+            yield f"op {index} ({op}) names a {'block' if op.kind is OpKind.WEIGHTS else 'piece'} that does not exist"
         for before in op.after:
             if not 0 <= before < len(schedule.ops):
                 yield f"op {index} ({op}) waits for op {before}, which does not exist"
@@ -144,11 +144,11 @@ def _check_each_once(schedule: Schedule) -> Iterator[str]:
     A leg inside of the node stands once where it stands at all, and for pieces that have each of their far nodes whole.
     """
     found = [(op.kind, op.piece) for op in schedule.ops]
-    whole = (Kind.DISPATCH, Kind.COMPUTE, Kind.COMBINE)
+    whole = (OpKind.DISPATCH, OpKind.COMPUTE, OpKind.COMBINE)
     expected = [(kind, p) for p in range(len(schedule.pieces)) for kind in whole]
-    expected += [(Kind.SPREAD, p) for p in schedule.spreads] + [(Kind.GATHER, p) for p in schedule.gathers]
-    if any(kind is Kind.WEIGHTS for kind, _ in found):
-        expected += [(Kind.WEIGHTS, block) for block in range(len(schedule.blocks))]
+    expected += [(OpKind.SPREAD, p) for p in schedule.spreads] + [(OpKind.GATHER, p) for p in schedule.gathers]
+    if any(kind is OpKind.WEIGHTS for kind, _ in found):
+        expected += [(OpKind.WEIGHTS, block) for block in range(len(schedule.blocks))]
     for kind, piece in expected:
         if found.count((kind, piece)) != 1:
             yield f"{kind.value} {piece} stands {found.count((kind, piece))} times, not once"
@@ -200,14 +200,14 @@ def _check_needs(schedule: Schedule) -> Iterator[str]:
                 yield f"{op} does not wait for {needed[0].value} {needed[1]}"
 
 
-def _needs(op: Op, schedule: Schedule) -> list[tuple[Kind, int]]:
+def _needs(op: Op, schedule: Schedule) -> list[tuple[OpKind, int]]:
     """The ops whose results an op reads."""
-    if op.kind is Kind.WEIGHTS:
+    if op.kind is OpKind.WEIGHTS:
         block = set(schedule.blocks[op.piece])
-        return [(Kind.COMPUTE, p) for p, piece in enumerate(schedule.pieces) if block & set(piece.offsets)]
-    order = [Kind.DISPATCH, Kind.COMPUTE, Kind.COMBINE]
-    order[1:1] = [Kind.SPREAD] if op.piece in schedule.spreads else []
-    order[-1:-1] = [Kind.GATHER] if op.piece in schedule.gathers else []
+        return [(OpKind.COMPUTE, p) for p, piece in enumerate(schedule.pieces) if block & set(piece.offsets)]
+    order = [OpKind.DISPATCH, OpKind.COMPUTE, OpKind.COMBINE]
+    order[1:1] = [OpKind.SPREAD] if op.piece in schedule.spreads else []
+    order[-1:-1] = [OpKind.GATHER] if op.piece in schedule.gathers else []
     place = order.index(op.kind)
     return [(order[place - 1], op.piece)] if place else []
 
@@ -222,12 +222,12 @@ def _check_issue_order(schedule: Schedule) -> Iterator[str]:
     ops = schedule.ops
     index_of = {(op.kind, op.piece): index for index, op in enumerate(ops)}
     on_compute = [index for index, op in enumerate(ops) if op.kind.lane == "compute"]
-    computed = [op.piece for op in ops if op.kind is Kind.COMPUTE]
+    computed = [op.piece for op in ops if op.kind is OpKind.COMPUTE]
     for here, following in pairwise(computed):
-        if index_of[Kind.DISPATCH, following] > index_of[Kind.COMPUTE, here]:
+        if index_of[OpKind.DISPATCH, following] > index_of[OpKind.COMPUTE, here]:
             yield f"dispatch {following} is issued after compute {here}, which should hide it"
     for piece in computed:
-        compute, combine = index_of[Kind.COMPUTE, piece], index_of[Kind.COMBINE, piece]
+        compute, combine = index_of[OpKind.COMPUTE, piece], index_of[OpKind.COMBINE, piece]
         for late in (index for index in on_compute if compute < index < combine):
             yield f"combine {piece} is issued after {ops[late]}, which should hide it"
     if not any(max(op.after, default=-1) >= index for index, op in enumerate(ops)):
@@ -246,8 +246,8 @@ def _check_one_queue(schedule: Schedule, on_compute: Sequence[int]) -> Iterator[
         behind.append(behind[index - 1] if index else 0)
         for before in waits:
             behind[index] |= 1 << before
-    to_hide = [index for index, op in enumerate(ops) if op.kind is Kind.DISPATCH][schedule.depth :]
-    to_hide += [index for index, op in enumerate(ops) if op.kind is Kind.COMBINE and index < on_compute[-1]]
+    to_hide = [index for index, op in enumerate(ops) if op.kind is OpKind.DISPATCH][schedule.depth :]
+    to_hide += [index for index, op in enumerate(ops) if op.kind is OpKind.COMBINE and index < on_compute[-1]]
     for index in to_hide:
         if all(behind[index] >> other & 1 or behind[other] >> index & 1 for other in on_compute):
             yield f"{ops[index]} runs beside no compute where one queue holds all ops"

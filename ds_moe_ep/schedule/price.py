@@ -15,7 +15,7 @@ from typing import Any
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.build import MAX_WEIGHT_BLOCKS, Kind, Op, Piece, Schedule, backward_schedule, forward_schedule
+from ds_moe_ep.schedule.build import MAX_WEIGHT_BLOCKS, Op, OpKind, Piece, Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.schedule.events import Phase
 from ds_moe_ep.schedule.program import START, Load, Program, add_pass
 from ds_moe_ep.schedule.spans import Tags
@@ -103,9 +103,9 @@ def price_pass(schedule: Schedule, costs: Costs, compute_us: float, copies: floa
     blocks = [_rows(block, schedule.torus) for block in schedule.blocks]
 
     def load(op: Op) -> Load:
-        if op.kind is Kind.COMPUTE:
+        if op.kind is OpKind.COMPUTE:
             return Load((Phase(rows[op.piece] * compute_us),))
-        if op.kind is Kind.WEIGHTS:
+        if op.kind is OpKind.WEIGHTS:
             return Load((Phase(blocks[op.piece] * costs.weight_grad_us),))
         shares = near[op.piece], far[op.piece]
         if op.piece in schedule.spreads | schedule.gathers:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ds_moe_ep.schedule import events, two_level
-from ds_moe_ep.schedule.build import Kind, Op, Schedule
+from ds_moe_ep.schedule.build import Op, OpKind, Schedule
 from ds_moe_ep.schedule.events import Phase, Task, Times
 from ds_moe_ep.schedule.spans import NO_TAGS, Span, Tags
 
@@ -124,7 +124,7 @@ def add_pass(
     for op in schedule.ops:
         lane = op.kind.lane
         width = 1 if lane == "compute" else in_flight
-        tagged = Tags(tags.layer, tags.phase, "" if op.kind is Kind.WEIGHTS else schedule.labels[op.piece])
+        tagged = Tags(tags.layer, tags.phase, "" if op.kind is OpKind.WEIGHTS else schedule.labels[op.piece])
         added = []
         for rank, load_of in enumerate(loads):
             queue = queues[rank].setdefault(lane, [])

@@ -229,18 +229,18 @@ def line_of(span: Span) -> str:
 
 def span_of(line: str, where: str) -> Span:
     """The span that `line` holds. Raises ConfigError, with `where` it stands, for a broken one."""
-    way_out = "write the file with timeline.write_spans"
+    fix = "write the file with timeline.write_spans"
     try:
         values: Any = json.loads(line)
         span = Span(**{**values, "tags": Tags(**values["tags"])})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ConfigError(f"{where}={line[:40]!r}: not a span ({error}); {way_out}") from error
+        raise ConfigError(f"{where}={line[:40]!r}: not a span ({error}); {fix}") from error
     texts = (span.name, span.lane, span.tags.layer, span.tags.phase, span.tags.peers)
     if type(span.rank) is not int or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"{where}={line[:40]!r}: a span has an integer rank and texts for names; {way_out}")
+        raise ConfigError(f"{where}={line[:40]!r}: a span has an integer rank and texts for names; {fix}")
     times_us = (span.start_us, span.stop_us)
     if not all(type(time_us) in (int, float) and math.isfinite(time_us) for time_us in times_us):
-        raise ConfigError(f"{where}={line[:40]!r}: a span starts and stops at finite times; {way_out}")
+        raise ConfigError(f"{where}={line[:40]!r}: a span starts and stops at finite times; {fix}")
     if span.stop_us < span.start_us:
-        raise ConfigError(f"{where}={line[:40]!r}: a span cannot stop before it starts; {way_out}")
+        raise ConfigError(f"{where}={line[:40]!r}: a span cannot stop before it starts; {fix}")
     return span

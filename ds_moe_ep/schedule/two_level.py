@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ds_moe_ep.schedule.build import Kind, Offset, Op, Piece, Schedule
+from ds_moe_ep.schedule.build import Offset, Op, OpKind, Piece, Schedule
 
 
 class Ends(NamedTuple):
@@ -40,7 +40,7 @@ def _ends(op: Op, rank: int, schedule: Schedule, *, is_sender: bool) -> Iterator
     torus, piece = schedule.torus, schedule.pieces[op.piece]
     there = torus.target if _is_outward(op) == is_sender else torus.source
     legs = _has_legs(op, schedule)
-    if legs and op.kind in (Kind.DISPATCH, Kind.COMBINE):
+    if legs and op.kind in (OpKind.DISPATCH, OpKind.COMBINE):
         for node in far_nodes(piece):
             yield Ends(there(rank, (node, 0)), f"copies for node +{node}")
         return
@@ -51,7 +51,7 @@ def _ends(op: Op, rank: int, schedule: Schedule, *, is_sender: bool) -> Iterator
 
 def _is_outward(op: Op) -> bool:
     """True on the way to the experts."""
-    return op.kind in (Kind.DISPATCH, Kind.SPREAD)
+    return op.kind in (OpKind.DISPATCH, OpKind.SPREAD)
 
 
 def _has_legs(op: Op, schedule: Schedule) -> bool:
@@ -85,7 +85,7 @@ def legs_of(op: Op, schedule: Schedule, share: float) -> Legs:
     near = _crossing_near(piece.offsets) / piece.num_cuts
     if not _has_legs(op, schedule):
         return Legs(far, near)
-    if op.kind in (Kind.DISPATCH, Kind.COMBINE):
+    if op.kind in (OpKind.DISPATCH, OpKind.COMBINE):
         return Legs(far * share, 0.0)
     return Legs(0.0, sum(place != 0 for _, place in piece.offsets) / piece.num_cuts)
 

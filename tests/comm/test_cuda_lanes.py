@@ -22,7 +22,7 @@ from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.moe import executor as overlap
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 from ds_moe_ep.moe.rows import buffers
-from ds_moe_ep.schedule.build import Kind, Schedule, backward_schedule, forward_schedule
+from ds_moe_ep.schedule.build import OpKind, Schedule, backward_schedule, forward_schedule
 from tests.comm.recorded_layer import TORUS, Change, has, run_layer
 from tests.comm.recording_device import HOST_METHODS, RecordingDevice, RecordingTransport, RecordingWork
 
@@ -124,7 +124,7 @@ def without_waits_of(*names: str, in_pass: str = "both") -> Change:
     """Drops what ops wait for, past the entry."""
 
     def change(schedule: Schedule) -> Schedule:
-        is_backward = any(op.kind is Kind.WEIGHTS for op in schedule.ops)
+        is_backward = any(op.kind is OpKind.WEIGHTS for op in schedule.ops)
         if in_pass not in ("both", "backward" if is_backward else "forward"):
             return schedule
         ops = [dataclasses.replace(op, after=()) if str(op) in names else op for op in schedule.ops]
@@ -138,7 +138,7 @@ EDGES = [
     (phase, str(op))
     for phase, make in (("forward", forward_schedule), ("backward", backward_schedule))
     for op in make(MoEConfig(schedule="peers"), TORUS).ops
-    if op.after and op.kind is not Kind.WEIGHTS
+    if op.after and op.kind is not OpKind.WEIGHTS
 ]
 
 
@@ -151,7 +151,7 @@ def test_each_dropped_edge_is_caught(device: RecordingDevice, phase: str, name: 
 
 def test_edges_of_weight_gradients_repeat_the_order_of_their_lane(device: RecordingDevice) -> None:
     def change(schedule: Schedule) -> Schedule:
-        ops = [dataclasses.replace(op, after=()) if op.kind is Kind.WEIGHTS else op for op in schedule.ops]
+        ops = [dataclasses.replace(op, after=()) if op.kind is OpKind.WEIGHTS else op for op in schedule.ops]
         return dataclasses.replace(schedule, ops=tuple(ops))
 
     assert run_layer(device, change) == []

@@ -25,7 +25,7 @@ from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
 from ds_moe_ep.moe.grouped import choice
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.tuner import AutotuneRun
-from ds_moe_ep.schedule.race import SERIAL
+from ds_moe_ep.schedule.benchmark import SERIAL
 from tests.moe.layer_cases import LayerCase, OddExpert
 from tests.moe.layer_runs import TAMPERS, config
 from tests.moe.test_parity import compare

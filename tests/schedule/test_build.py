@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.build import Kind, Piece, Schedule, backward_schedule, forward_schedule, weight_blocks
+from ds_moe_ep.schedule.build import OpKind, Piece, Schedule, backward_schedule, forward_schedule, weight_blocks
 from ds_moe_ep.schedule.check import check
 
 ANY_TORUS = st.one_of(
@@ -41,8 +41,8 @@ def test_every_schedule_of_every_topology_is_sound(torus: Torus, knobs: dict[str
     assert check(forward) == []
     assert check(backward) == []
     assert forward.pieces == backward.pieces, "both passes lay out the same rows"
-    assert Kind.WEIGHTS not in {op.kind for op in forward.ops}
-    assert Kind.WEIGHTS in {op.kind for op in backward.ops}
+    assert OpKind.WEIGHTS not in {op.kind for op in forward.ops}
+    assert OpKind.WEIGHTS in {op.kind for op in backward.ops}
 
 
 @given(torus=ANY_TORUS, knobs=ANY_KNOBS)

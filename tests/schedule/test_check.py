@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.build import Kind, Offset, Op, Piece, Schedule, backward_schedule, forward_schedule
+from ds_moe_ep.schedule.build import Offset, Op, OpKind, Piece, Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.schedule.check import check, check_together
 
-LETTERS = {"D": Kind.DISPATCH, "E": Kind.COMPUTE, "C": Kind.COMBINE, "W": Kind.WEIGHTS}
+LETTERS = {"D": OpKind.DISPATCH, "E": OpKind.COMPUTE, "C": OpKind.COMBINE, "W": OpKind.WEIGHTS}
 
 
 def peers(depth: int = 1) -> MoEConfig:

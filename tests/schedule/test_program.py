@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.build import Kind, Op, Schedule, backward_schedule, forward_schedule
+from ds_moe_ep.schedule.build import Op, OpKind, Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.schedule.events import Phase
 from ds_moe_ep.schedule.price import Costs, candidates, price_us
 from ds_moe_ep.schedule.program import START, Load, LoadOf, Outcome, Program, add_pass
@@ -46,10 +46,10 @@ def loads_of(schedule: Schedule, near: int, far: int, row_us: float = 5.0, row_b
     """One row at each offset: `row_us` of compute, bytes on the resources `near` and `far`, latencies of 2 and 3."""
 
     def load(op: Op) -> Load:
-        if op.kind is Kind.WEIGHTS:
+        if op.kind is OpKind.WEIGHTS:
             return Load((Phase(7.0),))
         piece = schedule.pieces[op.piece]
-        if op.kind is Kind.COMPUTE:
+        if op.kind is OpKind.COMPUTE:
             return Load((Phase(len(piece.offsets) / piece.num_cuts * row_us),))
         num_near = sum(offset[0] == 0 and offset != (0, 0) for offset in piece.offsets)
         num_far = sum(offset[0] != 0 for offset in piece.offsets)
@@ -80,7 +80,7 @@ def of_rank(spans: Sequence[Span], rank: int) -> dict[str, Span]:
     return {span.name: span for span in spans if span.rank == rank}
 
 
-def slower(kind: Kind, factor: float) -> Callable[[LoadOf], LoadOf]:
+def slower(kind: OpKind, factor: float) -> Callable[[LoadOf], LoadOf]:
     """The same loads, but ops of one kind take longer before their rows leave."""
 
     def change(load_of: LoadOf) -> LoadOf:
@@ -119,7 +119,7 @@ def test_a_rank_that_has_the_uplink_for_itself_does_not_stand_for_all(torus: Tor
 @pytest.mark.parametrize("schedule", ALL)
 def test_ops_of_a_lane_hold_it_one_after_the_other_in_the_order_of_issue(schedule: Schedule) -> None:
     random_us = random.Random(1)
-    outcome = run_all(schedule, lambda _, load: slower(Kind.DISPATCH, 20 * random_us.random())(load))
+    outcome = run_all(schedule, lambda _, load: slower(OpKind.DISPATCH, 20 * random_us.random())(load))
     for rank in range(schedule.torus.size):
         spans = of_rank(outcome.spans(), rank)
         for lane in ("compute", "dispatch", "combine"):
@@ -133,10 +133,10 @@ def test_ops_of_a_lane_hold_it_one_after_the_other_in_the_order_of_issue(schedul
 def test_nobody_goes_on_before_all_that_it_hears_from_have_sent(schedule: Schedule) -> None:
     torus, draw = schedule.torus, random.Random(2)
     factors = [10 * draw.random() for _ in range(torus.size)]
-    outcome = run_all(schedule, lambda rank, load: slower(Kind.DISPATCH, factors[rank])(load))
+    outcome = run_all(schedule, lambda rank, load: slower(OpKind.DISPATCH, factors[rank])(load))
     spans = [of_rank(outcome.spans(), rank) for rank in range(torus.size)]
     for op in schedule.ops:
-        if op.kind is Kind.COMPUTE:
+        if op.kind is OpKind.COMPUTE:
             for rank, offset in itertools.product(range(torus.size), schedule.pieces[op.piece].offsets):
                 sent = spans[torus.source(rank, offset)][f"dispatch {op.piece}"]
                 assert spans[rank][str(op)].start_us >= sent.stop_us - 1e-9
@@ -150,7 +150,7 @@ def test_a_late_sender_delays_itself_and_whom_its_rows_go_to_and_the_others_not_
     def change(rank: int, load_of: LoadOf) -> LoadOf:
         def load(op: Op) -> Load:
             found = load_of(op)
-            is_late = rank == 0 and op.kind is Kind.DISPATCH and op.piece == late
+            is_late = rank == 0 and op.kind is OpKind.DISPATCH and op.piece == late
             return Load((*found.first, Phase(100.0)), found.beside, found.delay_us) if is_late else found
 
         return load
@@ -164,7 +164,7 @@ def test_a_late_sender_delays_itself_and_whom_its_rows_go_to_and_the_others_not_
 @pytest.mark.parametrize("schedule", ALL)
 def test_a_rank_with_more_rows_is_waited_for_and_nobody_beats_its_compute(schedule: Schedule) -> None:
     even = run_all(schedule)
-    fuller = run_all(schedule, lambda rank, load: slower(Kind.COMPUTE, 1.0 + 9 * (rank == 0))(load))
+    fuller = run_all(schedule, lambda rank, load: slower(OpKind.COMPUTE, 1.0 + 9 * (rank == 0))(load))
     compute_us = sum(
         span.stop_us - span.start_us for span in fuller.spans() if (span.rank, span.lane) == (0, "compute")
     )
@@ -174,7 +174,7 @@ def test_a_rank_with_more_rows_is_waited_for_and_nobody_beats_its_compute(schedu
 def test_the_serial_schedule_takes_as_much_longer_as_its_fullest_rank_computes() -> None:
     schedule = forward_schedule(MoEConfig(schedule="serial"), Torus(4, 1))
     even = run_all(schedule)
-    fuller = run_all(schedule, lambda rank, load: slower(Kind.COMPUTE, 1.0 + 0.5 * (rank == 0))(load))
+    fuller = run_all(schedule, lambda rank, load: slower(OpKind.COMPUTE, 1.0 + 0.5 * (rank == 0))(load))
     assert fuller.makespan_us == pytest.approx(even.makespan_us + 0.5 * 4 * 5.0)
 
 
@@ -259,10 +259,10 @@ def _price_in_a_row(schedule: Schedule, near_us: float, far_us: float, latency_u
     torus, program = schedule.torus, Program()
 
     def load(op: Op) -> Load:
-        if op.kind is Kind.WEIGHTS:
+        if op.kind is OpKind.WEIGHTS:
             return Load((Phase(1000.0 / 4),))  # four blocks of four ranks each
         piece = schedule.pieces[op.piece]
-        if op.kind is Kind.COMPUTE:
+        if op.kind is OpKind.COMPUTE:
             return Load((Phase(1000.0 * len(piece.offsets) / torus.size / piece.num_cuts),))
         near = sum(offset[0] == 0 and offset != (0, 0) for offset in piece.offsets) / 3 / piece.num_cuts
         far = sum(offset[0] != 0 for offset in piece.offsets) / 12 / piece.num_cuts

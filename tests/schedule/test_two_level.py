@@ -13,7 +13,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.two_level.copies import is_copied
-from ds_moe_ep.schedule.build import Kind, Schedule, backward_schedule, forward_schedule
+from ds_moe_ep.schedule.build import OpKind, Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.schedule.check import check
 from ds_moe_ep.schedule.price import Costs, candidates, price_us
 from ds_moe_ep.schedule.two_level import copies_share
@@ -62,7 +62,7 @@ def test_copies_change_the_way_out_alone_and_sums_both_ways() -> None:
     ]
 
 
-def without(schedule: Schedule, kind: Kind, piece: int) -> Schedule:
+def without(schedule: Schedule, kind: OpKind, piece: int) -> Schedule:
     """The schedule in which nobody waits for an op."""
     index = next(i for i, op in enumerate(schedule.ops) if (op.kind, op.piece) == (kind, piece))
     ops = tuple(replace(op, after=tuple(i for i in op.after if i != index)) for op in schedule.ops)
@@ -72,13 +72,13 @@ def without(schedule: Schedule, kind: Kind, piece: int) -> Schedule:
 @pytest.mark.parametrize(
     ("kind", "fault"),
     [
-        (Kind.DISPATCH, "spread 1 does not wait for dispatch 1"),
-        (Kind.SPREAD, "compute 1 does not wait for spread 1"),
-        (Kind.COMPUTE, "gather 1 does not wait for compute 1"),
-        (Kind.GATHER, "combine 1 does not wait for gather 1"),
+        (OpKind.DISPATCH, "spread 1 does not wait for dispatch 1"),
+        (OpKind.SPREAD, "compute 1 does not wait for spread 1"),
+        (OpKind.COMPUTE, "gather 1 does not wait for compute 1"),
+        (OpKind.GATHER, "combine 1 does not wait for gather 1"),
     ],
 )
-def test_a_leg_that_nobody_waits_for_is_found(kind: Kind, fault: str) -> None:
+def test_a_leg_that_nobody_waits_for_is_found(kind: OpKind, fault: str) -> None:
     schedule = forward_schedule(config(two_level="sums"), TWO_NODES)
     assert fault in check(without(schedule, kind, 1))
 

@@ -24,7 +24,7 @@ from ds_moe_ep.comm.transport import Message, Transfer, Transport
 from ds_moe_ep.kernels.permute import RowMaps, gather_tokens, unpermute
 from ds_moe_ep.moe.two_level.copies import NOWHERE, NodeCopies, Span
 from ds_moe_ep.moe.two_level.legs import PieceLegs, num_relayed
-from ds_moe_ep.schedule.build import Kind, Op, Schedule
+from ds_moe_ep.schedule.build import Op, OpKind, Schedule
 from ds_moe_ep.schedule.spans import Tags
 
 Leg = Callable[[], Transfer]
@@ -103,10 +103,10 @@ class Relay:
     def leg(self, op: Op, schedule: Schedule, rows: PassRows, tags: Tags) -> Leg | None:
         """The work of an op that is a leg of the two levels; None for any other one."""
         works = {
-            Kind.DISPATCH: (self._dispatch, schedule.spreads),
-            Kind.SPREAD: (self._spread, schedule.spreads),
-            Kind.GATHER: (self._gather, schedule.gathers),
-            Kind.COMBINE: (self._combine, schedule.gathers),
+            OpKind.DISPATCH: (self._dispatch, schedule.spreads),
+            OpKind.SPREAD: (self._spread, schedule.spreads),
+            OpKind.GATHER: (self._gather, schedule.gathers),
+            OpKind.COMBINE: (self._combine, schedule.gathers),
         }
         work, pieces = works.get(op.kind, (None, frozenset[int]()))
         if work is None or op.piece not in pieces:

@@ -11,7 +11,7 @@ from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import title_of
 from ds_moe_ep.records.record import Record, write_whole
-from ds_moe_ep.schedule.build import Kind
+from ds_moe_ep.schedule.build import OpKind
 from ds_moe_ep.schedule.spans import LANES, NEAR_LANES, Span, Tags, chrome_trace, write_spans
 from ds_moe_ep.simulate.plan.plan import MEMORY, Comparison, Plan
 from ds_moe_ep.simulate.step.predict import Prediction
@@ -85,7 +85,7 @@ def _named(spans: Sequence[Span], system: str) -> Iterator[Span]:
     turn_us = min((span.start_us for span in spans if span.tags.phase == "backward"), default=math.inf)
     for span in spans:
         tags = span.tags
-        of_experts = span.lane in (*LANES, *NEAR_LANES) and (tags.peers or span.name.startswith(Kind.WEIGHTS.value))
+        of_experts = span.lane in (*LANES, *NEAR_LANES) and (tags.peers or span.name.startswith(OpKind.WEIGHTS.value))
         layer = f"{system}/{tags.layer}" if of_experts else tags.layer
         phase = REPEATED if tags.phase == "forward" and span.start_us >= turn_us else tags.phase
         yield dataclasses.replace(span, tags=Tags(layer, phase, tags.peers))

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.build import Kind, Op, Piece, Schedule, backward_schedule, forward_schedule
+from ds_moe_ep.schedule.build import Op, OpKind, Piece, Schedule, backward_schedule, forward_schedule
 from ds_moe_ep.schedule.program import Event, Load, LoadOf, Program, add_pass
 from ds_moe_ep.schedule.spans import Tags
 from ds_moe_ep.schedule.two_level import copies_share, far_nodes
@@ -129,14 +129,14 @@ class LayerPass:
         ]
 
         def load(op: Op) -> Load:
-            if op.kind is Kind.WEIGHTS:
+            if op.kind is OpKind.WEIGHTS:
                 return Load((self.machine.compute(self.times.weight_grads(blocks[op.piece])),))
-            if op.kind is Kind.COMPUTE:
+            if op.kind is OpKind.COMPUTE:
                 return Load((self.machine.compute(compute_us(shares[op.piece])),))
             if op.piece in schedule.spreads | schedule.gathers:
                 return self.machine.transfer(actor, self._volume_of_leg(op, schedule, rank))
             volume = volumes[op.piece]
-            return self.machine.transfer(actor, volume if op.kind is Kind.DISPATCH else volume.back)
+            return self.machine.transfer(actor, volume if op.kind is OpKind.DISPATCH else volume.back)
 
         return load
 
@@ -154,9 +154,9 @@ class LayerPass:
             first = target - target % per_node
             return share * sum(rows.to(first + place) for place in range(per_node))
 
-        is_out = op.kind in (Kind.DISPATCH, Kind.SPREAD)
+        is_out = op.kind in (OpKind.DISPATCH, OpKind.SPREAD)
         has_legs = op.piece in (schedule.spreads if is_out else schedule.gathers)
-        if has_legs and op.kind in (Kind.DISPATCH, Kind.COMBINE):  # of copies, and of their sums
+        if has_legs and op.kind in (OpKind.DISPATCH, OpKind.COMBINE):  # of copies, and of their sums
             away, home = sum(to_node(end.peer) for end in sends), len(far_nodes(piece)) * to_node(rank)
             away, home = (away, home) if is_out else (home, sum(to_node(end.peer) for end in receives))
             messages = len(far_nodes(piece))
@@ -169,7 +169,7 @@ class LayerPass:
             away, home = (away, home) if is_out else (home, away)
             return Volume(near_out=away * self.row_bytes, near_in=home * self.row_bytes, near_messages=len(others))
         volume = _volume(piece, rows, rank, self.row_bytes)
-        return volume if op.kind is Kind.DISPATCH else volume.back
+        return volume if op.kind is OpKind.DISPATCH else volume.back
 
 
 def _share(piece: Piece, from_each: float, num_local: int, is_bit_equal: bool) -> WorkShare:

@@ -8,8 +8,8 @@ from itertools import count, repeat
 
 import pytest
 
-from ds_moe_ep.schedule import race as race_module
-from ds_moe_ep.schedule.race import MOST_ROUNDS, SERIAL, STAGES, Knobs, Measure, described, race
+from ds_moe_ep.schedule import benchmark as benchmark_module
+from ds_moe_ep.schedule.benchmark import MOST_ROUNDS, SERIAL, STAGES, Knobs, Measure, benchmark, described
 
 FINALISTS: list[Knobs] = [{"schedule": "peers", "row_cuts": cuts} for cuts in (1, 2, 3, 4)] + [
     {"schedule": "chunks", "chunks": chunks} for chunks in (2, 4)
@@ -36,13 +36,15 @@ AT_2 = (7.10, 6.46, 6.52, 6.60, 6.91, 7.07)  # seconds of a step where traffic t
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_taken_is_at_most_two_percent_slower_than_the_fastest(seed: int) -> None:
-    taken = race(FINALISTS, clock(AT_2, noise=0.04, seed=seed)).leader
+    taken = benchmark(FINALISTS, clock(AT_2, noise=0.04, seed=seed)).leader
     assert AT_2[FINALISTS.index(taken)] <= 1.02 * min(AT_2), taken
 
 
 def test_a_busy_machine_costs_a_percent_or_two_in_the_mean() -> None:
     """Each pass is up to 30 % longer, and rounds differ as much; 50 machines."""
-    taken = [AT_2[FINALISTS.index(race(FINALISTS, clock(AT_2, noise=0.3, seed=seed)).leader)] for seed in range(50)]
+    taken = [
+        AT_2[FINALISTS.index(benchmark(FINALISTS, clock(AT_2, noise=0.3, seed=seed)).leader)] for seed in range(50)
+    ]
     assert sum(taken) / len(taken) <= 1.02 * min(AT_2)
 
 
@@ -94,9 +96,9 @@ def share_taken_badly(load: Load) -> float:
     bad = 0
     for seed in range(NUM_MACHINES):
         measure, passes = pass_clock(AT_2, load, seed)
-        taken = race(FINALISTS, measure).leader
+        taken = benchmark(FINALISTS, measure).leader
         bad += taken == SERIAL or AT_2[FINALISTS.index(taken)] > 1.02 * min(AT_2)
-        assert passes[0] <= MOST_PASSES, "a race ends, whatever the machine does"
+        assert passes[0] <= MOST_PASSES, "a benchmark ends, whatever the machine does"
     return bad / NUM_MACHINES
 
 
@@ -108,38 +110,38 @@ def test_on_a_busy_machine_a_schedule_within_two_percent_of_the_fastest_is_taken
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (share := share_taken_badly(load)) <= 0.05
-    monkeypatch.setattr(race_module, "STAGES", (1, 1, 1))
-    monkeypatch.setattr(race_module, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(benchmark_module, "STAGES", (1, 1, 1))
+    monkeypatch.setattr(benchmark_module, "MOST_ROUNDS", 1)
     assert share_taken_badly(load) > 2 * share, "rounds are what tells them apart"
 
 
 def test_rounds_go_on_only_while_the_last_two_are_not_told_apart() -> None:
     quiet, num_quiet = pass_clock(AT_2, lambda draws: repeat(1.0), 0)
-    race(FINALISTS, quiet)
+    benchmark(FINALISTS, quiet)
     assert num_quiet[0] == 7 * (1 + STAGES[0]) + 3 * STAGES[1] + 3 * STAGES[2]
     noisy, num_noisy = pass_clock((7.0, 7.0, 9.0, 9.0, 9.0, 9.0), jumps, 0)
-    race(FINALISTS, noisy)
+    benchmark(FINALISTS, noisy)
     assert num_quiet[0] < num_noisy[0] <= MOST_PASSES
 
 
 def test_without_noise_the_fastest_is_taken_and_of_equal_ones_the_first() -> None:
-    assert race(FINALISTS, clock(AT_2)).leader == FINALISTS[1]
-    assert race(FINALISTS, clock((7.0, 6.5, 6.501, 6.5, 8.0, 8.0))).leader == FINALISTS[1]
+    assert benchmark(FINALISTS, clock(AT_2)).leader == FINALISTS[1]
+    assert benchmark(FINALISTS, clock((7.0, 6.5, 6.501, 6.5, 8.0, 8.0))).leader == FINALISTS[1]
 
 
 def test_a_gain_within_the_spread_keeps_serial_and_one_beyond_it_does_not() -> None:
     close = (8.95, 9.3, 9.3, 9.3, 9.3, 9.3)
-    assert race(FINALISTS, clock(close)).leader == FINALISTS[0]
-    assert race(FINALISTS, clock(close, noise=0.2, seed=3)).leader == SERIAL
+    assert benchmark(FINALISTS, clock(close)).leader == FINALISTS[0]
+    assert benchmark(FINALISTS, clock(close, noise=0.2, seed=3)).leader == SERIAL
 
 
 def test_close_ones_get_more_rounds_and_hopeless_ones_end_it() -> None:
-    found = race(FINALISTS, clock(AT_2))
+    found = benchmark(FINALISTS, clock(AT_2))
     assert [len(found.seconds[described(knobs)]) for knobs in FINALISTS] == [3, sum(STAGES), sum(STAGES), 5, 3, 3]
-    over = race(FINALISTS, clock((11.0,) * 6))
+    over = benchmark(FINALISTS, clock((11.0,) * 6))
     assert over.leader == SERIAL and all(len(seconds) == STAGES[0] for seconds in over.seconds.values())
 
 
-def test_one_schedule_or_none_beside_serial_is_a_race_too() -> None:
-    assert race(FINALISTS[:1], clock(AT_2)).leader == FINALISTS[0]
-    assert race([], clock(AT_2)).leader == SERIAL
+def test_one_schedule_or_none_beside_serial_is_a_benchmark_too() -> None:
+    assert benchmark(FINALISTS[:1], clock(AT_2)).leader == FINALISTS[0]
+    assert benchmark([], clock(AT_2)).leader == SERIAL

@@ -36,7 +36,7 @@ def described(knobs: Knobs) -> str:
 
 
 @dataclass
-class Race:
+class ScheduleTimes:
     """Times of the schedules, round by round. `leader` is the one to take, serial where none is faster."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -104,9 +104,9 @@ def median_of(ratios: Sequence[float]) -> tuple[float, float]:
     return middle, 0.93 * (high - low) / len(ratios) ** 0.5
 
 
-def race(finalists: Sequence[Knobs], measure: Measure) -> Race:
+def benchmark(finalists: Sequence[Knobs], measure: Measure) -> ScheduleTimes:
     """The benchmark of the schedules, the cheapest first. `measure` is called for one stage after the other."""
-    found, left = Race(), list(finalists)
+    found, left = ScheduleTimes(), list(finalists)
     for stage, rounds in enumerate(STAGES):
         is_first, is_last = stage == 0, stage == len(STAGES) - 1
         if is_first or is_last:
