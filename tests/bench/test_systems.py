@@ -49,7 +49,7 @@ SMALL_WORLD = SystemsPlan(
         "tp2_pp2_ep4": Cut(layout=Layout(tp_size=2, pp_size=2), ep_size=2),
     },
     num_sequences=16,
-    rounds=3,
+    rounds=2,
     warm_ups=1,
     num_nodes=1,
     ranks_per_node=4,
@@ -136,7 +136,7 @@ def test_eight_engines_in_one_world_train_alike_and_account_for_their_time() -> 
     findings = run_small_world(SMALL_WORLD)
     values = {name: values[-1] for finding in findings for name, values in finding.samples.items()}
     of = "system.loopback.training"
-    losses = {name: values[f"{of}.{name}.loss.step0004"] for name in SYSTEMS}
+    losses = {name: values[f"{of}.{name}.loss.step0003"] for name in SYSTEMS}
     first = {name: values[f"{of}.{name}.loss.step0001"] for name in SYSTEMS}
     # The same weights, tokens and mathematics: up to the rounding of sums, the balance loss' scope and a z-loss.
     for name in ("ep16_serial", "native_ep16", *SMALL_WORLD.cuts):

@@ -86,8 +86,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str
     return run
 
 
-# Others meet the same lane in another phase, or the same phase with another fault.
-SLOW = ("kill.combine@3:2", "stop.combine@3:0", "stop.backward@3:2")
+# Others meet the same lane in another phase, or the same phase with another fault; a killed dispatch is launched, and a
+# wrong width and dtype reach every rank in tests/engine/test_bad_input.py.
+SLOW = ("kill.dispatch@3:1", "kill.combine@3:2", "kill.dispatch@3:2", "stop.combine@3:0", "stop.backward@3:2")
+SLOW += ("dtype@3:1", "width@3:1")
 
 
 @pytest.mark.parametrize(

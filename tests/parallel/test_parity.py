@@ -40,24 +40,25 @@ def staged(**knobs: Any) -> Run:
 PIPELINES = [
     Run(),
     short(stage=1, top_k=2, model=RICH),
-    short(top_k=2, model={"recompute": True}),
-    short(stage=1, tp_size=4, pp_size=1, model={"shared_expert_width": 16}),
     short(tp_size=1, pp_size=4, num_micro_batches=4, model={"expert": "swiglu"}),
     short(stage=1, pp_size=1, top_k=2, num_micro_batches=4),  # two copies, each cut by two
+    short(tp_size=1, clipping=FELT),  # two copies of two stages
+    short(stage=1, clipping=FELT, steps=3),
+]
+MORE_PIPELINES = [
+    short(top_k=2, model={"recompute": True}),
+    short(stage=1, tp_size=4, pp_size=1, model={"shared_expert_width": 16}),
     short(clipping=FELT),
     short(stage=1, clipping=FELT),
-    short(tp_size=1, clipping=FELT),  # two copies of two stages
     short(stage=1, pp_size=1, clipping=FELT, model=RICH),
-    short(stage=1, clipping=FELT, steps=3),
 ]
 EXPERTS = [
     short(),
     short(stage=1, top_k=2, model=RICH),
-    short(ep_size=2, top_k=2, model={"recompute": True}),
     short(ep_size=2, stage=1, clipping=FELT, model={"expert": "swiglu"}),
-    short(stage=1, clipping=FELT),
     short(stage=1, clipping=FELT, steps=3),
 ]
+MORE_EXPERTS = [short(ep_size=2, top_k=2, model={"recompute": True}), short(stage=1, clipping=FELT)]
 STAGED = [
     staged(stage=1, top_k=2, clipping=FELT, model=RICH),
     staged(clipping=FELT, top_k=2, model={"recompute": True}),
@@ -122,6 +123,19 @@ def assert_equal(found: Sequence[Outcome], run: Run) -> None:
 def test_pipelines_of_shares_compute_the_gradients_and_steps_of_one_device() -> None:
     for run in PIPELINES:
         assert_equal(trained(by_pipeline)[run], run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("train", "runs"), [(by_pipeline, MORE_PIPELINES), (by_experts, MORE_EXPERTS)])
+def test_more_pipelines_and_experts_compute_the_gradients_and_steps_of_one_device(train: Any, runs: list[Run]) -> None:
+    for index, run in enumerate(runs):
+        assert_equal([outcomes[index] for outcomes in run_in_one_world(train, tuple(runs))], run)
+
+
+@functools.cache
+def run_in_one_world(train: Callable[[Sequence[Run]], list[Outcome]], runs: tuple[Run, ...]) -> list[list[Outcome]]:
+    """Each rank's outcomes of all runs."""
+    return run_ranks(4, train, runs, timeout_s=240)
 
 
 @functools.cache

@@ -27,8 +27,8 @@ from tests.soak.plan import SoakPlan
 from tests.soak.ranks import soak
 
 SOURCE = Provenance(command="python -m bench", commit="abc", hardware="2 cores")
-PLAN = SoakPlan(num_ranks=2, steps=40, sample_every=5, hash_every=10, num_tokens=32, expert_width=64)
-PERTURBED_STEP = 15
+PLAN = SoakPlan(num_ranks=2, steps=24, sample_every=3, hash_every=6, num_tokens=32, expert_width=64)
+PERTURBED_STEP = 9
 KEPT = 2**18  # numbers of fp32: 1 MiB
 
 
@@ -93,7 +93,7 @@ def records(first_run: list[Finding]) -> dict[str, Record]:
 def test_two_runs_hold_all_verdicts(records: dict[str, Record]) -> None:
     notes = [records[f"soak.verdict.{what}"].notes for what in SOAK_VERDICTS]
     assert verdicts_of(records) == dict.fromkeys(SOAK_VERDICTS, True), notes
-    assert [records[f"soak.hash.step{step:05d}"].value for step in (10, 20, 30, 40)] == [2, 2, 2, 2]
+    assert [records[f"soak.hash.step{step:05d}"].value for step in (6, 12, 18, 24)] == [2, 2, 2, 2]
 
 
 def test_the_records_of_a_run_are_complete_and_the_report_knows_each(records: dict[str, Record]) -> None:
@@ -112,7 +112,7 @@ def test_the_records_of_a_run_are_complete_and_the_report_knows_each(records: di
     assert len(bursts) == records["soak.weather.bursts"].value > 0
     assert all(record.value == PLAN.num_ranks for record in bursts), "all rows go to one expert"
     assert records["soak.weather.idle_ranks"].value >= len(bursts)
-    assert records["soak.loss.step00040"].value < records["soak.loss.step00010"].value
+    assert records["soak.loss.step00024"].value < records["soak.loss.step00006"].value
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_what_a_run_leaks_is_found(faulty_records: dict[str, Record]) -> None:
 
 def test_a_difference_of_last_bits_on_one_rank_is_found_from_its_step_on(faulty_records: dict[str, Record]) -> None:
     assert not verdicts_of(faulty_records)["same"]
-    assert [faulty_records[f"soak.hash.step{step:05d}"].value for step in (10, 20, 30, 40)] == [2, 1, 1, 1]
+    assert [faulty_records[f"soak.hash.step{step:05d}"].value for step in (6, 12, 18, 24)] == [2, 1, 1, 1]
 
 
 def test_one_run_has_nothing_to_agree_with(first_run: list[Finding]) -> None:
@@ -141,7 +141,7 @@ def test_one_run_has_nothing_to_agree_with(first_run: list[Finding]) -> None:
 
 def test_a_run_that_is_cut_short_keeps_what_is_complete(first_run: list[Finding]) -> None:
     records = records_of([first_run[: len(first_run) // 2]])
-    assert "soak.run1.memory.step00005" in records and "soak.hash.step00010" in records
+    assert "soak.run1.memory.step00003" in records and "soak.hash.step00006" in records
     assert {name for name in records if "verdict" in name} == {"soak.verdict.finite"}
 
 

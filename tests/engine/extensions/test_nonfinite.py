@@ -22,7 +22,7 @@ from tests.engine.small_model import Job, SmallModel, batches, make_model, named
 from tests.ranks import run_ranks
 
 BAD_RANK = 1
-PLACES = {1: "expert", 3: "activation", 5: "loss"}  # of the bad number in a step
+PLACES = {1: "expert", 2: "activation", 3: "loss"}  # of the bad number in a step
 EXPERT = "layers.1.deepspeed_moe.experts.deepspeed_experts.0.fc1.weight"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Step = tuple[bool, bool, bool, float]  # applied, weights changed, weights finite, loss scale
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def job(self) -> Job:
-        return Job(steps=7, stage=self.stage, ep_size=self.ep_size)
+        return Job(steps=5, stage=self.stage, ep_size=self.ep_size)
 
 
 CASES = [  # those in fp16 last: DeepSpeed is told that it is there, and knows it from then on
@@ -81,7 +81,7 @@ def train_with_bad_numbers() -> list[tuple[list[Step], list[str]]]:
 
 
 def train_with_a_bad_number(job: Job, precision: str, value: float) -> tuple[list[Step], list[str]]:
-    """Seven steps, three of them with a bad number on one rank: what this rank did, and what its log says of skips."""
+    """Five steps, three of them with a bad number on one rank: what this rank did, and what its log says of skips."""
     lines: list[str] = []
     logging.getLogger("DeepSpeed").addFilter(lambda record: lines.append(record.getMessage()) is None)
     engine = make_scaled_engine(job, precision, value, PLACES)
@@ -128,7 +128,7 @@ def test_every_rank_skips_the_step_and_the_rank_is_named(
 ) -> None:
     """The steps around it are taken, on finite weights; with loss scaling the scale is halved on every rank."""
     results = [of_rank[CASES.index(case)] for of_rank in by_rank]
-    scales = [256.0, 128.0, 128.0, 64.0, 64.0, 32.0, 32.0] if case.precision == "fp16" else [1.0] * 7
+    scales = [256.0, 128.0, 64.0, 32.0, 32.0] if case.precision == "fp16" else [1.0] * 5
     expected = [(i not in PLACES, i not in PLACES, True, scale) for i, scale in enumerate(scales)]
     assert [steps for steps, _ in results] == [expected] * 4
     for (step, place), line in zip(PLACES.items(), results[0][1], strict=True):
