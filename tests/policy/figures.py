@@ -1,4 +1,4 @@
-"""The figures of the house, counted in its sources: `python -m tests.policy.figures`.
+"""The figures of the house, counted in its sources: `python -m tests.policy.figures --time suite demo`.
 
 What is counted is what grew before the package had rooms: loose files, long folders, names with two meanings, functions
 that write numbers in a way of their own, and functions put in the place of an engine's methods.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -66,6 +69,12 @@ TITLES: Mapping[str, str] = {
     "test_lines": "lines of the tests",
     "readme_lines": "lines of the README",
 }
+
+COMMANDS: Mapping[str, list[str]] = {
+    "suite": ["bash", "tests/run.sh"],
+    "demo": [sys.executable, "-m", "ds_moe_ep", "demo"],
+}
+SECONDS_BEFORE = {"suite": "1,068", "demo": "none"}  # in a clean clone on a quiet machine of 2 cores; there was no demo
 
 
 def count(root: Path = ROOT) -> Figures:
@@ -183,11 +192,18 @@ def is_of_engine(target: ast.expr) -> bool:
     return isinstance(target, ast.Attribute) and ast.unparse(target.value).endswith("engine")
 
 
-def table(now: Figures, seconds: Mapping[str, float | None] | None = None) -> str:
+def table(now: Figures, seconds: Mapping[str, float]) -> str:
     """The figures as a Markdown table, beside those of the flat package."""
     rows = [f"| {TITLES[name]} | {BEFORE[name]:,} | {value:,} |" for name, value in vars(now).items()]
-    rows += [f"| seconds of the {name} | | {value:g} |" for name, value in (seconds or {}).items() if value is not None]
+    rows += [f"| seconds of the {name} | {SECONDS_BEFORE[name]} | {value:,.0f} |" for name, value in seconds.items()]
     return "\n".join([f"| counted in the sources | at {FLAT}, without rooms | now |", "| --- | ---: | ---: |", *rows])
+
+
+def seconds_of(name: str, root: Path = ROOT) -> float:
+    """Seconds that a command takes in the checkout at `root`. Raises CalledProcessError where it fails."""
+    start = time.perf_counter()
+    subprocess.run(COMMANDS[name], cwd=root, check=True, stdout=sys.stderr)
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -196,11 +212,12 @@ def main() -> None:
         prog="python -m tests.policy.figures", description="Counts the figures of the house."
     )
     parser.add_argument("--at", type=Path, default=ROOT, metavar="CHECKOUT", help="count there (default: here)")
-    parser.add_argument("--suite-s", type=float, help="seconds that `bash tests/run.sh` took")
-    parser.add_argument("--demo-s", type=float, help="seconds that `python -m ds_moe_ep demo` took")
+    parser.add_argument("--time", nargs="+", choices=COMMANDS, default=(), help="run these, and print their seconds")
+    parser.add_argument("--suite-s", type=float, help="seconds that `bash tests/run.sh` took before")
     parser.add_argument("--names", action="store_true", help="name what was found, too")
     given = parser.parse_args()
-    print(table(count(given.at), {"suite": given.suite_s, "demo": given.demo_s}))
+    seconds = {} if given.suite_s is None else {"suite": given.suite_s}
+    print(table(count(given.at), seconds | {name: seconds_of(name, given.at) for name in given.time}))
     if given.names:
         package = given.at / "ds_moe_ep"
         trees = {path.relative_to(package): ast.parse(path.read_text(encoding="utf-8")) for path in modules(package)}
