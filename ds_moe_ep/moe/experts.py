@@ -232,7 +232,7 @@ def start_pass(
 
 
 class KnownExperts:
-    """Experts of a known form, given by their weights: a mapping an expert, in the order of its gradients."""
+    """Experts of a known form, given by their weights: a mapping per expert, in the order of its gradients."""
 
     def __init__(self, form: Form, weights: Sequence[Weights]) -> None:
         self.form, self.weights = form, weights

@@ -147,7 +147,7 @@ class SavedActivations:
         for index in range(self._num_saved):
             self.release(expert, index)
         self._gradients.pop(expert, None)
-        self._num_added[expert] = 0
+        self._num_added[expert] = 0  # a graph that the caller retains is gone through again
         return self._sums[expert].take()
 
 
@@ -216,7 +216,7 @@ class GeluPass(SavedActivations):
         here, sums, is_only = self.at(expert, rows), self._sums[expert], self.is_whole(expert, rows)
         is_last = not self.count_added(expert, rows)
         sums.add("down", self._places(expert)[1][here], dy_nD, is_only)
-        if is_last:
+        if is_last:  # active rows go before the next product needs memory of its own
             self.release(expert, 0 if self._active is ActiveRows.MADE_AGAIN else 1)
         sums.add("up", x_nD, self._places(expert)[0][here], is_only)
 
@@ -252,13 +252,14 @@ class SwiGLUPass(SavedActivations):
             linear_grad_rows(dy, _weight(weights, "down"), d_active)
             swiglu_backward(d_active, gate, up, d_gate, d_up, made_again, self.use_triton, self._clamp)
             linear_grad_rows(d_gate, _weight(weights, "gate"), dx)
+            # The second product sums into the first one's rows: no third pass over memory.
             add_linear_grad_rows(d_up, _weight(weights, "up"), dx)
 
     def add_weight_grads(self, expert: int, rows: slice, x_nD: Tensor, dy_nD: Tensor) -> None:
         here, sums, is_only = self.at(expert, rows), self._sums[expert], self.is_whole(expert, rows)
         is_last = not self.count_added(expert, rows)
         sums.add("down", self.gradients(expert)[2][here], dy_nD, is_only)
-        if is_last:
+        if is_last:  # active rows go before the next product needs memory of its own, and so on
             self.release(expert, 2)
         sums.add("up", x_nD, self.gradients(expert)[1][here], is_only)
         if is_last:
@@ -311,6 +312,7 @@ class OpaquePass:
             dx_ND, *grads = torch.autograd.grad(
                 out_ND, [leaf_ND, *trained], dy_nD, retain_graph=retain, allow_unused=True
             )
+        # None where the output does not depend on the rows: their sender waits for a gradient all the same.
         dx_nD.copy_(torch.zeros_like(dx_nD) if dx_ND is None else dx_ND)
         known = self._grads.get(expert, [None] * len(grads))
         self._grads[expert] = [sum_of(old, new) for old, new in zip(known, grads, strict=True)]
