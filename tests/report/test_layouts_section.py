@@ -47,6 +47,15 @@ def test_the_winner_at_each_ratio_is_named_with_its_lead_over_the_next() -> None
     ]
 
 
+def test_a_ratio_that_was_recorded_the_other_way_round_alone_serves_as_well() -> None:
+    both = measured({"tp8_pp2": 100.0, "ep16": 300.0}, 0.3)
+    one_way = [each for each in both if not each.name.endswith("ratio_to_ep16")]
+    neither = [each for each in both if "ratio_to" not in each.name]
+    assert len(neither) < len(one_way) < len(both)
+    assert rows_of(one_way) == rows_of(both) and rows_of(one_way)[0][-1].startswith("3.00 ")
+    assert rows_of(neither)[0][-1] == "\u2013"
+
+
 def test_two_are_named_where_the_bar_of_the_lead_holds_one() -> None:
     both = {"ep16": 300.0, "tp2_ep8": 298.0}
     assert rows_of(measured(both, 0.3, spread=0.01))[0][1] == "EP16 overlapped or TP2/EP8"

@@ -45,9 +45,7 @@ class RatioPoint:
     def lead(self) -> Quantity | None:
         """The best layout over the next one; None where nothing tells."""
         behind = self.over_best.get(self.order[1])
-        if behind is None:
-            return None
-        return Quantity.of(1 / behind.value, 1 / behind.low, 1 / behind.high, unit="ratio")
+        return None if behind is None else inverse(behind)
 
     @property
     def winner(self) -> str:
@@ -100,15 +98,25 @@ def measured(findings: Findings) -> Points:
             continue
         tps = {system: convert(record, "tokens/s") for system, record in of_place.items()}
         best = fastest_first(tps)[0]
-        ratios = {
-            system: record
-            for system in tps
-            if (record := findings.get("system", environment, "training", system, f"ratio_to_{best}"))
-        }
-        over_best = {system: convert(record, "ratio") for system, record in ratios.items()}
-        used = (ratio, *of_place.values(), *ratios.values())
+        ratios = {system: told for system in tps if (told := _over_best(findings, environment, system, best))}
+        over_best = {system: quantity for system, (quantity, _) in ratios.items()}
+        used = (ratio, *of_place.values(), *(record for _, record in ratios.values()))
         found[convert(ratio, "ratio").value] = RatioPoint(tps, over_best, used)
     return dict(sorted(found.items()))
+
+
+def _over_best(findings: Findings, environment: str, system: str, best: str) -> tuple[Quantity, Record] | None:
+    """A system's throughput over the best one's, round by round, from either one's Record; None without one."""
+    record = findings.get("system", environment, "training", system, f"ratio_to_{best}")
+    if record is not None:
+        return convert(record, "ratio"), record
+    record = findings.get("system", environment, "training", best, f"ratio_to_{system}")
+    return None if record is None else (inverse(convert(record, "ratio")), record)
+
+
+def inverse(ratio: Quantity) -> Quantity:
+    """The ratio the other way round; median and quartiles stay what they are."""
+    return Quantity.of(1 / ratio.value, 1 / ratio.low, 1 / ratio.high, unit="ratio")
 
 
 def simulated(findings: Findings, environment: str) -> Points:
@@ -133,10 +141,10 @@ def _panel(title: str, points: Points) -> LayoutPanel:
     shown = dict.fromkeys(system for point in points.values() for system in point.order[:2])
     shown |= dict.fromkeys(system for point in points.values() for system in point.tps if system in LAYOUTS)
     order = [*(system for system in SYSTEMS if system in shown), *(system for system in shown if system not in SYSTEMS)]
-    lines = [
-        LayoutLine(system, {ratio: over for ratio, point in points.items() if (over := point.shown(system))})
-        for system in order
-    ]
+    overs = {
+        system: {ratio: over for ratio, point in points.items() if (over := point.shown(system))} for system in order
+    }
+    lines = [LayoutLine(system, its) for system, its in overs.items() if its]
     emulated = all(record.emulated for point in points.values() for record in point.used)
     how = " (simulated)" if title != MEASURED else " (emulated)" if emulated else ""
     return LayoutPanel(title, f"throughput over the best{how}", lines)
