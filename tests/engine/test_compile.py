@@ -19,7 +19,10 @@ from tests.moe.layer_cases import D
 from tests.ranks import run_ranks
 
 GRADIENTS = 1e-6  # of the largest: what a compiled sum may round otherwise
-JOBS = {name: Job(layer=name, world_size=2, ep_size=2) for name in ("ours", "native")}
+
+
+def job_of(name: str, num_ranks: int = 2) -> Job:
+    return Job(layer=name, world_size=num_ranks, ep_size=num_ranks)
 
 
 class Model(nn.Module):
@@ -99,7 +102,7 @@ def wrong_doors(name: str) -> list[str]:
 
     deepspeed.init_distributed("gloo")
     torch.manual_seed(0)
-    engine = started(Model(JOBS[name]), "ds_moe_ep" if name == "ours" else "deepspeed")
+    engine = started(Model(job_of(name)), "ds_moe_ep" if name == "ours" else "deepspeed")
     x = torch.randn(BATCH, D, generator=torch.Generator().manual_seed(dist.get_rank()))
     wrong: list[str] = []
 
@@ -138,7 +141,7 @@ def before_the_engine(door: str, autograd: bool) -> tuple[set[str], float]:
 
     deepspeed.init_distributed("gloo")
     torch.manual_seed(0)
-    model, backend = Model(JOBS["ours"]), Seen()
+    model, backend = Model(job_of("ours", dist.get_world_size())), Seen()
     engine = started(torch.compile(model, backend=backend), door)
     x = torch.randn(BATCH, D, generator=torch.Generator().manual_seed(dist.get_rank()))
     plain = gradients(engine, model, x)
@@ -174,8 +177,11 @@ def not_left_out() -> set[str]:
         return backend.frames()
 
 
-def test_a_model_compiled_before_its_engine_is_made_leaves_the_layers_out_and_so_does_compiled_autograd() -> None:
-    for found in run_ranks(2, other_doors, timeout_s=240):
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_model_compiled_before_its_engine_is_made_leaves_the_layers_out_and_so_does_compiled_autograd(
+    num_ranks: int,
+) -> None:
+    for found in run_ranks(num_ranks, other_doors, timeout_s=240):
         for frames, distance in found:
             assert frames == set()
             assert distance <= GRADIENTS

@@ -100,7 +100,7 @@ def assert_same_weights(found: Sequence[Seen], folder: pathlib.Path, run: Run) -
             assert torch.equal(weight, seen.share.of(whole[name], name)), name
 
 
-@pytest.mark.parametrize("ep_size", [4, 2])
+@pytest.mark.parametrize("ep_size", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_experts_become_shares_and_stages_with_equal_logits_and_come_back_bit_for_bit(
     ep_size: int, tmp_path: pathlib.Path
 ) -> None:

@@ -145,7 +145,7 @@ def load_elsewhere(job: Job, folder: str) -> Weights:
     return loaded
 
 
-@pytest.mark.parametrize(("stage", "ep_sizes"), [(0, (1,)), (1, (4,)), (2, (1, 4))])
+@pytest.mark.parametrize(("stage", "ep_sizes"), [pytest.param(0, (1,), marks=pytest.mark.slow), (1, (4,)), (2, (1, 4))])
 def test_weights_load_under_another_ep_size(stage: int, ep_sizes: tuple[int, ...], tmp_path: pathlib.Path) -> None:
     job = replace(BASE, stage=stage)
     saved = merged([saved for saved, _, _ in run_ranks(4, save_then_go_on, job, str(tmp_path), timeout_s=60)])

@@ -87,7 +87,10 @@ def save_on_a_full_disk(job: Job, folder: str, rank: int, number: int) -> tuple[
     return error, seconds, left, distance(loaded, saved), again, distance(loaded, named_weights(engine.module, job))
 
 
-@pytest.mark.parametrize(("stage", "rank", "number"), [(0, 2, 1), (1, 0, 2), (1, 3, 4), (2, 1, 0)])
+@pytest.mark.parametrize(
+    ("stage", "rank", "number"),
+    [(0, 2, 1), (1, 3, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0, 2), (2, 1, 0)))],
+)
 def test_a_full_disk_on_one_rank_is_told_by_all_and_the_last_checkpoint_of_the_tag_stays(
     stage: int, rank: int, number: int, tmp_path: pathlib.Path
 ) -> None:
