@@ -120,39 +120,47 @@ def outcomes(jobs: Sequence[tuple[Job, bool]]) -> list[Outcome]:
     return [(by_rank[0][i][0][0], merged([results[i][0][1] for results in by_rank])) for i in range(len(jobs))]
 
 
-def jobs_in_fp32() -> list[Job]:
-    """ZeRO 0, 1, 2; EP = world, EP < world and either order of groups; accumulation; capacity; k > 1; recomputation."""
-    return [
+# ZeRO 0, 1, 2; EP = world, EP < world and either order of groups; accumulation; capacity; k > 1; recomputation.
+IN_FP32 = {
+    "consecutive": [
         Job(stage=0, ep_size=4, accumulation=2, replicas=1),
-        Job(stage=0, ep_size=2, accumulation=3, top_k=1, replicas=1, door="deepspeed"),
         Job(stage=1, ep_size=4, accumulation=2, top_k=1, replicas=2),
-        Job(stage=1, ep_size=2, accumulation=2, capacity_factor=1.0, interleaved=True, replicas=1),
         Job(stage=2, ep_size=4, accumulation=3, capacity_factor=0.75, recomputed=True, replicas=1),
-        Job(stage=2, ep_size=2, accumulation=2, top_k=3, interleaved=True, recomputed=True, replicas=1),
-    ]
+    ],
+    "interleaved": [Job(stage=2, ep_size=2, accumulation=2, top_k=3, interleaved=True, recomputed=True, replicas=1)],
+}
+MORE_IN_FP32 = {
+    "plain engine": [Job(stage=0, ep_size=2, accumulation=3, top_k=1, replicas=1, door="deepspeed")],
+    "capacity": [Job(stage=1, ep_size=2, accumulation=2, capacity_factor=1.0, interleaved=True, replicas=1)],
+}
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["consecutive", "interleaved"])
-def test_training_in_fp32_equals_single_process_training(interleaved: bool) -> None:
+@pytest.mark.parametrize("name", [*IN_FP32, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_IN_FP32)])
+def test_training_in_fp32_equals_single_process_training(name: str) -> None:
     """Each order of groups has a world of its own: DeepSpeed keeps one by its size."""
-    jobs = [job for job in jobs_in_fp32() if job.interleaved == interleaved]
+    jobs = (IN_FP32 | MORE_IN_FP32)[name]
     for job, found in zip(jobs, outcomes([(job, False) for job in jobs]), strict=True):
         expected = reference_job(job)
         assert distance(found[1], expected[1]) <= WEIGHTS, job
         assert loss_distance(found, expected) <= LOSS, job
 
 
-def test_clipping_and_bf16_train_as_without_copies() -> None:
+CLIPPED_OR_BF16 = [
+    Job(stage=2, clipping=0.05, ep_size=4, accumulation=2, replicas=1),
+    Job(stage=1, bf16=True, top_k=NUM_EXPERTS, accumulation=2, replicas=1),
+]
+MORE_CLIPPED_OR_BF16 = [
+    Job(stage=0, clipping=0.05, ep_size=2, replicas=1),
+    Job(stage=2, bf16=True, top_k=NUM_EXPERTS, ep_size=2, replicas=1),
+]
+
+
+@pytest.mark.parametrize("jobs", [CLIPPED_OR_BF16, pytest.param(MORE_CLIPPED_OR_BF16, marks=pytest.mark.slow)])
+def test_clipping_and_bf16_train_as_without_copies(jobs: list[Job]) -> None:
     """bf16: as close to float64 as without copies, as `test_training.py` has it beside DeepSpeed's own layer.
 
     All experts are chosen there, lest rounding turns a choice over.
     """
-    jobs = [
-        Job(stage=0, clipping=0.05, ep_size=2, replicas=1),
-        Job(stage=2, clipping=0.05, ep_size=4, accumulation=2, replicas=1),
-        Job(stage=1, bf16=True, top_k=NUM_EXPERTS, accumulation=2, replicas=1),
-        Job(stage=2, bf16=True, top_k=NUM_EXPERTS, ep_size=2, replicas=1),
-    ]
     found = outcomes([(each, False) for job in jobs for each in (job, replace(job, replicas=0))])
     for job, mine, plain in zip(jobs, found[::2], found[1::2], strict=True):
         expected = reference_job(job) if job.bf16 else plain
@@ -190,12 +198,15 @@ def _attach(handles: list[Any], attach_overlap: Any, knobs: dict[str, Any], engi
     handles.append(attach_overlap(engine, knobs))
 
 
-def test_autoeps_layers_train_alike_with_copies_of_their_experts() -> None:
-    jobs = [
-        AutoEPJob(stage=1, ep_size=4, accumulation=2),
-        AutoEPJob(stage=2, ep_size=2, preset="qwen3_moe", checkpointing="non-reentrant"),
-        AutoEPJob(stage=0, ep_size=4, checkpointing="reentrant", score_apply="pre"),
-    ]
+OF_AUTOEP = [
+    AutoEPJob(stage=1, ep_size=4, accumulation=2),
+    AutoEPJob(stage=2, ep_size=2, preset="qwen3_moe", checkpointing="non-reentrant"),
+]
+MORE_OF_AUTOEP = [AutoEPJob(stage=0, ep_size=4, checkpointing="reentrant", score_apply="pre")]
+
+
+@pytest.mark.parametrize("jobs", [OF_AUTOEP, pytest.param(MORE_OF_AUTOEP, marks=pytest.mark.slow)])
+def test_autoeps_layers_train_alike_with_copies_of_their_experts(jobs: list[AutoEPJob]) -> None:
     by_rank = run_ranks(4, train_autoep, jobs, {"schedule": "peers", "replicas": 1}, timeout_s=280)
     for index, job in enumerate(jobs):
         assert by_rank[0][index][2] > 0, job
