@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import subprocess
 import sys
@@ -39,15 +40,20 @@ STANDARD_LIBRARY_ALONE = GROUND
 MAY_IMPORT_RICH = "ds_moe_ep/records/render.py"  # writes every table, for a terminal too
 
 
-def rooms() -> Iterator[tuple[str, str, set[str]]]:
+@functools.cache
+def imported() -> dict[Path, frozenset[str]]:
+    """The names that each file of the package imports: above, in a function, or for annotations alone."""
+    return {path: frozenset(imports_of(path, tree)) for path, tree in own_python() if PACKAGE in path.parents}
+
+
+def rooms() -> Iterator[tuple[str, str, frozenset[str]]]:
     """(file, its room, what it imports) of every file of the package."""
-    for path, tree in own_python():
-        if PACKAGE in path.parents:
-            first = path.relative_to(PACKAGE).with_suffix("").parts[0]
-            yield str(path.relative_to(ROOT)), first, set(imports_of(path, tree))
+    for path, names in imported().items():
+        first = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        yield str(path.relative_to(ROOT)), first, names
 
 
-def rooms_imported(names: set[str]) -> set[str]:
+def rooms_imported(names: Set[str]) -> set[str]:
     """The rooms of the package among imported names."""
     return {name.split(".")[1] for name in names if name.startswith("ds_moe_ep.")}
 
