@@ -153,7 +153,7 @@ def _memory_told(check: Check) -> dict[str, str]:
     else:
         room = f"up to {number(details.load_that_fits, 1)} x the mean rows fit"
     of = f"{budget.gpu_gb:g} - {budget.reserve_gb:g} GB reserve"
-    return {"memory": f"{size(details.memory.peak)} of {of} on a GPU; {room}"}
+    return {"per GPU": f"{size(details.memory.peak)} of {of}; {room}"}
 
 
 def _slots(check: Check) -> str:
