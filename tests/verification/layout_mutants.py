@@ -16,7 +16,7 @@ from ds_moe_ep.engine.views.layers import viewed_layers
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from tests.engine.layouts.tensor_runs import planted
 from tests.verification.engines import OFFLOAD, ZERO_3
-from tests.verification.layouts import AUTOTP_RANKS, CUT, FOLDED, SEQUENCE, STAGES, TENSOR
+from tests.verification.layouts import AUTOTP_RANKS, CUT, FOLDED, FOLDED_3, SEQUENCE, STAGES, TENSOR
 from tests.verification.mutants import (
     MORE_MUTANTS,
     MUTANTS,
@@ -207,7 +207,11 @@ OF_MORE = (
     Mutant("doubled", FOLDED, doubled_weight, "gradients", "2 times as large", "model.layers.0.mlp expert"),
     Mutant("tokens twice", FOLDED, tokens_twice, "gradients", "2 times as large", "model.layers.0.mlp expert"),
 )
-LAYOUT_MUTANTS = (*OF_SEQUENCES, *OF_TENSOR_RANKS, *OF_STAGES, *OF_MORE)
+OF_FOLDED_3 = (
+    Mutant("doubled", FOLDED_3, doubled_weight, "gradients", "2 times as large", "model.layers.0.mlp expert"),
+    Mutant("stale", FOLDED_3, stale_master, "movement", "no step moved it", "model.layers.0.mlp expert"),
+)
+LAYOUT_MUTANTS = (*OF_SEQUENCES, *OF_TENSOR_RANKS, *OF_STAGES, *OF_MORE, *OF_FOLDED_3)
 
 BY_NAME = {mutant.name: mutant for mutant in (*MUTANTS, *MORE_MUTANTS)}
 # What is planted in one engine at once: each of the ten public reports, and a fault per kind of group.
@@ -219,6 +223,6 @@ TOGETHER: tuple[tuple[Mutant, ...], ...] = (
     (BY_NAME["drifting scale"],),
     tuple(each for each in OF_SEQUENCES if each.name in ("divided by the world", "frozen", "uneven weight")),
     tuple(each for each in OF_TENSOR_RANKS if each.name in ("tokens twice", "without marks")),
-    tuple(each for each in OF_ZERO_3 if each.name in ("doubled", "stale")),
+    OF_FOLDED_3,
     tuple(each for each in OF_STAGES if each.name in ("late expert", "frozen", "own norm")),
 )

@@ -212,7 +212,8 @@ STAGES = stages_layout("stages")
 AUTOTP_RANKS = tensor_layout("tensor ranks, AutoTP", by_autotp=True)
 FOLDED = folded_layout("folded AutoEP")
 CUT = own_pipeline_layout("own model, PP 2 x TP 2, experts cut")
-OF_EACH_LAYOUT = (SEQUENCE, TENSOR, STAGES)
+FOLDED_3 = folded_layout("folded AutoEP, ZeRO 3", stage=3, preset="qwen3_moe", router_logits=True)
+OF_EACH_LAYOUT = (SEQUENCE, TENSOR, STAGES, CUT, FOLDED_3)
 MORE_OF_LAYOUTS = (
     sequence_layout("sequence ranks, ZeRO 2", stage=2, ep_size=4),
     sequence_layout("sequence ranks, bf16", bf16=True),
@@ -230,11 +231,10 @@ MORE_OF_LAYOUTS = (
     folded_layout("folded AutoEP, ZeRO 2", stage=2),
     folded_layout("folded AutoEP, plain", hooked=False, clipping=0.0),
     folded_layout("folded AutoEP, plain, ZeRO 1", hooked=False, clipping=0.0, stage=1),
-    folded_layout("folded AutoEP, ZeRO 3", ep_size=4, stage=3),
+    folded_layout("folded AutoEP, ZeRO 3, EP 4", ep_size=4, stage=3),
     stages_layout("stages, ZeRO 1", stage=1),
     own_model_layout("own model"),
     own_pipeline_layout("own model, PP 2 x TP 2 x EP 2", ep_size=2, is_staged=True),
-    CUT,
     own_pipeline_layout("own model, PP 2 x TP 2, experts cut, ZeRO 1, bf16", stage=1, bf16=True),
     stages_layout("stages, one tensor", layers=stage_models.layers_in_one_tensor, interval=1),
 )
