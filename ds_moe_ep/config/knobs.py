@@ -152,6 +152,9 @@ class MoEConfig:
         100, "steps between two pictures of the load in TensorBoard, layers by experts; 0 draws none", 0
     )
     async_save: bool = knob(False, "checkpoints are written behind training, which waits for the host copy alone")
+    check_crc: bool = knob(
+        True, "a load first compares checkpoint files with the CRC-32 in them, which reads each once more; false: no"
+    )
     attach: bool = knob(False, "initialize also hooks DeepSpeed's own MoE layers and AutoEP's (attach_overlap)")
     timeout_s: float = knob(600.0, "time limit of one transfer in seconds", 0.001)
 

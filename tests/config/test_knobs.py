@@ -184,7 +184,7 @@ def another_value(field: dataclasses.Field[Any]) -> Any:
     if get_origin(hint) is Literal:
         return next(choice for choice in get_args(hint) if choice != field.default)
     kind = next(kind for kind in (bool, int, float, str) if kind in (get_args(hint) or (hint,)))
-    return True if kind is bool else kind((field.default or 0) + 1)
+    return not field.default if kind is bool else kind((field.default or 0) + 1)
 
 
 def test_the_fingerprint_changes_with_every_knob() -> None:

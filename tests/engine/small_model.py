@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class Job:
     stage: int = 0
     bf16: bool = False
     fp16: bool = False
+    flat: bool = False  # fp16 without ZeRO: one vector of master weights per group, as for DeepSpeed's FusedAdam
+    elastic: bool = False  # checkpoints of ZeRO hold states per group, without padding and options
     sums_in: str = ""  # the type in which gradients are summed, where it is not the weights'
     accumulation: int = 1
     clipping: float = 0.0
@@ -79,6 +82,8 @@ class Job:
             "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000},
             "steps_per_print": 10**9,
         }
+        if self.elastic:
+            config["zero_optimization"]["elastic_checkpoint"] = True
         if self.interleaved:
             config["use_data_before_expert_parallelism"] = True
         if self.bf16:
@@ -181,7 +186,10 @@ def make_engine(job: Job, **arguments: Any) -> Any:
         get_accelerator().is_fp16_supported = lambda: True
     model = make_model(job)
     start = ds_moe_ep.initialize if job.layer == "ours" and job.door == "ds_moe_ep" else deepspeed.initialize
-    return start(model=model, config=job.ds_config, model_parameters=list(model.parameters()), **arguments)[0]
+    with pytest.MonkeyPatch.context() as patched:
+        if job.flat:  # DeepSpeed's own class runs on a GPU alone; what wraps it does not
+            patched.setattr("deepspeed.runtime.engine.FusedAdam", torch.optim.Adam)
+        return start(model=model, config=job.ds_config, model_parameters=list(model.parameters()), **arguments)[0]
 
 
 def train_steps(engine: Any, job: Job, steps: Sequence[list[tuple[Tensor, Tensor]]]) -> list[float]:

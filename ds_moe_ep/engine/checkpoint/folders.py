@@ -7,6 +7,7 @@ way out, on a filesystem that cannot exchange folders; it is there for the momen
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import shutil
@@ -97,6 +98,16 @@ class IncompleteCheckpoints(EngineCallback):
         wants = wants_states(load.args, load.kwargs)
         num_ranks = self._num_ranks(load) if wants else 0
         _agree(_problem(Path(load.load_dir), load.tag, self._experts, num_ranks))
+        if load.tag is None:
+            self._tell_newer(Path(load.load_dir), num_ranks)
+
+    def _tell_newer(self, load_dir: Path, num_ranks: int) -> None:
+        """A log line where `latest`, a name without a checksum, is not that of the newest complete checkpoint."""
+        folder = folder_to_load(load_dir, None)
+        newest = complete_tags(load_dir, self._experts, num_ranks)[:1]
+        if folder is not None and newest and newest[0] != folder.name:
+            words = f"{load_dir / 'latest'}: names {folder.name}, which is loaded; {newest[0]} was saved later"
+            seams.log_rank0(words, logging.WARNING)
 
     def _num_ranks(self, load: LoadCall) -> int:
         """How many ranks' optimizer states must be there: those that were saved, where they can be cut anew."""

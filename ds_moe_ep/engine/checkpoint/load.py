@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
-from ds_moe_ep.engine.checkpoint.reshard import SavedStates, can_reshard, parts_of
+from ds_moe_ep.engine.checkpoint.reshard import SavedStates, can_reshard, parts_of, saves_lean
 from ds_moe_ep.engine.checkpoint.reshard_plain import PlainRun, can_reshard_plain, plain_states, take_loss_scale
 from ds_moe_ep.engine.checkpoint.state_pieces import SavedPieces, StatePart, check_states, take_states
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
@@ -92,15 +92,15 @@ class SavedEpSize(EngineCallback):
         saved = saved_ep_size(load.load_dir, load.tag) or self._ep_size
         num_ranks = dist.get_world_size(seams.data_parallel_group())
         is_same = saved == self._ep_size and saved_ranks(folder) in (0, num_ranks)
-        of_layout = {"pipeline stages": seams.num_pipeline_stages(), "tensor parallelism": seams.tensor_parallel_size()}
-        beside = " and ".join(name for name, size in of_layout.items() if size > 1)
-        if not is_same and beside:
+        has_tensor_ranks = seams.tensor_parallel_size() > 1
+        if not is_same and has_tensor_ranks:
             raise EngineError(
                 f"{folder}: saved with ep_size={saved} by {saved_ranks(folder)} data-parallel ranks, this run has "
-                f"ep_size={self._ep_size} and {num_ranks}: optimizer states beside {beside} are not cut "
+                f"ep_size={self._ep_size} and {num_ranks}: optimizer states beside tensor parallelism are not cut "
                 "anew. Load the weights: load_checkpoint(..., load_module_only=True)"
             )
-        return None if is_same else (folder, saved)
+        is_elastic = not has_tensor_ranks and can_reshard(self._engine.optimizer) and saves_lean(folder)
+        return None if is_same and not is_elastic else (folder, saved)
 
     def _found(self, folder: Path, saved: int) -> tuple[list[StatePart], SavedPieces]:
         """This rank's parts of the states, and the pieces in the files that hold all of them. Changes nothing.
@@ -139,15 +139,19 @@ def states_found(engine: Any, ep_size: int, folder: Path, saved: int) -> tuple[l
     num_experts = {name: int(m.num_experts) for name, m in _moe_layers(engine)}
     stacked = stacked_names(engine)
     is_interleaved = seams.has_data_before_experts(engine)
-    grid = RankGrid(world_size=dist.get_world_size(), ep_size=ep_size, data_before_expert=is_interleaved)
+    num_stages = seams.num_pipeline_stages()
+    grid = RankGrid(
+        world_size=dist.get_world_size(), ep_size=ep_size, data_before_expert=is_interleaved, num_stages=num_stages
+    )
     ep_rank = grid.ep_rank(dist.get_rank())
+    model_rank = seams.pipeline_stage() if num_stages > 1 else 0
     states: SavedPieces
     if can_reshard_plain(engine.optimizer):
-        run = PlainRun(engine, ep_rank, ep_size, num_experts, stacked)
+        run = PlainRun(engine, ep_rank, ep_size, num_experts, stacked, model_rank)
         parts, states = list(run.parts()), plain_states(run, folder, saved)
     else:
         parts = list(parts_of(engine.optimizer, ep_rank, ep_size, num_experts, stacked))
-        states = SavedStates(folder, saved, is_interleaved, num_experts, stacked)
+        states = SavedStates(folder, saved, is_interleaved, num_experts, stacked, model_rank)
     check_states(parts, states)
     return parts, states
 
@@ -194,12 +198,17 @@ def wants_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def folder_to_load(load_dir: Path, tag: str | None) -> Path | None:
-    """The folder of a tag, or of the one that `latest` names; None where nothing is named."""
+    """The folder of a tag, or of the one that `latest` names; None where nothing is named. Raises EngineError for a
+    `latest` that is no text.
+    """
     latest = load_dir / "latest"
     if tag is None:
         if not latest.is_file():
             return None
-        tag = latest.read_text().strip()
+        try:
+            tag = latest.read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise EngineError(f"{latest}: names no tag ({error}); load_checkpoint(..., tag=...) names one") from None
     return load_dir / str(tag)
 
 

@@ -2,12 +2,14 @@
 
 DeepSpeed loads weights first, then states, then the scheduler: an error in between leaves a model of two runs. So all
 files are opened beforehand, as tensors and plain values alone: a file that would run code, which DeepSpeed itself
-unpickles, ends the load here. The ranks share the files; what is found is told to all.
+unpickles, ends the load here. The checksums that torch keeps in a file are compared with its bytes, those of files that
+are loaded. The ranks share the files; what is found is told to all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.convert.read import load_file
+from ds_moe_ep.engine.checkpoint.convert.read import check_undamaged, load_file
 from ds_moe_ep.engine.checkpoint.load import (
     MAIN_FILE,
     OPTIONS,
@@ -26,12 +28,17 @@ from ds_moe_ep.engine.checkpoint.load import (
     states_found,
     wants_states,
 )
+from ds_moe_ep.engine.checkpoint.loading.experts import check_experts
+from ds_moe_ep.engine.checkpoint.loading.scheduler import check_scheduler
+from ds_moe_ep.engine.checkpoint.own_experts import take_own_experts
 from ds_moe_ep.engine.checkpoint.reshard import can_reshard, cuts_of, is_cut_plainly, states_in
 from ds_moe_ep.engine.checkpoint.reshard_plain import can_reshard_plain
 from ds_moe_ep.engine.checkpoint.state_pieces import MASTER, is_vector
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.errors import EngineError, MoEError
+from ds_moe_ep.moe.balance import BiasBalance
 
+STEPS, START = "balance.steps_E", "balance.start_bits_E"  # of a balancing bias
 COUNTERS = ("global_steps", "skipped_steps", "mp_world_size", "dp_world_size")
 _CONVERT = "`python -m ds_moe_ep convert {} NEW_FOLDER --tag {} --config DS_CONFIG` carries the weights over"
 _WEIGHTS = "load the weights alone (load_checkpoint(..., load_module_only=True))"
@@ -40,12 +47,13 @@ _WEIGHTS = "load the weights alone (load_checkpoint(..., load_module_only=True))
 class Preflight(EngineCallback):
     """Refuses, on every rank, a checkpoint that could be loaded in part alone. Collective over the world.
 
-    `ep_sizes` are those of the layers. It raises EngineError before anything is loaded. Universal checkpoints, and
+    `ep_sizes` are those of the layers. With `checks_crc` each file is read once more, by one of the ranks, for the
+    checksums of its parts. It raises EngineError before anything is loaded. Universal checkpoints, and
     those of another checkpoint engine than torch's, have files of other forms and are left to DeepSpeed.
     """
 
-    def __init__(self, engine: Any, ep_sizes: Iterable[int]) -> None:
-        self._engine, self._ep_sizes = engine, set(ep_sizes)
+    def __init__(self, engine: Any, ep_sizes: Iterable[int], checks_crc: bool = True) -> None:
+        self._engine, self._ep_sizes, self._checks_crc = engine, set(ep_sizes), checks_crc
 
     def before_load(self, load: LoadCall) -> None:
         engine = self._engine
@@ -53,27 +61,38 @@ class Preflight(EngineCallback):
         is_torchs = type(engine.checkpoint_engine).__name__ == "TorchCheckpointEngine"
         if folder is None or engine.load_universal_checkpoint() or not is_torchs:
             return
-        error: MoEError | None = None
-        try:
-            self._check(folder, load)
-        except MoEError as caught:
-            error = caught
-        except (OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as caught:
-            error = EngineError(f"{folder}: cannot be read ({type(caught).__name__}: {caught}); take another copy")
-        seams.settle(error)
+        for check in (self._check_files, self._check_contents):  # what is damaged is not told as another model's
+            seams.settle(problem_of(check, folder, load))
 
-    def _check(self, folder: Path, load: LoadCall) -> None:
-        names = sorted(path.name for path in folder.iterdir() if path.name.endswith("_states.pt"))
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        for name in names if self._engine.use_node_local_storage() else names[rank::world_size]:
-            load_file(folder / name)
+    def _check_files(self, folder: Path, load: LoadCall) -> None:
+        """This rank's share of the files."""
+        has_states = wants_states(load.args, load.kwargs)
+        for path in self._share(paths_in(folder)):
+            is_loaded = has_states or not path.name.endswith("optim_states.pt")
+            if self._checks_crc and is_loaded and zipfile.is_zipfile(path):
+                check_undamaged(path)
+            load_file(path)
+
+    def _check_contents(self, folder: Path, load: LoadCall) -> None:
+        """The contents that this rank loads, against what the engine has."""
+        names = [path.name for path in paths_in(folder)]
         options = {**dict(zip(OPTIONS, load.args, strict=False)), **load.kwargs}
         if (folder / MAIN_FILE).is_file():
             main = load_file(folder / MAIN_FILE)
             check_layout(folder, main, names, hasattr(self._engine, "train_batch"))
             check_main(self._engine, folder / MAIN_FILE, main, options)
+        is_one_part = seams.num_pipeline_stages() == seams.tensor_parallel_size() == 1
+        if is_one_part and options.get("custom_load_fn") is None:
+            check_experts(self._engine, folder, bool(options.get("load_module_strict", True)))
         if wants_states(load.args, load.kwargs) and self._engine.optimizer is not None:
             self._check_states(folder, load)
+
+    def _share(self, paths: Sequence[Path]) -> Sequence[Path]:
+        """The files that this rank looks at, the largest ones first, in turns; all where each node has others."""
+        if self._engine.use_node_local_storage():
+            return paths
+        by_size = sorted(paths, key=lambda path: (-path.stat().st_size, path.name))
+        return by_size[dist.get_rank() :: dist.get_world_size()]
 
     def _check_states(self, folder: Path, load: LoadCall) -> None:
         """The states under their own ep_size and number of ranks, which DeepSpeed loads."""
@@ -103,6 +122,22 @@ class Preflight(EngineCallback):
         path = Path(engine._get_zero_ckpt_name(load.load_dir, folder.name))
         if can_reshard(engine.optimizer) and path.is_file():
             check_own_cut(engine.optimizer, path)
+
+
+def problem_of(check: Callable[[Path, LoadCall], None], folder: Path, load: LoadCall) -> MoEError | None:
+    """Error that a check raises, or None. Local."""
+    try:
+        check(folder, load)
+    except MoEError as error:
+        return error
+    except (OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        return EngineError(f"{folder}: cannot be read ({type(error).__name__}: {error}); take another copy")
+    return None
+
+
+def paths_in(folder: Path) -> list[Path]:
+    """The files of a checkpoint with weights and states."""
+    return sorted(path for path in folder.iterdir() if path.name.endswith("_states.pt"))
 
 
 def check_own_cut(optimizer: Any, path: Path) -> None:
@@ -147,11 +182,8 @@ def check_main(engine: Any, path: Path, main: Mapping[str, Any], options: Mappin
     if lacking:
         raise EngineError(f"{path}: lacks {', '.join(lacking)}; take another copy of it, or an earlier tag")
     takes_scheduler = is_whole_run and options.get("load_lr_scheduler_states", True)
-    if takes_scheduler and engine.lr_scheduler is not None and main.get("lr_scheduler") is None:
-        raise EngineError(
-            f"{path}: has no state of a learning rate's scheduler, and this engine has one; "
-            "load_checkpoint(..., load_lr_scheduler_states=False)"
-        )
+    if takes_scheduler and engine.lr_scheduler is not None:
+        check_scheduler(path, engine.lr_scheduler, main.get("lr_scheduler"))
     is_pipeline = hasattr(engine, "train_batch")  # a stage has some of the layers
     saved, here = main.get("num_experts"), list(getattr(engine, "num_experts", []))
     if isinstance(saved, list) and saved != here and not is_pipeline:
@@ -179,7 +211,9 @@ def check_weights(model: nn.Module, path: Path, saved: Any, is_strict: bool) -> 
                 f"{path}: {name} is {tuple(there.shape)} there and {tuple(value.shape)} here; give the saved model"
             )
     missing = [name for name in compared if "expert" not in name and name not in saved]
-    more = [name for name in saved if "expert" not in name and name not in own and not name.startswith(changing)]
+    taken = {f"{name.removesuffix(STEPS)}{START}" for name in own if name.endswith(STEPS)}  # a bias takes its start too
+    more = [name for name in saved if "expert" not in name and name not in {*own, *taken}]
+    more = [name for name in more if not name.startswith(changing)]
     for wrong, what in ((missing, "lacks"), (more, "has left over")):
         if wrong and is_strict and not any("random_ltd" in name for name in saved):
             raise EngineError(
@@ -190,4 +224,7 @@ def check_weights(model: nn.Module, path: Path, saved: Any, is_strict: bool) -> 
 
 def _changes_states(module: nn.Module) -> bool:
     is_own = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
-    return is_own or bool(module._load_state_dict_pre_hooks)
+    is_own = is_own and not isinstance(module, BiasBalance)
+    # The package's own hook takes experts of a whole model's state, and leaves others as they are.
+    hooks = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
+    return is_own or any(hook is not take_own_experts for hook in hooks)

@@ -19,7 +19,7 @@ from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.checkpoint.state_pieces import SavedPieces, StatePart, StatePiece, global_name
 from ds_moe_ep.errors import EngineError
 
-_STATES_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+_STATES_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 FORMAT = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings")
 # Attributes of the optimizers' classes: the cuts of the master weights, and the parameters of each group.
 OPTIMIZERS = (("single_partition_of_fp32_groups", "bit16_groups"), ("fp32_groups_flat_partition", "bf16_groups"))
@@ -27,13 +27,14 @@ _OTHER_FORM = (
     "{}: holds optimizer states in a form that cannot be cut anew ({}); load the weights alone: "
     "load_checkpoint(..., load_module_only=True)"
 )
+_STEP = "base_optimizer_state_step"
 _COMMON = ("_param_slice_mappings", "param_names", "optimizer")
 
 
 class SavedStates(SavedPieces):
     """The optimizer states of a checkpoint, by parameter. Raises EngineError for files in another form.
 
-    `stacked` names the parameters that hold all experts of a rank.
+    `stacked` names the parameters that hold all experts of a rank; `model_rank` is that of a pipeline.
     """
 
     def __init__(
@@ -43,12 +44,13 @@ class SavedStates(SavedPieces):
         data_before_expert: bool,
         num_experts: Mapping[str, int],
         stacked: Collection[str] = (),
+        model_rank: int = 0,
     ) -> None:
-        paths = _paths(folder)
+        paths = _paths(folder, model_rank)
         files = [states_in(path) for path in paths]
         for path, file in zip(paths, files, strict=True):
             if not is_cut_plainly(file):
-                raise EngineError(_OTHER_FORM.format(path, "elastic or aligned"))
+                raise EngineError(_OTHER_FORM.format(path, "aligned"))
         grid = RankGrid(world_size=len(files), ep_size=ep_size, data_before_expert=data_before_expert)
         found: dict[str, list[tuple[int, StatePiece]]] = {}
         for rank, file in enumerate(files):
@@ -88,6 +90,8 @@ def states_in(path: Path) -> dict[str, Any]:
     lacking = [name for name in FORMAT if name not in states]
     if lacking:
         raise EngineError(_OTHER_FORM.format(path, ", ".join(lacking)))
+    if is_lean(states):
+        states["base_optimizer_state"] = _with_groups(states)
     base = states["base_optimizer_state"]
     counts = {len(states[name]) for name in FORMAT[1:]}
     if isinstance(base, Mapping) and (
@@ -97,15 +101,36 @@ def states_in(path: Path) -> dict[str, Any]:
     return states
 
 
+def is_lean(states: Mapping[str, Any]) -> bool:
+    """True for the states of an elastic checkpoint: one per parameter group, and no options of the groups."""
+    return isinstance(states.get("base_optimizer_state"), list | tuple)
+
+
+def saves_lean(folder: Path) -> bool:
+    """True where ZeRO's states in a folder are elastic: DeepSpeed loads those of optimizers that count per group."""
+    first = next((path for path in sorted(folder.iterdir()) if _STATES_FILE.fullmatch(path.name)), None)
+    saved = load_file(first) if first is not None else None
+    states = saved.get("optimizer_state_dict") if isinstance(saved, Mapping) else None
+    return isinstance(states, Mapping) and is_lean(states)
+
+
+def _with_groups(states: Mapping[str, Any]) -> dict[str, Any]:
+    """Elastic states in torch's form. Of the groups' options there is at most the step."""
+    per_group = states["base_optimizer_state"]
+    options = {"step": states[_STEP]} if _STEP in states else {}
+    return {"state": dict(enumerate(per_group)), "param_groups": [dict(options) for _ in per_group]}
+
+
 def is_cut_plainly(states: Mapping[str, Any]) -> bool:
-    """True for states that lie as their spans say: not those of elastic checkpoints, or with aligned parameters."""
+    """True for states that lie as their spans say: not those with aligned parameters."""
     is_aligned = any(any(paddings) for paddings in states.get("param_alignment_paddings") or ())
     return isinstance(states["base_optimizer_state"], Mapping) and not is_aligned
 
 
-def _paths(folder: Path) -> list[Path]:
+def _paths(folder: Path, model_rank: int) -> list[Path]:
     """The files of states by the rank that wrote them. Raises EngineError where one is missing."""
-    found = {int(m[1]): path for path in folder.iterdir() if (m := _STATES_FILE.fullmatch(path.name))}
+    matches = [(path, match) for path in folder.iterdir() if (match := _STATES_FILE.fullmatch(path.name))]
+    found = {int(match[1]): path for path, match in matches if int(match[2]) == model_rank}
     absent = sorted(set(range(max(found, default=0) + 1)) - set(found))
     if absent:
         raise EngineError(f"{folder}: has no optimizer states of rank {absent[0]}; complete the folder")

@@ -28,7 +28,7 @@ from ds_moe_ep.engine.checkpoint.state_pieces import (
 )
 from ds_moe_ep.errors import EngineError
 
-_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+_FILE = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 # What DeepSpeed's 16-bit wrappers keep of the loss scale, on their configuration of it.
 LOSS_SCALE = ("dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
 
@@ -50,6 +50,7 @@ class PlainRun:
     ep_size: int
     num_experts: Mapping[str, int]
     stacked: Collection[str]
+    model_rank: int = 0  # of a pipeline: its stage
 
     @property
     def optimizer(self) -> Any:
@@ -100,7 +101,7 @@ def plain_states(run: PlainRun, folder: Path, saved_size: int) -> SavedPieces:
 
     Raises EngineError where they are of another form, or of another model than this run's.
     """
-    files = _files(folder, saved_size)
+    files = _files(folder, saved_size, run.model_rank)
     pieces: dict[str, list[StatePiece]] = {}
     for number, group in enumerate(run.groups()):
         listed = _that_saved(group, run, saved_size)
@@ -130,9 +131,10 @@ def _base(file: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _files(folder: Path, saved_size: int) -> list[dict[str, Any]]:
+def _files(folder: Path, saved_size: int, model_rank: int) -> list[dict[str, Any]]:
     """The optimizer's state of each rank of a group that saved, mapped into memory."""
-    paths = {int(m[1]): path for path in folder.iterdir() if (m := _FILE.fullmatch(path.name))}
+    found = ((_FILE.fullmatch(path.name), path) for path in folder.iterdir())
+    paths = {int(match[1]): path for match, path in found if match and int(match[2]) == model_rank}
     absent = [rank for rank in range(saved_size) if rank not in paths]
     if absent:
         raise EngineError(f"{folder}: has no expp_rank_{absent[0]}_*_optim_states.pt; complete the folder")

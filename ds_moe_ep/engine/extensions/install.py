@@ -13,6 +13,8 @@ from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
+from ds_moe_ep.engine.checkpoint.loading.mapped import MappedFiles
+from ds_moe_ep.engine.checkpoint.loading.random_states import RandomStates
 from ds_moe_ep.engine.checkpoint.preflight import Preflight
 from ds_moe_ep.engine.checkpoint.save import FinishedSaves, SafeSaver, saves_safely
 from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
@@ -105,7 +107,9 @@ def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog |
     if len(sizes) == 1:  # of several sizes, files do not tell which layer had which
         yield SavedEpSize(engine, *sizes)
     yield IncompleteCheckpoints(engine, [layer.num_experts for layer in numbered])
-    yield Preflight(engine, sizes)
+    yield Preflight(engine, sizes, config.check_crc)
+    yield MappedFiles(engine)
+    yield RandomStates(engine, sizes)
     yield ChoiceKeeper(layers)
     yield Supervision(engine, watch)
 

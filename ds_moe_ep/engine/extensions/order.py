@@ -9,6 +9,8 @@ from __future__ import annotations
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
+from ds_moe_ep.engine.checkpoint.loading.mapped import MappedFiles
+from ds_moe_ep.engine.checkpoint.loading.random_states import RandomStates
 from ds_moe_ep.engine.checkpoint.preflight import Preflight
 from ds_moe_ep.engine.checkpoint.save import FinishedSaves, SafeSaver
 from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
@@ -45,8 +47,12 @@ ORDER: tuple[type[EngineCallback], ...] = (
     IncompleteCheckpoints,
     Preflight,
     SavedEpSize,
+    # Next to what DeepSpeed itself reads; states that are cut anew are mapped anyway.
+    MappedFiles,
     # Innermost of those that save: it calls the engine's own method with a folder of its own.
     SafeSaver,
+    # Inside of it: the saver knows what to say of a rank that does not come to this exchange either.
+    RandomStates,
     # Hears of a skipped step first, before anything is reported of it; hears the loss as the model gave it.
     SkippedSteps,
     # Around the pass alone: its own collectives are in nobody's backward pass but the engine's.

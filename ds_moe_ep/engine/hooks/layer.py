@@ -43,6 +43,7 @@ TRAFFIC = (
     "report_every",
     "heat_map_every",
     "async_save",
+    "check_crc",
     "timeout_s",
 )
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -75,3 +76,22 @@ def write_config(path: pathlib.Path, run: Run, *, pipeline: bool) -> str:
     """The path of a file with `target_config`."""
     path.write_text(json.dumps(target_config(run, pipeline=pipeline)), encoding="utf-8")
     return str(path)
+
+
+def same(one: Any, other: Any) -> bool:
+    """True for equal values of one structure, tensors bit for bit."""
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one == other) or (vars(one) == vars(other) if hasattr(one, "__dict__") else False)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a structure that have more than one value."""
+    if isinstance(value, Tensor) and value.numel() > 1:
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from tensors(part)

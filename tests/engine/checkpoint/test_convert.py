@@ -1,8 +1,8 @@
-"""Weights carried to another layout: DeepSpeed loads them, logits are equal, and the way back is exact.
+"""Weights and optimizer states carried to another layout: DeepSpeed loads them, and training goes on as it would have.
 
 Two layouts add up the same products in another order: the logits of four fp32 layers differ by 2e-6 of the largest at
-most (measured: 2e-7; an expert or a slice in the wrong place: 0.07 and more). Weights are copied and never computed
-with: bit for bit.
+most (measured: 2e-7; an expert or a slice in the wrong place: 0.07 and more). Weights, moments and steps are copied and
+never computed with: bit for bit, and the way back is exact. The control of the losses is a run without states.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
-from ds_moe_ep.parallel.tensor import Share
+from ds_moe_ep.parallel.tensor import Share, cut_dimension
 from tests.engine.checkpoint.checkpoints import target_config, weights_in, write_experts
 from tests.parallel.training_runs import (
     Run,
@@ -31,48 +32,119 @@ from tests.parallel.training_runs import (
 from tests.ranks import run_ranks
 
 LOGITS = 2e-6
+LOSSES = 2e-5  # of two steps of Adam behind the load; without states they are another's by far more
 MODEL = {"num_layers": 2, "expert": "swiglu", "shared_expert_width": 16}
-RUN = Run(steps=2, num_micro_batches=2, stage=1, top_k=2, model=MODEL)
+RUN = Run(steps=4, num_micro_batches=2, stage=1, top_k=2, model=MODEL)
 TOKEN_IDS = torch.arange(4 * 8).view(4, 8) * 7 % 32
 
 
 @dataclass(frozen=True)
 class Seen:
-    """State of a rank after training or loading."""
+    """State of a rank after two steps or loading, and the loss of one more step, and of another behind that."""
 
     logits: Tensor | None  # of TOKEN_IDS; None before the last stage
     weights: dict[str, Tensor]  # by their names on one device
     share: Share
+    states: dict[str, Tensor]  # master weights, moments and steps, by the weights' names
+    losses: tuple[float, float]
 
 
 def with_experts(run: Run, folder: str, loads: bool) -> Seen:
     """Trains two steps and saves, or loads into another seed's model."""
     engine, named = make_experts(run, seed=2 if loads else 1)
+    group_index, place = divmod(dist.get_rank(), run.ep_size)
+    num_groups, mine = run.world_size // run.ep_size, run.num_sequences // run.ep_size
+
+    def step(micro_batches: Any) -> float:
+        total = torch.zeros(())
+        for token_ids, target_ids in micro_batches[group_index::num_groups]:
+            part = slice(place * mine, (place + 1) * mine)
+            loss = engine(token_ids[part], target_ids[part]).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / engine.gradient_accumulation_steps()
+        dist.all_reduce(total)
+        return float(total) / run.world_size
+
     if loads:
-        assert engine.load_checkpoint(folder, load_module_only=True)[0] is not None
+        load(engine, folder)
     else:
-        for micro_batches in run.batches():
-            for token_ids, target_ids in micro_batches:
-                engine.backward(engine(token_ids, target_ids).loss)
-                engine.step()
+        for micro_batches in run.batches()[:2]:
+            step(micro_batches)
         engine.save_checkpoint(folder)
     engine.eval()
     with torch.no_grad():
-        return Seen(engine(TOKEN_IDS).logits_BSV, copies(named), Share(0, 1))
+        logits = engine(TOKEN_IDS).logits_BSV
+    engine.train()
+    weights, states = copies(named), states_of(engine, run, named)
+    first, second = map(step, run.batches()[2:])
+    return Seen(logits, weights, Share(0, 1), states, (first, second))
 
 
 def with_pipeline(run: Run, folder: str, loads: bool) -> Seen:
     """The same with shares and stages."""
     engine = make_pipeline(run, seed=2 if loads else 1)
     if loads:
-        assert engine.load_checkpoint(folder, load_module_only=True)[0] is not None
+        load(engine, folder)
     else:
-        for micro_batches in run.batches():
+        for micro_batches in run.batches()[:2]:
             engine.train_batch(of_this_copy(engine, micro_batches))
         engine.save_checkpoint(folder)
     _, outputs = engine.eval_batch(iter([(TOKEN_IDS, TOKEN_IDS)]), return_logits=True, num_micro_batches=1)
-    share = Share(engine.grid.get_slice_parallel_rank(), run.tp_size)
-    return Seen(None if outputs is None else outputs[0], copies(stage_parameters(engine)), share)
+    share, named = Share(engine.grid.get_slice_parallel_rank(), run.tp_size), stage_parameters(engine)
+    weights, states = copies(named), states_of(engine, run, named)
+    first, second = (float(engine.train_batch(of_this_copy(engine, each))) for each in run.batches()[2:])
+    return Seen(None if outputs is None else outputs[0], weights, share, states, (first, second))
+
+
+def load(engine: Any, folder: str) -> None:
+    """Loads a checkpoint, with its states unless the folder's name says otherwise."""
+    has_states = not folder.endswith("weights")
+    assert engine.load_checkpoint(folder, load_module_only=not has_states)[0] is not None
+    assert engine.global_steps == (2 if has_states else 0)
+
+
+def states_of(engine: Any, run: Run, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Master weights, both moments and the step of this rank's parameters, by kind and name. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+
+    from ds_moe_ep.engine.checkpoint.reshard import cuts_of
+
+    optimizer, found = engine.optimizer, {}
+    if run.stage:
+        for flat, parameters in zip(*cuts_of(optimizer), strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.optimizer.state)
+        steps = [float(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state]
+    else:
+        steps = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
+    for name, parameter in named.items():
+        for kind in ("exp_avg", "exp_avg_sq") if steps else ():
+            value = safe_get_full_optimizer_state(parameter, kind) if run.stage else optimizer.state[parameter][kind]
+            found[f"{kind} {name}"] = value.detach().clone()
+        master = safe_get_full_fp32_param(parameter) if run.stage else parameter
+        found[f"master {name}"] = master.detach().clone()
+    return found | {"step": torch.tensor(sorted(set(steps)))}
+
+
+def assert_same_states(found: Sequence[Seen], expected: Sequence[Seen]) -> None:
+    """Every rank holds its share of the states that others held, bit for bit; together they hold all of them."""
+    shares: dict[str, dict[int, Tensor]] = {}
+    for seen in expected:
+        for name, value in seen.states.items():
+            shares.setdefault(name, {})[seen.share.index] = value
+    assert {name for seen in found for name in seen.states} == set(shares)
+    assert sum(name.startswith("exp_avg_sq") for name in shares) > 2 * 4 * 3, "of experts too"
+    for seen in found:
+        for name, value in seen.states.items():
+            parts, dimension = [shares[name][index] for index in sorted(shares[name])], cut_dimension(name)
+            whole = parts[0] if dimension is None else torch.cat(parts, dimension)
+            assert torch.equal(value, seen.share.of(whole, name)), name
+
+
+def losses_distance(found: Sequence[Seen], expected: Sequence[Seen]) -> float:
+    """The largest relative difference of a loss of the two steps after two others."""
+    return max(abs(one - other) / other for one, other in zip(found[0].losses, expected[0].losses, strict=True))
 
 
 def saved_by(train: Any, run: Run, folder: pathlib.Path) -> list[Seen]:
@@ -100,19 +172,28 @@ def assert_same_weights(found: Sequence[Seen], folder: pathlib.Path, run: Run) -
             assert torch.equal(weight, seen.share.of(whole[name], name)), name
 
 
-@pytest.mark.parametrize("ep_size", [4, pytest.param(2, marks=pytest.mark.slow)])
-def test_experts_become_shares_and_stages_with_equal_logits_and_come_back_bit_for_bit(
-    ep_size: int, tmp_path: pathlib.Path
+OTHERS = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((4, 1, 1), (2, 0, 2), (2, 1, 2))]
+
+
+@pytest.mark.parametrize(("ep_size", "stage", "pp_size"), [(4, 0, 1), *OTHERS])
+def test_experts_become_shares_and_stages_that_go_on_as_they_would_and_come_back_bit_for_bit(
+    ep_size: int, stage: int, pp_size: int, tmp_path: pathlib.Path
 ) -> None:
-    run, ways = replace(RUN, ep_size=ep_size), [tmp_path / name for name in ("trained", "pipeline", "back")]
+    """With one stage two ranks hold the same shares."""
+    run = replace(RUN, ep_size=ep_size, stage=stage, pp_size=pp_size)
+    ways = [tmp_path / name for name in ("trained", "pipeline", "back")]
     trained = saved_by(with_experts, run, ways[0])
     for source, target, pipeline in ((ways[0], ways[1], True), (ways[1], ways[2], False)):
         prepare(source, target, target_config(run, pipeline=pipeline)).write()
     as_pipeline = loaded_by(with_pipeline, run, ways[1])
     assert_same_weights(as_pipeline, ways[0], run)
+    assert_same_states(as_pipeline, trained)
     assert logits_distance(as_pipeline, trained) <= LOGITS
+    assert losses_distance(as_pipeline, trained) <= LOSSES
     back = loaded_by(with_experts, replace(run, ep_size=6 - ep_size), ways[2])  # 2 comes back as 4, and 4 as 2
+    assert_same_states(back, trained)
     assert logits_distance(back, trained) <= LOGITS
+    assert losses_distance(back, trained) <= LOSSES
     before, after = (weights_in(folder, run) for folder in (ways[0], ways[2]))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
@@ -123,13 +204,27 @@ def test_a_trained_pipeline_becomes_experts_and_pipelines_of_other_sizes(tmp_pat
     trained = saved_by(with_pipeline, run, tmp_path / "trained")
     prepare(tmp_path / "trained", tmp_path / "experts", target_config(run, pipeline=False)).write()
     loaded = loaded_by(with_experts, run, tmp_path / "experts")
+    assert_same_states(loaded, trained)
     assert logits_distance(loaded, trained) <= LOGITS
+    assert losses_distance(loaded, trained) <= LOSSES
     for tp_size, pp_size in ((4, 1), (1, 4)):
         other, folder = replace(run, tp_size=tp_size, pp_size=pp_size), tmp_path / f"{tp_size}x{pp_size}"
         prepare(tmp_path / "trained", folder, target_config(other, pipeline=True)).write()
         loaded = loaded_by(with_pipeline, other, folder)
         assert_same_weights(loaded, tmp_path / "experts", run)
+        assert_same_states(loaded, trained)
         assert logits_distance(loaded, trained) <= LOGITS
+        assert losses_distance(loaded, trained) <= LOSSES
+
+
+@pytest.mark.slow
+def test_states_of_bf16_go_there_and_back_bit_for_bit(tmp_path: pathlib.Path) -> None:
+    run, ways = replace(RUN, bf16=True), [tmp_path / name for name in ("trained", "pipeline", "back")]
+    trained = saved_by(with_experts, run, ways[0])
+    for source, target, pipeline in ((ways[0], ways[1], True), (ways[1], ways[2], False)):
+        prepare(source, target, target_config(run, pipeline=pipeline)).write()
+    assert_same_states(loaded_by(with_pipeline, run, ways[1]), trained)
+    assert_same_states(loaded_by(with_experts, replace(run, ep_size=2), ways[2]), trained)
 
 
 def swap(folder: pathlib.Path, first: str, second: str) -> None:
@@ -162,6 +257,11 @@ def test_one_expert_or_one_slice_in_the_wrong_place_is_seen(tmp_path: pathlib.Pa
         assert logits_distance(wrong, trained) > 1000 * LOGITS, name
         with pytest.raises(AssertionError):
             assert_same_weights(wrong, tmp_path / "trained", RUN)
+    prepare(tmp_path / "trained", tmp_path / "weights", config, weights_only=True).write()
+    alone = loaded_by(with_pipeline, RUN, tmp_path / "weights")
+    assert losses_distance(alone, trained) > 100 * LOSSES
+    with pytest.raises(AssertionError):
+        assert_same_states(alone, trained)
 
 
 def load_more(run: Run, folder: str) -> tuple[int, str]:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from ds_moe_ep.engine.checkpoint.convert import groups
 from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
 from ds_moe_ep.errors import EngineError, MoEError
+from tests.engine.checkpoint.checkpoints import same, tensors
 from tests.engine.checkpoint.test_reshard import differing, merged, states_of
 from tests.engine.small_model import Job, batches, make_engine, train_steps
 from tests.ranks import _fork_server, run_ranks
@@ -67,17 +68,6 @@ def carry(ways: Sequence[tuple[Job, Job]], folder: Folder) -> list[tuple[Any, An
         found.append((before, states_of(engine, native)))
         engine.save_checkpoint(str(place / "again"), tag="two")
     return found
-
-
-def same(one: Any, other: Any) -> bool:
-    """True for equal values of one structure, tensors bit for bit."""
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(value, other[name]) for name, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return bool(one == other) or (vars(one) == vars(other) if hasattr(one, "__dict__") else False)
 
 
 def assert_carried(ways: Sequence[tuple[Job, Job]], folder: Folder) -> None:
@@ -178,14 +168,6 @@ def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(saved: Folder, tmp
     )
     assert whole == resumed
     assert {f"{path}" for path in whole} >= {"SHA256SUMS", "conversion.json", "latest"}
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of a structure that have more than one value."""
-    if isinstance(value, Tensor) and value.numel() > 1:
-        yield value
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from tensors(part)
 
 
 def test_a_damaged_file_is_named(saved: Folder, tmp_path: Folder) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ds_moe_ep.engine.checkpoint import folders
 from ds_moe_ep.engine.checkpoint.folders import OLD, SAVING, complete_tags, missing_files, publish, write_latest
+from ds_moe_ep.errors import EngineError
 from tests.engine.small_model import Job, batches, make_engine, train_steps
 from tests.ranks import run_ranks
 
@@ -118,6 +119,32 @@ def test_what_is_missing_is_named_and_the_complete_ones_are_listed_newest_first(
     (tmp_path / "old" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_text("")
     assert missing_files(tmp_path / "old", EXPERTS, 1) == ""
     assert "no optimizer states of data-parallel rank 1 of 2" in missing_files(tmp_path / "old", EXPERTS, 2)
+
+
+def test_a_flipped_bit_of_latest_is_refused_or_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another folder may bear the name that it gives: that one is loaded, and the log has the newer one's."""
+    told: list[str] = []
+    monkeypatch.setattr(folders.seams, "log_rank0", lambda words, *_: told.append(words))
+    for age, name in enumerate(("global_step3", "global_step2")):
+        write_checkpoint(tmp_path / name, name)
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    looks, others = folders.IncompleteCheckpoints(None, [2]), 0
+    for bit in range(-1, 8 * len("global_step3")):
+        text = bytearray(b"global_step3")
+        text[bit // 8] ^= 1 << bit % 8 if bit >= 0 else 0
+        (tmp_path / "latest").write_bytes(text)
+        told.clear()
+        try:
+            problem = folders._problem(tmp_path, None, EXPERTS, 0)
+        except EngineError as error:
+            problem = str(error)
+        if not problem:
+            looks._tell_newer(tmp_path, 0)
+        is_told = told == [f"{tmp_path}/latest: names global_step2, which is loaded; global_step3 was saved later"]
+        assert is_told if not problem and bit >= 0 else not told
+        assert problem == "" or "latest: names no tag" in problem or "does not exist" in problem, problem
+        others += is_told
+    assert others == 1, "the control: one bit lies between the two names"
 
 
 def load_what_was_damaged(folder: str) -> list[str]:

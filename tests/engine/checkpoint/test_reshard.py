@@ -55,6 +55,8 @@ def plain_states_of(engine: Any, index: Any) -> States:
     from ds_moe_ep.model.initialize import global_name
 
     found, optimizer = {}, engine.optimizer
+    if hasattr(optimizer, "fp32_groups_flat"):
+        return flat_states_of(engine, index)
     master_of = {parameter: parameter for parameter in engine.module.parameters()}
     for own, masters in zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True):
         master_of |= dict(zip(own, masters, strict=True))
@@ -66,6 +68,22 @@ def plain_states_of(engine: Any, index: Any) -> States:
     if hasattr(optimizer, "loss_scale_config"):
         found["scale"] = torch.tensor([optimizer.loss_scale_config.cur_scale])
     return found
+
+
+def flat_states_of(engine: Any, index: Any) -> States:
+    """The same of one vector per group, which holds its parameters in their order."""
+    from ds_moe_ep.model.initialize import global_name
+
+    optimizer, name_of = engine.optimizer, {p: name for name, p in engine.module.named_parameters()}
+    found: States = {}
+    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+        state, sizes = optimizer.optimizer.state[flat], [parameter.numel() for parameter in group]
+        for kind, vector in {**{kind: state[kind] for kind in KINDS}, "master": flat.detach()}.items():
+            for parameter, values in zip(group, vector.split(sizes), strict=True):
+                found[f"{global_name(name_of[parameter], index)} {kind}"] = values.clone()
+        found["step"] = state["step"].clone()
+    found["options"] = torch.tensor([group["lr"] for group in optimizer.optimizer.param_groups])[:1]
+    return found | {"scale": torch.tensor([optimizer.loss_scale_config.cur_scale])}
 
 
 def save(job: Job, folder: Path) -> tuple[States, list[float]]:
@@ -115,10 +133,12 @@ def test_states_load_under_every_ep_size_and_training_goes_on(tmp_path: Path) ->
     for name, job in (
         ("bf16", extra),
         ("bf16 with sums in fp32", replace(extra, stage=1, sums_in="fp32")),
-        ("fp16", replace(BASE, fp16=True)),
+        ("fp16", replace(BASE, fp16=True, stage=2)),
+        ("elastic", replace(BASE, elastic=True)),
     ):
         saves.append((name, replace(job, ep_size=2)))
         loads.append((name, replace(job, ep_size=1 if job.sums_in else 4)))
+    loads.append(saves[-1])  # DeepSpeed itself loads elastic states of torch's Adam at no size
     expected = all_load(saves, loads, tmp_path)
     assert sum("exp_avg_sq" in name and "deepspeed_experts" in name for name in expected["ep4"]) == 8 * NUM_EXPERTS
     moments = [
@@ -134,12 +154,30 @@ def test_states_load_under_the_other_ep_sizes(tmp_path: Path) -> None:
     all_load(saves, [(f"ep{saved}", replace(BASE, ep_size=ep)) for saved, ep in pairs], tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_fp16_states_load_under_every_other_ep_size(stage: int, tmp_path: Path) -> None:
+    base, sizes = replace(BASE, stage=stage, fp16=True), (1, 2, 4)
+    for flat in (False, True) if stage == 0 else (False,):
+        for saved in (
+            sizes if stage == 0 else (0,)
+        ):  # a world per ep_size: files without ZeRO have the largest one's name
+            saves = [(f"ep{ep}", replace(base, flat=flat, ep_size=ep)) for ep in sizes if saved in (0, ep)]
+            loads = [(name, replace(job, ep_size=ep)) for name, job in saves for ep in sizes if ep != job.ep_size]
+            all_load(saves, loads, tmp_path / f"{flat}{saved}")
+
+
 def test_states_without_zero_load_under_another_ep_size(tmp_path: Path) -> None:
     """In a world of its own: DeepSpeed names these files by the largest expert-parallel group of the process."""
     plain = replace(BASE, stage=0, ep_size=2)
     jobs = {"plain": plain, "bf16": replace(plain, bf16=True), "fp16": replace(plain, fp16=True)}
-    loads = [("plain", plain, 1), ("plain", plain, 4), ("bf16", jobs["bf16"], 1), ("fp16", jobs["fp16"], 4)]
-    all_load(list(jobs.items()), [(name, replace(job, ep_size=ep)) for name, job, ep in loads], tmp_path)
+    jobs["flat"] = replace(jobs["fp16"], flat=True)
+    loads = [("plain", 1), ("plain", 4), ("bf16", 1), ("fp16", 4), ("flat", 4)]
+    ways = [(name, replace(jobs[name], ep_size=ep)) for name, ep in loads]
+    expected = all_load(list(jobs.items()), ways, tmp_path)
+    for name in ("fp16", "flat"):
+        one, other = (f"layers.0.experts.deepspeed_experts.{expert}.fc1.weight exp_avg" for expert in (0, 5))
+        assert not torch.equal(expected[name][one], expected[name][other]), "the control: another expert's moments"
 
 
 def all_load(saves: Sequence[tuple[str, Job]], loads: Sequence[tuple[str, Job]], folder: Path) -> dict[str, States]:
@@ -148,7 +186,10 @@ def all_load(saves: Sequence[tuple[str, Job]], loads: Sequence[tuple[str, Job]],
     expected = {name: merged([saved[name][0] for saved, _ in by_rank]) for name, _ in saves}
     for index, (name, job) in enumerate(loads):
         found = merged([loaded[index][0] for _, loaded in by_rank])
-        assert differing(found, expected[name]) == [], (name, job)
+        # elastic states have no learning rate: the run's own stays
+        assert differing(found, expected[name]) == ["options"] * job.elastic, (name, job)
+        if job.elastic:
+            continue
         losses, undisturbed = by_rank[0][1][index][1], by_rank[0][0][name][1]
         assert losses == pytest.approx(undisturbed, rel=2e-2 if job.bf16 or job.fp16 else 1e-5), (name, job)
     return expected

@@ -196,8 +196,8 @@ def states_by_expert(engine: Any, job: AutoEPJob) -> dict[str, Tensor]:
 
 
 def states_under_another_size(folder: str) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Of stage 0 and 1: the states where ep_size 2 saved, and those that a hooked engine of ep_size 4 loaded."""
-    jobs = [AutoEPJob(stage=stage, ep_size=2, steps=1) for stage in (0, 1)]
+    """Of stages 0, 1 and 2: the states where ep_size 2 saved, and those that a hooked engine of ep_size 4 loaded."""
+    jobs = [AutoEPJob(stage=stage, ep_size=2, steps=1) for stage in (0, 1, 2)]
     saved = []
     for job in jobs:  # all before the larger groups exist: DeepSpeed names files without ZeRO by the largest
         engine = make_engine(job)

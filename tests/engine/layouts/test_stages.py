@@ -62,11 +62,50 @@ def cases(folder: str) -> dict[str, Any]:
     other = make_engine(ds_moe_ep.MoE, ds_moe_ep.initialize, ds_config(1), k=2)
     other.load_checkpoint(folder)
     found["resumed"] = first, trained(other, range(2, 4))
+    for stage in (0, 1):
+        found[f"states {stage}"] = states_of_two_sizes(f"{folder}/adam{stage}", stage)
     found["names"] = [layer.dispatcher.name for layer in engine.moe_ep_layers.values()]
     found["stage without layers"] = refusal(uneven, ds_moe_ep.initialize)
     for name, section in {"replicas": {"replicas": 1}, "watch": {"watch": folder}}.items():
         found[name] = refusal(None, ds_moe_ep.initialize, moe_ep=section)
     found["fp16"] = refusal(None, ds_moe_ep.initialize, fp16={"enabled": True})
+    return found
+
+
+def states_of_two_sizes(folder: str, stage: int) -> list[dict[str, Tensor]]:
+    """Master weights and moments where ep_size 2 saved, and where the same stages with ep_size 1 loaded them."""
+    import ds_moe_ep
+
+    sides = []
+    adam = {"optimizer": {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}}
+    for ep_size in (2, 1):
+        engine = make_engine(ds_moe_ep.MoE, ds_moe_ep.initialize, ds_config(stage, **adam), k=2, ep_size=ep_size)
+        if ep_size == 2:
+            trained(engine)
+            engine.save_checkpoint(folder)
+        else:
+            engine.load_checkpoint(folder)
+        sides.append(states_of(engine, dist.get_rank() % 2 * 2 if ep_size == 2 else 0, stage))
+    return sides
+
+
+def states_of(engine: Any, first: int, stage: int) -> dict[str, Tensor]:
+    """States of this rank's parameters by kind and name, experts counted from `first`. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+
+    from ds_moe_ep.engine.checkpoint.reshard import cuts_of
+    from ds_moe_ep.model.initialize import renumbered
+
+    optimizer, found = engine.optimizer, {}
+    for flat, parameters in zip(*cuts_of(optimizer), strict=True) if stage else ():
+        lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.optimizer.state)
+    for name, parameter in engine.module.named_parameters():
+        known = renumbered(name, lambda local: first + local)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            value = safe_get_full_optimizer_state(parameter, kind) if stage else optimizer.state[parameter][kind]
+            found[f"{kind} {known}"] = value.detach().clone()
+        found[f"master {known}"] = (safe_get_full_fp32_param(parameter) if stage else parameter).detach().clone()
     return found
 
 
@@ -120,6 +159,21 @@ def test_a_pipelines_checkpoint_has_deepspeeds_files_and_goes_on_bit_for_bit() -
         (losses, weights), (losses_again, weights_again) = theirs["resumed"]
         assert losses_again == losses
         assert all(torch.equal(weights_again[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_optimizer_states_in_stages_load_under_another_ep_size_bit_for_bit(stage: int) -> None:
+    for ranks in ((0, 1), (2, 3)):  # a stage's
+        saved: dict[str, Tensor] = {}
+        loaded: dict[str, Tensor] = {}
+        for rank in ranks:
+            for side, states in zip((saved, loaded), found()[rank][f"states {stage}"], strict=True):
+                for name, value in states.items():
+                    assert torch.equal(side.setdefault(name, value), value), name
+        assert saved.keys() == loaded.keys() and sum("experts.3." in name for name in saved) >= 3
+        assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+        one, other = (next(value for name, value in saved.items() if f"experts.{e}." in name) for e in (0, 2))
+        assert not torch.equal(one, other), "the control: moments of another expert"
 
 
 def test_names_in_errors_and_records_tell_the_stage() -> None:

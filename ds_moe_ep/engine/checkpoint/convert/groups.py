@@ -45,7 +45,7 @@ def resized(groups: Iterable[ParameterGroup], num_experts: Mapping[str, int], ep
             continue
         options = {**group.options, "name": f"ep_size_{ep_size}"} if "name" in group.options else group.options
         shapes = of_experts(group.shapes, {name: size // ep_size for name, size in num_experts.items()})
-        found.extend(ParameterGroup(part, options) for part in _cut(shapes))
+        found.extend(ParameterGroup(part, options) for part in cut_group(shapes))
     return found
 
 
@@ -95,11 +95,11 @@ def _continues(last: ParameterGroup, group: ParameterGroup) -> bool:
     if not (last.is_of_experts and group.is_of_experts) or own_options(last.options) != own_options(group.options):
         return False
     next_values = math.prod(next(iter(group.shapes.values())))
-    of_last_cut = list(_cut(last.shapes))[-1]
+    of_last_cut = list(cut_group(last.shapes))[-1]
     return sum(math.prod(shape) for shape in of_last_cut.values()) + next_values > most_values()
 
 
-def _cut(shapes: Shapes) -> Iterator[dict[str, Sequence[int]]]:
+def cut_group(shapes: Shapes) -> Iterator[dict[str, Sequence[int]]]:
     """Runs of parameters as DeepSpeed cuts them."""
     cut: dict[str, Sequence[int]] = {}
     num_values, most = 0, most_values()

@@ -3,8 +3,8 @@
     conversion = prepare("checkpoints/ep16", "checkpoints/ep4", "ds_configs/ep4.json")
     conversion.write()
 
-Between sizes of expert parallelism optimizer states go along (`resize`); to and from tensor x pipeline parallelism the
-weights do (`weights`).
+Optimizer states go along: between sizes of expert parallelism (`resize`), and to and from tensor x pipeline parallelism
+(`weights`, `layout_states`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from typing import Any, Literal
 
 from ds_moe_ep.config.section import SECTION, Section, load_ds_config, read_section
 from ds_moe_ep.engine.checkpoint.convert import exports, resize, weights
+from ds_moe_ep.engine.checkpoint.convert.layout_states import find_states
+from ds_moe_ep.engine.checkpoint.convert.layout_targets import (
+    PipelineStates,
+    expert_states,
+    pipeline_states,
+    refuse_stage,
+)
 from ds_moe_ep.engine.checkpoint.convert.output import TargetFile, TargetFolder
 from ds_moe_ep.engine.checkpoint.convert.read import find_tag, load_file, tags_in
 from ds_moe_ep.engine.checkpoint.convert.weight_files import (
@@ -104,8 +111,8 @@ def prepare(
     """The conversion of the checkpoint in `source` to the layout of the ds_config `config`, in a new folder `target`.
 
     With "layout" in its section it is a pipeline's, else that of expert parallelism, for `world_size` data-parallel
-    ranks (by default as many as saved). Between sizes of expert parallelism optimizer states are carried too, unless
-    `weights_only`, and the section needs no "model"; with one the weights are checked against it. `tag` is by default
+    ranks (by default as many as saved). Optimizer states are carried too, unless `weights_only`. Between sizes of
+    expert parallelism the section needs no "model"; with one the weights are checked against it. `tag` is by default
     the one that the file `latest` names. `to` "hugging_face" makes a folder of safetensors, config.json and code of the
     section's "model", "fp32" the weights in fp32 under the names of the model made with ep_size=1, for which no config
     is needed. Reads names, shapes and types, no weights. Raises ConfigError or EngineError
@@ -136,10 +143,17 @@ def prepare(
     if source_files is None or not (source_files.is_pipeline or is_pipeline):
         return _resized(found, world_size, weights_only)
     assert parts is not None and section.model is not None
-    return _between_layouts(found, source_files, parts, is_pipeline)
+    return _between_layouts(found, source_files, parts, is_pipeline, world_size, weights_only)
 
 
-def _between_layouts(source: _Source, source_files: WeightFiles, parts: weights.Parts, is_pipeline: bool) -> Conversion:
+def _between_layouts(
+    source: _Source,
+    source_files: WeightFiles,
+    parts: weights.Parts,
+    is_pipeline: bool,
+    world_size: int | None,
+    weights_only: bool,
+) -> Conversion:
     model, moe = source.section.model, source.section.moe
     assert model is not None
     files = pipeline_files(model, moe, source.section.layout) if is_pipeline else expert_files(model, moe)
@@ -149,9 +163,22 @@ def _between_layouts(source: _Source, source_files: WeightFiles, parts: weights.
     state |= {"ds_config": source.config, "mp_world_size": files.num_state_files, "dp_world_size": 0}
     if not is_pipeline:
         state["num_experts"] = [moe.num_experts] * model.num_layers
-    targets = list(weights.target_files(source.tag, (source.folder, source_files), files, parts, state))
-    words = f"{len(parts)} weights from {source_files.words} to {files.words}"
-    return _checkpoint(source, targets, words, is_whole=False)
+    found = None if weights_only else find_states(source.folder, source_files, model, moe)
+    of_ranks: PipelineStates | None = None
+    of_states: list[TargetFile] = []
+    if found is not None:
+        refuse_stage(found, source.config, is_pipeline)
+        if is_pipeline:
+            of_ranks = pipeline_states(found, model, moe, source.section.layout, world_size)
+            of_states = list(of_ranks.files(source.tag))
+        else:
+            by_experts = expert_states(found, model, moe, world_size, bool(source.config.get(resize.INTERLEAVED)))
+            state |= by_experts.of_run()
+            of_states = list(by_experts.files(source.tag))
+    targets = list(weights.target_files(source.tag, (source.folder, source_files), files, parts, state, of_ranks))
+    carried = f"{len(parts)} weights{' and their optimizer states' * (found is not None)}"
+    words = f"{carried} from {source_files.words} to {files.words}"
+    return _checkpoint(source, [*targets, *of_states], words, is_whole=found is not None)
 
 
 def _resized(source: _Source, world_size: int | None, weights_only: bool) -> Conversion:

@@ -79,7 +79,7 @@ def check_undamaged(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # of a damaged directory too: other compression, encryption, sizes
         raise EngineError(f"{path}: is damaged ({error}); {_OTHER_COPY}") from error
     if damaged is not None:
         raise EngineError(f"{path}: is damaged, the checksum of its part {damaged} does not fit; {_OTHER_COPY}")

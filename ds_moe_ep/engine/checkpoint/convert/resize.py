@@ -25,7 +25,7 @@ from ds_moe_ep.engine.checkpoint.convert.plain_states import OPTIMIZER_FILE, Pla
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.checkpoint.convert.zero_states import ZeroStates
 from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, MAIN_FILE, saved_ep_size
-from ds_moe_ep.engine.checkpoint.reshard import SavedStates
+from ds_moe_ep.engine.checkpoint.reshard import SavedStates, is_lean
 from ds_moe_ep.engine.checkpoint.state_pieces import EXPERT_NAME, num_experts_of
 from ds_moe_ep.errors import ConfigError, EngineError
 
@@ -194,7 +194,12 @@ def _zero_files(
     ep_size = checkpoint.ep_size()
     states = SavedStates(folder, ep_size, checkpoint.is_interleaved, checkpoint.num_experts)
     first = saved[0]
-    options = first["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+    options = states.groups
+    if is_lean(first["optimizer_state_dict"]):
+        raise EngineError(
+            f"{folder}: elastic states lack the options of their groups; load the folder with engine.load_checkpoint, "
+            f"which keeps the run's own, or {_WEIGHTS_ALONE}"
+        )
     shapes = checkpoint.main.get("param_shapes") or []
     if len(shapes) != len(options):
         raise EngineError(f"{folder / MAIN_FILE}: lists no shapes of its optimizer's parameters; {_WEIGHTS_ALONE}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,23 @@ from ds_moe_ep.parallel.tensor import cut_dimension
 Parts = Mapping[str, list[Tensor]]  # the shares of each weight in their order, mapped from the source's files
 
 
+class StatesOfRanks(Protocol):
+    """Optimizer states that lie in the files which tell the state of the run: those of a pipeline's model ranks."""
+
+    def of_run(self, model_rank: int) -> Mapping[str, Any]:
+        """Entries of a model rank's file, in memory of their own."""
+
+    def num_bytes(self, model_rank: int) -> int:
+        """Bytes of the tensors in them."""
+
+
 def target_files(
-    tag: str, source: tuple[Path, WeightFiles], target: WeightFiles, parts: Parts, state: Mapping[str, Any]
+    tag: str,
+    source: tuple[Path, WeightFiles],
+    target: WeightFiles,
+    parts: Parts,
+    state: Mapping[str, Any],
+    states: StatesOfRanks | None = None,
 ) -> Iterator[TargetFile]:
     """The files of the target's layout; `source` is the folder of the tag and its files, `state` that of the run."""
     folder, files = source
@@ -38,13 +53,19 @@ def target_files(
         write = partial(_write_weights, places, parts, state if name == MAIN_FILE else None)
         yield TargetFile(f"{tag}/{name}", num_bytes, write, tuple(reads))
     if target.is_pipeline:
-        for name in target.state_files():
-            yield TargetFile(f"{tag}/{name}", 0, partial(torch.save, {"module": None, **state}), (folder / MAIN_FILE,))
+        for rank, name in enumerate(target.state_files()):
+            num_bytes = states.num_bytes(rank) if states is not None else 0
+            write = partial(_write_state, rank, state, states)
+            yield TargetFile(f"{tag}/{name}", num_bytes, write, (folder / MAIN_FILE,))
 
 
 def _write_weights(places: list[WeightPlace], parts: Parts, state: Mapping[str, Any] | None, path: Path) -> None:
     weights: dict[str, Any] = {place.key: share_at(place, parts) for place in places}
     torch.save(weights if state is None else {"module": weights, **state}, path)
+
+
+def _write_state(rank: int, state: Mapping[str, Any], states: StatesOfRanks | None, path: Path) -> None:
+    torch.save({"module": None, **state, **(states.of_run(rank) if states is not None else {})}, path)
 
 
 def find_parts(folder: Path, files: WeightFiles, whole: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:

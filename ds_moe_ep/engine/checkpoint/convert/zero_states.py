@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -48,19 +48,34 @@ def cut_of(group: ParameterGroup, rank: int, grid: RankGrid) -> GroupCut:
     return GroupCut(first, size, min(max(first + size - num_values, 0), size), count)
 
 
+class StatesByName(Protocol):
+    """Saved states by the names that the target's ranks have, experts counted over all of them."""
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        """The first rank's states, with what all ranks have alike."""
+
+    def of_group(self, name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The optimizer's state and options of what a parameter was in."""
+
+    def whole(self, name: str, kind: str, num_values: int) -> Tensor:
+        """All values of one state of a parameter, flat."""
+
+
 @dataclass(frozen=True)
 class ZeroStates:
-    """The states to write: read from `saved`, for the ranks of `grid`."""
+    """The states to write: read from `saved`, for the ranks of `grid`, which are those of one model rank."""
 
-    saved: SavedStates
+    saved: StatesByName
     groups: Sequence[ParameterGroup]
     grid: RankGrid
     num_experts: Mapping[str, int]
+    model_rank: int = 0
 
     def files(self, tag: str, prefix: str, beside: Mapping[str, Any], reads: tuple[Path, ...]) -> Iterator[TargetFile]:
         """A file per rank; `beside` is what stands beside the states in each."""
         for rank in range(self.grid.world_size):
-            name = f"{tag}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            name = f"{tag}/{prefix}zero_pp_rank_{rank}_mp_rank_{self.model_rank:02d}_optim_states.pt"
             yield TargetFile(name, self._num_bytes(rank), partial(self._write, rank, beside), reads)
 
     def _num_bytes(self, rank: int) -> int:
