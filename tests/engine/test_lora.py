@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 
 OURS = [
     Job(ep_size=ep_size, stage=stage, door=door)
-    for ep_size, stage, door in ((2, 0, "ds_moe_ep"), (4, 1, "deepspeed"), (2, 2, "ds_moe_ep"), (4, 0, "deepspeed"))
+    for ep_size, stage, door in ((2, 0, "ds_moe_ep"), (4, 1, "deepspeed"), (2, 2, "ds_moe_ep"), (4, 2, "deepspeed"))
 ]
 NATIVE = [Job(layer="native", ep_size=2, stage=stage) for stage in (0, 2)]
 
