@@ -155,6 +155,16 @@ def loaded_by(load: Any, run: Run, folder: pathlib.Path) -> list[Seen]:
     return run_ranks(4, load, run, str(folder), True)
 
 
+def each_loaded_by(load: Any, runs: Sequence[Run], folders: Sequence[pathlib.Path]) -> list[list[Seen]]:
+    """Of each folder what every rank has loaded, in one world."""
+    by_rank = run_ranks(4, in_turns, load, runs, [str(folder) for folder in folders], timeout_s=150)
+    return [list(of_folder) for of_folder in zip(*by_rank, strict=True)]
+
+
+def in_turns(load: Any, runs: Sequence[Run], folders: Sequence[str]) -> list[Seen]:
+    return [load(run, folder, True) for run, folder in zip(runs, folders, strict=True)]
+
+
 def logits_distance(found: Sequence[Seen], expected: Sequence[Seen]) -> float:
     """The largest difference of any rank's logits from those of the other side, over the largest logit."""
     (whole, *_) = [seen.logits for seen in expected if seen.logits is not None]
@@ -207,10 +217,11 @@ def test_a_trained_pipeline_becomes_experts_and_pipelines_of_other_sizes(tmp_pat
     assert_same_states(loaded, trained)
     assert logits_distance(loaded, trained) <= LOGITS
     assert losses_distance(loaded, trained) <= LOSSES
-    for tp_size, pp_size in ((4, 1), (1, 4)):
-        other, folder = replace(run, tp_size=tp_size, pp_size=pp_size), tmp_path / f"{tp_size}x{pp_size}"
+    others = [replace(run, tp_size=tp_size, pp_size=pp_size) for tp_size, pp_size in ((4, 1), (1, 4))]
+    folders = [tmp_path / f"{other.tp_size}x{other.pp_size}" for other in others]
+    for other, folder in zip(others, folders, strict=True):
         prepare(tmp_path / "trained", folder, target_config(other, pipeline=True)).write()
-        loaded = loaded_by(with_pipeline, other, folder)
+    for loaded in each_loaded_by(with_pipeline, others, folders):
         assert_same_weights(loaded, tmp_path / "experts", run)
         assert_same_states(loaded, trained)
         assert logits_distance(loaded, trained) <= LOGITS
@@ -252,13 +263,13 @@ def test_one_expert_or_one_slice_in_the_wrong_place_is_seen(tmp_path: pathlib.Pa
         prepare(tmp_path / "trained", tmp_path / name, config).write()
     swap(tmp_path / "slices", "layer_01-model_00-model_states.pt", "layer_02-model_00-model_states.pt")
     exchange_experts(tmp_path / "experts")
-    for name in ("slices", "experts"):
-        wrong = loaded_by(with_pipeline, RUN, tmp_path / name)
-        assert logits_distance(wrong, trained) > 1000 * LOGITS, name
+    prepare(tmp_path / "trained", tmp_path / "weights", config, weights_only=True).write()
+    folders = [tmp_path / name for name in ("slices", "experts", "weights")]
+    *damaged, alone = each_loaded_by(with_pipeline, [RUN] * 3, folders)
+    for wrong in damaged:
+        assert logits_distance(wrong, trained) > 1000 * LOGITS
         with pytest.raises(AssertionError):
             assert_same_weights(wrong, tmp_path / "trained", RUN)
-    prepare(tmp_path / "trained", tmp_path / "weights", config, weights_only=True).write()
-    alone = loaded_by(with_pipeline, RUN, tmp_path / "weights")
     assert losses_distance(alone, trained) > 100 * LOSSES
     with pytest.raises(AssertionError):
         assert_same_states(alone, trained)
