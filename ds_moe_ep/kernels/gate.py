@@ -47,11 +47,14 @@ class GateRoutes(NamedTuple):
     counts_KE: Tensor | None
 
 
-def gate_logits(x_TD: Tensor, weight_ED: Tensor, use_triton: bool | None = None) -> Tensor:
-    """Logits [T, E] in the type of the weight, at least fp32, outside of autocast. Differentiable, local."""
-    if x_TD.dtype == weight_ED.dtype and not runs_triton(use_triton, x_TD, weight_ED):
-        return F.linear(x_TD, weight_ED)
-    logits_TE: Tensor = _GateLogits.apply(x_TD, weight_ED, use_triton)  # type: ignore[no-untyped-call]
+def gate_logits(
+    x_TD: Tensor, weight_ED: Tensor, use_triton: bool | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Logits [T, E] in `dtype`, at least fp32 (by default the weight's), outside of autocast. Differentiable, local."""
+    kind = weight_ED.dtype if dtype is None else dtype
+    if x_TD.dtype == kind and not runs_triton(use_triton, x_TD, weight_ED):
+        return F.linear(x_TD, weight_ED.to(kind))
+    logits_TE: Tensor = _GateLogits.apply(x_TD, weight_ED, use_triton, kind)  # type: ignore[no-untyped-call]
     return logits_TE
 
 
@@ -73,13 +76,16 @@ def gate_routes(
 
 class _GateLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, use_triton: bool | None) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, use_triton: bool | None, kind: torch.dtype) -> Tensor:
+        ctx.use_triton, ctx.dtype = use_triton, weight_ED.dtype
+        weight_ED = weight_ED.to(kind)
         ctx.save_for_backward(x_TD, weight_ED)
-        ctx.use_triton = use_triton
         if runs_triton(use_triton, x_TD, weight_ED):
             from ds_moe_ep.kernels.compiled import gate as kernels
 
             return kernels.logits(x_TD.contiguous(), weight_ED.contiguous())
+        if x_TD.shape[0] < 2 * BLOCK_TOKENS:
+            return x_TD.to(kind) @ weight_ED.t()
         logits_TE = weight_ED.new_empty(x_TD.shape[0], weight_ED.shape[0])
         for x, logits in _token_blocks(x_TD, logits_TE):
             torch.mm(x.to(weight_ED.dtype), weight_ED.t(), out=logits)
@@ -87,9 +93,11 @@ class _GateLogits(torch.autograd.Function):
 
     @staticmethod
     @not_compiled
-    def backward(ctx: Any, d_logits_TE: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, d_logits_TE: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_ED = ctx.saved_tensors
-        return *gate_gradients(d_logits_TE, x_TD, weight_ED, ctx.needs_input_grad[:2], ctx.use_triton), None
+        wanted = ctx.needs_input_grad[:2]
+        dx_TD, d_weight_ED = gate_gradients(d_logits_TE, x_TD, weight_ED, wanted, ctx.use_triton)
+        return dx_TD, None if d_weight_ED is None else d_weight_ED.to(ctx.dtype), None, None
 
 
 class _GateRoutes(torch.autograd.Function):
@@ -135,9 +143,14 @@ def gate_gradients(
 
         given = d_logits_TE.contiguous(), x_TD.contiguous(), weight_ED.contiguous()
         return kernels.gradients(*given, wanted)
-    dx_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format) if wanted[0] else None
-    d_weight_ED = torch.zeros_like(weight_ED) if wanted[1] else None
+    dx_TD = d_weight_ED = None
     with without_autocast(x_TD.device.type):
+        if x_TD.shape[0] < 2 * BLOCK_TOKENS:
+            dx_TD = (d_logits_TE @ weight_ED).to(x_TD.dtype) if wanted[0] else None
+            d_weight_ED = d_logits_TE.t() @ x_TD.to(weight_ED.dtype) if wanted[1] else None
+            return dx_TD, d_weight_ED
+        dx_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format) if wanted[0] else None
+        d_weight_ED = torch.zeros_like(weight_ED) if wanted[1] else None
         if dx_TD is not None:
             for dx, d_logits in _token_blocks(dx_TD, d_logits_TE):
                 dx.copy_(d_logits @ weight_ED)

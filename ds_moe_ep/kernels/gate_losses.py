@@ -12,14 +12,14 @@ from ds_moe_ep.kernels.eager import not_compiled
 
 
 def gate_losses(
-    scores_TE: Tensor, logits_TE: Tensor, share_E: Tensor | None, aux_weight: float, z_weight: float, is_softmax: bool
+    scores_TE: Tensor, logits_TE: Tensor, chosen_E: Tensor | None, aux_weight: float, z_weight: float, is_softmax: bool
 ) -> Tensor:
-    """aux_weight * E * sum(mean score * share) + z_weight * mean(logsumexp(logits)^2), of at least one token.
+    """aux_weight * sum(scores of an expert * its choices) + z_weight * sum(logsumexp(logits)^2), of at least one token.
 
-    Differentiable to scores and logits. `share_E` None leaves out the first term; `is_softmax`: the scores are the
+    Differentiable to scores and logits. `chosen_E` None leaves out the first term; `is_softmax`: the scores are the
     softmax of these logits.
     """
-    loss: Tensor = _GateLosses.apply(scores_TE, logits_TE, share_E, aux_weight, z_weight, is_softmax)  # type: ignore[no-untyped-call]
+    loss: Tensor = _GateLosses.apply(scores_TE, logits_TE, chosen_E, aux_weight, z_weight, is_softmax)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -29,32 +29,35 @@ class _GateLosses(torch.autograd.Function):
         ctx: Any,
         scores_TE: Tensor,
         logits_TE: Tensor,
-        share_E: Tensor | None,
+        chosen_E: Tensor | None,
         aux_weight: float,
         z_weight: float,
         is_softmax: bool,
     ) -> Tensor:
-        num_tokens, num_experts = scores_TE.shape
-        ctx.weights = aux_weight * num_experts / num_tokens, 2 * z_weight / num_tokens
-        log_sum_T1, terms = None, []
-        if share_E is not None:
-            terms.append(aux_weight * (num_experts * (scores_TE.mean(0) * share_E).sum()))
+        ctx.weights = aux_weight, 2 * z_weight
+        loss, log_sum_T = None, None
+        if chosen_E is not None:
+            loss = torch.dot(scores_TE.sum(0), chosen_E) * aux_weight
         if z_weight:
-            log_sum_T1 = logits_TE.logsumexp(1, keepdim=True)
-            terms.append(z_weight * (log_sum_T1.square().sum() / num_tokens))
-        ctx.save_for_backward(scores_TE if is_softmax else None, logits_TE, share_E, log_sum_T1)
-        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+            # Of a softmax, its largest score says how far above the largest logit the sum is: logsumexp is nine launches.
+            log_sum_T = logits_TE.amax(1) - scores_TE.amax(1).log() if is_softmax else logits_TE.logsumexp(1)
+            squares = torch.dot(log_sum_T, log_sum_T)
+            loss = squares * z_weight if loss is None else loss.add_(squares, alpha=z_weight)
+        ctx.save_for_backward(scores_TE if is_softmax else None, logits_TE, chosen_E, log_sum_T)
+        assert loss is not None, "one of the losses is wanted"
+        return loss
 
     @staticmethod
     @once_differentiable
     @not_compiled
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        scores_TE, logits_TE, share_E, log_sum_T1 = ctx.saved_tensors
+        scores_TE, logits_TE, chosen_E, log_sum_T = ctx.saved_tensors
         aux_weight, z_weight = ctx.weights
         d_scores_TE = d_logits_TE = None
-        if share_E is not None:
-            d_scores_TE = (share_E * (aux_weight * d_loss)).expand_as(logits_TE)
-        if log_sum_T1 is not None:
+        if chosen_E is not None:
+            d_scores_TE = (chosen_E * (aux_weight * d_loss)).expand_as(logits_TE)
+        if log_sum_T is not None:
+            log_sum_T1 = log_sum_T.unsqueeze(1)
             softmax_TE = (logits_TE - log_sum_T1).exp() if scores_TE is None else scores_TE
             d_logits_TE = softmax_TE * (log_sum_T1 * (z_weight * d_loss))
         return d_scores_TE, d_logits_TE, None, None, None, None

@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_moe_ep.kernels.choose import runs_triton
 from ds_moe_ep.kernels.eager import not_compiled
 
+WHOLE = slice(None)
 BLOCK_ELEMENTS = 2**17  # of a thread, on the CPU: what lies between two passes stays in its cache
 
 
@@ -64,28 +65,33 @@ def unpermute(
     return y_TD
 
 
-def gather_tokens(x_TD: Tensor, maps: RowMaps, rows: slice = slice(None), out_ND: Tensor | None = None) -> Tensor:
+def gather_tokens(x_TD: Tensor, maps: RowMaps, rows: slice = WHOLE, out_ND: Tensor | None = None) -> Tensor:
     """The token of each row (of these rows), zeros in padded rows, in `out_ND` where it is given; no gradient."""
     if x_TD.shape[0] == 0:  # padded rows alone
-        zeros_ND = x_TD.new_zeros(len(maps.choice_of_row_N[rows]), x_TD.shape[1])
+        zeros_ND = x_TD.new_zeros(len(_part(maps.choice_of_row_N, rows)), x_TD.shape[1])
         return zeros_ND if out_ND is None else out_ND.copy_(zeros_ND)
-    rows_ND = _index_select(x_TD, maps.token_of_row_N[rows], out_ND)
+    rows_ND = _index_select(x_TD, _part(maps.token_of_row_N, rows), out_ND)
     if maps.is_padding_N is not None:
-        rows_ND.masked_fill_(maps.is_padding_N[rows].unsqueeze(1), 0)
+        rows_ND.masked_fill_(_part(maps.is_padding_N, rows).unsqueeze(1), 0)
     return rows_ND
 
 
 def gather_choice(
-    rows_ND: Tensor, maps: RowMaps, choice: int, tokens: slice = slice(None), out_TD: Tensor | None = None
+    rows_ND: Tensor, maps: RowMaps, choice: int, tokens: slice = WHOLE, out_TD: Tensor | None = None
 ) -> Tensor:
     """The row of each (of these) token's k-th choice, zeros where it was dropped, in `out_TD` where it is given.
 
     No gradient.
     """
-    picked_TD = _index_select(rows_ND, maps.row_of_choice_TK[tokens, choice], out_TD)
+    picked_TD = _index_select(rows_ND, _part(maps.row_of_choice_TK, tokens).select(1, choice), out_TD)
     if maps.is_dropped_TK is not None:
-        picked_TD.masked_fill_(maps.is_dropped_TK[tokens, choice : choice + 1], 0)
+        picked_TD.masked_fill_(_part(maps.is_dropped_TK, tokens)[:, choice : choice + 1], 0)
     return picked_TD
+
+
+def _part(numbers: Tensor, rows: slice) -> Tensor:
+    """These rows of a tensor; all of them are the tensor itself, without an operation."""
+    return numbers if rows is WHOLE else numbers[rows]
 
 
 def _index_select(from_RD: Tensor, index_N: Tensor, out_ND: Tensor | None) -> Tensor:
@@ -169,7 +175,7 @@ class _WeightedPermute(torch.autograd.Function):
             return dx_TD, None, None, None
 
         def dots(rows: slice, _: Tensor | None) -> Tensor:
-            products_ND = gather_tokens(x_TD, maps, rows).to(weights_TK.dtype) * d_rows_ND[rows]
+            products_ND = gather_tokens(x_TD, maps, rows).to(weights_TK.dtype) * _part(d_rows_ND, rows)
             return products_ND.sum(1, keepdim=True)
 
         dots_N1 = _by_blocks(d_rows_ND.shape[0], weights_TK.new_empty(0, x_TD.shape[1]), dots, width=1)
@@ -216,7 +222,7 @@ class _Unpermute(torch.autograd.Function):
         def by_rows(rows: slice, out_ND: Tensor | None) -> Tensor:
             dy_ND = gather_tokens(dy_TD, maps, rows, out_ND)
             if dots_N is not None:
-                torch.sum(dy_ND.to(weights_TK.dtype) * rows_ND[rows], 1, out=dots_N[rows])
+                torch.sum(dy_ND.to(weights_TK.dtype) * _part(rows_ND, rows), 1, out=_part(dots_N, rows))
             return torch.mul(dy_ND, _weight_of_rows(weights_TK, maps, rows), out=dy_ND)
 
         d_rows_ND = _by_blocks(rows_ND.shape[0], rows_ND, by_rows)
@@ -227,7 +233,7 @@ def _weighted_sum(
     rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps, added: Sequence[Tensor], tokens: slice, out_TD: Tensor | None
 ) -> Tensor:
     """The weighted sum of the tokens' rows, and of what is added, in the weights' type."""
-    weights_TK = weights_TK[tokens]
+    weights_TK = _part(weights_TK, tokens)
     if rows_ND.shape[0] == 0:
         y_TD = weights_TK.new_zeros(weights_TK.shape[0], rows_ND.shape[1])
     else:
@@ -240,7 +246,7 @@ def _weighted_sum(
         for choice in range(1, num_choices):
             y_TD.addcmul_(gather_choice(rows_ND, maps, choice, tokens), weights_TK[:, choice : choice + 1])
     for each in added:
-        y_TD += each[tokens]
+        y_TD += _part(each, tokens)
     return y_TD
 
 
@@ -256,7 +262,7 @@ def _sum_of_choices(rows_ND: Tensor, maps: RowMaps, tokens: slice, out_TD: Tenso
 
 def _weight_of_rows(weights_TK: Tensor, maps: RowMaps, rows: slice) -> Tensor:
     """The weight [n, 1] of each (of these) row's choice."""
-    return weights_TK.flatten().index_select(0, maps.choice_of_row_N[rows]).unsqueeze(1)
+    return weights_TK.flatten().index_select(0, _part(maps.choice_of_row_N, rows)).unsqueeze(1)
 
 
 def _at_choices(values_N: Tensor, maps: RowMaps) -> Tensor:
@@ -286,7 +292,8 @@ def _by_blocks(
     if like_ND.is_cpu:
         per_block = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // max(like_ND.shape[1], 1))
     if num_rows <= per_block:
-        return compute(slice(0, num_rows), None).to(like_ND.dtype)
+        rows_ND = compute(WHOLE, None)
+        return rows_ND if rows_ND.dtype == like_ND.dtype else rows_ND.to(like_ND.dtype)
     rows_ND = like_ND.new_empty(num_rows, like_ND.shape[1] if width is None else width)
     for start in range(0, num_rows, per_block):
         place_ND = rows_ND[start : start + per_block]

@@ -248,10 +248,10 @@ class Agreement:
 
     def _exchange(self, send_PC: Tensor) -> Tensor:
         """The exchange of heads and counts, in messages of one length."""
-        parts = [
-            self.transport.exchange_counts(part_PC, self.call.tags) for part_PC in send_PC.split(NUM_COLUMNS, dim=1)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if send_PC.shape[1] <= NUM_COLUMNS:
+            return self.transport.exchange_counts(send_PC, self.call.tags)
+        parts = send_PC.split(NUM_COLUMNS, dim=1)
+        return torch.cat([self.transport.exchange_counts(part_PC, self.call.tags) for part_PC in parts], dim=1)
 
     def _check(self, own: Head, rows: list[list[int]], device: torch.device) -> None:
         """Raises EngineError where a peer, by its row's head, refused its input, or is not like this rank."""

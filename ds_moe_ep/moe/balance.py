@@ -53,12 +53,13 @@ def router_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
 
 def losses_of_rank(routing: Routing, config: MoEConfig) -> Tensor:
     """Both losses by this rank's own tokens, of which there are some: the load is theirs alone."""
-    share_E = None
+    num_tokens, chosen_E = routing.scores_TE.shape[0], None
     if config.has_aux_loss:
-        share_E = _first_choices(routing, config) / routing.scores_TE.shape[0]
-    weights = config.aux_loss_weight, config.z_loss_weight
-    is_softmax = config.score == "softmax"
-    return gate_losses(_shares(routing, config), routing.logits_TE, share_E, *weights, is_softmax)
+        chosen_E = _first_choices(routing, config)
+    # E * sum(mean score * share of the tokens), and the mean of squares.
+    aux_weight = config.aux_loss_weight * config.num_experts / num_tokens**2
+    weights = aux_weight, config.z_loss_weight / num_tokens, config.score == "softmax"
+    return gate_losses(_shares(routing, config), routing.logits_TE, chosen_E, *weights)
 
 
 def auxiliary_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
@@ -92,7 +93,7 @@ def _shares(routing: Routing, config: MoEConfig) -> Tensor:
 
 def _first_choices(routing: Routing, config: MoEConfig) -> Tensor:
     """The tokens of each expert that the loss counts: first choices for k <= 2, above all choices over k."""
-    return routing.load_E() / config.top_k if config.top_k > 2 else routing.load_E(slice(0, 1))
+    return routing.load_E() / config.top_k if config.top_k > 2 else routing.first_choices_E
 
 
 def _sequence_loss(routing: Routing, scores_TE: Tensor, config: MoEConfig, batch: Batch) -> Tensor:

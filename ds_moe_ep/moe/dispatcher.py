@@ -316,7 +316,7 @@ class Dispatcher:
         if plan.copies is not None and (sums := plan.copies.sums) is not None:
             weights_UK, weights_TK = sums.weights_of_copies(weights_TK), sums.result_weights(weights_TK)
         results_ND, shared_TD = run_experts(rows_ND, experts, context, shared, weights_UK)
-        to_add = [*([] if shared is None else [shared_TD]), *([] if residual_TD is None else [residual_TD])]
+        to_add = [each for each in (shared_TD, residual_TD) if each is not None]
         added = [each for each in to_add if each.dtype == results_ND.dtype]
         y_TD = unpermute(results_ND, weights_TK, plan.maps, added, in_triton)
         return y_TD, [each for each in to_add if each.dtype != results_ND.dtype]

@@ -57,18 +57,18 @@ def run_experts(
     context: PassContext,
     shared: SharedExpert | None = None,
     weights_UK: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The experts' outputs [N, D] for rows in send order, in the same order, and the shared expert's [T, D].
 
     Collective; differentiable. No host sync. Collective again in the backward pass, in the order in which autograd
     visits the layers; the gradient of the results is used up there, so whoever consumes the results must give it away.
-    Without a shared expert the second tensor is empty. Where far nodes sum results, `weights_UK` are those of the
-    copies, which stand behind the near rows, and their sums behind the near results.
+    Where far nodes sum results, `weights_UK` are those of the copies, which stand behind the near rows, and their sums
+    behind the near results.
     """
     may_differentiate = torch.is_grad_enabled()
-    x_TD = rows_ND.new_empty(0, rows_ND.shape[1]) if shared is None else shared.x_TD
+    x_TD = None if shared is None else shared.x_TD
     parameters = experts.expert_parameters() + ([] if shared is None else shared.experts.expert_parameters())
-    outputs: tuple[Tensor, Tensor] = _RunExperts.apply(
+    outputs: tuple[Tensor, Tensor | None] = _RunExperts.apply(
         rows_ND, x_TD, weights_UK, experts, shared, context, may_differentiate, *parameters
     )  # type: ignore[no-untyped-call]
     return outputs
@@ -79,14 +79,14 @@ class _RunExperts(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows_ND: Tensor,
-        x_TD: Tensor,
+        x_TD: Tensor | None,
         weights_UK: Tensor | None,
         experts: LocalExperts,
         shared: SharedExpert | None,
         context: PassContext,
         may_differentiate: bool,
         *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         with telling(context, "forward"):
             layout, num_ranks = context.layout, context.transport.size
             expert_pass = experts.start(layout.expert_spans, may_differentiate, layout.grouping)
@@ -94,7 +94,8 @@ class _RunExperts(torch.autograd.Function):
             for started in (expert_pass, shared_pass):
                 if started is not None:
                     started.use_triton = context.use_triton
-            buffers, shared_TD = Buffers.of(rows_ND.contiguous(), layout, num_ranks), torch.empty_like(x_TD)
+            buffers = Buffers.of(rows_ND.contiguous(), layout, num_ranks)
+            shared_TD = None if x_TD is None else torch.empty_like(x_TD)
             legs = [rows.legs for rows in layout.pieces]
             links = context.forward, context.copies, legs, context.transport
             relay = relay_of(*links, rows_ND, weights_UK, context.use_triton)
@@ -107,6 +108,7 @@ class _RunExperts(torch.autograd.Function):
                 for expert, here, out_nD in buffers.runs_of(rows):
                     expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
             if shared_pass is not None and rows.has_tokens:
+                assert x_TD is not None and shared_TD is not None
                 here = slice(*rows.tokens)
                 shared_pass.compute(0, here, x_TD[here], shared_TD[here])
 
@@ -128,7 +130,7 @@ class _RunExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @not_compiled
-    def backward(ctx: Any, d_results_ND: Tensor, d_shared_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_results_ND: Tensor, d_shared_TD: Tensor | None) -> tuple[Tensor | None, ...]:
         context, (expert_pass, *shared_passes) = ctx.context, ctx.passes
         context.begin_backward()
         with telling(context, "backward"):
@@ -137,7 +139,8 @@ class _RunExperts(torch.autograd.Function):
             buffers = Buffers.of(
                 d_results_ND.contiguous(), context.layout, context.transport.size, returns_in_place=True
             )
-            d_shared_TD, dx_TD = d_shared_TD.contiguous(), torch.empty_like(x_TD)
+            dx_TD = None if x_TD is None else torch.empty_like(x_TD)
+            d_shared_TD = None if d_shared_TD is None else d_shared_TD.contiguous()
         grads: list[Tensor | None] = []
         shared_grads: list[Tensor | None] = []
 
@@ -149,6 +152,7 @@ class _RunExperts(torch.autograd.Function):
                 for expert, here, out_nD in buffers.runs_of(rows):
                     expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)
             for shared_pass in shared_passes if rows.has_tokens else ():
+                assert d_shared_TD is not None and dx_TD is not None
                 here = slice(*rows.tokens)
                 shared_pass.input_grads(0, here, d_shared_TD[here], dx_TD[here])
 
@@ -160,6 +164,7 @@ class _RunExperts(torch.autograd.Function):
                 if is_last:
                     grads.extend(expert_pass.weight_grads(expert))
             for shared_pass in shared_passes if block == 0 else ():  # the near rows' block
+                assert x_TD is not None and d_shared_TD is not None
                 shared_pass.add_weight_grads(0, slice(0, x_TD.shape[0]), x_TD, d_shared_TD)
                 shared_grads.extend(shared_pass.weight_grads(0))
 
@@ -172,7 +177,7 @@ class _RunExperts(torch.autograd.Function):
         return buffers.results_ND, dx_TD, d_weights_UK, None, None, None, None, *grads, *shared_grads
 
 
-def _take_saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _take_saved(ctx: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """The experts' inputs, the tokens, and what a relay saved; gives the passes what they saved.
 
     The passes may use their tensors up where nobody else will read them: unless the caller retains the graph.

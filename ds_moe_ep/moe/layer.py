@@ -125,7 +125,7 @@ class ExpertParallel(nn.Module):
         with self.dispatcher.announcing(self._device, self.training, self.tensor_ranks.is_shared):
             self.experts.check()
             self._check_input(x, used_token, residual)
-            x_TD, tensor = x.reshape(-1, self.hidden_size), self.tensor_ranks
+            x_TD, tensor = x if x.dim() == 2 else x.reshape(-1, self.hidden_size), self.tensor_ranks
             tensor.compare(x_TD, self.dispatcher.name)
             used_T = None if used_token is None else tensor.all_tokens(used_token.reshape(-1) != 0)
             with tensor.drawing_alike(self._device, tensor.is_shared and self.gate.draws):
@@ -139,7 +139,7 @@ class ExpertParallel(nn.Module):
             y_TD = residual_TD + y_TD
         loss = router_loss(routing, self.config, self._batch(x, connection.transport))
         self.last_counts_E = routing.count_E
-        return y_TD.view(x.shape), loss, self.last_counts_E
+        return y_TD if x.dim() == 2 else y_TD.view(x.shape), loss, self.last_counts_E
 
     def _batch(self, x: Tensor, transport: Transport) -> Batch:
         """The surroundings of an input's tokens that the balance loss reads."""

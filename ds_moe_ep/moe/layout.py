@@ -245,8 +245,13 @@ def _parts(
 
     Messages lie in the order of their ranks, so that an all-to-all finds all of a piece side by side.
     """
+    num_local = len(plan.recv_rows_PL[0])
     for source in sources:
         first, last = _cut(0, received_P[source], piece)
+        if num_local == 1:
+            if first < last:
+                yield _Part(index, source, 0, first, last - first)
+            continue
         start = 0
         for expert, num_rows in enumerate(plan.recv_rows_PL[source]):
             stop = start + num_rows
@@ -333,6 +338,8 @@ def _starts(counts: Sequence[int]) -> list[int]:
 
 def _cut(start: int, num_rows: int, piece: Piece) -> Span:
     """The piece's cut of `num_rows` rows from `start` on; both ends of a message cut alike."""
+    if piece.num_cuts == 1:
+        return start, start + num_rows
     return (
         start + piece.cut * num_rows // piece.num_cuts,
         start + (piece.cut + 1) * num_rows // piece.num_cuts,

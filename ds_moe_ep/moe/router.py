@@ -169,7 +169,7 @@ class Router(nn.Module):
 
     def _logits(self, x_TD: Tensor, in_triton: bool | None) -> tuple[Tensor, Tensor]:
         """Logits, and the logits with noise that the choice is made from."""
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        wide = at_least_fp32(x_TD.dtype)
         noise = self.config.noise if self.training else "none"
         if noise == "jitter":
             x_TD = x_TD.to(wide)
@@ -184,10 +184,11 @@ class Router(nn.Module):
             logits_TE: Tensor = self.wg(x_TD.to(next(self.wg.parameters()).dtype)).to(wide)
             return logits_TE
         kind = {"fp32": wide, "fp64": torch.float64, "tokens": x_TD.dtype}[self.config.router_dtype]
-        weight_ED, bias_E = self.wg.weight.to(kind), self.wg.bias
+        bias_E = self.wg.bias
         if kind == wide:
-            logits_TE = gate_logits(x_TD, weight_ED, in_triton)
+            logits_TE = gate_logits(x_TD, self.wg.weight, in_triton, wide)
             return logits_TE if bias_E is None else logits_TE + bias_E.to(kind)
+        weight_ED = self.wg.weight.to(kind)
         logits_TE = nn.functional.linear(x_TD.to(kind), weight_ED, None if bias_E is None else bias_E.to(kind))
         return logits_TE.to(torch.promote_types(kind, wide))
 
@@ -235,7 +236,14 @@ class Router(nn.Module):
         """The weights times their factor, in fp32 or the tokens' wider type, whatever the gate computes in."""
         if self.config.route_scale != 1:
             weights_TK = weights_TK * self.config.route_scale
-        return weights_TK.to(torch.promote_types(dtype, torch.float32))
+        wide = at_least_fp32(dtype)
+        return weights_TK if weights_TK.dtype == wide else weights_TK.to(wide)
+
+
+@functools.cache
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The type, or fp32 where it is narrower."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def outside_of_groups(scores_TE: Tensor, config: MoEConfig) -> Tensor:

@@ -301,7 +301,8 @@ class AutotuneRun:
         """Forward and backward, weight gradients included, which are made for nobody: parameters are not asked for."""
         rows_ND = self.rows_ND.detach().requires_grad_()
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
-            outputs = run_experts(rows_ND, self.experts, context, self.shared, self._weights_of_copies())
+            both = run_experts(rows_ND, self.experts, context, self.shared, self._weights_of_copies())
+        outputs = [each for each in both if each is not None]
         torch.autograd.grad(outputs, rows_ND, [torch.ones_like(rows) for rows in outputs])
 
     def _weights_of_copies(self) -> Tensor | None:

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -65,11 +66,10 @@ def layer_of(schedule: str) -> Any:
 def routes_in_turn(num_experts: int) -> Iterator[Tensor]:
     """Experts [T, 1] that tokens choose: nearly even, and otherwise in every pass."""
     even_T1 = (torch.arange(NUM_TOKENS) % num_experts).view(-1, 1)
-    while True:
-        for moved in range(1, num_experts):
-            ids_T1 = even_T1.clone()
-            ids_T1[0] = moved  # one token of the first expert's
-            yield ids_T1
+    drawn = [even_T1.clone() for _ in range(1, num_experts)]
+    for moved, ids_T1 in enumerate(drawn, start=1):
+        ids_T1[0] = moved  # one token of the first expert's
+    return cycle(drawn)
 
 
 @contextlib.contextmanager

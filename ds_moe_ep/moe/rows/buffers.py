@@ -87,13 +87,14 @@ class Buffers:
 
         Behind the last run all results lie on the wire.
         """
-        if not rows.moves or (self.order is None and len(rows.moves) == len(rows.runs)):
+        if not rows.moves:
+            for expert, (start, stop) in rows.runs:
+                yield expert, slice(start, stop), self.outputs_RD[start:stop]
+            return
+        if self.order is None and len(rows.moves) == len(rows.runs):
             for (expert, (start, stop)), own in zip(rows.runs, rows.run_parts, strict=True):
-                if own:  # one peer's rows, which lie side by side on the wire too
-                    wire = rows.moves[own[0]][0]
-                    yield expert, slice(start, stop), self.wire_out_RD[wire : wire + stop - start]
-                else:
-                    yield expert, slice(start, stop), self.outputs_RD[start:stop]
+                wire = rows.moves[own[0]][0]  # one peer's rows, which lie side by side there too
+                yield expert, slice(start, stop), self.wire_out_RD[wire : wire + stop - start]
             return
         here = slice(*rows.wire)
         scratch_nD, first = torch.empty_like(self.wire_out_RD[here]), 0
