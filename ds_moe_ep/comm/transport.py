@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Protocol, overload
 
 from torch import Tensor
 
@@ -24,37 +25,17 @@ REPLICAS = "replicas"  # that of the weights and gradients of replicated experts
 Answer = Callable[[Tensor], Tensor]  # told_PC of all ranks -> what each of them is answered, [P, A]
 
 
-class Views:
-    """The rows of a buffer between cuts: all of them by one operation, when the first is asked for."""
-
-    __slots__ = ("_buffer_RD", "_lengths", "_parts")
-
-    def __init__(self, buffer_RD: Tensor, lengths: Sequence[int]) -> None:
-        self._buffer_RD, self._lengths = buffer_RD, lengths
-        self._parts: Sequence[Tensor] | None = None
-
-    def at(self, place: int) -> Tensor:
-        """The rows of the part at this place."""
-        parts = self._parts
-        if parts is None:
-            parts = self._parts = self._buffer_RD.split_with_sizes(self._lengths)
-        return parts[place]
-
-
 @dataclass(slots=True)
 class Message:
     """Rows [n, D] for, or from, the rank `peer` of the group, which may be the own one: a span of a contiguous buffer.
 
-    n may be 0. `views`: of the buffer, of which the rows are the one at `place`. Not frozen: a pass makes a hundred of
-    them, and setting frozen fields takes four times as long.
+    n may be 0. Not frozen: a pass makes a hundred of them, and setting frozen fields takes four times as long.
     """
 
     peer: int
     buffer_RD: Tensor
     start: int
     stop: int
-    views: Views | None = None
-    place: int = 0
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -62,11 +43,57 @@ class Message:
     @property
     def rows(self) -> Tensor:
         """A view of the buffer."""
-        return self.buffer_RD[self.start : self.stop] if self.views is None else self.views.at(self.place)
+        return self.buffer_RD[self.start : self.stop]
 
     @property
     def num_bytes(self) -> int:
         return len(self) * self.buffer_RD.shape[1] * self.buffer_RD.element_size()
+
+
+class Views:
+    """The rows of a buffer between cuts: all of them by one operation, when the first are asked for."""
+
+    def __init__(self, buffer_RD: Tensor, lengths: Sequence[int]) -> None:
+        self._buffer_RD, self._lengths = buffer_RD, lengths
+
+    @cached_property
+    def parts(self) -> Sequence[Tensor]:
+        """The rows of each part."""
+        return self._buffer_RD.split_with_sizes(self._lengths)
+
+
+class CutMessages(Sequence[Message]):
+    """Messages of one buffer, by peer a span of it, whose rows are views that all transfers of the pass share.
+
+    A transport that sends each by itself takes `own` and `others`; for any other they are a sequence of messages.
+    """
+
+    __slots__ = ("_places", "_spans", "_views", "buffer_RD")
+
+    def __init__(
+        self, buffer_RD: Tensor, spans: Sequence[tuple[int, tuple[int, int]]], views: Views, places: Sequence[int]
+    ) -> None:
+        self.buffer_RD, self._spans, self._views, self._places = buffer_RD, spans, views, places
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Message]: ...
+    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+        return [Message(peer, self.buffer_RD, *span) for peer, span in self._spans][index]
+
+    def own(self, rank: int) -> list[Tensor]:
+        """The rows that stay on this rank."""
+        parts = self._views.parts
+        return [parts[place] for (peer, _), place in zip(self._spans, self._places, strict=True) if peer == rank]
+
+    def others(self, rank: int) -> list[tuple[Tensor, int]]:
+        """The rows of each other rank that has some, and the rank."""
+        parts, spans = self._views.parts, zip(self._spans, self._places, strict=True)
+        return [(parts[place], peer) for (peer, (start, stop)), place in spans if peer != rank and start != stop]
 
 
 class Transfer(Protocol):

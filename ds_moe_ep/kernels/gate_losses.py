@@ -39,7 +39,7 @@ class _GateLosses(torch.autograd.Function):
         if chosen_E is not None:
             loss = torch.dot(scores_TE.sum(0), chosen_E) * aux_weight
         if z_weight:
-            # Of a softmax, its largest score says how far above the largest logit the sum is: logsumexp is nine launches.
+            # A softmax's largest score tells how far above the largest logit the sum is; logsumexp is nine launches.
             log_sum_T = logits_TE.amax(1) - scores_TE.amax(1).log() if is_softmax else logits_TE.logsumexp(1)
             squares = torch.dot(log_sum_T, log_sum_T)
             loss = squares * z_weight if loss is None else loss.add_(squares, alpha=z_weight)

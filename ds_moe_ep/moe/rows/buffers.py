@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.comm.host_copies import to_device
-from ds_moe_ep.comm.transport import Message, Views
+from ds_moe_ep.comm.transport import CutMessages, Message, Views
 from ds_moe_ep.moe.layout import Cuts, PieceRows, RowLayout, Span
 
 Spans = Sequence[tuple[int, Span]]  # by peer
@@ -50,25 +50,24 @@ class Buffers:
         order = RowOrder.of(layout, sent_ND.device) if by_index else None
         return cls(sent_ND, wire_RD, inputs_RD, wire_RD[:0], wire_RD, results_ND, order)
 
-    def sent(self, rows_ND: Tensor, layout: RowLayout, piece: int) -> list[Message]:
+    def sent(self, rows_ND: Tensor, layout: RowLayout, piece: int) -> Sequence[Message]:
         """The messages of a piece to its peers, or those of its results from them, in one of these buffers."""
         spans = layout.pieces[piece].sent
         return _messages(rows_ND, spans) if rows_ND.is_cpu else self._cut(rows_ND, spans, layout.sent_cuts, piece)
 
-    def received(self, rows_RD: Tensor, layout: RowLayout, piece: int) -> list[Message]:
+    def received(self, rows_RD: Tensor, layout: RowLayout, piece: int) -> Sequence[Message]:
         """The messages of a piece from its peers, or those of its results to them, in one of these buffers."""
         spans = layout.pieces[piece].received
         return _messages(rows_RD, spans) if rows_RD.is_cpu else self._cut(rows_RD, spans, layout.received_cuts, piece)
 
-    def _cut(self, rows_RD: Tensor, spans: Spans, cuts: Cuts | None, piece: int) -> list[Message]:
+    def _cut(self, rows_RD: Tensor, spans: Spans, cuts: Cuts | None, piece: int) -> Sequence[Message]:
         """The messages with views that all pieces share: on a device each is sent by itself."""
         if cuts is None or cuts.num_rows != rows_RD.shape[0]:
             return _messages(rows_RD, spans)
         views = self._views.get(id(rows_RD))
         if views is None:
             views = self._views[id(rows_RD)] = Views(rows_RD, cuts.lengths)
-        places = cuts.places[piece]
-        return [Message(peer, rows_RD, *span, views, place) for (peer, span), place in zip(spans, places, strict=True)]
+        return CutMessages(rows_RD, spans, views, cuts.places[piece])
 
     def stack(self, rows: PieceRows) -> None:
         """Puts a piece's rows from where they came to where they are computed."""
