@@ -51,6 +51,11 @@ class Routing(Routes):
         """Choices of each expert (before any drop), as the scores' type; no gradient."""
         return self.counts_KE[choices].sum(0).to(self.scores_TE.dtype)
 
+    @property
+    def first_choices_E(self) -> Tensor:
+        """First choices of each expert (before any drop), as the scores' type; no gradient."""
+        return self.counts_KE[0].to(self.scores_TE.dtype)
+
     def chosen_TE(self, choices: slice = slice(None)) -> Tensor:
         """1 where a token chose an expert (before any drop), as the scores' type; no gradient."""
         ids_TK = self.expert_ids_TK[:, choices]
