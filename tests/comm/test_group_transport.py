@@ -68,7 +68,7 @@ def failure(over: GroupTransport, owed: Bytes, error: str = "reset", waited_s: f
 def works(over: GroupTransport, rows_RD: Any, *each: FakeWork) -> Works:
     place = over.begin(Tags("layers.2.moe", "forward"), "dispatch")
     receives = [Message(1, rows_RD, 0, 3) for _ in each]
-    return Works(over, place, each, receives, [], is_on_host=True)  # type: ignore[arg-type]
+    return Works(over, place, each, receives, [], is_on_host=not rows_RD.is_cuda)  # type: ignore[arg-type]
 
 
 def test_the_limit_counts_from_the_start_of_the_transfer_and_not_from_each_wait() -> None:
