@@ -48,7 +48,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDevice]:
     real_run = overlap.run
     monkeypatch.setattr(overlap, "run", run)
     monkeypatch.setattr(lanes, "torch", SimpleNamespace(cuda=recording))
-    monkeypatch.setattr(host_copies, "torch", SimpleNamespace(cuda=recording, tensor=torch.tensor, int64=torch.int64))
+    of_torch = {"frombuffer": torch.frombuffer, "empty": torch.empty, "int64": torch.int64}
+    monkeypatch.setattr(host_copies, "torch", SimpleNamespace(cuda=recording, **of_torch))
     monkeypatch.setattr(host_copies, "runs_beside_the_host", lambda device: True)
     monkeypatch.setattr(host_copies, "empty_pinned", recording.empty_pinned)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: recording.record_stream(tensor, stream))
@@ -280,7 +281,7 @@ def test_what_needs_no_sizes_is_launched_before_the_host_waits_for_them(
     monkeypatch.setattr(device, "host_waits", lambda what: before.extend([] if before else device.launched))
     run_layer(device)
     assert before.count("aten::index_select") == 1, "the rows in send order"
-    assert "aten::index_put_" in before, "the map of rows back"
+    assert "aten::scatter_" in before, "the map of rows back"
 
 
 @pytest.mark.parametrize(
