@@ -29,7 +29,8 @@ class Event(Protocol):
     def wait(self) -> None: ...
 
 
-TRANSFERS = (*LANES, *NEAR_LANES)
+TENSOR_LANE = "tensor"  # of results on their way to ranks that share tokens; no op of a schedule runs there
+TRANSFERS = (*LANES, *NEAR_LANES, TENSOR_LANE)
 IN_FLIGHT = 2  # transfers of one lane on the host
 
 Work = Callable[[], Event | None]  # starts a transfer and returns it, or computes
@@ -281,7 +282,7 @@ class CudaLanes(_Waiting):
         return CudaLanes, (self._device,)
 
     def _stream(self, lane: str) -> torch.cuda.Stream:
-        if lane not in self._own:  # of the node, which few layers use
+        if lane not in self._own:  # which few layers use
             self._own[lane] = torch.cuda.Stream(self._device, priority=-1)
         return self._own[lane]
 

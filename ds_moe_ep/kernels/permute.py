@@ -54,14 +54,19 @@ def permute(x_TD: Tensor, maps: RowMaps, use_triton: bool | None = None, weights
 
 
 def unpermute(
-    rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps, added: Sequence[Tensor] = (), use_triton: bool | None = None
+    rows_ND: Tensor,
+    weights_TK: Tensor,
+    maps: RowMaps,
+    added: Sequence[Tensor] = (),
+    use_triton: bool | None = None,
+    made: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Tokens [T, D]: token t is the sum over k of weights[t, k] times the row of choice (t, k).
 
     The tensors [T, D] in `added` (at most two) are added to it. Products and sums are made in the weights' type (fp32)
-    and rounded once. Differentiable, local.
+    and rounded once. `made` gives all of it, of the rows, where the caller has made most of it. Differentiable, local.
     """
-    y_TD: Tensor = _Unpermute.apply(rows_ND, weights_TK, maps, use_triton, *added)  # type: ignore[no-untyped-call]
+    y_TD: Tensor = _Unpermute.apply(rows_ND, weights_TK, maps, use_triton, made, *added)  # type: ignore[no-untyped-call]
     return y_TD
 
 
@@ -185,10 +190,18 @@ class _WeightedPermute(torch.autograd.Function):
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, weights_TK: Tensor, maps: RowMaps, use_triton: bool | None, *added: Tensor
+        ctx: Any,
+        rows_ND: Tensor,
+        weights_TK: Tensor,
+        maps: RowMaps,
+        use_triton: bool | None,
+        made: Callable[[Tensor], Tensor] | None,
+        *added: Tensor,
     ) -> Tensor:
         ctx.maps, ctx.use_triton, ctx.num_added = maps, use_triton, len(added)
         ctx.save_for_backward(rows_ND, weights_TK)
+        if made is not None:
+            return made(rows_ND)
         if rows_ND.shape[0] == 0 or not runs_triton(use_triton, rows_ND, weights_TK, *added):
             return _by_blocks(weights_TK.shape[0], rows_ND, partial(_weighted_sum, rows_ND, weights_TK, maps, added))
         from ds_moe_ep.kernels.compiled import permute as kernels
@@ -205,7 +218,7 @@ class _Unpermute(torch.autograd.Function):
         maps: RowMaps = ctx.maps
         d_added = [dy_TD] * ctx.num_added
         if rows_ND.shape[0] == 0 or dy_TD.shape[0] == 0:
-            return torch.zeros_like(rows_ND), torch.zeros_like(weights_TK), None, None, *d_added
+            return torch.zeros_like(rows_ND), torch.zeros_like(weights_TK), None, None, None, *d_added
         if runs_triton(ctx.use_triton, rows_ND, weights_TK, dy_TD):
             from ds_moe_ep.kernels.compiled import permute as kernels
 
@@ -216,7 +229,7 @@ class _Unpermute(torch.autograd.Function):
             kernels.weighted_spread(*given, *_both(maps), d_rows_ND, wanted)
             if maps.is_padding_N is not None:
                 kernels.clear_padding(d_rows_ND, maps.is_padding_N)
-            return d_rows_ND, wanted, None, None, *d_added
+            return d_rows_ND, wanted, None, None, None, *d_added
         dots_N = weights_TK.new_empty(rows_ND.shape[0]) if ctx.needs_input_grad[1] else None
 
         def by_rows(rows: slice, out_ND: Tensor | None) -> Tensor:
@@ -226,7 +239,7 @@ class _Unpermute(torch.autograd.Function):
             return torch.mul(dy_ND, _weight_of_rows(weights_TK, maps, rows), out=dy_ND)
 
         d_rows_ND = _by_blocks(rows_ND.shape[0], rows_ND, by_rows)
-        return d_rows_ND, None if dots_N is None else _at_choices(dots_N, maps), None, None, *d_added
+        return d_rows_ND, None if dots_N is None else _at_choices(dots_N, maps), None, None, None, *d_added
 
 
 def _weighted_sum(

@@ -41,6 +41,7 @@ from ds_moe_ep.moe.layout import LastLayout
 from ds_moe_ep.moe.replicas.replicas import HostedPass, Replicas, Window
 from ds_moe_ep.moe.router import sent_weights, use_triton
 from ds_moe_ep.moe.routes import Routes
+from ds_moe_ep.moe.tensor_parallel.early import EarlyGather
 from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift, LinkMeter
 from ds_moe_ep.moe.two_level.connection import Connection, may_copy
 from ds_moe_ep.moe.two_level.plan import begin_two_level, num_told
@@ -268,28 +269,26 @@ class Dispatcher:
         training: bool,
         shared: SharedExpert | None = None,
         residual_TD: Tensor | None = None,
+        early: EarlyGather | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The weighted results [T, D] with the shared expert's outputs and the residual added.
 
-        Beside them is what is left to add: those of the two whose type is another one.
-
-        Collective over the expert group, forward and backward: every rank of the group calls it equally often.
+        Beside them is what is left to add: those of the two whose type is another one. Collective over the expert
+        group, forward and backward: every rank of the group calls it equally often.
         """
-        connection, in_triton = self.checked_connection(), use_triton(self._config, x_TD.device)
+        config, connection, in_triton = self._config, self.checked_connection(), use_triton(self._config, x_TD.device)
         transport, row_type = connection.transport, (x_TD.shape[1], x_TD.dtype)
         sees_drift = self._link.is_beyond_bound() or self._drift.is_beyond_bound()
         call = Call(self._name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
-        two_level = None if routes.weighs_rows and self._config.two_level == "auto" else connection.two_level
+        two_level = None if routes.weighs_rows and config.two_level == "auto" else connection.two_level
         needs = needs_gradient(x_TD, routes, experts, shared, two_level is not None and two_level.with_sums)
         hosted: HostedPass | None = None
-        agreement = Agreement(transport, call, self._config.num_experts, row_type, sees_drift, needs)
+        agreement = Agreement(transport, call, config.num_experts, row_type, sees_drift, needs)
         if two_level is not None:
             pending = begin_two_level(routes, agreement, two_level, in_triton)
         elif self._replicas is None:
-            pending = begin_plan(
-                routes, self._config.num_experts, transport, row_type, sees_drift, call, needs, in_triton
-            )
+            pending = begin_plan(routes, config.num_experts, transport, row_type, sees_drift, call, needs, in_triton)
         else:
             hosted = self._replicas.begin(routes, agreement, experts, training, in_triton)
             pending = PendingPlan(None, hosted.finish)
@@ -304,6 +303,9 @@ class Dispatcher:
                 self._tune(rows_ND, plan, experts, shared)
             # From here on: what was tuned may run another schedule than the one that this call was announced with.
             context = self._context(rows_ND, plan, experts, call, shared)
+            weights_TK = torch.ones_like(routes.weights_TK) if routes.weighs_rows else routes.weights_TK
+            if early is not None:
+                early = early.arm(context, plan.maps, weights_TK, rows_ND)
             if plan.goes_backward and not needs:  # a peer's pass backward needs this rank's
                 rows_ND.requires_grad_()
             if plan.goes_backward and hosted is not None:
@@ -311,14 +313,13 @@ class Dispatcher:
         except BaseException as error:  # the peers are about to send rows, and to wait for some
             transport.abandon(error, call.tags)
             raise
-        weights_TK = torch.ones_like(routes.weights_TK) if routes.weighs_rows else routes.weights_TK
         weights_UK = None
         if plan.copies is not None and (sums := plan.copies.sums) is not None:
             weights_UK, weights_TK = sums.weights_of_copies(weights_TK), sums.result_weights(weights_TK)
-        results_ND, shared_TD = run_experts(rows_ND, experts, context, shared, weights_UK)
+        results_ND, shared_TD = run_experts(rows_ND, experts, context, shared, weights_UK, early)
         to_add = [each for each in (shared_TD, residual_TD) if each is not None]
         added = [each for each in to_add if each.dtype == results_ND.dtype]
-        y_TD = unpermute(results_ND, weights_TK, plan.maps, added, in_triton)
+        y_TD = unpermute(results_ND, weights_TK, plan.maps, added, in_triton, None if early is None else early.own)
         return y_TD, [each for each in to_add if each.dtype != results_ND.dtype]
 
     def _permute_early(

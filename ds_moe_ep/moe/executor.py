@@ -29,6 +29,7 @@ from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.grouped.experts import GroupedPass
 from ds_moe_ep.moe.layout import PieceRows, RowLayout
 from ds_moe_ep.moe.rows.buffers import Buffers
+from ds_moe_ep.moe.tensor_parallel.early import EarlyGather
 from ds_moe_ep.moe.two_level.copies import NodeCopies
 from ds_moe_ep.moe.two_level.relay import Relay, relay_of
 from ds_moe_ep.schedule.build import Op, OpKind, Schedule
@@ -57,6 +58,7 @@ def run_experts(
     context: PassContext,
     shared: SharedExpert | None = None,
     weights_UK: Tensor | None = None,
+    early: EarlyGather | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The experts' outputs [N, D] for rows in send order, in the same order, and the shared expert's [T, D].
 
@@ -69,7 +71,7 @@ def run_experts(
     x_TD = None if shared is None else shared.x_TD
     parameters = experts.expert_parameters() + ([] if shared is None else shared.experts.expert_parameters())
     outputs: tuple[Tensor, Tensor | None] = _RunExperts.apply(
-        rows_ND, x_TD, weights_UK, experts, shared, context, may_differentiate, *parameters
+        rows_ND, x_TD, weights_UK, experts, shared, context, early, may_differentiate, *parameters
     )  # type: ignore[no-untyped-call]
     return outputs
 
@@ -84,6 +86,7 @@ class _RunExperts(torch.autograd.Function):
         experts: LocalExperts,
         shared: SharedExpert | None,
         context: PassContext,
+        early: EarlyGather | None,
         may_differentiate: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
@@ -112,7 +115,7 @@ class _RunExperts(torch.autograd.Function):
                 here = slice(*rows.tokens)
                 shared_pass.compute(0, here, x_TD[here], shared_TD[here])
 
-        run(context.forward, context, buffers, Steps("forward", compute, relay=relay))
+        run(context.forward, context, buffers, Steps("forward", compute, None, relay, early))
         ctx.relay, relayed = relay, [] if relay is None else relay.saved
         ctx.context, ctx.passes = context, [p for p in (expert_pass, shared_pass) if p is not None]
         ctx.num_saved = [len(each.saved) for each in ctx.passes]
@@ -174,7 +177,7 @@ class _RunExperts(torch.autograd.Function):
             each.saved = []
             each.release_weights()
         d_weights_UK = None if relay is None else relay.dots_UK
-        return buffers.results_ND, dx_TD, d_weights_UK, None, None, None, None, *grads, *shared_grads
+        return buffers.results_ND, dx_TD, d_weights_UK, *[None] * 5, *grads, *shared_grads
 
 
 def _take_saved(ctx: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -202,21 +205,24 @@ class Steps:
     compute: Callable[[PieceRows], None]
     weights: Callable[[int], None] | None = None
     relay: Relay | None = None  # of a pass with two levels
+    early: EarlyGather | None = None  # of a pass whose results other ranks get too
 
 
 def run(schedule: Schedule, context: PassContext, buffers: Buffers, steps: Steps) -> None:
     """Issues every op of the schedule and returns once the caller's lane is behind all of them."""
     lanes = context.lanes.blocking() if schedule.depth == 0 else context.lanes
-    entry = lanes.entry()
+    entry, early = lanes.entry(), steps.early
     events: list[Event] = []
+    gathered: list[Event] = []
     try:
         for op, lane, label, is_awaited in schedule.issues:
             after = [events[before] for before in op.after] or [entry]
             tags = _tags(context.layer, steps.phase, label)
             leg = None if steps.relay is None else steps.relay.leg(op, schedule, buffers, tags)
             work, scope = leg or _work(op, context, buffers, steps, tags), _scope(op, lane, context, tags)
-            events.append(lanes.issue(lane, after, work, scope, is_awaited))
-        lanes.leave(events)
+            events.append(lanes.issue(lane, after, work, scope, is_awaited or early is not None))
+            gathered += [] if early is None else early.behind(op, events[-1], lanes, buffers.results_ND)
+        lanes.leave([*events, *gathered])
     except BaseException as error:
         lanes.abandon([*buffers.everything(), *([] if steps.relay is None else steps.relay.everything())])
         context.transport.abandon(error, Tags(context.layer, steps.phase))

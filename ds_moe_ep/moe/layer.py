@@ -165,11 +165,12 @@ class ExpertParallel(nn.Module):
         shared = None if self.shared is None or shared_form is None else shared_expert(shared_form, self.shared, x_TD)
         is_opaque = isinstance(experts, OpaqueExperts)  # whose results may get another type than the rows'
         added = None if is_opaque or tensor.is_shared else residual_TD
-        y_TD, rest = self.dispatcher(rows_TD, routes, experts, self.training, shared, added)
+        early = tensor.early_gather(len(x_TD))
+        y_TD, rest = self.dispatcher(rows_TD, routes, experts, self.training, shared, added, early)
         if isinstance(experts, OpaqueExperts):
             self.experts.output_type = experts.output_type
             y_TD = y_TD.to(experts.output_type or x_TD.dtype)
-        gathered = tensor.begin_gather(y_TD, len(x_TD))
+        gathered = tensor.begin_gather(y_TD, len(x_TD), early)
         if self.shared is not None and shared is None:
             rest.append(tensor.beside(self.shared, x_TD))  # meanwhile
         y_TD = gathered()

@@ -69,6 +69,12 @@ def test_the_loss_of_sequences_is_the_mean_of_their_own_losses(score: Any) -> No
     for given in (found(x_BSD, used_BS, balance_scope="sequence"),
                   found(*swapped, balance_scope="sequence", sequence_first=True)):  # fmt: skip
         torch.testing.assert_close(given, (expected.detach(), gate_ED.grad), rtol=1e-12, atol=1e-14)
+    if score == "softmax":  # of one sequence Hugging Face's counts choices per token, and so is k times as much
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        theirs = load_balancing_loss_func((x_BSD[1].float() @ gate_weight().float().T,), NUM_EXPERTS, TOP_K) / TOP_K
+        ours, _ = found(x_BSD[1:2], used_BS[1:2], balance_scope="sequence")
+        assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
     for control in (found(x_BSD, used_BS), found(*swapped, balance_scope="sequence")):
         assert abs(control[0] - expected) > 1e-3
     with pytest.raises(ConfigError, match=r"input\.shape=\(15, 8\): with moe_ep.balance_scope='sequence'"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,10 +61,21 @@ def replicas_of(layer: ExpertParallel) -> Replicas:
 
 def let_rows_count_alone(model: nn.Module) -> None:
     """Lets copies cost nothing in a model's layers with slots: beside the few rows of a test none would pay."""
+    for replicas in slots_of(model):
+        replicas.costs = ROWS_ALONE
+
+
+def slots_of(model: nn.Module) -> Iterator[Replicas]:
+    """The slots of a model's own and hooked layers, where they have some."""
     for module in model.modules():
         dispatcher = getattr(getattr(module, "overlap", module), "dispatcher", None)
-        if getattr(dispatcher, "replicas", None) is not None:
-            dispatcher.replicas.costs = ROWS_ALONE
+        if (replicas := getattr(dispatcher, "replicas", None)) is not None:
+            yield replicas
+
+
+def copies_in(model: nn.Module) -> int:
+    """Copies of experts that a model's layers have now."""
+    return sum(len(replicas.placement.copies) for replicas in slots_of(model))
 
 
 def pin(layer: ExpertParallel, *guests: tuple[int | None, ...]) -> None:

@@ -136,6 +136,7 @@ def test_with_groups_as_nodes_no_token_visits_more_nodes_than_the_limit() -> Non
 def hugging_face_router(family: str, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
     """A router of transformers with random weights, and the knobs that stand for it."""
     from transformers import AutoConfig
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
@@ -143,11 +144,17 @@ def hugging_face_router(family: str, **config: Any) -> tuple[nn.Module, dict[str
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+    groups = {"n_group": 4, "topk_group": 2, "route_scale": 2.5}
     makers: dict[str, tuple[Any, str, dict[str, Any]]] = {
+        "deepseek_v2": (
+            DeepseekV2TopkRouter,
+            "num_experts",
+            {"group_score": "max", "renormalize": False, **groups},
+        ),
         "deepseek_v3": (
             DeepseekV3TopkRouter,
             "n_routed_experts",
-            {"score": "sigmoid", "n_group": 4, "topk_group": 2, "route_scale": 2.5, "balance": "bias"},
+            {"score": "sigmoid", "balance": "bias", **groups},
         ),
         "gpt_oss": (GptOssTopKRouter, "num_local_experts", {"renormalize": True, "gate_bias": True}),
         "mixtral": (MixtralTopKRouter, "num_local_experts", {"renormalize": True}),
@@ -157,7 +164,7 @@ def hugging_face_router(family: str, **config: Any) -> tuple[nn.Module, dict[str
     }
     cls, name, knobs = makers[family]
     given = {"hidden_size": WIDTH, "num_experts_per_tok": 3, name: NUM_EXPERTS, **config}
-    if family == "deepseek_v3":
+    if family.startswith("deepseek"):
         given |= {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
     router = cls(AutoConfig.for_model(family, **given))
     torch.manual_seed(0)
@@ -169,6 +176,7 @@ def hugging_face_router(family: str, **config: Any) -> tuple[nn.Module, dict[str
 @pytest.mark.parametrize(
     ("family", "config", "control"),
     [
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "num_attention_heads": 1}, {"group_score": "top2_sum"}),
         ("deepseek_v3", {"norm_topk_prob": True}, {"n_group": 1, "topk_group": 1}),
         ("gpt_oss", {}, {"renormalize": False}),
         ("mixtral", {}, {"renormalize": False}),

@@ -59,7 +59,10 @@ def reduced_with_others(engine: Any) -> Iterator[None]:
 class Forgetful(TensorRanks):
     """Tensor ranks that keep their results to themselves."""
 
-    def begin_gather(self, results_TD: torch.Tensor, num_tokens: int) -> Callable[[], torch.Tensor]:
+    def early_gather(self, num_tokens: int) -> None:
+        return None
+
+    def begin_gather(self, results_TD: torch.Tensor, num_tokens: int, early: Any = None) -> Callable[[], torch.Tensor]:
         rows_TD = results_TD.new_zeros(num_tokens, *results_TD.shape[1:])
         first, count = self._spans(num_tokens).span(self.rank)
         rows_TD[first : first + count] = results_TD

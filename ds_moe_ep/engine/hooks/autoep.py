@@ -31,6 +31,7 @@ from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.split_experts import Opaque, Weights
+from ds_moe_ep.moe.tensor_parallel.early import EarlyGather
 
 SWIGLU = Form("swiglu", {"gate": "w1", "up": "w3", "down": "w2"})
 
@@ -168,16 +169,17 @@ class OverlappedGroupedExperts(GroupedExperts):
         """The weighted results [T, D]."""
         tensor = self.overlap.tensor_ranks
         share_TD, routes = tensor.cut(x_TD, routes)
-        return tensor.gather(self._through_experts(share_TD, routes), len(x_TD))
+        early = tensor.early_gather(len(x_TD))
+        return tensor.gather(self._through_experts(share_TD, routes, early), len(x_TD), early)
 
-    def _through_experts(self, x_TD: Tensor, routes: Routes) -> Tensor:
+    def _through_experts(self, x_TD: Tensor, routes: Routes, early: EarlyGather | None) -> Tensor:
         form = form_of(self)
         by_hand = form and known_experts(form, weights_of(self), x_TD)
         if by_hand:
-            return self.overlap.dispatcher(by_hand[0], routes, by_hand[1], self.training)[0]
+            return self.overlap.dispatcher(by_hand[0], routes, by_hand[1], self.training, early=early)[0]
         each = zip(self.w1.unbind(), self.w3.unbind(), self.w2.unbind(), strict=True)
         opaque = OpaqueExperts([Opaque(partial(self._call, weights), weights) for weights in each])
-        y_TD, _ = self.overlap.dispatcher(x_TD, routes, opaque, self.training)
+        y_TD, _ = self.overlap.dispatcher(x_TD, routes, opaque, self.training, early=early)
         return y_TD.to(autocast_type(x_TD, self.w1) or x_TD.dtype)  # they end in a product
 
     def _call(self, weights: tuple[Tensor, Tensor, Tensor], rows_nD: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from ds_moe_ep.moe.replicas.replicas import Known
 from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.snapshot import has_foreign_hooks
 from ds_moe_ep.moe.split_experts import Opaque
+from ds_moe_ep.moe.tensor_parallel.early import EarlyGather
 from ds_moe_ep.moe.tensor_parallel.ranks import is_cut
 
 
@@ -173,17 +174,18 @@ class OverlappedMOELayer(Timed, MOELayer):
             hooked.tape.take(routes)
         hooked.last_counts_E = self.exp_counts.to(torch.int64)
         share_TD, routes = tensor.cut(x_TD, routes)
-        return tensor.gather(self._through_experts(share_TD, routes), len(x_TD)).reshape(x.shape)
+        early = tensor.early_gather(len(x_TD))
+        return tensor.gather(self._through_experts(share_TD, routes, early), len(x_TD), early).reshape(x.shape)
 
-    def _through_experts(self, x_TD: Tensor, routes: Routes) -> Tensor:
+    def _through_experts(self, x_TD: Tensor, routes: Routes, early: EarlyGather | None) -> Tensor:
         hooked, experts = self.overlap, list(self.experts.deepspeed_experts)
         known = hooked.forms.known(experts)
         by_hand = known and known_experts(*known, x_TD)
         if by_hand:
-            return hooked.dispatcher(by_hand[0], routes, by_hand[1], self.training)[0]
+            return hooked.dispatcher(by_hand[0], routes, by_hand[1], self.training, early=early)[0]
         calls = [Opaque(partial(call_as_deepspeed, expert), list(expert.parameters())) for expert in experts]
         opaque = OpaqueExperts(calls, list(self.experts.buffers()), hooked.output_type)
-        y_TD, _ = hooked.dispatcher(x_TD, routes, opaque, self.training)
+        y_TD, _ = hooked.dispatcher(x_TD, routes, opaque, self.training, early=early)
         hooked.output_type = opaque.output_type
         if not seams.has("sparse routes"):  # DeepSpeed weighs the results in a matrix product, which autocast casts
             return y_TD.to(autocast_type(x_TD) or x_TD.dtype)

@@ -47,6 +47,7 @@ class StageLayers:
     host: str
     fingerprints: tuple[str, ...]
     ep_sizes: frozenset[int]
+    two_level: frozenset[int]  # the ep_sizes of those that may send a copy per node
     timeout_s: float
 
 
@@ -88,14 +89,15 @@ def meet_stages(engine: Any, layers: Mapping[str, OwnLayer]) -> None:
         host=socket.gethostname(),
         fingerprints=tuple(layer.fingerprint() for layer in layers.values()),
         ep_sizes=frozenset(layer.ep_size for layer in layers.values()),
+        two_level=frozenset(layer.ep_size for layer in layers.values() if layer.config.two_level != "off"),
         timeout_s=max(layer.config.timeout_s for layer in layers.values()),
     )
     told = seams.gather(own)
     seams.settle(problem_of(engine, layers))
     refuse_differences(told)
-    is_interleaved = seams.has_data_before_experts(engine)
+    is_interleaved, timeout_s = seams.has_data_before_experts(engine), max(each.timeout_s for each in told)
     for ep_size in sorted(frozenset.union(*(each.ep_sizes for each in told))):
-        make_groups(ep_size, is_interleaved, max(each.timeout_s for each in told))
+        make_groups(ep_size, is_interleaved, timeout_s, any(ep_size in each.two_level for each in told))
     _HOSTS[engine] = [each.host for each in told]
 
 
@@ -135,8 +137,11 @@ def refuse_in_stages(own: Mapping[str, OwnLayer], section: Section) -> None:
             raise ConfigError(f"moe_ep.{name}={value!r} in pipeline stages: {rule}; leave it out")
 
 
-def make_groups(ep_size: int, is_interleaved: bool, timeout_s: float) -> None:
-    """Makes DeepSpeed's groups of an ep_size in every stage, and the lanes beside. Collective over the world."""
+def make_groups(ep_size: int, is_interleaved: bool, timeout_s: float, near: bool) -> None:
+    """Makes DeepSpeed's groups of an ep_size in every stage, and the lanes beside. Collective over the world.
+
+    `near`: the layers of some stage send rows inside of nodes too.
+    """
     group, ranks = seams.expert_group(ep_size, is_interleaved)
     grid, problem = stage_grid(ep_size, is_interleaved), None
     if ranks not in grid.ep_groups():
@@ -146,7 +151,7 @@ def make_groups(ep_size: int, is_interleaved: bool, timeout_s: float) -> None:
         )
     seams.settle(problem)
     if ep_size > 1:
-        seams.lanes_beside(group, grid.ep_groups(), timeout_s)
+        seams.lanes_beside(group, grid.ep_groups(), timeout_s, near=near)
 
 
 def stage_grid(ep_size: int, is_interleaved: bool) -> RankGrid:

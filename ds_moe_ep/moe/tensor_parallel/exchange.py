@@ -7,7 +7,7 @@ divide. The loss, and so the gradient of a whole tensor, is the same on every ra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,22 +46,30 @@ class Spans:
         """Begins to gather the tensor [T, ...] of all ranks' spans; the call of the result waits for it, once."""
         if not self.num_tokens:
             return lambda: share
-        longest = self.span(0)[1]
-        padded = share.contiguous()
-        if len(share) < longest:  # all ranks send alike many rows
-            padded = torch.cat([padded, padded.new_zeros(longest - len(share), *share.shape[1:])])
-        buffer = padded.new_empty(self.size * padded.numel())  # flat: gloo takes no other
-        sent = padded.flatten()
-        work = all_gather(buffer, sent, group=self.group, async_op=True)
+        return begin_rows(self.group, [self.span(rank)[1] for rank in range(self.size)], share)
 
-        def finish() -> Tensor:
-            work.wait()
-            rows = buffer.view(self.size * longest, *share.shape[1:])
-            if self.num_tokens == len(rows):
-                return rows
-            return torch.cat([rows.narrow(0, rank * longest, self.span(rank)[1]) for rank in range(self.size)])
 
-        return finish
+def begin_rows(group: dist.ProcessGroup, counts: Sequence[int], own: Tensor) -> Callable[[], Tensor]:
+    """Begins to gather each rank's own rows, so many as `counts` says; the call of the result waits for them, once.
+
+    Collective over the group; no gradient.
+    """
+    longest = max(counts)
+    padded = own.contiguous()
+    if len(own) < longest:  # all ranks send alike many rows
+        padded = torch.cat([padded, padded.new_zeros(longest - len(own), *own.shape[1:])])
+    buffer = padded.new_empty(len(counts) * padded.numel())  # flat: gloo takes no other
+    sent = padded.flatten()
+    work = all_gather(buffer, sent, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        rows = buffer.view(len(counts) * longest, *own.shape[1:])
+        if sum(counts) == len(rows):
+            return rows
+        return torch.cat([rows.narrow(0, rank * longest, count) for rank, count in enumerate(counts)])
+
+    return finish
 
 
 def cut(spans: Spans, *whole: Tensor) -> tuple[Tensor, ...]:
@@ -78,9 +86,9 @@ def gather(spans: Spans, share: Tensor) -> Tensor:
     return begin_gather(spans, share)()
 
 
-def begin_gather(spans: Spans, share: Tensor) -> Callable[[], Tensor]:
-    """The same, begun; the call of the result waits for it, once."""
-    finish = spans.begin(share.detach())
+def begin_gather(spans: Spans, share: Tensor, begun: Callable[[], Tensor] | None = None) -> Callable[[], Tensor]:
+    """The same, begun, here or by whoever waits in `begun`; the call of the result waits for it, once."""
+    finish = begun or spans.begin(share.detach())
     return lambda: _Gather.apply(spans, share, finish)  # type: ignore[no-untyped-call]
 
 

@@ -3,7 +3,7 @@
 1. All ranks route all tokens, so that capacities, losses and counts are those of a rank that is alone with them, and
    noise is drawn alike. Where the tokens come cut (Megatron's sequence parallelism) they are gathered for the gate.
 2. Each rank takes its span of tokens to the experts, whose gradients then count every token once.
-3. The results are gathered, but where the tokens came cut.
+3. The results are gathered, but where the tokens came cut: those that are complete while others still come back.
 
 The gate's gradient is whole on every rank, as that of any dense parameter: nobody sums it over the group.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.sort import count_choices
 from ds_moe_ep.moe.routes import Routes, Routing
+from ds_moe_ep.moe.tensor_parallel.early import EarlyGather
 from ds_moe_ep.moe.tensor_parallel.exchange import Spans, all_gather, begin_gather, cut, gather
 
 PROBED_TOKENS = 16  # whose numbers tell whether ranks hold the same tokens
@@ -83,15 +84,29 @@ class TensorRanks:
             own = replace(own, scores_TE=scores_TE, logits_TE=logits_TE, counts_KE=counts_KE)
         return tokens_TD, own
 
-    def gather(self, results_TD: Tensor, num_tokens: int) -> Tensor:
-        """The results [T, D] of as many tokens as the layer got."""
-        return self.begin_gather(results_TD, num_tokens)()
+    def early_gather(self, num_tokens: int) -> EarlyGather | None:
+        """A gather that may begin in the midst of a pass over as many tokens as the layer got; None without any."""
+        is_gathered = self.is_shared and not self.has_own_tokens and num_tokens > 0
+        return EarlyGather(self._spans(num_tokens)) if is_gathered else None
 
-    def begin_gather(self, results_TD: Tensor, num_tokens: int) -> Callable[[], Tensor]:
-        """Begins to gather them, while the caller computes; the call of the result waits for them, once."""
+    def gather(self, results_TD: Tensor, num_tokens: int, early: EarlyGather | None = None) -> Tensor:
+        """The results [T, D] of as many tokens as the layer got."""
+        return self.begin_gather(results_TD, num_tokens, early)()
+
+    def begin_gather(
+        self, results_TD: Tensor, num_tokens: int, early: EarlyGather | None = None
+    ) -> Callable[[], Tensor]:
+        """Begins to gather them, or those that are left, while the caller computes.
+
+        The call of the result waits for them, once.
+        """
         if not self.is_shared or self.has_own_tokens:
             return lambda: results_TD
-        return begin_gather(self._spans(num_tokens), results_TD)
+        begun = None
+        if early is not None and early.is_armed:
+            last = early.begin_last()
+            begun = lambda: last().to(results_TD.dtype)  # noqa: E731
+        return begin_gather(self._spans(num_tokens), results_TD, begun)
 
     def beside(self, module: nn.Module, tokens: Tensor) -> Any:
         """The output of a dense module beside the experts, for the tokens [..., D] as the layer got them.

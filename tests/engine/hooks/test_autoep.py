@@ -24,6 +24,7 @@ from tests.engine.small_model import distance, merged
 from tests.ranks import run_ranks
 
 WEIGHTS, LOSS = 2e-6, 1e-6
+ROUNDED_WEIGHTS, ROUNDED_LOSS = 1e-2, 5e-3  # in bf16
 Outcome = tuple[list[float], dict[str, Tensor]]
 
 
@@ -69,6 +70,19 @@ def test_training_through_the_hooks_is_the_training_without_them() -> None:
         mine, plain = ([results[index][side] for results in by_rank] for side in (0, 1))
         assert mine[0][0] == pytest.approx(plain[0][0], rel=LOSS), job
         assert distance(merged([w for _, w in mine]), merged([w for _, w in plain])) <= WEIGHTS, job
+
+
+ROUNDED = [AutoEPJob(steps=2, bf16=True, top_k=8, stage=stage, ep_size=2 + stage % 2 * 2) for stage in range(4)]
+
+
+@pytest.mark.slow
+def test_in_bf16_training_through_the_hooks_is_that_without_them_up_to_a_few_roundings() -> None:
+    """All experts are chosen, since a choice that rounding turns over would be another training."""
+    by_rank = run_ranks(4, train_both, ROUNDED, timeout_s=280)
+    for index, job in enumerate(ROUNDED):
+        mine, plain = ([results[index][side] for results in by_rank] for side in (0, 1))
+        assert mine[0][0] == pytest.approx(plain[0][0], rel=ROUNDED_LOSS), job
+        assert distance(merged([w for _, w in mine]), merged([w for _, w in plain])) <= ROUNDED_WEIGHTS, job
 
 
 def test_clamped_experts_are_not_those_of_the_family() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ds_moe_ep.config.knobs import MoEConfig
 from tests.engine.layouts.tensor_models import TENSOR_SIZE, Dense, TensorJob, TensorModel, mpu_of
 from tests.engine.layouts.tensor_runs import (
     Trained,
@@ -23,9 +24,18 @@ from tests.engine.layouts.tensor_runs import (
     routed,
 )
 from tests.moe.layer_cases import D
+from tests.moe.replica_cases import copies_in, let_rows_count_alone
 
 LAYOUT_RANKS, NUM_STAGES, SEQUENCE_SIZE = 8, 2, 2
 LOSS_SCALE = 64.0
+TRAFFIC: dict[str, dict[str, Any]] = {  # how rows move; an expert group is two nodes
+    "peers": {},
+    "row cuts": {"row_cuts": 2},
+    "chunks": {"schedule": "chunks", "chunks": 3},
+    "copies per node": {"two_level": "copies"},
+    "sums at nodes": {"two_level": "sums"},
+    "copies of experts": {"replicas": 1},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,7 @@ class LayoutJob(TensorJob):
     pp_size: int = 1
     sp_size: int = 1
     precision: str = "fp32"
+    traffic: str = "peers"  # of `TRAFFIC`
     forgets_half: bool = False  # in the reference: no sum over a half of the copies
 
     def batches(self) -> list[Tensor]:
@@ -47,6 +58,15 @@ class LayoutJob(TensorJob):
     @property
     def num_copies(self) -> int:
         return LAYOUT_RANKS // self.tp_size // self.pp_size
+
+    @property
+    def moves(self) -> dict[str, Any]:
+        """The knobs of the traffic."""
+        return {"schedule": "peers", "node_size": max(1, self.ep_size // 2)} | TRAFFIC[self.traffic]
+
+    @property
+    def config(self) -> MoEConfig:
+        return replace(super().config, **self.moves)
 
     @property
     def rate(self) -> float:
@@ -67,6 +87,8 @@ class LayoutJob(TensorJob):
     def ds_config(self, keys: dict[str, Any]) -> dict[str, Any]:
         sixteen = {"enabled": True} | ({"loss_scale": LOSS_SCALE} if self.precision == "fp16" else {})
         shared = {"sequence_parallel_size": self.sp_size} if self.sp_size > 1 else {}
+        if self.kind == "hooked":
+            shared["moe_ep"] = {"attach": True, **self.moves}
         config = super().ds_config({} if self.precision == "fp32" else {self.precision: sixteen}) | shared | keys
         return config if self.clipping else config | {"gradient_clipping": 0.0}
 
@@ -80,12 +102,17 @@ class StageLayer(nn.Module):
         self.dense, self.layer = Dense(grid), make_layer(job)
 
     def forward(self, packed: Tensor) -> Tensor:
-        balance = packed[:, D:].sum()
+        balance = self.of_layers_before(packed)
         hidden = self.enter(packed[:, :D])
         hidden = hidden + self.dense(hidden)
         output, l_aux, _ = self.layer(functional.layer_norm(hidden, (D,)))
         column = ((balance + l_aux) / len(hidden)).to(hidden.dtype).expand(len(hidden), 1)
         return torch.cat((hidden + output, column), dim=1)
+
+    @staticmethod
+    def of_layers_before(packed: Tensor) -> Tensor:
+        """The balance losses so far."""
+        return packed[:, D:].sum()
 
 
 def whole_name(name: str) -> str:
@@ -124,15 +151,17 @@ def run_job(job: LayoutJob) -> Trained:
 
     engine, before = make_engine(job)
     rename = whole_name if job.pp_size > 1 else str
+    let_rows_count_alone(engine.module)
     with routed(engine, job, 0) if job.pp_size == 1 else nullcontext() as record:
         losses, norms = (train_stages if job.pp_size > 1 else train)(engine, job)
+    hosted = copies_in(engine.module)
     forget_groups()
     index = job.expert_index(dist.get_rank())
     moves = {
         global_name(rename(name), index): parameter.detach().float() - before[name].to(job.dtype).float()
         for name, parameter in engine.module.named_parameters()
     }
-    return Trained(losses, norms, moves, {} if record is None else experts_of(record))
+    return Trained(losses, norms, moves, {} if record is None else experts_of(record), num_hosted=hosted)
 
 
 def make_engine(job: LayoutJob) -> tuple[Any, dict[str, Tensor]]:
@@ -173,7 +202,7 @@ def train(engine: Any, job: LayoutJob) -> tuple[list[float], list[float]]:
     losses, norms = [], []
     for number, x in enumerate(job.batches(), 1):
         loss = engine(x[copy].to(job.dtype))
-        engine.backward(loss / job.sp_size)
+        engine.backward(loss / (1 if job.fault == "parts of losses as whole ones" else job.sp_size))
         engine.step()
         total = loss.detach().float().clone()
         dist.all_reduce(total)
@@ -216,7 +245,7 @@ def merged(job: LayoutJob, by_rank: Sequence[Trained]) -> Trained:
                 continue
             assert all(torch.equal(holders[0], other) for other in holders), f"ranks' {name} differ"
             whole[name] = holders[0]
-    return Trained(by_rank[0].losses, by_rank[0].norms, whole)
+    return Trained(by_rank[0].losses, by_rank[0].norms, whole, num_hosted=by_rank[0].num_hosted)
 
 
 def as_the_ranks_tell(job: LayoutJob, expected: Trained) -> Trained:

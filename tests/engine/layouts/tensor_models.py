@@ -52,13 +52,15 @@ class TensorJob:
     knobs: dict[str, Any] = field(default_factory=dict)
     aux_weight: float = AUX_WEIGHT
     prefix: str = "tensor_model_parallel"  # of the mpu's methods
+    through_own_door: bool = False  # ds_moe_ep.initialize, not deepspeed.initialize
     fault: str = ""  # planted in the ranks
 
     @property
     def config(self) -> MoEConfig:
         return MoEConfig(
             num_experts=NUM_EXPERTS, ep_size=self.ep_size, top_k=self.top_k, capacity_factor=self.capacity_factor,
-            min_capacity=1, drop_policy="score" if self.top_k > 2 else "position", schedule="peers", **self.knobs,
+            min_capacity=1, drop_policy="score" if self.top_k > 2 else "position",
+            **({"schedule": "peers"} | self.knobs),
         )  # fmt: skip
 
     @property

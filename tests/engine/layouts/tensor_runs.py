@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +24,7 @@ from tests.engine.layouts.tensor_models import (
 )  # fmt: skip
 from tests.engine.native_layers import PlainGelu
 from tests.moe.layer_cases import D
-from tests.moe.replica_cases import let_rows_count_alone
+from tests.moe.replica_cases import copies_in, let_rows_count_alone
 
 AUTOTP = {
     "tensor_parallel": {
@@ -38,6 +38,7 @@ AUTOTP = {
         },
     }
 }
+PLAN = {"tensor_parallel": {"partition_config": AUTOTP["tensor_parallel"]["partition_config"]}}  # of `tp_model_init`
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Trained:
     moves: dict[str, Tensor]  # of each parameter, by its name on one device
     routes: dict[str, list[Tensor]] = field(default_factory=dict)  # each pass' experts [T, K], by layer, if recorded
     marks: tuple[str, ...] = ()  # of gathers, and of shared experts at their work, in the first pass
+    num_hosted: int = 0  # copies of experts on other ranks, at the end
 
     def distance(self, other: Trained) -> float:
         """The largest difference in a move, over that tensor's largest, or in a loss or norm, relative.
@@ -87,27 +89,30 @@ def make_layer(job: TensorJob) -> nn.Module:
 def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str:
     """The job on this rank: the moves of its own parameters; or the error that the package raised."""
     import deepspeed
+    from deepspeed.runtime.tensor_parallel import init_utils
 
     import ds_moe_ep
     from ds_moe_ep.engine.layouts.known_groups import forget_groups
     from ds_moe_ep.model.initialize import global_name
 
     ds_moe_ep.init_distributed()
-    is_cut_by_autotp = bool(keys)
+    is_cut_by_autotp, is_recorded = bool(keys), keys == PLAN
     grid = mpu_of(TENSOR_SIZE, job.prefix)
     model = TensorModel(job, lambda _: make_layer(job), None if is_cut_by_autotp else grid)
     model.grid = grid
     give_weights(model, job)
+    if is_recorded:  # for all engines that this process makes from now on
+        model = deepspeed.tp_model_init(model, tp_size=TENSOR_SIZE, dtype=job.dtype)
     with planted(job.fault):
         try:
-            engine, *_ = deepspeed.initialize(
+            engine, *_ = (ds_moe_ep.initialize if job.through_own_door else deepspeed.initialize)(
                 model=model,
                 optimizer=torch.optim.SGD(parameter_groups(model), lr=job.rate),
                 mpu=None if is_cut_by_autotp else grid,
                 config=job.ds_config(keys or {}),
             )
             attached = nullcontext()
-            if job.kind != "native":
+            if job.kind != "native" and not job.through_own_door:
                 traffic = {"schedule": "peers"} | job.knobs
                 attached = ds_moe_ep.attach_overlap(engine, traffic if job.kind == "hooked" else None)
             let_rows_count_alone(engine.module)
@@ -115,28 +120,30 @@ def run_job(job: TensorJob, keys: dict[str, Any] | None = None) -> Trained | str
             with attached, marked(model, job) as marks, routed(engine, job, copy) as record:
                 before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
                 losses, norms = train(engine, job)
+                hosted = copies_in(model)
         except ds_moe_ep.MoEError as error:
             return f"{type(error).__name__}: {error}"
         finally:
             forget_groups()
+            init_utils._TP_MODEL_INIT_ARGS = None
     index = job.expert_index(dist.get_rank())
     moves = {
         global_name(name, index): (parameter.detach() - before[name]).float()
         for name, parameter in model.named_parameters()
     }
-    return Trained(losses, norms, moves, {} if record is None else experts_of(record), tuple(marks[:6]))
+    return Trained(losses, norms, moves, {} if record is None else experts_of(record), tuple(marks[:6]), hosted)
 
 
 @contextmanager
 def marked(model: nn.Module, job: TensorJob) -> Iterator[list[str]]:
     """A scope in which gathers and shared experts leave marks, where the job has any."""
-    from ds_moe_ep.moe.tensor_parallel.exchange import Spans
+    from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 
-    begin, marks = Spans.begin, list[str]()
+    begin, marks = TensorRanks.begin_gather, list[str]()
 
-    def marking(spans: Spans, share: Tensor) -> Callable[[], Tensor]:
+    def marking(ranks: TensorRanks, *results: Any) -> Callable[[], Tensor]:
         marks.append("begins")
-        finish = begin(spans, share)
+        finish = begin(ranks, *results)
 
         def ends() -> Tensor:
             marks.append("ends")
@@ -146,7 +153,7 @@ def marked(model: nn.Module, job: TensorJob) -> Iterator[list[str]]:
 
     shared = [layer.deepspeed_moe.shared for layer in model.layers] if job.shared else []
     hooks = [module.register_forward_hook(lambda *_: marks.append("computes")) for module in shared]
-    with patch.object(Spans, "begin", marking) if job.shared else nullcontext():
+    with patch.object(TensorRanks, "begin_gather", marking) if job.shared else nullcontext():
         yield marks
     for hook in hooks:
         hook.remove()
@@ -239,9 +246,10 @@ def planted(fault: str) -> Iterator[None]:
     from deepspeed.moe import mappings
 
     from ds_moe_ep.engine.layouts import tensor
-    from ds_moe_ep.moe.tensor_parallel import exchange, ranks
+    from ds_moe_ep.moe.tensor_parallel import early, exchange, ranks
 
     begin = exchange.Spans.begin
+    late = patch.object(ranks.TensorRanks, "early_gather", lambda *_: None)
 
     def forgets(spans: exchange.Spans, share: Tensor) -> Callable[[], Tensor]:
         """Only the rank's own part comes back."""
@@ -251,6 +259,9 @@ def planted(fault: str) -> Iterator[None]:
 
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(forgets(context.spans, gradient)() for gradient in gradients)
+
+    def loses(arriving: early._Arriving) -> None:
+        arriving._all_TD.index_fill_(0, arriving._tokens_n, 0)
 
     def twice(spans: exchange.Spans, share: Tensor) -> Callable[[], Tensor]:
         finish = begin(spans, share)
@@ -271,16 +282,26 @@ def planted(fault: str) -> Iterator[None]:
     faults: dict[str, Any] = {
         "": nullcontext(),
         "other records": nullcontext(),  # in `routed`
-        "results that are not gathered": patch.object(exchange.Spans, "begin", forgets),
+        "results of a piece that are lost": patch.object(early._Arriving, "wait", loses),
+        "results that are not gathered": both(late, patch.object(exchange.Spans, "begin", forgets)),
         "gradients that are not gathered": patch.object(exchange._Cut, "backward", staticmethod(backward)),
         "a gradient counted twice": patch.object(exchange.Spans, "begin", twice),
         "tokens counted twice": patch.multiple(
-            ranks.TensorRanks, cut=everything, begin_gather=lambda ranks, results, num_tokens: lambda: results
+            ranks.TensorRanks,
+            cut=everything,
+            early_gather=lambda *_: None,
+            begin_gather=lambda ranks, results, *_: lambda: results,
         ),
         "a group of the wrong ranks": patch.object(tensor, "tensor_ranks_of", other_ranks),
         "experts without a mark": patch.object(tensor, "mark_as_apart", lambda experts: []),
     }
     with faults[fault], patch.object(mappings.deepspeed, "comm", _Flat(comm, flat)):
+        yield
+
+
+@contextmanager
+def both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
         yield
 
 
@@ -318,7 +339,7 @@ def merged(by_rank: Sequence[Trained | str]) -> Trained | str:
     routes = [joined_routes(by_copy) for by_copy in copies]
     for others in routes[1:]:  # every tensor rank records all tokens of its copy
         assert all(all(map(torch.equal, others[name], passes)) for name, passes in routes[0].items())
-    return Trained(trained[0].losses, trained[0].norms, whole, routes[0], trained[0].marks)
+    return replace(trained[0], moves=whole, routes=routes[0])
 
 
 def reference(job: TensorJob) -> Trained:

@@ -1,6 +1,7 @@
-"""Tensor ranks, stages, sequence ranks, expert groups, ZeRO, precision, recomputation and k: every pair, as one device.
+"""Every pair of layer kind, tensor, sequence and expert ranks, stages, ZeRO, precision, recomputation, k and traffic.
 
-By one covering design over all of them, on 8 ranks. Left out by name is what DeepSpeed itself does not run.
+By one covering design over all of them, on 8 ranks, each job as one device. Left out by name is what DeepSpeed itself
+does not run, and what the package refuses or has no use for.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from tests.engine.layouts.layout_runs import LAYOUT_RANKS, LayoutJob, as_the_ranks_tell, merged, run_jobs
+from tests.engine.layouts.layout_runs import LAYOUT_RANKS, TRAFFIC, LayoutJob, as_the_ranks_tell, merged, run_jobs
 from tests.engine.layouts.tensor_runs import reference
 from tests.ranks import run_ranks
 
-PARTS = 4  # each within the time of a test on a busy machine
+PARTS = 6  # each within the time of a test on a busy machine
 FACTORS: dict[str, tuple[Any, ...]] = {
+    "kind": ("ours", "hooked"),
     "tp_size": (1, 2),
     "pp_size": (1, 2),
     "sp_size": (1, 2),
@@ -26,19 +28,28 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "precision": ("fp32", "bf16", "fp16"),
     "recompute": (False, True),
     "top_k": (1, 2, 4),
+    "traffic": tuple(TRAFFIC),
 }
 Settings = dict[str, Any]
-NOT_RUN_BY_DEEPSPEED: dict[str, Settings] = {
+LEFT_OUT: dict[str, Settings] = {
     "sequence ranks beside tensor ranks: no mpu of DeepSpeed's has both": {"tp_size": 2, "sp_size": 2},
     "sequence ranks in stages: no mpu of DeepSpeed's has both": {"pp_size": 2, "sp_size": 2},
     "ZeRO-2 in stages: DeepSpeed's pipeline engine refuses it": {"pp_size": 2, "stage": 2},
     "fp16 in stages without ZeRO: DeepSpeed does not scale the loss": {"pp_size": 2, "stage": 0, "precision": "fp16"},
+    "hooks in stages: refused": {"kind": "hooked", "pp_size": 2},
+    "hooks on experts that every rank has: there is no traffic": {"kind": "hooked", "ep_size": 1},
+    "copies of experts in stages: refused": {"pp_size": 2, "traffic": "copies of experts"},
+    **{
+        f"{traffic} of {name}={value}: refused": {name: value, "traffic": traffic}
+        for traffic in ("copies per node", "sums at nodes")
+        for name, value in (("top_k", 1), ("ep_size", 1))
+    },
 }
 
 
 def reason_against(settings: Mapping[str, Any]) -> str:
-    """Why DeepSpeed does not run the settings, or an empty string."""
-    return next((reason for reason, odd in NOT_RUN_BY_DEEPSPEED.items() if odd.items() <= settings.items()), "")
+    """Why the settings are left out, or an empty string."""
+    return next((reason for reason, odd in LEFT_OUT.items() if odd.items() <= settings.items()), "")
 
 
 def covering() -> Iterator[Settings]:
@@ -62,7 +73,7 @@ def job_of(settings: Settings) -> LayoutJob:
     return LayoutJob(**({"clipping": 3.0} | (of_stages if in_stages else {}) | settings))
 
 
-def test_the_design_covers_every_pair_but_those_that_deepspeed_does_not_run() -> None:
+def test_the_design_covers_every_pair_but_those_that_are_left_out_by_name() -> None:
     designed = list(covering())
     covered = set().union(*map(pairs_of, designed))
     every = {
@@ -71,9 +82,9 @@ def test_the_design_covers_every_pair_but_those_that_deepspeed_does_not_run() ->
         for value in values
         for other in others
     }
-    left_out = {tuple(odd.items()) for odd in NOT_RUN_BY_DEEPSPEED.values() if len(odd) == 2}
+    left_out = {tuple(odd.items()) for odd in LEFT_OUT.values() if len(odd) == 2}
     assert every - covered == left_out
-    assert len(designed) <= 16 and not any(map(reason_against, designed))
+    assert len(designed) <= 32 and not any(map(reason_against, designed))
 
 
 @pytest.mark.slow
@@ -85,4 +96,5 @@ def test_every_pair_of_layouts_trains_as_one_device(part: int) -> None:
         result, forgetful = merged(job, results), replace(job, forgets_half=True)
         distance = result.distance(as_the_ranks_tell(job, reference(job)))
         assert distance < job.bound, (job, distance)
+        assert bool(result.num_hosted) == (job.traffic == "copies of experts" and job.ep_size > 1), job
         assert result.distance(as_the_ranks_tell(job, reference(forgetful))) > 5 * job.bound, job

@@ -23,6 +23,7 @@ from tests.engine.layouts.tensor_runs import (
     reference,
     routed,
 )
+from tests.moe.replica_cases import copies_in, let_rows_count_alone
 from tests.ranks import run_ranks
 
 SEQUENCE_SIZE = 2
@@ -61,7 +62,11 @@ def run_job(job: SequenceJob) -> Trained:
         optimizer = torch.optim.SGD(parameter_groups(model), lr=job.rate)
         config = job.ds_config({"sequence_parallel_size": SEQUENCE_SIZE})
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=config)
-        attached = ds_moe_ep.attach_overlap(engine, {"schedule": "peers"} if job.kind == "hooked" else None)
+        attached: Any = nullcontext()
+        if job.kind != "native":
+            traffic = {"schedule": "peers"} | job.knobs
+            attached = ds_moe_ep.attach_overlap(engine, traffic if job.kind == "hooked" else None)
+        let_rows_count_alone(engine.module)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses, norms = [], []
     with attached, routed(engine, job, dist.get_rank()) as record:
@@ -73,13 +78,15 @@ def run_job(job: SequenceJob) -> Trained:
             dist.all_reduce(total)
             losses.append(float(total) / WORLD)
             norms.append(float(engine.get_global_grad_norm()))
+        hosted = copies_in(model)
     forget_groups()
     index = job.expert_index(dist.get_rank())
     moves = {
         global_name(name, index): (parameter.detach() - before[name]).float()
         for name, parameter in model.named_parameters()
     }
-    return Trained(losses, norms, moves, {} if record is None else experts_of(record))
+    routes = {} if record is None else experts_of(record)
+    return Trained(losses, norms, moves, routes, num_hosted=hosted)
 
 
 def run_jobs(jobs: Sequence[SequenceJob]) -> list[Trained]:
@@ -112,6 +119,7 @@ def merged(by_rank: Sequence[Trained]) -> Trained:
 JOB = SequenceJob(top_k=2, clipping=3.0, records=True, knobs={"n_group": 2, "topk_group": 1})
 REPLAYED = SequenceJob(top_k=2, ep_size=4, clipping=3.0, replays=True)
 FAULT = SequenceJob(fault="experts divided by the world")
+NODES = {"node_size": 2}
 MORE_JOBS = {
     "own, Megatron-DeepSpeed's mpu": SequenceJob(top_k=2, clipping=3.0, by_megatron=True, records=True),
     "own, ZeRO 1, Megatron-DeepSpeed's mpu": SequenceJob(
@@ -128,6 +136,18 @@ MORE_JOBS = {
     "hooked": SequenceJob(kind="hooked", top_k=2, clipping=3.0, records=True),
     "hooked, routes of a record": SequenceJob(kind="hooked", ep_size=4, top_k=2, stage=1, clipping=3.0, replays=True),
     "own, routes of a record, recomputed": SequenceJob(top_k=1, stage=2, recompute=True, clipping=3.0, replays=True),
+    "own, copies of hot experts": SequenceJob(ep_size=4, top_k=2, clipping=3.0, knobs={"replicas": 1}),
+    "hooked, ZeRO 1, copies of hot experts": SequenceJob(
+        kind="hooked", ep_size=4, top_k=2, stage=1, clipping=3.0, knobs={"replicas": 1}
+    ),
+    "own, copies of tokens": SequenceJob(
+        ep_size=4, top_k=2, stage=1, clipping=3.0, knobs=NODES | {"two_level": "copies"}
+    ),
+    "hooked, sums at nodes": SequenceJob(
+        kind="hooked", ep_size=4, top_k=2, clipping=3.0, knobs=NODES | {"two_level": "sums"}
+    ),
+    "own, chunks": SequenceJob(ep_size=4, top_k=2, clipping=3.0, knobs={"schedule": "chunks"}),
+    "DeepSpeed's, Megatron-DeepSpeed's mpu": SequenceJob(kind="native", top_k=2, stage=1, by_megatron=True),
     "hooked, ZeRO 1": SequenceJob(kind="hooked", ep_size=4, top_k=2, capacity_factor=1.0, stage=1, clipping=3.0),
 }
 
@@ -154,3 +174,4 @@ def found() -> dict[str, Trained]:
 def test_more_sequence_ranks_train_as_one_device(found: dict[str, Trained], name: str) -> None:
     job = MORE_JOBS[name]
     assert found[name].distance(reference(job)) < job.bound
+    assert bool(found[name].num_hosted) == ("replicas" in job.knobs)

@@ -51,9 +51,13 @@ def cases(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for case in CASES:
         stage, k, interval = case
-        sides = ((Native, deepspeed.initialize), (ds_moe_ep.MoE, deepspeed.initialize))
+        moves = {} if k == 1 else {"node_size": 1, "two_level": "copies" if stage else "sums"}
+        sides = ((Native, {}), (ds_moe_ep.MoE, {"moe_ep": moves}))
         layers = layers_in_one_tensor if interval else layers_of
-        found[str(case)] = [trained(make_engine(*side, ds_config(stage), interval, layers, k=k)) for side in sides]
+        found[str(case)] = [
+            trained(make_engine(make, deepspeed.initialize, ds_config(stage, **section), interval, layers, k=k))
+            for make, section in sides
+        ]
     engine = make_engine(ds_moe_ep.MoE, ds_moe_ep.initialize, ds_config(1), k=2)
     trained(engine)
     engine.save_checkpoint(folder)

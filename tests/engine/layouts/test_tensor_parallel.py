@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from tests.engine.layouts.tensor_models import BOUND, TensorJob
-from tests.engine.layouts.tensor_runs import AUTOTP, Trained, merged, reference, run_jobs
+from tests.engine.layouts.tensor_runs import AUTOTP, PLAN, Trained, merged, reference, run_jobs
 from tests.ranks import run_ranks
 
 CLIPPED: dict[str, Any] = {"clipping": 3.0}
 GROUPS = {"n_group": 2, "topk_group": 1}
+COPIES = {"node_size": 2, "two_level": "copies"}  # of tokens, one per node
+SUMS = {"node_size": 2, "two_level": "sums"}
 CUT: dict[str, Any] = {"tokens": 8, "cuts_tokens": True}
 JOBS: dict[str, TensorJob] = {
     "a capacity, groups of experts, one expert group of all ranks": TensorJob(
-        ep_size=4, top_k=2, capacity_factor=1.0, stage=1, records=True, knobs=GROUPS, **CLIPPED
+        ep_size=4, top_k=2, capacity_factor=1.0, stage=1, records=True, knobs=GROUPS | COPIES, **CLIPPED
     ),
     "routes of a record, a shared expert": TensorJob(top_k=2, replays=True, shared=True, **CLIPPED),
     "DeepSpeed's layers, hooked, a capacity": TensorJob(
@@ -38,6 +40,22 @@ MORE_JOBS: dict[str, TensorJob] = {
     ),
     "copies of hot experts": TensorJob(top_k=2, stage=1, knobs={"replicas": 1}, **CLIPPED),
     "hooked, copies of hot experts": TensorJob(kind="hooked", ep_size=4, stage=0, knobs={"replicas": 1}, **CLIPPED),
+    "hooked, copies of tokens, tokens that come cut": TensorJob(
+        kind="hooked", ep_size=4, top_k=2, knobs={"sequence_parallel": True, **COPIES}, **CUT, **CLIPPED
+    ),
+    "sums at nodes": TensorJob(ep_size=4, top_k=4, stage=2, knobs=SUMS, **CLIPPED),
+    "hooked, sums at nodes": TensorJob(kind="hooked", ep_size=4, top_k=2, stage=1, knobs=SUMS, **CLIPPED),
+    "sums at nodes, tokens that come cut": TensorJob(
+        ep_size=4, top_k=2, recompute=True, knobs={"sequence_parallel": True, **SUMS}, **CUT, **CLIPPED
+    ),
+    "chunks": TensorJob(ep_size=4, top_k=2, knobs={"schedule": "chunks", "chunks": 3}, **CLIPPED),
+    "row cuts, a shared expert": TensorJob(
+        ep_size=4, top_k=2, shared=True, knobs={"node_size": 2, "row_cuts": 2, "depth": 3}, **CLIPPED
+    ),
+    "hooked, chunks": TensorJob(kind="hooked", ep_size=4, top_k=2, knobs={"schedule": "chunks"}, **CLIPPED),
+    "copies of hot experts, tokens that come cut": TensorJob(
+        ep_size=4, top_k=2, knobs={"sequence_parallel": True, "replicas": 1}, **CUT, **CLIPPED
+    ),
     "DeepSpeed's layers, hooked": TensorJob(kind="hooked", top_k=2, stage=1, tokens=8, **CLIPPED),
     "hooked, tokens that come cut": TensorJob(
         kind="hooked", ep_size=4, top_k=2, tokens=8, cuts_tokens=True, knobs={"sequence_parallel": True}, **CLIPPED
@@ -56,7 +74,7 @@ MORE_JOBS: dict[str, TensorJob] = {
     ),
 }  # fmt: skip
 OTHER_ROUTES: dict[str, TensorJob] = {  # of one device that does not know of groups, or of a record
-    **{name: replace(job, knobs={}) for name, job in JOBS.items() if "groups of" in name},
+    **{name: replace(job, knobs=COPIES) for name, job in JOBS.items() if "groups of" in name},
     **{name: replace(job, replays=False) for name, job in JOBS.items() if job.replays},
 }
 MORE_OTHER_ROUTES: dict[str, TensorJob] = {
@@ -72,6 +90,7 @@ MORE_FAULTS: dict[str, TensorJob] = {
     "experts without a mark": TensorJob(fault="experts without a mark", stage=1, **CLIPPED),
     "gradients that are not gathered": TensorJob(fault="gradients that are not gathered"),
     "results that are not gathered": TensorJob(fault="results that are not gathered"),
+    "results of a piece that are lost": TensorJob(fault="results of a piece that are lost", ep_size=4),
     "a group of the wrong ranks": TensorJob(fault="a group of the wrong ranks"),
     "other records": TensorJob(replays=True, fault="other records"),
 }
@@ -81,6 +100,14 @@ NAMED = {  # the ranks see by themselves that they part
     "results that are not gathered": PARTED,
     "a group of the wrong ranks": PARTED,
     "other records": "record: ranks 1, 3 would send tokens elsewhere than the first rank of the tensor-parallel group",
+}
+OF_AUTOTP: dict[str, tuple[TensorJob, dict[str, Any] | None]] = {
+    "the section": (TensorJob(**CLIPPED), AUTOTP),
+    "the section, ZeRO 1, two choices": (TensorJob(ep_size=4, top_k=2, stage=1, **CLIPPED), AUTOTP),
+    "the section, ZeRO 2": (TensorJob(stage=2, through_own_door=True, **CLIPPED), AUTOTP),
+    "the section, hooked": (TensorJob(kind="hooked", top_k=2, stage=1, **CLIPPED), AUTOTP),
+    "tp_model_init": (TensorJob(**CLIPPED), PLAN),
+    "tp_model_init, ZeRO 1": (TensorJob(ep_size=4, top_k=2, stage=1, through_own_door=True, **CLIPPED), PLAN),
 }
 Found = dict[str, Trained | str]
 
@@ -94,7 +121,7 @@ def found() -> Found:
 def found_slowly() -> Found:
     plain: list[tuple[TensorJob, dict[str, Any] | None]]
     plain = [(job, None) for job in (*MORE_JOBS.values(), *MORE_FAULTS.values(), NATIVE)]
-    return _run([*MORE_JOBS, *MORE_FAULTS, "native", "AutoTP"], [*plain, (TensorJob(**CLIPPED), AUTOTP)])
+    return _run([*MORE_JOBS, *MORE_FAULTS, "native", *OF_AUTOTP], [*plain, *OF_AUTOTP.values()])
 
 
 def _run(names: list[str], jobs: list[tuple[TensorJob, dict[str, Any] | None]]) -> Found:
@@ -138,8 +165,9 @@ def check_seen(result: Trained | str, other: TensorJob) -> None:
 
 
 @pytest.mark.slow
-def test_a_dense_part_that_autotp_cuts_trains_as_one_device(found_slowly: Found) -> None:
-    check(found_slowly["AutoTP"], TensorJob(**CLIPPED))
+@pytest.mark.parametrize("name", OF_AUTOTP)
+def test_a_dense_part_that_autotp_cuts_trains_as_one_device(found_slowly: Found, name: str) -> None:
+    check(found_slowly[name], OF_AUTOTP[name][0])
 
 
 @pytest.mark.slow
@@ -154,6 +182,7 @@ def test_deepspeeds_own_layer_takes_the_same_steps_by_another_norm(found_slowly:
 def check(result: Trained | str, job: TensorJob) -> None:
     assert isinstance(result, Trained), result
     assert result.distance(reference(job)) < job.bound
+    assert bool(result.num_hosted) == ("replicas" in job.knobs)
 
 
 @pytest.mark.parametrize("name", FAULTS)
