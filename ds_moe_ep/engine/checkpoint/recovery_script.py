@@ -2,7 +2,7 @@
 
 DeepSpeed's `zero_to_fp32.py` does not know experts' files, and takes one rank's parameters for those of all: it
 ends with an error where ranks hold different experts. There a script of the same name and arguments takes its place,
-which calls `convert`.
+which calls `convert`; of AutoEP's layers that tells the way.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ sys.exit(main(["convert", given.checkpoint_dir, given.output_dir, "--to", "fp32"
 def replace_script(engine: Any, save_dir: Path) -> None:
     """Puts the script in the place of DeepSpeed's where experts lie on several ranks. By one rank."""
     layers = [module for module in engine.module.modules() if seams.is_moe_layer(module)]
+    is_partitioned = engine.zero_optimization_partition_weights()  # under ZeRO-3 AutoEP's experts lie in ZeRO's files
     script = save_dir / NAME
-    if script.is_file() and any(int(each.ep_size) > 1 and not seams.is_autoep_layer(each) for each in layers):
+    if script.is_file() and not is_partitioned and any(int(each.ep_size) > 1 for each in layers):
         fresh = script.with_name(f"{NAME}.saving")
         fresh.write_text(SCRIPT, encoding="utf-8")
         fresh.chmod(script.stat().st_mode)

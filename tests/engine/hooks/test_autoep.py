@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
+from ds_moe_ep.errors import ConfigError, EngineError
 from tests.engine.hooks import autoep_models
 from tests.engine.hooks.autoep_models import AutoEPJob, autoep_layers, make_engine, named_weights, train_steps
 from tests.engine.hooks.hooked_layers import KNOBS, hooked, rank, same_state, state_of
@@ -165,6 +166,10 @@ def test_checkpoints_go_from_hooked_to_plain_engines_and_back(tmp_path: pathlib.
         )
         assert there[0][0] == pytest.approx(back[0][0], rel=LOSS)
         assert distance(merged([w for _, w in there]), merged([w for _, w in back])) <= WEIGHTS
+    # DeepSpeed's script ends with an error about an expert's file; the one in its place tells the way
+    assert "ds_moe_ep.cli.main" in (tmp_path / "2True" / "zero_to_fp32.py").read_text()
+    with pytest.raises(EngineError, match=r"is of AutoEP's layers; .*save_pretrained\(engine, folder\)"):
+        prepare(tmp_path / "2True", tmp_path / "weights", None, to="fp32")
 
 
 def refused(changes: dict[str, Any]) -> str:
