@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_moe_ep.kernels.choose import runs_triton
+from ds_moe_ep.kernels.linear import is_slow_half
 
 BLOCK_ELEMENTS = 2**17  # of a thread, on the CPU: what lies between two passes stays in its cache
 _GELU: Any = torch._C._nn.gelu  # torch.ops takes three times as long to call; F.gelu may be a profiler's
@@ -48,7 +49,10 @@ def swiglu(
         activation.swiglu(gate_nF, up_nF, active_nF)
         return
     for gate, up, active in row_blocks(gate_nF, up_nF, active_nF):
-        torch.mul(F.silu(gate), up, out=active)
+        if is_slow_half(gate):  # one rounding, as the kernel's
+            active.copy_(F.silu(gate.float()) * up)
+        else:
+            torch.mul(F.silu(gate), up, out=active)
 
 
 def gelu_backward(
@@ -107,6 +111,13 @@ def swiglu_backward(
         activation.swiglu_backward(d_active_nF, gate_nF, up_nF, d_gate_nF, d_up_nF, active_nF)
         return
     for d_active, gate, up, d_gate, d_up, *active in row_blocks(d_active_nF, gate_nF, up_nF, *outputs):
+        if is_slow_half(gate):
+            wide = [each.float() for each in (d_active, gate, up)]
+            made = [torch.empty_like(each) for each in wide[: 2 + len(active)]]
+            swiglu_backward(*wide, made[0], made[1], made[2] if active else None, False)
+            for output, value in zip((d_gate, d_up, *active), made, strict=True):
+                output.copy_(value)
+            continue
         silu = F.silu(gate)
         d_silu = d_active * up  # the last use of `up` but for the active rows, and of `d_active` but for `d_up`
         if active:

@@ -29,6 +29,9 @@ def add_linear_grad_rows(dy_RO: Tensor, weight_OI: Tensor, out_RI: Tensor) -> No
     if not dy_RO.is_cpu:
         out_RI.addmm_(dy_RO, weight_OI)
         return
+    if is_slow_half(dy_RO):
+        out_RI.copy_(out_RI.float() + dy_RO.float() @ weight_OI.float())
+        return
     product_RI = torch.empty_like(out_RI)
     linear_grad_rows(dy_RO, weight_OI, product_RI)
     out_RI += product_RI

@@ -46,7 +46,7 @@ def stored_expert(kind: str, weights: Weights) -> Expert:
 
     def swiglu(rows: Tensor) -> Tensor:
         rows = stored(rows)
-        gate = linear(rows, "gate")
+        gate = linear(stored(rows), "gate")  # whose gradient is written before the other one is added to it
         return linear(stored(gate * torch.sigmoid(gate) * linear(rows, "up")), "down")
 
     return gelu if kind.startswith("gelu") else swiglu

@@ -1,0 +1,36 @@
+"""The host's part of a pass in counts, which other work on the machine does not change: half of the account's."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.account import host_pass
+from tests.ranks import run_ranks
+
+BEFORE = {"calls": (5_320, 4_376), "operations": (427, 449)}  # forward, backward: `python -m tests.account.host_time`
+
+
+def counted() -> dict[str, list[int]]:
+    dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=16, store=FakeStore())
+    with host_pass.as_on_a_gpu():
+        return host_pass.Passes("peers").counted()
+
+
+def test_a_pass_makes_less_than_half_of_the_calls_and_operations_of_the_account() -> None:
+    (found,) = run_ranks(1, counted)
+    shares = {what: [now / then for now, then in zip(found[what], BEFORE[what], strict=True)] for what in BEFORE}
+    assert max(shares["calls"]) < 0.42 and max(shares["operations"]) < 0.42, shares
+
+
+def test_what_is_counted_are_calls_and_operations() -> None:
+    import torch
+
+    with host_pass.Calls() as calls:
+        abs(-1)
+    with host_pass.Operations() as operations:
+        torch.ones(2) + 1
+    assert calls.number == pytest.approx(2, abs=1)
+    assert operations.number == 2
