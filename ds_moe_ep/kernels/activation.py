@@ -112,9 +112,9 @@ def swiglu_backward(
         return
     for d_active, gate, up, d_gate, d_up, *active in row_blocks(d_active_nF, gate_nF, up_nF, *outputs):
         if is_slow_half(gate):
-            wide = [each.float() for each in (d_active, gate, up)]
-            made = [torch.empty_like(each) for each in wide[: 2 + len(active)]]
-            swiglu_backward(*wide, made[0], made[1], made[2] if active else None, False)
+            wide, of_up = gate.float(), up.float()
+            made = [torch.empty_like(wide) for _ in range(2 + len(active))]
+            swiglu_backward(d_active.float(), wide, of_up, made[0], made[1], made[2] if active else None, False)
             for output, value in zip((d_gate, d_up, *active), made, strict=True):
                 output.copy_(value)
             continue
