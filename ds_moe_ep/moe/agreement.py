@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 from zlib import crc32
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.comm.host_copies import CopyToHost, is_on_host, to_device
-from ds_moe_ep.comm.transport import Transport
+from ds_moe_ep.comm.packed import Packing
+from ds_moe_ep.comm.transport import Answer, Transport
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.health.diagnosis import ranks_named
 from ds_moe_ep.health.heartbeat import LONGEST_TEXT
@@ -33,6 +35,7 @@ from ds_moe_ep.schedule.spans import Tags
 BAD_INPUT = -1  # what a rank announces in place of a width
 NUM_COLUMNS = 64  # of one exchange, whatever the layer: a message that is longer than expected would end the process
 NUM_TOLD = 8  # experts of each rank whose counts the first rank hands out; more follow in an all-to-all
+ROOM = 2 * NUM_TOLD  # columns per rank of the group behind a head, and behind a verdict
 SAME_PASSES = (
     "every rank of the group calls the model's layers in the same order and equally often, in the same mode, and goes "
     "backward through each call or through none; give a rank that is out of data another batch, evaluate on all ranks "
@@ -49,6 +52,7 @@ class Mode(IntEnum):
     TRAINING_WITHOUT_GRADIENT = 2
     TRAINING = 3
     BACKWARD = 4
+    PLACEMENT = 5  # of copies, between passes
 
     @classmethod
     def of(cls, training: bool) -> Mode:
@@ -133,6 +137,7 @@ class AgreedCounts(NamedTuple):
 
     send_PL: list[list[int]]
     recv_PL: list[list[int]]
+    total_E: Sequence[int]  # rows of all ranks, where the first one handed out the counts
     is_drift_seen: bool
     goes_backward: bool
     is_placement_held: bool = False
@@ -174,30 +179,40 @@ class Agreement:
         def finish() -> AgreedCounts:
             both = on_its_way.wait()  # the layer's only device sync
             self.transport.check_open(self.call.tags)  # what a communicator that was aborted left there means nothing
-            self._check(head, both[1], device)
+            self.check(head, both[1], device)
             sent, received = ([row[NUM_HEAD:] for row in rows] for rows in both)
             told = [any(row[column] for row in both[1]) for column in range(NUM_HEADER, NUM_HEAD)]
-            return AgreedCounts(sent, received, *told)
+            return AgreedCounts(sent, received, (), *told)
 
         return finish
 
-    def begin_telling(self, told_C: Tensor, capacity: int = -1) -> Callable[[], AgreedCounts]:
+    def begin_telling(self, told_C: Tensor, num_small: int, capacity: int = -1) -> Callable[[], AgreedCounts]:
         """As `begin_counts`, where every rank tells all others the same columns: those are received, by rank.
 
-        On the host the first rank hands them out, behind the heads, which say that all ranks tell equally many.
+        On the host the first rank hands them out with the verdict where they fit, the first `num_small` columns in 32
+        bits each; else behind it, since it says that all ranks tell equally many.
         """
-        size = self.transport.size
+        size, packing = self.transport.size, Packing(len(told_C), num_small)
         if not is_on_host(told_C.device):
             return self.begin_counts(told_C.expand(size, -1), capacity)
-        answered = self._ask(self._head(capacity), [])
+        fits = packing.fits(size, ROOM * size)
+        told_first = (told_C.tolist(), partial(_packed_answers, packing)) if fits else ([], answers)
+        answered = self._ask(self._head(capacity), *told_first)
 
         def finish() -> AgreedCounts:
             verdict = answered()
-            told = self.transport.consult(told_C, size * len(told_C), _all_to_each, self.call.tags)()
+            told = packing.unpack(torch.tensor(verdict[NUM_VERDICT:]), size) if fits else self.tell(told_C)
             self.transport.check_open(self.call.tags)
-            return AgreedCounts([], told.view(size, -1).tolist(), *map(bool, verdict[1:NUM_VERDICT]))
+            return AgreedCounts([], told, (), *map(bool, verdict[1:NUM_VERDICT]))
 
         return finish
+
+    def tell(self, told_C: Tensor) -> list[list[int]]:
+        """The columns of every rank, behind an exchange in which all agreed. Collective, on the host."""
+        size, to_each = self.transport.size, lambda told_PC: told_PC.flatten().expand(len(told_PC), -1)
+        told = self.transport.consult(told_C, size * len(told_C), to_each, self.call.tags)()
+        self.transport.check_open(self.call.tags)
+        return told.view(size, -1).tolist()
 
     def on_backward(self) -> None:
         """Makes sure that all ranks begin this backward pass now. Collective, on the host; raises as `on_counts`."""
@@ -207,33 +222,34 @@ class Agreement:
         """Asks the first rank, which hands out the counts of as many experts as fit."""
         sent, num_local = send_PL.tolist(), send_PL.shape[1]
         if self.transport.size == 1:
-            return lambda: AgreedCounts(sent, sent, *head[1:])
+            return lambda: AgreedCounts(sent, sent, (), *head[1:])
         are_told = num_local <= NUM_TOLD
         answered = self._ask(head, list(chain.from_iterable(sent)) if are_told else [])
 
         def finish() -> AgreedCounts:
             verdict = answered()
-            counts = verdict[NUM_VERDICT:]
+            counts, num = verdict[NUM_VERDICT:], send_PL.numel()
             if are_told:
-                received = [counts[first : first + num_local] for first in range(0, send_PL.numel(), num_local)]
+                received = [counts[first : first + num_local] for first in range(0, num, num_local)]
             else:  # all ranks have as many
                 received = self.transport.exchange_counts(send_PL, self.call.tags).tolist()
             self.transport.check_open(self.call.tags)
-            return AgreedCounts(sent, received, *map(bool, verdict[1:NUM_VERDICT]))
+            totals = counts[num : 2 * num] if are_told else ()
+            return AgreedCounts(sent, received, totals, *map(bool, verdict[1:NUM_VERDICT]))
 
         return finish
 
-    def _ask(self, head: Head, counts: Sequence[int]) -> Callable[[], list[int]]:
+    def _ask(self, head: Head, counts: Sequence[int], answer: Answer | None = None) -> Callable[[], list[int]]:
         """Tells its head, and counts by peer and expert, to the first rank; returns what waits for the answer.
 
         Collective. The end raises EngineError on every rank where two heads differ.
         """
-        answered = consult_on(self.transport, head.columns(), counts, self.call)
+        answered = consult_on(self.transport, head.columns(), counts, self.call, answer)
 
         def finish() -> list[int]:
             answer = answered().tolist()
             if not answer[0]:
-                self._check(head, exchange_heads(self.transport, head.columns(), self.call), torch.device("cpu"))
+                self.check(head, exchange_heads(self.transport, head.columns(), self.call), torch.device("cpu"))
             return answer
 
         return finish
@@ -253,7 +269,7 @@ class Agreement:
         parts = send_PC.split(NUM_COLUMNS, dim=1)
         return torch.cat([self.transport.exchange_counts(part_PC, self.call.tags) for part_PC in parts], dim=1)
 
-    def _check(self, own: Head, rows: list[list[int]], device: torch.device) -> None:
+    def check(self, own: Head, rows: list[list[int]], device: torch.device) -> None:
         """Raises EngineError where a peer, by its row's head, refused its input, or is not like this rank."""
         columns = list(own.header)
         if all(row[:NUM_HEADER] == columns for row in rows):
@@ -332,28 +348,48 @@ def announce_bad_input(
         transport.exchange_counts(part_PC, call.tags)
 
 
-def consult_on(transport: Transport, head: Sequence[int], counts: Sequence[int], call: Call) -> Callable[[], Tensor]:
+def consult_on(
+    transport: Transport, head: Sequence[int], counts: Sequence[int], call: Call, answer: Answer | None = None
+) -> Callable[[], Tensor]:
     """Tells its head to the first rank, and the counts [P * L]; returns what waits for the answer. Collective."""
-    num_told = NUM_TOLD * transport.size
+    num_told = ROOM * transport.size
     columns = array("q", (*head, *counts, *[0] * (num_told - len(counts))))  # ten times as fast as torch.tensor
     told_C = torch.frombuffer(columns, dtype=torch.int64)
-    return transport.consult(told_C, NUM_VERDICT + num_told, answers, call.tags)
+    return transport.consult(told_C, NUM_VERDICT + num_told, answer or answers, call.tags)
 
 
 def answers(told_PC: Tensor) -> Tensor:
-    """The first rank's answer to each: the verdict on all heads, and the counts of what comes to it where all agree."""
+    """The first rank's answer to each: the verdict, and where all agree the counts of what comes to it, and of all."""
+    (answers_PA, header), num_ranks = verdicts(told_PC), len(told_PC)
+    num_local = 0 if header is None else header.num_experts // num_ranks
+    if header is not None and num_local <= NUM_TOLD and header.mode != Mode.BACKWARD:
+        num = num_ranks * num_local
+        counts_PPL = told_PC[:, NUM_HEAD : NUM_HEAD + num].view(num_ranks, num_ranks, num_local)
+        answers_PA[:, NUM_VERDICT : NUM_VERDICT + num] = counts_PPL.transpose(0, 1).flatten(1)
+        answers_PA[:, NUM_VERDICT + num : NUM_VERDICT + 2 * num] = counts_PPL.sum(0).flatten()
+    return answers_PA
+
+
+def verdicts(told_PC: Tensor) -> tuple[Tensor, CountsHeader | None]:
+    """The answers with the verdict alone, and the header on which all agree; None where they do not."""
     num_ranks = len(told_PC)
-    answers_PA = told_PC.new_zeros(num_ranks, NUM_VERDICT + NUM_TOLD * num_ranks)
+    answers_PA = told_PC.new_zeros(num_ranks, NUM_VERDICT + ROOM * num_ranks)
     heads = told_PC[:, :NUM_HEAD].tolist()  # a few numbers: lists of them cost less than operations on tensors
     headers = [head[:NUM_HEADER] for head in heads]
     header = CountsHeader(*headers[0])
-    if header.width != BAD_INPUT and headers.count(headers[0]) == num_ranks:
-        told = map(max, zip(*[head[NUM_HEADER:] for head in heads], strict=True))
-        answers_PA[:, :NUM_VERDICT] = torch.tensor([1, *told])
-        num_local = header.num_experts // num_ranks
-        if num_local <= NUM_TOLD and header.mode != Mode.BACKWARD:
-            counts_PPL = told_PC[:, NUM_HEAD : NUM_HEAD + num_ranks * num_local].view(num_ranks, num_ranks, num_local)
-            answers_PA[:, NUM_VERDICT : NUM_VERDICT + num_ranks * num_local] = counts_PPL.transpose(0, 1).flatten(1)
+    if header.width == BAD_INPUT or headers.count(headers[0]) < num_ranks:
+        return answers_PA, None
+    told = map(max, zip(*[head[NUM_HEADER:] for head in heads], strict=True))
+    answers_PA[:, :NUM_VERDICT] = torch.tensor([1, *told])
+    return answers_PA, header
+
+
+def _packed_answers(packing: Packing, told_PC: Tensor) -> Tensor:
+    """The first rank's answer to each: the verdict, and where all agree what all ranks told."""
+    answers_PA, header = verdicts(told_PC)
+    if header is not None:
+        packed_C = packing.pack(told_PC[:, NUM_HEAD:])
+        answers_PA[:, NUM_VERDICT : NUM_VERDICT + len(packed_C)] = packed_C
     return answers_PA
 
 
@@ -361,33 +397,3 @@ def exchange_heads(transport: Transport, head: Sequence[int], call: Call) -> lis
     """Every rank's head, after an answer that they are not alike. Collective, on the host."""
     columns_C = torch.tensor([*head, *[0] * (NUM_COLUMNS - NUM_HEAD)])
     return transport.exchange_counts(columns_C.repeat(transport.size, 1), call.tags).tolist()
-
-
-def _all_to_each(told_PC: Tensor) -> Tensor:
-    """The first rank's answer to each: what all ranks told."""
-    return told_PC.flatten().expand(len(told_PC), -1)
-
-
-def odd_pair(
-    transport: Transport, sent_P: Sequence[int], expected_P: Sequence[int], tags: Tags
-) -> tuple[int, int] | None:
-    """The first ranks (source, target) of which one sends other messages than the other expects; None without any.
-
-    Each rank gives a digest of what it sends to each peer, and of what it expects of each. Collective, on the host.
-    """
-    size = transport.size
-    told_C = torch.tensor([*sent_P, *expected_P, *[0] * (NUM_HEAD + (NUM_TOLD - 2) * size)])  # as long as a head's
-    answer = transport.consult(told_C, NUM_VERDICT + NUM_TOLD * size, _answers_of_pairs, tags)().tolist()
-    return None if answer[0] else (answer[1], answer[2])
-
-
-def _answers_of_pairs(told_PC: Tensor) -> Tensor:
-    """The first rank's answer to each: whether all expect what is sent, and the first pair that does not."""
-    size = len(told_PC)
-    answers_PA = told_PC.new_zeros(size, NUM_VERDICT + NUM_TOLD * size)
-    odd = (told_PC[:, :size] != told_PC[:, size : 2 * size].t()).nonzero()
-    if len(odd):
-        answers_PA[:, 1:3] = odd[0]
-    else:
-        answers_PA[:, 0] = 1
-    return answers_PA

@@ -38,7 +38,8 @@ from ds_moe_ep.moe.executor import PassContext, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert, needs_gradient
 from ds_moe_ep.moe.grouped.choice import groups_products
 from ds_moe_ep.moe.layout import LastLayout
-from ds_moe_ep.moe.replicas.replicas import HostedPass, Replicas, Window
+from ds_moe_ep.moe.replicas.hosted import HostedPass
+from ds_moe_ep.moe.replicas.replicas import Replicas, Window
 from ds_moe_ep.moe.router import sent_weights, use_triton
 from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.tensor_parallel.early import EarlyGather
@@ -290,7 +291,7 @@ class Dispatcher:
         elif self._replicas is None:
             pending = begin_plan(routes, config.num_experts, transport, row_type, sees_drift, call, needs, in_triton)
         else:
-            hosted = self._replicas.begin(routes, agreement, experts, training, in_triton)
+            hosted = HostedPass(self._replicas, self._replicas.begin(routes, agreement, experts, training, in_triton))
             pending = PendingPlan(None, hosted.finish)
         early_ND = self._permute_early(x_TD, routes, pending, call, in_triton)
         plan = pending.finish()

@@ -19,7 +19,7 @@ from typing import Literal
 from zlib import crc32
 
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.schedule.copies.filling import Guests, levelled, spread
+from ds_moe_ep.schedule.copies.filling import levelled, lowest_levels, spread
 from ds_moe_ep.schedule.levelling import level
 from ds_moe_ep.schedule.price import Costs
 from ds_moe_ep.schedule.way_home import rounds_home
@@ -29,6 +29,7 @@ MARGIN = 0.02  # of a window's price: a gain below it is not worth another place
 MAX_AUTO_SLOTS = 4  # each costs an expert's memory on every rank, and the second gains little already
 PARTS = 1024  # of a row, so that smoothed loads are whole numbers
 NEAR = 0.05  # of level loads' price: nearer, no other placement is looked for where loads move
+ROUNDING = 1e-9  # of a price: bounds are of other sums
 SLACK = 64  # of the mean rows of a rank, one part: loads are levelled so far for their price
 PASS = 1 / 32  # of a rank's rows is what a copy is taken to need in each pass: messages and products of its own
 EXCHANGE = 0.5  # of the time of rows' products is what their exchanges are taken to need, where nothing was measured
@@ -112,6 +113,7 @@ class CopyCosts:
     its weights. `each_us`: the weights of one copy, on links that all copies share alike. `hidden_us`: time of the
     window under which such transfers cost nothing. `pass_share`: one copy in a pass, in parts of a rank's rows, beside
     which transfers go on.
+    `pass_us`: one copy in a pass on its rank.
     """
 
     row_us: float
@@ -119,6 +121,7 @@ class CopyCosts:
     far_us: float = 0.0
     each_us: float = 0.0
     pass_share: float = 0.0
+    pass_us: float = 0.0
     gradient_ratio: float = 2.0
     hidden_us: float = 0.0
     micro_batches: int = 1
@@ -136,19 +139,21 @@ class CopyCosts:
     ) -> CopyCosts:
         """The costs that follow from those of a schedule, for `num_rows` rows per rank.
 
-        The links' rates are those of its exchanges of rows; transfers hide under a layer's passes, where rows leave
-        time for them.
+        The links' rates and latency are those of its exchanges of rows; transfers hide under a layer's passes, where
+        rows leave time for them. In a pass a copy is taken to need a latency forward and one backward, as a small
+        message does: its products are launches of their own.
         """
         compute_us = costs.forward_us + costs.input_grad_us + costs.weight_grad_us
         rows_us = 4 * max(costs.near_us, costs.far_us)  # dispatch and combine, there and back
         near = torus.node_size if torus.num_nodes > 1 else 1  # as price.py counts near and far rows
         near_bytes, far_bytes = ((n * num_rows * row_bytes / torus.size) for n in (near - 1, torus.size - near))
-        near_us = costs.near_us * weight_bytes / near_bytes if near_bytes else 0.0
-        far_us = costs.far_us * weight_bytes / far_bytes if far_bytes else 0.0
+        near_us = costs.near_us * weight_bytes / near_bytes + costs.latency_us if near_bytes else 0.0
+        far_us = costs.far_us * weight_bytes / far_bytes + costs.latency_us if far_bytes else 0.0
         return cls(
             row_us=compute_us / max(num_rows, 1.0),
             near_us=near_us if torus.num_nodes > 1 else far_us,
             far_us=far_us,
+            pass_us=2 * costs.latency_us,
             gradient_ratio=gradient_bytes / weight_bytes,
             hidden_us=max(compute_us - rows_us, 0.0),
             micro_batches=micro_batches,
@@ -208,6 +213,8 @@ def place(
     level_us = _level_us(loads, torus, costs)
     if prices[kept] <= (1 + (NEAR if others_E else MARGIN)) * level_us:  # with no transfer
         return kept
+    if not _may_pay(loads, torus, most, costs, level_us, prices[kept], len(kept.copies), has_begun):
+        return kept
     best, best_us = kept, prices[kept]
     for num_slots in range(1, most + 1) if slots == "auto" else [most] * (most > 0):
         for found in _candidates(loads, torus, num_slots, none.slots):
@@ -223,6 +230,31 @@ def place(
     return best if is_worth_it else kept
 
 
+def _may_pay(
+    loads: Sequence[Sequence[int]],
+    torus: Torus,
+    slots: int,
+    costs: CopyCosts,
+    level_us: float,
+    kept_us: float,
+    num_kept: int,
+    has_begun: bool,
+) -> bool:
+    """False where no placement at all is enough cheaper than the kept one: then none is looked for."""
+    each_us = min(costs.near_us, costs.far_us)  # of the busiest link, which carries one copy at least
+    row_us = costs.micro_batches * costs.row_us / PARTS / len(loads)
+    lowest = [lowest_levels(rows_E, torus, slots) for rows_E in loads]
+    for copies in range(slots * torus.size + 1):
+        weights_us = copies * costs.each_us + each_us * (copies > 0)
+        sums_us = costs.gradient_ratio * weights_us
+        transfer_us = max((0.0 if has_begun else weights_us) + sums_us - costs.hidden_us, 0.0)
+        copies_us = max(transfer_us, copies * costs.pass_share * level_us) + _passes_us(-(-copies // torus.size), costs)
+        least_us = (row_us * sum(levels[copies] for levels in lowest) + copies_us) * (1 - ROUNDING)
+        if least_us < kept_us * (1 - MARGIN) or (copies < num_kept and least_us <= kept_us):
+            return True
+    return False
+
+
 def _fits(previous: Placement, none: Placement, slots: int | Literal["auto"], most: int) -> bool:
     is_alike = (previous.ranks, previous.local_experts) == (none.ranks, none.local_experts)
     return is_alike and (previous.slots <= most if slots == "auto" else previous.slots == none.slots)
@@ -234,13 +266,13 @@ def _whole(rows_E: Sequence[float], others_E: Sequence[Sequence[float]]) -> list
 
 def _candidates(loads: Sequence[Sequence[int]], torus: Torus, num_slots: int, width: int) -> list[Placement]:
     """Placements with up to so many copies per rank, each once."""
-    found: dict[Placement, None] = {}
-    for guests in levelled(loads[0], torus, num_slots) if len(loads) == 1 else spread(loads[0], torus, num_slots):
-        found[_placement(guests, len(loads[0]) // torus.size, max(width, max(map(len, guests))))] = None
-    return list(found)
+    local = len(loads[0]) // torus.size
+    proposed = levelled(loads[0], torus, num_slots) if len(loads) == 1 else spread(loads[0], torus, num_slots)
+    different = dict.fromkeys(tuple(map(tuple, guests)) for guests in proposed)
+    return [_placement(guests, local, max(width, max(map(len, guests)))) for guests in different]
 
 
-def _placement(guests: Guests, local: int, slots: int) -> Placement:
+def _placement(guests: Sequence[Sequence[int]], local: int, slots: int) -> Placement:
     return Placement(len(guests), local, slots, tuple((*own, *[None] * (slots - len(own))) for own in guests))
 
 
@@ -270,7 +302,13 @@ def _copies_us(
         transfer_us = (0.0 if is_there else weights_us) + max(sums_us - costs.hidden_us, 0.0)
     else:
         transfer_us = max(weights_us + sums_us - costs.hidden_us, 0.0)
-    return max(transfer_us, len(placement.copies) * costs.pass_share * level_us)
+    most = max(placement.slots - guests.count(None) for guests in placement.guests_RS)
+    return max(transfer_us, len(placement.copies) * costs.pass_share * level_us) + _passes_us(most, costs)
+
+
+def _passes_us(guests: int, costs: CopyCosts) -> float:
+    """Time that the guests of one rank take beside their rows."""
+    return guests * costs.micro_batches * costs.pass_us
 
 
 def levelled_rows(rows_E: Sequence[int], placement: Placement, parts: int = 0) -> list[int]:

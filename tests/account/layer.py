@@ -181,7 +181,7 @@ def _instrumented(sizes: Sizes, account: Account) -> Iterator[None]:
             inside = account.wrap(getattr(owner, name), where)
             stack.enter_context(mock.patch.object(owner, name, staticmethod(inside) if is_static else inside))
         stack.enter_context(mock.patch.object(agreement, "CopyToHost", _EvenCounts.of(sizes)))
-        stack.enter_context(mock.patch.object(agreement.Agreement, "_check", _all_alike))
+        stack.enter_context(mock.patch.object(agreement.Agreement, "check", _all_alike))
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda kind: False))
         stack.enter_context(mock.patch.object(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()))
         stack.enter_context(_standing_in(stand_ins(account)))

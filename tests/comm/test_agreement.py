@@ -96,19 +96,29 @@ def test_the_first_rank_answers_each_rank_from_what_all_of_them_told() -> None:
         assert answered == [[rank, number, 0 + 1 + 2, 3 * number] for number in range(2)]
 
 
-def counts_of(num_local: int) -> list[int]:
-    """The rows that this rank receives for each of its experts, where rank r sends 10 r + e rows to its e-th expert."""
+def counts_of(num_local: int) -> tuple[list[int], list[int], list[list[int]]]:
+    """The rows that this rank receives for each of its experts, where rank r sends 10 r + e rows to its e-th expert.
+
+    Beside them the totals of all experts, where they are told, and as many columns that all tell all others.
+    """
     transport = open_transport([[0, 1]], MoEConfig(num_experts=4, ep_size=2, timeout_s=20))
     send_PL = (10 * transport.rank + torch.arange(num_local)).repeat(2, 1) * torch.tensor([[1], [2]])
-    agreed = Agreement(transport, Call("layer"), 2 * num_local, (8, torch.float32)).on_counts(send_PL)
-    return [rows for rows_L in agreed.recv_PL for rows in rows_L]
+    agreement = Agreement(transport, Call("layer"), 2 * num_local, (8, torch.float32))
+    agreed = agreement.on_counts(send_PL)
+    told = agreement.begin_telling(send_PL.flatten() << transport.rank * 40, 0)().recv_PL
+    assert agreement.tell(send_PL.flatten() << transport.rank * 40) == told
+    return [rows for rows_L in agreed.recv_PL for rows in rows_L], list(agreed.total_E), told
 
 
 @pytest.mark.parametrize("num_local", [1, NUM_TOLD, NUM_TOLD + 1, 3 * NUM_COLUMNS])
 def test_counts_come_to_their_ranks_whether_the_first_rank_hands_them_out_or_not(num_local: int) -> None:
     """More local experts than fit into an answer have their counts in a second exchange."""
-    for rank, received in enumerate(run_ranks(2, counts_of, num_local, timeout_s=40)):
+    sent_RE = [[times * (10 * source + e) for times in (1, 2) for e in range(num_local)] for source in range(2)]
+    totals = [a + b for a, b in zip(*sent_RE, strict=True)] if num_local <= NUM_TOLD else []
+    for rank, (received, total_E, told) in enumerate(run_ranks(2, counts_of, num_local, timeout_s=40)):
         assert received == [(rank + 1) * (10 * source + e) for source in range(2) for e in range(num_local)]
+        assert total_E == totals
+        assert told == [[rows << source * 40 for rows in rows_E] for source, rows_E in enumerate(sent_RE)]
 
 
 def test_a_rank_alone_agrees_with_itself() -> None:

@@ -238,7 +238,7 @@ def test_evaluation_uses_the_copies_and_state_dicts_do_not_have_them() -> None:
 
 def events_of_a_window(job: Job) -> list[str]:
     """What the layers do about copies from one step to the next, in order."""
-    from ds_moe_ep.moe.replicas import copies, gradients, replicas
+    from ds_moe_ep.moe.replicas import compare, copies, gradients, replicas
 
     log: list[str] = []
 
@@ -261,6 +261,7 @@ def events_of_a_window(job: Job) -> list[str]:
     logged(replicas.Replicas, "begin", lambda args: args[2].call.layer)
     logged(copies.Copies, "start", lambda args: args[3].layer)
     logged(gradients, "Returning", lambda args: args[5].layer)
+    logged(compare, "keys_of_all", lambda args: "at once")
     train_steps(engine, job, [window])
     return log
 
@@ -269,7 +270,7 @@ def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_
     one, two = "layers.0", "layers.1"
     first = [f"begin {one}", f"begin {two}", *(f"{do} {at}" for at in (two, one) for do in ("take", "collect"))]
     last = [f"begin {one}", f"begin {two}", f"take {two}", f"Returning {two}", f"take {one}", f"Returning {one}"]
-    last += [f"collect {two}", f"collect {one}", f"start {one}", f"start {two}"]
+    last += [f"collect {two}", f"collect {one}", "keys_of_all at once", f"start {one}", f"start {two}"]
     for log in run_ranks(4, events_of_a_window, Job(replicas=1, accumulation=2, steps=2)):
         assert log == [*first, *last]
 

@@ -75,6 +75,22 @@ def other_placement() -> tuple[str, float]:
     return told(lambda: forward_backward(layer, CASE, case_data(CASE)))
 
 
+def copies_alone() -> tuple[str, float]:
+    """One rank begins a window with copies, where the others go on without."""
+    layer = layer_in_a_window(CASE, windows := Windows())
+    pin(layer, *[(None,)] * 4)
+    forward_backward(layer, CASE, case_data(CASE))
+    windows.number += 1
+    if is_odd():
+        pin(layer, *GUESTS)
+
+    def go_on() -> None:
+        replicas_of(layer).begin_early()
+        forward_backward(layer, CASE, case_data(CASE))
+
+    return told(go_on)
+
+
 def no_memory() -> tuple[str, float]:
     layer = layer_in_a_window(CASE, Windows())
     if is_odd():
@@ -149,6 +165,7 @@ FAULTS = {
     ),
     "a step that one rank did not hear of": Fault(missed_window, "window=1"),
     "a placement that differs": Fault(other_placement, "rank 2 came to another placement"),
+    "copies on one rank alone": Fault(copies_alone, "rank 2 in the placement pass"),
     "no memory for a copy": Fault(no_memory, "no memory for a copy of expert 1", is_everywhere=False),
     "a gradient added twice": Fault(sums_that_went_wrong, "of 3 passes", ("twice",), is_everywhere=False),
     "a gradient forgotten": Fault(sums_that_went_wrong, "of 1 passes", ("forgotten",), is_everywhere=False),

@@ -70,6 +70,14 @@ def test_other_loads_are_expected_where_the_forecast_errs(loads: list[list[int]]
     assert all(min(rows_E) >= 0 for rows_E in forecast.others_E)
 
 
+def test_loads_that_are_others_from_now_on_are_expected_alone() -> None:
+    forecast, before, after = Forecast(EXPERTS), [1000] * EXPERTS, [100] * (EXPERTS - 1) + [9000]
+    for number, rows_E in enumerate([before] * 4 + [after] * 4):
+        forecast.add(rows_E)
+        assert bool(forecast.others_E) == (number == 4), "after one pass of them it may have been a burst"
+    assert forecast.rows_E == pytest.approx(after)
+
+
 def test_moving_loads_are_level_where_copies_move_in_the_pass_and_nearly_so_where_they_follow() -> None:
     loads = moving(24)
     without = [max(rows_E) * EXPERTS / sum(rows_E) for rows_E in loads[1:]]

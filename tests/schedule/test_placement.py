@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moe_ep.config.topology import Torus
+from ds_moe_ep.schedule import placement as placement_module
+from ds_moe_ep.schedule.copies import filling
 from ds_moe_ep.schedule.placement import MARGIN, PASS, CopyCosts, Placement, levelled_rows, place, price_us
 from ds_moe_ep.schedule.price import Costs
+from tests.schedule.plain_placement import host_by_sorting, place_plainly
 
 NODES = Torus(2, 8)
 ROWS_ALONE = CopyCosts(row_us=1.0)  # transfers that cost nothing
@@ -62,6 +66,50 @@ def test_a_hot_expert_among_several_of_a_rank_is_the_one_that_is_copied() -> Non
     assert {expert for expert, _, _ in placement.copies} == {5}
     assert placement.hosts(5) == (1, 0, 2, 3)
     assert placement.place_on(1, 5) == 1 and placement.place_on(0, 5) == 4  # behind the four own ones
+
+
+def test_placements_are_those_of_a_plain_search_that_prices_every_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, found, are_kept = random.Random(5), [], 0
+    for _ in range(16):
+        torus, slots = draw.choice([Torus(1, 4), Torus(2, 3), Torus(4, 4)]), draw.choice([1, 1, 2, "auto"])
+        costs = CopyCosts(
+            row_us=1.0,
+            near_us=draw.choice([0.0, 300.0]),
+            far_us=draw.choice([0.0, 3000.0]),
+            each_us=draw.choice([0.0, 0.0, 30.0]),
+            pass_share=draw.choice([0.0, PASS, 0.1]),
+            pass_us=draw.choice([0.0, 20.0]),
+            hidden_us=draw.choice([0.0, 1000.0]),
+            micro_batches=draw.choice([1, 4, 64]),
+        )
+        num, previous = draw.choice([1, 2]) * torus.size, None
+        for moves in (False, False, True):
+            ways = (
+                [1000 * draw.random() for _ in range(num)],
+                draw.sample(zipf(draw.random(), num), num),
+                [1000.0 * (draw.random() < 0.7) for _ in range(num)],
+            )
+            case = (draw.choice(ways), torus, slots, costs, previous, [ways[0][::-1], ways[2]] if moves else [])
+            placement = place(*case)
+            found.append((case, placement))
+            are_kept, previous = are_kept + (placement == previous), placement
+    monkeypatch.setattr(filling, "_host_for", host_by_sorting)
+    assert [placement == place_plainly(*case) for case, placement in found] == [True] * len(found)
+    assert 3 < are_kept < len(found) - 16, "some stay, and some move"
+
+
+def test_where_no_copies_can_pay_none_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 1 KiB, experts of 2 MiB: the search is left out, which is most of the time that a placement takes."""
+    looked: list[int] = []
+    monkeypatch.setattr(placement_module, "levelled", lambda rows, *_: iter(looked.append(1) or ()))
+    sizes = CopyCosts.assumed(2**10, 2**21, 2**21, 16)
+    for micro_batches in (1, 4, 64):
+        costs = replace(sizes, micro_batches=micro_batches)
+        for rows_E in ([1000.0] * 16, [0.0, 4000 / 3, 4000 / 3, 4000 / 3] * 4):
+            assert place(rows_E, NODES, 1, costs).copies == ()
+    assert not looked
+    place(zipf(1.0), NODES, 1, sizes)
+    assert looked
 
 
 ANY_TORUS = st.builds(Torus, st.integers(1, 3), st.integers(1, 3))
@@ -151,6 +199,17 @@ def test_copies_that_are_there_stay_unless_others_pay_for_a_second_transfer() ->
     assert {expert for expert, *_ in place(other, NODES, 1, costs, first, has_begun=True).copies} == {12}
 
 
+def test_a_copy_costs_its_rank_a_little_in_each_pass_however_long_the_window() -> None:
+    """The fullest of 16 ranks has 333 rows more than the mean, which a copy on each of the idle ones takes away."""
+    idle = [0.0, 4000 / 3, 4000 / 3, 4000 / 3] * 4
+    for micro_batches in (1, 64):
+        copies = [
+            len(place(idle, NODES, 1, CopyCosts(row_us=1.0, pass_us=pass_us, micro_batches=micro_batches)).copies)
+            for pass_us in (0.0, 200.0, 340.0)
+        ]
+        assert copies[0] == copies[1] == 12 and copies[2] == 0
+
+
 def test_near_ranks_are_taken_first_where_the_far_link_is_slow() -> None:
     costs = CopyCosts(row_us=1.0, near_us=1.0, far_us=1e6)
     placement = place(one_hot(4.0), NODES, 1, costs)
@@ -198,7 +257,13 @@ def test_costs_follow_from_those_of_a_schedule() -> None:
     costs = Costs(near_us=30.0, far_us=400.0, latency_us=5.0, forward_us=1000, input_grad_us=1000, weight_grad_us=1000)
     found = CopyCosts.of(costs, Torus(2, 4), 800.0, 10.0, 6000.0, 12000.0, 16)
     assert found == CopyCosts(
-        row_us=3000 / 800, near_us=60.0, far_us=600.0, gradient_ratio=2.0, hidden_us=1400.0, micro_batches=16
+        row_us=3000 / 800,
+        near_us=65.0,
+        far_us=605.0,
+        pass_us=10.0,
+        gradient_ratio=2.0,
+        hidden_us=1400.0,
+        micro_batches=16,
     )
     one_node = CopyCosts.of(costs, Torus(1, 8), 800.0, 10.0, 7000.0, 7000.0, 1)
-    assert one_node.near_us == one_node.far_us == 400.0  # its peers are what `far_us` was measured with
+    assert one_node.near_us == one_node.far_us == 405.0  # its peers are what `far_us` was measured with

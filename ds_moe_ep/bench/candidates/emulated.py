@@ -103,21 +103,26 @@ class EmulatedExperts(Experts):
         return Form("gelu", {}, own_pass=self._pass), [{"up.weight": weight} for weight in self.travelling]
 
     def _pass(self, weights: Sequence[Weights]) -> ExpertPass:
-        return EmulatedPass(self.row_us, self.device, weights)
+        return EmulatedPass(self.row_us, self.device, weights, len(self.travelling))
 
     def start(self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None) -> ExpertPass:
         return EmulatedPass(self.row_us, self.device)
 
 
 class EmulatedPass:
-    """One pass through emulated experts."""
+    """One pass through emulated experts, the first `num_own` of which are the rank's own.
 
-    def __init__(self, row_us: float, device: EmulatedDevice, weights: Sequence[Weights] = ()) -> None:
+    Gradients of copies are zeros, which travel. Own experts have none, as where no copies are: no host would add them.
+    """
+
+    def __init__(
+        self, row_us: float, device: EmulatedDevice, weights: Sequence[Weights] = (), num_own: int = 0
+    ) -> None:
         self.saved: list[Tensor] = []
         self._sizes = [[weight.shape for weight in named.values() if weight is not None] for named in weights]
         self.may_overwrite = False
         self.use_triton: bool | None = None
-        self._row_us, self._device = row_us, device
+        self._row_us, self._device, self._num_own = row_us, device, num_own
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         self._device.work(len(x_nD), self._row_us)
@@ -137,7 +142,8 @@ class EmulatedPass:
         """Nothing."""
 
     def weight_grads(self, expert: int) -> list[Tensor | None]:
-        return [torch.zeros(size) for size in self._sizes[expert]] if self._sizes else []
+        sizes = self._sizes[expert] if self._sizes else []
+        return [None if expert < self._num_own else torch.zeros(size) for size in sizes]
 
 
 def num_rows(rows: Tensor) -> int:

@@ -42,6 +42,7 @@ class Launch:
     title: str = ""
     steps: int
     here: Callable[[Tell], object] | None = None  # in place of ranks: this process is one of a launcher's
+    preload: Sequence[str] = ()  # modules that one process imports, of which the ranks are forks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,9 @@ def follow(launch: Launch, found: Collector, save: Callable[[], object], console
 
     def hear(finding: Finding) -> None:
         nonlocal saved_s
+        if finding.kind == "line":
+            console.print(finding.text, soft_wrap=True, highlight=False, markup=False)
+            return
         if finding.kind != "phase":
             found.add(finding)
             return
@@ -170,7 +174,8 @@ def follow(launch: Launch, found: Collector, save: Callable[[], object], console
             if launch.here is not None:
                 launch.here(hear)
             else:
-                with started_ranks(launch.run, launch.plan, launch.num_ranks) as (processes, inbox):
+                ranks = started_ranks(launch.run, launch.plan, launch.num_ranks, launch.preload)
+                with ranks as (processes, inbox):
                     for finding in arriving(processes, inbox):
                         hear(finding)
             progress.update(task, completed=launch.steps)

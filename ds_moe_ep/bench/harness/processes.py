@@ -30,7 +30,7 @@ NUM_PORTS = 12_000  # below those of outgoing connections; Linux gives 32,768 an
 class Finding:
     """A rank's message: samples under the names of their Records, or a text of some kind."""
 
-    kind: str = "samples"  # or phase, error, done; others are a benchmark's own
+    kind: str = "samples"  # or phase, line, error, done; others are a benchmark's own
     text: str = ""
     samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     rank: int = 0

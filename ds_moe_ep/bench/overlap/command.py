@@ -6,7 +6,8 @@
     python -m ds_moe_ep.bench.overlap --workload W0 W1 W3 --micro-batches 4 16  # unequal loads, in windows
 
 16 ranks, 4 on each of 4 nodes (`testbed.py`), one expert per rank. Without root it says so and measures nothing; with
---no-testbed it runs over the machine's loopback. Ctrl-C ends the run; what was measured until then is written.
+--no-testbed it runs over the machine's loopback. Each side's time is told as it comes. Ctrl-C ends the run; what was
+measured until then is written.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from ds_moe_ep.records.table import Table
 OF_WORKLOADS = (NO_REMEDY, REPLICAS, BIAS, NATIVE, AUTOEP)
 LOADS = ", ".join(f"{name} {title}" for name, title in TITLES.items())
 RATIOS = (0.3, 0.6, 1.0, 2.0)
+PRELOAD = ("ds_moe_ep.bench.overlap.preload",)
 PORT = 29500  # inside the namespaces, where nobody else listens
 
 
@@ -116,7 +118,7 @@ class OverlapBenchmark(Benchmark):
         if self._has_testbed:
             self.plan = replace(self.plan, testbed=stack.enter_context(open_testbed(self.plan.num_nodes)))
         steps = len(self.plan.places) * (self.plan.warm_ups + self.plan.rounds)
-        yield Launch(run=run_overlap_rank, plan=self.plan, num_ranks=self.num_ranks, steps=steps)
+        yield Launch(run=run_overlap_rank, plan=self.plan, num_ranks=self.num_ranks, steps=steps, preload=PRELOAD)
 
     def metric(self, name: str) -> Metric:
         return metric(self.plan, name)

@@ -31,6 +31,7 @@ from ds_moe_ep.bench.harness.method import rotation
 from ds_moe_ep.bench.harness.processes import Finding, Tell, live_as_rank
 from ds_moe_ep.bench.overlap.windows import LayerWindow, MicroBatch, WindowedLoad, run_window
 from ds_moe_ep.bench.testbed import Environment, TestBed, take_place
+from ds_moe_ep.records.quantity import number
 from ds_moe_ep.schedule.shaping import COMPUTES, WIRE, link_rate
 
 CANDIDATES = (*OURS, HOOKED, NATIVE, AUTOEP, WIRE)
@@ -137,9 +138,13 @@ def _measure(
         batches = load.batches(plan.case, dist.get_rank(), plan.num_ranks, index) if load is not None else []
         for name in order[::-1] if index % 2 else order:  # so that few rounds have different neighbours, too
             if load is None:
-                samples |= _sampled(plan, place, name, candidates[name])
+                found = _sampled(plan, place, name, candidates[name])
             else:
-                samples |= _windowed(plan, place, name, candidates[name], batches, windows[name])
+                found = _windowed(plan, place, name, candidates[name], batches, windows[name])
+            samples |= found
+            kind = f"round {index + 1 - plan.warm_ups}" if index >= plan.warm_ups else "warm-up"
+            (step_ms,) = found[f"{plan.prefix(place, name, 'step')}.time"]
+            tell(Finding("line", f"{place}, {kind}: {name} {number(step_ms, 0)} ms"))
         if index >= plan.warm_ups:
             tell(Finding(samples=samples))
         tell(Finding("phase", f"{place}: round {index + 1 - plan.warm_ups} of {plan.rounds}", advance=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,25 +53,32 @@ class LayerWindow:
 
 
 def run_window(candidate: LayerCandidate, batches: Sequence[MicroBatch], window: LayerWindow) -> dict[str, float]:
-    """Seconds of all micro-batches by pass, and the change of weights behind them. Collective."""
+    """Seconds of all micro-batches by pass, from the change of weights before them on. Collective.
+
+    The step has besides what the layer does behind a change of weights: a placement, and a bias.
+    """
     dispatcher = dispatcher_of(candidate.layer)
     replicas = getattr(dispatcher, "replicas", None)
     if replicas is not None and replicas.window is not window:
         dispatcher.follow(window)
     seconds = dict.fromkeys(PHASES, 0.0)
     window.left = len(batches)
+    start_s = time.perf_counter()
+    window.number += 1
+    if replicas is not None:
+        replicas.begin_early()
+    seconds["step"] += time.perf_counter() - start_s
     for x_TD, dy_TD in batches:
         candidate.x_TD, candidate.dy_TD = x_TD.requires_grad_(), dy_TD
         candidate.run()
         window.left -= 1
         for phase in PHASES:
             seconds[phase] += candidate.seconds[phase]
-    window.number += 1
-    if replicas is not None:
-        replicas.begin_early()
+    start_s = time.perf_counter()
     balance = getattr(candidate.layer, "balance", None)
     if balance is not None:
         balance.step(_summed)
+    seconds["step"] += time.perf_counter() - start_s
     return seconds
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
-from ds_moe_ep.moe.replicas.replicas import Replicas
+from ds_moe_ep.moe.replicas.replicas import Replicas, begin_windows
 
 
 class ReplicaWindows(EngineCallback):
@@ -68,8 +68,7 @@ class ReplicaWindows(EngineCallback):
     def after_model_step(self, is_applied: bool) -> None:
         if is_applied:
             self.number += 1
-            for replicas in self._replicas().values():
-                replicas.begin_early()
+            begin_windows(list(self._replicas().values()))
 
     def around_load(self, load: LoadCall, proceed: Callable[[LoadCall], Any]) -> Any:
         try:

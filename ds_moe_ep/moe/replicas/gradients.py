@@ -22,7 +22,7 @@ from ds_moe_ep.comm.host_copies import is_on_host, to_device
 from ds_moe_ep.comm.transport import Message, Transfer, Transport
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.weight_sums import FP32, sum_of
-from ds_moe_ep.moe.agreement import odd_pair
+from ds_moe_ep.moe.replicas.compare import odd_pair
 from ds_moe_ep.moe.replicas.copies import message
 from ds_moe_ep.schedule.assignment import Assignment
 from ds_moe_ep.schedule.placement import Placement

@@ -16,29 +16,27 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ds_moe_ep.comm.host_copies import is_on_host
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError, EngineError
-from ds_moe_ep.health.diagnosis import ranks_named
 from ds_moe_ep.kernels.eager import is_inside_backward
 from ds_moe_ep.kernels.sort import SortedChoices, sort_choices
-from ds_moe_ep.moe.agreement import NUM_COLUMNS, AgreedCounts, Agreement
-from ds_moe_ep.moe.dispatch_plan import DispatchPlan
+from ds_moe_ep.moe.agreement import NUM_TOLD, AgreedCounts, Agreement
 from ds_moe_ep.moe.experts import KnownExperts, LocalExperts
 from ds_moe_ep.moe.match_expert import Form
+from ds_moe_ep.moe.replicas.compare import check_keys
 from ds_moe_ep.moe.replicas.copies import Copies
 from ds_moe_ep.moe.replicas.costs import assumed_costs, measured_costs
-from ds_moe_ep.moe.replicas.gradients import Collect, Ledger, Lend, LentPass, Loan, lent_pass
-from ds_moe_ep.moe.replicas.rows import maps_to_hosts
-from ds_moe_ep.moe.replicas.told import Digests, Told, num_told, present, told_columns
+from ds_moe_ep.moe.replicas.gradients import Collect, Ledger, Lend, LentPass, Loan
+from ds_moe_ep.moe.replicas.told import Digests, Told, device_of, num_told, present, told_columns
 from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.split_experts import Weights
-from ds_moe_ep.schedule.assignment import assign
 from ds_moe_ep.schedule.copies.forecast import UNEVEN, Forecast, moved_share
 from ds_moe_ep.schedule.placement import MAX_AUTO_SLOTS, CopyCosts, Placement, levelled_rows, place
 from ds_moe_ep.schedule.price import Costs
@@ -63,6 +61,17 @@ class Window(Protocol):
 
     def is_last(self) -> bool:
         """True in the backward passes behind which the weights change."""
+
+
+class BegunPass(NamedTuple):
+    """One forward pass whose counts are on their way."""
+
+    known: KnownExperts
+    agreement: Agreement
+    in_order: SortedChoices
+    is_used_TK: Tensor | None
+    counts: Callable[[], AgreedCounts]
+    is_counted: bool  # its loads are those of training
 
 
 class Replicas:
@@ -91,7 +100,7 @@ class Replicas:
         self._digests = Digests()
         self._layer = ""  # the name in the last pass
         self._anchor: Tensor | None = None
-        self._weights: KnownExperts | None = None  # that the last pass of training computed with, as they are now
+        self.weights: KnownExperts | None = None  # that the last pass of training computed with, as they are now
         self._loan: tuple[Loan, Tensor] | None = None
         self.own_experts: Callable[[], Known | None] = lambda: None  # with the way to their gradients
         self.opens: Replicas | None = None  # the layer behind, whose loan this one's pass opens
@@ -151,7 +160,7 @@ class Replicas:
 
     def begin(
         self, routes: Routes, agreement: Agreement, experts: LocalExperts, training: bool, in_triton: bool | None
-    ) -> HostedPass:
+    ) -> BegunPass:
         """A forward pass, whose exchange of counts is on its way. Collective."""
         self._layer = agreement.call.layer
         self.copies.transfer.wait()  # those of a window that begins with this pass
@@ -170,23 +179,43 @@ class Replicas:
         is_used_TK = routes.is_used_TK if routes.capacity is None else routes.is_kept_TK
         in_order = sort_choices(routes.expert_ids_TK, is_used_TK, agreement.num_experts, in_triton)
         self._digests.begin((self._renewals, self.window_number, training))
-        columns = told_columns(in_order.count_E, known.weights, self.copies.lent, self.copies.held, self._digests)
-        counts = agreement.begin_telling(columns, -1 if routes.capacity is None else routes.capacity)
+        counts = self._begin_counts(
+            agreement, in_order.count_E, known, -1 if routes.capacity is None else routes.capacity
+        )
         is_counted = training and not is_inside_backward()
         if is_counted:
-            self._weights = None if torch.is_autocast_enabled(columns.device.type) else detached(known)
-        return HostedPass(self, known, agreement, in_order, is_used_TK, counts, is_counted)
+            self.weights = None if torch.is_autocast_enabled(in_order.count_E.device.type) else detached(known)
+        return BegunPass(known, agreement, in_order, is_used_TK, counts, is_counted)
 
-    def prepare(self, told: Told, known: KnownExperts, is_counted: bool, is_held: bool, tags: Tags) -> None:
-        """Renews placement and copies where a window begins, weights or loads have changed. Collective."""
+    def _begin_counts(
+        self, agreement: Agreement, count_E: Tensor, known: KnownExperts, capacity: int
+    ) -> Callable[[], AgreedCounts]:
+        """Starts the exchange of counts: where copies are in use all ranks tell all others what they have.
+
+        On the host a pass without copies is one without slots, but for the totals that the first rank adds.
+        """
+        if is_on_host(count_E.device) and not self.placement.copies and self.num_local <= NUM_TOLD:
+            return agreement.begin_counts(count_E.view(self.link.size, -1), capacity)
+        return agreement.begin_telling(self.told(count_E, known), len(count_E), capacity)
+
+    def told(self, count_E: Tensor, known: KnownExperts) -> Tensor:
+        """The columns that this rank tells all others of a pass."""
+        return told_columns(count_E, known.weights, self.copies.lent, self.copies.held, self._digests)
+
+    def prepare(
+        self, rows_E: Sequence[int], told: Told | None, known: KnownExperts, is_counted: bool, is_held: bool, tags: Tags
+    ) -> None:
+        """Renews placement and copies where a window begins, weights or loads have changed. Collective.
+
+        `told`: None where no copies are in use.
+        """
         moves = self._is_due and is_counted and not is_held and not self._ledger.sums.owed
         is_first = is_counted and self.window is not None and self._used_in != self.window.number
-        rows_E = [sum(rows) for rows in zip(*told.rows_RE, strict=True)]
         if is_counted:
             self._used_in = self.window_number
             self.loads.add(rows_E)
             self._see_change()
-        has_changed = told.changed(self.placement)
+        has_changed = told is not None and told.changed(self.placement)
         is_inside = is_inside_backward()
         begins = not is_inside and (moves or self.window is None or self._known_window != self.window.number)
         if begins or (has_changed and not is_inside):
@@ -198,7 +227,8 @@ class Replicas:
                 f"{tags.layer or 'MoE layer'}: weights of experts changed between the forward pass and its "
                 "recomputation, whose copies have the ones before; change weights between steps alone"
             )
-        told.check_copies(self.placement, tags.layer, self.link.ranks)
+        if told is not None:
+            told.check_copies(self.placement, tags.layer, self.link.ranks)
         if is_first and not is_inside:
             self._move_anew(known, tags, self._expected(rows_E))
 
@@ -218,7 +248,7 @@ class Replicas:
             return
         placement = self.choose_anew(rows_E, self.placement)
         if placement != self.placement:
-            self._compare(placement, present(known.weights[0])[0].device, tags)
+            self._compare(placement, known, tags)
             self._renew(placement, known, tags)
             self.copies.transfer.wait()
 
@@ -231,12 +261,29 @@ class Replicas:
             self._is_due = self.choose(self.loads.rows_E, self.placement) != self.placement
 
     def begin_early(self) -> None:
-        """Starts to send the copies of an engine's next window, whose first pass waits for them. Collective.
+        """`begin_windows` of this layer alone."""
+        begin_windows([self])
 
-        Where the weights to come are not known here, that pass does all of it.
-        """
-        if self._weights is not None and self.window is not None and self.loads.has_passes:
-            self._begin_window(self._weights, Tags(self._layer, "forward"), True, self.loads.rows_E)
+    @property
+    def knows_next(self) -> bool:
+        """True where an engine's next window can begin without a pass: loads are known, and the weights to come."""
+        return self.weights is not None and self.window is not None and self.loads.has_passes
+
+    def choose_next(self) -> Placement:
+        """The placement of an engine's next window. Local, the same on every rank."""
+        self.refuse_unsent(self._layer)
+        return self.choose(self.loads.rows_E, self.placement)
+
+    def begin_next(self, placement: Placement) -> None:
+        """Starts to send the copies of an engine's next window. Collective."""
+        assert self.weights is not None and self.window is not None
+        self._is_due, self._known_window = False, self.window.number
+        self._renew(placement, self.weights, self.tags)
+
+    @property
+    def tags(self) -> Tags:
+        """Where the layer is between its passes."""
+        return Tags(self._layer, "forward")
 
     def _begin_window(self, known: KnownExperts, tags: Tags, may_place: bool, rows_E: Sequence[float]) -> None:
         placement = self.placement
@@ -246,23 +293,18 @@ class Replicas:
         if may_place and self.loads.has_passes:
             self.refuse_unsent(tags.layer)
             placement = self.choose(rows_E, placement)
-            self._compare(placement, present(known.weights[0])[0].device, tags)
+            self._compare(placement, known, tags)
         if self.window is not None and self.loads.has_passes:
             self._known_window = self.window.number
         self._renew(placement, known, tags)
 
-    def _compare(self, placement: Placement, device: torch.device, tags: Tags) -> None:
-        """Raises EngineError, on every rank, where ranks came to different placements. Collective; a device sync."""
-        own_PC = torch.zeros(self.link.size, NUM_COLUMNS, dtype=torch.int64, device=device)
-        own_PC[:, 0] = placement.key
-        keys = self.link.exchange_counts(own_PC, tags)[:, 0].tolist()
-        odd = [self.link.ranks[peer] for peer, key in enumerate(keys) if key != keys[0]]
-        if odd:
-            raise EngineError(
-                f"{tags.layer or 'MoE layer'}: {ranks_named(odd)} came to another placement of copies than rank "
-                f"{self.link.ranks[0]}: the ranks have seen other loads; give every rank the same configuration, and "
-                "start all of them from one checkpoint"
-            )
+    def moves_to(self, placement: Placement) -> bool:
+        """True where copies are in use before or after: then ranks compare, since weights are about to move."""
+        return bool(placement.copies or self.placement.copies)
+
+    def _compare(self, placement: Placement, known: KnownExperts, tags: Tags) -> None:
+        if self.moves_to(placement):
+            check_keys(self.link, [(tags, placement.key)], device_of(known.weights[0]))
 
     def _renew(self, placement: Placement, known: KnownExperts, tags: Tags) -> None:
         """Starts to make the copies of a placement from the weights of now. Collective."""
@@ -319,66 +361,25 @@ class Replicas:
             )
 
 
-class HostedPass:
-    """One forward pass of a layer with replicas."""
+def begin_windows(layers: Sequence[Replicas]) -> None:
+    """Starts to send the copies of an engine's next window, whose first passes wait for them. Collective.
 
-    def __init__(
-        self,
-        replicas: Replicas,
-        known: KnownExperts,
-        agreement: Agreement,
-        in_order: SortedChoices,
-        is_used_TK: Tensor | None,
-        counts: Callable[[], AgreedCounts],
-        is_counted: bool,
-    ) -> None:
-        self._replicas, self._known, self._agreement, self._counts = replicas, known, agreement, counts
-        self._in_order, self._is_used_TK, self._is_counted = in_order, is_used_TK, is_counted
-        self._lent: LentPass | None = None
-
-    def finish(self) -> DispatchPlan:
-        """The plan, once the counts of all ranks are here; the copies are then those of the pass. Collective.
-
-        Its errors close the lanes: the peers are about to send rows.
-        """
-        replicas, rank, tags = self._replicas, self._agreement.transport.rank, self._agreement.call.tags
-        agreed = self._counts()
-        try:
-            told = Told.read(agreed.recv_PL, self._agreement.num_experts, replicas.num_local)
-            replicas.prepare(told, self._known, self._is_counted, agreed.is_placement_held, tags)
-            assignment = assign(told.rows_RE, replicas.placement, replicas.torus)
-            self._lent = lent_pass(assignment, told.trained_E, rank)
-            maps = maps_to_hosts(self._in_order, self._is_used_TK, assignment, rank)
-        except BaseException as error:
-            self._agreement.transport.abandon(error, tags)
-            raise
-        occupied = [*range(replicas.num_local)]
-        occupied += [replicas.num_local + i for i, e in enumerate(replicas.placement.guests_RS[rank]) if e is not None]
-        received_PL = tuple(tuple(row[place] for place in occupied) for row in assignment.received_PL(rank))
-        return DispatchPlan(maps, assignment.sent_PL(rank), received_PL, agreed.is_drift_seen, agreed.goes_backward)
-
-    def experts(self) -> KnownExperts:
-        """The experts that this rank computes, its guests last, with no way home for the guests' gradients."""
-        assert self._lent is not None, "the plan is made before"
-        guests = [guest for guest in self._replicas.copies.held if guest is not None]
-        named = []
-        for expert, guest in zip(self._lent.experts, guests, strict=True):
-            parts = iter(range(len(present(guest))))
-            named.append({name: None if w is None else self._leaf(expert, next(parts), w) for name, w in guest.items()})
-        return KnownExperts(self._known.form, [*self._known.weights, *named])
-
-    def _leaf(self, expert: int, index: int, weight: Tensor) -> Tensor:
-        assert self._lent is not None
-        return weight.detach().requires_grad_(self._lent.is_trained(expert, index) and torch.is_grad_enabled())
-
-    def lend(self, rows_ND: Tensor) -> tuple[Tensor, LocalExperts]:
-        """Rows and experts of a pass that goes backward: gradients of guests go home.
-
-        Also where the group has no copies: another group may have some, and ZeRO reduces gradients of both together, in
-        the order in which they come, which the nodes of the graph say.
-        """
-        assert self._lent is not None, "the plan is made before"
-        return self._replicas.lend(self._lent, self._known, rows_ND)
+    Placements of all layers of a group are compared at once; none that was and stays without copies: ranks that differ
+    there meet in the next pass. Where the weights to come are not known here, a layer's first pass does all of it.
+    """
+    chosen = [(each, each.choose_next()) for each in layers if each.knows_next]
+    by_group: dict[tuple[int, ...], list[tuple[Replicas, Placement]]] = {}
+    for each, placement in chosen:
+        if each.moves_to(placement):
+            by_group.setdefault(tuple(each.link.ranks), []).append((each, placement))
+    for same in by_group.values():
+        first, _ = same[0]
+        assert first.weights is not None
+        check_keys(
+            first.link, [(each.tags, placement.key) for each, placement in same], device_of(first.weights.weights[0])
+        )
+    for each, placement in chosen:
+        each.begin_next(placement)
 
 
 def detached(known: KnownExperts) -> KnownExperts:

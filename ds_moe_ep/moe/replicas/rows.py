@@ -24,11 +24,19 @@ def maps_to_hosts(in_order: SortedChoices, is_used_TK: Tensor | None, assignment
     `is_used_TK` is None where every choice travels.
     """
     num_rows = sum(assignment.rows_RE[rank])
+    if not assignment.split or not num_rows:
+        return maps_of(in_order, is_used_TK, num_rows)
+    choice_of_row_N = in_order.choice_of_row_N[:num_rows]
+    sorted_row_N, sent_row_N = _moves(assignment, rank, choice_of_row_N.device)
+    row_of_choice_TK = sent_row_N[in_order.row_of_choice_TK.clamp(max=num_rows - 1)]
+    return maps_of(
+        SortedChoices(choice_of_row_N[sorted_row_N], row_of_choice_TK, in_order.count_E), is_used_TK, num_rows
+    )
+
+
+def maps_of(in_order: SortedChoices, is_used_TK: Tensor | None, num_rows: int) -> RowMaps:
+    """The maps of choices in the order in which their rows are sent. Local; no device sync."""
     choice_of_row_N, row_of_choice_TK = in_order.choice_of_row_N[:num_rows], in_order.row_of_choice_TK
-    if assignment.split and num_rows:
-        sorted_row_N, sent_row_N = _moves(assignment, rank, choice_of_row_N.device)
-        choice_of_row_N = choice_of_row_N[sorted_row_N]
-        row_of_choice_TK = sent_row_N[row_of_choice_TK.clamp(max=num_rows - 1)]
     if is_used_TK is None:
         return RowMaps(choice_of_row_N, row_of_choice_TK)
     is_dropped_TK = ~is_used_TK

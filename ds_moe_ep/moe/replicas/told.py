@@ -119,6 +119,11 @@ def present(named: Weights) -> list[Tensor]:
     return [weight for weight in named.values() if weight is not None]
 
 
+def device_of(named: Weights) -> torch.device:
+    """Where an expert's weights are."""
+    return present(named)[0].device
+
+
 def trained_bits(named: Weights) -> int:
     """A bit for each weight that needs a gradient, the first one lowest."""
     return sum(int(weight.requires_grad) << index for index, weight in enumerate(present(named)))

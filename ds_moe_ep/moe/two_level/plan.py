@@ -53,7 +53,7 @@ def begin_two_level(
     else:
         maps, count_E = padded_maps(routes, num_experts), to_device([capacity] * num_experts, ids_TK.device)
     told_C = torch.cat([count_E, is_copied_MT.sum(1)])
-    told = agreement.begin_telling(told_C, -1 if capacity is None else capacity)
+    told = agreement.begin_telling(told_C, len(told_C), -1 if capacity is None else capacity)
 
     def finish() -> DispatchPlan:
         agreed = told()

@@ -10,13 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain, product
 
 from ds_moe_ep.config.topology import Torus
 
 BISECTIONS = 12  # of the level: to 1/4096 of the excess
-FEWER_COPIES = (0.1, 0.25, 0.5)  # levels on the way back up to the excess of no copies
+FEWER_COPIES = (0.05, 0.1, 0.25, 0.5)  # levels on the way back up to the excess of no copies
 SPREADS = (0.25, 0.5, 0.75)  # of all slots, where some copies are enough
 
 Guests = list[list[int]]  # of each rank
@@ -117,11 +117,46 @@ def _host_for(
     num_slots: int,
     near_first: bool,
 ) -> int | None:
-    """The rank with the smallest room for all of these rows, else the largest room; None where no slot is left."""
+    """The rank with the smallest room for all of these rows, else the largest room; None where no slot is left.
 
-    def order(host: int) -> tuple[bool, bool, int, int]:
-        is_far, holds_all = host // torus.node_size != rank // torus.node_size, room_R[host] >= rows
-        return near_first and is_far, not holds_all, room_R[host] if holds_all else -room_R[host], host
+    With `near_first` ranks of the home's node go before all others.
+    """
+    groups: tuple[Iterable[int], ...] = (range(torus.size),)
+    if near_first:
+        first = rank // torus.node_size * torus.node_size
+        near = range(first, first + torus.node_size)
+        groups = near, chain(range(first), range(first + torus.node_size, torus.size))
+    for hosts in groups:
+        smallest = largest = -1
+        for host in hosts:
+            room = room_R[host]
+            if room <= 0 or len(guests[host]) >= num_slots or expert in guests[host]:
+                continue
+            if room >= rows:
+                if smallest < 0 or room < room_R[smallest]:
+                    smallest = host
+            elif largest < 0 or room > room_R[largest]:
+                largest = host
+        if smallest >= 0 or largest >= 0:
+            return smallest if smallest >= 0 else largest
+    return None
 
-    free = (h for h in range(torus.size) if room_R[h] > 0 and len(guests[h]) < num_slots and expert not in guests[h])
-    return min(free, key=order, default=None)
+
+def lowest_levels(rows: Sequence[int], torus: Torus, num_slots: int) -> list[float]:
+    """Rows that the fullest rank has at least, by the number of copies from none on to as many as there are slots.
+
+    Of n copies at most n ranks give rows away, so that the one behind them keeps what it has; and at most n take some,
+    up to the level: whatever the k fullest have above it, the n emptiest have room for.
+    """
+    local = len(rows) // torus.size
+    load_R = sorted((sum(rows[start : start + local]) for start in range(0, len(rows), local)), reverse=True)
+    top, bottom = [0, *accumulate(load_R)], [0, *accumulate(reversed(load_R))]
+    mean, num_ranks = top[-1] / len(load_R), len(load_R)
+    found, lowest_K = [float(load_R[0])], [total / k for k, total in enumerate(top) if k]
+    for n in range(1, num_ranks):
+        lowest_K = [
+            min(lowest, (given + bottom[n]) / (k + n))
+            for k, (lowest, given) in enumerate(zip(lowest_K, top[1:], strict=True), 1)
+        ]
+        found.append(max(mean, load_R[n], *lowest_K))
+    return [*found, *[mean] * (num_slots * num_ranks + 1 - len(found))]

@@ -39,6 +39,8 @@ class Forecast:
             self._missed = [REMEMBERED * before + now for before, now in zip(self._missed, missed, strict=True)]
         for average in self._averages:
             average.add(rows_E)
+        if self.has_changed:
+            self._errors = []  # of a forecast of loads that are no more
 
     @property
     def has_passes(self) -> bool:
