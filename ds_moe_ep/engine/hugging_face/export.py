@@ -30,6 +30,7 @@ from ds_moe_ep.engine.checkpoint.own_experts import expert_group_of
 from ds_moe_ep.engine.hugging_face import transformer_folder
 from ds_moe_ep.engine.hugging_face.adapters import merged
 from ds_moe_ep.engine.hugging_face.blocks import blocks_of, clamp_of
+from ds_moe_ep.engine.hugging_face.checked_files import write_tensors
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import family_of
 from ds_moe_ep.engine.hugging_face.stacks import BlockStacks
@@ -198,23 +199,19 @@ def write_index(folder: Path, files: Sequence[Sequence[str]], num_bytes: int) ->
 
 
 def _write_shards(shards: Sequence[Named], partial: Path, first: int, total: int) -> None:
-    from safetensors.torch import save_file
-
     for index, shard in enumerate(shards, start=first):
         # An expert's weights may be a part of a stack: only a copy has memory of its own.
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in shard}
-        save_file(tensors, partial / shard_name(index, total), {"format": "pt"})
+        write_tensors(tensors, partial / shard_name(index, total))
 
 
 def _write_stacks(stacks: Sequence[BlockStacks], partial: Path, first: int, total: int) -> int:
     """Fills each block's stacks, one block in memory at a time, and writes them on rank 0; their bytes. Collective."""
-    from safetensors.torch import save_file
-
     error, num_bytes = None, 0
     for index, block in enumerate(stacks, start=first):
         tensors = block.filled(is_writer=dist.get_rank() == 0)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        write = partial_of(save_file, tensors, partial / shard_name(index, total), {"format": "pt"})
+        write = partial_of(write_tensors, tensors, partial / shard_name(index, total))
         error = error or _attempt(write, dist.get_rank() == 0)
     seams.settle(error)
     return num_bytes

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.engine.hugging_face.blocks import MoEBlock, blocks_of, knobs_of
+from ds_moe_ep.engine.hugging_face.checked_files import check_tensor, checksums_in
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.export import INDEX
 from ds_moe_ep.engine.hugging_face.families import Family, family_of
@@ -38,7 +39,7 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, Mapping[str, list[int]]]] = {}
         self.file_of = _weight_map(folder)
 
     def __enter__(self) -> Weights:
@@ -50,21 +51,24 @@ class Weights:
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A tensor of the files, or one place of its first dimension, of which no more is read.
 
-        Raises EngineError where there is none of that name, or its file cannot be read.
+        Raises EngineError where there is none of that name, its file cannot be read, or a bit of it has changed since
+        the package wrote it.
         """
         from safetensors import SafetensorError, safe_open
 
         if name not in self.file_of:
             raise EngineError(f"{self.folder}: has no {name}; complete the folder, or name one of the model's family")
         file = self.file_of[name]
+        path = self.folder / file
         try:
             if file not in self._files:
-                path = self.folder / file
-                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            opened = self._files[file]
+                fresh = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                self._files[file] = fresh, checksums_in(fresh, path)
+            opened, sums = self._files[file]
             tensor: Tensor = opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
         except (OSError, SafetensorError) as error:
-            raise EngineError(f"{self.folder / file}: cannot be read ({error}); download or export it again") from error
+            raise EngineError(f"{path}: cannot be read ({error}); download or export it again") from error
+        check_tensor(path, name, tensor, sums, index)
         return tensor
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_moe_ep.engine.hugging_face.checked_files import write_tensors
 from ds_moe_ep.engine.hugging_face.export import SHARD_BYTES, shard_name, write_index
 from ds_moe_ep.engine.hugging_face.families import FAMILIES, PROJECTIONS, Family
 from ds_moe_ep.engine.hugging_face.load import Weights
@@ -154,15 +155,13 @@ def _normal(shape: tuple[int, ...], of: str) -> Tensor:
 
 def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
     """Shards under temporary names, as their number is known at the end; then their names and the index."""
-    from safetensors.torch import save_file
-
     files: list[list[str]] = []
     held: dict[str, Tensor] = {}
     num_bytes = 0
 
     def flush() -> None:
         if held:
-            save_file(held, folder / f"{len(files)}.writing", {"format": "pt"})
+            write_tensors(held, folder / f"{len(files)}.writing")
             files.append(list(held))
             held.clear()
 

@@ -24,6 +24,7 @@ from ds_moe_ep.engine.checkpoint.convert.weights import Parts, share_at
 from ds_moe_ep.engine.checkpoint.convert.zero_states import master_weight
 from ds_moe_ep.engine.checkpoint.load import MAIN_FILE
 from ds_moe_ep.engine.checkpoint.reshard import SavedStates
+from ds_moe_ep.engine.hugging_face.checked_files import write_tensors
 from ds_moe_ep.engine.hugging_face.export import INDEX, SHARD_BYTES, shard_name
 from ds_moe_ep.engine.hugging_face.transformer_folder import (
     CODE,
@@ -135,9 +136,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _write_shard(tensors: Sequence[NamedTensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({each.name: torch.clone(each.read()).contiguous() for each in tensors}, path, {"format": "pt"})
+    write_tensors({each.name: torch.clone(each.read()).contiguous() for each in tensors}, path)
 
 
 def _write_json(values: Any, path: Path) -> None:
