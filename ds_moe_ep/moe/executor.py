@@ -224,7 +224,8 @@ def run(schedule: Schedule, context: PassContext, buffers: Buffers, steps: Steps
             gathered += [] if early is None else early.behind(op, events[-1], lanes, buffers.results_ND)
         lanes.leave([*events, *gathered])
     except BaseException as error:
-        lanes.abandon([*buffers.everything(), *([] if steps.relay is None else steps.relay.everything())])
+        others = [each.everything() for each in (steps.relay, early) if each is not None]
+        lanes.abandon([*buffers.everything(), *(tensor for tensors in others for tensor in tensors)])
         context.transport.abandon(error, Tags(context.layer, steps.phase))
         raise
 

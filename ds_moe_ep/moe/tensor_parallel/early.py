@@ -86,6 +86,10 @@ class EarlyGather:
         place = self._order.index(op.piece)
         return [lanes.issue(TENSOR_LANE, [event], partial(self._send, place, results_ND), NOT_RECORDED)]
 
+    def everything(self) -> list[Tensor]:
+        """The tensors that its lane writes."""
+        return [tensor for tensor in (self._own_TD, self._all_TD) if tensor is not None]
+
     def own(self, results_ND: Tensor) -> Tensor:
         """This rank's tokens, once all results are back; no gradient."""
         self._sum(len(self._order) - 1, results_ND)
