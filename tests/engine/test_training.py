@@ -55,7 +55,7 @@ IN_FP32 = [
     for ep_size, accumulation, top_k, factor in ((4, 1, 2, None), (2, 2, 1, None), (2, 1, 2, 1.0), (1, 2, 3, None))
 ]
 IN_FP32[4], IN_FP32[8] = replace(IN_FP32[4], two_level="copies"), replace(IN_FP32[8], two_level="sums")
-FEW_IN_FP32 = [*IN_FP32[0:4:2], *IN_FP32[4:6], IN_FP32[7], *IN_FP32[8:12:2]]  # each stage, and every setting
+FEW_IN_FP32 = [IN_FP32[0], *IN_FP32[4:6], IN_FP32[7], *IN_FP32[8:12:2]]  # each stage, and every setting
 IN_BF16 = [
     Job(stage=stage, bf16=True, top_k=NUM_EXPERTS, ep_size=ep_size, accumulation=accumulation)
     for stage in (0, 1, 2)
