@@ -150,12 +150,18 @@ def lay_out(
     wire = stacked if is_wire_stacked else _places(parts, range(len(parts)))
 
     def rows_of(index: int, piece: Piece) -> PieceRows:
-        own = range(bounds[index], bounds[index + 1])
+        own, whole = range(bounds[index], bounds[index + 1]), piece.num_cuts == 1
         first_from = {parts[part].source: wire[part] for part in reversed(own)}
         sent, received = [], []
         for target, source in peers[index]:
-            start, (first, last) = first_from.get(source, 0), _cut(0, received_P[source], piece)
-            sent.append((target, _cut(sent_start_P[target], sent_P[target], piece)))
+            start, num_sent, num_received = first_from.get(source, 0), sent_P[target], received_P[source]
+            leaves = sent_start_P[target]
+            if whole:
+                sent.append((target, (leaves, leaves + num_sent)))
+                received.append((source, (start, start + num_received)))
+                continue
+            first, last = _cut(0, num_received, piece)
+            sent.append((target, _cut(leaves, num_sent, piece)))
             received.append((source, (start, start + last - first)))
         moves = () if is_wire_stacked else tuple([(wire[part], stacked[part], parts[part].num_rows) for part in own])
         tokens = _cut(0, num_shared_tokens, piece) if num_shared_tokens and (0, 0) in piece.offsets else (0, 0)
@@ -320,13 +326,13 @@ def _runs(parts: Sequence[_Part], stacked: Sequence[int], indices: Sequence[int]
     merged: list[Run] = []
     owner, first, last = -1, 0, 0
     for start, index in sorted([(stacked[index], index) for index in indices]):
-        part = parts[index]
-        if part.expert == owner and start == last:
-            last += part.num_rows
+        _, _, expert, _, num_rows = parts[index]
+        if expert == owner and start == last:
+            last += num_rows
             continue
         if owner >= 0:
             merged.append((owner, (first, last)))
-        owner, first, last = part.expert, start, start + part.num_rows
+        owner, first, last = expert, start, start + num_rows
     if owner >= 0:
         merged.append((owner, (first, last)))
     return tuple(merged)

@@ -11,7 +11,7 @@ The gate's gradient is whole on every rank, as that of any dense parameter: nobo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,12 +123,12 @@ class TensorRanks:
         (own,) = cut(spans, output)
         return own.view(*tokens.shape[:-1], output.shape[-1])
 
-    @contextmanager
-    def drawing_alike(self, device: torch.device, draws: bool) -> Iterator[None]:
+    def drawing_alike(self, device: torch.device, draws: bool) -> AbstractContextManager[None]:
         """A scope in which all ranks draw what the group's first one draws. Collective where something is drawn."""
-        if not (self.is_shared and draws):
-            yield
-            return
+        return self._drawing(device) if self.is_shared and draws else nullcontext()
+
+    @contextmanager
+    def _drawing(self, device: torch.device) -> Iterator[None]:
         on_cuda = device.type == "cuda"
         read: Callable[[], Tensor] = (lambda: torch.cuda.get_rng_state(device)) if on_cuda else torch.get_rng_state
         before = read()
