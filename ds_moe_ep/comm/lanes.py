@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ds_moe_ep.comm.recorder import NOT_RECORDED
 from ds_moe_ep.comm.transport import LANES, NEAR_LANES
 
 
@@ -237,8 +238,11 @@ class Inline(_Waiting):
         for event in after:
             if event is not _PASSED:
                 event.wait()
-        with scope:
+        if scope is NOT_RECORDED:
             _finish(work)
+        else:
+            with scope:
+                _finish(work)
         return _PASSED
 
     def blocking(self) -> Lanes:
@@ -303,8 +307,8 @@ class CudaLanes(_Waiting):
     ) -> Event:
         for event in after:
             self._wait(stream, lane, event)
-        with scope:
-            _finish(work)  # orders the lane behind the communicator's own stream
+        with scope:  # its work orders the lane behind the communicator's own stream
+            _finish(work)
         return self._event(lane, stream, is_awaited)
 
     def leave(self, events: Sequence[Event]) -> None:

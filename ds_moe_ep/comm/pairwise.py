@@ -95,10 +95,9 @@ class Pairwise(GroupTransport):
 
     def _start_cut(self, group: dist.ProcessGroup, place: Place, sends: CutMessages, receives: CutMessages) -> Transfer:
         """The same on CUDA, where the host's time is what a pass may be short of."""
-        rank = self.rank
-        for sent, received in zip(sends.own(rank), receives.own(rank), strict=True):
+        (staying, going), (kept, coming) = sends.apart(self.rank), receives.apart(self.rank)
+        for sent, received in zip(staying, kept, strict=True):
             received.copy_(sent)
-        going, coming = sends.others(rank), receives.others(rank)
         if not going and not coming:
             return Done()
         works = nccl.exchange(group, going, coming)

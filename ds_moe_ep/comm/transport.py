@@ -65,7 +65,7 @@ class Views:
 class CutMessages(Sequence[Message]):
     """Messages of one buffer, by peer a span of it, whose rows are views that all transfers of the pass share.
 
-    A transport that sends each by itself takes `own` and `others`; for any other they are a sequence of messages.
+    A transport that sends each by itself takes them `apart`; for any other they are a sequence of messages.
     """
 
     __slots__ = ("_places", "_spans", "_views", "buffer_RD")
@@ -85,15 +85,15 @@ class CutMessages(Sequence[Message]):
     def __getitem__(self, index: int | slice) -> Message | list[Message]:
         return [Message(peer, self.buffer_RD, *span) for peer, span in self._spans][index]
 
-    def own(self, rank: int) -> list[Tensor]:
-        """The rows that stay on this rank."""
-        parts = self._views.parts
-        return [parts[place] for (peer, _), place in zip(self._spans, self._places, strict=True) if peer == rank]
-
-    def others(self, rank: int) -> list[tuple[Tensor, int]]:
-        """The rows of each other rank that has some, and the rank."""
-        parts, spans = self._views.parts, zip(self._spans, self._places, strict=True)
-        return [(parts[place], peer) for (peer, (start, stop)), place in spans if peer != rank and start != stop]
+    def apart(self, rank: int) -> tuple[list[Tensor], list[tuple[Tensor, int]]]:
+        """The rows that stay on this rank; those of each other rank that has some, and the rank."""
+        parts, own, others = self._views.parts, list[Tensor](), list[tuple[Tensor, int]]()
+        for (peer, (start, stop)), place in zip(self._spans, self._places, strict=True):
+            if peer == rank:
+                own.append(parts[place])
+            elif start != stop:
+                others.append((parts[place], peer))
+        return own, others
 
 
 class Transfer(Protocol):

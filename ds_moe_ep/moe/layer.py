@@ -89,8 +89,9 @@ class ExpertParallel(nn.Module):
     @property
     def _device(self) -> torch.device:
         """The device of the gate, and so of the layer."""
-        weight = getattr(self.gate.wg, "weight", None)  # parameters() takes ten times as long
-        return weight.device if isinstance(weight, Tensor) else next(self.gate.wg.parameters()).device
+        wg = self.gate.wg
+        weight = getattr(wg, "weight", None)  # parameters() takes ten times as long
+        return weight.device if isinstance(weight, Tensor) else next(wg.parameters()).device
 
     def configure(self, config: MoEConfig) -> None:
         """Gives the layer other knobs than it was made with. Local; the number of experts and ep_size stay."""

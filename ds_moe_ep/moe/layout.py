@@ -88,9 +88,14 @@ class Cuts(NamedTuple):
     def of(cls, pieces: Sequence[Sequence[tuple[int, Span]]]) -> Cuts | None:
         """The cuts at these spans, by piece; None where they leave rows out, or have some twice."""
         places: list[list[int]] = [[0] * len(spans) for spans in pieces]
-        found = [(span, piece, index) for piece, spans in enumerate(pieces) for index, (_, span) in enumerate(spans)]
+        found = [
+            (start, stop, piece, index)
+            for piece, spans in enumerate(pieces)
+            for index, (_, (start, stop)) in enumerate(spans)
+        ]
+        found.sort()
         lengths, end = [], 0
-        for place, ((start, stop), piece, index) in enumerate(sorted(found)):
+        for place, (start, stop, piece, index) in enumerate(found):
             if start != end:
                 return None
             places[piece][index] = place

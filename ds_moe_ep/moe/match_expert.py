@@ -22,6 +22,7 @@ from ds_moe_ep.moe.snapshot import Snapshot, has_global_hooks, has_hooks
 from ds_moe_ep.moe.split_experts import ExpertPass, Weights
 
 _PRODUCTS = (torch.mul, operator.mul)
+_STATE = frozenset((*vars(nn.Module()), "in_features", "out_features"))
 _LEAVES = (nn.Linear, nn.GELU, nn.SiLU)
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 
@@ -161,7 +162,8 @@ def is_plain(module: nn.Module) -> bool:
         or any(getattr(type(module), name) is not getattr(nn.Module, name) for name in _CALLS)
         or own["_buffers"]
         or own.get("_compiled_call_impl") is not None
-        or any(callable(getattr(type(module), name, None)) for name in own)  # "forward", set on this module alone
+        # "forward", set on this module alone; what every module has is none of these, and is asked for in each pass.
+        or any(callable(getattr(type(module), name, None)) for name in own.keys() - _STATE)
         or not {type(parameter) for parameter in own["_parameters"].values()} <= {nn.Parameter, type(None)}
     )
 

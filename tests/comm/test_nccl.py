@@ -13,10 +13,13 @@ from ds_moe_ep.comm import nccl
 
 
 class Written:
-    """Calls of a process group of NCCL's, in order."""
+    """Calls of a process group of NCCL's, and of its backend, in order."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+
+    def _get_backend(self, device: torch.device) -> Written:
+        return self
 
     def _start_coalescing(self, device: torch.device) -> None:
         self.calls.append(("start", device.type))
