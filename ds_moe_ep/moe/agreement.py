@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import functools
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -257,7 +256,7 @@ class Agreement:
 
     def _head(self, capacity: int) -> Head:
         call, (width, dtype) = self.call, self.row_type
-        layer, schedule = _digest(call.layer), _digest(call.schedule)
+        layer, schedule = (crc32(text.encode()) for text in (call.layer, call.schedule))
         kind, experts = DTYPES.index(dtype), self.num_experts
         place = (layer, call.number, call.mode, schedule, call.history)
         header = CountsHeader(width, kind, capacity, experts, *place, self.placement, self.window)
@@ -303,11 +302,6 @@ class Agreement:
         for rank, row in zip(self.transport.ranks, told_PC, strict=True):
             at.setdefault(bytes(row.view(torch.uint8).tolist()).decode(errors="replace").strip(), []).append(rank)
         return "; ".join(f"{ranks_named(ranks)} in {place}" for place, ranks in at.items())
-
-
-@functools.lru_cache(maxsize=4096)
-def _digest(text: str) -> int:
-    return crc32(text.encode())
 
 
 def num_columns(num_local_experts: int) -> int:
