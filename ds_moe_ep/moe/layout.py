@@ -155,18 +155,12 @@ def lay_out(
     wire = stacked if is_wire_stacked else _places(parts, range(len(parts)))
 
     def rows_of(index: int, piece: Piece) -> PieceRows:
-        own, whole = range(bounds[index], bounds[index + 1]), piece.num_cuts == 1
+        own = range(bounds[index], bounds[index + 1])
         first_from = {parts[part].source: wire[part] for part in reversed(own)}
         sent, received = [], []
         for target, source in peers[index]:
-            start, num_sent, num_received = first_from.get(source, 0), sent_P[target], received_P[source]
-            leaves = sent_start_P[target]
-            if whole:
-                sent.append((target, (leaves, leaves + num_sent)))
-                received.append((source, (start, start + num_received)))
-                continue
-            first, last = _cut(0, num_received, piece)
-            sent.append((target, _cut(leaves, num_sent, piece)))
+            start, (first, last) = first_from.get(source, 0), _cut(0, received_P[source], piece)
+            sent.append((target, _cut(sent_start_P[target], sent_P[target], piece)))
             received.append((source, (start, start + last - first)))
         moves = () if is_wire_stacked else tuple([(wire[part], stacked[part], parts[part].num_rows) for part in own])
         tokens = _cut(0, num_shared_tokens, piece) if num_shared_tokens and (0, 0) in piece.offsets else (0, 0)
