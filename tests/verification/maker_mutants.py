@@ -64,7 +64,7 @@ NATIVE_CLIPPED = Layout("native, clipped by DeepSpeed", Job(**FEW, layer="native
 NATIVE_FP16 = Layout("native, fp16", Job(**FEW, layer="native", fp16=True, stage=1))
 AUTOEP = Layout("AutoEP", AutoEPJob(ep_size=2, preset="qwen3_moe", router_logits=True, accumulation=2))
 AUTOEP_CLIPPED = Layout("AutoEP, clipped by DeepSpeed", AutoEPJob(ep_size=2, clipping=0.01))
-AUTOEP_FP16 = Layout("AutoEP, fp16", ScaledJob(ep_size=2, stage=1))
+AUTOEP_FP16 = Layout("AutoEP, fp16", ScaledJob(ep_size=2, stage=1, num_layers=1))
 AUTOEP_BIAS = biased_layout("AutoEP, hooked, a bias that moves")
 
 
@@ -162,13 +162,17 @@ def of_maker(layout: Layout, layer: str, stored_name: str, tensor: str) -> tuple
 
 LAYER, BLOCK = "layers.0", "model.layers.0.mlp"
 DRIFT = "and on rank 0 256"
-MAKER_MUTANTS = (
+OF_DEEPSPEED = (
     *of_maker(NATIVE, LAYER, "deepspeed_moe.experts", "fc1.weight"),
     Mutant("double softmax", NATIVE, native_double_softmax, "balance", "its formula gives", LAYER),
     Mutant("own norm", NATIVE_CLIPPED, lambda engine: nullcontext(), "norm", "all experts counted once"),
     Mutant("drifting scale", NATIVE_FP16, drifting_scale, "loss scale", DRIFT, "", 1),
+)
+OF_AUTOEP = (
     *of_maker(AUTOEP, BLOCK, "experts", "w1"),
     Mutant("double softmax", AUTOEP, model_double_softmax, "balance", "is not that of the routing weights", BLOCK),
+)
+OF_AUTOEP_BESIDE = (
     Mutant("own norm", AUTOEP_CLIPPED, lambda engine: nullcontext(), "norm", "all experts counted once"),
     Mutant("drifting scale", AUTOEP_FP16, drifting_scale, "loss scale", DRIFT, "", 1),
     Mutant("unmoved bias", AUTOEP_BIAS, unmoved_bias, "balance", "the balancing bias of expert", "model.layers.1.mlp"),

@@ -29,7 +29,7 @@ from tests.verification.converted import sourced
 from tests.verification.engines import BIAS, LAYOUTS, MORE_ZERO_3, OF_EACH_MAKER, ZERO_3, Layout, OwnJob
 from tests.verification.layout_mutants import LAYOUT_MUTANTS, OF_OFFLOAD, OF_ZERO_3, TOGETHER
 from tests.verification.layouts import MORE_OF_LAYOUTS, OF_EACH_LAYOUT
-from tests.verification.maker_mutants import AUTOEP_BIAS, MAKER_MUTANTS
+from tests.verification.maker_mutants import AUTOEP_BIAS, OF_AUTOEP, OF_AUTOEP_BESIDE, OF_DEEPSPEED
 from tests.verification.mutants import MORE_MUTANTS, MUTANTS, Mutant
 from tests.verification.shadowed import SHADOWED, SHADOWED_LAYOUTS, all_shadowed, all_sound, shadowed, shadowed_in
 
@@ -304,7 +304,9 @@ SINGLE_FAULTS: dict[str, Sequence[Mutant]] = {
     "layouts": LAYOUT_MUTANTS,
     "offload": OF_OFFLOAD,
     "ZeRO 3": OF_ZERO_3,
-    "makers": MAKER_MUTANTS,
+    "DeepSpeed's": OF_DEEPSPEED,
+    "AutoEP's": OF_AUTOEP,
+    "AutoEP's others": OF_AUTOEP_BESIDE,
 }
 
 
