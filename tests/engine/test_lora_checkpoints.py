@@ -125,6 +125,8 @@ def check(folder: Path, stage: int) -> None:
     saved, loaded = (over_ranks([getattr(each, name)[0] for each in by_rank]) for name in ("saved", "loaded"))
     assert sum("lora_" in name and "deepspeed_experts" in name for name in saved) == 2 * NUM_EXPERTS * 2 * 2
     assert furthest(loaded, saved) == 0, "whole, bit for bit"
+    for each in by_rank:
+        assert distance(each.loaded[1], each.saved[1]) <= LOGITS, "frozen experts too"
     went_on, resumed, without = (
         over_ranks([getattr(each, name) for each in by_rank]) for name in ("went_on", "resumed", "without_moments")
     )
@@ -134,7 +136,6 @@ def check(folder: Path, stage: int) -> None:
     with_adapters = {name: value.clone() for name, value in reference.state_dict().items()}
     reference.load_state_dict(torch.load(folder / "whole.bin"))
     for each in by_rank:
-        assert distance(each.loaded[1], each.saved[1]) <= LOGITS
         assert distance(each.trained, logits_of(merged)) <= LOGITS
     assert distance(logits_of(reference.merge_and_unload()), logits_of(merged)) <= LOGITS, "as peft merges"
     other = adapted(folder / "source", 1)
@@ -142,6 +143,6 @@ def check(folder: Path, stage: int) -> None:
     assert distance(logits_of(other.merge_and_unload()), logits_of(merged)) > 1e-2, "the control: other adapters"
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)])
 def test_adapters_load_whole_at_another_ep_size_and_leave_merged(tmp_path: Path, stage: int) -> None:
     check(tmp_path, stage)

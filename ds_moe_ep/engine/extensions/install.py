@@ -13,6 +13,7 @@ from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
+from ds_moe_ep.engine.checkpoint.loading.frozen import FrozenExperts
 from ds_moe_ep.engine.checkpoint.loading.mapped import MappedFiles
 from ds_moe_ep.engine.checkpoint.loading.random_states import RandomStates
 from ds_moe_ep.engine.checkpoint.preflight import Preflight
@@ -109,6 +110,7 @@ def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog |
     yield IncompleteCheckpoints(engine, [layer.num_experts for layer in numbered])
     yield Preflight(engine, sizes, config.check_crc)
     yield MappedFiles(engine)
+    yield FrozenExperts(engine)
     yield RandomStates(engine, sizes)
     yield ChoiceKeeper(layers)
     yield Supervision(engine, watch)

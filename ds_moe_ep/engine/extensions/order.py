@@ -9,6 +9,7 @@ from __future__ import annotations
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
+from ds_moe_ep.engine.checkpoint.loading.frozen import FrozenExperts
 from ds_moe_ep.engine.checkpoint.loading.mapped import MappedFiles
 from ds_moe_ep.engine.checkpoint.loading.random_states import RandomStates
 from ds_moe_ep.engine.checkpoint.preflight import Preflight
@@ -49,6 +50,8 @@ ORDER: tuple[type[EngineCallback], ...] = (
     SavedEpSize,
     # Next to what DeepSpeed itself reads; states that are cut anew are mapped anyway.
     MappedFiles,
+    # Inside of the load alone: it changes what the engine takes from a file that is read.
+    FrozenExperts,
     # Innermost of those that save: it calls the engine's own method with a folder of its own.
     SafeSaver,
     # Inside of it: the saver knows what to say of a rank that does not come to this exchange either.
