@@ -162,7 +162,7 @@ def test_folded_layers_train_as_those_without_tensor_ranks() -> None:
     jobs = [*JOBS, *PLAIN]
     for index, (job, by_rank) in enumerate(zip(jobs, folded, strict=True)):
         theirs = rounded if job.bf16 else clipped if job.clipping else alone
-        weights, loss = (1e-2, 5e-3) if job.bf16 else (WEIGHTS, LOSS)
+        weights, loss = (0.03, 5e-3) if job.bf16 else (WEIGHTS, LOSS)  # AutoTP sums halves of attention in bf16
         mine, plain = whole_weights(by_rank, names), whole_weights(theirs, names)
         is_right = distance(mine, plain) <= weights and by_rank[0][0] == pytest.approx(theirs[0][0], rel=loss)
         assert is_right == (index < len(folded) - 1), (index, distance(mine, plain), by_rank[0][0], theirs[0][0])

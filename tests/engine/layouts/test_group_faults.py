@@ -38,10 +38,10 @@ def results_stay_away() -> Iterator[None]:
 
     combine = executor._combine
 
-    def forgets(rows: Any, transport: Any, buffers: Any, tags: Any) -> Any:
-        for peer, (start, stop) in rows.received:
+    def forgets(piece: int, layout: Any, transport: Any, buffers: Any, tags: Any) -> Any:
+        for peer, (start, stop) in layout.pieces[piece].received:
             buffers.wire_out_RD[start:stop] *= peer == transport.rank
-        return combine(rows, transport, buffers, tags)
+        return combine(piece, layout, transport, buffers, tags)
 
     with patch.object(executor, "_combine", forgets):
         yield
@@ -196,7 +196,8 @@ def test_each_fault_of_each_kind_of_group_is_refused_by_name_or_seen(kind: str) 
     by_rank = run_ranks(LAYOUT_RANKS, run_cases, kind, timeout_s=300)
     for (name, case), results in zip(CASES[kind].items(), zip(*by_rank, strict=True), strict=True):
         if case.error:
-            assert all(isinstance(result, str) and case.error in result for result in results), (name, results)
+            assert all(isinstance(result, str) for result in results), (name, results)
+            assert any(case.error in str(result) for result in results), (name, results)  # others wait for these ranks
             continue
         expected: Trained = as_the_ranks_tell(case.job, reference(replace(case.job, fault="")))
         assert is_seen(case.job, results, expected) == (name != "none"), name
