@@ -25,6 +25,7 @@ from tests.engine.layouts.test_tensor_checkpoints import make_engine, step
 from tests.ranks import RankError, run_ranks
 
 LIMIT_S = 60.0
+WAITS_S = 20.0  # of a survivor for the others
 IN_TIME_S = 40.0  # from the death to the last survivor's error; `timeout_s` is 10 s
 CULPRIT = 3  # and of stages, in the second one, 5
 KNOBS: dict[str, Any] = {"timeout_s": 10.0, "watch": None}
@@ -32,11 +33,17 @@ KNOBS: dict[str, Any] = {"timeout_s": 10.0, "watch": None}
 
 @contextmanager
 def noting(folder: str) -> Iterator[None]:
-    """A scope of a survivor, whose error leaves a file."""
+    """A scope of a survivor, whose error leaves a file.
+
+    It ends when all have one: a process that leaves before it has told of its error would be taken for the cause.
+    """
     try:
         yield
     except BaseException:
         Path(folder, f"ended {dist.get_rank()}").touch()
+        until = time.monotonic() + WAITS_S
+        while len(list(Path(folder).glob("ended *"))) < dist.get_world_size() - 1 and time.monotonic() < until:
+            time.sleep(0.05)
         raise
 
 
