@@ -44,6 +44,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 def has_foreign_hooks(module: nn.Module) -> bool:
     """True where it has other hooks than a profiler's, which count and change nothing."""
+    if not has_hooks(module):
+        return False
     profilers = {handle.id for name, handle in vars(module).items() if name in _PROFILER_HANDLES}
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(set(each) - profilers for each in hooks)
