@@ -80,6 +80,8 @@ def write_config(path: pathlib.Path, run: Run, *, pipeline: bool) -> str:
 
 def same(one: Any, other: Any) -> bool:
     """True for equal values of one structure, tensors bit for bit."""
+    if any(isinstance(one, kind) != isinstance(other, kind) for kind in (dict, list, tuple, Tensor)):
+        return False
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(value, other[name]) for name, value in one.items())
     if isinstance(one, list | tuple):

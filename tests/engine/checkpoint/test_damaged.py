@@ -208,7 +208,7 @@ def flips(path: Path, content: bytes, bits: Sequence[int]) -> tuple[int, int]:
     return refused, silent
 
 
-@pytest.mark.parametrize("step", [257, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_a_flipped_bit_anywhere_in_a_file_is_refused_or_changes_nothing_that_is_loaded(
     step: int, tmp_path: Path
 ) -> None:
