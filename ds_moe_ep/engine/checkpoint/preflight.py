@@ -8,7 +8,6 @@ are loaded. The ranks share the files; what is found is told to all.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.convert.read import check_undamaged, load_file
+from ds_moe_ep.engine.checkpoint.convert.read import check_undamaged, is_zip, load_file
 from ds_moe_ep.engine.checkpoint.load import (
     MAIN_FILE,
     OPTIONS,
@@ -69,7 +68,7 @@ class Preflight(EngineCallback):
         has_states = wants_states(load.args, load.kwargs)
         for path in self._share(paths_in(folder)):
             is_loaded = has_states or not path.name.endswith("optim_states.pt")
-            if self._checks_crc and is_loaded and zipfile.is_zipfile(path):
+            if self._checks_crc and is_loaded and is_zip(path):
                 check_undamaged(path)
             load_file(path)
 

@@ -39,7 +39,7 @@ def load_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise EngineError(f"{path}: no such file; complete the folder")
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         raise EngineError(f"{path}: is cut off, or no file of torch.save in its zip form; save the checkpoint again")
     try:
         with torch.serialization.safe_globals([*deepspeeds_classes(), *numpys_functions()]):
@@ -53,6 +53,14 @@ def load_file(path: Path) -> Any:
         ) from error
     except Exception as error:
         raise EngineError(f"{path}: cannot be read ({type(error).__name__}: {error}); save it again") from error
+
+
+def is_zip(path: str | Path) -> bool:
+    """True for a file in the form of a zip, with a whole directory at its end."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a bit of the directory's end
+        return False
 
 
 def deepspeeds_classes() -> list[Any]:

@@ -8,7 +8,6 @@ tensors that they are given: they get the ones that they have, filled, so that n
 from __future__ import annotations
 
 import mmap
-import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.engine import step_seams
+from ds_moe_ep.engine.checkpoint.convert.read import is_zip
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 
 COPIED = ("module", "optimizer", "frozen_param_fragments")  # of a file with weights: what DeepSpeed copies, or we do
@@ -36,7 +36,7 @@ class MappedFiles(EngineCallback):
 
         def load_mapped(path: Any, map_location: Any = None) -> Any:
             is_private = torch.serialization.get_default_mmap_options() == mmap.MAP_PRIVATE
-            if not (is_private and zipfile.is_zipfile(path)):
+            if not (is_private and is_zip(path)):
                 return read(path, map_location=map_location)
             return _kept(torch.load(path, map_location=map_location, weights_only=False, mmap=True))
 
