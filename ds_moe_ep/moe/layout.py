@@ -157,16 +157,15 @@ def lay_out(
     def rows_of(index: int, piece: Piece) -> PieceRows:
         own = range(bounds[index], bounds[index + 1])
         first_from = {parts[part].source: wire[part] for part in reversed(own)}
-        sent, received = [], []
-        for target, source in peers[index]:
-            start, (first, last) = first_from.get(source, 0), _cut(0, received_P[source], piece)
-            sent.append((target, _cut(sent_start_P[target], sent_P[target], piece)))
-            received.append((source, (start, start + last - first)))
+        sent = tuple([(target, _cut(sent_start_P[target], sent_P[target], piece)) for target, _ in peers[index]])
+        received = tuple(
+            [(source, _coming(first_from.get(source, 0), received_P[source], piece)) for _, source in peers[index]]
+        )
         moves = () if is_wire_stacked else tuple([(wire[part], stacked[part], parts[part].num_rows) for part in own])
         tokens = _cut(0, num_shared_tokens, piece) if num_shared_tokens and (0, 0) in piece.offsets else (0, 0)
         span = (moves[0][0], moves[-1][0] + moves[-1][2]) if moves else (0, 0)
         runs = _runs(parts, stacked, own)
-        return PieceRows(tuple(sent), tuple(received), moves, _whole(runs) if is_grouped else runs, tokens, span)
+        return PieceRows(sent, received, moves, _whole(runs) if is_grouped else runs, tokens, span)
 
     def runs_from(block: Sequence[Offset]) -> tuple[Run, ...]:
         if len(block) == schedule.torus.size:
@@ -339,6 +338,14 @@ def _runs(parts: Sequence[_Part], stacked: Sequence[int], indices: Sequence[int]
 
 def _starts(counts: Sequence[int]) -> list[int]:
     return [0, *accumulate(counts)][:-1]
+
+
+def _coming(start: int, num_rows: int, piece: Piece) -> Span:
+    """The span from `start` on of the piece's cut of a peer's rows."""
+    if piece.num_cuts == 1:
+        return start, start + num_rows
+    first, last = _cut(0, num_rows, piece)
+    return start, start + last - first
 
 
 def _cut(start: int, num_rows: int, piece: Piece) -> Span:
