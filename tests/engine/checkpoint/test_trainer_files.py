@@ -80,6 +80,7 @@ def trained(maker: str, folder: Path) -> Tensor:
     ids = token_ids(count=16)
     arguments = TrainingArguments(
         str(folder / "runs"), deepspeed=config, per_device_train_batch_size=2, max_steps=2, learning_rate=1e-2,
+        adam_epsilon=config["optimizer"]["params"]["eps"],
         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     data = [{"input_ids": each, "labels": each} for each in ids]
