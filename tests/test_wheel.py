@@ -104,7 +104,7 @@ def test_the_description_is_readme_with_links_that_work_on_an_index_page(wheel: 
     assert re.findall(r"\]\(https?:[^)]+\)", shown) == re.findall(r"\]\(https?:[^)]+\)", readme)
     assert re.findall(r"^#.*$", shown, re.MULTILINE) == re.findall(r"^#.*$", readme, re.MULTILINE)
     assert FENCE.findall(shown) == FENCE.findall(readme)
-    assert "All, with the way out" in shown  # a link's words
+    assert "All limits have a way out" in shown  # a link's words
 
 
 def test_the_wheel_says_what_it_is_for_and_what_it_needs(wheel: Path) -> None:

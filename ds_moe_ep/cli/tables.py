@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from rich.console import Console
+from rich.text import Text
 
 from ds_moe_ep.check.config import Check, ModelCheck
 from ds_moe_ep.check.pipeline import PipelineCheck
@@ -37,7 +38,7 @@ DERIVED = "All numbers are derived from shapes; none of them was measured."
 def print_check(check: Check, console: Console | None = None, *, verbose: bool = False) -> None:
     """Prints `check` for people: what it would run in a few lines, or every table."""
     console = console or Console()
-    print_lines([f"{check.path}: can run"], console, style="bold green")
+    console.print(Text(f"{check.path}: can run", style="bold green"), soft_wrap=True)  # one line, however long the path
     if verbose:
         print_tables(_tables(check), console)
         console.print()

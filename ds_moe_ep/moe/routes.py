@@ -45,7 +45,7 @@ class Routing(Routes):
 
     @functools.cached_property
     def count_E(self) -> Tensor:
-        return self.counts_KE[0] if self.counts_KE.shape[0] == 1 else self.counts_KE.sum(0)
+        return self.counts_KE[0].long() if self.counts_KE.shape[0] == 1 else self.counts_KE.sum(0)
 
     def load_E(self, choices: slice = slice(None)) -> Tensor:
         """Choices of each expert (before any drop), as the scores' type; no gradient."""

@@ -163,9 +163,9 @@ def test_the_tables_tell_the_stage_its_bytes_and_its_work(capsys: pytest.Capture
     printed = capsys.readouterr().out
     for expected in (
         "16 = 1 copies x 2 stages x 8 tensor ranks",
-        "16, 1/8 of each on a rank of the layer's stage",
+        "16 per layer, 1/8 of each on a rank of the layer's stage",
         "1F1B of 4 micro-batches, bubble 20.0 %",
-        "32 = 8 x 4 micro-batches x 1 copies",
+        "32 sequences = 8 x 4 micro-batches x 1 copies",
         "one rank of stage 0",
         "4.43 GB",
         "11 sequences",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams, step_seams
 from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
@@ -44,11 +45,13 @@ from ds_moe_ep.live.run_log import RunLog
 ATTRIBUTES = ("moe_ep_layers", "moe_ep_meter", "moe_ep_watch", "moe_ep_shadow")  # of an engine that is extended
 
 
-def extend(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog | None = None) -> Callable[[], None]:
+def extend(
+    engine: Any, layers: Mapping[str, OverlappedLayer], config: MoEConfig, log: RunLog | None = None
+) -> Callable[[], None]:
     """Installs all that goes along with an engine and its layers. Every rank calls it; local.
 
-    `log` is rank 0's, of `"watch"`. Returns what makes the engine what it was. Raises EngineError where the engine is
-    extended already.
+    `config` are the knobs in force, of the first layer where there is one. `log` is rank 0's, of `"watch"`. Returns
+    what makes the engine what it was. Raises EngineError where the engine is extended already.
     """
     refuse_second(engine)
     refuse_misplaced(engine)
@@ -61,7 +64,7 @@ def extend(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog | Non
 
     try:
         for callback in _callbacks(
-            engine, layers, log
+            engine, layers, config, log
         ):  # one by one: those that exist are closed where a later one fails
             callbacks.append(callback)
         EngineExtensions.of(engine).install(callbacks)
@@ -72,9 +75,10 @@ def extend(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog | Non
     return undo
 
 
-def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog | None) -> Iterator[EngineCallback]:
+def _callbacks(
+    engine: Any, layers: Mapping[str, OverlappedLayer], config: MoEConfig, log: RunLog | None
+) -> Iterator[EngineCallback]:
     """The callbacks that this engine needs and does not have. Their order is `order.ORDER`, and not this one."""
-    config = next(iter(layers.values())).config
     if config.meter_every:
         engine.moe_ep_meter = OverlapMeter(layers, engine.device, config.meter_every)
         yield MeterReport(engine, engine.moe_ep_meter)
@@ -88,7 +92,7 @@ def _callbacks(engine: Any, layers: Mapping[str, OverlappedLayer], log: RunLog |
         yield BalanceSteps(engine, layers)
     if ReplicaWindows.is_needed(layers) and not EngineExtensions.of(engine).has(ReplicaWindows):
         yield ReplicaWindows(engine, layers)
-    if every := steps_between_reports(engine, config):
+    if layers and (every := steps_between_reports(engine, config)):
         yield LoadReport(engine, layers, every, log, getattr(engine, "moe_ep_meter", None))
     if config.verify_every:
         shadowed = [layer for layer in viewed_layers(engine.module) if layer.name in layers]

@@ -93,9 +93,9 @@ def attach_overlap(
     An engine gets the extensions of `ds_moe_ep.initialize` too: the watch, the meter (`meter_every`), safe checkpoints;
     and the section "moe_ep" of its ds_config is in force. The package's own layers of an engine take part.
     `config` says how rows move (`hooked.TRAFFIC`) where it shall be other than the section has it: a MoEConfig, or a
-    mapping of such knobs. DeepSpeed's layers with ep_size 1 have no traffic and stay as they are. An expert must map
-    each row by itself, whatever rows stand beside it. `callbacks` act on each message that crosses a wire, the same on
-    every rank.
+    mapping of such knobs. DeepSpeed's layers with ep_size 1 have no traffic and stay as they are; their engine gets the
+    extensions. An expert must map each row by itself, whatever rows stand beside it. `callbacks` act on each message
+    that crosses a wire, the same on every rank.
 
     Collective over the world. Raises EngineError on every rank, with the layers' names, where one cannot be hooked,
     ranks differ or the engine has its extensions, and ConfigError for knobs that are not to be set here.
@@ -148,8 +148,7 @@ def _attach_to_engine(
             for callback in callbacks:
                 layer.dispatcher.add_callback(callback)
                 undo.append(partial(layer.dispatcher.remove_callback, callback))
-        if own or hooked:
-            undo.append(extend_engine(engine, own, hooked, section))
+        undo.append(extend_engine(engine, own, hooked, section))
     except BaseException:
         OverlapHandle({}, undo).remove()
         raise
@@ -159,12 +158,19 @@ def _attach_to_engine(
 def extend_engine(
     engine: Any, own: Mapping[str, MoE], hooked: Mapping[str, HookedLayer], section: Section
 ) -> Callable[[], None]:
-    """Installs the extensions of an engine and its layers, and returns what takes them away. Every rank calls it."""
+    """Installs the extensions of an engine and its layers, and returns what takes them away. Every rank calls it.
+
+    Without layers, where DeepSpeed's have all experts on each rank, it still saves, loads, clips and watches.
+    """
     layers: dict[str, OverlappedLayer] = {**own, **hooked}
     if not own:  # with layers of the package, the section speaks of theirs
         check_routing(section, hooked)
-    undo = extend(engine, layers, open_run_log(engine, layers))
-    first = next(iter(layers.values())).config
+    first = next((layer.config for layer in layers.values()), section.moe)
+    if not layers:
+        first = dataclasses.replace(first, meter_every=0, verify_every=0, watch=None)  # there is nothing to see
+    undo = extend(engine, layers, first, open_run_log(engine, layers, first))
+    if not layers:
+        return undo
     seams.log_rank0(
         f"{len(layers)} MoE layers, {first.num_experts} experts over {first.ep_size} ranks, schedule "
         f"{first.schedule!r} with depth {first.depth}, transport {first.transport!r}"

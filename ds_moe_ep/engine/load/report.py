@@ -46,12 +46,11 @@ def steps_between_reports(engine: Any, config: MoEConfig) -> int:
     return config.report_every or engine.steps_per_print() or 0 if engine.monitor.enabled else 0
 
 
-def open_run_log(engine: Any, layers: Mapping[str, OverlappedLayer]) -> RunLog | None:
+def open_run_log(engine: Any, layers: Mapping[str, OverlappedLayer], config: MoEConfig) -> RunLog | None:
     """Rank 0's log in the folder of `"watch"`. Collective over the world where there is one, local where there is none.
 
     Raises ConfigError on every rank where the folder cannot be written.
     """
-    config = next(iter(layers.values())).config
     if config.watch is None:
         return None
     hosts_R = tuple(seams.gather(socket.gethostname()))

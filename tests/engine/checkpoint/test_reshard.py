@@ -140,7 +140,7 @@ def differing(found: States, expected: States) -> list[str]:
 def test_states_load_under_every_ep_size_and_training_goes_on(tmp_path: Path) -> None:
     native = replace(BASE, layer="native")
     saves = [("native", replace(native, ep_size=2)), ("ep4", BASE)]
-    loads = [("native", native), ("ep4", replace(BASE, ep_size=1))]
+    loads = [("native", native), ("native", replace(native, ep_size=1)), ("ep4", replace(BASE, ep_size=1))]
     extra = replace(BASE, stage=2, bf16=True)
     for name, job in (
         ("bf16", extra),
