@@ -84,8 +84,10 @@ def failed_ranks(view: View, ranks: Iterable[int]) -> list[int]:
 
 def explain(view: View, suspects: Iterable[int]) -> str:
     """The reason why `suspects` did not answer: who is unhealthy and what failed first, or where they are."""
-    wrong = list(unhealthy(view).values())
-    parts = wrong[:MOST_NAMED]
+    wrong = unhealthy(view)
+    # Those that were silent first: where one failed, more may have ended for it since than are named.
+    first = sorted(sorted(wrong, key=lambda rank: -view.seen[rank].silent_s)[:MOST_NAMED])
+    parts = [wrong[rank] for rank in first]
     if len(wrong) > MOST_NAMED:
         parts.append(f"{len(wrong) - MOST_NAMED} more ranks are in trouble")
     if view.store_silent_s > view.silence_s:

@@ -104,6 +104,12 @@ def test_many_ranks_in_trouble_are_counted() -> None:
     assert explain(seen, [3]).endswith("; 11 more ranks are in trouble")
 
 
+def test_of_many_ranks_in_trouble_the_first_to_fall_silent_are_named() -> None:
+    silent = {**dict.fromkeys(range(1, 8), 0.3), 6: 0.8}
+    seen = view(*map(heartbeat, range(8)), silent=silent, statuses=dict.fromkeys(silent, ProcessStatus.GONE))
+    assert "rank 6 (pid 106" in explain(seen, [1]) and "rank 5" not in explain(seen, [1])
+
+
 def test_the_line_about_a_slow_step_groups_the_ranks_by_place() -> None:
     waiting = [replace(heartbeat(rank), waits_for=(3,)) for rank in (0, 1, 2, 4, 5)]
     seen = view(*waiting[1:], heartbeat(3), statuses={3: ProcessStatus.STOPPED})
