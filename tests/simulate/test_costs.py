@@ -22,7 +22,7 @@ REAL = Device(
     launch_us=5.0,
 )
 SHARE = st.floats(0.01, 1.0)
-AMOUNT = st.floats(0, 1e15)
+AMOUNT = st.just(0.0) | st.floats(1, 1e15)  # of whole things
 DEVICES = st.builds(
     Device,
     memory_bytes=st.just(80e9),
