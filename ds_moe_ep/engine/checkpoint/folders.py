@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, folder_to_load, reshards, saved_ranks, wants_states
+from ds_moe_ep.engine.checkpoint.reshard import ZERO_FILE
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.engine.layouts.stages import model_ranks_of_stage
 from ds_moe_ep.errors import EngineError
@@ -26,7 +27,6 @@ from ds_moe_ep.errors import EngineError
 SAVING, OLD = ".saving", ".old"
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
-_ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 
 
 def publish(partial: Path, folder: Path) -> None:
@@ -176,7 +176,7 @@ def missing_files(folder: Path, experts: set[tuple[int, int]], num_ranks: int) -
     if files and lacking:
         layer, expert = lacking[0]
         return f"{len(lacking)} experts' files are missing, layer_{layer}_expert_{expert}_* first"
-    ranks = {int(m[1]) for name in names if (m := _ZERO_FILE.fullmatch(name))}
+    ranks = {int(m["rank"]) for name in names if (m := ZERO_FILE.fullmatch(name))}
     absent = sorted(set(range(num_ranks)) - ranks) if ranks else []
     if absent:
         return (

@@ -19,7 +19,7 @@ from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.checkpoint.state_pieces import SavedPieces, StatePart, StatePiece, global_name
 from ds_moe_ep.errors import EngineError
 
-_STATES_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+ZERO_FILE = re.compile(r"(?P<prefix>(?:bf16_)?)zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<model_rank>\d+)_optim_states\.pt")
 FORMAT = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings")
 # Attributes of the optimizers' classes: the cuts of the master weights, and the parameters of each group.
 OPTIMIZERS = (("single_partition_of_fp32_groups", "bit16_groups"), ("fp32_groups_flat_partition", "bf16_groups"))
@@ -106,9 +106,15 @@ def is_lean(states: Mapping[str, Any]) -> bool:
     return isinstance(states.get("base_optimizer_state"), list | tuple)
 
 
+def prefix_of(path: Path) -> str:
+    """The beginning of the names that DeepSpeed gives to a run's files of ZeRO's states, by one of them."""
+    match = ZERO_FILE.fullmatch(path.name)
+    return match["prefix"] if match else ""
+
+
 def saves_lean(folder: Path) -> bool:
     """True where ZeRO's states in a folder are elastic: DeepSpeed loads those of optimizers that count per group."""
-    first = next((path for path in sorted(folder.iterdir()) if _STATES_FILE.fullmatch(path.name)), None)
+    first = next((path for path in sorted(folder.iterdir()) if ZERO_FILE.fullmatch(path.name)), None)
     saved = load_file(first) if first is not None else None
     states = saved.get("optimizer_state_dict") if isinstance(saved, Mapping) else None
     return isinstance(states, Mapping) and is_lean(states)
@@ -129,8 +135,8 @@ def is_cut_plainly(states: Mapping[str, Any]) -> bool:
 
 def _paths(folder: Path, model_rank: int) -> list[Path]:
     """The files of states by the rank that wrote them. Raises EngineError where one is missing."""
-    matches = [(path, match) for path in folder.iterdir() if (match := _STATES_FILE.fullmatch(path.name))]
-    found = {int(match[1]): path for path, match in matches if int(match[2]) == model_rank}
+    matches = [(path, match) for path in folder.iterdir() if (match := ZERO_FILE.fullmatch(path.name))]
+    found = {int(match["rank"]): path for path, match in matches if int(match["model_rank"]) == model_rank}
     absent = sorted(set(range(max(found, default=0) + 1)) - set(found))
     if absent:
         raise EngineError(f"{folder}: has no optimizer states of rank {absent[0]}; complete the folder")

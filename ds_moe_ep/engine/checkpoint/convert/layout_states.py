@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,12 +26,11 @@ from ds_moe_ep.engine.checkpoint.convert.plain_states import OPTIMIZER_FILE
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.checkpoint.convert.resize import ExpertCheckpoint
 from ds_moe_ep.engine.checkpoint.convert.weight_files import WeightFiles
-from ds_moe_ep.engine.checkpoint.reshard import SavedStates
+from ds_moe_ep.engine.checkpoint.reshard import ZERO_FILE, SavedStates, prefix_of
 from ds_moe_ep.engine.checkpoint.state_pieces import MASTER, SavedPieces, StatePiece, is_vector
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.parallel.tensor import cut_dimension
 
-_ZERO_FILE = re.compile(r"((?:bf16_)?)zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _ALONE = "take --weights-only, and load with load_module_only=True"
 
 
@@ -136,8 +134,7 @@ def _of_experts(folder: Path, model: ModelConfig, moe: MoEConfig) -> LayoutState
         saved: SavedPieces = SavedStates(folder, ep_size, checkpoint.is_interleaved, checkpoint.num_experts)
         holdings = {each.name: [Holding(saved, each.key, each.shape)] for each in every}
         reads = tuple(checkpoint.zero_files.values())
-        match = _ZERO_FILE.fullmatch(reads[0].name)
-        return LayoutStates(holdings, match[1] if match else "", _beside(reads[0]), reads, len(reads))
+        return LayoutStates(holdings, prefix_of(reads[0]), _beside(reads[0]), reads, len(reads))
     holdings = {}
     for rank, state in enumerate(checkpoint.plain_states):
         listed = expert_parameters(model, moe, ep_size, rank)
@@ -152,7 +149,7 @@ def _of_pipeline(folder: Path, files: WeightFiles, model: ModelConfig, moe: MoEC
     tp_size = files.places[0].share.count
     layout = Layout(tp_size=tp_size, pp_size=files.num_state_files // tp_size)
     by_rank = pipeline_parameters(model, dataclasses.replace(moe, ep_size=1), layout)
-    zero = sorted(path for path in folder.iterdir() if _ZERO_FILE.fullmatch(path.name))
+    zero = sorted(path for path in folder.iterdir() if ZERO_FILE.fullmatch(path.name))
     mains = [folder / name for name in files.state_files()]
     holdings: dict[str, list[Holding]] = {}
     for model_rank, listed in enumerate(by_rank):
@@ -169,8 +166,7 @@ def _of_pipeline(folder: Path, files: WeightFiles, model: ModelConfig, moe: MoEC
     if not zero:
         num_copies = int(load_file(mains[0]).get("dp_world_size") or 1)
         return LayoutStates(holdings, None, {}, tuple(mains), num_copies * layout.size)
-    match = _ZERO_FILE.fullmatch(zero[0].name)
-    return LayoutStates(holdings, match[1] if match else "", _beside(zero[0]), tuple(zero), len(zero))
+    return LayoutStates(holdings, prefix_of(zero[0]), _beside(zero[0]), tuple(zero), len(zero))
 
 
 def _beside(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ anew: `zero_states`, `plain_states`. Names of layers and experts are read from t
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ from ds_moe_ep.engine.checkpoint.convert.plain_states import OPTIMIZER_FILE, Pla
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.checkpoint.convert.zero_states import ZeroStates
 from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, MAIN_FILE, saved_ep_size
-from ds_moe_ep.engine.checkpoint.reshard import SavedStates, is_lean
+from ds_moe_ep.engine.checkpoint.reshard import ZERO_FILE, SavedStates, is_lean, prefix_of
 from ds_moe_ep.engine.checkpoint.state_pieces import EXPERT_NAME, num_experts_of
 from ds_moe_ep.errors import ConfigError, EngineError
 
 INTERLEAVED = "use_data_before_expert_parallelism"  # DeepSpeed's key
-_ZERO_FILE = re.compile(r"((?:bf16_)?)zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 _WEIGHTS_ALONE = "take --weights-only, and load with load_module_only=True"
 
 
@@ -99,8 +97,10 @@ class ExpertCheckpoint:
     @cached_property
     def zero_files(self) -> dict[int, Path]:
         """The files of ZeRO's states by rank."""
-        found = ((_ZERO_FILE.fullmatch(path.name), path) for path in self.folder.iterdir())
-        return dict(sorted((int(match[2]), path) for match, path in found if match))
+        found = ((ZERO_FILE.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return dict(
+            sorted((int(match["rank"]), path) for match, path in found if match and match["model_rank"] == "00")
+        )
 
     @cached_property
     def plain_states(self) -> list[Mapping[str, Any]]:
@@ -205,10 +205,9 @@ def _zero_files(
         raise EngineError(f"{folder / MAIN_FILE}: lists no shapes of its optimizer's parameters; {_WEIGHTS_ALONE}")
     pairs = zip(shapes, options, strict=True)
     groups = resized((ParameterGroup(each, option) for each, option in pairs), checkpoint.num_experts, grid.ep_size)
-    match = _ZERO_FILE.fullmatch(paths[0].name)
     beside = {name: value for name, value in first.items() if name != "optimizer_state_dict"}
     zero_states = ZeroStates(states, groups, grid, checkpoint.num_experts)
-    return groups, list(zero_states.files(tag, match[1] if match else "", beside, tuple(paths.values())))
+    return groups, list(zero_states.files(tag, prefix_of(paths[0]), beside, tuple(paths.values())))
 
 
 def _frozen(checkpoint: ExpertCheckpoint, ep_size: int) -> dict[str, Any]:

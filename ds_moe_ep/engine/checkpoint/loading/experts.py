@@ -52,7 +52,8 @@ def expert_shapes(layer: Any, prefix: str) -> Iterator[tuple[int, Shapes]]:
 
 def check_expert(path: Path, saved: Any, shapes: Shapes, is_strict: bool) -> None:
     """Raises EngineError where a file does not hold tensors of these names and shapes, or, strictly, holds more."""
-    found = {name: value for name, value in saved.items() if isinstance(value, Tensor)} if _is_named(saved) else {}
+    named = saved if isinstance(saved, Mapping) else {}
+    found = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     for name, shape in shapes.items():
         if name in found and tuple(found[name].shape) != shape:
             raise EngineError(
@@ -65,7 +66,3 @@ def check_expert(path: Path, saved: Any, shapes: Shapes, is_strict: bool) -> Non
                 f"{path}: {what} {len(wrong)} tensors of the expert, {wrong[0]} first; give the model that was saved, "
                 "or another copy of the file"
             )
-
-
-def _is_named(saved: Any) -> bool:
-    return isinstance(saved, Mapping)
