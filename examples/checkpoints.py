@@ -88,6 +88,8 @@ def check_resume(folder: str, name: str) -> None:
     latest = Path(folder) / "latest"
     if not latest.is_file():
         raise ConfigError(f"{name}={folder}: no DeepSpeed checkpoint there; name the folder that was given to --save")
-    tag = latest.read_text(encoding="utf-8").strip()
-    if not (Path(folder) / tag).is_dir():
-        raise ConfigError(f"{name}={folder}: its file `latest` names {tag}, which is not there; restore the folder")
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if not tag or not (Path(folder) / tag).is_dir():
+        there = ", ".join(sorted(path.name for path in Path(folder).glob("global_step*") if path.is_dir()))
+        way_out = f"write one that is into it ({there})" if there else "restore the folder"
+        raise ConfigError(f"{name}={folder}: its file `latest` names {tag or 'nothing'}, which is not there; {way_out}")

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 WRITTEN, FAILED = ".written", ".failed"
 PATIENCE_S = 1800.0  # how long the leading rank waits for the others' marks
+ROOM_S = 5.0  # how long a rank waits for room for its mark
 LOOK_S = 0.05  # between two looks at the marks
 
 
@@ -89,7 +90,7 @@ class BackgroundSave:
         self.num_bytes = 0
         self._folder, self._files, self._rank, self._num_ranks = folder, list(files), rank, num_ranks
         self._publish, self._is_hopeless = publish, is_hopeless
-        self._problem = ""
+        self._problem, self._begun = "", list[str]()
         self._thread = threading.Thread(target=self._run, name="ds_moe_ep save", daemon=False)
         self._thread.start()
 
@@ -99,8 +100,10 @@ class BackgroundSave:
         return self._problem
 
     def _run(self) -> None:
-        self._problem = self._attempt(self._write)
-        self._attempt(lambda: (self._folder / f"rank{self._rank}{FAILED if self._problem else WRITTEN}").touch())
+        self._problem = self._attempt(self._write) or self._attempt(lambda: self._mark(WRITTEN))
+        if self._problem:
+            self._give_room()
+            self._attempt(lambda: self._mark(FAILED))
         if self._publish is not None:
             of_the_end = self._attempt(self._end)
             self._problem = self._problem or of_the_end
@@ -110,13 +113,29 @@ class BackgroundSave:
     def _write(self) -> None:
         while self._files:
             file = self._files.pop(0)  # its memory goes back as soon as it is written
+            self._begun.append(file.path)
             try:
                 self.num_bytes += file.write()
             except OSError as error:
                 self._files.clear()
-                with suppress(OSError):
-                    Path(file.path).unlink(missing_ok=True)  # room for the mark
                 raise RuntimeError(f"{file.path}: {error.strerror}") from error
+
+    def _mark(self, end: str) -> None:
+        """Leaves this rank's mark: on a full disk as soon as another rank, which failed, has given room."""
+        mark, end_s = self._folder / f"rank{self._rank}{end}", time.monotonic() + ROOM_S
+        while True:
+            try:
+                return mark.touch()
+            except OSError as error:
+                if time.monotonic() > end_s:
+                    raise RuntimeError(f"{mark}: {error.strerror}") from error
+            time.sleep(LOOK_S)
+
+    def _give_room(self) -> None:
+        """Removes this rank's files of a save that has failed: a full disk would not take its mark either."""
+        for path in self._begun:
+            with suppress(OSError):
+                Path(path).unlink(missing_ok=True)
 
     def _end(self) -> None:
         """Publishes the folder once everybody's files are in it. Raises RuntimeError where they cannot be."""

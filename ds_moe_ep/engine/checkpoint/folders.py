@@ -11,20 +11,21 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.checkpoint.convert.read import OLD, SAVING
 from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, folder_to_load, reshards, saved_ranks, wants_states
 from ds_moe_ep.engine.checkpoint.reshard import ZERO_FILE
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.engine.layouts.stages import model_ranks_of_stage
-from ds_moe_ep.errors import EngineError
+from ds_moe_ep.errors import EngineError, MoEError
 
-SAVING, OLD = ".saving", ".old"
+RanksOf = Callable[[Path], int]  # how many ranks' optimizer states a folder must hold; 0 looks for none
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 
@@ -82,9 +83,11 @@ def write_latest(save_dir: Path, tag: str) -> None:
 class IncompleteCheckpoints(EngineCallback):
     """Refuses, on every rank, to load a checkpoint of which files are missing. Collective over the world.
 
-    `num_experts` has one entry per MoE layer. It raises EngineError before anything is loaded, and names the complete
-    checkpoints of the folder. Universal checkpoints have other files:
-    they are left to DeepSpeed where no expert can be mistaken.
+    So it does with a tag that is not there, with checkpoints of which none is named, and where ranks would load
+    different ones: DeepSpeed warns and returns None, and a run goes on from nothing.
+    `num_experts` has one entry per MoE layer. It raises EngineError before anything is loaded, and names the last
+    complete checkpoint of the folder. Universal checkpoints have other files: they are left to DeepSpeed where no
+    expert can be mistaken.
     """
 
     def __init__(self, engine: Any, num_experts: Iterable[int]) -> None:
@@ -95,24 +98,29 @@ class IncompleteCheckpoints(EngineCallback):
         if self._engine.load_universal_checkpoint():
             refuse_universal(self._engine)
             return
-        wants = wants_states(load.args, load.kwargs)
-        num_ranks = self._num_ranks(load) if wants else 0
-        _agree(_problem(Path(load.load_dir), load.tag, self._experts, num_ranks))
-        if load.tag is None:
-            self._tell_newer(Path(load.load_dir), num_ranks)
+        load_dir, wants = Path(load.load_dir), wants_states(load.args, load.kwargs)
 
-    def _tell_newer(self, load_dir: Path, num_ranks: int) -> None:
-        """A log line where `latest`, a name without a checksum, is not that of the newest complete checkpoint."""
+        def num_ranks(folder: Path) -> int:
+            return self._num_ranks(folder) if wants else 0
+
+        agree(load_dir, *found_by_rank(load_dir, load.tag, self._experts, num_ranks))
+        if load.tag is None:
+            self._tell_newer(load_dir, num_ranks)
+
+    def _tell_newer(self, load_dir: Path, num_ranks: RanksOf) -> None:
+        """A log line where `latest`, a name without a checksum, is not that of the newest complete checkpoint.
+
+        It is loaded all the same: to write an older tag into `latest` is how a run is set back.
+        """
         folder = folder_to_load(load_dir, None)
-        newest = complete_tags(load_dir, self._experts, num_ranks)[:1]
-        if folder is not None and newest and newest[0] != folder.name:
-            words = f"{load_dir / 'latest'}: names {folder.name}, which is loaded; {newest[0]} was saved later"
+        newest = next(complete_tags(load_dir, self._experts, num_ranks), None) if folder is not None else None
+        if folder is not None and newest not in (None, folder.name):
+            words = f"{load_dir / 'latest'}: names {folder.name}, which is loaded; {newest} was saved later"
             seams.log_rank0(words, logging.WARNING)
 
-    def _num_ranks(self, load: LoadCall) -> int:
+    def _num_ranks(self, folder: Path) -> int:
         """How many ranks' optimizer states must be there: those that were saved, where they can be cut anew."""
-        folder = folder_to_load(Path(load.load_dir), load.tag)
-        saved = saved_ranks(folder) if folder is not None and reshards(self._engine) else 0
+        saved = saved_ranks(folder) if reshards(self._engine) else 0
         return saved or dist.get_world_size(seams.data_parallel_group())
 
 
@@ -127,35 +135,94 @@ def refuse_universal(engine: Any) -> None:
             )
 
 
-def _agree(problem: str) -> None:
-    for rank, theirs in enumerate(seams.gather(problem)):
+def found_by_rank(
+    load_dir: Path, tag: str | None, experts: set[tuple[int, int]], num_ranks: RanksOf
+) -> tuple[str | None, str]:
+    """The tag that this rank would load (None: there is none), and why it cannot, or an empty string. Local."""
+    name: str | None = None
+    try:
+        folder = folder_to_load(load_dir, tag)
+        name = folder.name if folder is not None else None
+        return name, _problem(load_dir, folder, experts, num_ranks)
+    except MoEError as error:
+        return name, str(error)
+    except OSError as error:
+        return name, f"{load_dir}: cannot be read ({type(error).__name__}: {error}); every rank must read it"
+
+
+def agree(load_dir: Path, name: str | None, problem: str) -> None:
+    """Raises EngineError on every rank where one has a problem or would load another tag. Collective."""
+    found = seams.gather((name, problem))
+    for rank, (_, theirs) in enumerate(found):
         if theirs:
             raise EngineError(f"{theirs} (found by rank {rank})")
+    names = [theirs or "nothing" for theirs, _ in found]
+    for rank, theirs in enumerate(names):
+        if theirs != names[0]:
+            raise EngineError(
+                f"{load_dir}: rank {rank} would load {theirs}, rank 0 {names[0]}; give all ranks one tag, or folders "
+                "with the same file `latest`"
+            )
 
 
-def _problem(load_dir: Path, tag: str | None, experts: set[tuple[int, int]], num_ranks: int) -> str:
-    """Why a checkpoint cannot be loaded, or an empty string."""
-    folder = folder_to_load(load_dir, tag)
+def _problem(load_dir: Path, folder: Path | None, experts: set[tuple[int, int]], num_ranks: RanksOf) -> str:
+    """Why a checkpoint cannot be loaded, or an empty string. Without a folder nothing names one."""
     if folder is None:
-        return ""  # DeepSpeed says that there is none
-    missing = (
-        "it was not saved to the end" if folder.name.endswith(SAVING) else missing_files(folder, experts, num_ranks)
-    )
+        return _problem_without_latest(load_dir, experts, num_ranks)
+    is_partial = folder.name.endswith(SAVING)
+    missing = "it was not saved to the end" if is_partial else missing_files(folder, experts, num_ranks(folder))
     if not missing:
         return ""
-    complete = complete_tags(load_dir, experts, num_ranks)
-    if complete:
-        return f"{folder}: cannot be loaded, {missing}; load the last complete one with tag={complete[0]!r}"
+    complete = next(complete_tags(load_dir, experts, num_ranks), None)
+    if complete is not None:
+        return f"{folder}: cannot be loaded, {missing}; load the last complete one with tag={complete!r}"
     aside = folder.with_name(folder.name + OLD)
     hint = f"rename {aside.name} to {folder.name}" if aside.is_dir() else "save one first"
+    hint = hint if load_dir.is_dir() else "name the folder that was given to engine.save_checkpoint"
     return f"{folder}: cannot be loaded, {missing}; no complete checkpoint lies beside it: {hint}"
 
 
-def complete_tags(load_dir: Path, experts: set[tuple[int, int]], num_ranks: int) -> list[str]:
-    """The complete checkpoints of a folder, the newest first."""
-    folders = [path for path in load_dir.iterdir() if path.is_dir() and not path.name.endswith((SAVING, OLD))]
-    complete = [path for path in folders if not missing_files(path, experts, num_ranks)]
-    return [path.name for path in sorted(complete, key=lambda path: path.stat().st_mtime, reverse=True)]
+def _problem_without_latest(load_dir: Path, experts: set[tuple[int, int]], num_ranks: RanksOf) -> str:
+    """Why a load by `latest` of a folder without it is refused: checkpoints lie there, and none would be loaded.
+
+    Empty where there are none, as before a run's first save: DeepSpeed then returns None and warns.
+    """
+    if not load_dir.is_dir():
+        return ""
+    if holds_weights(load_dir):
+        parent, name = str(load_dir.absolute().parent), load_dir.absolute().name
+        return f"{load_dir}: is one checkpoint, not a folder of them; load_checkpoint({parent!r}, tag={name!r})"
+    complete = next(complete_tags(load_dir, experts, num_ranks), None)
+    if complete is not None:
+        return f"{load_dir}: has no file `latest`, and holds checkpoints; load the newest one with tag={complete!r}"
+    partial = sorted(path.name for path in folders_in(load_dir) if holds_weights(path))
+    if not partial:
+        return ""
+    why = missing_files(load_dir / partial[0], experts, 0) or "its files cannot be read"
+    return f"{load_dir}: has no file `latest`, and no complete checkpoint ({partial[0]}: {why}); save one first"
+
+
+def folders_in(load_dir: Path) -> list[Path]:
+    """The folders of saves that came to their end."""
+    if not load_dir.is_dir():
+        return []
+    return [path for path in load_dir.iterdir() if path.is_dir() and not path.name.endswith((SAVING, OLD))]
+
+
+def holds_weights(folder: Path) -> bool:
+    """True for a folder with the model's file of some rank."""
+    return any(_MODEL_FILE.fullmatch(path.name) for path in folder.iterdir())
+
+
+def complete_tags(load_dir: Path, experts: set[tuple[int, int]], num_ranks: RanksOf) -> Iterator[str]:
+    """The complete checkpoints of a folder, the newest first. A damaged one is passed over."""
+    for path in sorted(folders_in(load_dir), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            is_complete = not missing_files(path, experts, num_ranks(path))
+        except (MoEError, OSError):
+            continue
+        if is_complete:
+            yield path.name
 
 
 def missing_files(folder: Path, experts: set[tuple[int, int]], num_ranks: int) -> str:

@@ -197,11 +197,12 @@ def wants_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return bool(options.get("load_optimizer_states", True) and not options.get("load_module_only", False))
 
 
-def folder_to_load(load_dir: Path, tag: str | None) -> Path | None:
-    """The folder of a tag, or of the one that `latest` names; None where nothing is named. Raises EngineError for a
-    `latest` that is no text.
+def folder_to_load(load_dir: Path, tag: str | None, file: str = "latest") -> Path | None:
+    """The folder of a tag, or of the one that the file `latest` names; None where nothing is named.
+
+    Raises EngineError for a `latest` that is no text.
     """
-    latest = load_dir / "latest"
+    latest = load_dir / file
     if tag is None:
         if not latest.is_file():
             return None

@@ -47,8 +47,9 @@ class Preflight(EngineCallback):
     """Refuses, on every rank, a checkpoint that could be loaded in part alone. Collective over the world.
 
     `ep_sizes` are those of the layers. With `checks_crc` each file is read once more, by one of the ranks, for the
-    checksums of its parts. It raises EngineError before anything is loaded. Universal checkpoints, and
-    those of another checkpoint engine than torch's, have files of other forms and are left to DeepSpeed.
+    checksums of its parts. It raises EngineError before anything is loaded. Of a universal checkpoint, whose files have
+    other contents, it looks for code alone; those of another checkpoint engine than torch's have files of other forms
+    and are left to DeepSpeed.
     """
 
     def __init__(self, engine: Any, ep_sizes: Iterable[int], checks_crc: bool = True) -> None:
@@ -56,12 +57,18 @@ class Preflight(EngineCallback):
 
     def before_load(self, load: LoadCall) -> None:
         engine = self._engine
-        folder = folder_to_load(Path(load.load_dir), load.tag)
-        is_torchs = type(engine.checkpoint_engine).__name__ == "TorchCheckpointEngine"
-        if folder is None or engine.load_universal_checkpoint() or not is_torchs:
+        is_universal = engine.load_universal_checkpoint()
+        folder = folder_to_load(Path(load.load_dir), load.tag, "latest_universal" if is_universal else "latest")
+        if folder is None or type(engine.checkpoint_engine).__name__ != "TorchCheckpointEngine":
             return
-        for check in (self._check_files, self._check_contents):  # what is damaged is not told as another model's
+        checks = (self._check_files, self._check_contents)  # what is damaged is not told as another model's
+        for check in (self._check_universal,) if is_universal else checks:
             seams.settle(problem_of(check, folder, load))
+
+    def _check_universal(self, folder: Path, load: LoadCall) -> None:
+        """This rank's share of a universal checkpoint, which has a file per parameter and kind of state."""
+        for path in self._share(sorted(folder.rglob("*.pt"))):
+            load_file(path)
 
     def _check_files(self, folder: Path, load: LoadCall) -> None:
         """This rank's share of the files."""

@@ -28,7 +28,8 @@ from deepspeed import comm
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.background import BackgroundSave, StagedFile, refuse_background, stage
-from ds_moe_ep.engine.checkpoint.folders import SAVING, flush, publish, remove, write_latest
+from ds_moe_ep.engine.checkpoint.convert.read import SAVING
+from ds_moe_ep.engine.checkpoint.folders import flush, publish, remove, write_latest
 from ds_moe_ep.engine.checkpoint.recovery_script import replace_script
 from ds_moe_ep.engine.explain_errors import cause, first_line, is_collective
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall, SaveCall

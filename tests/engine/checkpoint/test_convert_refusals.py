@@ -102,6 +102,17 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda folder: (folder / "latest").write_text("step9"),
         rf"step9: no such folder; choose a tag of {TAG}",
     ),
+    "latest is empty": (
+        lambda folder: (folder / "latest").write_text(""),
+        rf"latest: names no tag; choose a tag of {TAG}, or name",
+    ),
+    "latest names what a kill has left": (
+        lambda folder: (
+            shutil.copytree(folder / TAG, folder / "step9.saving"),
+            (folder / "latest").write_text("step9.saving"),
+        ),
+        rf"step9\.saving: was not saved to the end; choose a tag of {TAG}, or name",
+    ),
     "no such folder": (shutil.rmtree, r"latest: cannot be read.*; name the folder that was given to"),
 }  # fmt: skip
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import ds_moe_ep
 from ds_moe_ep.engine.checkpoint.convert.read import check_undamaged, load_file
 from ds_moe_ep.engine.checkpoint.loading.random_states import KEY, problem_of, states_of
+from ds_moe_ep.engine.checkpoint.preflight import Preflight
 from ds_moe_ep.errors import EngineError
 from tests.engine.checkpoint.checkpoints import same, tensors
 from tests.engine.checkpoint.test_reshard import BASE, run
@@ -28,24 +30,54 @@ JOB = replace(BASE, world_size=2, ep_size=2)
 Told = tuple[str, bool]  # the refusal, and that no weight or state is another
 
 
-def refused(jobs: Sequence[Job], folders: Sequence[Path], unchecked: Path) -> tuple[list[dict[str, Told]], Told]:
-    """Refusals of each job's engine by folder, and that of the folder `unchecked` without the knob `check_crc`."""
-    told = [{folder.name: refusal(engine, folder) for folder in folders} for engine in map(with_scheduler, jobs)]
+def refused(
+    jobs: Sequence[Job], folders: Sequence[Path], unchecked: Path
+) -> tuple[list[dict[str, Told]], Told, dict[str, str]]:
+    """Refusals of each job's engine by folder, that of the folder `unchecked` without the knob `check_crc`, and those
+    of folders whose crafted file takes its place behind the preflight, and of a crafted universal checkpoint.
+    """
+    engines = list(map(with_scheduler, jobs))
+    told = [{folder.name: refusal(engine, folder) for folder in folders} for engine in engines]
+    swapped = {
+        folder.name: swapped_refusal(engines[0], folder) for folder in folders if folder.name.startswith("crafted")
+    }
+    engines[1]._config.load_universal_checkpoint = True
+    swapped["universal"] = refusal(engines[1], unchecked.with_name("universal"), tag="two")[0]
     config = jobs[0].ds_config | {"moe_ep": {"check_crc": False}}
-    return told, refusal(ds_moe_ep.initialize(model=make_model(jobs[0]), config=config)[0], unchecked)
+    return told, refusal(ds_moe_ep.initialize(model=make_model(jobs[0]), config=config)[0], unchecked), swapped
+
+
+def swapped_refusal(engine: Any, crafted: Path) -> str:
+    """The error of a load whose folder is whole until the preflight has looked through it. Collective."""
+    folder, is_first = crafted.with_name(f"swapped {crafted.name}"), dist.get_rank() == 0
+    if is_first:
+        shutil.copytree(crafted.with_name("whole"), folder)
+    dist.barrier()
+    before_load, name = Preflight.before_load, crafted.name.removeprefix("crafted ")
+    kind = f"{name.split('_')[0]}_*"  # of every rank: one that is refused alone would leave the others waiting
+
+    def swap(self: Preflight, load: Any) -> None:
+        before_load(self, load)
+        for path in (folder / "two").glob(kind) if is_first else ():
+            shutil.copyfile(crafted / "two" / name, path)
+        dist.barrier()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Preflight, "before_load", swap)
+        return refusal(engine, folder)[0]
 
 
 def with_scheduler(job: Job) -> Any:
     return make_engine(job, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
 
 
-def refusal(engine: Any, folder: Path) -> Told:
+def refusal(engine: Any, folder: Path, tag: str | None = None) -> Told:
     kept = [*engine.module.state_dict().values(), *engine.optimizer.single_partition_of_fp32_groups]
     before = [tensor.detach().clone() for tensor in kept]
     told = "nothing was refused"
     try:
         options = {"load_lr_scheduler_states": folder.name.startswith("scheduler")}
-        engine.load_checkpoint(str(folder), **options)
+        engine.load_checkpoint(str(folder), tag=tag, **options)
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
     return told, all(map(torch.equal, before, kept))
@@ -165,10 +197,18 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank_before_anything_is_change
         shutil.copytree(tmp_path / "whole", folder)
         change(folder, file, lambda it: it.update(note=Crafted(marker)))
     crafted = sorted(tmp_path.glob("crafted*"))
+    of_parameter = tmp_path / "universal" / "two" / "zero" / "enter.weight"
+    of_parameter.mkdir(parents=True)
+    torch.save({"param": Crafted(marker)}, of_parameter / "fp32.pt")
     folders = [*(tmp_path / name for name in names), *crafted, tmp_path / "whole"]
     jobs = [replace(JOB, seed=9), replace(JOB, seed=9, ep_size=1)]
-    for by_size, unchecked in run_ranks(2, refused, jobs, folders, tmp_path / "bit of an expert", timeout_s=240):
+    for by_size, unchecked, swapped in run_ranks(
+        2, refused, jobs, folders, tmp_path / "bit of an expert", timeout_s=240
+    ):
         assert unchecked == ("nothing was refused", False), "the control: without the checksums the bit is not seen"
+        assert set(swapped) == {"universal", *(folder.name for folder in crafted)}
+        for name, told in swapped.items():
+            assert "could run code of the file's" in told, (name, told)
         for told in by_size:
             assert told.pop("whole") == ("nothing was refused", False)
             for folder in crafted:

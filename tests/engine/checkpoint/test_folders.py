@@ -14,12 +14,18 @@ import pytest
 import torch.distributed as dist
 
 from ds_moe_ep.engine.checkpoint import folders
-from ds_moe_ep.engine.checkpoint.folders import OLD, SAVING, complete_tags, missing_files, publish, write_latest
-from ds_moe_ep.errors import EngineError
+from ds_moe_ep.engine.checkpoint.convert.read import OLD, SAVING
+from ds_moe_ep.engine.checkpoint.folders import complete_tags, missing_files, publish, write_latest
 from tests.engine.small_model import Job, batches, make_engine, train_steps
 from tests.ranks import run_ranks
 
 EXPERTS = {(0, 0), (0, 1)}
+
+
+def no_states(folder: pathlib.Path) -> int:
+    return 0
+
+
 FILES = ("mp_rank_00_model_states.pt", *(f"layer_{i}_expert_{j}_mp_rank_00_model_states.pt" for i, j in EXPERTS))
 
 
@@ -113,7 +119,7 @@ def test_what_is_missing_is_named_and_the_complete_ones_are_listed_newest_first(
         write_checkpoint(tmp_path / name, name)
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     (tmp_path / "partial" / FILES[2]).unlink()
-    assert complete_tags(tmp_path, EXPERTS, 0) == ["new", "old"]
+    assert list(complete_tags(tmp_path, EXPERTS, no_states)) == ["new", "old"]
     assert "1 experts' files are missing, layer_0_expert_" in missing_files(tmp_path / "partial", EXPERTS, 0)
     assert missing_files(tmp_path / "absent", EXPERTS, 0) == "the folder does not exist"
     (tmp_path / "old" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_text("")
@@ -134,17 +140,43 @@ def test_a_flipped_bit_of_latest_is_refused_or_told(tmp_path: pathlib.Path, monk
         text[bit // 8] ^= 1 << bit % 8 if bit >= 0 else 0
         (tmp_path / "latest").write_bytes(text)
         told.clear()
-        try:
-            problem = folders._problem(tmp_path, None, EXPERTS, 0)
-        except EngineError as error:
-            problem = str(error)
+        _, problem = folders.found_by_rank(tmp_path, None, EXPERTS, no_states)
         if not problem:
-            looks._tell_newer(tmp_path, 0)
+            looks._tell_newer(tmp_path, no_states)
         is_told = told == [f"{tmp_path}/latest: names global_step2, which is loaded; global_step3 was saved later"]
         assert is_told if not problem and bit >= 0 else not told
         assert problem == "" or "latest: names no tag" in problem or "does not exist" in problem, problem
         others += is_told
     assert others == 1, "the control: one bit lies between the two names"
+
+
+def test_checkpoints_that_nothing_names_are_refused_and_a_folder_without_any_is_a_first_start(
+    tmp_path: pathlib.Path,
+) -> None:
+    """The control: with `latest`, or a tag, the same folder has no problem."""
+
+    def found(folder: pathlib.Path, tag: str | None = None) -> tuple[str | None, str]:
+        return folders.found_by_rank(folder, tag, EXPERTS, no_states)
+
+    for empty in (tmp_path / "nowhere", tmp_path):
+        assert found(empty) == (None, "")
+    write_checkpoint(tmp_path / f"one{SAVING}", "one")
+    (tmp_path / "logs").mkdir()
+    assert found(tmp_path) == (None, ""), "a kill in the first save"
+    write_checkpoint(tmp_path / "one", "one")
+    unnamed = f"{tmp_path}: has no file `latest`, and holds checkpoints; load the newest one with tag='one'"
+    assert found(tmp_path)[1] == unnamed
+    way_out = f"load_checkpoint({str(tmp_path)!r}, tag='one')"
+    assert found(tmp_path / "one")[1] == f"{tmp_path}/one: is one checkpoint, not a folder of them; {way_out}"
+    assert found(tmp_path, "one") == ("one", "")
+    assert found(tmp_path / "nowhere", "one")[1].endswith("name the folder that was given to engine.save_checkpoint")
+    (tmp_path / "latest").write_text("")
+    assert "tag='one'" in found(tmp_path)[1], "a file of no bytes, as after a loss of power"
+    write_latest(tmp_path, "one")
+    assert found(tmp_path) == ("one", "")
+    (tmp_path / "latest").unlink()
+    (tmp_path / "one" / FILES[1]).unlink()
+    assert "no complete checkpoint (one: 1 experts' files are missing" in found(tmp_path)[1]
 
 
 def load_what_was_damaged(folder: str) -> list[str]:
@@ -160,16 +192,21 @@ def load_what_was_damaged(folder: str) -> list[str]:
             for path in (root / "damaged").glob(remove):
                 path.unlink()
             (root / "latest").write_text(latest)
+            if not latest:
+                (root / "latest").unlink()
         dist.barrier()
+        place = root / (NOWHERE if options.get("apart") == dist.get_rank() else options.get("below", "."))
+        given = {name: value for name, value in options.items() if name in ("tag", "load_module_only")}
         try:
-            engine.load_checkpoint(folder, **options)
-            errors.append("")
+            path, _ = engine.load_checkpoint(str(place), **given)
+            errors.append("" if path else "nothing was loaded")
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
         dist.barrier()
     return errors
 
 
+NOWHERE = "nowhere"
 DAMAGE: list[tuple[str, str, dict[str, Any]]] = [
     ("none", "damaged", {}),
     ("zero_pp_rank_3_*", "damaged", {}),
@@ -178,6 +215,10 @@ DAMAGE: list[tuple[str, str, dict[str, Any]]] = [
     ("none", f"killed{SAVING}", {}),
     ("none", "gone", {}),
     ("none", "gone", {"tag": "whole"}),
+    ("none", "whole", {"tag": "gone"}),
+    ("none", "", {}),
+    ("none", "", {"below": NOWHERE}),
+    ("none", "whole", {"apart": 2}),
 ]
 
 
@@ -185,10 +226,13 @@ def test_a_checkpoint_that_lacks_files_is_refused_on_every_rank_and_a_complete_o
     tmp_path: pathlib.Path,
 ) -> None:
     for errors in run_ranks(4, load_what_was_damaged, str(tmp_path), timeout_s=60):
-        good, no_states, weights, no_expert, killed, gone, named = errors
+        good, no_states, weights, no_expert, killed, gone, named, no_tag, no_latest, nowhere, apart = errors
         assert (good, weights, named) == ("", "", "")
         assert no_states.startswith(f"EngineError: {tmp_path}/damaged: cannot be loaded, it has no optimizer states of")
         assert "1 experts' files are missing, layer_1_expert_5_*" in no_expert
         assert "it was not saved to the end" in killed
-        assert "the folder does not exist" in gone
-        assert all("tag='whole'" in error for error in (no_states, no_expert, killed, gone))
+        assert "the folder does not exist" in gone and "the folder does not exist" in no_tag
+        assert no_latest.startswith(f"EngineError: {tmp_path}: has no file `latest`, and holds checkpoints")
+        assert all("tag='whole'" in error for error in (no_states, no_expert, killed, gone, no_tag, no_latest))
+        assert nowhere == "nothing was loaded", "a first start, as DeepSpeed tells it"
+        assert "rank 2 would load nothing, rank 0 whole; give all ranks one tag" in apart

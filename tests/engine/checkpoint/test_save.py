@@ -22,7 +22,7 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.engine.checkpoint.folders import SAVING
+from ds_moe_ep.engine.checkpoint.convert.read import SAVING
 from tests.engine.small_model import Job, batches, distance, make_engine, merged, named_weights, train_steps
 from tests.ranks import RankError, run_ranks
 

@@ -28,7 +28,7 @@ from ds_moe_ep.engine.checkpoint.convert.layout_targets import (
     refuse_stage,
 )
 from ds_moe_ep.engine.checkpoint.convert.output import TargetFile, TargetFolder
-from ds_moe_ep.engine.checkpoint.convert.read import find_tag, load_file, tags_in
+from ds_moe_ep.engine.checkpoint.convert.read import SAVING, find_tag, load_file, tags_in
 from ds_moe_ep.engine.checkpoint.convert.weight_files import (
     WeightFiles,
     expert_files,
@@ -127,6 +127,8 @@ def prepare(
     found = _Source(folder / tag, ds_config, section, Path(target))
     if not found.folder.is_dir():
         raise EngineError(f"{found.folder}: no such folder; {tags_in(folder)}")
+    if found.folder.name.endswith(SAVING):
+        raise EngineError(f"{found.folder}: was not saved to the end; {tags_in(folder)}")
     if to == "fp32":
         return _as_fp32(found)
     names = [path.name for path in found.folder.iterdir()]

@@ -14,26 +14,31 @@ import torch
 
 from ds_moe_ep.errors import EngineError
 
+SAVING, OLD = ".saving", ".old"  # ends of the names of folders that are not complete, or on their way out
 _ALLOW = "torch.serialization.add_safe_globals"
 
 
 def find_tag(source: Path) -> str:
     """The tag that the file `latest` names."""
     try:
-        return (source / "latest").read_text(encoding="utf-8").strip()
+        tag = (source / "latest").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise EngineError(f"{source / 'latest'}: cannot be read ({error}); {tags_in(source)}") from None
+    if not tag:
+        raise EngineError(f"{source / 'latest'}: names no tag; {tags_in(source)}")
+    return tag
 
 
 def tags_in(source: Path) -> str:
     """The way out for a tag that is missing."""
-    tags = sorted(path.name for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
+    folders = [path for path in source.iterdir() if path.is_dir()] if source.is_dir() else []
+    tags = sorted(path.name for path in folders if not path.name.endswith(SAVING))
     known = f"choose a tag of {', '.join(tags)}, or " if tags else ""
     return f"{known}name the folder that was given to engine.save_checkpoint"
 
 
-def load_file(path: Path) -> Any:
-    """The content of a checkpoint's file, with its tensors mapped and not read.
+def load_file(path: Path, map_location: Any = "cpu", is_mapped: bool = True) -> Any:
+    """The content of a checkpoint's file, with its tensors mapped and not read, unless `is_mapped` is False.
 
     Only tensors, plain values and DeepSpeed's own small classes are made: a file of unknown origin runs no code.
     """
@@ -43,7 +48,7 @@ def load_file(path: Path) -> Any:
         raise EngineError(f"{path}: is cut off, or no file of torch.save in its zip form; save the checkpoint again")
     try:
         with torch.serialization.safe_globals([*deepspeeds_classes(), *numpys_functions()]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location=map_location, mmap=is_mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = found[1] if found else "something that is no tensor"

@@ -3,6 +3,9 @@
 DeepSpeed collects all weights of a rank's experts, and its optimizer states, before it copies them: as much again as
 the rank keeps. Mapped, their pages belong to the files and go when memory is needed. torch's optimizers keep the
 tensors that they are given: they get the ones that they have, filled, so that no file stays mapped behind the load.
+
+DeepSpeed would unpickle anything. Here a file is read as tensors and plain values alone once more, by the rule of the
+preflight: a file that took the place of the one that was looked through runs nothing either.
 """
 
 from __future__ import annotations
@@ -10,20 +13,21 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_moe_ep.engine import step_seams
-from ds_moe_ep.engine.checkpoint.convert.read import is_zip
+from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 
 COPIED = ("module", "optimizer", "frozen_param_fragments")  # of a file with weights: what DeepSpeed copies, or we do
 
 
 class MappedFiles(EngineCallback):
-    """Lets the engine read its checkpoints without a second copy in memory. Local."""
+    """Lets the engine read its checkpoints without a second copy in memory, as tensors and plain values. Local."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -32,13 +36,11 @@ class MappedFiles(EngineCallback):
         checkpoints = self._engine.checkpoint_engine
         if type(checkpoints).__name__ != "TorchCheckpointEngine":
             return proceed(load)
-        read, own = checkpoints.load, vars(checkpoints).get("load")
+        own = vars(checkpoints).get("load")
+        is_private = torch.serialization.get_default_mmap_options() == mmap.MAP_PRIVATE
 
         def load_mapped(path: Any, map_location: Any = None) -> Any:
-            is_private = torch.serialization.get_default_mmap_options() == mmap.MAP_PRIVATE
-            if not (is_private and is_zip(path)):
-                return read(path, map_location=map_location)
-            return _kept(torch.load(path, map_location=map_location, weights_only=False, mmap=True))
+            return _kept(load_file(Path(path), map_location, is_mapped=is_private))
 
         checkpoints.load = load_mapped
         optimizer = step_seams.torch_optimizer(self._engine)
