@@ -71,6 +71,13 @@ def why_not(importer: str, imported: str) -> str | None:
     return None
 
 
+def test_a_plan_runs_no_audit() -> None:
+    """The audit simulates eight jobs more; the command `audit` is the one that asks for it."""
+    asking = {file for file, _, names in rooms() if any(name.startswith("ds_moe_ep.simulate.audit") for name in names)}
+    assert "ds_moe_ep/cli/main.py" in asking, "or nothing was looked at"
+    assert {file for file in asking if "/simulate/plan/" in file} == set()
+
+
 def test_every_file_stands_on_a_known_floor() -> None:
     homeless = {file for file, room, _ in rooms() if room not in {*FLOORS, *OUTSIDE_FLOORS}}
     assert homeless == set(), "give the room a floor in FLOORS and in ARCHITECTURE.md"

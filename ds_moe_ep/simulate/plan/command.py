@@ -8,7 +8,6 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.simulate.audit.audit import audit
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.job.job import read_job
 from ds_moe_ep.simulate.layouts.command import run_search
@@ -22,7 +21,7 @@ from ds_moe_ep.simulate.sweep.command import run_sweep
 
 
 def run(options: PlanOptions, console: Console) -> int:
-    """Prints and writes; 0. The specification's figures are simulated where they are asked for: they take long.
+    """Prints and writes; 0.
 
     Raises ConfigError or TopologyError for a job that cannot work or does not fit, and for a file that it cannot write.
     """
@@ -46,13 +45,11 @@ def run(options: PlanOptions, console: Console) -> int:
     plan = plan_of(job, options.load)
     comparison = _comparison(options, plan, cluster) if options.compare else None
     plans = (comparison.ours, comparison.theirs) if comparison else (plan,)
-    rows = audit(cluster) if plan.stated and (options.json or options.verbose) else ()
     if options.json:
         values: dict[str, Any] = comparison_values(comparison) if comparison else plan_values(plan)
-        values["figures"] = [{"figure": row.figure.name, "verdict": row.verdict} for row in rows]
         print(json.dumps(values, indent=2, allow_nan=False))
     elif options.verbose:
-        print_all(plans, rows, comparison, console)
+        print_all(plans, comparison, console)
     else:
         print_comparison(comparison, console) if comparison else print_plan(plan, console)
     try:

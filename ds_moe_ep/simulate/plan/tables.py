@@ -13,7 +13,6 @@ from ds_moe_ep.records.names import KINDS
 from ds_moe_ep.records.quantity import Quantity, number, percent
 from ds_moe_ep.records.render import print_lines, print_tables, to_terminal
 from ds_moe_ep.records.table import Table, quantity_table, table
-from ds_moe_ep.simulate.audit.audit import AuditRow
 from ds_moe_ep.simulate.job.fit import MemoryFit
 from ds_moe_ep.simulate.job.replicas import ReplicaGain
 from ds_moe_ep.simulate.plan.plan import PARTS, Comparison, Plan, group_of
@@ -86,7 +85,7 @@ def replicas_told(gain: ReplicaGain) -> str:
     )
 
 
-def print_all(plans: Sequence[Plan], rows: Sequence[AuditRow], comparison: Comparison | None, console: Console) -> None:
+def print_all(plans: Sequence[Plan], comparison: Comparison | None, console: Console) -> None:
     """Prints every table of one plan, or of two side by side; what concerns one of two stands below the other's."""
     for plan in plans:
         _print_head(plan, console)
@@ -95,7 +94,7 @@ def print_all(plans: Sequence[Plan], rows: Sequence[AuditRow], comparison: Compa
     tables = [_memory(plans), _step(plans), _parts(plans)]
     for make in (_choices, _bounds, _others):
         tables += [found for plan in plans for found in make(plan)]
-    print_tables([*tables, *_claims(rows)], console)
+    print_tables(tables, console)
     console.print()
     print_lines([line for plan in plans for line in told(plan)], console)
     print_lines(ratio, console, style="bold")
@@ -138,7 +137,7 @@ def _stated(plan: Plan) -> str:
         f"the peak of {setup.training.world_size} devices when training{repeated}, {percent(stated.forward, 0)} "
         "forward. "
         f"Predicted for {MODES[setup.mode]}: {_text(tps)} tokens/s, {mfu.text(1)} % of the peak. "
-        f"What is stated is {verdict}."
+        f"What is stated is {verdict}. All of its figures: the command audit."
     )
 
 
@@ -244,13 +243,6 @@ def _others(plan: Plan) -> Iterator[Table]:
         rows = [(o.title, _gb(o["spare_bytes"].value), *(_text(o[key]) for key in keys)) for o in plan.others]
         head = ("change of the ds_config", "to spare, GB", "tokens per second", "times as many")
         yield table(f"changes that fit, instead of {plan.title} as above", head, rows)
-
-
-def _claims(rows: Sequence[AuditRow]) -> Iterator[Table]:
-    if rows:
-        head = ("figure", "stated", "verdict (all columns: the command audit)")
-        cells = [(row.figure.name, row.figure.stated, row.verdict) for row in rows]
-        yield table("the specification's figures on this cluster", head, cells, text_columns=3)
 
 
 def _text(quantity: Quantity) -> str:
