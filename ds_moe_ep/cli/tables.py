@@ -15,7 +15,7 @@ from ds_moe_ep.check.pipeline import PipelineCheck
 from ds_moe_ep.config.knobs import Layout, ModelConfig, MoEConfig
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.kernels.attention_path import PATHS, attention_path
-from ds_moe_ep.records.quantity import number, percent, size
+from ds_moe_ep.records.quantity import counted, number, percent, size
 from ds_moe_ep.records.render import print_lines, print_tables, to_markdown
 from ds_moe_ep.records.table import Table, table
 from ds_moe_ep.sizing.footprint import Memory, Parameters
@@ -31,6 +31,7 @@ ROWS_OF_MEMORY = {
     "step": "fp32 gradients of a step (not beside the two above)",
 }
 BESIDE_THE_POINT = {"schedule", "attention on GPUs", "precision"}  # of the few lines
+MANY_TIMES = 100  # the mean rows: from there on nobody asks for a tenth
 FEW_NOTES = 1  # beside the few lines; keys that DeepSpeed ignores come first
 DERIVED = "All numbers are derived from shapes; none of them was measured."
 
@@ -50,7 +51,7 @@ def print_check(check: Check, console: Console | None = None, *, verbose: bool =
     print_lines(notes if verbose else [one_line(note, console.width) for note in notes], console, style="yellow")
     if not verbose:
         left = len(check.notes) - len(told)
-        more = f"All tables, {left} more notes" if left else "All tables"
+        more = f"All tables, {counted(left, 'more note')}" if left else "All tables"
         print_lines([f"Derived from shapes, not measured. {more}: --verbose"], console, style="dim")
     elif check.details is not None:
         print_lines([DERIVED], console, style="dim")
@@ -114,18 +115,21 @@ def _choice(moe: MoEConfig) -> str:
 def _job(check: Check) -> dict[str, str]:
     """Ranks, experts, routing, schedule, precision and batch, each by its name."""
     moe, training, layout = check.moe, check.training, check.training.layout
+    micro_batches = counted(training.accumulation, "micro-batch", "micro-batches")
     capacity = "dropless" if moe.capacity_factor is None else f"capacity factor {moe.capacity_factor:g}"
     if layout == WHOLE:
-        ranks = f"{training.num_replicas} groups x {moe.ep_size} ranks"
-        place, copies = f"{moe.num_local_experts} on a rank", f"{training.num_copies} ranks"
+        ranks = f"{counted(training.num_replicas, 'group')} x {counted(moe.ep_size, 'rank')}"
+        place, copies = f"{moe.num_local_experts} on a rank", counted(training.num_copies, "rank")
         if training.sharing_ranks > 1:
-            copies = f"{training.num_copies} copies of {training.sharing_ranks} ranks"
+            copies = f"{counted(training.num_copies, 'copy', 'copies')} of {training.sharing_ranks} ranks"
         schedule = f"{moe.schedule}, depth {moe.depth}, {moe.transport}"
     else:
-        ranks = f"{training.num_copies} copies x {layout.pp_size} stages x {layout.tp_size} tensor ranks"
+        copies = counted(training.num_copies, "copy", "copies")
+        stages, tensor_ranks = counted(layout.pp_size, "stage"), counted(layout.tp_size, "tensor rank")
+        ranks = f"{copies} x {stages} x {tensor_ranks}"
         share = f"1/{layout.tp_size} of each" if moe.ep_size == 1 else f"{moe.num_local_experts}"
-        place, copies = f"{share} on a rank of the layer's stage", f"{training.num_copies} copies"
-        schedule = f"1F1B of {training.accumulation} micro-batches, bubble {percent(bubble(training))}"
+        place = f"{share} on a rank of the layer's stage"
+        schedule = f"1F1B of {micro_batches}, bubble {percent(bubble(training))}"
     attention = {}
     if check.details is not None:
         path = attention_path(check.details.model.head_size, "cuda")
@@ -138,9 +142,7 @@ def _job(check: Check) -> dict[str, str]:
         "schedule": schedule,
         **attention,
         "precision": training.precision + summed,
-        "batch": (
-            f"{training.batch:,} sequences = {training.micro_batch} x {training.accumulation} micro-batches x {copies}"
-        ),
+        "batch": f"{counted(training.batch, 'sequence')} = {training.micro_batch} x {micro_batches} x {copies}",
     }
 
 
@@ -152,8 +154,9 @@ def _memory_told(check: Check) -> dict[str, str]:
     if isinstance(details, PipelineCheck):
         room = f"micro-batches of up to {details.largest_micro_batch:,} fit"
     else:
-        room = f"up to {number(details.load_that_fits, 1)} x the mean rows fit"
-    of = f"{budget.gpu_gb:g} - {budget.reserve_gb:g} GB reserve"
+        times = number(details.load_that_fits, 1 if details.load_that_fits < MANY_TIMES else 0)
+        room = f"up to {times} x the mean rows fit"
+    of = f"{budget.gpu_gb - budget.reserve_gb:g} GB ({budget.reserve_gb:g} in reserve)"
     return {"per GPU": f"{size(details.memory.peak)} of {of}; {room}"}
 
 

@@ -178,6 +178,11 @@ def rounded(value: float, significant: int) -> float:
     return float(f"{value:.{significant}g}")
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number with its noun: 1 rank, 16 ranks, 2 copies; `many` is the plural of a noun that takes more than an s."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 def size(num_bytes: float, decimals: int = 2) -> str:
     """Bytes in the unit that reads well (1 GB = 1e9 bytes)."""
     for unit in ("GB", "MB", "kB"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from rich import box
 from rich.console import Console, Group, OverflowMethod
@@ -21,10 +23,15 @@ def print_tables(tables: Iterable[Table], console: Console) -> None:
 
 
 def print_lines(lines: Iterable[str] | Mapping[str, str], console: Console, style: str = "") -> None:
-    """Prints lines as they are, those of a mapping behind their names, without markup."""
+    """Prints lines as they are, those of a mapping behind their names, without markup.
+
+    What goes on for longer than the console's width is continued below the texts, not below the names.
+    """
     if isinstance(lines, Mapping):
         width = max(map(len, lines), default=0)
-        lines = [f"{name:<{width}}  {text}" for name, text in lines.items()]
+        wrap = partial(textwrap.wrap, width=max(console.width, 2 * width), break_on_hyphens=False)
+        named = [f"{name:<{width}}  {text}" for name, text in lines.items()]
+        lines = [part for line in named for part in wrap(line, subsequent_indent=" " * (width + 2))]
     for line in lines:
         console.print(Text(line, style=style))
 

@@ -162,10 +162,10 @@ def test_the_tables_tell_the_stage_its_bytes_and_its_work(capsys: pytest.Capture
     assert main(["check-config", str(CONFIGS / "tp8_pp2.json"), "--verbose"]) == 0
     printed = capsys.readouterr().out
     for expected in (
-        "16 = 1 copies x 2 stages x 8 tensor ranks",
+        "16 = 1 copy x 2 stages x 8 tensor ranks",
         "16 per layer, 1/8 of each on a rank of the layer's stage",
         "1F1B of 4 micro-batches, bubble 20.0 %",
-        "32 sequences = 8 x 4 micro-batches x 1 copies",
+        "32 sequences = 8 x 4 micro-batches x 1 copy",
         "one rank of stage 0",
         "4.43 GB",
         "11 sequences",

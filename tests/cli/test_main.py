@@ -57,7 +57,7 @@ def test_the_answers_of_check_config_are_at_most_eight_lines(
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) <= 8 and "can run" in lines[0] and "--verbose" in lines[-1], config
         assert ("slots for 1 replicas" in lines[2]) == (config == copies)
-    assert any("59.77 GB of 80 - 4 GB reserve" in line for line in lines)
+    assert any("59.77 GB of 76 GB (4 in reserve)" in line for line in lines)
     assert main(["check-config", write(tmp_path, CONFIG), "--verbose", "--json"]) == 2
     assert "not allowed with" in capsys.readouterr().out
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"")  # a picture has a source per ground
 ELSEWHERE = ("http://", "https://", "mailto:")
+MADE = re.compile(r"<!-- made by: .*?<!-- end -->", re.DOTALL)
+PROGRAM = re.compile(r"\s*(?:\$ |(?:sudo |env |[A-Z_]+=\S+ )*(?:python|deepspeed|torchrun|mpirun|bash) )")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->$")
 
 
@@ -34,20 +36,25 @@ def prose(text: str) -> str:
 
 def links(path: Path) -> list[str]:
     """Targets of the page's links that lead into the repository."""
-    return [to for to in LINK.findall(prose(path.read_text(encoding="utf-8"))) if not to.startswith(ELSEWHERE)]
+    found = (link or source for link, source in LINK.findall(prose(path.read_text(encoding="utf-8"))))
+    return [to for to in found if not to.startswith(ELSEWHERE)]
 
 
 def anchors(path: Path) -> set[str]:
     """Anchors of the page's headings, as GitHub and GitLab make them."""
     found: set[str] = set()
     for title in re.findall(r"^#+ (.+)$", without_fences(path.read_text(encoding="utf-8")), re.MULTILINE):
-        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower()
-        name = re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
-        number = 0
+        name, number = anchor_of(title), 0
         while (anchor := f"{name}-{number}" if number else name) in found:
             number += 1
         found.add(anchor)
     return found
+
+
+def anchor_of(title: str) -> str:
+    """The anchor of a heading, where no other one on its page has its words."""
+    words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower()
+    return re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
 
 
 def is_broken(path: Path, link: str) -> bool:
@@ -64,3 +71,14 @@ def commands(path: Path) -> Iterator[Block]:
         if match[1] == "bash":
             above = NOT_RUN.search(text[: match.start()].rstrip())
             yield Block(path, match[2], above[1] if above else "")
+
+
+def hidden_commands(text: str) -> list[str]:
+    """Commands in fences that are none of commands, where no test would run them; generated parts have theirs."""
+    by_hand = MADE.sub("", text)
+    lines = [line for match in FENCE.finditer(by_hand) if match[1] != "bash" for line in match[2].splitlines()]
+    return [
+        line
+        for line in lines
+        if re.match(r"\s*(\$ |(sudo |env |[A-Z_]+=\S+ )*(python|deepspeed|torchrun|mpirun|bash) )", line)
+    ]

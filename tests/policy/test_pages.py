@@ -11,7 +11,7 @@ import pytest
 from ds_moe_ep.cli.main import make_parser
 from ds_moe_ep.config.command_line import Parser
 from tests import pages
-from tests.policy.links import anchors, commands, is_broken, links, without_fences
+from tests.policy.links import anchors, commands, hidden_commands, is_broken, links, without_fences
 from tests.policy.messages import is_told, quoted
 from tests.policy.sources import PACKAGE, ROOT
 
@@ -57,13 +57,25 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 
 def test_a_missing_file_and_a_missing_anchor_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("# One `code` [word](x.md): two\n\n```\n# no heading ](no/link)\n```\n## Same\n## Same\n")
+    picture = '<source srcset="dark.png">\n<img src="https://elsewhere/x.png">\n'
+    page.write_text(f"# One `code` [word](x.md): two\n\n```\n# no heading ](no/link)\n```\n## Same\n## Same\n{picture}")
     assert anchors(page) == {"one-code-word-two", "same", "same-1"}
     assert [is_broken(page, link) for link in ("page.md#same-1", "#same", "page.md", "x.md", "#other")] == [
         *[False] * 3,
         *[True] * 2,
     ]
-    assert links(page) == ["x.md"]
+    assert links(page) == ["x.md", "dark.png"]
+
+
+@pytest.mark.parametrize("path", pages.PAGES, ids=named)
+def test_commands_stand_in_blocks_that_a_slow_test_runs_or_that_say_why_not(path: Path) -> None:
+    assert hidden_commands(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_command_in_another_fence_is_found() -> None:
+    page = "```{}\npython -m ds_moe_ep audit\n```\n"
+    assert [len(hidden_commands(page.format(kind))) for kind in ("console", "", "bash")] == [1, 1, 0]
+    assert hidden_commands(f"<!-- made by: python -m ds_moe_ep audit -->\n{page.format('console')}<!-- end -->") == []
 
 
 def test_messages_that_troubleshooting_quotes_are_those_of_the_code() -> None:

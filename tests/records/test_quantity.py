@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.quantity import NONE, Quantity, Row, number, size, to_json
-from ds_moe_ep.records.render import print_tables, to_html, to_markdown
+from ds_moe_ep.records.quantity import NONE, Quantity, Row, counted, number, size, to_json
+from ds_moe_ep.records.render import print_lines, print_tables, to_html, to_markdown
 from ds_moe_ep.records.table import quantity_table
 
 
@@ -32,6 +32,8 @@ def test_numbers_keep_three_digits_that_count(value: float, plain: str, rounded:
 def test_decimals_and_bytes() -> None:
     assert (number(1234.56, 1), number(-0.04, 1)) == ("1,234.6", "0.0")
     assert [size(value) for value in (12, 1_500, 2.5e6, 6.4512e12)] == ["12 B", "1.50 kB", "2.50 MB", "6,451.20 GB"]
+    assert [counted(n, "copy", "copies") for n in (0, 1, 1024)] == ["0 copies", "1 copy", "1,024 copies"]
+    assert counted(2, "rank") == "2 ranks"
 
 
 def test_a_quantity_converts_within_its_kind_alone() -> None:
@@ -70,3 +72,10 @@ def test_numbers_have_the_digits_that_a_bar_leaves_them() -> None:
         "0", "412,000", "1,000", "999", "45.3", "1.23", "0.0123", "-29.2",
     ]  # fmt: skip
     assert Quantity.of(-1e-9, 0.0).text(1) == "0.0"  # rounding leaves no sign
+
+
+def test_a_named_line_that_is_too_long_goes_on_below_its_text() -> None:
+    console = Console(width=24)
+    with console.capture() as printed:
+        print_lines({"faster": "1.34 times with recompute=false", "ranks": "16"}, console)
+    assert printed.get().splitlines() == ["faster  1.34 times with", "        recompute=false", "ranks   16"]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from ds_moe_ep.cli.main import main
 from tests.policy.sources import ROOT
+from tests.soak.picture import dark_path, in_the_dark
 
 PAGE = ROOT / "examples" / "report"
 ORIGINS = ("from the table, rounded as there", "read back from the figure")
@@ -33,3 +36,13 @@ def test_each_record_of_the_page_says_where_its_number_was_read() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
     assert lines and all(line["notes"].endswith(ORIGINS) for line in lines)
+
+
+def test_the_soaks_picture_has_its_dark_variant() -> None:
+    path = ROOT / "examples" / "soak" / "soak.png"
+    light, dark = imread(path), imread(dark_path(path))
+    made = in_the_dark(light)
+    assert float(np.abs(made - dark).max()) < 2 / 255
+    assert float(np.median(light[..., :3])) == 1 and float(np.median(dark[..., :3])) < 0.15, "the control: the ground"
+    (blue,) = {tuple(np.round(255 * pixel)) for pixel in light[light[..., 2] - light[..., 0] > 0.69][:1, :3]}
+    assert float(np.abs(255 * dark[..., :3] - blue).max(-1).min()) < 2, "curves keep their colours"

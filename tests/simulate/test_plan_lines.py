@@ -24,13 +24,15 @@ def test_the_answers_of_one_job_are_eight_lines(capsys: pytest.CaptureFixture[st
     assert main(["plan", "--config", EP16, "--cluster", CLUSTER]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and "fits" in lines[0] and "--verbose" in lines[-1]
+    assert max(map(len, lines)) <= 80
     told = "\n".join(lines)
     for expected in (
         plan.prediction.tps.text(digits=3),
         plan.bounds[0].title,
         plan.others[0].title,
         "hidden",
-        "attention by blocks of queries",
+        "attention: blocks of queries",
+        "micro-batches of up to 5 sequences; 4 divides the batch",
     ):
         assert expected in told
 

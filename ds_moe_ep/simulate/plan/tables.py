@@ -10,7 +10,7 @@ from rich.console import Console
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.kernels.attention_path import PATHS
 from ds_moe_ep.records.names import KINDS
-from ds_moe_ep.records.quantity import Quantity, number, percent
+from ds_moe_ep.records.quantity import Quantity, counted, number, percent
 from ds_moe_ep.records.render import print_lines, print_tables, to_terminal
 from ds_moe_ep.records.table import Table, quantity_table, table
 from ds_moe_ep.simulate.job.fit import MemoryFit
@@ -19,7 +19,8 @@ from ds_moe_ep.simulate.plan.plan import PARTS, Comparison, Plan, group_of
 from ds_moe_ep.specification.verdicts import place_in_range
 
 DIGITS = 3  # that a bar leaves a number
-MORE = "Simulated, not measured; in brackets: all of the cluster's ranges at both ends. All tables: --verbose"
+MORE = "Simulated, not measured; brackets: the cluster's ranges. All tables: --verbose"
+IN_A_FEW_WORDS = {"torch": "torch's kernel", "flash": "a flash kernel", "blocks": "blocks of queries"}  # of attention
 FOOT = (
     "Simulated from the cluster's stated numbers; nothing was measured. In brackets: all of its ranges at their slower "
     "ends, and all at their faster ones. The simulation's own error, on measured runs, is what calibrate tells."
@@ -30,7 +31,7 @@ MODES = {"training": "training", "forward": "forward passes alone"}
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints the answers of one job's plan in a few lines."""
-    head = f"{plan.job.path} on {plan.job.setup.cluster.name}: fits, {_spare(plan.fit)} GB to spare"
+    head = f"{plan.job.path} on {plan.job.setup.cluster.name}: fits, {_spare(plan.fit)} GB free"
     print_lines([head], console, style="bold green")
     _print_notes([plan], console)
     print_lines(answers(plan), console)
@@ -62,8 +63,8 @@ def answers(plan: Plan, *, in_brief: bool = False) -> dict[str, str]:
     gain = faster_with = ""
     attention = ""
     if not in_brief:
-        attention = f"; attention by {PATHS[plan.attention]}"
-        gain = f"; {_text(plan.gain)} times the same job with nothing hidden" if plan.gain is not None else ""
+        attention = f"; attention: {IN_A_FEW_WORDS[plan.attention]}"
+        gain = f"; {_text(plan.gain)} times as fast as serial" if plan.gain is not None else ""
         faster_with = f" with {faster[0].title}" if faster else ""
     replicas = {"replicas": replicas_told(plan.replicas)} if plan.replicas is not None else {}
     return {
@@ -73,7 +74,7 @@ def answers(plan: Plan, *, in_brief: bool = False) -> dict[str, str]:
         "utilization": f"{_text(named['mfu'])} % of the peak{attention}",
         "bounded by": f"{bound.title}: {bound['saved_ratio'].percent()} of a step",
         "faster": f"{ratios[0]} times{faster_with}" if ratios else "no change of the file that fits",
-        "largest": f"{_largest(plan.fit)} sequences per micro-batch",
+        "largest": f"micro-batches of up to {_largest(plan.fit)}",
     }
 
 
@@ -187,15 +188,15 @@ def _memory(plans: Sequence[Plan]) -> Table:
         ("largest sum at once", *(_gb(plan.fit.memory.peak) for plan in plans)),
         ("there is (reserve: driver, NCCL, fragmentation)", *[room] * len(plans)),
         ("to spare", *(_spare(plan.fit) for plan in plans)),
-        ("largest micro-batch that fits, sequences", *(_largest(plan.fit) for plan in plans)),
+        ("largest micro-batch that fits", *(_largest(plan.fit) for plan in plans)),
     ]
     strong = frozenset((len(rows) - 4, len(rows) - 2))
     return Table("memory of one device, GB", ("kind", *(plan.title for plan in plans)), tuple(rows), strong_rows=strong)
 
 
 def _largest(fit: MemoryFit) -> str:
-    whole = "" if fit.largest == fit.largest_of_batch else f" ({fit.largest_of_batch} cuts the batch)"
-    return f"{fit.largest}{whole}"
+    divides = "" if fit.largest == fit.largest_of_batch else f"; {fit.largest_of_batch:,} divides the batch"
+    return f"{counted(fit.largest, 'sequence')}{divides}"
 
 
 def _spare(fit: MemoryFit) -> str:
