@@ -3,7 +3,8 @@
 1. Outputs in evaluation and digests of weights and optimizer states are taken, then the engine saves.
 2. The files of experts are read one by one, as any ep_size would read them: each expert of each layer is there, and
    equal to that of the rank that has it.
-3. Weights are spoilt, and the engine loads: outputs, weights and states must be what they were, bit for bit.
+3. Weights are spoilt, and the engine loads: outputs, weights and states must be what they were, bit for bit. Where a
+   file is not there nothing is loaded: DeepSpeed's own load fails on the ranks that look for it, and the others wait.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ds_moe_ep.engine.checkpoint.finish import wait_for_saves
 from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE
 from ds_moe_ep.engine.state.optimizer_view import loss_scale, own_partition
 from ds_moe_ep.engine.views.layers import ViewedLayer
+from ds_moe_ep.errors import EngineError
 from ds_moe_ep.verification.judge_optimizer import digest, named_states, named_tensors
 from ds_moe_ep.verification.steps import LastBatch
 from ds_moe_ep.verification.verdicts import TrainingVerdict
@@ -43,14 +45,14 @@ class CheckpointJudge:
         root = _agreed_folder(folder)
         try:
             before = self._digests()
-            self._engine.save_checkpoint(str(root), tag=TAG)
-            wait_for_saves(self._engine)
-            dist.barrier()
+            _together("save", lambda: self._save(root))
+            is_whole = True
             if not self._engine.zero_optimization_partition_weights():  # else files hold ranks' partitions
-                yield from self._files(root / TAG)
-            self._spoil()
-            self._engine.load_checkpoint(str(root), tag=TAG)
-            yield from self._differences(before, self._digests())
+                is_whole = yield from self._files(root / TAG)
+            if all(seams.gather(is_whole)):
+                self._spoil()
+                _together("load what was saved", lambda: self._engine.load_checkpoint(str(root), tag=TAG))
+                yield from self._differences(before, self._digests())
         finally:
             dist.barrier()
             if dist.get_rank() == 0:
@@ -67,6 +69,10 @@ class CheckpointJudge:
         found["the loss scale"] = str(loss_scale(engine))
         found["the step counter"] = str(engine.global_steps)
         return found
+
+    def _save(self, root: Path) -> None:
+        self._engine.save_checkpoint(str(root), tag=TAG)
+        wait_for_saves(self._engine)
 
     @torch.no_grad()
     def _spoil(self) -> None:
@@ -99,8 +105,11 @@ class CheckpointJudge:
                     dist.get_rank(),
                 )
 
-    def _files(self, folder: Path) -> Iterator[TrainingVerdict]:
-        """Problems of the files of experts, told by rank 0; experts that are cut lie in those of their stages."""
+    def _files(self, folder: Path) -> Generator[TrainingVerdict, None, bool]:
+        """Problems of the files of experts, told by rank 0; experts that are cut lie in those of their stages.
+
+        Returns False, on rank 0, where a tensor is in no file at all.
+        """
         in_files_of_stages = tuple(f"{each.name} " for each in self._layers if each.shares_width_with is not None)
         everyone = seams.gather(
             {
@@ -111,14 +120,15 @@ class CheckpointJudge:
         )
         named = dict(seams.gather((seams.pipeline_stage(), [layer.name for layer in self._layers])))
         if dist.get_rank():
-            return
+            return True
         live = {name: value for theirs in everyone for name, value in theirs.items()}
-        seen: set[str] = set()
+        seen, there = set[str](), set[str]()
         for path in sorted(folder.glob("layer_*_expert_*_model_states.pt")):
             if match := EXPERT_FILE.fullmatch(path.name):
                 layer = named[int(match[3]) // seams.tensor_parallel_size()][int(match[1])]  # by stage
                 for key, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
                     name = f"{layer} expert {match[2]} {_name_in_expert(key)}"
+                    there.add(name)
                     if isinstance(tensor, Tensor) and live.get(name) == digest(tensor):
                         seen.add(name)
         for name in live.keys() - seen:
@@ -130,6 +140,22 @@ class CheckpointJudge:
                 name,
                 0,
             )
+        return live.keys() <= there
+
+
+def _together(what: str, action: Callable[[], Any]) -> None:
+    """Does it, and raises on every rank where one cannot: else the others would go on and wait for that one."""
+    error: Exception | None = None
+    try:
+        action()
+    except Exception as caught:
+        error = caught
+    told = seams.gather(error and f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, theirs in enumerate(told):
+        if theirs:
+            raise EngineError(f"rank {rank} could not {what} ({theirs})")
 
 
 def _name_in_expert(key: str) -> str:
