@@ -30,7 +30,7 @@ from ds_moe_ep.verification.judge_optimizer import digest, named_states, named_t
 from ds_moe_ep.verification.steps import LastBatch
 from ds_moe_ep.verification.verdicts import TrainingVerdict
 
-TAG = "verify"
+TAG, OUTPUT = "verify", "output "
 _LOCAL = re.compile(r"(\.deepspeed_experts\.)\d+\.")
 
 
@@ -61,7 +61,7 @@ class CheckpointJudge:
     def _digests(self) -> dict[str, str]:
         """Digests of outputs, weights, optimizer states and counters."""
         engine = self._engine
-        found = {f"output {index}": digest(each) for index, each in enumerate(self._batch.outputs())}
+        found = {f"{OUTPUT}{index}": digest(each) for index, each in enumerate(self._batch.outputs())}
         tensors = named_tensors(engine, self._layers) | named_states(engine, self._layers)
         tensors |= {name: each for name, each in engine.module.named_buffers() if _is_saved(engine.module, name)}
         found |= {name: digest(each) for name, each in tensors.items()}

@@ -32,7 +32,7 @@ from ds_moe_ep.health.watch import Watch
 from ds_moe_ep.verification import judge_optimizer
 from ds_moe_ep.verification.gate_oracle import model_balance
 from ds_moe_ep.verification.judge_balance import BiasMovement, balance_weights
-from ds_moe_ep.verification.judge_checkpoint import CheckpointJudge
+from ds_moe_ep.verification.judge_checkpoint import OUTPUT, CheckpointJudge
 from ds_moe_ep.verification.judge_optimizer import Movement
 from ds_moe_ep.verification.judge_passes import ExpertsOutcome, PassJudge, ask_oracle, judge_gradients
 from ds_moe_ep.verification.judge_source import source_problems
@@ -323,6 +323,8 @@ def _ordered(verdicts: Sequence[TrainingVerdict], told: Mapping[str, str]) -> It
         problems = [verdict for verdict in first.values() if verdict.status == "problem"]
         if check == "gradients":  # a wrong output makes wrong gradients of experts, and not the other way round
             problems.sort(key=lambda verdict: EXPERT in verdict.parameter)
+        if check == "checkpoint":  # another weight makes other outputs, of which a model may give many
+            problems.sort(key=lambda verdict: verdict.parameter.startswith(OUTPUT))
         if problems or check in told:
             yield from concluded(check, problems, told.get(check, ""))
         notes = {(v.found, v.parameter): replace(v, rank=None) for v in first.values() if v.status == "note"}
