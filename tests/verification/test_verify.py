@@ -325,7 +325,6 @@ def test_more_sound_engines_beside_other_ranks_have_no_finding() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(450)
 @pytest.mark.parametrize("name", SINGLE_FAULTS)
 def test_each_fault_alone_is_named(name: str) -> None:
     found = run_ranks(4, each_alone, name, timeout_s=400)[0]
