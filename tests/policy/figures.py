@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeGuard
 
-from tests.policy.sources import ROOT
+from tests.policy.sources import ROOT, own_python
 
 ONE_FORMATTER = Path("records", "quantity.py")
 NUMBER_FORMAT = re.compile(r"[,.\d]*[defgn%]|,")
@@ -79,8 +79,7 @@ SECONDS_BEFORE = {"suite": "1,068", "demo": "none"}  # in a clean clone on a qui
 
 def count(root: Path = ROOT) -> Figures:
     """The figures of the checkout at `root`."""
-    package = root / "ds_moe_ep"
-    trees = {path.relative_to(package): ast.parse(path.read_text(encoding="utf-8")) for path in modules(package)}
+    package, trees = root / "ds_moe_ep", trees_of(root)
     wraps = list(replaced_methods(trees))
     return Figures(
         lines=num_lines(modules(package)),
@@ -95,6 +94,14 @@ def count(root: Path = ROOT) -> Figures:
         test_lines=num_lines(modules(root / "tests")),
         readme_lines=num_lines([root / "README.md"]),
     )
+
+
+def trees_of(root: Path) -> dict[Path, ast.Module]:
+    """Syntax trees of the modules of the package, by their paths there; this checkout is parsed once for all tests."""
+    package = root / "ds_moe_ep"
+    if root == ROOT:
+        return {path.relative_to(package): tree for path, tree in own_python() if package in path.parents}
+    return {path.relative_to(package): ast.parse(path.read_text(encoding="utf-8")) for path in modules(package)}
 
 
 def modules(folder: Path) -> list[Path]:
@@ -219,8 +226,7 @@ def main() -> None:
     seconds = {} if given.suite_s is None else {"suite": given.suite_s}
     print(table(count(given.at), seconds | {name: seconds_of(name, given.at) for name in given.time}))
     if given.names:
-        package = given.at / "ds_moe_ep"
-        trees = {path.relative_to(package): ast.parse(path.read_text(encoding="utf-8")) for path in modules(package)}
+        trees = trees_of(given.at)
         print("", *double_names(trees), *formatters(trees), *replaced_methods(trees), sep="\n")
 
 

@@ -8,7 +8,7 @@ import inspect
 import pytest
 
 import ds_moe_ep
-from tests.policy.sources import PACKAGE
+from tests.policy.sources import PACKAGE, own_python
 
 CONSTANTS = {"MEDIUM", "MODELS", "SMALL", "SPECIFICATION", "__version__"}
 
@@ -42,8 +42,9 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
 
 def test_public_functions_and_classes_of_the_package_have_docstrings() -> None:
     bare = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(path.read_text())
+    for path, tree in own_python():
+        if PACKAGE not in path.parents:
+            continue
         if tree.body and not ast.get_docstring(tree):
             bare.append(f"{path.name}: the file")
         for node in tree.body:
