@@ -94,7 +94,7 @@ def train(args: argparse.Namespace) -> None:
             engine.backward(loss)
             engine.step()
         if dist.get_rank() == 0:
-            print(f"step {step + 1} | loss {float(loss):.4f}", flush=True)
+            print(f"step {step + 1} | loss {float(loss.detach()):.4f}", flush=True)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
