@@ -244,6 +244,8 @@ class MoE(DeepSpeedMoE):
         ranks = tensor.tensor_ranks_of(self, self.config)
         self.deepspeed_moe.share_tokens(ranks)
         self.deepspeed_moe.hidden_size = self.deepspeed_moe.gate.width  # AutoTP divides it with a shared expert it cuts
+        if ranks.is_shared:
+            tensor.take_whole(self)
         tensor.mark_as_apart(self.deepspeed_moe.experts)
         for module in (self.deepspeed_moe.gate, *([self.mlp, self.coefficient] if self.use_residual else [])):
             tensor.make_alike(ranks, module)

@@ -40,14 +40,21 @@ class RowMaps:
         return self.choice_of_row_N if num_choices == 1 else self.choice_of_row_N // num_choices
 
 
-def permute(x_TD: Tensor, maps: RowMaps, use_triton: bool | None = None, weights_TK: Tensor | None = None) -> Tensor:
+def permute(
+    x_TD: Tensor,
+    maps: RowMaps,
+    use_triton: bool | None = None,
+    weights_TK: Tensor | None = None,
+    made: Callable[[], Tensor | None] | None = None,
+) -> Tensor:
     """Rows [N, D] in send order: row n is the token of choice n, times its weight where weights are given.
 
-    Products are made in the weights' type (fp32) and rounded once. Differentiable, local.
+    Products are made in the weights' type (fp32) and rounded once. On the way back `made`, without weights, gives the
+    tokens' gradient where the caller has made it. Differentiable, local.
     """
     rows_ND: Tensor
     if weights_TK is None:
-        rows_ND = _Permute.apply(x_TD, maps, use_triton)  # type: ignore[no-untyped-call]
+        rows_ND = _Permute.apply(x_TD, maps, use_triton, made)  # type: ignore[no-untyped-call]
     else:
         rows_ND = _WeightedPermute.apply(x_TD, weights_TK, maps, use_triton)  # type: ignore[no-untyped-call]
     return rows_ND
@@ -68,6 +75,20 @@ def unpermute(
     """
     y_TD: Tensor = _Unpermute.apply(rows_ND, weights_TK, maps, use_triton, made, *added)  # type: ignore[no-untyped-call]
     return y_TD
+
+
+def collect(rows_ND: Tensor, maps: RowMaps, use_triton: bool | None = None) -> Tensor:
+    """The sum [T, D] of each token's rows, at least in fp32 and rounded once; no gradient."""
+    num_tokens = maps.row_of_choice_TK.shape[0]
+    if rows_ND.shape[0] == 0:
+        return rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
+    if not runs_triton(use_triton, rows_ND):
+        return _by_blocks(num_tokens, rows_ND, partial(_sum_of_choices, rows_ND, maps))
+    from ds_moe_ep.kernels.compiled import permute as kernels
+
+    x_TD = rows_ND.new_empty(num_tokens, rows_ND.shape[1])
+    kernels.collect(rows_ND.contiguous(), None, *_both(maps), (), x_TD)
+    return x_TD
 
 
 def gather_tokens(x_TD: Tensor, maps: RowMaps, rows: slice = WHOLE, out_ND: Tensor | None = None) -> Tensor:
@@ -108,8 +129,10 @@ def _index_select(from_RD: Tensor, index_N: Tensor, out_ND: Tensor | None) -> Te
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, maps: RowMaps, use_triton: bool | None) -> Tensor:
-        ctx.maps, ctx.use_triton = maps, use_triton
+    def forward(
+        ctx: Any, x_TD: Tensor, maps: RowMaps, use_triton: bool | None, made: Callable[[], Tensor | None] | None
+    ) -> Tensor:
+        ctx.maps, ctx.use_triton, ctx.made = maps, use_triton, made
         if not runs_triton(use_triton, x_TD):
             return gather_tokens(x_TD, maps)
         from ds_moe_ep.kernels.compiled import permute as kernels
@@ -122,19 +145,9 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     @not_compiled
-    def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor, None, None]:
-        maps: RowMaps = ctx.maps
-        num_tokens = maps.row_of_choice_TK.shape[0]
-        if d_rows_ND.shape[0] == 0:
-            return d_rows_ND.new_zeros(num_tokens, d_rows_ND.shape[1]), None, None
-        if not runs_triton(ctx.use_triton, d_rows_ND):
-            by_tokens = partial(_sum_of_choices, d_rows_ND, maps)
-            return _by_blocks(num_tokens, d_rows_ND, by_tokens), None, None
-        from ds_moe_ep.kernels.compiled import permute as kernels
-
-        dx_TD = d_rows_ND.new_empty(num_tokens, d_rows_ND.shape[1])
-        kernels.collect(d_rows_ND.contiguous(), None, *_both(maps), (), dx_TD)
-        return dx_TD, None, None
+    def backward(ctx: Any, d_rows_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        dx_TD = None if ctx.made is None else ctx.made()
+        return collect(d_rows_ND, ctx.maps, ctx.use_triton) if dx_TD is None else dx_TD, None, None, None
 
 
 class _WeightedPermute(torch.autograd.Function):

@@ -31,7 +31,7 @@ from ds_moe_ep.comm.transport import Loopback, Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError, EngineError
-from ds_moe_ep.kernels.permute import permute, unpermute
+from ds_moe_ep.kernels.permute import RowMaps, permute, unpermute
 from ds_moe_ep.moe.agreement import Agreement, Call, Mode, announce_bad_input
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan, PendingPlan, begin_plan
 from ds_moe_ep.moe.executor import PassContext, run_experts
@@ -293,20 +293,20 @@ class Dispatcher:
         else:
             hosted = HostedPass(self._replicas, self._replicas.begin(routes, agreement, experts, training, in_triton))
             pending = PendingPlan(None, hosted.finish)
-        early_ND = self._permute_early(x_TD, routes, pending, call, in_triton)
+        made = early and early.own_gradient
+        permuted = partial(permute, x_TD, use_triton=in_triton, weights_TK=sent_weights(routes), made=made)
+        early_ND = self._permute_early(permuted, pending, call)
         plan = pending.finish()
-        if training and self._observer is not None:
-            self._observer(routes, plan)
+        self._observe(routes, plan, training)
         try:
             experts = experts if hosted is None else hosted.experts()
-            rows_ND = permute(x_TD, plan.maps, in_triton, sent_weights(routes)) if early_ND is None else early_ND
+            rows_ND = permuted(plan.maps) if early_ND is None else early_ND
             if training:
                 self._tune(rows_ND, plan, experts, shared)
             # From here on: what was tuned may run another schedule than the one that this call was announced with.
             context = self._context(rows_ND, plan, experts, call, shared)
             weights_TK = torch.ones_like(routes.weights_TK) if routes.weighs_rows else routes.weights_TK
-            if early is not None:
-                early = early.arm(context, plan.maps, weights_TK, rows_ND)
+            early = early and early.arm(context, plan.maps, weights_TK, rows_ND, are_plain=not routes.weighs_rows)
             if plan.goes_backward and not needs:  # a peer's pass backward needs this rank's
                 rows_ND.requires_grad_()
             if plan.goes_backward and hosted is not None:
@@ -320,15 +320,17 @@ class Dispatcher:
         results_ND, shared_TD = run_experts(rows_ND, experts, context, shared, weights_UK, early)
         to_add = [each for each in (shared_TD, residual_TD) if each is not None]
         added = [each for each in to_add if each.dtype == results_ND.dtype]
-        y_TD = unpermute(results_ND, weights_TK, plan.maps, added, in_triton, None if early is None else early.own)
-        return y_TD, [each for each in to_add if each.dtype != results_ND.dtype]
+        left = [each for each in to_add if each.dtype != results_ND.dtype]
+        return unpermute(results_ND, weights_TK, plan.maps, added, in_triton, early and early.own), left
 
-    def _permute_early(
-        self, x_TD: Tensor, routes: Routes, pending: PendingPlan, call: Call, in_triton: bool | None
-    ) -> Tensor | None:
+    def _observe(self, routes: Routes, plan: DispatchPlan, training: bool) -> None:
+        if training and self._observer is not None:
+            self._observer(routes, plan)
+
+    def _permute_early(self, permuted: Callable[[RowMaps], Tensor], pending: PendingPlan, call: Call) -> Tensor | None:
         """The rows [N, D] in send order, launched before the host waits for the counts, where they need none."""
         try:
-            return None if pending.maps is None else permute(x_TD, pending.maps, in_triton, sent_weights(routes))
+            return None if pending.maps is None else permuted(pending.maps)
         except BaseException as error:  # the peers have the counts, and are about to send rows
             self.checked_connection().transport.abandon(error, call.tags)
             raise

@@ -29,7 +29,7 @@ from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.grouped.experts import GroupedPass
 from ds_moe_ep.moe.layout import PieceRows, RowLayout
 from ds_moe_ep.moe.rows.buffers import Buffers
-from ds_moe_ep.moe.tensor_parallel.early import EarlyGather
+from ds_moe_ep.moe.tensor_parallel.early import EarlyGather, TokenGather
 from ds_moe_ep.moe.two_level.copies import NodeCopies
 from ds_moe_ep.moe.two_level.relay import Relay, relay_of
 from ds_moe_ep.schedule.build import Op, OpKind, Schedule
@@ -115,7 +115,9 @@ class _RunExperts(torch.autograd.Function):
                 here = slice(*rows.tokens)
                 shared_pass.compute(0, here, x_TD[here], shared_TD[here])
 
-        run(context.forward, context, buffers, Steps("forward", compute, None, relay, early))
+        results = None if early is None else early.results
+        run(context.forward, context, buffers, Steps("forward", compute, None, relay, results))
+        ctx.early = early
         ctx.relay, relayed = relay, [] if relay is None else relay.saved
         ctx.context, ctx.passes = context, [p for p in (expert_pass, shared_pass) if p is not None]
         ctx.num_saved = [len(each.saved) for each in ctx.passes]
@@ -144,6 +146,7 @@ class _RunExperts(torch.autograd.Function):
             )
             dx_TD = None if x_TD is None else torch.empty_like(x_TD)
             d_shared_TD = None if d_shared_TD is None else d_shared_TD.contiguous()
+            gradients = None if ctx.early is None else ctx.early.begin_back(d_results_ND)
         grads: list[Tensor | None] = []
         shared_grads: list[Tensor | None] = []
 
@@ -172,7 +175,7 @@ class _RunExperts(torch.autograd.Function):
                 shared_grads.extend(shared_pass.weight_grads(0))
 
         with without_autocast(d_results_ND.device.type):  # whatever surrounds the caller's backward()
-            run(context.backward, context, buffers, Steps("backward", compute, weights, relay))
+            run(context.backward, context, buffers, Steps("backward", compute, weights, relay, gradients))
         for each in ctx.passes:
             each.saved = []
             each.release_weights()
@@ -205,7 +208,7 @@ class Steps:
     compute: Callable[[PieceRows], None]
     weights: Callable[[int], None] | None = None
     relay: Relay | None = None  # of a pass with two levels
-    early: EarlyGather | None = None  # of a pass whose results other ranks get too
+    early: TokenGather | None = None  # of a pass whose tokens other ranks get too
 
 
 def run(schedule: Schedule, context: PassContext, buffers: Buffers, steps: Steps) -> None:

@@ -159,14 +159,14 @@ class ExpertParallel(nn.Module):
 
     def _dispatch(self, x_TD: Tensor, routing: Routing, residual_TD: Tensor | None) -> Tensor:
         tensor = self.tensor_ranks
-        share_TD, routes = tensor.cut(x_TD, routing)
+        early = tensor.early_gather(len(x_TD))
+        share_TD, routes = tensor.cut(x_TD, routing, early)
         rows_TD, experts = local_experts(self.experts, share_TD)
         # Beside the rows of a share there are other tokens than a shared expert's.
         shared_form = None if self.shared is None or tensor.is_shared else self._shared_forms.common([self.shared])
         shared = None if self.shared is None or shared_form is None else shared_expert(shared_form, self.shared, x_TD)
         is_opaque = isinstance(experts, OpaqueExperts)  # whose results may get another type than the rows'
         added = None if is_opaque or tensor.is_shared else residual_TD
-        early = tensor.early_gather(len(x_TD))
         y_TD, rest = self.dispatcher(rows_TD, routes, experts, self.training, shared, added, early)
         if isinstance(experts, OpaqueExperts):
             self.experts.output_type = experts.output_type

@@ -1,4 +1,4 @@
-"""Results that tensor ranks gather while others come back: the bits of a gather behind the pass, and it is in time."""
+"""Tokens that tensor ranks gather while others come back: the bits of a gather behind the pass, and it is in time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm.transport import Message, Transfer
+from ds_moe_ep.moe import executor
 from ds_moe_ep.moe.tensor_parallel import early
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
@@ -106,14 +107,48 @@ def in_time(links: Links, is_early: bool) -> tuple[bool | None, list[list[int]]]
     return held.was_in_time, counted
 
 
-def everything() -> tuple[list[bool], list[bool | None], list[list[int]]]:
+def gradients_in_time(links: Links, is_early: bool) -> tuple[bool, int]:
+    """True where the gradients of all tokens were gathered before the weights' were computed; gathers by then."""
+    each, have_come, steps, found = CASES[0], threading.Event(), executor.Steps, list[bool]()
+    wait, begin, begun, arrived = early._Arriving.wait, early.begin_rows, list[int](), list[object]()
+
+    def counting(group: dist.ProcessGroup, counts: Sequence[int], own: Tensor) -> object:
+        begun.append(len(own))
+        return begin(group, counts, own)
+
+    def arrives(arriving: early._Arriving) -> None:
+        wait(arriving)
+        arrived.append(arriving)
+        if len(arrived) == NUM_PIECES:
+            have_come.set()
+
+    def holding(phase: str, compute: object, weights: object, relay: object, gathered: object) -> executor.Steps:
+        def held(block: int) -> None:
+            found.append(have_come.wait(30.0 if is_early else 0.5))
+            weights(block)
+
+        return steps(phase, compute, held, relay, gathered)
+
+    layer, data = build_layer(each, case_data(each)), case_data(each)
+    layer.connect(links.of(each), torus_for(each))
+    layer.share_tokens(TensorRanks(dist.group.WORLD, dist.get_rank(), WORLD))
+    with nullcontext() if is_early else without():
+        output, _, _ = layer(data.inputs[0].clone().requires_grad_())
+        patched = patch.object(early._Arriving, "wait", arrives), patch.object(early, "begin_rows", counting)
+        with patched[0], patched[1], patch.object(executor, "Steps", holding):
+            output.backward(data.output_grads[0])
+    assert len(found) == 1, "weights' gradients in one block"
+    return found[0], len(begun)
+
+
+def everything() -> tuple[list[bool], list[bool | None], list[list[int]], list[tuple[bool, int]]]:
     links = Links()
     equal = [
         all(map(torch.equal, results(each, links, is_early=True), results(each, links, is_early=False)))
         for each in CASES
     ]
     (early_one, counted), (late_one, _) = in_time(links, is_early=True), in_time(links, is_early=False)
-    return equal, [early_one, late_one], counted
+    return equal, [early_one, late_one], counted, [gradients_in_time(links, is_early) for is_early in (True, False)]
 
 
 def far_tokens(data: CaseData) -> list[int]:
@@ -124,11 +159,12 @@ def far_tokens(data: CaseData) -> list[int]:
 
 
 def test_results_are_gathered_while_others_come_back_with_the_bits_of_a_gather_behind_them() -> None:
-    """The control gathers behind the pass, and no token comes before the last combine."""
+    """The control gathers behind the pass: no token before the last combine, and on the way back behind the weights."""
     by_rank, data = run_ranks(WORLD, everything), case_data(CASES[0])
-    for equal, (early_one, late_one), counted in by_rank:
+    for equal, (early_one, late_one), counted, gradients in by_rank:
         assert all(equal), [each.name for each, is_equal in zip(CASES, equal, strict=True) if not is_equal]
         assert early_one is True and late_one is False
+        assert gradients == [(True, NUM_PIECES), (False, 0)], "on the way back the last combine's too"
         assert len(counted) == NUM_PIECES and counted == by_rank[0][2]
         assert [sum(of_rank) for of_rank in zip(*counted, strict=True)] == [6, 6, 6, 5]
         assert counted[1] == far_tokens(data), "with one choice, the far combine completes the tokens of far experts"

@@ -168,8 +168,8 @@ class OverlappedGroupedExperts(GroupedExperts):
     def forward(self, x_TD: Tensor, routes: Routes) -> Tensor:
         """The weighted results [T, D]."""
         tensor = self.overlap.tensor_ranks
-        share_TD, routes = tensor.cut(x_TD, routes)
         early = tensor.early_gather(len(x_TD))
+        share_TD, routes = tensor.cut(x_TD, routes, early)
         return tensor.gather(self._through_experts(share_TD, routes, early), len(x_TD), early)
 
     def _through_experts(self, x_TD: Tensor, routes: Routes, early: EarlyGather | None) -> Tensor:

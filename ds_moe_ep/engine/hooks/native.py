@@ -25,7 +25,7 @@ from ds_moe_ep.engine.arguments import NOISE
 from ds_moe_ep.engine.extensions.clock import LayerClock, Timed
 from ds_moe_ep.engine.hooks.layer import HookedLayer, check_width, copied, refuse_pickling, restore_class, swap_class
 from ds_moe_ep.engine.hooks.replayed import native_answer
-from ds_moe_ep.engine.layouts.tensor import refuse_unlike, tensor_ranks_of
+from ds_moe_ep.engine.layouts.tensor import refuse_scattering, refuse_unlike, tensor_ranks_of
 from ds_moe_ep.engine.parallelism import problem_of_sequences
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.eager import not_compiled
@@ -118,7 +118,12 @@ class HookedNative(HookedLayer):
                 f"{self.dispatcher.name}: use_residual=True with tokens that come cut: DeepSpeed's layer shows its "
                 "dense expert only those of each rank, and nobody sums its gradients; use ds_moe_ep.MoE, or no residual"
             )
+        if ranks.is_shared:
+            refuse_scattering(self._layer.experts, self.dispatcher.name)
         refuse_unlike(ranks, self._layer.gate, self.dispatcher.name)
+        if moe.use_residual and not is_cut(moe.mlp):
+            refuse_unlike(ranks, moe.mlp, f"{self.dispatcher.name}: its dense expert")
+            refuse_unlike(ranks, moe.coefficient, f"{self.dispatcher.name}: its coefficient")
 
     def attach(self) -> None:
         swap_class(self._layer, OverlappedMOELayer, self)
@@ -173,8 +178,8 @@ class OverlappedMOELayer(Timed, MOELayer):
         if hooked.tape is not None:
             hooked.tape.take(routes)
         hooked.last_counts_E = self.exp_counts.to(torch.int64)
-        share_TD, routes = tensor.cut(x_TD, routes)
         early = tensor.early_gather(len(x_TD))
+        share_TD, routes = tensor.cut(x_TD, routes, early)
         return tensor.gather(self._through_experts(share_TD, routes, early), len(x_TD), early).reshape(x.shape)
 
     def _through_experts(self, x_TD: Tensor, routes: Routes, early: EarlyGather | None) -> Tensor:

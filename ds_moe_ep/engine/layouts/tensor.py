@@ -22,7 +22,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.parallel_keys import CUT_EXPERTS_RULE
 from ds_moe_ep.engine import seams
 from ds_moe_ep.errors import EngineError
-from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks, is_cut
+from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks, is_cut, is_whole
 
 CUT_MARK = "tensor_model_parallel"  # Megatron's and AutoTP's, on parameters that are cut
 OWN_MARK = "model_parallel"  # the same to DeepSpeed's norms
@@ -45,13 +45,55 @@ def tensor_ranks_of(layer: nn.Module, config: MoEConfig) -> TensorRanks:
     ranks = whole_tokens()
     if ranks.size == 1:
         return ranks
-    cut = [name for name, parameter in layer.named_parameters() if getattr(parameter, CUT_MARK, False)]
-    ours = [name for name in cut if "deepspeed_experts" in name or ".gate." in f".{name}"]
+    ours = [name for name in names_of_cut(layer) if "deepspeed_experts" in name or ".gate." in f".{name}"]
     if ours:
         raise EngineError(f"tensor parallel size={ranks.size} with {ours[0]}, which is cut over it: {CUT_EXPERTS_RULE}")
+    if getattr(layer, "enable_expert_tensor_parallelism", False):
+        raise EngineError(
+            f"tensor parallel size={ranks.size} with MoE.enable_expert_tensor_parallelism=True: {CUT_EXPERTS_RULE}"
+        )
     given = config.sequence_parallel
     has_own_tokens = is_marked_for_sequences(layer) if given is None else given
     return replace(ranks, has_own_tokens=has_own_tokens)
+
+
+def names_of_cut(layer: nn.Module) -> list[str]:
+    """The parameters that are cut over tensor ranks: by their marks, or by what Megatron's linear layers say.
+
+    Copies of an expert have lost its parameters' marks.
+    """
+    return [
+        name
+        for owner_name, owner in layer.named_modules()
+        if not is_whole(owner)
+        for name, parameter in owner.named_parameters(owner_name, recurse=False)
+        if getattr(parameter, CUT_MARK, False) or getattr(owner, "is_expert_without_slicing", None) is False
+    ]
+
+
+def take_whole(layer: nn.Module) -> None:
+    """Takes linear layers of Megatron's that are whole as such, whatever their marks say. Local.
+
+    DeepSpeed's norms count them once, and none scatters its rows over tensor ranks, as one of an expert would where
+    tokens come cut: other rows are on each rank.
+    """
+    for module in filter(is_whole, layer.modules()):
+        if getattr(module, SEQUENCE_MARK, False):
+            setattr(module, SEQUENCE_MARK, False)
+        for parameter in module.parameters(recurse=False):
+            for mark in (CUT_MARK, SEQUENCE_MARK):
+                if getattr(parameter, mark, False):
+                    setattr(parameter, mark, False)
+
+
+def refuse_scattering(layer: nn.Module, name: str) -> None:
+    """Raises EngineError where whole linear layers of experts scatter their rows over tensor ranks. Local."""
+    if any(is_whole(module) and getattr(module, SEQUENCE_MARK, False) for module in layer.modules()):
+        raise EngineError(
+            f"{name}: its experts' linear layers have sequence_parallel=True, and so would sum rows of other tokens "
+            "over tensor ranks; use ds_moe_ep.MoE, which switches that off, or give the experts a configuration "
+            "without it and set moe_ep.sequence_parallel=true"
+        )
 
 
 def first_rank_of_group() -> int:

@@ -1,10 +1,11 @@
-"""`EarlyGather`: results on their way to the ranks of a tensor group while others still come back from their experts.
+"""`EarlyGather`: tokens on their way to the ranks of a tensor group while others still come back from their experts.
 
 1. Each rank sorts its tokens by the combine behind which the last of their rows is back, and tells the group that order
-   and how many tokens each combine completes.
+   and how many tokens each combine completes: of the pass, and of the pass back where its tokens take gradients.
 2. Behind each combine but the last one those tokens are summed, as they would be at the end, and gathered on a lane of
    their own, under the computations and transfers that follow.
-3. What the last combine completes is gathered behind the pass, while the caller may compute.
+3. What the last combine completes is gathered behind the pass, while the caller may compute; of the pass back at once,
+   under the weight gradients, which no rank waits for.
 
 A token's sum is the same wherever it is made, so every bit is. Ranks of a group need the same pieces: those of one
 expert group have them, and all others gather behind the pass alone, as do nodes that sum results.
@@ -25,10 +26,12 @@ from ds_moe_ep.comm.host_copies import CopyToHost, is_on_host, to_device
 from ds_moe_ep.comm.lanes import TENSOR_LANE, Event, Lanes
 from ds_moe_ep.comm.recorder import NOT_RECORDED
 from ds_moe_ep.comm.transport import Transport
-from ds_moe_ep.kernels.permute import RowMaps, unpermute
+from ds_moe_ep.kernels.permute import RowMaps, collect, unpermute
 from ds_moe_ep.moe.layout import RowLayout
 from ds_moe_ep.moe.tensor_parallel.exchange import Spans, all_gather, begin_rows
 from ds_moe_ep.schedule.build import Op, OpKind, Schedule
+
+Sums = Callable[[Tensor, Tensor], Tensor]  # of some tokens [n], of the rows [N, D]: their values [n, D]
 
 
 class SharedPass(Protocol):
@@ -36,6 +39,9 @@ class SharedPass(Protocol):
 
     @property
     def forward(self) -> Schedule: ...
+
+    @property
+    def backward(self) -> Schedule: ...
 
     @property
     def layout(self) -> RowLayout: ...
@@ -48,91 +54,138 @@ class SharedPass(Protocol):
 
 
 class EarlyGather:
-    """The gather of one pass. `arm` says what is to be gathered; until then, and where it cannot be, nothing is."""
+    """The gathers of one pass and of the pass back. `arm` says what is to be gathered; where it cannot, nothing is."""
 
     def __init__(self, spans: Spans) -> None:
         self._spans = spans
-        self._order: tuple[int, ...] = ()  # the pieces as their results come back
-        self._told: _Told | None = None
-        self._sums: Callable[[Tensor, Tensor], Tensor] | None = None
-        self._own_TD: Tensor | None = None  # this rank's tokens
-        self._all_TD: Tensor | None = None
+        self.takes_gradient = False  # of the tokens; set by whoever cuts them
+        self._results: TokenGather | None = None
+        self._begin_back: Callable[[Tensor], TokenGather] | None = None
+        self._gradients: TokenGather | None = None
 
     @property
     def is_armed(self) -> bool:
-        """True where results are gathered early."""
-        return self._told is not None
+        """True where results are gathered early, from `arm` to `begin_last`."""
+        return self._results is not None
 
-    def arm(self, context: SharedPass, maps: RowMaps, weights_TK: Tensor, rows_ND: Tensor) -> EarlyGather | None:
+    def arm(
+        self, context: SharedPass, maps: RowMaps, weights_TK: Tensor, rows_ND: Tensor, *, are_plain: bool = True
+    ) -> EarlyGather | None:
         """Itself, where the group's tokens are gathered early, on all of its ranks; else None. Collective then.
 
-        `rows_ND` are rows like the results.
+        `rows_ND` are rows like the results. `are_plain`: no weights are in them, and a token's gradient is the sum of
+        its rows'.
         """
-        order = tuple(op.piece for op in context.forward.ops if op.kind is OpKind.COMBINE)
+        orders = [combines_of(context.forward)]
         is_of_one = set(dist.get_process_group_ranks(self._spans.group)) <= set(context.transport.ranks)
-        if len(order) < 2 or context.forward.gathers or not is_of_one:
+        if len(orders[0]) < 2 or context.forward.gathers or not is_of_one:
             return None
-        self._order = order
-        self._told = _Told(self._spans, places_of(order, context.layout, maps), len(order))
-        self._sums = partial(sums_of, weights_TK.detach(), maps, context.use_triton)
-        self._own_TD = rows_ND.new_empty(weights_TK.shape[0], rows_ND.shape[1])
-        self._all_TD = rows_ND.new_empty(self._spans.num_tokens, rows_ND.shape[1])
+        if self.takes_gradient and are_plain:
+            orders.append(combines_of(context.backward))
+        told = tell(self._spans, [places_of(order, context.layout, maps) for order in orders], len(orders[0]))
+        sums = partial(sums_of, weights_TK.detach(), maps, context.use_triton)
+        self._results = TokenGather(self._spans, orders[0], told[0], sums, rows_ND)
+        if len(orders) > 1:
+            gradients = partial(gradients_of, maps, context.use_triton)
+            self._begin_back = partial(TokenGather, self._spans, orders[1], told[1], gradients, ends_behind=False)
         return self
 
-    def behind(self, op: Op, event: Event, lanes: Lanes, results_ND: Tensor) -> list[Event]:
-        """Lets the tokens that a combine completes follow it; the event of their arrival."""
-        if op.kind is not OpKind.COMBINE or op.piece == self._order[-1]:
-            return []
-        place = self._order.index(op.piece)
-        return [lanes.issue(TENSOR_LANE, [event], partial(self._send, place, results_ND), NOT_RECORDED)]
-
-    def everything(self) -> list[Tensor]:
-        """The tensors that its lane writes."""
-        return [tensor for tensor in (self._own_TD, self._all_TD) if tensor is not None]
+    @property
+    def results(self) -> TokenGather:
+        """The gather of the pass, once it is armed."""
+        assert self._results is not None, "it is armed"
+        return self._results
 
     def own(self, results_ND: Tensor) -> Tensor:
         """This rank's tokens, once all results are back; no gradient."""
-        self._sum(len(self._order) - 1, results_ND)
-        assert self._own_TD is not None
-        return self._own_TD
+        return self.results.own(results_ND)
+
+    def begin_last(self) -> Callable[[], Tensor]:
+        """Begins to gather the last tokens; the call of the result waits, once, for the tokens of all ranks."""
+        results, self._results = self.results, None  # its buffers end with the pass
+        return results.begin_last()
+
+    def begin_back(self, gradients_ND: Tensor) -> TokenGather | None:
+        """The gather of the tokens' gradients in a pass back that begins, with rows like these; None without any."""
+        self._gradients = None if self._begin_back is None else self._begin_back(gradients_ND)
+        return self._gradients
+
+    def own_gradient(self) -> Tensor | None:
+        """The gradient [t, D] of this rank's tokens behind the pass back; None where it was not summed early."""
+        return None if self._gradients is None else self._gradients.own_TD
+
+    def whole_gradient(self) -> Tensor | None:
+        """The gradient [T, D] of all ranks' tokens, once; None where it was not gathered early."""
+        gradients, self._gradients = self._gradients, None
+        return None if gradients is None else gradients.all_TD
+
+
+class TokenGather:
+    """Tokens of one way through the experts: behind each combine those that it completes are summed and gathered.
+
+    With `ends_behind` those of the last combine wait for `own` and `begin_last`, behind the pass.
+    """
+
+    def __init__(
+        self,
+        spans: Spans,
+        order: Sequence[int],
+        told: TokenOrder,
+        sums: Sums,
+        like_ND: Tensor,
+        *,
+        ends_behind: bool = True,
+    ) -> None:
+        self._order, self._told, self._sums, self._group = order, told, sums, spans.group
+        self._ends_behind = ends_behind
+        self.own_TD = like_ND.new_empty(spans.span(spans.rank)[1], like_ND.shape[1])
+        self.all_TD = like_ND.new_empty(spans.num_tokens, like_ND.shape[1])
+
+    def behind(self, op: Op, event: Event, lanes: Lanes, rows_ND: Tensor) -> list[Event]:
+        """Lets the tokens that a combine completes follow it; the event of their arrival."""
+        if op.kind is not OpKind.COMBINE or (self._ends_behind and op.piece == self._order[-1]):
+            return []
+        place = self._order.index(op.piece)
+        return [lanes.issue(TENSOR_LANE, [event], partial(self._send, place, rows_ND), NOT_RECORDED)]
+
+    def everything(self) -> list[Tensor]:
+        """The tensors that its lane writes."""
+        return [self.own_TD, self.all_TD]
+
+    def own(self, rows_ND: Tensor) -> Tensor:
+        """This rank's tokens, once all rows are back; no gradient."""
+        self._sum(len(self._order) - 1, rows_ND)
+        return self.own_TD
 
     def begin_last(self) -> Callable[[], Tensor]:
         """Begins to gather the last tokens; the call of the result waits, once, for the tokens of all ranks."""
         place = len(self._order) - 1
-        arriving = self._begin(place, self._known.tokens(place))
+        arriving = self._begin(place, self._told.tokens(place))
 
         def finish() -> Tensor:
             if arriving is not None:
                 arriving.wait()
-            assert self._all_TD is not None
-            return self._all_TD
+            return self.all_TD
 
         return finish
 
-    @property
-    def _known(self) -> _Told:
-        assert self._told is not None, "it is armed"
-        return self._told
+    def _send(self, place: int, rows_ND: Tensor) -> Event | None:
+        return self._begin(place, self._sum(place, rows_ND))
 
-    def _send(self, place: int, results_ND: Tensor) -> Event | None:
-        return self._begin(place, self._sum(place, results_ND))
-
-    def _sum(self, place: int, results_ND: Tensor) -> Tensor:
+    def _sum(self, place: int, rows_ND: Tensor) -> Tensor:
         """Sums this rank's tokens of a place, and returns which they are."""
-        tokens_n = self._known.tokens(place)
-        assert self._sums is not None and self._own_TD is not None
+        tokens_n = self._told.tokens(place)
         if len(tokens_n):
-            self._own_TD.index_copy_(0, tokens_n, self._sums(tokens_n, results_ND))
+            self.own_TD.index_copy_(0, tokens_n, self._sums(tokens_n, rows_ND))
         return tokens_n
 
     @torch.no_grad()
     def _begin(self, place: int, tokens_n: Tensor) -> _Arriving | None:
-        counts = self._known.counts(place)
+        counts = self._told.counts(place)
         if not any(counts):
             return None
-        assert self._own_TD is not None and self._all_TD is not None
-        finish = begin_rows(self._spans.group, counts, self._own_TD.index_select(0, tokens_n))
-        return _Arriving(self._all_TD, self._known.tokens_of_all(place), finish)
+        finish = begin_rows(self._group, counts, self.own_TD.index_select(0, tokens_n))
+        return _Arriving(self.all_TD, self._told.tokens_of_all(place), finish)
 
 
 class _Arriving:
@@ -146,34 +199,15 @@ class _Arriving:
         self._all_TD.index_copy_(0, self._tokens_n, self._finish())
 
 
-class _Told:
+class TokenOrder:
     """Each rank's tokens in the order in which they are complete, and how many are in each place of it."""
 
-    def __init__(self, spans: Spans, places_T: Tensor, num_places: int) -> None:
-        """Begins to tell the group of its ranks' places [T]. Collective."""
-        self._spans, longest = spans, spans.span(0)[1]
-        counts = (places_T.unsqueeze(1) == torch.arange(num_places, device=places_T.device)).sum(0)
-        order_T = torch.cat([places_T.argsort(stable=True), places_T.new_zeros(longest - len(places_T))])
-        mine = torch.cat([counts, order_T])
-        told = mine.new_empty(spans.size * len(mine))
-        self._work = all_gather(told, mine, group=spans.group, async_op=True)
-        counts_and_order = told.view(spans.size, -1)
-        self._counts_PS: Tensor = counts_and_order[:, :num_places]
-        self._order_PT: Tensor = counts_and_order[:, num_places:]
-        self._copy: CopyToHost | None = None
-        if not is_on_host(places_T.device):  # in front of the pass: a lane that waits for a combine would wait for it
-            self._work.wait()
-            self._copy = CopyToHost(self._counts_PS.contiguous())
-        self._numbers: list[list[int]] | None = None
+    def __init__(self, spans: Spans, order_PT: Tensor, read: Callable[[], list[list[int]]]) -> None:
+        self._spans, self._order_PT, self._read = spans, order_PT, read
 
     def counts(self, place: int) -> list[int]:
         """Tokens of each rank in a place. On CUDA the first call is a host sync, with the pass in the queue."""
-        if self._numbers is None:
-            if self._copy is None:
-                self._work.wait()
-            copy = self._copy or CopyToHost(self._counts_PS)
-            self._numbers = copy.wait()
-        return [counts[place] for counts in self._numbers]
+        return [counts[place] for counts in self._read()]
 
     def tokens(self, place: int) -> Tensor:
         """This rank's tokens of a place, in its own span."""
@@ -187,6 +221,40 @@ class _Told:
     def _tokens_of(self, rank: int, place: int) -> Tensor:
         first = sum(self.counts(before)[rank] for before in range(place))
         return self._order_PT[rank].narrow(0, first, self.counts(place)[rank])
+
+
+def tell(spans: Spans, places: Sequence[Tensor], num_places: int) -> list[TokenOrder]:
+    """Begins to tell the group of its ranks' places [T], of each way through the experts. Collective."""
+    longest, mine = spans.span(0)[1], list[Tensor]()
+    for places_T in places:
+        mine.append((places_T.unsqueeze(1) == torch.arange(num_places, device=places_T.device)).sum(0))
+        mine += [places_T.argsort(stable=True), places_T.new_zeros(longest - len(places_T))]
+    sent = torch.cat(mine)
+    told = sent.new_empty(spans.size * len(sent))
+    work = all_gather(told, sent, group=spans.group, async_op=True)
+    told_PWX = told.view(spans.size, len(places), num_places + longest)
+    counts_PWS = told_PWX[..., :num_places]
+    if is_on_host(told.device):
+        copy = None
+    else:  # in front of the pass: a lane that waits for a combine would wait for it
+        work.wait()
+        copy = CopyToHost(counts_PWS.flatten(1).contiguous())
+    numbers: list[list[int]] = []  # of each rank, of all ways
+
+    def read(way: int) -> list[list[int]]:
+        if not numbers:
+            if copy is None:
+                work.wait()
+            numbers.extend((copy or CopyToHost(counts_PWS.flatten(1))).wait())
+        first = way * num_places
+        return [counts[first : first + num_places] for counts in numbers]
+
+    return [TokenOrder(spans, told_PWX[:, way, num_places:], partial(read, way)) for way in range(len(places))]
+
+
+def combines_of(schedule: Schedule) -> tuple[int, ...]:
+    """The pieces of a schedule as their rows come back."""
+    return tuple(op.piece for op in schedule.ops if op.kind is OpKind.COMBINE)
 
 
 def places_of(order: Sequence[int], layout: RowLayout, maps: RowMaps) -> Tensor:
@@ -212,10 +280,20 @@ def places_of(order: Sequence[int], layout: RowLayout, maps: RowMaps) -> Tensor:
 @torch.no_grad()
 def sums_of(weights_TK: Tensor, maps: RowMaps, in_triton: bool | None, tokens_n: Tensor, results_ND: Tensor) -> Tensor:
     """The weighted sums [n, D] of these tokens' rows, as `unpermute` makes them of all."""
+    return unpermute(results_ND, weights_TK[tokens_n], maps_of_tokens(maps, tokens_n), (), in_triton)
+
+
+@torch.no_grad()
+def gradients_of(maps: RowMaps, in_triton: bool | None, tokens_n: Tensor, rows_ND: Tensor) -> Tensor:
+    """The gradients [n, D] of these tokens from their rows', as the way back of `permute` makes them of all."""
+    return collect(rows_ND, maps_of_tokens(maps, tokens_n), in_triton)
+
+
+def maps_of_tokens(maps: RowMaps, tokens_n: Tensor) -> RowMaps:
+    """The maps of these tokens' choices."""
     dropped_TK: Any = maps.is_dropped_TK
-    some = replace(
+    return replace(
         maps,
         row_of_choice_TK=maps.row_of_choice_TK[tokens_n],
         is_dropped_TK=None if dropped_TK is None else dropped_TK[tokens_n],
     )
-    return unpermute(results_ND, weights_TK[tokens_n], some, (), in_triton)

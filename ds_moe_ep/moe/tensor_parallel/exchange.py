@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -72,12 +72,26 @@ def begin_rows(group: dist.ProcessGroup, counts: Sequence[int], own: Tensor) -> 
     return finish
 
 
-def cut(spans: Spans, *whole: Tensor) -> tuple[Tensor, ...]:
-    """Whole tensors, alike on all ranks, to a rank's own spans; views. Local; collective on the way back."""
+class Gathered(Protocol):
+    """Whoever may have gathered the gradient of the first of the tensors that are cut."""
+
+    takes_gradient: bool
+
+    def whole_gradient(self) -> Tensor | None:
+        """The gradient [T, ...] of all ranks' spans; None where it was not gathered yet."""
+
+
+def cut(spans: Spans, *whole: Tensor, early: Gathered | None = None) -> tuple[Tensor, ...]:
+    """Whole tensors, alike on all ranks, to a rank's own spans; views. Local; collective on the way back.
+
+    `early` may have gathered the first one's gradient by then; the cut says whether there will be any.
+    """
     trained = [each for each in whole if each.requires_grad and torch.is_grad_enabled()]
     if not trained:
         return tuple(spans.own(each) for each in whole)
-    spans_of_trained = iter(_Cut.apply(spans, *trained))  # type: ignore[no-untyped-call]
+    if early is not None:
+        early.takes_gradient = trained[0] is whole[0]
+    spans_of_trained = iter(_Cut.apply(spans, early, *trained))  # type: ignore[no-untyped-call]
     return tuple(next(spans_of_trained) if each.requires_grad else spans.own(each) for each in whole)
 
 
@@ -96,15 +110,20 @@ class _Cut(torch.autograd.Function):
     """One node for several tensors: their gradients are gathered in one order on all ranks."""
 
     @staticmethod
-    def forward(context: Any, spans: Spans, *whole: Tensor) -> tuple[Tensor, ...]:
-        context.spans = spans
+    def forward(context: Any, spans: Spans, early: Gathered | None, *whole: Tensor) -> tuple[Tensor, ...]:
+        context.spans, context.early = spans, early
         return tuple(spans.own(each) for each in whole)
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        begun = [context.spans.begin(gradient) for gradient in gradients]
-        return None, *(finish() for finish in begun)
+        gathered = None if context.early is None else context.early.whole_gradient()
+        if gathered is None:
+            begun = [context.spans.begin(gradient) for gradient in gradients]
+            return None, None, *(finish() for finish in begun)
+        first, *others = gradients
+        begun = [context.spans.begin(gradient) for gradient in others]
+        return None, None, gathered.to(first.dtype), *(finish() for finish in begun)
 
 
 class _Gather(torch.autograd.Function):

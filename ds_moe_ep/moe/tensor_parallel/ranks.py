@@ -56,10 +56,11 @@ class TensorRanks:
         spans = self._spans(len(tokens) * self.size)
         return gather(spans, tokens) if tokens.is_floating_point() else spans.gather(tokens.to(torch.uint8))
 
-    def cut(self, tokens_TD: Tensor, routes: Routes) -> tuple[Tensor, Routes]:
+    def cut(self, tokens_TD: Tensor, routes: Routes, early: EarlyGather | None = None) -> tuple[Tensor, Routes]:
         """This rank's span of the tokens, as the layer got them, and of the routes of all tokens.
 
-        Rows go without padding where a capacity has dropped some: ranks need not send alike many.
+        Rows go without padding where a capacity has dropped some: ranks need not send alike many. `early` may gather
+        the tokens' gradient in the midst of the pass back.
         """
         if not self.is_shared:
             return tokens_TD, routes
@@ -67,7 +68,7 @@ class TensorRanks:
         if self.has_own_tokens:
             (weights_TK,) = cut(spans, routes.weights_TK)
         else:
-            tokens_TD, weights_TK = cut(spans, tokens_TD, routes.weights_TK)
+            tokens_TD, weights_TK = cut(spans, tokens_TD, routes.weights_TK, early=early)
         is_used_TK = routes.is_kept_TK if routes.capacity is not None else routes.is_used_TK
         own = replace(
             routes,
@@ -178,6 +179,15 @@ def probe(tokens_TD: Tensor) -> float:
 
 
 def is_cut(module: nn.Module) -> bool:
-    """True where parameters carry Megatron's marks: the module itself minds the tensor group."""
+    """True where parameters carry Megatron's marks: the module itself minds the tensor group.
+
+    Megatron marks weights of experts that it leaves whole too; its linear layers say which they are.
+    """
     marks = ("model_parallel", "tensor_model_parallel", "sequence_parallel")
-    return any(getattr(parameter, mark, False) for parameter in module.parameters() for mark in marks)
+    of_cut = (p for part in module.modules() if not is_whole(part) for p in part.parameters(recurse=False))
+    return any(getattr(parameter, mark, False) for parameter in of_cut for mark in marks)
+
+
+def is_whole(module: nn.Module) -> bool:
+    """True for a linear layer of Megatron-DeepSpeed's that is not cut, whatever its marks say."""
+    return getattr(module, "is_expert_without_slicing", False) is True

@@ -60,7 +60,7 @@ def train(job: FoldedJob, scope: Callable[[Any], Any] = nullcontext) -> Outcome:
     handle = ds_moe_ep.attach_overlap(engine, {"schedule": "peers"} | job.moves) if job.hooked else nullcontext()
     let_rows_count_alone(engine.module)
     uncut: dict[str, Any] = {
-        "cut": lambda ranks, tokens, routes: (tokens, routes),
+        "cut": lambda ranks, tokens, routes, *_: (tokens, routes),
         "early_gather": lambda *_: None,
         "gather": lambda ranks, results, *_: results,
     }

@@ -258,7 +258,7 @@ def planted(fault: str) -> Iterator[None]:
         return lambda: rows
 
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(forgets(context.spans, gradient)() for gradient in gradients)
+        return None, None, *(forgets(context.spans, gradient)() for gradient in gradients)
 
     def loses(arriving: early._Arriving) -> None:
         arriving._all_TD.index_fill_(0, arriving._tokens_n, 0)
@@ -267,7 +267,7 @@ def planted(fault: str) -> Iterator[None]:
         finish = begin(spans, share)
         return lambda: 2 * finish()
 
-    def everything(ranks: Any, tokens: Tensor, routes: Any) -> tuple[Tensor, Any]:
+    def everything(ranks: Any, tokens: Tensor, routes: Any, *_: Any) -> tuple[Tensor, Any]:
         """Each rank takes all tokens to the experts."""
         return tokens, routes
 
@@ -283,6 +283,7 @@ def planted(fault: str) -> Iterator[None]:
         "": nullcontext(),
         "other records": nullcontext(),  # in `routed`
         "results of a piece that are lost": patch.object(early._Arriving, "wait", loses),
+        "gradients of a piece that are lost": patch.object(early, "gradients_of", no_gradients),
         "results that are not gathered": both(late, patch.object(exchange.Spans, "begin", forgets)),
         "gradients that are not gathered": patch.object(exchange._Cut, "backward", staticmethod(backward)),
         "a gradient counted twice": patch.object(exchange.Spans, "begin", twice),
@@ -297,6 +298,10 @@ def planted(fault: str) -> Iterator[None]:
     }
     with faults[fault], patch.object(mappings.deepspeed, "comm", _Flat(comm, flat)):
         yield
+
+
+def no_gradients(maps: Any, in_triton: Any, tokens_n: Tensor, rows_ND: Tensor) -> Tensor:
+    return rows_ND.new_zeros(len(tokens_n), rows_ND.shape[1])
 
 
 @contextmanager

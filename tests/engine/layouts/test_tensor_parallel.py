@@ -91,6 +91,7 @@ MORE_FAULTS: dict[str, TensorJob] = {
     "gradients that are not gathered": TensorJob(fault="gradients that are not gathered"),
     "results that are not gathered": TensorJob(fault="results that are not gathered"),
     "results of a piece that are lost": TensorJob(fault="results of a piece that are lost", ep_size=4),
+    "gradients of a piece that are lost": TensorJob(fault="gradients of a piece that are lost", ep_size=4),
     "a group of the wrong ranks": TensorJob(fault="a group of the wrong ranks"),
     "other records": TensorJob(replays=True, fault="other records"),
 }
