@@ -7,21 +7,21 @@ blocks of them, in their order: deterministic either way, and with the blocks of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.activation import Clamp, gelu, gelu_backward, swiglu, swiglu_backward
 from ds_moe_ep.kernels.linear import add_linear_grad_rows, linear_grad_rows, linear_rows
 from ds_moe_ep.kernels.weight_sums import GradSums as GradSums
 from ds_moe_ep.kernels.weight_sums import Weights as Weights
 from ds_moe_ep.kernels.weight_sums import in_type_of, sum_of
+from ds_moe_ep.moe.graphs.opaque import hooks_around, hooks_off, keep, refuse_foreign, refuse_lost
 
 Span = tuple[int, int]  # start, stop
 
@@ -291,14 +291,19 @@ class OpaquePass:
         self._keep_graph = keep_graph
         self._graphs: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
         self._grads: dict[int, list[Tensor | None]] = {}
+        self._is_packed = False  # somebody's hooks around the pass change what is saved
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         if not self._keep_graph:
             y_nD.copy_(self._experts[expert].call(x_nD))
             return
-        leaf_ND = x_nD.detach().clone().requires_grad_()
+        leaf_ND, around = x_nD.detach().clone().requires_grad_(), hooks_around()
+        self._is_packed |= around is not None and around is not keep
         # Saved as they are: a surrounding recomputation must not unpack this graph's tensors.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        with (
+            torch.enable_grad(),
+            nullcontext() if around is None else torch.autograd.graph.saved_tensors_hooks(keep, keep),
+        ):
             out_ND = self._experts[expert].call(leaf_ND)
         refuse_foreign(out_ND, [leaf_ND, *self._experts[expert].parameters])
         y_nD.copy_(out_ND.detach())
@@ -312,6 +317,8 @@ class OpaquePass:
             dx_ND, *grads = torch.autograd.grad(
                 out_ND, [leaf_ND, *trained], dy_nD, retain_graph=retain, allow_unused=True
             )
+        if self._is_packed:
+            refuse_lost(out_ND, [p for p, grad in zip(trained, grads, strict=True) if grad is None])
         # None where the output does not depend on the rows: their sender waits for a gradient all the same.
         dx_nD.copy_(torch.zeros_like(dx_nD) if dx_ND is None else dx_ND)
         known = self._grads.get(expert, [None] * len(grads))
@@ -331,49 +338,6 @@ class OpaquePass:
 
     def restore_weights(self, weights: Sequence[Tensor]) -> None:
         """Nothing."""
-
-
-def refuse_foreign(output: Tensor, known: Sequence[Tensor]) -> None:
-    """Raises EngineError where the output's graph reaches a tensor that needs a gradient and is none of the known.
-
-    An expert's gradients travel as those of its rows and of its parameters: another tensor's would be lost in silence.
-    """
-    ends = {node for tensor in known if tensor.requires_grad if (node := gradient_edge(tensor)) is not None}
-    nodes, seen = [output.grad_fn], set(ends)
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            raise EngineError(
-                f"an expert reads a tensor of shape {tuple(leaf.shape)} that needs a gradient and is no parameter of "
-                "it, so that its gradient would be lost: register it on the expert (nn.Parameter), or detach it"
-            )
-        nodes.extend(next_node for next_node, _ in node.next_functions)
-
-
-def gradient_edge(tensor: Tensor) -> Any:
-    """The node of autograd's graph at which a tensor's gradient arrives."""
-    return torch.autograd.graph.get_gradient_edge(tensor).node
-
-
-@contextmanager
-def hooks_off(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Keeps the parameters' hooks for the outer backward pass, which calls them once, with the whole gradient."""
-    kept = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
-    for parameter, _ in kept:
-        parameter._backward_hooks = None
-    try:
-        yield
-    finally:
-        for parameter, hooks in kept:
-            parameter._backward_hooks = hooks
-
-
-def keep(tensor: Tensor) -> Tensor:
-    """A saved tensor as it is: for graphs of our own, whose tensors a surrounding recomputation must not unpack."""
-    return tensor
 
 
 def _weight(weights: Weights, part: str) -> Tensor:

@@ -39,11 +39,11 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.executor import PassContext, Steps, run, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
+from ds_moe_ep.moe.graphs.opaque import keep
 from ds_moe_ep.moe.grouped.choice import groups_products
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.router import use_triton
 from ds_moe_ep.moe.rows.buffers import Buffers
-from ds_moe_ep.moe.split_experts import keep
 from ds_moe_ep.records.quantity import number
 from ds_moe_ep.schedule.benchmark import SERIAL, benchmark, described
 from ds_moe_ep.schedule.build import Op, OpKind, Piece, Schedule, backward_schedule, forward_schedule, pieces_of

@@ -34,18 +34,21 @@ class Sums:
         self._names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._losses: list[Tensor] = []
         self._gradients: list[tuple[int, Tensor]] = []
-        self._handles = [
-            model.get_parameter(name).register_hook(functools.partial(self._add, index))
-            for index, name in enumerate(self._names)
-        ]
+        self._handles = []
+        for index, name in enumerate(self._names):
+            parameter = model.get_parameter(name)
+            self._handles.append(parameter.register_hook(functools.partial(self._add, index, parameter)))
 
     def end(self) -> None:
         """Takes the hooks off the parameters."""
         for handle in self._handles:
             handle.remove()
 
-    def _add(self, index: int, gradient: Tensor) -> None:
-        self._gradients.append((index, gradient.sum(dtype=torch.float32)))
+    def _add(self, index: int, parameter: Tensor, gradient: Tensor | None) -> None:
+        if gradient is None:  # of a function that adds it to the parameter's by itself, as Megatron-DeepSpeed's do
+            gradient = parameter.grad
+        if gradient is not None:
+            self._gradients.append((index, gradient.sum(dtype=torch.float32)))
 
     def add_loss(self, loss: Any) -> None:
         """Adds the loss of a micro-batch."""
