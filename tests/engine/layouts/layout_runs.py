@@ -166,6 +166,7 @@ def run_job(job: LayoutJob) -> Trained:
 
 def make_engine(job: LayoutJob) -> tuple[Any, dict[str, Tensor]]:
     """The job's engine, and its first weights. Collective."""
+    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     import ds_moe_ep
@@ -180,7 +181,7 @@ def make_engine(job: LayoutJob) -> tuple[Any, dict[str, Tensor]]:
         give_weights(model, job)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD(parameter_groups(model), lr=job.rate)
-    door = ds_moe_ep.initialize
+    door = deepspeed.initialize if job.kind == "native" else ds_moe_ep.initialize
     return door(model=model, optimizer=optimizer, mpu=mpu, config=job.ds_config({}))[0], before
 
 

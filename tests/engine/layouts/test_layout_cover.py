@@ -13,8 +13,16 @@ from typing import Any
 
 import pytest
 
-from tests.engine.layouts.layout_runs import LAYOUT_RANKS, TRAFFIC, LayoutJob, as_the_ranks_tell, merged, run_jobs
-from tests.engine.layouts.tensor_runs import reference
+from tests.engine.layouts.layout_runs import (
+    LAYOUT_RANKS,
+    TRAFFIC,
+    LayoutJob,
+    as_the_ranks_tell,
+    merged,
+    run_job,
+    run_jobs,
+)
+from tests.engine.layouts.tensor_runs import Trained, planted, reference
 from tests.ranks import run_ranks
 
 PARTS = 6  # each within the time of a test on a busy machine
@@ -97,4 +105,27 @@ def test_every_pair_of_layouts_trains_as_one_device(part: int) -> None:
         distance = result.distance(as_the_ranks_tell(job, reference(job)))
         assert distance < job.bound, (job, distance)
         assert bool(result.num_hosted) == (job.traffic == "copies of experts" and job.ep_size > 1), job
+        assert result.distance(as_the_ranks_tell(job, reference(forgetful))) > 5 * job.bound, job
+
+
+LAYOUTS: tuple[Settings, ...] = ({"tp_size": 2}, {"pp_size": 2}, {"tp_size": 2, "pp_size": 2})
+OF_DEEPSPEED = [
+    LayoutJob(kind="native", ep_size=2, top_k=2, stage=1, tokens=8, accumulation=2, clipping=0.0, **layout)
+    for layout in LAYOUTS
+]
+
+
+def run_natives(jobs: list[LayoutJob]) -> list[Trained]:
+    """Engines of DeepSpeed's own layers, whose gather gloo can do."""
+    with planted(""):
+        return [run_job(job) for job in jobs]
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_layer_takes_the_same_steps_in_each_layout() -> None:
+    """But for its norms, which leave out the experts of other tensor ranks: nothing is clipped."""
+    by_rank = run_ranks(LAYOUT_RANKS, run_natives, OF_DEEPSPEED, timeout_s=300)
+    for job, results in zip(OF_DEEPSPEED, zip(*by_rank, strict=True), strict=True):
+        result, forgetful = merged(job, results), replace(job, forgets_half=True)
+        assert result.distance(as_the_ranks_tell(job, reference(job))) < job.bound, job
         assert result.distance(as_the_ranks_tell(job, reference(forgetful))) > 5 * job.bound, job

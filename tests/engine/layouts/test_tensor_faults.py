@@ -92,8 +92,9 @@ def train_until_killed(job: TensorJob, call: int, folder: str) -> None:
         step(engine, second)
 
 
-# A forward pass gathers twice in each of two layers, beside its last combine and behind it; then come gradients.
-CALLS = {"beside a combine": 1, "behind a pass": 2, "backward": 5}
+# A forward pass gathers twice in each of two layers, beside its last combine and behind it; then come gradients of
+# tokens, beside both combines, and of weights.
+CALLS = {"beside a combine": 1, "behind a pass": 2, "backward, beside a combine": 5, "backward, behind it": 7}
 
 
 @pytest.mark.slow
@@ -117,6 +118,52 @@ def train_stages_until_killed(job: LayoutJob, call: int, folder: str) -> None:
 def test_a_rank_that_dies_in_a_gather_of_tensor_ranks_of_a_stage_ends_those_of_both(call: int, tmp_path: Path) -> None:
     job = LayoutJob(tp_size=2, pp_size=2, ep_size=2, top_k=2, accumulation=2, tokens=8, clipping=0.0, knobs=KNOBS)
     check_all_end_and_name_the_culprit(tmp_path, train_stages_until_killed, job, call, world=LAYOUT_RANKS, culprit=5)
+
+
+def die_at(place: str, call: int, culprit: int, folder: str) -> None:
+    """Lets the culprit die as it enters a place of a pipeline for the `call`-th time from now on."""
+    from deepspeed.runtime.pipe import schedule
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    from ds_moe_ep.moe.dispatcher import Dispatcher
+
+    calls: list[int] = []
+
+    def dying(work: Callable[..., Any]) -> Callable[..., Any]:
+        def dies(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == call and dist.get_rank() == culprit:
+                die(folder)
+            return work(*args, **kwargs)
+
+        return dies
+
+    if place == "between micro-batches":
+        steps = PipelineEngine._INSTRUCTION_MAP
+        steps[schedule.LoadMicroBatch] = dying(steps[schedule.LoadMicroBatch])
+    else:
+        name = {"forward": "__call__", "backward": "_begin_backward"}[place]
+        setattr(Dispatcher, name, dying(getattr(Dispatcher, name)))
+
+
+def train_plain_stages_until_killed(job: LayoutJob, place: str, call: int, culprit: int, folder: str) -> None:
+    die_at(place, call, culprit, folder)
+    with noting(folder):
+        run_layout(job)
+
+
+PLACES = {"forward": 3, "backward": 3, "between micro-batches": 4}  # each step has two micro-batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [1, 5], ids=["first stage", "last stage"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_of_a_stage_that_dies_ends_those_of_all_stages(place: str, culprit: int, tmp_path: Path) -> None:
+    job = LayoutJob(pp_size=2, ep_size=4, top_k=2, accumulation=2, tokens=8, clipping=0.0, knobs=KNOBS)
+    words = job, place, PLACES[place], culprit
+    check_all_end_and_name_the_culprit(
+        tmp_path, train_plain_stages_until_killed, *words, world=LAYOUT_RANKS, culprit=culprit
+    )
 
 
 def train_folded_until_killed(job: FoldedJob, call: int, folder: str) -> None:
