@@ -64,3 +64,5 @@ def test_a_documented_block_of_commands_runs(block: Block, copy: Path, tmp_path:
 def test_what_is_not_run_says_why() -> None:
     assert all(len(block.not_run) > 8 for block in BLOCKS if block.not_run)
     assert sum(not block.not_run for block in BLOCKS) >= 12
+    of_examples = [*commands(ROOT / "examples" / "README.md")]  # whose files have tests of their own
+    assert of_examples and all(len(block.not_run) > 8 for block in of_examples)
