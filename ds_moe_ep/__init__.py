@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ds_moe_ep.config.knobs import MEDIUM, MODELS, SMALL, SPECIFICATION, Layout, ModelConfig, MoEConfig
     from ds_moe_ep.config.section import Section, load_ds_config, read_section
     from ds_moe_ep.config.topology import RankGrid
-    from ds_moe_ep.engine.checkpoint.finish import wait_for_saves
+    from ds_moe_ep.engine.checkpoint.finish import load_checkpoint, wait_for_saves
     from ds_moe_ep.engine.hooks.attach import OverlapHandle, attach_overlap
     from ds_moe_ep.engine.hugging_face.blocks import balance_loss
     from ds_moe_ep.engine.hugging_face.export import save_pretrained
@@ -75,6 +75,7 @@ __all__ = [
     "init_distributed",
     "init_weights",
     "initialize",
+    "load_checkpoint",
     "load_ds_config",
     "open_transport",
     "read_section",
@@ -90,7 +91,7 @@ _HOMES = {
     "comm.callbacks": ("TransferCallback", "TransferMessage"),
     "comm.open": ("open_transport",),
     "config.knobs": ("MEDIUM", "MODELS", "SMALL", "SPECIFICATION", "Layout", "ModelConfig", "MoEConfig"),
-    "engine.checkpoint.finish": ("wait_for_saves",),
+    "engine.checkpoint.finish": ("load_checkpoint", "wait_for_saves"),
     "engine.hooks.attach": ("OverlapHandle", "attach_overlap"),
     "engine.hugging_face.blocks": ("balance_loss",),
     "engine.hugging_face.export": ("save_pretrained",),

@@ -16,7 +16,7 @@ from ds_moe_ep.config.section import Section, load_ds_config, read_section
 from ds_moe_ep.config.training import read_training
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooks.attach import extend_engine
-from ds_moe_ep.engine.hooks.hook import candidates, hook
+from ds_moe_ep.engine.hooks.hook import has_candidates, hook
 from ds_moe_ep.engine.hooks.layer import balance_of, traffic_of
 from ds_moe_ep.engine.hooks.unconverted import refuse_unconverted
 from ds_moe_ep.engine.layer import MoE, moe_layers
@@ -113,7 +113,7 @@ def join(engine: Any, own: Mapping[str, MoE], section: Section) -> None:
     balance = {} if own else balance_of(section.moe, section.given)  # with own layers, the section speaks of theirs
     hooked = hook(engine.module, traffic_of(section.moe), balance=balance) if section.moe.attach else {}
     try:
-        if not own and not any(True for _ in candidates(engine.module)):
+        if not own and not has_candidates(engine.module):
             name = type(engine.module).__name__
             raise EngineError(f"model={name} has no MoE layer; call deepspeed.initialize for a dense model")
         extend_engine(engine, own, hooked, section)

@@ -21,6 +21,7 @@ from ds_moe_ep.engine.state.optimizer_view import (
     own_partition,
     sum_over_world,
 )
+from ds_moe_ep.engine.state.tensor_bytes import bytes_of
 from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.verification.judge_passes import ExpertsOutcome
 from ds_moe_ep.verification.verdicts import TrainingVerdict, short
@@ -193,8 +194,7 @@ def scales(engine: Any) -> Iterator[TrainingVerdict]:
 
 def digest(tensor: Tensor) -> str:
     """A hash of a tensor's bits."""
-    raw = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-    return hashlib.blake2b(raw.numpy().tobytes(), digest_size=12).hexdigest()
+    return hashlib.blake2b(bytes_of(tensor), digest_size=12).hexdigest()
 
 
 def named_tensors(engine: Any, layers: Sequence[ViewedLayer]) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ class Run:
     num_micro_batches: int = 4  # of a step
     stage: int = 0
     bf16: bool = False
+    fp16: bool = False
     clipping: float = 0.0
     steps: int = 1  # one step is one of SGD, more are of Adam
     balance_scope: str = "group"
@@ -71,6 +72,7 @@ class Run:
             "zero_optimization": {"stage": self.stage, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": self.bf16},
+            "fp16": {"enabled": self.fp16, "initial_scale_power": 8},
             "steps_per_print": 10**9,
         }
 
@@ -115,6 +117,14 @@ def by_experts(runs: Sequence[Run]) -> list[Outcome]:
     return [run_by_experts(run) for run in runs]
 
 
+def allow_fp16(run: Run) -> None:
+    """Lets DeepSpeed train in fp16 on a CPU, where it is slow and not wrong."""
+    if run.fp16:
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
+
+
 def make_experts(run: Run, seed: int = 1) -> tuple[Any, dict[str, nn.Parameter]]:
     """The run's model in the engine that shares its experts, and its parameters by their names on one device."""
     import deepspeed
@@ -124,6 +134,7 @@ def make_experts(run: Run, seed: int = 1) -> tuple[Any, dict[str, nn.Parameter]]
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo")
+    allow_fp16(run)
     moe = run.moe_config(run.ep_size)
     index = expert_index_of(dist.get_rank() % run.ep_size, moe.num_local_experts)
     model = ds_moe_ep.build_transformer(run.model_config, moe, ds_moe_ep.MoE)
@@ -171,6 +182,7 @@ def make_pipeline(run: Run, seed: int = 1) -> Any:
     from ds_moe_ep.engine.layouts.known_groups import forget_groups
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    allow_fp16(run)
     layout = Layout(tp_size=run.tp_size, pp_size=run.pp_size)
     forget_groups()
     ep_size = run.ep_size if run.is_staged else 1

@@ -2,8 +2,8 @@
 
     python -m ds_moe_ep.bench.checkpoints [--ranks 4] [--model-mb 2000] [--folder /a/fast/disk]
 
-A plain write of the same bytes, each rank its share, stands beside them in every round. Starts its own ranks on this
-machine, and leaves nothing in the folder.
+Beside each stands a plain read or write of the same bytes in every round (`ranks.py` says how). Starts its own ranks on
+this machine, and leaves nothing in the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ds_moe_ep.bench.checkpoints.ranks import ACTIONS, WRITE, CheckpointPlan, run_rank
+from ds_moe_ep.bench.checkpoints.ranks import ACTIONS, CheckpointPlan, run_rank
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric, ratios
 from ds_moe_ep.bench.harness.processes import free_port
@@ -26,10 +26,11 @@ from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table, table
 
 METRICS = {
-    "time": Metric("ms", "slowest rank, files on disk (fsync) where some are written; page cache as it is"),
-    "peak": Metric("bytes", "resident memory above that before the action, fullest rank"),
+    "time": Metric("ms", "slowest rank, nothing in the page cache before; files on disk (fsync) behind a write"),
+    "plain": Metric("ms", "the same bytes, read or written plainly by all ranks, under the same conditions"),
+    "peak": Metric("bytes", "resident memory above that before the action, mapped files included, fullest rank"),
     "bytes": Metric("bytes", "files that are written, or read"),
-    "ratio": Metric("ratio", "time over that of a plain write of as many bytes in the same round"),
+    "ratio": Metric("ratio", "time over that of the plain side in the same round"),
 }
 
 
@@ -48,7 +49,9 @@ class CheckpointBenchmark(Benchmark):
 
     module = ("ds_moe_ep.bench.checkpoints",)
     options = CheckpointOptions
-    description = "Times Hugging Face folders and checkpoints of a model beside a plain write of the same bytes."
+    description = (
+        "Times Hugging Face folders and checkpoints of a model beside plain reads and writes of the same bytes."
+    )
     prints_markdown = True
 
     def __init__(self, options: CheckpointOptions) -> None:
@@ -71,11 +74,10 @@ class CheckpointBenchmark(Benchmark):
         return METRICS[name.rpartition(".")[2]]
 
     def derive(self, found: Collector) -> Iterable[DerivedSamples]:
-        """Seconds per byte over those of the plain write, round by round."""
-        plain = _ms_per_byte(found, WRITE)
+        """Times over those of the plain sides, round by round."""
         for action in ACTIONS:
-            mine = _ms_per_byte(found, action)
-            if action != WRITE and len(mine) == len(plain):
+            mine, plain = (found.of(f"checkpoints.{action}.{what}") for what in ("time", "plain"))
+            if len(mine) == len(plain):
                 yield DerivedSamples(f"checkpoints.{action}.ratio", ratios(mine, plain))
 
     def tables(self, records: Sequence[Record]) -> Iterator[Table]:
@@ -85,19 +87,15 @@ class CheckpointBenchmark(Benchmark):
                 action,
                 cell(of.get(f"{action}.bytes"), "MB", 0),
                 cell(of.get(f"{action}.time"), "ms", 0, bar=True),
+                cell(of.get(f"{action}.plain"), "ms", 0, bar=True),
                 cell(of.get(f"{action}.ratio"), "ratio", 2, bar=True),
                 cell(of.get(f"{action}.peak"), "MB", 0, bar=True),
             )
             for action in ACTIONS
         ]
-        head = ("what", "files, MB", "time, ms", "per byte, write = 1", "memory above before, MB")
+        head = ("what", "files, MB", "time, ms", "plain, ms", "plain = 1", "memory above before, MB")
         basis = [f"`{first.command}` at {first.commit} on {first.hardware}." for first in records[:1]]
         yield table("A model's files: median (quartiles) of the slowest and the fullest rank", head, rows, *basis)
-
-
-def _ms_per_byte(found: Collector, action: str) -> list[float]:
-    times, sizes = (found.of(f"checkpoints.{action}.{what}") for what in ("time", "bytes"))
-    return [ms / size for ms, size in zip(times, sizes, strict=True)]
 
 
 main = partial(run_benchmark, CheckpointBenchmark)

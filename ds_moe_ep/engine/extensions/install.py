@@ -17,6 +17,7 @@ from ds_moe_ep.engine.checkpoint.load import SavedEpSize
 from ds_moe_ep.engine.checkpoint.loading.frozen import FrozenExperts
 from ds_moe_ep.engine.checkpoint.loading.mapped import MappedFiles
 from ds_moe_ep.engine.checkpoint.loading.random_states import RandomStates
+from ds_moe_ep.engine.checkpoint.loading.stacked import StackedExperts
 from ds_moe_ep.engine.checkpoint.preflight import Preflight
 from ds_moe_ep.engine.checkpoint.save import FinishedSaves, SafeSaver, saves_safely
 from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
@@ -114,6 +115,8 @@ def _callbacks(
     yield IncompleteCheckpoints(engine, [layer.num_experts for layer in numbered])
     yield Preflight(engine, sizes, config.check_crc)
     yield MappedFiles(engine)
+    if any(seams.is_autoep_layer(module) for module in numbered):
+        yield StackedExperts(engine)
     yield FrozenExperts(engine)
     yield RandomStates(engine, sizes)
     yield ChoiceKeeper(layers)

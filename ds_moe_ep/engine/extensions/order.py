@@ -12,6 +12,7 @@ from ds_moe_ep.engine.checkpoint.load import SavedEpSize
 from ds_moe_ep.engine.checkpoint.loading.frozen import FrozenExperts
 from ds_moe_ep.engine.checkpoint.loading.mapped import MappedFiles
 from ds_moe_ep.engine.checkpoint.loading.random_states import RandomStates
+from ds_moe_ep.engine.checkpoint.loading.stacked import StackedExperts
 from ds_moe_ep.engine.checkpoint.preflight import Preflight
 from ds_moe_ep.engine.checkpoint.save import FinishedSaves, SafeSaver
 from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
@@ -50,6 +51,8 @@ ORDER: tuple[type[EngineCallback], ...] = (
     SavedEpSize,
     # Next to what DeepSpeed itself reads; states that are cut anew are mapped anyway.
     MappedFiles,
+    # Takes what the mapped files hold.
+    StackedExperts,
     # Inside of the load alone: it changes what the engine takes from a file that is read.
     FrozenExperts,
     # Innermost of those that save: it calls the engine's own method with a folder of its own.

@@ -21,7 +21,7 @@ from ds_moe_ep.config.section import SECTION, Section, read_section
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.whole_files import ModelFiles
 from ds_moe_ep.engine.extensions.install import extend, refuse_second
-from ds_moe_ep.engine.hooks.hook import candidates, hook
+from ds_moe_ep.engine.hooks.hook import has_candidates, hook
 from ds_moe_ep.engine.hooks.layer import TRAFFIC, HookedLayer, balance_of, traffic_of
 from ds_moe_ep.engine.hooks.unconverted import EXPERT_PARALLEL, fix, refuse_unconverted
 from ds_moe_ep.engine.layer import MoE, moe_layers
@@ -104,7 +104,7 @@ def attach_overlap(
         raise EngineError("engine=PipelineEngine: stages would wait for each other's groups; hook a plain engine")
     if isinstance(engine_or_model, deepspeed.DeepSpeedEngine):
         return _attach_to_engine(engine_or_model, config, callbacks)
-    if not any(True for _ in candidates(engine_or_model)):
+    if not has_candidates(engine_or_model):
         own = "its ds_moe_ep.MoE layers overlap as they are, and an engine's extensions need the engine: pass that"
         raise EngineError(own if moe_layers(engine_or_model) else _nothing_to_hook(engine_or_model))
     traffic = traffic_of(MoEConfig()) | given_traffic(config)
@@ -128,7 +128,7 @@ def _attach_to_engine(
     refuse_second(engine)
     own = moe_layers(engine.module)
     refuse_unconverted(engine.module, seams.ds_config_of(engine))
-    if not own and not any(True for _ in candidates(engine.module)):
+    if not own and not has_candidates(engine.module):
         raise EngineError(_nothing_to_hook(engine.module))
     problem: MoEError | None = None
     given, section, knobs = {}, None, {}

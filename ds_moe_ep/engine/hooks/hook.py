@@ -74,6 +74,11 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def has_candidates(model: nn.Module) -> bool:
+    """True for a model with an MoE layer that DeepSpeed made, whether it has traffic to hide or not."""
+    return next(candidates(model), None) is not None
+
+
 def problem_of_replicas(layer: nn.Module, hooked: HookedLayer) -> str:
     """Why experts of the layer cannot have copies on other ranks, or an empty string."""
     if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):

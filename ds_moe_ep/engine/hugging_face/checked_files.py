@@ -1,35 +1,114 @@
 """Files of safetensors with a CRC-32 of each tensor in their metadata: a bit that changes on a disk is seen when read.
 
-Other programs take no notice of them, and files without them are read as they are.
+A file is written tensor by tensor, so that no other is in memory: room is left for its header, which tells the
+checksums and is written last. Other programs take no notice of them, and files without them are read as they are.
 """
 
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from ds_moe_ep.engine.state.tensor_bytes import bytes_of, crc32_of
 from ds_moe_ep.errors import EngineError
 
 KEY = "crc32"
+LARGEST = 2**32 - 1
+_NAME_OF_TYPE = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes contiguous tensors of the host with their checksums."""
-    from safetensors.torch import save_file
+@dataclass(frozen=True)
+class TensorForm:
+    """Type and shape of a tensor in a file; of a stack the first dimension counts places, which come one by one."""
 
-    sums = {name: checksums(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, path, {"format": "pt", KEY: json.dumps(sums)})
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    is_stack: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorForm:
+        """That of a tensor; what has more than two dimensions is a stack."""
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.dim() > 2)
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def num_sums(self) -> int:
+        """Checksums of it: one, or one per place of a stack."""
+        return self.shape[0] if self.is_stack else 1
 
 
-def checksums(tensor: Tensor) -> list[int]:
-    """CRC-32 of a tensor's bytes: one, or one per place of a stack's first dimension, which are read one by one."""
-    return [_crc32(place) for place in tensor] if tensor.dim() > 2 else [_crc32(tensor)]
+class CheckedFile:
+    """A file of safetensors that is open for writing: `write` takes its tensors, each once, in any order. Local.
+
+    Raises EngineError for types that such files do not hold.
+    """
+
+    def __init__(self, file: BinaryIO, forms: Mapping[str, TensorForm]) -> None:
+        self._file, self._forms = file, forms
+        self._sums = {name: [LARGEST] * form.num_sums for name, form in forms.items()}
+        self._start: dict[str, int] = {}
+        size = 0  # the widest types first, so that each tensor lies at a multiple of its own
+        for name in sorted(forms, key=lambda each: -forms[each].dtype.itemsize):
+            self._start[name] = size
+            size += forms[name].num_bytes
+        self._header_bytes = -(-len(self._header()) // 8) * 8
+        self._file.truncate(8 + self._header_bytes + size)
+
+    def write(self, name: str, tensor: Tensor, index: int | None = None) -> None:
+        """Writes a tensor, or one place of a stack."""
+        form = self._forms[name]
+        places = enumerate(tensor) if form.is_stack and index is None else [(index or 0, tensor)]
+        for at, there in places:
+            place = there.detach().to("cpu").contiguous()  # once, and of this place alone
+            content = bytes_of(place)
+            self._file.seek(8 + self._header_bytes + self._start[name] + at * len(content))
+            self._file.write(content)
+            self._sums[name][at] = crc32_of(place)
+
+    def finish(self) -> None:
+        """Writes the header: every tensor has come."""
+        header = self._header()
+        self._file.seek(0)
+        self._file.write(self._header_bytes.to_bytes(8, "little"))
+        self._file.write(header.ljust(self._header_bytes))
+
+    def _header(self) -> bytes:
+        found: dict[str, Any] = {"__metadata__": {"format": "pt", KEY: json.dumps(self._sums)}}
+        for name, start in self._start.items():
+            form = self._forms[name]
+            offsets = [start, start + form.num_bytes]
+            found[name] = {"dtype": _type_name(name, form), "shape": list(form.shape), "data_offsets": offsets}
+        return json.dumps(found, separators=(",", ":")).encode()
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes tensors with their checksums; of those that are elsewhere, or not in one run, one at a time is copied."""
+    write_read({name: (TensorForm.of(tensor), partial(_same, tensor)) for name, tensor in tensors.items()}, path)
+
+
+def write_read(tensors: Mapping[str, tuple[TensorForm, Callable[[], Tensor]]], path: Path) -> None:
+    """Writes tensors of these forms with their checksums, each read when its turn comes."""
+    with path.open("wb") as opened:
+        file = CheckedFile(opened, {name: form for name, (form, _) in tensors.items()})
+        for name, (_, read) in tensors.items():
+            file.write(name, read())
+        file.finish()
 
 
 def checksums_in(file: Any, path: Path) -> Mapping[str, list[int]]:
@@ -39,22 +118,38 @@ def checksums_in(file: Any, path: Path) -> Mapping[str, list[int]]:
         found = json.loads(text) if text is not None else {}
     except ValueError as error:
         raise EngineError(f"{path}: its checksums are damaged ({error}); take another copy of it") from error
-    if not isinstance(found, Mapping):
+    if not isinstance(found, Mapping) or not all(isinstance(sums, list) for sums in found.values()):
         raise EngineError(f"{path}: its checksums are damaged; take another copy of it")
     return found
 
 
-def check_tensor(path: Path, name: str, tensor: Tensor, sums: Mapping[str, list[int]], index: int | None) -> None:
-    """Raises EngineError where a tensor, or one place of its first dimension, does not have its checksum."""
-    if name not in sums:
-        return
-    expected = sums[name] if index is None else sums[name][index : index + 1]
-    found = checksums(tensor) if index is None else [_crc32(tensor)]
-    if found != expected:
+def read_checked(file: Any, path: Path, name: str, sums: Mapping[str, list[int]], index: int | None) -> Tensor:
+    """A tensor of an open file, or one place of its first dimension, of which no more is read where places have sums.
+
+    Raises EngineError where it does not have its checksum.
+    """
+    expected = sums.get(name)
+    has_places = expected is not None and len(expected) > 1
+    is_place = index is not None and (expected is None or has_places)
+    tensor: Tensor = file.get_slice(name)[index] if is_place else file.get_tensor(name)
+    if expected is not None:
+        if is_place:
+            expected = expected[index : index + 1]
+        found = [crc32_of(place) for place in tensor] if has_places and not is_place else [crc32_of(tensor)]
+        if found != expected:
+            raise EngineError(
+                f"{path}: {name} is damaged, its checksum does not fit; take another copy, and check the disk"
+            )
+    return tensor if is_place or index is None else tensor[index]
+
+
+def _type_name(name: str, form: TensorForm) -> str:
+    if form.dtype not in _NAME_OF_TYPE:
         raise EngineError(
-            f"{path}: {name} is damaged, its checksum does not fit; take another copy, and check the disk"
+            f"{name}: is {form.dtype}, which files of safetensors do not hold; convert it to another type"
         )
+    return _NAME_OF_TYPE[form.dtype]
 
 
-def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

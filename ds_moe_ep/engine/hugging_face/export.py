@@ -4,7 +4,7 @@ What the files hold depends on the model: a family's names, or those of the pack
 
 1. Every rank plans: the first rank that holds an expert writes it, rank 0 all that is replicated. Plans are names and
    bytes; shards are numbered over all ranks.
-2. Every rank writes its shards into `<folder>.part`, copying one shard's tensors to the host at a time.
+2. Every rank writes its shards into `<folder>.part`, tensor by tensor: at most one is copied to the host at a time.
 3. Rank 0 writes index and configuration; once all ranks have succeeded the folder takes its name.
 
 Weights are written in the type in which the model computes.
@@ -30,7 +30,7 @@ from ds_moe_ep.engine.checkpoint.own_experts import expert_group_of
 from ds_moe_ep.engine.hugging_face import transformer_folder
 from ds_moe_ep.engine.hugging_face.adapters import merged
 from ds_moe_ep.engine.hugging_face.blocks import blocks_of, clamp_of
-from ds_moe_ep.engine.hugging_face.checked_files import write_tensors
+from ds_moe_ep.engine.hugging_face.checked_files import CheckedFile, write_tensors
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import family_of
 from ds_moe_ep.engine.hugging_face.stacks import BlockStacks
@@ -48,10 +48,10 @@ def save_pretrained(engine: Any, folder: str | os.PathLike[str], max_shard_bytes
     For models of Hugging Face whose MoE blocks are AutoEP's layers (hooked or not), the package's `MoE`
     (`from_pretrained`), or DeepSpeed's; and for the package's own model (`build_transformer`), whose folder carries its
     code and is loaded with trust_remote_code=True. Adapters of the peft library leave as a part of the weights that
-    they adapt; the engine's stay as they are. Collective over the world; with ZeRO 0, 1 and 2. A rank copies to the
-    host what one shard holds, and the weights that adapters change. Raises, on every rank, ConfigError for families
-    that it does not know, ExportError where a layer does not compute what the family's files hold, and EngineError
-    where a rank cannot write; nothing is left behind.
+    they adapt; the engine's stay as they are. Collective over the world; with ZeRO 0, 1 and 2. In memory beside the
+    model is at most one tensor (of gpt-oss's stacks one expert's part), and the weights that adapters change. Raises,
+    on every rank, ConfigError for families that it does not know, ExportError where a layer does not compute what the
+    family's files hold, and EngineError where a rank cannot write; nothing is left behind.
     """
     folder = Path(folder).absolute()
     with ExitStack() as scopes:
@@ -200,21 +200,36 @@ def write_index(folder: Path, files: Sequence[Sequence[str]], num_bytes: int) ->
 
 def _write_shards(shards: Sequence[Named], partial: Path, first: int, total: int) -> None:
     for index, shard in enumerate(shards, start=first):
-        # An expert's weights may be a part of a stack: only a copy has memory of its own.
-        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in shard}
-        write_tensors(tensors, partial / shard_name(index, total))
+        write_tensors(dict(shard), partial / shard_name(index, total))
 
 
 def _write_stacks(stacks: Sequence[BlockStacks], partial: Path, first: int, total: int) -> int:
-    """Fills each block's stacks, one block in memory at a time, and writes them on rank 0; their bytes. Collective."""
+    """Writes each block's stacks on rank 0, a part of one expert in memory at a time; their bytes. Collective."""
     error, num_bytes = None, 0
     for index, block in enumerate(stacks, start=first):
-        tensors = block.filled(is_writer=dist.get_rank() == 0)
-        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        write = partial_of(write_tensors, tensors, partial / shard_name(index, total))
-        error = error or _attempt(write, dist.get_rank() == 0)
+        error = _write_places(block, partial / shard_name(index, total), error)
+        num_bytes += sum(form.num_bytes for form in block.forms.values())
     seams.settle(error)
     return num_bytes
+
+
+def _write_places(block: BlockStacks, path: Path, error: MoEError | None) -> MoEError | None:
+    """A block's file on rank 0, which writes nothing behind an error; the error that it met. Collective."""
+    with ExitStack() as scopes:
+        file: CheckedFile | None = None
+
+        def begin() -> None:
+            nonlocal file
+            file = CheckedFile(scopes.enter_context(path.open("wb")), block.forms)
+
+        is_mine = dist.get_rank() == 0
+        error = error or _attempt(begin, is_mine)
+        for name, index, place in block.places():
+            if file is not None and error is None:
+                error = _attempt(partial_of(file.write, name, place, index))
+        if file is not None and error is None:
+            error = _attempt(file.finish) or _attempt(scopes.close)
+    return error
 
 
 def _finish(content: Content, files: Sequence[Sequence[str]], num_bytes: int, partial: Path, folder: Path) -> None:

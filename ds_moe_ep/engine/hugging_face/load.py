@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.engine.hugging_face.blocks import MoEBlock, blocks_of, knobs_of
-from ds_moe_ep.engine.hugging_face.checked_files import check_tensor, checksums_in
+from ds_moe_ep.engine.hugging_face.checked_files import checksums_in, read_checked
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.export import INDEX
-from ds_moe_ep.engine.hugging_face.families import Family, family_of
-from ds_moe_ep.engine.hugging_face.stacks import BlockStacks, into_stacks, out_of_stacks
+from ds_moe_ep.engine.hugging_face.families import STACKS, Family, family_of
+from ds_moe_ep.engine.hugging_face.stacks import BlockStacks, out_of_stack
 from ds_moe_ep.errors import ConfigError, EngineError
 
 SINGLE = "model.safetensors"
@@ -65,11 +65,9 @@ class Weights:
                 fresh = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
                 self._files[file] = fresh, checksums_in(fresh, path)
             opened, sums = self._files[file]
-            tensor: Tensor = opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
+            return read_checked(opened, path, name, sums, index)
         except (OSError, SafetensorError) as error:
             raise EngineError(f"{path}: cannot be read ({error}); download or export it again") from error
-        check_tensor(path, name, tensor, sums, index)
-        return tensor
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -158,6 +156,7 @@ def _replace_blocks(model: nn.Module, config: Any, family: Family, make: Callabl
     if not places:
         raise ConfigError(f"config.model_type={config.model_type!r}: the model has no MoE block; train it as it is")
     for parent, name in places:
+        setattr(parent, name, nn.Identity())  # the block is gone before another takes its place
         setattr(parent, name, make())
 
 
@@ -195,17 +194,19 @@ def _fill(model: nn.Module, family: Family, weights: Weights, ep_rank: int) -> N
 
 
 def _fill_from_stacks(weights: Weights, block: ExpertBlock, first: int) -> None:
-    """Sets a block's own experts from tensors that hold those of all ranks. Raises EngineError for other shapes."""
-    names = BlockStacks(block).names
+    """Sets a block's own experts from tensors that hold those of all ranks, a place at a time.
+
+    Raises EngineError for other shapes.
+    """
+    forms = BlockStacks(block).forms
     for local in range(block.num_local_experts):
         own = block.weights_of(local)
-        asked = into_stacks(own)
-        read = [weights.read(name, first + local) for name in names]
-        for name, found, part in zip(names, read, asked.values(), strict=True):
-            _check_shape(weights, name, found, part)
-        for projection, value in out_of_stacks(dict(zip(asked, read, strict=True))).items():
-            with torch.no_grad():
-                own[projection].copy_(value)
+        for part, (name, form) in zip(STACKS, forms.items(), strict=True):
+            place = weights.read(name, first + local)
+            _check_shape(weights, name, tuple(place.shape), form.shape[1:])
+            for projection, value in out_of_stack(part, place).items():
+                with torch.no_grad():
+                    own[projection].copy_(value)
 
 
 def _known_names(model: nn.Module, blocks: Iterable[ExpertBlock], family: Family) -> set[str]:
@@ -236,13 +237,13 @@ def _copy(weights: Weights, name: str, target: Tensor) -> None:
 def _read(weights: Weights, name: str, target: Tensor) -> Tensor:
     """A tensor of the files in the place of another. Raises EngineError where it has another shape."""
     found = weights.read(name)
-    _check_shape(weights, name, found, target)
+    _check_shape(weights, name, tuple(found.shape), tuple(target.shape))
     return found
 
 
-def _check_shape(weights: Weights, name: str, found: Tensor, target: Tensor) -> None:
-    if found.shape != target.shape:
+def _check_shape(weights: Weights, name: str, found: tuple[int, ...], asked: tuple[int, ...]) -> None:
+    if found != asked:
         raise EngineError(
-            f"{weights.folder}: {name} is {tuple(found.shape)}, and the model of config.json has "
-            f"{tuple(target.shape)}; the files are of another model"
+            f"{weights.folder}: {name} is {found}, and the model of config.json has {asked}; the files are of another "
+            "model"
         )

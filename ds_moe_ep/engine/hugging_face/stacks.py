@@ -6,7 +6,7 @@ Along the first dimension of a stack are the experts: gate_up_proj [E, D, 2 F] w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.engine.checkpoint.own_experts import holders_of
+from ds_moe_ep.engine.hugging_face.checked_files import TensorForm
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import STACKS
 from ds_moe_ep.errors import ExportError
@@ -21,27 +22,23 @@ from ds_moe_ep.kernels.activation import Clamp
 from ds_moe_ep.moe.match_expert import match_expert
 
 
-def into_stacks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One expert's place in each stack, from its weights and biases by part."""
-    return {
-        "gate_up_proj": torch.stack((weights["gate.weight"].t(), weights["up.weight"].t()), -1).flatten(1),
-        "gate_up_proj_bias": torch.stack((weights["gate.bias"], weights["up.bias"]), -1).flatten(),
-        "down_proj": weights["down.weight"].t(),
-        "down_proj_bias": weights["down.bias"],
-    }
+def into_stack(part: str, weights: Mapping[str, Tensor]) -> Tensor:
+    """One expert's place in a stack, in memory of its own, from its weights and biases by part."""
+    if part == "gate_up_proj":
+        return torch.stack((weights["gate.weight"].t(), weights["up.weight"].t()), -1).flatten(1)
+    if part == "gate_up_proj_bias":
+        return torch.stack((weights["gate.bias"], weights["up.bias"]), -1).flatten()
+    place = weights["down.weight"].t() if part == "down_proj" else weights["down.bias"]
+    return place.clone(memory_format=torch.contiguous_format)
 
 
-def out_of_stacks(places: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One expert's weights and biases by part, from its place in each stack."""
-    gate_up_D2F, bias_2F = places["gate_up_proj"], places["gate_up_proj_bias"]
-    return {
-        "gate.weight": gate_up_D2F[:, 0::2].t(),
-        "gate.bias": bias_2F[0::2],
-        "up.weight": gate_up_D2F[:, 1::2].t(),
-        "up.bias": bias_2F[1::2],
-        "down.weight": places["down_proj"].t(),
-        "down.bias": places["down_proj_bias"],
-    }
+def out_of_stack(part: str, place: Tensor) -> dict[str, Tensor]:
+    """Weights or biases of one expert by part, from its place in a stack."""
+    if part == "gate_up_proj":
+        return {"gate.weight": place[:, 0::2].t(), "up.weight": place[:, 1::2].t()}
+    if part == "gate_up_proj_bias":
+        return {"gate.bias": place[0::2], "up.bias": place[1::2]}
+    return {"down.weight": place.t()} if part == "down_proj" else {"down.bias": place}
 
 
 @dataclass(frozen=True)
@@ -68,21 +65,37 @@ class BlockStacks:
         prefix, family = self.block.family.in_files(self.block.name), self.block.family
         return [f"{prefix}.{family.stack(part)}" for part in STACKS]
 
-    def filled(self, is_writer: bool) -> dict[str, Tensor]:
-        """The stacks by their names in files, in host memory, on the ranks that write; nothing on others.
+    @property
+    def forms(self) -> dict[str, TensorForm]:
+        """Types and shapes of the stacks by their names in files."""
+        weights = {name: torch.empty_like(weight, device="meta") for name, weight in self.block.weights_of(0).items()}
+        places = (into_stack(part, weights) for part in STACKS)
+        return {
+            name: TensorForm(place.dtype, (self.block.num_experts, *place.shape), is_stack=True)
+            for name, place in zip(self.names, places, strict=True)
+        }
+
+    def places(self) -> Iterator[tuple[str, int, Tensor]]:
+        """The name of a stack, the index of an expert and its place there, of all ranks' experts on every rank.
 
         Collective over the world: each expert is broadcast by the first rank that holds it, one part at a time.
         """
-        block, found = self.block, dict[str, Tensor]()
+        block = self.block
         holders = holders_of(block.layer) if int(block.layer.ep_size) > 1 else [0]
-        for place, holder in enumerate(holders):
+        for first, holder in enumerate(holders):
             for local in range(block.num_local_experts):
-                parts = into_stacks(block.weights_of(local))
-                for name, part in zip(self.names, parts.values(), strict=True):
-                    there = part.detach().clone(memory_format=torch.contiguous_format)
-                    dist.broadcast(there, src=holder)
-                    if is_writer and name not in found:
-                        found[name] = torch.empty(block.num_experts, *part.shape, dtype=part.dtype)
-                    if is_writer:
-                        found[name][place * block.num_local_experts + local] = there.cpu()
+                weights = {name: weight.detach() for name, weight in block.weights_of(local).items()}
+                for name, part in zip(self.names, STACKS, strict=True):
+                    place = into_stack(part, weights)
+                    dist.broadcast(place, src=holder)
+                    yield name, first * block.num_local_experts + local, place
+
+    def filled(self, is_writer: bool) -> dict[str, Tensor]:
+        """The stacks by their names in files, in host memory, on ranks that write; nothing on others. Collective."""
+        found: dict[str, Tensor] = {}
+        for name, form in self.forms.items() if is_writer else ():
+            found[name] = torch.empty(form.shape, dtype=form.dtype)
+        for name, index, place in self.places():
+            if is_writer:
+                found[name][index] = place.cpu()
         return found

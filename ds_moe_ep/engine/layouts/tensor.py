@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from torch import nn
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.parallel_keys import CUT_EXPERTS_RULE
 from ds_moe_ep.engine import seams
+from ds_moe_ep.engine.state.tensor_bytes import crc32_of
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks, is_cut, is_whole
 
@@ -155,7 +155,7 @@ def refuse_unlike(ranks: TensorRanks, module: nn.Module, name: str) -> None:
         return
     mine = 0
     for parameter in module.parameters():
-        mine = crc32(parameter.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes(), mine)
+        mine = crc32_of(parameter, mine)
     theirs: list[int] = [0] * ranks.size
     dist.all_gather_object(theirs, mine, group=ranks.group)
     if len(set(theirs)) > 1:

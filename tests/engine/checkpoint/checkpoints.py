@@ -28,6 +28,11 @@ def target_config(run: Run, *, pipeline: bool) -> dict[str, Any]:
     return {"train_batch_size": 16, "moe_ep": section}
 
 
+def staged_config(run: Run, *, pipeline: bool) -> dict[str, Any]:
+    """That ds_config with the run's stage of ZeRO."""
+    return target_config(run, pipeline=pipeline) | {"zero_optimization": {"stage": run.stage}}
+
+
 def weights_in(folder: pathlib.Path, run: Run) -> dict[str, Tensor]:
     """Every weight of a checkpoint of expert parallelism, by its name on one device; read by file names alone."""
     tag = (folder / "latest").read_text()

@@ -13,6 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+SETS = (torch.ops.aten.set_.source_Storage, torch.ops.aten.set_.source_Storage_storage_offset)
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts what is made inside of it; `most` is the largest sum of what lived at one time."""
@@ -27,7 +29,7 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
-            is_of_file = func is torch.ops.aten.set_.source_Storage_storage_offset and is_mapped(storage.data_ptr())
+            is_of_file = func in SETS and is_mapped(storage.data_ptr())
             if storage.nbytes() and storage.data_ptr() not in before and not is_of_file:
                 reference = StorageWeakRef(storage)
                 self._made[reference.cdata] = (reference, storage.nbytes())

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from ds_moe_ep.errors import ConfigError
+import ds_moe_ep
+from ds_moe_ep.errors import ConfigError, EngineError
 from tests.engine.small_model import Job, batches, make_engine, train_steps
 from tests.ranks import run_ranks
 
@@ -19,6 +20,16 @@ def choices_of(engine: Any) -> dict[str, Any]:
     return {name: layer.choice and layer.choice.to_dict() for name, layer in engine.moe_ep_layers.items()}
 
 
+def refuse_loads(engine: Any, folder: str) -> None:
+    """Asserts that what loads nothing, or would load by DeepSpeed's rules, is refused."""
+    with pytest.raises(EngineError, match=r"none: nothing was loaded, the folder names no tag"):
+        ds_moe_ep.load_checkpoint(engine, f"{folder}/none")
+    layers = vars(engine).pop("moe_ep_layers")  # as a plain engine, which has none
+    with pytest.raises(EngineError, match=r"engine=DeepSpeedEngine: .* call attach_overlap\(engine\) first"):
+        ds_moe_ep.load_checkpoint(engine, folder)
+    engine.moe_ep_layers = layers
+
+
 def save_and_resume(folder: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Choices before training, after it, after loading into a new engine, and after going on there."""
     engine = make_engine(AUTO)
@@ -27,7 +38,9 @@ def save_and_resume(folder: str) -> tuple[dict[str, Any], dict[str, Any], dict[s
     after = choices_of(engine)
     engine.save_checkpoint(folder, client_state={"note": "kept"})
     resumed = make_engine(replace(AUTO, seed=9))
-    _, state = resumed.load_checkpoint(folder)
+    refuse_loads(resumed, folder)
+    path, state = ds_moe_ep.load_checkpoint(resumed, folder)
+    assert path.is_relative_to(folder)
     assert state["note"] == "kept" and "moe_ep_schedules" not in state
     loaded = choices_of(resumed)
     train_steps(resumed, AUTO, batches(AUTO))

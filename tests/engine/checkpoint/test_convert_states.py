@@ -55,9 +55,12 @@ def carry(ways: Sequence[tuple[Job, Job]], folder: Folder) -> list[tuple[Any, An
         train_steps(engine, saves, batches(saves)[:2])
         engine.save_checkpoint(str(place / "saved"), tag="two")
         before = states_of(engine, saves)
-        engine._config.load_universal_checkpoint = True
-        with pytest.raises(EngineError, match="a universal checkpoint has one set of states per place of an expert"):
-            engine.load_checkpoint(str(place / "saved"))
+        if saves.ep_size > 1:  # else an expert's place on a rank is its place over all ranks
+            engine._config.load_universal_checkpoint = True
+            with pytest.raises(
+                EngineError, match="a universal checkpoint has one set of states per place of an expert"
+            ):
+                engine.load_checkpoint(str(place / "saved"))
         if dist.get_rank() == 0:
             prepare(place / "saved", place / "carried", target_config(loads)).write()
         dist.barrier()

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ds_moe_ep.engine.hugging_face.checked_files import write_tensors
+from ds_moe_ep.engine.hugging_face.checked_files import CheckedFile, TensorForm, write_tensors
 from ds_moe_ep.engine.hugging_face.load import SINGLE, Weights
 from ds_moe_ep.errors import EngineError
+from tests.engine.checkpoint.live_bytes import LiveBytes
 
 TENSORS = {
     "gate.weight": torch.arange(32.0).sin().view(4, 8).bfloat16(),
@@ -56,3 +57,54 @@ def test_files_without_checksums_are_read_as_they_are(tmp_path: Path) -> None:
 
     save_file(TENSORS, tmp_path / SINGLE, {"format": "pt"})
     assert same(read(tmp_path))
+
+
+def test_one_tensor_at_a_time_is_made_while_many_are_written(tmp_path: Path) -> None:
+    """Of tensors that lie in one run nothing is; the control: the copies of all of them are seen to live together."""
+    rows = torch.arange(4096.0).view(64, 64)
+    turned = {f"turned {number}": (rows + number).t() for number in range(5)}
+    plain = {f"plain {number}": rows + number for number in range(5)}
+    for tensors, bound in ((plain, 0), (turned, rows.nbytes)):
+        with LiveBytes() as live:
+            write_tensors(tensors, tmp_path / SINGLE)
+        assert live.most == bound
+        found = load_file(tmp_path / SINGLE)
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], each) for name, each in tensors.items())
+    with LiveBytes() as live:
+        copies = [tensor.contiguous() for tensor in turned.values()]
+    assert live.most == len(copies) * rows.nbytes
+
+
+def test_a_stack_is_written_place_by_place_and_read_whole_and_by_place(tmp_path: Path) -> None:
+    places = {"stack": torch.randn(3, 4, 5).half(), "biases": torch.randn(3, 4)}
+    forms = {name: TensorForm(each.dtype, tuple(each.shape), is_stack=True) for name, each in places.items()}
+    forms["small"] = TensorForm(torch.int8, (3,))
+    path = tmp_path / SINGLE
+    with path.open("wb") as opened:
+        file = CheckedFile(opened, forms)
+        for index in (2, 0, 1):
+            for name, each in places.items():
+                file.write(name, each[index], index)
+        file.write("small", torch.tensor([1, 2, 3], dtype=torch.int8))
+        file.finish()
+    found = load_file(path)
+    assert all(torch.equal(found[name], each) for name, each in places.items())
+    assert found["small"].tolist() == [1, 2, 3]
+    with Weights(tmp_path) as weights:
+        for name, each in places.items():
+            assert torch.equal(weights.read(name), each)
+            assert all(torch.equal(weights.read(name, index), each[index]) for index in range(3))
+    content = bytearray(path.read_bytes())
+    content[content.index(places["biases"][1].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with Weights(tmp_path) as weights:
+        assert torch.equal(weights.read("biases", 0), places["biases"][0])
+        with pytest.raises(EngineError, match="biases is damaged"):
+            weights.read("biases", 1)
+        with pytest.raises(EngineError, match="biases is damaged"):
+            weights.read("biases")
+
+
+def test_a_type_that_files_do_not_hold_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"phase: is torch\.complex64, which files of safetensors do not hold"):
+        write_tensors({"phase": torch.zeros(2, dtype=torch.complex64)}, tmp_path / SINGLE)

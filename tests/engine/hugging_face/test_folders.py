@@ -6,6 +6,7 @@ fp32: 2e-6 of the largest logit is the order of sums over two experts.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ AUTOEP: list[tuple[str, int, int, bool]] = [  # family, ep_size, ZeRO stage, hoo
     ("qwen3_moe", 2, 2, False),
     ("deepseek_v3", 2, 1, True),
 ]
+MORE_AUTOEP: list[tuple[str, int, int, bool]] = [("qwen2_moe", 2, 1, True), ("olmoe", 4, 0, False)]
 Own = list[tuple[str, int, int]]  # family, ep_size, ZeRO stage
 OWN: Own = [("qwen2_moe", 2, 0), ("deepseek_v3", 2, 1), ("gpt_oss", 4, 2)]
 MORE_OWN: Own = [("mixtral", 4, 1), ("qwen3_moe", 1, 0), ("olmoe", 4, 2), ("gpt_oss", 1, 0)]
@@ -55,12 +57,10 @@ def test_folders_load_without_ranks_and_keep_their_logits(tmp_path: Path) -> Non
     assert distance(logits_of(make_model("deepseek_v2")), logits_of(greedy)) > 1e-2
 
 
-def exported_by_autoep(folder: Path) -> list[Tensor]:
-    """Logits of each engine before its export, and of one of the package's own model."""
-    import logging
-
+def each_exported_by_autoep(folder: Path, cases: Sequence[tuple[str, int, int, bool]]) -> list[Tensor]:
+    """Logits of each engine before its export."""
     found = []
-    for family, ep_size, stage, is_hooked in AUTOEP:
+    for family, ep_size, stage, is_hooked in cases:
         autoep = {"autoep_size": ep_size, "preset_model": family}
         engine = train_one_step(make_model(family), ds_config(stage, autoep))
         handle = ds_moe_ep.attach_overlap(engine, {"schedule": "peers"}) if is_hooked else None
@@ -68,6 +68,14 @@ def exported_by_autoep(folder: Path) -> list[Tensor]:
         ds_moe_ep.save_pretrained(engine, folder / family, max_shard_bytes=20_000)
         if handle is not None:
             handle.remove()
+    return found
+
+
+def exported_by_autoep(folder: Path) -> list[Tensor]:
+    """Those, and the logits of an engine of the package's own model."""
+    import logging
+
+    found = each_exported_by_autoep(folder, AUTOEP)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     return [*found, own_model.trained_and_exported(folder)]
 
@@ -112,6 +120,16 @@ def test_models_of_autoep_and_the_own_one_leave_as_folders_with_their_logits(
     assert len(files) > 4, "shards are cut at 20 kB"
     swap_two_experts(tmp_path / "mixtral", index_file["weight_map"])
     assert distance(by_rank[0][0], logits_of(load(tmp_path / "mixtral"))) > 1e-3  # the control
+
+
+@pytest.mark.slow
+def test_more_models_of_autoep_leave_as_folders_with_their_logits(tmp_path: Path) -> None:
+    by_rank = run_ranks(4, each_exported_by_autoep, tmp_path, MORE_AUTOEP, timeout_s=200)
+    for index, (family, *_) in enumerate(MORE_AUTOEP):
+        model = load(tmp_path / family)
+        for found in by_rank:
+            assert distance(found[index], logits_of(model)) <= BOUND, family
+        assert distance(logits_of(make_model(family)), logits_of(model)) > 1e-3, f"{family} was not trained"
 
 
 def swap_two_experts(folder: Path, file_of: dict[str, str]) -> None:

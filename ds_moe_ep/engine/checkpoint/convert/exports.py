@@ -24,7 +24,7 @@ from ds_moe_ep.engine.checkpoint.convert.weights import Parts, share_at
 from ds_moe_ep.engine.checkpoint.convert.zero_states import master_weight
 from ds_moe_ep.engine.checkpoint.load import MAIN_FILE
 from ds_moe_ep.engine.checkpoint.reshard import SavedStates
-from ds_moe_ep.engine.hugging_face.checked_files import write_tensors
+from ds_moe_ep.engine.hugging_face.checked_files import TensorForm, write_read
 from ds_moe_ep.engine.hugging_face.export import INDEX, SHARD_BYTES, shard_name
 from ds_moe_ep.engine.hugging_face.transformer_folder import (
     CODE,
@@ -34,16 +34,21 @@ from ds_moe_ep.engine.hugging_face.transformer_folder import (
     name_in_files,
     routing_biases,
 )
+from ds_moe_ep.parallel.tensor import cut_dimension
 
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor to write: its name in the files, its bytes, and how it is read when its turn comes."""
+    """A tensor to write: its name in the files, its form there, and how it is read when its turn comes."""
 
     name: str
-    num_bytes: int
+    form: TensorForm
     read: Callable[[], Tensor]
     reads: tuple[Path, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.form.num_bytes
 
 
 def shards(tensors: Sequence[NamedTensor], max_bytes: int = SHARD_BYTES) -> Iterator[TargetFile]:
@@ -78,14 +83,14 @@ def hugging_face_files(
     tensors = [
         NamedTensor(
             name_in_files(name),
-            sum(share.nbytes for share in shares),
+            whole_form(name, shares),
             partial(share_at, WeightPlace("", "", name, WHOLE), parts),
             tuple(holders[name]),
         )
         for name, shares in parts.items()
         if not is_balance_state(name)
     ]
-    tensors += [NamedTensor(name, bias.nbytes, partial(_same, bias), ()) for name, bias in biases.items()]
+    tensors += [NamedTensor(name, TensorForm.of(bias), partial(_same, bias), ()) for name, bias in biases.items()]
     yield from shards(tensors)
     yield TargetFile("config.json", 0, partial(_write_json, config))
     yield TargetFile(f"{CODE}.py", 0, partial(_copy_text, code_path()))
@@ -111,9 +116,18 @@ def fp32_files(checkpoint: ExpertCheckpoint) -> Iterator[TargetFile]:
                 if states is not None and is_master
                 else partial(_wide, weight)
             )
-            num_bytes = weight.numel() * (4 if weight.is_floating_point() else weight.element_size())
-            tensors.append(NamedTensor(name, num_bytes, read, of_states if is_master else (path,)))
+            dtype = torch.float32 if weight.is_floating_point() else weight.dtype
+            form = TensorForm(dtype, tuple(weight.shape), weight.dim() > 2)
+            tensors.append(NamedTensor(name, form, read, of_states if is_master else (path,)))
     yield from shards(tensors)
+
+
+def whole_form(name: str, shares: Sequence[Tensor]) -> TensorForm:
+    """The form of a weight that lies in shares, by its name on one device."""
+    shape, dimension = list(shares[0].shape), cut_dimension(name)
+    if dimension is not None:
+        shape[dimension] = sum(share.shape[dimension] for share in shares)
+    return TensorForm(shares[0].dtype, tuple(shape), len(shape) > 2)
 
 
 def _trained(checkpoint: ExpertCheckpoint) -> set[str]:
@@ -136,7 +150,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _write_shard(tensors: Sequence[NamedTensor], path: Path) -> None:
-    write_tensors({each.name: torch.clone(each.read()).contiguous() for each in tensors}, path)
+    write_read({each.name: (each.form, each.read) for each in tensors}, path)
 
 
 def _write_json(values: Any, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Optimizer states of one layout by the names and shares of another: expert parallelism, tensor and pipeline.
 
-1. `find_states` reads which span of which file is whose: ZeRO's cuts, or torch's states without ZeRO, of every model
-   rank. A parameter is known by its name on one device; tensor ranks hold shares of it, in their order.
+1. `find_states` reads which span of which file is whose: ZeRO's cuts, torch's states without ZeRO, or those beside
+   master weights of 16 bits (`wrapped_states`), of every model rank. A parameter is known by its name on one device;
+   tensor ranks hold shares of it, in their order.
 2. `CarriedStates` puts the shares of one parameter at a time together, and cuts from them what a rank of the target
    keeps. Nothing else is in memory.
 """
@@ -26,6 +27,7 @@ from ds_moe_ep.engine.checkpoint.convert.plain_states import OPTIMIZER_FILE
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.checkpoint.convert.resize import ExpertCheckpoint
 from ds_moe_ep.engine.checkpoint.convert.weight_files import WeightFiles
+from ds_moe_ep.engine.checkpoint.convert.wrapped_states import is_wrapped, wrapped_pieces
 from ds_moe_ep.engine.checkpoint.reshard import ZERO_FILE, SavedStates, prefix_of
 from ds_moe_ep.engine.checkpoint.state_pieces import MASTER, SavedPieces, StatePiece, is_vector
 from ds_moe_ep.errors import EngineError
@@ -47,8 +49,8 @@ class Holding:
 class LayoutStates:
     """The optimizer states of a checkpoint, by the parameters' names on one device.
 
-    `prefix` is that of ZeRO's files, None without ZeRO; `beside` stands beside the states in such a file; `reads` are
-    all files with states; `num_ranks` saved them.
+    `prefix` is that of ZeRO's files, None without master weights; `beside` stands beside the states in such a file;
+    `reads` are all files with states; `num_ranks` saved them.
     """
 
     holdings: Mapping[str, Sequence[Holding]]
@@ -56,9 +58,11 @@ class LayoutStates:
     beside: Mapping[str, Any]
     reads: tuple[Path, ...]
     num_ranks: int
+    was_wrapped: bool = False  # 16 bits without ZeRO
 
     @property
     def is_zero(self) -> bool:
+        """True for states with master weights: ZeRO's, and those of 16 bits without it, which take its form."""
         return self.prefix is not None
 
     @cached_property
@@ -113,18 +117,20 @@ class CarriedStates:
         return found
 
 
-def find_states(folder: Path, files: WeightFiles, model: ModelConfig, moe: MoEConfig) -> LayoutStates | None:
-    """The states in `folder`, whose weights lie in `files`; None where there are none.
+def find_states(
+    folder: Path, files: WeightFiles, model: ModelConfig, moe: MoEConfig, config: Mapping[str, Any]
+) -> LayoutStates | None:
+    """The states in `folder`, whose weights lie in `files`; None where there are none. `config` is the target's.
 
     Reads names and shapes. Raises EngineError where they are of a form that is not known, or not whole.
     """
-    found = _of_pipeline(folder, files, model, moe) if files.is_pipeline else _of_experts(folder, model, moe)
+    found = _of_pipeline(folder, files, model, moe) if files.is_pipeline else _of_experts(folder, model, moe, config)
     if found is not None:
         found.check()
     return found
 
 
-def _of_experts(folder: Path, model: ModelConfig, moe: MoEConfig) -> LayoutStates | None:
+def _of_experts(folder: Path, model: ModelConfig, moe: MoEConfig, config: Mapping[str, Any]) -> LayoutStates | None:
     checkpoint = ExpertCheckpoint(folder)
     if not checkpoint.has_states:
         return None
@@ -136,13 +142,23 @@ def _of_experts(folder: Path, model: ModelConfig, moe: MoEConfig) -> LayoutState
         reads = tuple(checkpoint.zero_files.values())
         return LayoutStates(holdings, prefix_of(reads[0]), _beside(reads[0]), reads, len(reads))
     holdings = {}
-    for rank, state in enumerate(checkpoint.plain_states):
+    has_masters = all(is_wrapped(state) for state in checkpoint.states_of_ranks)
+    for rank, state in enumerate(checkpoint.states_of_ranks if has_masters else checkpoint.plain_states):
         listed = expert_parameters(model, moe, ep_size, rank)
-        for each, holding in zip(listed, _plain_holdings(folder, state, listed), strict=True):
+        if has_masters:
+            pieces = wrapped_pieces(folder, state, listed, config)
+            of_rank = [Holding(pieces, each.key, each.shape) for each in listed]
+        else:
+            of_rank = _plain_holdings(folder, state, listed)
+        for each, holding in zip(listed, of_rank, strict=True):
             holdings.setdefault(each.name, [holding])
     reads = tuple(folder / OPTIMIZER_FILE.format(rank) for rank in range(ep_size))
     num_ranks = int(checkpoint.main.get("dp_world_size") or ep_size)
-    return LayoutStates(holdings, None, {}, reads, num_ranks)
+    if not has_masters:
+        return LayoutStates(holdings, None, {}, reads, num_ranks)
+    is_bf16 = any(tensor.dtype == torch.bfloat16 for tensor in checkpoint.first_experts.values())
+    beside = {"ds_config": dict(config), "ds_version": checkpoint.main.get("ds_version")}
+    return LayoutStates(holdings, "bf16_" if is_bf16 else "", beside, reads, num_ranks, was_wrapped=True)
 
 
 def _of_pipeline(folder: Path, files: WeightFiles, model: ModelConfig, moe: MoEConfig) -> LayoutStates | None:

@@ -135,10 +135,10 @@ def expert_states(
 def refuse_stage(states: LayoutStates, config: Mapping[str, Any], is_pipeline: bool) -> None:
     """Raises ConfigError where the target's ds_config names a stage of ZeRO that does not load such states."""
     zero = config.get("zero_optimization")
-    stage = int(zero.get("stage", 0)) if isinstance(zero, Mapping) else None
+    stage = int(zero.get("stage", 0)) if isinstance(zero, Mapping) else 0 if states.was_wrapped else None
     stages = ((1,) if is_pipeline else (1, 2)) if states.is_zero else (0,)
     if stage is not None and stage not in stages:
-        saved = "of ZeRO" if states.is_zero else "without ZeRO"
+        saved = "with master weights" if states.is_zero else "without ZeRO"
         raise ConfigError(
             f"zero_optimization.stage={stage}: the source has optimizer states {saved}, which load with stage "
             f"{' or '.join(map(str, stages))} there; give that one, or take --weights-only ({SECTION} of a pipeline "

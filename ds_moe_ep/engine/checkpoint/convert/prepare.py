@@ -165,7 +165,7 @@ def _between_layouts(
     state |= {"ds_config": source.config, "mp_world_size": files.num_state_files, "dp_world_size": 0}
     if not is_pipeline:
         state["num_experts"] = [moe.num_experts] * model.num_layers
-    found = None if weights_only else find_states(source.folder, source_files, model, moe)
+    found = None if weights_only else find_states(source.folder, source_files, model, moe, source.config)
     of_ranks: PipelineStates | None = None
     of_states: list[TargetFile] = []
     if found is not None:

@@ -103,21 +103,28 @@ class ExpertCheckpoint:
         )
 
     @cached_property
-    def plain_states(self) -> list[Mapping[str, Any]]:
-        """The states without ZeRO of each expert-parallel rank; none where there are none, or ZeRO's."""
+    def states_of_ranks(self) -> list[Mapping[str, Any]]:
+        """The states without ZeRO of each expert-parallel rank, in any form; none where there are none, or ZeRO's."""
         states: list[Mapping[str, Any]] = []
         while not self.zero_files and (path := self.folder / OPTIMIZER_FILE.format(len(states))).is_file():
             state = load_file(path).get("optimizer")
             if state is None:
                 break
-            if "param_groups" not in state or not any(group.get("moe") for group in state["param_groups"]):
-                raise EngineError(f"{path}: holds no optimizer states of torch's form; {_WEIGHTS_ALONE}")
             states.append(state)
         return states
 
     @property
+    def plain_states(self) -> list[Mapping[str, Any]]:
+        """Those of `states_of_ranks`, which must be of torch's form. Raises EngineError for others."""
+        for rank, state in enumerate(self.states_of_ranks):
+            if "param_groups" not in state or not any(group.get("moe") for group in state["param_groups"]):
+                path = self.folder / OPTIMIZER_FILE.format(rank)
+                raise EngineError(f"{path}: holds no optimizer states of torch's form; {_WEIGHTS_ALONE}")
+        return self.states_of_ranks
+
+    @property
     def has_states(self) -> bool:
-        return bool(self.zero_files or self.plain_states)
+        return bool(self.zero_files or self.states_of_ranks)
 
     @property
     def is_interleaved(self) -> bool:
@@ -127,8 +134,8 @@ class ExpertCheckpoint:
 
     def ep_size(self) -> int:
         """That of the run that saved. Raises EngineError where the files do not tell."""
-        if self.plain_states:
-            return len(self.plain_states)
+        if self.states_of_ranks:
+            return len(self.states_of_ranks)
         saved = saved_ep_size(str(self.folder.parent), self.folder.name)
         if saved is None:
             raise EngineError(f"{self.folder}: does not tell the ep_size that saved it; {_WEIGHTS_ALONE}")
