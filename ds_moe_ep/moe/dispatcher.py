@@ -293,7 +293,7 @@ class Dispatcher:
         else:
             hosted = HostedPass(self._replicas, self._replicas.begin(routes, agreement, experts, training, in_triton))
             pending = PendingPlan(None, hosted.finish)
-        made = early and early.own_gradient
+        made = None if early is None else early.own_gradient
         permuted = partial(permute, x_TD, use_triton=in_triton, weights_TK=sent_weights(routes), made=made)
         early_ND = self._permute_early(permuted, pending, call)
         plan = pending.finish()
@@ -320,8 +320,8 @@ class Dispatcher:
         results_ND, shared_TD = run_experts(rows_ND, experts, context, shared, weights_UK, early)
         to_add = [each for each in (shared_TD, residual_TD) if each is not None]
         added = [each for each in to_add if each.dtype == results_ND.dtype]
-        left = [each for each in to_add if each.dtype != results_ND.dtype]
-        return unpermute(results_ND, weights_TK, plan.maps, added, in_triton, early and early.own), left
+        y_TD = unpermute(results_ND, weights_TK, plan.maps, added, in_triton, None if early is None else early.own)
+        return y_TD, [each for each in to_add if each.dtype != results_ND.dtype]
 
     def _observe(self, routes: Routes, plan: DispatchPlan, training: bool) -> None:
         if training and self._observer is not None:
