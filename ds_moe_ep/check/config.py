@@ -193,7 +193,7 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
         yield f"data_parallel_size: DeepSpeed {release} reads it beside sequence_parallel_size alone"
     if model is None:
         yield 'moe_ep.model is not given: memory, traffic and arithmetic need it; add "model": "small"'
-    yield from _sharing_notes(model, moe, training)
+    yield from sharing_notes(model, moe, training)
     if training.precision == "fp16":
         yield "fp16 does not run on DeepSpeed's CPU accelerator: use bf16 or fp32 there"
     if section.layout == WHOLE:
@@ -219,7 +219,7 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
         yield f"{grid.num_replicas} expert groups: rank 0 and the ranks {others} hold the same experts"
 
 
-def _sharing_notes(model: ModelConfig | None, moe: MoEConfig, training: Training) -> Iterator[str]:
+def sharing_notes(model: ModelConfig | None, moe: MoEConfig, training: Training) -> Iterator[str]:
     """Notes on ranks that share a copy's sequences."""
     cut = training.dense_cut
     if (size := training.sequence_ranks) > 1:

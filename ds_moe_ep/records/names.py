@@ -63,6 +63,7 @@ PARTS: Mapping[str, str] = {
     "gradients": "gradient reduction and optimizer",
     "rest": "rest",
 }
+SIMULATED_PARTS: Mapping[str, str] = {"sequence_traffic": "sequence-parallel all-to-all"}  # and all of PARTS
 KINDS: Mapping[str, str] = {
     "weights": "weights",
     "gradients": "gradients",
@@ -109,7 +110,7 @@ def title_of(system: str) -> str:
     """Title of a system, also of one of other sizes than the specification's."""
     if system in SYSTEMS:
         return SYSTEMS[system]
-    if system.startswith(("tp", "pp")):
+    if system.startswith(("tp", "pp", "sp")):
         return system.removesuffix("_serial").upper().replace("_", "/") + " serial" * system.endswith("_serial")
     size, _, serial = system.upper().partition("_")
     return f"{size} {'serial' if serial else 'overlapped'}"

@@ -102,6 +102,14 @@ class Program:
 
 
 LoadOf = Callable[[Op], Load]
+Behind = Callable[[Op, int, Event], object]
+
+
+def _unheard(op: Op, rank: int, end: Event) -> None:
+    """Nobody hears of an op's end."""
+
+
+NOBODY: Behind = _unheard
 
 
 def add_pass(
@@ -111,12 +119,14 @@ def add_pass(
     start: Event,
     tags: Tags,
     in_flight: int = 1,
+    behind: Behind = NOBODY,
 ) -> Event:
     """The mark of one pass through the experts: the ops of `schedule` on each rank's lanes.
 
     `loads` has one entry, for a rank that stands for all, or one for each rank of the torus. A transfer is over when
     the rank's own rows have left and arrived, and every rank that it receives from has sent. Of a lane's transfers
-    `in_flight` are on their way at once: one on a stream of NCCL's, two on the threads of a host.
+    `in_flight` are on their way at once: one on a stream of NCCL's, two on the threads of a host. `behind` hears of the
+    end of each op on each rank, op by op.
     """
     ranks = range(len(loads))
     marks: list[list[Event]] = [[] for _ in ranks]
@@ -135,6 +145,7 @@ def add_pass(
         for rank in ranks:
             peers = _heard_from(op, rank, schedule) if len(loads) > 1 else ()
             marks[rank].append(program.join([added[rank][1], *(added[peer][1] for peer in peers)]))
+            behind(op, rank, marks[rank][-1])
     return program.join(mark for its in marks for mark in its)
 
 

@@ -52,6 +52,12 @@ class PlanOptions:
         type=slots,
         metavar="N|auto",
     )
+    tensor_ranks: int = option(
+        1,
+        "ranks of a Megatron mpu that cut the dense part of --config, which no ds_config names",
+        least=1,
+        metavar="RANKS",
+    )
     forward: bool = option(False, "forward passes alone instead of training")
     nodes: int | None = option(
         None, "as many nodes as this (default: as the cluster's file says)", least=1, metavar="N"

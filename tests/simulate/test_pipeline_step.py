@@ -19,6 +19,7 @@ from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.pipeline_schedule import Act, Instruction, forward_order, in_order, training_order
 from ds_moe_ep.simulate.step.pipeline_step import pipeline_step
 from ds_moe_ep.simulate.step.setup import Algorithm, Setup
+from ds_moe_ep.simulate.step.shares import Shares
 from ds_moe_ep.sizing.pipeline import bubble, count_work
 
 MODEL = ModelConfig(hidden_size=64, num_heads=8, expert_width=512, sequence_length=128, recompute=False)
@@ -119,7 +120,7 @@ def test_free_communication_leaves_the_compute_and_the_bubble(
     pp: int, micro_batches: int, mode: Literal["training", "forward"], recompute: bool
 ) -> None:
     job = replace(setup(2, pp, micro_batches=micro_batches, model=replace(MODEL, recompute=recompute)), mode=mode)
-    costs = LayerCosts(job.model, MOE, job.cluster.device, "fp32", 2)
+    costs = LayerCosts(job.model, MOE, job.cluster.device, "fp32", Shares.of_all(2))
     tokens = job.micro_batch_tokens
     forward_us = costs.attention(tokens) + costs.gate(tokens) + costs.experts(tokens, 16)
     backward_us = costs.attention(tokens, True) + costs.gate(tokens, True) + costs.input_grads(tokens, 16)

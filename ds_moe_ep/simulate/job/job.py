@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ds_moe_ep.check.config import sharing_notes
 from ds_moe_ep.config.knobs import Layout, MoEConfig
 from ds_moe_ep.config.section import load_ds_config, read_section
 from ds_moe_ep.config.training import BATCH_KEYS, WHOLE, Training, read_training
@@ -15,6 +16,7 @@ from ds_moe_ep.simulate.cluster.cluster import Cluster
 from ds_moe_ep.simulate.job.fit import fit_memory, with_micro_batch
 from ds_moe_ep.simulate.job.replicas import with_load
 from ds_moe_ep.simulate.step.setup import Setup
+from ds_moe_ep.simulate.step.shares import check_shares
 
 Mode = Literal["training", "forward"]
 ACCUMULATION = "gradient_accumulation_steps"
@@ -30,18 +32,19 @@ class Job:
 
     @property
     def system(self) -> str:
-        """Name in Records: `ep16`, `ep16_serial`, `tp8_pp2`, `tp2_pp2_ep4`, and alike for other sizes."""
-        return system_of(self.setup.training.layout, self.setup.moe)
+        """Name in Records: `ep16`, `ep16_serial`, `tp8_pp2`, `tp2_pp2_ep4`, `sp2_ep8`, and alike for other sizes."""
+        training = self.setup.training
+        return system_of(training.layout, self.setup.moe, training.dense_cut.size, training.sequence_ranks)
 
 
-def system_of(layout: Layout, moe: MoEConfig) -> str:
-    """Name in Records of a system of these sizes."""
+def system_of(layout: Layout, moe: MoEConfig, tensor_ranks: int = 1, sequence_ranks: int = 1) -> str:
+    """Name in Records of a system of these sizes; tensor ranks of an mpu or AutoTP are named as a layout's."""
     experts = f"ep{moe.ep_size}_serial" if moe.is_serial else f"ep{moe.ep_size}"
-    if layout == WHOLE:
+    sizes = {"tp": layout.tp_size * tensor_ranks, "pp": layout.pp_size, "sp": sequence_ranks}
+    if all(size == 1 for size in sizes.values()):
         return experts
-    if moe.ep_size == 1:
+    if moe.ep_size == 1 and layout != WHOLE:
         return f"tp{layout.tp_size}_pp{layout.pp_size}"
-    sizes = {"tp": layout.tp_size, "pp": layout.pp_size}
     return "_".join([*(f"{name}{size}" for name, size in sizes.items() if size > 1), experts])
 
 
@@ -53,11 +56,12 @@ def read_job(
     load: str = "even",
     mode: Mode = "training",
     replicas: int | Literal["auto"] | None = None,
+    tensor_ranks: int = 1,
 ) -> Job:
     """The job of a ds_config with a rank on every device of the cluster.
 
-    `replicas` stands for the section's. Another micro-batch, or more ranks than the file was written for, keep
-    train_batch_size: accumulation adapts.
+    `replicas` stands for the section's; `tensor_ranks` are those of an mpu, which no ds_config names. Another
+    micro-batch, or more ranks than the file was written for, keep train_batch_size: accumulation adapts.
     Raises ConfigError or TopologyError for what cannot work.
     """
     path = "ds_config" if isinstance(source, Mapping) else os.fspath(source)
@@ -71,12 +75,8 @@ def read_job(
     moe = section.moe if replicas is None else replace(section.moe, replicas=replicas)
     section.layout.check(section.model, moe)
     given = {key: value for key, value in ds_config.items() if key != ACCUMULATION or not _has_all(ds_config)}
-    training = read_training(given, moe.ep_size, cluster.num_ranks, section.layout)
-    if training.sharing_ranks > 1:
-        raise ConfigError(
-            f"tensor_parallel.autotp_size, sequence_parallel_size: {training.sharing_ranks} ranks share each copy's "
-            'sequences, which is not simulated; take the model that is cut by "layout", or remove them'
-        )
+    training = read_training(given, moe.ep_size, cluster.num_ranks, section.layout, tensor_ranks)
+    check_shares(training, section.model, sequence_parallel=moe.sequence_parallel)
     setup = Setup(model=section.model, moe=moe, training=training, cluster=cluster, mode=mode)
     if section.layout == WHOLE:
         setup = with_load(setup, load)
@@ -85,7 +85,10 @@ def read_job(
     if micro_batch is not None:
         setup = replace(setup, training=with_micro_batch(training, micro_batch))
         setup = with_load(setup, load) if section.layout == WHOLE else setup  # a longer window pays for more copies
-    return Job(path=path, setup=setup, notes=tuple(_notes(ds_config, setup.training, load)))
+    notes = [*_notes(ds_config, setup.training, load), *sharing_notes(section.model, moe, training)]
+    if training.sequence_ranks > 1:
+        notes.append("attention exchanges heads for parts of sequences, as DeepSpeed's DistributedAttention does")
+    return Job(path=path, setup=setup, notes=tuple(notes))
 
 
 def _has_all(ds_config: Mapping[str, Any]) -> bool:

@@ -26,7 +26,7 @@ def run_search(options: PlanOptions, cluster: Cluster, console: Console) -> int:
                 f"{name}={value!r}: a search simulates one job in many layouts, with micro-batches of its own and even "
                 "loads; leave it out"
             )
-    job = read_job(options.config, cluster, mode=options.mode)
+    job = read_job(options.config, cluster, mode=options.mode, tensor_ranks=options.tensor_ranks)
     with Progress(console=Console(stderr=True), transient=True, disable=options.json) as progress:
         task = progress.add_task("simulating")
 

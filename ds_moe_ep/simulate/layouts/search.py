@@ -4,17 +4,19 @@
 2. In each the micro-batches that cut the batch and fit, by doubling, and the largest one; the fastest of them counts.
    "auto" takes the schedule that it would choose there.
 3. What fits is ordered by the tokens per second of the cluster as its file says; the best get bars and bounds.
+
+Ranks that share sequences by the ds_config or an mpu (AutoTP, Ulysses) stay as they are: the search is over the sizes
+of expert parallelism beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ds_moe_ep.config.knobs import Layout
 from ds_moe_ep.config.section import load_ds_config
-from ds_moe_ep.config.training import BATCH_KEYS, Training, read_training
+from ds_moe_ep.config.training import BATCH_KEYS, WHOLE, Training, read_training
 from ds_moe_ep.errors import MoEError
 from ds_moe_ep.records.names import title_of
 from ds_moe_ep.records.quantity import Quantity, Row
@@ -81,8 +83,8 @@ def search_layouts(job: Job, most: int = MOST_TOLD, see: See = lambda done, tota
     too_large, impossible = [], []
     for done, (layout, ep_size) in enumerate(sizes):
         see(done, len(sizes))
-        system = system_of(layout, replace(job.setup.moe, ep_size=ep_size, schedule="auto"))
-        system = system.removesuffix("_serial")
+        training, moe = job.setup.training, replace(job.setup.moe, ep_size=ep_size, schedule="auto")
+        system = system_of(layout, moe, training.dense_cut.size, training.sequence_ranks).removesuffix("_serial")
         try:
             setups = list(setups_of(job, layout, ep_size))
         except MoEError as error:
@@ -108,6 +110,9 @@ def search_layouts(job: Job, most: int = MOST_TOLD, see: See = lambda done, tota
 def sizes_of(setup: Setup) -> Iterator[tuple[Layout, int]]:
     """Every (tensor ranks x stages, expert-parallel ranks) that divides ranks, layers, experts and widths."""
     model, world = setup.model, setup.training.world_size
+    if setup.training.sharing_ranks > 1:
+        yield from ((WHOLE, size) for size in _divisors(world) if setup.moe.num_experts % size == 0)
+        return
     for pp_size in _divisors(world):
         for tp_size in _divisors(world // pp_size):
             whole = (model.num_heads, model.expert_width, model.shared_expert_width)
@@ -123,9 +128,7 @@ def setups_of(job: Job, layout: Layout, ep_size: int) -> Iterator[Setup]:
     setup = job.setup
     moe = replace(setup.moe, ep_size=ep_size)
     layout.check(setup.model, moe)
-    given: dict[str, Any] = {key: value for key, value in _ds_config(job).items() if key not in BATCH_KEYS}
-    given |= {BATCH_KEYS[0]: setup.training.batch, BATCH_KEYS[1]: 1}
-    training = read_training(given, ep_size, setup.training.world_size, layout)
+    training = _in_layout(job, layout, ep_size)
     cuts = cuts_of_batch(training)
     largest = max(
         (cut.micro_batch for cut in cuts if fit_memory(replace(setup, moe=moe, training=cut)).fits), default=1
@@ -136,8 +139,15 @@ def setups_of(job: Job, layout: Layout, ep_size: int) -> Iterator[Setup]:
             yield replace(setup, moe=moe, training=cut)
 
 
-def _ds_config(job: Job) -> Mapping[str, Any]:
-    return load_ds_config(job.path)
+def _in_layout(job: Job, layout: Layout, ep_size: int) -> Training:
+    """The job's training in a layout, with micro-batches of one sequence."""
+    training = job.setup.training
+    if training.sharing_ranks > 1:
+        sequences = training.micro_batch * training.accumulation
+        return replace(training, ep_size=ep_size, micro_batch=1, accumulation=sequences)
+    given = {key: value for key, value in load_ds_config(job.path).items() if key not in BATCH_KEYS}
+    given |= {BATCH_KEYS[0]: training.batch, BATCH_KEYS[1]: 1}
+    return read_training(given, ep_size, training.world_size, layout)
 
 
 def _told(system: str, setup: Setup) -> FoundLayout:

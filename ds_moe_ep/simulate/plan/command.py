@@ -39,6 +39,7 @@ def run(options: PlanOptions, console: Console) -> int:
         load=options.load,
         mode=options.mode,
         replicas=options.replicas,
+        tensor_ranks=options.tensor_ranks,
     )
     if options.sweep is not None:
         return run_sweep(options, job, console)

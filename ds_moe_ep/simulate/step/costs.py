@@ -1,6 +1,6 @@
 """Times of the parts of a model for one rank, forward and backward, in microseconds.
 
-T tokens of the rank (of its tensor group), t ranks that share every width, N rows of the rank's experts. Matrix
+T tokens of the rank (of its tensor group), t ranks that share a part's width, N rows of the rank's experts. Matrix
 products cost 2 flops per parameter and row forward and twice that backward (input and weight gradients apart);
 elementwise work costs the bytes that it reads and writes, as kernels/traffic.py counts them: those of Triton's kernels
 on devices, those of plain torch on a host and with "kernels": "torch". Letters as in sizing/footprint.py.
@@ -16,6 +16,7 @@ from ds_moe_ep.kernels.attention_path import AttentionPath, BlockedAttention, at
 from ds_moe_ep.kernels.traffic import LeastTraffic, OperationSizes, plain_traffic, traffic
 from ds_moe_ep.simulate.cluster.cluster import Device
 from ds_moe_ep.simulate.step.formulas import attention_us, matmul_us, memory_us, product_us
+from ds_moe_ep.simulate.step.shares import WHOLE_WIDTHS, Shares
 
 ADAM_KERNELS = 8  # of a fused step over few tensors: unscale, norm, update, cast
 SCORES_BACKWARD = 2.5  # flops of attention's backward pass over its forward pass: scores are computed again
@@ -34,7 +35,7 @@ class Product:
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """The parts' times for one model on one device; `tp_size` ranks share every width.
+    """The parts' times for one model on one device; `shares` says how many ranks share each width.
 
     Each part is told to `spend`: its products, and the bytes and launches beside them.
     """
@@ -43,7 +44,7 @@ class LayerCosts:
     moe: MoEConfig
     device: Device
     precision: str
-    tp_size: int = 1
+    shares: Shares = WHOLE_WIDTHS
     on_host: bool = False  # it computes on a host's cores
 
     @property
@@ -57,13 +58,14 @@ class LayerCosts:
         matmuls 6*D*D/t and 2*D*D/t flops per token, twice backward; 5*T*D*b bytes of norm and residual, 8 backward.
         """
         D, times = self.model.hidden_size, 2 if backward else 1
-        own = tokens * D // self.tp_size  # numbers of this rank's heads
+        t = self.shares.attention
+        own = tokens * D // t  # numbers of this rank's heads
         shape = self.model.attention
         sizes = [columns * width for columns, width in (*shape.inputs, shape.output)]
-        projections = [self._product(2 * size * tokens, tokens, times) for size in sizes]
+        projections = [Product(2 * size * tokens / t, tokens, times) for size in sizes]
         turned = self._counted(f"rotation {_phase(backward)}", tokens)
         elementwise = self.spend("norms", (), (8 if backward else 5) * tokens * D * self._b, 3 if backward else 2)
-        elementwise += self.spend("rotation", (), turned.num_bytes / self.tp_size, turned.num_launches)
+        elementwise += self.spend("rotation", (), turned.num_bytes / t, turned.num_launches)
         return self.spend("projections", projections) + self._scores(tokens, own, backward) + elementwise
 
     def _scores(self, tokens: int, own: int, backward: bool) -> float:
@@ -75,12 +77,16 @@ class LayerCosts:
         """
         S = self.model.sequence_length
         if self.path != "blocks":
-            scores = S * tokens * self.model.attention.scores_width / self.tp_size
+            scores = S * tokens * self.model.attention.scores_width / self.shares.attention
             flops = scores * (SCORES_BACKWARD if backward else 1.0)
             return self.spend("scores", attention_flops=flops)
-        heads, head_size = self.model.num_heads // self.tp_size, self.model.head_size
+        shares, head_size = self.shares, self.model.head_size
         found = BlockedAttention(
-            num_sequences=tokens // S, num_heads=heads, num_tokens=S, head_size=head_size, item_bytes=self._b
+            num_sequences=tokens * shares.sequences // S,  # whole ones, of a part of the heads
+            num_heads=self.model.num_heads // (shares.attention * shares.sequences),
+            num_tokens=S,
+            head_size=head_size,
+            item_bytes=self._b,
         )
         count, blocks = 5 if backward else 2, len(found.blocks)
         each = Product(
@@ -98,20 +104,22 @@ class LayerCosts:
         """Norm, logits with scores and top-k, sort; backward also the sum of the tokens' gradients.
 
         2*T*D*b bytes of the norm, 8 backward with the residual's; the residual is added where results are summed, on a
-        tensor group in a pass of its own (3*T*D*b). 2*D*E flops per token, twice backward, beside the bytes of the
+        tensor group in a pass of its own (3*T*D*b), and beside experts that it shares a shared expert's output in
+        another. 2*D*E flops per token, twice backward, beside the bytes of the
         gate's kernels: what takes longer counts. The flops go at the peak of fp32, or of the step's precision where the
         device's file gives none.
         """
         D, E, times = self.model.hidden_size, self.moe.num_experts, 2 if backward else 1
         unit = tokens * D * self._b
-        residual = 3 * (self.tp_size > 1)
-        norms = self.spend("norms", (), (8 if backward else 2 + residual) * unit, 3 if backward else 1 + residual // 3)
+        shares, has_shared = self.shares, bool(self.model.shared_expert_width)
+        added = shares.adds_apart + (shares.tokens > 1 and has_shared)
+        norms = self.spend("norms", (), (8 if backward else 2 + 3 * added) * unit, 3 if backward else 1 + added)
         counted = self._counted(f"gate {_phase(backward)}", tokens)
         precision = "fp32" if self.device.peak_fp32 else self.precision
         logits = Product(2 * D * E * tokens, tokens, times, counted.num_bytes / times, precision)
         products = self.spend("gate", [logits], 0.0, counted.num_launches - times)
         if backward:
-            copies = 3 + 3 * bool(self.model.shared_expert_width)
+            copies = 3 + 3 * has_shared
             return norms + products + self.spend("sum of gradients", (), copies * unit, copies // 3)
         ordered = self._counted("sort", tokens)
         return norms + products + self.spend("sort", (), ordered.num_bytes, ordered.num_launches)
@@ -139,7 +147,8 @@ class LayerCosts:
 
         A grouped product computes all runs in one launch, each at the rate of its rows.
         """
-        return self._experts("experts", rows, num_runs, self.model.expert, self.model.expert_width, is_grouped)
+        by = self.shares.experts
+        return self._experts("experts", rows, num_runs, self.model.expert, self.model.expert_width, by, is_grouped)
 
     def input_grads(self, rows: float, num_runs: float, *, is_grouped: bool = False) -> float:
         """Their way back: as many flops, the activation's gradient, and active rows where they are made again.
@@ -149,7 +158,8 @@ class LayerCosts:
         width, sums = self.model.expert_width, 0.0
         if is_grouped and self.model.expert == "swiglu":
             sums = self.spend("input gradients", (), 3 * rows * self.model.hidden_size * self._b, 1)
-        return sums + self._experts("input gradients", rows, num_runs, self._activation_backward, width, is_grouped)
+        activation, by = self._activation_backward, self.shares.experts
+        return sums + self._experts("input gradients", rows, num_runs, activation, width, by, is_grouped)
 
     def weight_grads(
         self, rows: float, num_runs: float, *, is_only: bool = True, is_grouped: bool = False, num_pieces: int = 1
@@ -161,9 +171,9 @@ class LayerCosts:
         if rows <= 0:
             return 0.0
         m, D, F = self.model.expert_matrices, self.model.hidden_size, self.model.expert_width
-        each, num_products = rows / num_runs, 1 if is_grouped else num_runs
-        sums = 0.0 if is_only else 8 * D * F / self.tp_size
-        products = [self._product(2 * D * F * rows / num_products, each, num_products * m, num_bytes=sums)]
+        each, num_products, t = rows / num_runs, 1 if is_grouped else num_runs, self.shares.experts
+        sums = 0.0 if is_only else 8 * D * F / t
+        products = [Product(2 * D * F * rows / num_products / t, each, num_products * m, sums)]
         moved = is_grouped and num_pieces > 1
         num_bytes = moved * 2 * rows * self._b * (2 * D + m * F)
         return self.spend("weight gradients", products, num_bytes, moved * (2 + m * num_pieces))
@@ -172,16 +182,16 @@ class LayerCosts:
         """Sums in fp32 in the weights' own type, once they are whole: 4 + b bytes per parameter."""
         if self._b == 4:
             return 0.0
-        numbers = num_experts * self.model.expert_params / self.tp_size
+        numbers = num_experts * self.model.expert_params / self.shares.experts
         return self.spend("weight gradients", (), (4 + self._b) * numbers, num_experts * self.model.expert_matrices)
 
     def shared_expert(self, tokens: float, backward: bool = False) -> float:
-        """An expert that every token visits, cut by t like the others; its weight gradients are apart."""
+        """An expert that every token visits; its weight gradients are apart."""
         F = self.model.shared_expert_width
         if not F or not tokens:
             return 0.0
         activation = self._activation_backward if backward else self.model.expert
-        return self._experts("shared expert", tokens, 1, activation, F)
+        return self._experts("shared expert", tokens, 1, activation, F, self.shares.shared_expert)
 
     def shared_weight_grads(self, tokens: float) -> float:
         """The weight gradients of the shared expert."""
@@ -189,7 +199,7 @@ class LayerCosts:
         if not F:
             return 0.0
         D, m = self.model.hidden_size, self.model.expert_matrices
-        return self.spend("shared expert", [self._product(2 * D * F * tokens, tokens, m)])
+        return self.spend("shared expert", [Product(2 * D * F * tokens / self.shares.shared_expert, tokens, m)])
 
     def head(self, tokens: int, backward: bool = False) -> float:
         """Embedding, last norm, logits (2*V*D flops per token) and the loss over T*V numbers in fp32.
@@ -200,9 +210,10 @@ class LayerCosts:
         D, V, times = self.model.hidden_size, self.model.vocab_size, 2 if backward else 1
         cast = 4 + self._b if self._b < 4 else 0
         loss = (16 if backward else 8) + cast
-        rows = tokens * (6 if backward else 4) * D * self._b + backward * V * D * self._b
-        products = [self._product(2 * V * D * tokens, tokens, times, shared=False)]
-        return self.spend("head", products, rows + tokens * V * loss, 6 * times)
+        t = self.shares.head
+        rows = tokens * (6 if backward else 4) * D * self._b + backward * V * D * self._b / t
+        products = [Product(2 * V * D * tokens / t, tokens, times)]
+        return self.spend("head", products, rows + tokens * V * loss / self.shares.loss, 6 * times)
 
     def optimizer(self, training: Training, num_parameters: float) -> float:
         """An optimizer step over so many parameters: each is read and written once, memory-bound.
@@ -240,16 +251,16 @@ class LayerCosts:
         return f"{self.model.expert} backward" + (", active rows kept" if self.model.recompute else "")
 
     def _experts(
-        self, part: str, rows: float, num_runs: float, activation: str, width: int, is_grouped: bool = False
+        self, part: str, rows: float, num_runs: float, activation: str, width: int, by: int, is_grouped: bool = False
     ) -> float:
-        """Products of one way through an expert, and its activation."""
+        """Products of one way through an expert whose width `by` ranks share, and its activation."""
         if rows <= 0:
             return 0.0
         m, D = self.model.expert_matrices, self.model.hidden_size
         num_products = 1 if is_grouped else num_runs
         counted = self._counted(activation, 1, width)
-        products = [self._product(2 * D * width * rows / num_products, rows / num_runs, num_products * m)]
-        return self.spend(part, products, rows * counted.num_bytes / self.tp_size, num_products * counted.num_launches)
+        products = [Product(2 * D * width * rows / num_products / by, rows / num_runs, num_products * m)]
+        return self.spend(part, products, rows * counted.num_bytes / by, num_products * counted.num_launches)
 
     def _counted(self, operation: str, tokens: int, width: int = 0) -> LeastTraffic:
         """Traffic of an operation as it runs here; a width asks for that of so many rows instead of their choices."""
@@ -260,14 +271,16 @@ class LayerCosts:
             num_experts=self.moe.num_experts,
             expert_width=width,
             item_bytes=self._b,
-            num_added=int(self.model.shared_expert_width > 0) + (self.tp_size == 1),
+            num_added=self._num_added,
         )
         is_plain = self.on_host or self.moe.kernels == "torch"
         return (plain_traffic if is_plain else traffic)(operation, sizes)
 
-    def _product(self, flops: float, rows: float, count: float, shared: bool = True, num_bytes: float = 0.0) -> Product:
-        """`count` products of so many flops, cut by t where they are shared out."""
-        return Product(flops / (self.tp_size if shared else 1), rows, count, num_bytes)
+    @property
+    def _num_added(self) -> int:
+        """Tensors that are added where results are summed: the shared expert's output, the residual."""
+        shares = self.shares
+        return int(self.model.shared_expert_width > 0 and shares.tokens == 1) + (not shares.adds_apart)
 
 
 def _phase(backward: bool) -> str:

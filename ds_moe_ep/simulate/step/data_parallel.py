@@ -1,9 +1,10 @@
 """End of an expert-parallel step, once behind its micro-batches: gradients, their norm, the optimizer, weights.
 
-Dense gradients are summed over all ranks and experts' over those that hold the same. Under ZeRO, too, each rank gets
-all of the sums and keeps its part: DeepSpeed's buckets go by all-reduce, not by reduce-scatter (average_tensor in
-zero/stage_1_and_2.py, with use_multi_rank_bucket_allreduce, its default). ZeRO-2 sums behind every micro-batch. Then
-all ranks agree on the norm, each updates its part, and under ZeRO the updated weights go back to those that hold them.
+Dense gradients are summed over all ranks, or over those of one place in the groups of tensor ranks, and experts' over
+those that hold the same. Under ZeRO, too, each rank gets all of the sums and keeps its part: DeepSpeed's buckets go by
+all-reduce, not by reduce-scatter (average_tensor in zero/stage_1_and_2.py, with use_multi_rank_bucket_allreduce, its
+default). ZeRO-2 sums behind every micro-batch. Then all ranks agree on the norm, each updates its part, and under ZeRO
+the updated weights go back to those that hold them.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ STEP = Tags("step", "step")
 def finish_step(setup: Setup, costs: LayerCosts) -> Outcome:
     """The end of a step, as a program that has run; one rank stands for all."""
     training, cluster = setup.training, setup.cluster
-    held = count_rank_parameters(setup.model, setup.moe)
+    held, tensor = count_rank_parameters(setup.model, setup.moe, training.dense_cut), training.dense_cut.size
     everyone = group_of(cluster, training.world_size)
+    alike = group_of(cluster, training.world_size // tensor, stride=tensor)
     owners = group_of(cluster, training.num_replicas, stride=training.ep_size)
-    shares = (("dense", everyone, held.dense), ("experts", owners, held.experts))
+    shares = (("dense", alike, held.dense), ("experts", owners, held.experts))
     program, event = Program(), START
 
     def add(name: str, lane: str, load: Load) -> None:

@@ -4,6 +4,9 @@
                   backward in reverse, with each layer's forward pass again where it is recomputed
     step          micro-batches one after the other, then gradients (dense ones over all ranks, experts' over those that
                   hold the same), the optimizer, and under ZeRO the updated weights to all ranks
+    shared        tokens, of tensor or sequence ranks (shares.py): collectives around attention, a shared expert and the
+                  head that are cut; each takes its part of the tokens to the experts, and results are gathered, those
+                  that are complete under the combines that are left
     copies        of experts: their weights leave as the first micro-batch begins, and each layer's rows wait for its
                   own; their gradient sums leave as the layer's last backward pass ends
 
@@ -22,7 +25,7 @@ from ds_moe_ep.config.topology import Torus, torus_of
 from ds_moe_ep.config.training import BYTES
 from ds_moe_ep.kernels.traffic import LARGE_PRODUCT
 from ds_moe_ep.schedule.build import Schedule
-from ds_moe_ep.schedule.program import START, Event, Load, Program
+from ds_moe_ep.schedule.program import NOBODY, START, Event, Load, Program
 from ds_moe_ep.schedule.spans import LANES, NEAR_LANES, Span, Tags, length, overlap, union
 from ds_moe_ep.simulate.cluster.machine import Machine, Volume, machine_for_group, machine_for_one
 from ds_moe_ep.simulate.step.copies import CopyTraffic
@@ -30,6 +33,16 @@ from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.data_parallel import finish_step
 from ds_moe_ep.simulate.step.moe_pass import ExpertTimes, LayerPass, Rows, WorkShare
 from ds_moe_ep.simulate.step.setup import Setup, Step
+from ds_moe_ep.simulate.step.shares import (
+    INDEX_BYTES,
+    SHARED_PARTS,
+    Collectives,
+    EarlyResults,
+    Shares,
+    early_shares,
+    exposed_us,
+    shares_of,
+)
 from ds_moe_ep.sizing.footprint import SUM_BYTES
 
 COUNT_BYTES = 8  # of one expert's count in the exchange before rows are posted
@@ -53,12 +66,30 @@ class EpJob:
         """Times of the parts of the model."""
         setup = self.setup
         on_host = setup.cluster.computes_on == "host"
-        return LayerCosts(setup.model, setup.moe, setup.cluster.device, setup.training.precision, on_host=on_host)
+        precision = setup.training.precision
+        return LayerCosts(setup.model, setup.moe, setup.cluster.device, precision, self.shares, on_host)
+
+    @cached_property
+    def shares(self) -> Shares:
+        """Ranks that share the dense part."""
+        return shares_of(self.setup.training, self.setup.model)
+
+    @cached_property
+    def collectives(self) -> Collectives:
+        """Collectives of those ranks."""
+        return Collectives(self.machine, self.shares, self.setup.algorithm)
 
     @property
     def tokens(self) -> int:
-        """Tokens that a rank takes to the experts in a micro-batch: under a layout its part of the tensor group's."""
-        return -(-self.setup.micro_batch_tokens // self.setup.training.layout.tp_size)
+        """Tokens that a rank takes to the experts in a micro-batch: its part of a tensor group's."""
+        return -(-self.setup.micro_batch_tokens // self.shares.tokens)
+
+    @property
+    def tokens_bytes(self) -> float:
+        """Bytes of one tensor of a rank's, or a tensor group's, tokens."""
+        return float(
+            self.setup.micro_batch_tokens * self.setup.model.hidden_size * BYTES[self.setup.training.precision]
+        )
 
     @cached_property
     def rows(self) -> Rows:
@@ -113,12 +144,12 @@ class EpJob:
 
     def _experts(self, share: WorkShare) -> float:
         """A piece forward: rows into the order of experts and out of it, products, the shared expert's tokens."""
-        own_us = self.costs.shared_expert(share.tokens * self.tokens)
+        own_us = self.costs.shared_expert(self._beside(share))
         return self._moves(share) + self.costs.experts(share.rows, share.num_runs, is_grouped=self.is_grouped) + own_us
 
     def _input_grads(self, share: WorkShare) -> float:
         """A piece backward, without weight gradients."""
-        own_us = self.costs.shared_expert(share.tokens * self.tokens, backward=True)
+        own_us = self.costs.shared_expert(self._beside(share), backward=True)
         products_us = self.costs.input_grads(share.rows, share.num_runs, is_grouped=self.is_grouped)
         return self._moves(share) + products_us + own_us
 
@@ -133,11 +164,15 @@ class EpJob:
             is_grouped=self.is_grouped,
             num_pieces=len(schedule.pieces),
         )
-        if share.tokens:
-            found_us += costs.shared_weight_grads(share.tokens * self.tokens)
+        if self._beside(share):
+            found_us += costs.shared_weight_grads(self._beside(share))
         if share.is_last and not is_only:
             found_us += costs.cast_weight_grads(self.num_local)
         return found_us
+
+    def _beside(self, share: WorkShare) -> float:
+        """Tokens of the shared expert beside a piece; that of tensor ranks, which has all of theirs, comes behind."""
+        return share.tokens * self.tokens if self.shares.tokens == 1 else 0.0
 
     def _moves(self, share: WorkShare) -> float:
         """Copies between the order of messages and that of experts; none with one expert per rank, or no peers."""
@@ -152,25 +187,105 @@ class EpJob:
 
     def forward(self, program: Program, start: Event, name: str, ready: Event = START) -> Event:
         """One layer forward; its rows wait for `ready`."""
-        costs, tokens = self.costs, self.setup.micro_batch_tokens
-        before = costs.attention(tokens) + costs.gate(tokens) + costs.permute(tokens)
-        event = self._compute(program, "attention, gate", before, start, Tags(name, "forward"))
-        event = self.host(program, self.setup.cluster.host.forward_us, event, Tags(name, "forward"))
-        event = program.join([self.counts(program, event, Tags(name, "forward")), ready])
-        event = self.layer.forward(program, event, name)
-        after = costs.unpermute(tokens) + self._own_rows(self.layer.schedules[0])
-        return self._compute(program, "unpermute", after, event, Tags(name, "forward"))
+        tags, tokens = Tags(name, "forward"), self.setup.micro_batch_tokens
+        event = self._attention(program, self.costs.attention(tokens), start, tags)
+        before = self.costs.gate(tokens) + self.costs.permute(self.tokens)
+        event = self._compute(program, "gate, permute", before, event, tags)
+        event = self.host(program, self.setup.cluster.host.forward_us, event, tags)
+        return self.through_experts(program, event, name, ready)
 
     def backward(self, program: Program, start: Event, name: str) -> Event:
         """One layer backward."""
-        costs, tokens = self.costs, self.setup.micro_batch_tokens
-        before = costs.unpermute(tokens, backward=True)
-        event = self._compute(program, "unpermute", before, start, Tags(name, "backward"))
-        event = self.host(program, self.setup.cluster.host.backward_us, event, Tags(name, "backward"))
-        event = self.layer.backward(program, event, name)
-        after = costs.permute(tokens, backward=True) + self._own_rows(self.layer.schedules[1])
-        after += costs.gate(tokens, backward=True) + costs.attention(tokens, backward=True)
-        return self._compute(program, "attention, gate", after, event, Tags(name, "backward"))
+        tags, tokens = Tags(name, "backward"), self.setup.micro_batch_tokens
+        event = self.back_to_results(program, start, tags)
+        event = self.host(program, self.setup.cluster.host.backward_us, event, tags)
+        event = self.back_through_experts(program, event, name)
+        event = self._compute(program, "gate", self.costs.gate(tokens, backward=True), event, tags)
+        return self._attention(program, self.costs.attention(tokens, backward=True), event, tags)
+
+    def through_experts(self, program: Program, start: Event, name: str, ready: Event = START) -> Event:
+        """A layer's experts forward: counts, rows out and results back, sums, and what tensor ranks gather."""
+        costs, tags, schedule = self.costs, Tags(name, "forward"), self.layer.schedules[0]
+        event = program.join([self.counts(program, start, tags), ready])
+        early = self._early_results(program, schedule, event, tags)
+        event = self.layer.forward(program, event, name, early.behind if early else NOBODY)
+        after = costs.unpermute(self.tokens) + self._own_rows(schedule)
+        event = self._compute(program, "unpermute", after, event, tags)
+        if self.shares.tokens == 1:
+            return event
+        if early:
+            arrived = early.rest(event)
+        else:
+            arrived = self.collectives.gather(program, "results", self.tokens_bytes, event, tags)
+        shared_us = costs.shared_expert(self.setup.micro_batch_tokens)
+        event = program.join([arrived, self._compute(program, "shared expert", shared_us, event, tags)])
+        placed_us = costs.spend("results of tensor ranks", (), 2 * self.tokens_bytes, 1) if early else 0.0
+        event = self._compute(program, "results", placed_us, event, tags)
+        return self._reduced(program, "shared expert", self.shares.shared_expert, event, tags)
+
+    def _early_results(self, program: Program, schedule: Schedule, start: Event, tags: Tags) -> EarlyResults | None:
+        """The gather that runs beside the combines of a pass; None where there is none."""
+        tensor, shares = self.shares.tokens, early_shares(schedule, self.setup.moe.top_k)
+        if tensor == 1 or len(shares) < 2 or schedule.gathers or self.setup.moe.ep_size % tensor:
+            return None
+        told_bytes = float(tensor * INDEX_BYTES * (self.tokens + len(shares)))
+        return EarlyResults((program, self.collectives), shares, self.tokens_bytes, (told_bytes, start), tags)
+
+    def back_to_results(self, program: Program, start: Event, tags: Tags) -> Event:
+        """Backward, from a layer's output to the rows' results; the shared expert of tensor ranks, too."""
+        costs, tokens, event = self.costs, self.setup.micro_batch_tokens, start
+        if self.shares.tokens > 1 and self.setup.model.shared_expert_width:
+            shared_us = costs.shared_expert(tokens, backward=True) + costs.shared_weight_grads(tokens)
+            event = self._compute(program, "shared expert", shared_us, event, tags)
+            event = self._reduced(program, "shared expert", self.shares.shared_expert, event, tags)
+        return self._compute(program, "unpermute", costs.unpermute(self.tokens, backward=True), event, tags)
+
+    def back_through_experts(self, program: Program, start: Event, name: str) -> Event:
+        """The rows' gradients out, the experts backward, gradients back, and what tensor ranks gather of them."""
+        tags = Tags(name, "backward")
+        event = self.layer.backward(program, start, name)
+        after = self.costs.permute(self.tokens, backward=True) + self._own_rows(self.layer.schedules[1])
+        event = self._compute(program, "permute", after, event, tags)
+        if self.shares.tokens == 1:
+            return event
+        weights_bytes = 4.0 * self.setup.moe.top_k * self.setup.micro_batch_tokens
+        event = self.collectives.gather(program, "routing weights", weights_bytes, event, tags)
+        return self.collectives.gather(program, "gradients", self.tokens_bytes, event, tags)
+
+    def _attention(self, program: Program, time_us: float, start: Event, tags: Tags) -> Event:
+        """An attention's compute, one way, and its collectives: an all-reduce, or the all-to-alls of sequence ranks."""
+        event = self._compute(program, "attention", time_us, start, tags)
+        event = self._reduced(program, "attention", self.shares.attention, event, tags)
+        if self.shares.sequences == 1:
+            return event
+        shape, num_bytes = self.setup.model.attention, BYTES[self.setup.training.precision]
+        widths = {"q": shape.key_width, "k": shape.key_width, "v": shape.value_width, "heads": shape.value_width}
+        for what, width in widths.items():
+            sent = float(self.setup.micro_batch_tokens * width * num_bytes)
+            event = self.collectives.exchange(program, what, sent, event, tags)
+        return event
+
+    def _reduced(self, program: Program, what: str, ranks: int, start: Event, tags: Tags) -> Event:
+        """The tokens' sum over the tensor group behind a part that so many ranks share."""
+        if ranks == 1:
+            return start
+        return self.collectives.all_reduce(program, what, self.tokens_bytes, start, tags)
+
+    def _head(self, program: Program, start: Event, phase: str) -> Event:
+        """Embedding, head and loss, one way, with the collectives of those that are cut."""
+        tokens, shares, tags = self.setup.micro_batch_tokens, self.shares, Tags("head", phase)
+        event, is_forward = start, phase == "forward"
+        if is_forward:
+            event = self._reduced(program, "embedding", shares.loss, event, tags)
+        event = self._compute(program, "head", self.costs.head(tokens, backward=not is_forward), event, tags)
+        if not is_forward:
+            return self._reduced(program, "head", shares.head, event, tags)
+        for what in ("maxima", "chosen", "sums") if shares.loss > 1 else ():
+            event = self.collectives.all_reduce(program, f"loss: {what}", 4.0 * tokens, event, tags)
+        if shares.head > 1 and shares.loss == 1:
+            logits_bytes = float(tokens * self.setup.model.vocab_size * BYTES[self.setup.training.precision])
+            event = self.collectives.gather(program, "logits", logits_bytes, event, tags)
+        return event
 
     def micro_batch(self, copies: CopyTraffic | None = None) -> Program:
         """The whole model on one micro-batch, with that of copies: forward, and backward where the job trains."""
@@ -179,12 +294,10 @@ class EpJob:
         ready = copies.send_weights(program, names) if copies else {}
         for name in names:
             event = self.forward(program, event, name, ready.get(name, START))
-        head = self.costs.head(setup.micro_batch_tokens)
-        event = self._compute(program, "head", head, event, Tags("head", "forward"))
+        event = self._head(program, event, "forward")
         if setup.mode == "forward":
             return program
-        head = self.costs.head(setup.micro_batch_tokens, backward=True)
-        event = self._compute(program, "head", head, event, Tags("head", "backward"))
+        event = self._head(program, event, "backward")
         for name in reversed(names):
             if setup.model.recompute:
                 event = self.forward(program, event, name)
@@ -201,6 +314,8 @@ class EpJob:
 
     def _compute(self, program: Program, name: str, time_us: float, start: Event, tags: Tags) -> Event:
         """The same work on every rank that is simulated."""
+        if not time_us:
+            return start
         load = Load((self.machine.compute(time_us),))
         return program.join([program.add(name, rank, "compute", load, start, tags) for rank in self._actors])
 
@@ -244,12 +359,14 @@ def ep_step(setup: Setup) -> Step:
     mine = _busiest(spans)
     traffic = overlap(span for span in mine if span.lane in (*LANES, *NEAR_LANES))
     compute_us = times * _length(mine, "compute")
+    shared = {part: times * exposed_us(mine, lane) for part, lane in SHARED_PARTS.items()}
     end = finish_step(setup, job.costs) if setup.mode == "training" else Program().run()
     copies_us = job.copies_us(micro_us) if setup.mode == "training" else 0.0
     step_us = times * micro_us + copies_us + end.makespan_us
     parts = {
         "compute": compute_us,
         "experts_traffic": times * traffic.exposed_us,
+        **{part: us for part, us in shared.items() if us},
         "gradients": end.makespan_us + copies_us,
     }
     return Step(

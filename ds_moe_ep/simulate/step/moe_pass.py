@@ -14,7 +14,7 @@ from functools import cached_property
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule.build import Op, OpKind, Piece, Schedule, backward_schedule, forward_schedule
-from ds_moe_ep.schedule.program import Event, Load, LoadOf, Program, add_pass
+from ds_moe_ep.schedule.program import NOBODY, Behind, Event, Load, LoadOf, Program, add_pass
 from ds_moe_ep.schedule.spans import Tags
 from ds_moe_ep.schedule.two_level import copies_share, far_nodes
 from ds_moe_ep.schedule.two_level import receives as receives_of
@@ -99,21 +99,20 @@ class LayerPass:
         """Forward and backward."""
         return forward_schedule(self.moe, self.rows.torus), backward_schedule(self.moe, self.rows.torus)
 
-    def forward(self, program: Program, start: Event, layer: str) -> Event:
-        """Puts a forward pass behind `start`."""
-        schedule = self.schedules[0]
-        return self._add(program, schedule, self.times.forward, start, Tags(layer, "forward"))
+    def forward(self, program: Program, start: Event, layer: str, behind: Behind = NOBODY) -> Event:
+        """Puts a forward pass behind `start`; `behind` hears of the end of each of its ops."""
+        schedule, tags = self.schedules[0], Tags(layer, "forward")
+        loads = self._loads_of_actors(schedule, self.times.forward)
+        return add_pass(program, schedule, loads, start, tags, self.machine.in_flight, behind)
 
     def backward(self, program: Program, start: Event, layer: str) -> Event:
         """Puts a backward pass behind `start`."""
-        schedule = self.schedules[1]
-        return self._add(program, schedule, self.times.input_grads, start, Tags(layer, "backward"))
-
-    def _add(
-        self, program: Program, schedule: Schedule, compute_us: Callable[[WorkShare], float], start: Event, tags: Tags
-    ) -> Event:
-        loads = [self._loads(schedule, compute_us, actor) for actor in range(self.machine.num_actors)]
+        schedule, tags = self.schedules[1], Tags(layer, "backward")
+        loads = self._loads_of_actors(schedule, self.times.input_grads)
         return add_pass(program, schedule, loads, start, tags, self.machine.in_flight)
+
+    def _loads_of_actors(self, schedule: Schedule, compute_us: Callable[[WorkShare], float]) -> list[LoadOf]:
+        return [self._loads(schedule, compute_us, actor) for actor in range(self.machine.num_actors)]
 
     def _loads(self, schedule: Schedule, compute_us: Callable[[WorkShare], float], actor: int) -> LoadOf:
         """Load of each op for one rank."""

@@ -5,7 +5,7 @@
 2. A layer is attention, an all-reduce, the gate and the experts, an all-reduce; backward mirrored, with an all-reduce
    for the gradients of the routing weights; with recompute its forward pass comes again before. Experts that the ranks
    of a stage share (ep_size above 1) have no all-reduce: tensor ranks take a part of the tokens each to them, gather
-   the results, and backward the gradients of tokens and routing weights (`stage_experts.py`).
+   the results, partly beside the rows, and backward the gradients of tokens and routing weights (`stage_experts.py`).
 3. A stage sends 1/t of a message; where it arrives it is gathered in the tensor group, and where it began both it and
    its gradient are gathered before the backward pass. Parts of unequal size are broadcast one by one.
 4. At the end gradients are reduced over the copies, those of experts that are whole over the ranks of the stage that
@@ -36,6 +36,7 @@ from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.data_parallel import reduce_load
 from ds_moe_ep.simulate.step.pipeline_schedule import Act, forward_order, in_order, training_order
 from ds_moe_ep.simulate.step.setup import Setup, Step
+from ds_moe_ep.simulate.step.shares import shares_of
 from ds_moe_ep.simulate.step.stage_experts import ExpertsPass, StageExperts
 from ds_moe_ep.sizing.pipeline import count_stage_parameters, message_numbers
 
@@ -92,9 +93,8 @@ class _Builder:
         self.message_bytes = float(message_numbers(setup.model, training) * num_bytes)
         self.stage_ranks = training.world_size // self.layout.pp_size
         on_host = self.cluster.computes_on == "host"
-        self.costs = LayerCosts(
-            setup.model, setup.moe, self.cluster.device, training.precision, self.layout.tp_size, on_host
-        )
+        shares = shares_of(training, setup.model)
+        self.costs = LayerCosts(setup.model, setup.moe, self.cluster.device, training.precision, shares, on_host)
         self.experts = StageExperts(setup) if setup.moe.ep_size > 1 else None
         self.passes: list[ExpertsPass] = []  # of all stages through experts that a stage's ranks share
         self.tensor_group = group_of(self.cluster, self.layout.tp_size)
@@ -157,7 +157,7 @@ class _Builder:
         costs, tags, tokens = self.costs, Tags(f"layers.{layer}", "backward"), self.tokens
         self._host(stage, self.cluster.host.backward_us, tags)
         if self.experts is not None:
-            self._shared_backward(stage, self.experts, tags)
+            self._experts(stage, self.experts.backward, tags)
             self._layer_gradients(stage, tags)
             return
         rows, num_experts = self.setup.moe.top_k * tokens, self.setup.moe.num_experts
@@ -177,30 +177,17 @@ class _Builder:
 
     def _shared_forward(self, stage: int, experts: StageExperts, tags: Tags) -> None:
         """Experts that the stage's ranks share, forward."""
-        before = self.costs.gate(self.tokens) + experts.costs.permute(experts.tokens)
-        self._experts(stage, experts.forward, before, experts.costs.unpermute(experts.tokens), tags)
-        self._gather_tokens("results", stage, self.tokens_bytes, tags)
+        before = self.costs.gate(self.tokens) + self.costs.permute(experts.tokens)
+        self._compute("gate, permute", stage, before, tags)
+        self._experts(stage, experts.forward, tags)
 
-    def _shared_backward(self, stage: int, experts: StageExperts, tags: Tags) -> None:
-        before = experts.costs.unpermute(experts.tokens, backward=True)
-        behind = experts.costs.permute(experts.tokens, backward=True)
-        self._experts(stage, experts.backward, before, behind, tags)
-        self._gather_tokens("routing weights", stage, 4.0 * self.setup.moe.top_k * self.tokens, tags)
-        self._gather_tokens("experts", stage, self.tokens_bytes, tags)
-
-    def _experts(self, stage: int, found: ExpertsPass, before_us: float, behind_us: float, tags: Tags) -> None:
-        """A pass through the experts between what a rank does before and behind it."""
+    def _experts(self, stage: int, found: ExpertsPass, tags: Tags) -> None:
+        """A pass through the experts, with what a rank does right before and behind it."""
         self.passes.append(found)
-        self._compute("gate, permute" if tags.phase == "forward" else "unpermute", stage, before_us, tags)
-        self._add("experts", stage, "compute", Load((Phase(found.total_us - found.exposed_us),)), tags)
+        computes_us = found.total_us - found.exposed_us - found.tensor_us
+        self._add("experts", stage, "compute", Load((Phase(computes_us),)), tags)
         self._add("rows", stage, "experts", Load((Phase(found.exposed_us),)), tags)
-        self._compute("unpermute" if tags.phase == "forward" else "permute", stage, behind_us, tags)
-
-    def _gather_tokens(self, what: str, stage: int, num_bytes: float, tags: Tags) -> None:
-        """Numbers of tokens of which each tensor rank has a part, made whole."""
-        if self.layout.tp_size > 1:
-            load = gather_load(self.cluster, self.tensor_group, num_bytes, self.stage_ranks)
-            self._add(f"gather {what}", stage, "tensor", load, tags)
+        self._add("gather tokens", stage, "tensor", Load((Phase(found.tensor_us),)), tags)
 
     def _add(self, name: str, stage: int, lane: str, load: Load, tags: Tags) -> None:
         if load != Load():

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from ds_moe_ep.records.names import PARTS
+from ds_moe_ep.records.names import PARTS, SIMULATED_PARTS
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.simulate.step.predict import Prediction
 from ds_moe_ep.simulate.step.setup import Step
 
-EXPOSED = ("experts_traffic", "tensor_traffic")  # parts of a step in which rows or tokens travel and nothing computes
+EXPOSED = (
+    "experts_traffic",
+    "tensor_traffic",
+    *SIMULATED_PARTS,
+)  # parts of a step in which rows or tokens travel and nothing computes
 
 
 def headline(prediction: Prediction) -> Iterator[Quantity]:
@@ -30,7 +34,7 @@ def headline(prediction: Prediction) -> Iterator[Quantity]:
 
 def breakdown(prediction: Prediction) -> Iterator[Quantity]:
     """The parts that sum to a step, those that take no time left out."""
-    for part, title in PARTS.items():
+    for part, title in {**PARTS, **SIMULATED_PARTS}.items():
         if prediction.step.parts_us.get(part):
             yield prediction.estimate(partial(_of_part, part=part)).scaled(1e-3).named(part, title, "ms")
 

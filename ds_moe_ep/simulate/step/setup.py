@@ -9,7 +9,7 @@ from typing import Literal
 from ds_moe_ep.config.knobs import ModelConfig, MoEConfig
 from ds_moe_ep.config.training import Training
 from ds_moe_ep.errors import ConfigError
-from ds_moe_ep.records.names import PARTS
+from ds_moe_ep.records.names import PARTS, SIMULATED_PARTS
 from ds_moe_ep.schedule.placement import Placement
 from ds_moe_ep.schedule.spans import Span
 from ds_moe_ep.simulate.cluster.cluster import Cluster
@@ -68,9 +68,9 @@ class Setup:
 class Step:
     """One simulated step of the slowest rank. Micro-batches of expert parallelism follow one another: one is simulated.
 
-    `parts_us` sums to `step_us` by the keys of names.PARTS. `traffic_us` and `exposed_us` are of the experts' rows:
-    how long some transfer is on its way, and how much of that no compute covers; both of a whole step. `busy_us` is
-    what the device computes. `spans` are of one micro-batch and, behind it, of what a step does once.
+    `parts_us` sums to `step_us` by the keys of PARTS and SIMULATED_PARTS. `traffic_us` and `exposed_us` are of the
+    experts' rows: how long some transfer is on its way, and how much of that no compute covers; both of a whole step.
+    `busy_us` is what the device computes. `spans` are of one micro-batch and, behind it, of what a step does once.
     """
 
     setup: Setup
@@ -82,7 +82,7 @@ class Step:
     spans: Sequence[Span] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        assert set(self.parts_us) <= set(PARTS), self.parts_us
+        assert set(self.parts_us) <= {*PARTS, *SIMULATED_PARTS}, self.parts_us
 
     @property
     def tps(self) -> float:

@@ -152,11 +152,17 @@ def sweep(
 ) -> Sweep:
     """Every size under both totals. `load` is read anew for each; `see` hears of a point before it is simulated.
 
-    Raises ConfigError for a job under a layout, and for sizes that its experts cannot be shared by.
+    Raises ConfigError for a job under a layout or whose ranks share sequences, and for sizes that its experts cannot be
+    shared by.
     """
     if setup.training.layout != WHOLE:
         raise ConfigError(
             "sweep: scales expert parallelism, and the ds_config has a layout (moe_ep.layout); give one without it"
+        )
+    if (sharing := setup.training.sharing_ranks) > 1:
+        raise ConfigError(
+            f"sweep: scales expert parallelism, and {sharing} ranks share each copy's sequences (AutoTP, an mpu, "
+            "sequence_parallel_size); give a ds_config without them"
         )
     points: list[SweepPoint] = []
     notes: list[str] = []

@@ -142,7 +142,9 @@ JOBS = (
     FoldedJob(ep_size=4, stage=1, moves=NODES | {"two_level": "sums"}),
     FoldedJob(ep_size=4, stage=2, moves={"schedule": "chunks"}, clipping=0.1),
     FoldedJob(ep_size=4, **ROUNDED),
+    FoldedJob(ep_size=4, stage=1, **ROUNDED),
     FoldedJob(ep_size=2, stage=2, **ROUNDED),
+    FoldedJob(ep_size=4, stage=3, **ROUNDED),
 )
 PLAIN = (FoldedJob(ep_size=2, hooked=False), FoldedJob(ep_size=2, without_cut=True, clipping=0.1))
 ALONE = (

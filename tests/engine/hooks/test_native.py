@@ -106,6 +106,14 @@ def test_training_through_the_hooks_is_the_training_without_them() -> None:
     compare(jobs())
 
 
+ROUNDED = [Job(layer="native", stage=stage, ep_size=4, bf16=True, top_k=NUM_EXPERTS) for stage in (0, 1)]
+
+
+@pytest.mark.slow
+def test_training_in_bf16_through_the_hooks_is_the_training_without_them() -> None:
+    compare(ROUNDED)
+
+
 def compare(table: list[Job]) -> None:
     """3 Adam steps: 1e-5 of a tensor's largest weight, 2e-6 of the loss; bf16: 1 % and half of one, a few roundings.
 

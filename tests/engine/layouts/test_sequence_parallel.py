@@ -128,6 +128,21 @@ MORE_JOBS = {
     "hooked, ZeRO 2, Megatron-DeepSpeed's mpu": SequenceJob(
         kind="hooked", top_k=2, stage=2, clipping=3.0, by_megatron=True
     ),
+    "own, ZeRO 2, Megatron-DeepSpeed's mpu": SequenceJob(ep_size=4, top_k=2, stage=2, clipping=3.0, by_megatron=True),
+    "own, ZeRO 1, bf16, Megatron-DeepSpeed's mpu": SequenceJob(
+        ep_size=4, top_k=2, stage=1, bf16=True, clipping=3.0, by_megatron=True
+    ),
+    "hooked, Megatron-DeepSpeed's mpu": SequenceJob(kind="hooked", ep_size=4, top_k=2, clipping=3.0, by_megatron=True),
+    "hooked, ZeRO 1, Megatron-DeepSpeed's mpu": SequenceJob(
+        kind="hooked", ep_size=4, top_k=2, stage=1, clipping=3.0, by_megatron=True
+    ),
+    "hooked, ZeRO 2, bf16, Megatron-DeepSpeed's mpu": SequenceJob(
+        kind="hooked", top_k=2, stage=2, bf16=True, clipping=3.0, by_megatron=True
+    ),
+    "own, ZeRO 1": SequenceJob(ep_size=4, top_k=2, stage=1, clipping=3.0),
+    "hooked, bf16": SequenceJob(kind="hooked", ep_size=4, top_k=2, bf16=True, clipping=3.0),
+    "hooked, ZeRO 1, bf16": SequenceJob(kind="hooked", ep_size=4, top_k=2, bf16=True, stage=1, clipping=3.0),
+    "hooked, ZeRO 2": SequenceJob(kind="hooked", top_k=2, stage=2, clipping=3.0),
     "own, ZeRO 2": SequenceJob(ep_size=4, capacity_factor=1.0, stage=2, clipping=3.0),
     "own, bf16": SequenceJob(ep_size=4, top_k=2, bf16=True, clipping=3.0),
     "own, ZeRO 1, bf16": SequenceJob(top_k=4, bf16=True, stage=1, clipping=3.0),

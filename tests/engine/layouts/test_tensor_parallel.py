@@ -34,6 +34,16 @@ MORE_JOBS: dict[str, TensorJob] = {
         ep_size=4, top_k=2, capacity_factor=1.0, stage=1, tokens=8, cuts_tokens=True, residual=True, shared=True,
         knobs={"sequence_parallel": True}, **CLIPPED,
     ),
+    "tokens that come cut, ZeRO 2": TensorJob(
+        top_k=2, stage=2, knobs={"sequence_parallel": True}, **CUT, **CLIPPED
+    ),
+    "hooked, tokens that come cut, ZeRO 2": TensorJob(
+        kind="hooked", top_k=2, stage=2, knobs={"sequence_parallel": True}, **CUT, **CLIPPED
+    ),
+    "bf16, without ZeRO": TensorJob(ep_size=4, top_k=2, bf16=True, **CLIPPED),
+    "bf16, ZeRO 2": TensorJob(ep_size=4, top_k=2, stage=2, bf16=True, **CLIPPED),
+    "hooked, bf16, ZeRO 2": TensorJob(kind="hooked", ep_size=4, top_k=2, stage=2, bf16=True, **CLIPPED),
+    "hooked, bf16, without ZeRO": TensorJob(kind="hooked", ep_size=4, top_k=2, bf16=True, **CLIPPED),
     "fewer tokens than ranks, accumulated": TensorJob(tokens=1, accumulation=2, stage=1, shared=True, **CLIPPED),
     "a residual, groups of ranks that are apart, recomputed": TensorJob(
         residual=True, interleaved=True, top_k=2, recompute=True, knobs={"balance_scope": "group"}, **CLIPPED
@@ -107,6 +117,10 @@ OF_AUTOTP: dict[str, tuple[TensorJob, dict[str, Any] | None]] = {
     "the section, ZeRO 1, two choices": (TensorJob(ep_size=4, top_k=2, stage=1, **CLIPPED), AUTOTP),
     "the section, ZeRO 2": (TensorJob(stage=2, through_own_door=True, **CLIPPED), AUTOTP),
     "the section, hooked": (TensorJob(kind="hooked", top_k=2, stage=1, **CLIPPED), AUTOTP),
+    "the section, hooked, without ZeRO": (TensorJob(kind="hooked", ep_size=4, top_k=2, **CLIPPED), AUTOTP),
+    "the section, hooked, ZeRO 2": (TensorJob(kind="hooked", top_k=2, stage=2, **CLIPPED), AUTOTP),
+    "the section, bf16": (TensorJob(ep_size=4, top_k=2, stage=1, bf16=True, **CLIPPED), AUTOTP),
+    "tp_model_init, ZeRO 2": (TensorJob(top_k=2, stage=2, through_own_door=True, **CLIPPED), PLAN),
     "tp_model_init": (TensorJob(**CLIPPED), PLAN),
     "tp_model_init, ZeRO 1": (TensorJob(ep_size=4, top_k=2, stage=1, through_own_door=True, **CLIPPED), PLAN),
 }
