@@ -35,6 +35,7 @@ from ds_moe_ep.comm.transport import NEAR_LANES, REPLICAS
 from ds_moe_ep.config.deepspeed_keys import TESTED as TESTED
 from ds_moe_ep.engine.releases import LATER as LATER
 from ds_moe_ep.engine.releases import dense_routes
+from ds_moe_ep.engine.step_seams import import_muon_without_compiling
 from ds_moe_ep.errors import EngineError, MoEError
 from ds_moe_ep.health.watch import Unwatched, Watch, open_watch
 
@@ -129,6 +130,7 @@ def init_distributed(**kwargs: Any) -> None:
 
     Finds its ranks from the deepspeed launcher, torchrun, or MPI (through mpi4py).
     """
+    import_muon_without_compiling()
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(**kwargs)
 

@@ -6,10 +6,14 @@ Part of `seams.py`, as to releases and private names.
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
+from deepspeed.runtime import compiler
 from torch import Tensor
 
 # Methods of the engine that its `step` goes through.
@@ -25,6 +29,39 @@ BUCKETS = "ipg_buckets"  # of ZeRO, by type: gradients are copied into .buffer, 
 GRAD_SCALER = "torch_autocast_z0_gradscaler"  # of an engine: torch's, without ZeRO
 PARTITIONS = "fp32_partitioned_groups_flat"  # of ZeRO-3: what it steps
 BATCHES = ("training_dataloader", "data_iterator")  # of an engine: the caller's data
+
+MUON = "deepspeed.runtime.zero.muon.muon_optimizer"  # which ZeRO imports to know an optimizer by its class
+COMPILE = "compile"  # of deepspeed.runtime.compiler: decorates Muon's functions
+
+
+def import_muon_without_compiling() -> None:
+    """Imports DeepSpeed's Muon, whose functions then compile at their first call. Local; once for a process.
+
+    Imported by ZeRO it calls torch.compile three times, which loads inductor: a second of processor time on each rank,
+    whatever its optimizer is. Releases without Muon have nothing to import.
+    """
+    if MUON in sys.modules or not hasattr(compiler, COMPILE):
+        return
+    with patch.object(compiler, COMPILE, functools.partial(_compiled_when_called, getattr(compiler, COMPILE))):
+        try:
+            importlib.import_module(MUON)
+        except ImportError:
+            return
+
+
+def _compiled_when_called(compile_of: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """A decorator that compiles a function at its first call."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = functools.cache(lambda: compile_of()(function))
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def runs_stages(engine: Any) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import pytest
@@ -126,3 +129,32 @@ def test_a_step_that_the_engine_says_it_did_not_apply_counts_as_skipped() -> Non
     take = step_seams.reporting_model_step(engine, engine._take_model_step, told.append)
     take()
     assert told == [False]
+
+
+def test_deepspeeds_muon_compiles_at_its_first_call_and_not_in_ranks_that_never_use_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[str] = []
+
+    def compile_(function: Any) -> Any:
+        compiled.append(function.__name__)
+        return function
+
+    if importlib.util.find_spec(step_seams.MUON) is None:
+        pytest.skip("this release has no Muon")
+    monkeypatch.setattr(torch, "compile", compile_)
+
+    def import_anew() -> None:
+        for name in [name for name in sys.modules if name.startswith("deepspeed.runtime.zero.muon.")]:
+            monkeypatch.delitem(sys.modules, name)
+
+    import_anew()
+    step_seams.import_muon_without_compiling()
+    functions = sys.modules["deepspeed.runtime.zero.muon.original_muon"]
+    assert step_seams.MUON in sys.modules and not compiled
+    for _ in range(2):
+        functions.zeropower_via_newtonschulz5(torch.eye(2), steps=1)
+    assert compiled == ["zeropower_via_newtonschulz5"]
+    import_anew()
+    importlib.import_module(step_seams.MUON)
+    assert len(compiled) > 1, "the control: as DeepSpeed imports it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ds_moe_ep.records.names import SYSTEMS, TOTALS, environment_title
+from ds_moe_ep.records.names import SIMULATED, SYSTEMS, TOTALS, environment_title
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings
 from ds_moe_ep.report.page import EMULATED, REAL, Block, Code, Lines, PageSection, Prose, emulation_of
@@ -17,7 +17,8 @@ MEANING = "Emulated means that a device or a link was simulated or shaped."
 def head(findings: Findings, absent: Sequence[str]) -> PageSection:
     """Systems, environments, hardware and revision of what was measured; emulated or not; sections without Records."""
     records = list(findings.by_name.values())
-    named = {system for system in SYSTEMS for name in findings.by_name if f".{system}." in name}
+    measured = [name for name in findings.by_name if not name.startswith(f"layouts.{SIMULATED}")]
+    named = {system for system in SYSTEMS for name in measured if f".{system}." in name}
     systems = ", ".join(title for system, title in SYSTEMS.items() if system in named)
     environments = "; ".join(map(environment_title, findings.environments))
     totals = ", ".join(title for total, title in TOTALS.items() if findings.below("scaling", total))
