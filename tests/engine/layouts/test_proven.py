@@ -121,6 +121,7 @@ def test_each_other_row_says_why_and_each_footnote_names_files_that_are_there() 
     assert {int(note) for note in notes} == claimed
     for note, words in notes.items():
         files = re.findall(r"`(tests/[\w/]+\.py)`", words)
+        files += [f"{folder}/{name}" for name, folder in re.findall(r"`(test_\w+\.py)` in `([\w/]+)`", words)]
         assert files and all((REPOSITORY / file).is_file() for file in files), (note, words)
 
 
