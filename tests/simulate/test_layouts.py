@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -101,6 +102,14 @@ def test_the_search_orders_what_fits_and_tells_the_bound_and_the_rest() -> None:
     printed = Console(record=True, width=200, file=io.StringIO())
     print_search(found, printed)
     assert f"best in {best.title}" in printed.export_text()
+    assert "…" not in in_80_columns(lambda console: print_search(found, console))
+
+
+def in_80_columns(show: Callable[[Console], None]) -> str:
+    """All that is printed on a narrow terminal."""
+    console = Console(record=True, width=80, file=io.StringIO())
+    show(console)
+    return console.export_text()
 
 
 def small_cluster() -> Cluster:
@@ -134,6 +143,7 @@ def test_experts_stay_inside_a_node_once_the_links_between_nodes_are_slow_enough
     printed = Console(record=True, width=200, file=io.StringIO())
     print_by_traffic([fast, slow], printed)
     assert "by links between nodes: EP4 overlapped, then PP2/EP2" in printed.export_text()
+    assert "…" not in in_80_columns(lambda console: print_by_traffic([fast, slow], console))
     source = PredictionSource(environment="simulated_small", command="plan", commit="abc", hardware="none")
     records = list(layout_records([fast, slow], source))
     assert all(is_known(each.name) and each.emulated for each in records)

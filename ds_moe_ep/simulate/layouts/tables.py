@@ -13,8 +13,19 @@ from ds_moe_ep.records.render import print_lines, print_tables
 from ds_moe_ep.records.table import Table, table
 from ds_moe_ep.simulate.layouts.by_traffic import AtRatio
 from ds_moe_ep.simulate.layouts.search import FoundLayout, LayoutSearch
+from ds_moe_ep.simulate.plan.bounds import FAR, NEAR
 
 DIGITS = 3  # that a bar leaves a number
+NARROW = 100  # columns of a console below which cells are shortened, so that none is cut
+NARROW_HEAD = ("layout", "micro", "1,000 tokens/s", "of the best", "hidden", "GB", "bound")
+NARROW_BY_TRAFFIC = ("traffic", "GB/s", "best layout", "1,000 tokens/s", "over the next", "bound")
+SHORT = {  # names of resources there
+    "matrix products and attention": "products",
+    "memory bandwidth": "memory",
+    NEAR: "near links",
+    FAR: "far links",
+    "launches and host": "host",
+}
 FOOT = "Simulated, not measured; in brackets: all of the cluster's ranges at both ends."
 BY_TRAFFIC = ("traffic", "link GB/s", "best layout", "tokens/s", "next", "best over next", "best is bounded by")
 HEAD = ("layout", "micro-batch", "tokens/s", "of the best", "hidden", "spare GB", "bounded by")
@@ -31,7 +42,7 @@ def print_search(search: LayoutSearch, console: Console) -> None:
     notes = [f"note: {note}" for note in search.job.notes]
     print_lines(notes, console, style="yellow")
     if search.found:
-        print_tables([_layouts(search)], console)
+        print_tables([_layouts(search, is_narrow=console.width < NARROW)], console)
     print_lines(list(_others(search)), console)
     print_lines([FOOT], console, style="dim")
 
@@ -61,40 +72,61 @@ def print_by_traffic(found: Sequence[AtRatio], console: Console) -> None:
         "Traffic: of the experts' rows where all ranks share the experts and nothing is hidden, over the compute of a "
         "step. Best over next: both at the same end of the cluster's ranges."
     )
-    print_tables([table(title, BY_TRAFFIC, [_winner(at) for at in found], basis)], console)
+    is_narrow = console.width < NARROW
+    rows = [_winner(at, is_narrow=is_narrow) for at in found]
+    print_tables([table(title, NARROW_BY_TRAFFIC if is_narrow else BY_TRAFFIC, rows, basis)], console)
     print_lines([FOOT], console, style="dim")
 
 
-def _winner(at: AtRatio) -> tuple[str, ...]:
+def _winner(at: AtRatio, *, is_narrow: bool) -> tuple[str, ...]:
     ratio, link = number(at.ratio, significant=3), number(at.cluster.far.bandwidth / 1e3)
     if not at.search.found:
-        return (ratio, link, *[NONE] * 5)
+        return (ratio, link, *[NONE] * (4 if is_narrow else 5))
     best, lead = at.search.found[0], at.lead
-    behind = NONE if lead is None else title_of(at.search.found[1].system)
+    behind = NONE if lead is None else _title(at.search.found[1], is_narrow)
     by = NONE if lead is None else lead.text(2) + ("" if at.is_told_apart else ", not at both ends")
-    bound = f"{best.bound.title}: {best.bound['saved_ratio'].percent(bar=False)}"
-    return ratio, link, best.title, _text(best.prediction.tps), behind, by, bound
+    second = (f"{behind}\n{_below(by)}",) if is_narrow else (behind, by)
+    return ratio, link, _title(best, is_narrow), _tokens(best, is_narrow), *second, _bound(best, is_narrow)
 
 
-def _layouts(search: LayoutSearch) -> Table:
+def _title(layout: FoundLayout, is_narrow: bool) -> str:
+    return layout.title.removesuffix(" overlapped") if is_narrow else layout.title
+
+
+def _tokens(layout: FoundLayout, is_narrow: bool) -> str:
+    tps = layout.prediction.tps
+    return _below(_text(tps.scaled(1e-3))) if is_narrow else _text(tps)
+
+
+def _below(text: str) -> str:
+    """A number with its bar in a line of its own."""
+    return text.replace(" (", "\n(", 1)
+
+
+def _bound(layout: FoundLayout, is_narrow: bool) -> str:
+    saved = layout.bound["saved_ratio"].percent(bar=False)
+    return f"{SHORT[layout.bound.title]}:\n{saved}" if is_narrow else f"{layout.bound.title}: {saved}"
+
+
+def _layouts(search: LayoutSearch, *, is_narrow: bool) -> Table:
     rows = []
     for each in search.found:
         hidden = each.prediction.hidden
         rows.append(
             (
-                each.title,
+                _title(each, is_narrow),
                 f"{each.training.micro_batch} x {each.training.accumulation}",
-                _text(each.prediction.tps),
-                _text(search.over_best(each)),
+                _tokens(each, is_narrow),
+                _below(_text(search.over_best(each))) if is_narrow else _text(search.over_best(each)),
                 NONE if hidden is None else hidden.percent(bar=False),
                 number(each.fit.spare_bytes / 1e9, 1),
-                f"{each.bound.title}: {each.bound['saved_ratio'].percent(bar=False)}",
+                _bound(each, is_narrow),
             )
         )
     batch = search.job.setup.training.batch
     title = f"layouts of {batch:,} sequences per batch on {search.job.setup.training.world_size} ranks"
     basis = "Bounded by what would save most if it took no time, with the share of a step that it would save."
-    return table(title, HEAD, rows, basis)
+    return table(title, NARROW_HEAD if is_narrow else HEAD, rows, basis)
 
 
 def _others(search: LayoutSearch) -> list[str]:
