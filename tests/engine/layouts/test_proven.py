@@ -37,6 +37,7 @@ def rounded(job: Any) -> str:
 
 def trained() -> Iterator[tuple[int, str, str, int, str]]:
     """(footnote, kind, layout, ZeRO stage, precision) of each job that a file trains beside its reference."""
+    job: Any
     for job in (*test_training.IN_FP32, *test_training.IN_BF16):
         yield 1, "ours", "data", job.stage, rounded(job)
     for job in (*test_native.jobs(), *test_native.ROUNDED):
