@@ -126,7 +126,7 @@ def test_a_rank_with_more_rows_needs_more_memory(cluster: Cluster) -> None:
     ("changes", "nodes", "error", "words"),
     [
         ({"moe_ep": {"ep_size": 16}}, 4, ConfigError, "moe_ep.model=null"),
-        ({"tensor_parallel": {"autotp_size": 2}}, 4, ConfigError, "2 ranks share each copy's sequences"),
+        ({"tensor_parallel": {"autotp_size": 2}, "sequence_parallel_size": 2}, 4, ConfigError, "mpu of DeepSpeed's"),
         ({}, 3, TopologyError, "ep_size=16"),
         ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 1}, 4, ConfigError, "train_batch_size=24"),
     ],
