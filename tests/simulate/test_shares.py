@@ -149,6 +149,19 @@ def test_results_are_gathered_under_the_experts_that_are_left() -> None:
     assert apart.parts_us["tensor_traffic"] == pytest.approx(blocking_us), "groups apart: behind the pass"
 
 
+def test_gradients_of_tokens_are_gathered_under_the_weight_gradients() -> None:
+    """Near bytes are the gathers' alone: those behind the last combine, too, are hidden; weights' gradients are not."""
+    on = cluster(4, 2, near=slow_link(100.0), far=FREE)
+    job = sharing(setup(on, schedule="chunks", chunks=4), dense_cut=cut(2, patterns=()))
+    both, forward = (ep_step(replace(job, mode=mode)).parts_us["tensor_traffic"] for mode in ("training", "forward"))
+    weights_us = L * 4 * T / 2 / 100
+    told_us = L * 2 * 8 * (T // 2 + 4) / 2 / 100  # of the way back, with those of the results
+    assert both - forward <= weights_us + told_us * 1.05
+    apart = sharing(setup(on, schedule="serial"), dense_cut=cut(2, patterns=()))
+    both, forward = (ep_step(replace(apart, mode=mode)).parts_us["tensor_traffic"] for mode in ("training", "forward"))
+    assert both - forward == pytest.approx(weights_us + L * T * D * B / 2 / 100), "the control: behind the pass"
+
+
 def test_gathers_share_their_link_with_the_rows_beside_them() -> None:
     """Both inside of one node: together they take no less than all bytes over the link."""
     job = sharing(replace(on_one_node(schedule="chunks", chunks=2), mode="forward"), dense_cut=cut(2))

@@ -33,16 +33,7 @@ from ds_moe_ep.simulate.step.costs import LayerCosts
 from ds_moe_ep.simulate.step.data_parallel import finish_step
 from ds_moe_ep.simulate.step.moe_pass import ExpertTimes, LayerPass, Rows, WorkShare
 from ds_moe_ep.simulate.step.setup import Setup, Step
-from ds_moe_ep.simulate.step.shares import (
-    INDEX_BYTES,
-    SHARED_PARTS,
-    Collectives,
-    EarlyResults,
-    Shares,
-    early_shares,
-    exposed_us,
-    shares_of,
-)
+from ds_moe_ep.simulate.step.shares import Collectives, EarlyTokens, Shares, early_shares, shared_parts, shares_of
 from ds_moe_ep.sizing.footprint import SUM_BYTES
 
 COUNT_BYTES = 8  # of one expert's count in the exchange before rows are posted
@@ -207,14 +198,14 @@ class EpJob:
         """A layer's experts forward: counts, rows out and results back, sums, and what tensor ranks gather."""
         costs, tags, schedule = self.costs, Tags(name, "forward"), self.layer.schedules[0]
         event = program.join([self.counts(program, start, tags), ready])
-        early = self._early_results(program, schedule, event, tags)
+        early = self._early(program, event, tags)
         event = self.layer.forward(program, event, name, early.behind if early else NOBODY)
         after = costs.unpermute(self.tokens) + self._own_rows(schedule)
         event = self._compute(program, "unpermute", after, event, tags)
         if self.shares.tokens == 1:
             return event
         if early:
-            arrived = early.rest(event)
+            arrived = early.arrived(event)
         else:
             arrived = self.collectives.gather(program, "results", self.tokens_bytes, event, tags)
         shared_us = costs.shared_expert(self.setup.micro_batch_tokens)
@@ -223,13 +214,18 @@ class EpJob:
         event = self._compute(program, "results", placed_us, event, tags)
         return self._reduced(program, "shared expert", self.shares.shared_expert, event, tags)
 
-    def _early_results(self, program: Program, schedule: Schedule, start: Event, tags: Tags) -> EarlyResults | None:
-        """The gather that runs beside the combines of a pass; None where there is none."""
-        tensor, shares = self.shares.tokens, early_shares(schedule, self.setup.moe.top_k)
-        if tensor == 1 or len(shares) < 2 or schedule.gathers or self.setup.moe.ep_size % tensor:
+    def _early(self, program: Program, start: Event, tags: Tags) -> EarlyTokens | None:
+        """The gather that runs beside the combines of a pass, one way; None where there is none."""
+        tensor, top_k, is_forward = self.shares.tokens, self.setup.moe.top_k, tags.phase == "forward"
+        forward, backward = self.layer.schedules
+        shares = early_shares(forward if is_forward else backward, top_k)
+        is_one_piece = len(early_shares(forward, top_k)) < 2
+        if tensor == 1 or is_one_piece or forward.gathers or self.setup.moe.ep_size % tensor:
             return None
-        told_bytes = float(tensor * INDEX_BYTES * (self.tokens + len(shares)))
-        return EarlyResults((program, self.collectives), shares, self.tokens_bytes, (told_bytes, start), tags)
+        ways = 2 if self.setup.mode == "training" else 1  # whose orders are told at once, in front of the first
+        told = ways * tensor * (self.tokens + len(shares)) if is_forward else 0
+        to = (program, self.collectives)
+        return EarlyTokens(to, shares, self.tokens_bytes, start, tags, num_told=told, ends_behind=is_forward)
 
     def back_to_results(self, program: Program, start: Event, tags: Tags) -> Event:
         """Backward, from a layer's output to the rows' results; the shared expert of tensor ranks, too."""
@@ -243,13 +239,17 @@ class EpJob:
     def back_through_experts(self, program: Program, start: Event, name: str) -> Event:
         """The rows' gradients out, the experts backward, gradients back, and what tensor ranks gather of them."""
         tags = Tags(name, "backward")
-        event = self.layer.backward(program, start, name)
+        early = self._early(program, start, tags)
+        event = self.layer.backward(program, start, name, early.behind if early else NOBODY)
         after = self.costs.permute(self.tokens, backward=True) + self._own_rows(self.layer.schedules[1])
         event = self._compute(program, "permute", after, event, tags)
         if self.shares.tokens == 1:
             return event
+        event = program.join([event, early.arrived(event)]) if early else event
         weights_bytes = 4.0 * self.setup.moe.top_k * self.setup.micro_batch_tokens
         event = self.collectives.gather(program, "routing weights", weights_bytes, event, tags)
+        if early:
+            return event
         return self.collectives.gather(program, "gradients", self.tokens_bytes, event, tags)
 
     def _attention(self, program: Program, time_us: float, start: Event, tags: Tags) -> Event:
@@ -359,14 +359,13 @@ def ep_step(setup: Setup) -> Step:
     mine = _busiest(spans)
     traffic = overlap(span for span in mine if span.lane in (*LANES, *NEAR_LANES))
     compute_us = times * _length(mine, "compute")
-    shared = {part: times * exposed_us(mine, lane) for part, lane in SHARED_PARTS.items()}
     end = finish_step(setup, job.costs) if setup.mode == "training" else Program().run()
     copies_us = job.copies_us(micro_us) if setup.mode == "training" else 0.0
     step_us = times * micro_us + copies_us + end.makespan_us
     parts = {
         "compute": compute_us,
         "experts_traffic": times * traffic.exposed_us,
-        **{part: us for part, us in shared.items() if us},
+        **{part: times * us for part, us in shared_parts(mine).items() if us},
         "gradients": end.makespan_us + copies_us,
     }
     return Step(

@@ -105,11 +105,11 @@ class LayerPass:
         loads = self._loads_of_actors(schedule, self.times.forward)
         return add_pass(program, schedule, loads, start, tags, self.machine.in_flight, behind)
 
-    def backward(self, program: Program, start: Event, layer: str) -> Event:
-        """Puts a backward pass behind `start`."""
+    def backward(self, program: Program, start: Event, layer: str, behind: Behind = NOBODY) -> Event:
+        """Puts a backward pass behind `start`; `behind` hears of the end of each of its ops."""
         schedule, tags = self.schedules[1], Tags(layer, "backward")
         loads = self._loads_of_actors(schedule, self.times.input_grads)
-        return add_pass(program, schedule, loads, start, tags, self.machine.in_flight)
+        return add_pass(program, schedule, loads, start, tags, self.machine.in_flight, behind)
 
     def _loads_of_actors(self, schedule: Schedule, compute_us: Callable[[WorkShare], float]) -> list[LoadOf]:
         return [self._loads(schedule, compute_us, actor) for actor in range(self.machine.num_actors)]

@@ -6,8 +6,8 @@ u = T*D*b bytes of one tensor of a group's tokens, t tensor ranks, s sequence ra
     shared expert cut by t   the same
     head cut by t            an mpu: an all-reduce of u behind the embedding, one of the gradient before the head, and
                              three of 4*T bytes in the loss; AutoTP: the logits are gathered, T*V*b
-    whole experts            each rank takes T/t tokens to them; u is gathered behind them, and backward u of the
-                             tokens' gradients and 4*k*T of the routing weights'
+    whole experts            each rank takes T/t tokens to them; u of the results is gathered, backward u of the tokens'
+                             gradients, both behind the combines that complete them, and 4*k*T of the routing weights'
     Ulysses                  T are a rank's own tokens: (s - 1)/s of q, k and v each leave it before the scores, and
                              of the heads' output behind them; the same backward
 """
@@ -240,10 +240,11 @@ def early_shares(schedule: Schedule, top_k: int) -> tuple[float, ...]:
     return tuple(stop**top_k - start**top_k for start, stop in pairwise(back))
 
 
-class EarlyResults:
-    """Results of one forward pass that are gathered while others come back, as moe/tensor_parallel/early.py does.
+class EarlyTokens:
+    """Tokens of one way through the experts that tensor ranks gather while others come back, as the layer does.
 
-    Ranks first tell each other which tokens each combine completes. `behind` is called with each op's end.
+    `behind` is called with each op's end: what a combine completes is gathered, but of the last one where the way
+    `ends_behind` the pass. Where numbers are told, ranks first tell each other which tokens each combine completes.
     """
 
     def __init__(
@@ -251,33 +252,48 @@ class EarlyResults:
         to: tuple[Program, Collectives],
         shares: Sequence[float],
         num_bytes: float,
-        told: tuple[float, Event],
+        start: Event,
         tags: Tags,
+        *,
+        num_told: int = 0,
+        ends_behind: bool = True,
     ) -> None:
         self._program, self._collectives = to
         self._shares, self._bytes, self._tags = shares, num_bytes, tags
-        told_bytes, start = told
-        self._free = [each[1] for each in self._collectives.gathers(self._program, "places", told_bytes, [start], tags)]
+        self._free: list[Event] = [start] * self._collectives.machine.num_actors
+        if num_told:
+            told = self._collectives.gathers(self._program, "places", float(num_told * INDEX_BYTES), [start], tags)
+            self._free = [done for _, done in told]
+        self._places = len(shares) - ends_behind  # that are gathered in the midst of the pass
         self._place = 0
         self._ends: list[Event] = []
+        self._done: list[Event] = []
 
     def behind(self, op: Op, actor: int, end: Event) -> None:
-        """Gathers what a combine completes, once all simulated ranks are told of; not what the last one does."""
-        if op.kind is not OpKind.COMBINE or self._place == len(self._shares) - 1:
+        """Gathers what a combine completes, once all simulated ranks are told of."""
+        if op.kind is not OpKind.COMBINE or self._place == self._places:
             return
         self._ends.append(self._program.join([end, self._free[actor]]))
         if len(self._ends) == len(self._free):
-            found = self._collectives.gathers(
-                self._program, "early results", self._shares[self._place] * self._bytes, self._ends, self._tags
-            )
-            self._free, self._ends, self._place = [free for free, _ in found], [], self._place + 1
+            self._gather("early tokens", self._ends)
+            self._ends = []
 
-    def rest(self, end: Event) -> Event:
-        """The gather of what the last combine has completed."""
-        starts = [self._program.join([end, free]) for free in self._free]
-        num_bytes = self._shares[-1] * self._bytes
-        found = self._collectives.gathers(self._program, "results", num_bytes, starts, self._tags)
-        return self._program.join(done for _, done in found)
+    def arrived(self, end: Event) -> Event:
+        """The end of all gathers; what is left begins at `end`."""
+        if self._place < len(self._shares):
+            self._gather("results", [self._program.join([end, free]) for free in self._free])
+        return self._program.join(self._done)
+
+    def _gather(self, what: str, starts: Sequence[Event]) -> None:
+        num_bytes = self._shares[self._place] * self._bytes
+        found = self._collectives.gathers(self._program, what, num_bytes, starts, self._tags)
+        self._free, self._place = [free for free, _ in found], self._place + 1
+        self._done += [done for _, done in found]
+
+
+def shared_parts(spans: Sequence[Span]) -> dict[str, float]:
+    """Time of each kind of collective, of one rank, that nothing hides, by part of a step."""
+    return {part: exposed_us(spans, lane) for part, lane in SHARED_PARTS.items()}
 
 
 def exposed_us(spans: Sequence[Span], lane: str) -> float:
