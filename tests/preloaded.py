@@ -30,7 +30,7 @@ gc.freeze()
 gc.set_threshold(20_000, *gc.get_threshold()[1:])
 
 FULL = (tuner.PROBES, benchmark.STAGES, benchmark.MOST_ROUNDS, tuner.MOST)
-tuner.PROBES, benchmark.STAGES, benchmark.MOST_ROUNDS, tuner.MOST = 1, (1, 1), 1, 3
+tuner.PROBES, benchmark.STAGES, benchmark.MOST_ROUNDS, tuner.MOST = 1, (1, 1, 1), 1, 3
 
 
 def full_measurement() -> None:

@@ -56,7 +56,7 @@ NEAR = 0.05  # of the lowest price: what is closer is worth a measurement
 MOST = 6  # schedules in the first stage, serial beside them
 PRICE_STEP = 1e-3  # of the lowest price: what is closer counts as equal
 SMOOTHING = 0.05  # weight of one pass in the mean of received rows: some 20 passes count, and no odd batch alone
-MIN_PASSES = 200  # between two measurements, each as long as some forty passes
+MIN_PASSES = 200  # between two measurements, each as long as some thirty passes
 
 CHOSEN = ("schedule", "peer_group_size", "row_cuts", "chunks", "depth", "weight_blocks", "two_level")
 
@@ -174,7 +174,7 @@ class AutotuneRun:
     measured: list[tuple[Costs, int]] = dataclasses.field(default_factory=list)  # for so many rows per rank
 
     def choose(self) -> Choice:
-        """The schedule to take. Collective over the group; some forty passes long, seventy on a busy machine."""
+        """The schedule to take. Collective over the group; some thirty passes long, fifty on a busy machine."""
         with _undisturbed(self.experts, self.rows_ND.device):
             return self._choose()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, repeat
 
@@ -70,7 +71,7 @@ def pass_clock(truth_s: Sequence[float], load: Load, seed: int, serial_s: float 
 
 
 def halves(draws: random.Random) -> Iterator[float]:
-    """A load that ends while the schedules are measured, which takes some forty passes."""
+    """A load that ends while the schedules are measured, which takes some thirty passes or more."""
     ends = draws.randrange(40)
     for number in count():
         yield (1.6 if number < ends else 1.0) * (1 + abs(draws.gauss(0, 0.02)))
@@ -102,7 +103,8 @@ def share_taken_badly(load: Load) -> float:
     return bad / NUM_MACHINES
 
 
-MOST_PASSES = 7 * (1 + STAGES[0]) + 3 * STAGES[1] + 3 * MOST_ROUNDS
+LEAST_PASSES = 7 * (1 + STAGES[0]) + 3 * STAGES[1] + 3 * STAGES[2]
+MOST_PASSES = LEAST_PASSES + 3 * (MOST_ROUNDS - STAGES[2])
 
 
 @pytest.mark.parametrize("load", [halves, jumps, has_fast_moments])
@@ -118,10 +120,42 @@ def test_on_a_busy_machine_a_schedule_within_two_percent_of_the_fastest_is_taken
 def test_rounds_go_on_only_while_the_last_two_are_not_told_apart() -> None:
     quiet, num_quiet = pass_clock(AT_2, lambda draws: repeat(1.0), 0)
     benchmark(FINALISTS, quiet)
-    assert num_quiet[0] == 7 * (1 + STAGES[0]) + 3 * STAGES[1] + 3 * STAGES[2]
+    assert num_quiet[0] == LEAST_PASSES == 29
     noisy, num_noisy = pass_clock((7.0, 7.0, 9.0, 9.0, 9.0, 9.0), jumps, 0)
     benchmark(FINALISTS, noisy)
     assert num_quiet[0] < num_noisy[0] <= MOST_PASSES
+
+
+def searched(measure: Measure) -> Knobs:
+    """The exhaustive search: all of them beside serial in as many rounds as any two of the benchmark get."""
+    serial_s, *times = measure([SERIAL, *FINALISTS], STAGES[0] + STAGES[1] + MOST_ROUNDS, 1)
+    to_serial = [statistics.median(m / s for m, s in zip(each, serial_s, strict=True)) for each in times]
+    best = min(range(len(FINALISTS)), key=to_serial.__getitem__)
+    return FINALISTS[best] if to_serial[best] < 1 else SERIAL
+
+
+def quiet(draws: random.Random) -> Iterator[float]:
+    while True:
+        yield 1 + abs(draws.gauss(0, 0.01))
+
+
+@pytest.mark.parametrize(("load", "share"), [(quiet, 0.3), (halves, 0.4), (jumps, 0.6), (has_fast_moments, 0.6)])
+def test_what_is_taken_is_as_good_as_an_exhaustive_search_finds_in_a_share_of_its_passes(
+    load: Load, share: float
+) -> None:
+    """Times of schedules are drawn too: from much slower than serial to three fifths of it."""
+    over, of_search, passes, all_passes = [], [], 0, 0
+    for seed in range(NUM_MACHINES):
+        draws = random.Random(1000 + seed)
+        best_s = draws.uniform(5.5, 9.5)
+        truth_s = [best_s * (1 + draws.choice((0.0, draws.uniform(0, 0.3)))) for _ in FINALISTS]
+        truth = dict(zip(map(described, FINALISTS), truth_s, strict=True)) | {described(SERIAL): 9.1}
+        (measure, mine), (again, others) = (pass_clock(truth_s, load, seed) for _ in range(2))
+        over.append(truth[described(benchmark(FINALISTS, measure).leader)] / min(truth.values()) - 1)
+        of_search.append(truth[described(searched(again))] / min(truth.values()) - 1)
+        passes, all_passes = passes + mine[0], all_passes + others[0]
+    assert statistics.fmean(over) <= statistics.fmean(of_search) + 0.005
+    assert passes < share * all_passes
 
 
 def test_without_noise_the_fastest_is_taken_and_of_equal_ones_the_first() -> None:
@@ -132,12 +166,13 @@ def test_without_noise_the_fastest_is_taken_and_of_equal_ones_the_first() -> Non
 def test_a_gain_within_the_spread_keeps_serial_and_one_beyond_it_does_not() -> None:
     close = (8.95, 9.3, 9.3, 9.3, 9.3, 9.3)
     assert benchmark(FINALISTS, clock(close)).leader == FINALISTS[0]
-    assert benchmark(FINALISTS, clock(close, noise=0.2, seed=3)).leader == SERIAL
+    kept = [benchmark(FINALISTS, clock(close, noise=0.2, seed=seed)).leader == SERIAL for seed in range(20)]
+    assert sum(kept) >= 15
 
 
 def test_close_ones_get_more_rounds_and_hopeless_ones_end_it() -> None:
     found = benchmark(FINALISTS, clock(AT_2))
-    assert [len(found.seconds[described(knobs)]) for knobs in FINALISTS] == [3, sum(STAGES), sum(STAGES), 5, 3, 3]
+    assert [len(found.seconds[described(knobs)]) for knobs in FINALISTS] == [1, 6, 6, 4, 1, 1]
     over = benchmark(FINALISTS, clock((11.0,) * 6))
     assert over.leader == SERIAL and all(len(seconds) == STAGES[0] for seconds in over.seconds.values())
 
