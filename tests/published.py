@@ -31,7 +31,7 @@ DEEPSEEK_V3_STAGE = {  # a quarter of 61 layers
     "shared_expert_width": 2048, "vocab_size": 129_280, "sequence_length": 4096,
 }  # fmt: skip
 ATTENTION = {  # by width of a token: of Qwen3-30B-A3B and of DeepSeek-V3 (their config.json)
-    2048: AttentionShape.grouped(2048, num_heads=32, num_key_value_heads=4, head_size=128),
+    2048: AttentionShape.grouped(2048, num_heads=32, num_key_value_heads=4, head_size=128, has_norms=True),
     7168: AttentionShape.latent(
         7168, num_heads=128, query_rank=1536, key_value_rank=512, plain_size=128, rotated_size=64, value_size=128
     ),

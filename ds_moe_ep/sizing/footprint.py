@@ -185,7 +185,8 @@ def memory_of_rank(training: Training, held: int, partition: int, *, activations
 def activation_bytes(model: ModelConfig, moe: MoEConfig, training: Training, load: float = 1.0) -> int:
     """Bytes that one micro-batch keeps for its backward pass, at the moment of most.
 
-    attention of a layer   9*T*D*b: the norm's two ends, q, k, v, rotated q and k, the heads' output twice
+    attention of a layer   9*T*D*b: the norm's two ends, q, k, v, rotated q and k, the heads' output twice; with other
+                           heads (2*D + the columns that they save)*T*b
     experts of a layer     (3*T*D + 2*k*T*D)*b on the sender and load*k*T*(2*D + m*F)*b on the receiver
     router of a layer      3*T*E*4
     gradients              of the layer in work: load*k*T*(2*D + m*F)*b
@@ -198,7 +199,8 @@ def activation_bytes(model: ModelConfig, moe: MoEConfig, training: Training, loa
     """
     b = BYTES[training.precision]
     T, D, t = tokens_of_rank(model, training), model.hidden_size, training.dense_cut.size
-    attention = (2 + 7 / training.dense_cut.shares("layers.0.attention.qkv.weight")) * T * D * b
+    saved = model.attention.saved_width / training.dense_cut.shares("layers.0.attention.qkv.weight")
+    attention = (2 * D + saved) * T * b
     rows = load * moe.top_k * T * (2 * D + model.expert_matrices * model.expert_width) * b / t
     shared = model.expert_matrices * T * model.shared_expert_width * b
     layer = attention + (3 + 2 * moe.top_k / t) * T * D * b + rows + shared + 3 * T * moe.num_experts * 4

@@ -141,7 +141,7 @@ def _layer_bytes(model: ModelConfig, moe: MoEConfig, training: Training) -> tupl
     """Bytes that one layer keeps of a micro-batch, and those of its experts' gradients while it goes backward.
 
     one layer   3*u + 4*T*D + 3*T*E*4 whole: norms' outputs, the sum between them, the gate's input in fp32, the router;
-                7*u/t cut: q, k, v, rotated q and k, the heads' output twice
+                7*u/t cut: q, k, v, rotated q and k, the heads' output twice (other heads: what they save)
     its experts 2*k*u for rows out and back, and (k*F + Fs)*m*T*b/t hidden rows (Fs: width of a shared expert; here m is
                 matrices of an expert). Whole ones: 2*k*u/t, and k*T*(2*D + m*F)*b/t received rows and hidden ones
     gradients   the larger of 8*k*T*D (rows times weights, in fp32) and of k*u and the weight gradients of a layer's
@@ -157,14 +157,14 @@ def _layer_bytes(model: ModelConfig, moe: MoEConfig, training: Training) -> tupl
         model.expert_matrices,
     )
     u, shared = T * D * b, m * T * model.shared_expert_width * b
-    layer = 3 * u + 4 * T * D + 3 * T * E * 4
+    layer, saved = 3 * u + 4 * T * D + 3 * T * E * 4, T * model.attention.saved_width * b
     if moe.ep_size == 1:
         hidden = m * T * k * model.expert_width * b + shared
         weight_gradients = b * E * model.expert_params // t
-        return layer + 2 * k * u + (7 * u + hidden) // t, max(8 * k * T * D, k * u + weight_gradients)
+        return layer + 2 * k * u + (saved + hidden) // t, max(8 * k * T * D, k * u + weight_gradients)
     rows = k * T * (2 * D + m * model.expert_width) * b // t
     weight_gradients = b * moe.num_local_experts * model.expert_params
-    return layer + ((7 + 2 * k) * u + shared) // t + rows, max(rows, weight_gradients)
+    return layer + (saved + 2 * k * u + shared) // t + rows, max(rows, weight_gradients)
 
 
 def _message_bytes(u: int, training: Training, index: int) -> int:
