@@ -239,7 +239,9 @@ class Inline(_Waiting):
             if event is not _PASSED:
                 event.wait()
         if scope is NOT_RECORDED:
-            _finish(work)
+            transfer = work()
+            if transfer is not None:
+                transfer.wait()
         else:
             with scope:
                 _finish(work)

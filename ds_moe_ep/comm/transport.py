@@ -68,12 +68,16 @@ class CutMessages(Sequence[Message]):
     A transport that sends each by itself takes them `apart`; for any other they are a sequence of messages.
     """
 
-    __slots__ = ("_places", "_spans", "_views", "buffer_RD")
+    __slots__ = ("_ends", "_spans", "_views", "buffer_RD")
 
     def __init__(
-        self, buffer_RD: Tensor, spans: Sequence[tuple[int, tuple[int, int]]], views: Views, places: Sequence[int]
+        self,
+        buffer_RD: Tensor,
+        spans: Sequence[tuple[int, tuple[int, int]]],
+        views: Views,
+        ends: Sequence[tuple[int, int]],  # (place among the views, peer) of spans that have rows
     ) -> None:
-        self.buffer_RD, self._spans, self._views, self._places = buffer_RD, spans, views, places
+        self.buffer_RD, self._spans, self._views, self._ends = buffer_RD, spans, views, ends
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -87,13 +91,9 @@ class CutMessages(Sequence[Message]):
 
     def apart(self, rank: int) -> tuple[list[Tensor], list[tuple[Tensor, int]]]:
         """The rows that stay on this rank; those of each other rank that has some, and the rank."""
-        parts, own, others = self._views.parts, list[Tensor](), list[tuple[Tensor, int]]()
-        for (peer, (start, stop)), place in zip(self._spans, self._places, strict=True):
-            if peer == rank:
-                own.append(parts[place])
-            elif start != stop:
-                others.append((parts[place], peer))
-        return own, others
+        parts, ends = self._views.parts, self._ends
+        own = [parts[place] for place, peer in ends if peer == rank]
+        return own, [(parts[place], peer) for place, peer in ends if peer != rank]
 
 
 class Transfer(Protocol):

@@ -52,7 +52,7 @@ def _rows(x_RI: Tensor, matrix_IO: Tensor, bias_O: Tensor | None, out_RO: Tensor
         wide = out_RO.new_empty(MIN_ROWS, out_RO.shape[1])
         _rows(padded, matrix_IO, bias_O, wide)
         out_RO.copy_(wide[:num_rows])
-    elif is_slow_half(x_RI):
+    elif x_RI.dtype == torch.float16 and is_slow_half(x_RI):
         product_RO = x_RI.float() @ matrix_IO.float()
         out_RO.copy_(product_RO if bias_O is None else product_RO + bias_O)
     elif bias_O is None:

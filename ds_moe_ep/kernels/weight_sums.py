@@ -50,15 +50,15 @@ class GradSums:
         """
         if not x_nI.shape[0]:
             return
-        for name in (f"{part}.weight", f"{part}.bias"):
-            if self.weights.get(name) is None or name not in self._trained:
-                continue
-            if name.endswith("bias"):
-                self._sums[name] = sum_of(self._sums.get(name), dy_nO.sum(0))
-            elif is_only and not is_slow_half(x_nI):
-                self._sums[name] = dy_nO.t() @ x_nI
+        weight, bias, sums = f"{part}.weight", f"{part}.bias", self._sums
+        if weight in self._trained:
+            if is_only and not is_slow_half(x_nI):
+                sums[weight] = dy_nO.t() @ x_nI
             else:
-                self._sums[name] = add_weight_product(self._sums.get(name), dy_nO, x_nI)
+                sums[weight] = add_weight_product(sums.get(weight), dy_nO, x_nI)
+        if bias in self._trained:
+            part_O = dy_nO.sum(0)
+            sums[bias] = part_O if is_only else sum_of(sums.get(bias), part_O)
 
     def take(self) -> list[Tensor | None]:
         """The sums in the weights' own type and order."""

@@ -181,7 +181,7 @@ class Agreement:
             self.transport.check_open(self.call.tags)  # what a communicator that was aborted left there means nothing
             self.check(head, both[1], device)
             sent, received = ([row[NUM_HEAD:] for row in rows] for rows in both)
-            told = [any(row[column] for row in both[1]) for column in range(NUM_HEADER, NUM_HEAD)]
+            told = [any(column) for column in list(zip(*both[1], strict=True))[NUM_HEADER:NUM_HEAD]]
             return AgreedCounts(sent, received, (), *told)
 
         return finish
@@ -272,7 +272,7 @@ class Agreement:
     def check(self, own: Head, rows: list[list[int]], device: torch.device) -> None:
         """Raises EngineError where a peer, by its row's head, refused its input, or is not like this rank."""
         columns = list(own.header)
-        if all(row[:NUM_HEADER] == columns for row in rows):
+        if [row[:NUM_HEADER] for row in rows].count(columns) == len(rows):
             return
         layer, ranks = self.call.layer or "MoE layer", self.transport.ranks
         heads = [Head.read(row) for row in rows]

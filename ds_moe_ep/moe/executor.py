@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_moe_ep.comm.lanes import Event, Lanes
-from ds_moe_ep.comm.recorder import NOT_RECORDED, Off, Recorder, Scope
+from ds_moe_ep.comm.recorder import NOT_RECORDED, Off, Recorder
 from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.kernels.eager import not_compiled, without_autocast
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
@@ -217,12 +217,14 @@ def run(schedule: Schedule, context: PassContext, buffers: Buffers, steps: Steps
     entry, early = lanes.entry(), steps.early
     events: list[Event] = []
     gathered: list[Event] = []
+    recorder = None if isinstance(context.recorder, Off) else context.recorder
     try:
         for op, lane, label, is_awaited in schedule.issues:
-            after = [events[before] for before in op.after] or [entry]
+            after = [events[before] for before in op.after] if op.after else [entry]
             tags = _tags(context.layer, steps.phase, label)
             leg = None if steps.relay is None else steps.relay.leg(op, schedule, buffers, tags)
-            work, scope = leg or _work(op, context, buffers, steps, tags), _scope(op, lane, context, tags)
+            work = leg or _work(op, context, buffers, steps, tags)
+            scope = NOT_RECORDED if recorder is None else recorder.scope(lane, str(op), tags)
             events.append(lanes.issue(lane, after, work, scope, is_awaited or early is not None))
             gathered += [] if early is None else early.behind(op, events[-1], lanes, buffers.results_ND)
         lanes.leave([*events, *gathered])
@@ -264,13 +266,6 @@ def _work(op: Op, context: PassContext, buffers: Buffers, steps: Steps, tags: Ta
 @functools.lru_cache(maxsize=4096)
 def _tags(layer: str, phase: str, peers: str) -> Tags:
     return Tags(layer, phase, peers)
-
-
-def _scope(op: Op, lane: str, context: PassContext, tags: Tags) -> Scope:
-    """The scope that records the op; free where nothing does."""
-    if isinstance(context.recorder, Off):
-        return NOT_RECORDED
-    return context.recorder.scope(lane, str(op), tags)
 
 
 def _dispatch(piece: int, layout: RowLayout, transport: Transport, buffers: Buffers, tags: Tags) -> Event:

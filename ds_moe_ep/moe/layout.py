@@ -11,13 +11,13 @@ side and are one product for all experts. Weight gradients need them by expert t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from ds_moe_ep.moe.dispatch_plan import DispatchPlan
+from ds_moe_ep.moe.dispatch_plan import Counts, DispatchPlan
 from ds_moe_ep.moe.two_level.legs import PieceLegs, legs_of_piece
 from ds_moe_ep.schedule.build import Offset, Piece, Schedule
 
@@ -78,10 +78,10 @@ class Grouping:
 
 
 class Cuts(NamedTuple):
-    """A buffer cut at the ends of all messages: lengths in order, and the places of each piece's spans among them."""
+    """A buffer cut at the ends of all messages: lengths in order, and of each piece (place, peer) where it has rows."""
 
     lengths: list[int]
-    places: list[list[int]]
+    ends: list[list[tuple[int, int]]]
     num_rows: int
 
     @classmethod
@@ -94,14 +94,17 @@ class Cuts(NamedTuple):
             for index, (_, (start, stop)) in enumerate(spans)
         ]
         found.sort()
-        lengths, end = [], 0
+        end = 0
         for place, (start, stop, piece, index) in enumerate(found):
             if start != end:
                 return None
             places[piece][index] = place
-            lengths.append(stop - start)
             end = stop
-        return cls(lengths, places, end)
+        ends = [
+            [(place, peer) for place, (peer, (start, stop)) in zip(own, spans, strict=True) if start < stop]
+            for own, spans in zip(places, pieces, strict=True)
+        ]
+        return cls([stop - start for start, stop, _, _ in found], ends, end)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def lay_out(
     """
     pieces, peers = schedule.pieces, schedule.peers_of(rank)
     num_local = len(plan.recv_rows_PL[0])
-    sent_P, received_P = [sum(rows) for rows in plan.send_rows_PL], [sum(rows) for rows in plan.recv_rows_PL]
+    sent_P, received_P = _sums(plan.send_rows_PL), _sums(plan.recv_rows_PL)
     sent_start_P = _starts(sent_P)
     parts: list[_Part] = []
     bounds = [0]  # of each piece's parts
@@ -156,11 +159,11 @@ def lay_out(
 
     def rows_of(index: int, piece: Piece) -> PieceRows:
         own = range(bounds[index], bounds[index + 1])
-        first_from = {parts[part].source: wire[part] for part in reversed(own)}
-        sent = tuple([(target, _cut(sent_start_P[target], sent_P[target], piece)) for target, _ in peers[index]])
-        received = tuple(
-            [(source, _coming(first_from.get(source, 0), received_P[source], piece)) for _, source in peers[index]]
-        )
+        start_P = [0] * len(received_P)
+        for part in reversed(own):
+            start_P[parts[part].source] = wire[part]
+        sent = _cuts([target for target, _ in peers[index]], sent_start_P, sent_P, piece)
+        received = _cuts([source for _, source in peers[index]], start_P, received_P, piece, are_there=True)
         moves = () if is_wire_stacked else tuple([(wire[part], stacked[part], parts[part].num_rows) for part in own])
         tokens = _cut(0, num_shared_tokens, piece) if num_shared_tokens and (0, 0) in piece.offsets else (0, 0)
         span = (moves[0][0], moves[-1][0] + moves[-1][2]) if moves else (0, 0)
@@ -244,25 +247,27 @@ class _Part(NamedTuple):
 
 def _parts(
     plan: DispatchPlan, index: int, piece: Piece, sources: Sequence[int], received_P: Sequence[int]
-) -> Iterator[_Part]:
+) -> list[_Part]:
     """The parts of a piece in the order in which their rows come; empty ones are left out.
 
     Messages lie in the order of their ranks, so that an all-to-all finds all of a piece side by side.
     """
-    num_local = len(plan.recv_rows_PL[0])
-    for source in sources:
-        first, last = _cut(0, received_P[source], piece)
-        if num_local == 1:
-            if first < last:
-                yield _Part(index, source, 0, first, last - first)
-            continue
+    cut, num_cuts = piece.cut, piece.num_cuts
+    cuts = [
+        (peer, cut * num // num_cuts, (cut + 1) * num // num_cuts) for peer in sources for num in (received_P[peer],)
+    ]
+    if len(plan.recv_rows_PL[0]) == 1:
+        return [_Part(index, source, 0, first, last - first) for source, first, last in cuts if first < last]
+    parts: list[_Part] = []
+    for source, first, last in cuts:
         start = 0
         for expert, num_rows in enumerate(plan.recv_rows_PL[source]):
             stop = start + num_rows
             here, end = max(first, start), min(last, stop)
             if here < end:
-                yield _Part(index, source, expert, here - start, end - here)
+                parts.append(_Part(index, source, expert, here - start, end - here))
             start = stop
+    return parts
 
 
 def _grouping(parts: Sequence[_Part], stacked: Sequence[int], num_local: int) -> Grouping:
@@ -336,16 +341,33 @@ def _runs(parts: Sequence[_Part], stacked: Sequence[int], indices: Sequence[int]
     return tuple(merged)
 
 
+def _sums(rows_PL: Counts) -> list[int]:
+    """Rows by peer."""
+    return [row for (row,) in rows_PL] if len(rows_PL[0]) == 1 else [sum(rows) for rows in rows_PL]
+
+
 def _starts(counts: Sequence[int]) -> list[int]:
     return [0, *accumulate(counts)][:-1]
 
 
-def _coming(start: int, num_rows: int, piece: Piece) -> Span:
-    """The span from `start` on of the piece's cut of a peer's rows."""
-    if piece.num_cuts == 1:
-        return start, start + num_rows
-    first, last = _cut(0, num_rows, piece)
-    return start, start + last - first
+def _cuts(
+    peers: Sequence[int], start_P: Sequence[int], rows_P: Sequence[int], piece: Piece, are_there: bool = False
+) -> tuple[tuple[int, Span], ...]:
+    """By peer the span of the piece's cut of its rows; with `are_there` the cut itself lies at the start.
+
+    Written out: a pass asks for some forty, and a call costs as much as the arithmetic.
+    """
+    cut, num_cuts = piece.cut, piece.num_cuts
+    if are_there:
+        of_peers = [
+            (peer, start_P[peer], (cut + 1) * rows_P[peer] // num_cuts - cut * rows_P[peer] // num_cuts)
+            for peer in peers
+        ]
+        return tuple([(peer, (start, start + num)) for peer, start, num in of_peers])
+    whole = [(peer, start_P[peer], rows_P[peer]) for peer in peers]
+    return tuple(
+        [(peer, (start + cut * num // num_cuts, start + (cut + 1) * num // num_cuts)) for peer, start, num in whole]
+    )
 
 
 def _cut(start: int, num_rows: int, piece: Piece) -> Span:

@@ -111,9 +111,10 @@ class _Names:
 
     def hold(self) -> bool:
         """True where each name still stands for the same object."""
-        return all(getattr(owner, name, _MISSING) is value for owner, name, value in self._attributes.values()) and all(
-            names.get(name, _MISSING) is value for names, name, value in self._globals.values()
-        )
+        # Lists: each pass asks, and a generator costs as much again.
+        attributes = [getattr(owner, name, _MISSING) is value for owner, name, value in self._attributes.values()]
+        named = [names.get(name, _MISSING) is value for names, name, value in self._globals.values()]
+        return all(attributes) and all(named)
 
     def add_attribute(self, owner: Any, name: str) -> Any:
         """Remembers an attribute of a class, a file of code, a function or a cell; returns it."""

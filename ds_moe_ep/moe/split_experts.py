@@ -79,6 +79,7 @@ class SavedActivations:
                 self.saved.append(width_like_FD.new_empty(num_rows, width))
             elif self._active is ActiveRows.SAVED_LATER:  # in their shape, without their memory
                 self.saved.append(width_like_FD.new_empty(()).expand(num_rows, width))
+        self._nothing = width_like_FD.new_empty(0)
         self.may_overwrite = False
         self.use_triton: bool | None = None
         self._gradients: dict[int, list[Tensor]] = {}
@@ -136,7 +137,7 @@ class SavedActivations:
 
     def release(self, expert: int, index: int) -> None:
         """Gives one of the expert's saved tensors back, and its gradient; the last index is that of the active rows."""
-        nothing = self.saved[0].new_empty(0)
+        nothing = self._nothing
         if index < self._num_saved:
             self.saved[expert * self._num_saved + index] = nothing
         if index < len(gradients := self._gradients.get(expert, [])):

@@ -1,4 +1,4 @@
-"""The host's part of a pass in counts, which other work on the machine does not change: half of the account's."""
+"""The host's part of a pass in counts, which other work does not change: less than a third of the account's."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ def counted() -> dict[str, list[int]]:
         return host_pass.Passes("peers").counted()
 
 
-def test_a_pass_makes_less_than_half_of_the_calls_and_operations_of_the_account() -> None:
+MOST = {"calls": (0.31, 0.22), "operations": (0.24, 0.23)}  # of them
+
+
+def test_a_pass_makes_less_than_a_third_of_the_calls_and_operations_of_the_account() -> None:
     (found,) = run_ranks(1, counted)
     shares = {what: [now / then for now, then in zip(found[what], BEFORE[what], strict=True)] for what in BEFORE}
-    assert max(shares["calls"]) < 0.42 and max(shares["operations"]) < 0.42, shares
+    assert all(share < most for what in BEFORE for share, most in zip(shares[what], MOST[what], strict=True)), shares
 
 
 def test_what_is_counted_are_calls_and_operations() -> None:

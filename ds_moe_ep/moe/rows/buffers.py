@@ -67,7 +67,7 @@ class Buffers:
         views = self._views.get(id(rows_RD))
         if views is None:
             views = self._views[id(rows_RD)] = Views(rows_RD, cuts.lengths)
-        return CutMessages(rows_RD, spans, views, cuts.places[piece])
+        return CutMessages(rows_RD, spans, views, cuts.ends[piece])
 
     def stack(self, rows: PieceRows) -> None:
         """Puts a piece's rows from where they came to where they are computed."""
