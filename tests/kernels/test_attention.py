@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 from ds_moe_ep.kernels import attention, attention_path
 from ds_moe_ep.kernels.attention import blockwise_causal_attention
 from ds_moe_ep.kernels.attention_path import queries_per_block
+from tests.account.counting import Account
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-6}
 
@@ -69,3 +72,16 @@ def test_blocks_skip_what_lies_behind_them() -> None:
     assert seen == [(slice(0, 4), slice(0, 4)), (slice(4, 8), slice(0, 8)), (slice(8, 10), slice(0, 10))]
     pairs = sum((queries.stop - queries.start) * keys.stop for queries, keys in attention._blocks(10_000, 838))
     assert pairs < 0.55 * 10_000**2
+
+
+def test_a_pass_at_the_reference_jobs_sizes_keeps_few_blocks_of_scores_at_a_time() -> None:
+    """Counted on tensors that are no memory: 16 heads of 512, 10,000 tokens, whose scores take 6.4 GB in all."""
+    account, shape = Account(), (1, 16, 10_000, 512)
+    of_tensors = 2 * math.prod(shape)  # bytes of queries, as of keys, values and what comes out
+    with torch.device("meta"), account:
+        query, key, value = (torch.empty(shape, dtype=torch.float16, requires_grad=True) for _ in range(3))
+        out = blockwise_causal_attention(query, key, value)
+        assert account.peak_bytes <= 4 * of_tensors + 4 * attention_path.BLOCK_BYTES
+        torch.autograd.grad(out, (query, key, value), torch.empty_like(out))
+    # Backward: their gradients, and two sums in fp32. Here products widen what they read, as on no device.
+    assert account.peak_bytes <= (8 + 4) * of_tensors + 6 * attention_path.BLOCK_BYTES < 4 * 16 * 10_000**2
