@@ -95,7 +95,9 @@ def test_a_script_resumes_the_loss_curve_from_a_converted_checkpoint(tmp_path: p
         cases = {"resumed": Case([*words, "--resume", folder])}
         if name == "ep1":
             cases["control"] = Case([*words, "--resume", without_moments(folder)])
-        found = {case: losses(its) for case, its in run_ranks(num_ranks, run_cases, script, cases)[0].items()}
+        found = {
+            case: losses(its) for case, its in run_ranks(num_ranks, run_cases, script, cases, timeout_s=200)[0].items()
+        }
         expected = {step: loss for step, loss in whole[source].items() if step > SAVED_AT}
         assert found.pop("resumed") == pytest.approx(expected, rel=2e-4), name
         for control in found.values():

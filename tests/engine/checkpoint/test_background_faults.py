@@ -201,4 +201,4 @@ def test_a_disk_without_a_name_for_another_file_is_told_by_all(few_names: pathli
         assert error.startswith(f"EngineError: {few_names}/first: not saved, rank")
         assert "No space left on device" in error
         assert seconds < 10
-        assert left == []
+        assert [name for name in left if not name.endswith(".py")] == []
