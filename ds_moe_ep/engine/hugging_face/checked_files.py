@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,8 @@ class CheckedFile:
     def write(self, name: str, tensor: Tensor, index: int | None = None) -> None:
         """Writes a tensor, or one place of a stack."""
         form = self._forms[name]
-        places = enumerate(tensor) if form.is_stack and index is None else [(index or 0, tensor)]
+        is_whole = form.is_stack and index is None
+        places: Iterable[tuple[int, Tensor]] = enumerate(tensor) if is_whole else [(index or 0, tensor)]
         for at, there in places:
             place = there.detach().to("cpu").contiguous()  # once, and of this place alone
             content = bytes_of(place)
@@ -133,7 +134,7 @@ def read_checked(file: Any, path: Path, name: str, sums: Mapping[str, list[int]]
     is_place = index is not None and (expected is None or has_places)
     tensor: Tensor = file.get_slice(name)[index] if is_place else file.get_tensor(name)
     if expected is not None:
-        if is_place:
+        if is_place and index is not None:
             expected = expected[index : index + 1]
         found = [crc32_of(place) for place in tensor] if has_places and not is_place else [crc32_of(tensor)]
         if found != expected:

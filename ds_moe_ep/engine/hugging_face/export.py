@@ -216,18 +216,16 @@ def _write_stacks(stacks: Sequence[BlockStacks], partial: Path, first: int, tota
 def _write_places(block: BlockStacks, path: Path, error: MoEError | None) -> MoEError | None:
     """A block's file on rank 0, which writes nothing behind an error; the error that it met. Collective."""
     with ExitStack() as scopes:
-        file: CheckedFile | None = None
+        files: list[CheckedFile] = []  # none where this rank does not write
 
         def begin() -> None:
-            nonlocal file
-            file = CheckedFile(scopes.enter_context(path.open("wb")), block.forms)
+            files.append(CheckedFile(scopes.enter_context(path.open("wb")), block.forms))
 
-        is_mine = dist.get_rank() == 0
-        error = error or _attempt(begin, is_mine)
+        error = error or _attempt(begin, dist.get_rank() == 0)
         for name, index, place in block.places():
-            if file is not None and error is None:
+            for file in files if error is None else ():
                 error = _attempt(partial_of(file.write, name, place, index))
-        if file is not None and error is None:
+        for file in files if error is None else ():
             error = _attempt(file.finish) or _attempt(scopes.close)
     return error
 

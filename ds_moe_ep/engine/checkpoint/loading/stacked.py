@@ -60,7 +60,8 @@ class PlacedExpert(Tensor):
             places = [part for part in args[0] if isinstance(part, cls) and part.whole is whole]
             if len(places) == len(args[0]) == len(whole):
                 return whole
-        return super().__torch_function__(func, types, args, kwargs or {})
+        as_tensors: Any = super().__torch_function__
+        return as_tensors(func, types, args, kwargs or {})
 
 
 def places_of(model: torch.nn.Module) -> dict[str, PlacedExpert]:
