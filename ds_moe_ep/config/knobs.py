@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ds_moe_ep.config.attention_shape import AttentionShape
 from ds_moe_ep.config.fields import check_fields, from_dict, knob, to_fp32
-from ds_moe_ep.config.two_level import check_two_level
+from ds_moe_ep.config.two_level import check_replicas, check_two_level
 from ds_moe_ep.errors import ConfigError, nearest
 
 
@@ -99,6 +99,14 @@ class MoEConfig:
         "what pays",
         0,
     )
+    replica_traffic: float = knob(
+        0.5,
+        "time of rows' exchanges over that of their products, which prices a number of `replicas`; 'auto' measures it",
+        0,
+    )
+    replica_pass_share: float = knob(
+        1 / 32, "cost of a copy in a pass, in parts of a rank's rows, for a number of `replicas`; 'auto' measures it", 0
+    )
 
     # traffic
     schedule: Literal["auto", "serial", "chunks", "peers"] = knob(
@@ -137,7 +145,8 @@ class MoEConfig:
     )
     grouped_products: Literal["auto", "on", "off"] = knob(
         "auto",
-        "one matrix product for all experts of a rank (auto: bf16 on compute capability 9 and 10, or with a capacity)",
+        "one matrix product for all experts of a rank, and one for all copies in its slots (auto: bf16 on compute "
+        "capability 9 and 10, or with a capacity)",
     )
     max_ctas: int = knob(0, "NCCL's thread blocks for the transfers of a lane at most; 0 leaves it to NCCL", 0)
     meter_every: int = knob(0, "steps between two measurements of hidden communication; 0 measures none", 0)
@@ -190,17 +199,8 @@ class MoEConfig:
             )
         self._check_groups()
         check_two_level(self.two_level, self.replicas, self.schedule, self.row_cuts)
-        others = self.num_experts - self.num_local_experts
-        if self.replicas != "auto" and self.ep_size > 1 and self.replicas > others:
-            raise ConfigError(
-                f"moe_ep.replicas={self.replicas}: other ranks have only {others} experts to copy; lower it, or set it "
-                "to 'auto'"
-            )
-        if self.replicas and self.grouped_products == "on":
-            raise ConfigError(
-                f"moe_ep.replicas={self.replicas!r} with grouped_products='on': copies do not lie beside the "
-                "experts of the rank; set it to 'auto', which makes a product per expert where there are copies"
-            )
+        if self.ep_size > 1:
+            check_replicas(self.replicas, self.num_experts - self.num_local_experts)
 
     def _check_groups(self) -> None:
         """Raises ConfigError where experts cannot be chosen by groups as the knobs say."""

@@ -1,4 +1,4 @@
-"""Two-level dispatch: which configurations and groups of ranks can have it.
+"""Two-level dispatch, and copies of experts: which configurations and groups of ranks can have them.
 
 A token whose experts are on a far node crosses to that node once, and is spread inside of it. So the rows that a token
 has on one node must lie in one piece of the schedule, and a node is more than the token's own.
@@ -10,6 +10,14 @@ from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
 
 TWO_LEVEL = ("copies", "sums")
+
+
+def check_replicas(replicas: int | str, others: int) -> None:
+    """Raises ConfigError for more slots than other ranks have experts."""
+    if isinstance(replicas, int) and replicas > others:
+        raise ConfigError(
+            f"moe_ep.replicas={replicas}: other ranks have only {others} experts to copy; lower it, or set it to 'auto'"
+        )
 
 
 def check_two_level(two_level: str, replicas: int | str, schedule: str, row_cuts: int) -> None:

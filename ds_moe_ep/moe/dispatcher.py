@@ -36,7 +36,7 @@ from ds_moe_ep.moe.agreement import Agreement, Call, Mode, announce_bad_input
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan, PendingPlan, begin_plan
 from ds_moe_ep.moe.executor import PassContext, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert, needs_gradient
-from ds_moe_ep.moe.grouped.choice import groups_products
+from ds_moe_ep.moe.grouped.choice import grouped_experts
 from ds_moe_ep.moe.layout import LastLayout
 from ds_moe_ep.moe.replicas.hosted import HostedPass
 from ds_moe_ep.moe.replicas.replicas import Replicas, Window
@@ -183,7 +183,7 @@ class Dispatcher:
             self._replicas = None
         elif self._replicas is None or self._bare is not transport:
             link, places = link_of_replicas(transport, self._config.replicas), torus or Torus(1, transport.size)
-            self._replicas = Replicas(self._config.replicas, self._config.num_experts, link, places)
+            self._replicas = Replicas(self._config, link, places)
             self._replicas.window = self._window
         self._bare = transport
         transport = with_callbacks(transport, self._callbacks)
@@ -380,8 +380,8 @@ class Dispatcher:
         schedules = (connection.forward, connection.backward)
         if self._is_blocking:
             schedules = (connection.control_forward, connection.control_backward)
-        is_grouped = groups_products(self._config, experts, schedules, rows_ND, plan)
-        layout = self._layout.of(plan, connection.forward, transport.rank, num_shared, is_grouped)
+        group_sizes = grouped_experts(self._config, experts, schedules, rows_ND, plan)
+        layout = self._layout.of(plan, connection.forward, transport.rank, num_shared, group_sizes)
         recorder = self._recorder_of(plan, rows_ND.device) if call.mode.is_training else Off()
         lanes, in_triton = self._lanes_on(rows_ND.device), use_triton(self._config, rows_ND.device)
         return PassContext(

@@ -92,7 +92,7 @@ class _RunExperts(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         with telling(context, "forward"):
             layout, num_ranks = context.layout, context.transport.size
-            expert_pass = experts.start(layout.expert_spans, may_differentiate, layout.grouping)
+            expert_pass = experts.start(layout.expert_spans, may_differentiate, layout.groupings)
             shared_pass = None if shared is None else shared.start()
             for started in (expert_pass, shared_pass):
                 if started is not None:
@@ -105,8 +105,8 @@ class _RunExperts(torch.autograd.Function):
 
         def compute(rows: PieceRows) -> None:
             if isinstance(expert_pass, GroupedPass):
-                for here in buffers.group_of(rows):
-                    buffers.spread(rows, expert_pass.compute(here, buffers.inputs_RD[here]))
+                for group, here in buffers.groups_of(rows):
+                    buffers.spread(rows, here, expert_pass.compute(group, here, buffers.inputs_RD[here]))
             else:
                 for expert, here, out_nD in buffers.runs_of(rows):
                     expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
@@ -152,8 +152,8 @@ class _RunExperts(torch.autograd.Function):
 
         def compute(rows: PieceRows) -> None:
             if isinstance(expert_pass, GroupedPass):
-                for here in buffers.group_of(rows):
-                    buffers.spread(rows, expert_pass.input_grads(here, buffers.inputs_RD[here]))
+                for group, here in buffers.groups_of(rows):
+                    buffers.spread(rows, here, expert_pass.input_grads(group, here, buffers.inputs_RD[here]))
             else:
                 for expert, here, out_nD in buffers.runs_of(rows):
                     expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)

@@ -105,11 +105,11 @@ class LocalExperts(Protocol):
         """All parameters, expert by expert: the order in which a pass returns their gradients."""
 
     def start(
-        self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None
+        self, spans: Sequence[Span], keep_graph: bool, groupings: Sequence[Grouping] = ()
     ) -> ExpertPass | GroupedPass:
         """A pass over each expert's span of stacked rows; with `keep_graph` it may go backward.
 
-        With a grouping, for which experts must be known: over all experts' rows at once.
+        With groupings, for which experts must be known: over all rows of a group's experts at once.
         """
 
     def known(self) -> tuple[Form, Sequence[Weights]] | None:
@@ -172,13 +172,13 @@ class Experts(nn.Module):
         return self._forms.known(list(self.deepspeed_experts))
 
     def start(
-        self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None
+        self, spans: Sequence[Span], keep_graph: bool, groupings: Sequence[Grouping] = ()
     ) -> ExpertPass | GroupedPass:
         """A pass over each expert's span of stacked rows; `keep_graph`: modules of unknown form may go backward."""
         known = self.known()
         if known is None:
             return OpaquePass([opaque(expert) for expert in self.deepspeed_experts], keep_graph)
-        return start_pass(*known, spans, grouping)
+        return start_pass(*known, spans, groupings)
 
 
 def first_parameter(module: nn.Module) -> Tensor | None:
@@ -219,13 +219,13 @@ class SharedExpert:
 
 
 def start_pass(
-    form: Form, weights: Sequence[Weights], spans: Sequence[Span], grouping: Grouping | None = None
+    form: Form, weights: Sequence[Weights], spans: Sequence[Span], groupings: Sequence[Grouping] = ()
 ) -> ExpertPass | GroupedPass:
     """A pass over each expert's span of stacked rows by the split mathematics of their form."""
     if form.own_pass is not None:
         return form.own_pass(weights)
-    if grouping is not None:
-        return start_grouped(form, weights, grouping)
+    if groupings:
+        return start_grouped(form, weights, groupings)
     if form.kind == "gelu":
         return GeluPass(weights, spans, form.approximate)
     return SwiGLUPass(weights, spans, form.clamp)
@@ -244,9 +244,9 @@ class KnownExperts:
         return self.form, self.weights
 
     def start(
-        self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None
+        self, spans: Sequence[Span], keep_graph: bool, groupings: Sequence[Grouping] = ()
     ) -> ExpertPass | GroupedPass:
-        return start_pass(self.form, self.weights, spans, grouping)
+        return start_pass(self.form, self.weights, spans, groupings)
 
     def buffers(self) -> Iterator[Tensor]:
         return iter(())
@@ -269,7 +269,7 @@ class OpaqueExperts:
     def known(self) -> None:
         return None
 
-    def start(self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None) -> ExpertPass:
+    def start(self, spans: Sequence[Span], keep_graph: bool, groupings: Sequence[Grouping] = ()) -> ExpertPass:
         return OpaquePass([Opaque(partial(self._call, each), each.parameters) for each in self._experts], keep_graph)
 
     def _call(self, expert: Opaque, rows_nD: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from ds_moe_ep.moe.experts import (
     shared_expert,
 )
 from ds_moe_ep.moe.match_expert import ExpertForms
-from ds_moe_ep.moe.replicas.replicas import known_or_refused
+from ds_moe_ep.moe.replicas.found_experts import known_or_refused
 from ds_moe_ep.moe.router import Router
 from ds_moe_ep.moe.routes import Routing
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks

@@ -5,8 +5,9 @@ local expert), one message per peer. The experts want them by (local expert, pie
 that come together are one matrix product, and all of its rows are one for its weight gradients. With one local expert
 the last two are the same, and rows are received where they are computed.
 
-Where products are grouped, the experts want rows by (piece, local expert, peer) instead: a piece's rows lie side by
-side and are one product for all experts. Weight gradients need them by expert then, and `Grouping` knows the way.
+Where products are grouped, the experts want rows by (group, piece, local expert, peer) instead: a piece's rows of a
+group of experts lie side by side and are one product for all of them. Weight gradients need them by expert then, and
+`Grouping` knows the way. The rank's own experts are a group, copies of others' another: their weights lie elsewhere.
 """
 
 from __future__ import annotations
@@ -67,9 +68,10 @@ class PieceRows:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Rows per local expert: of each piece, by the first of its stacked rows, and of all pieces.
+    """Rows per expert of a group: of each piece, by the first of its stacked rows, and of all pieces.
 
-    `moves` lead from stacked order to the order by expert, none where the two are the same; they are in stacked order.
+    `moves` lead from stacked order to the order by expert, none where the two are the same; they are in stacked order,
+    and count from the group's first row.
     """
 
     rows_of_piece: Mapping[int, tuple[int, ...]]
@@ -111,14 +113,15 @@ class Cuts(NamedTuple):
 class RowLayout:
     """The rows of a whole pass: one PieceRows a piece, runs of each block of weight gradients, each expert's span.
 
-    Where products are grouped, all local experts stand for one: each piece has one run, and so has the only block.
+    Where products are grouped, all experts of a group stand for one: each piece has one run of it, and so has the only
+    block.
     """
 
     pieces: tuple[PieceRows, ...]
     weight_runs: tuple[tuple[Run, ...], ...]
     expert_spans: tuple[Span, ...]
     num_received: int
-    grouping: Grouping | None = None
+    groupings: tuple[Grouping, ...] = ()  # of each group of experts
 
     @cached_property
     def is_stacked_on_arrival(self) -> bool:
@@ -137,11 +140,12 @@ class RowLayout:
 
 
 def lay_out(
-    plan: DispatchPlan, schedule: Schedule, rank: int, num_shared_tokens: int = 0, is_grouped: bool = False
+    plan: DispatchPlan, schedule: Schedule, rank: int, num_shared_tokens: int = 0, group_sizes: Sequence[int] = ()
 ) -> RowLayout:
     """The layout of a plan's rows in the pieces of a schedule, and of the shared expert's tokens. No device work.
 
-    `is_grouped`: products are made for all local experts at once; the schedule has one block of weight gradients.
+    `group_sizes`: local experts of each group whose products are made at once; the schedule has one block of weight
+    gradients then.
     """
     pieces, peers = schedule.pieces, schedule.peers_of(rank)
     num_local = len(plan.recv_rows_PL[0])
@@ -152,7 +156,8 @@ def lay_out(
     for index, piece in enumerate(pieces):
         parts += _parts(plan, index, piece, sorted([source for _, source in peers[index]]), received_P)
         bounds.append(len(parts))
-    stacked = _places(parts, _stacking_order(schedule, is_grouped, parts))
+    group_of_L = [group for group, size in enumerate(group_sizes) for _ in range(size)]
+    stacked = _places(parts, _stacking_order(schedule, group_of_L, parts))
     # With one local expert, or no peers, rows are received where they are computed.
     is_wire_stacked = num_local == 1 or schedule.torus.size == 1
     wire = stacked if is_wire_stacked else _places(parts, range(len(parts)))
@@ -168,7 +173,7 @@ def lay_out(
         tokens = _cut(0, num_shared_tokens, piece) if num_shared_tokens and (0, 0) in piece.offsets else (0, 0)
         span = (moves[0][0], moves[-1][0] + moves[-1][2]) if moves else (0, 0)
         runs = _runs(parts, stacked, own)
-        return PieceRows(sent, received, moves, _whole(runs) if is_grouped else runs, tokens, span)
+        return PieceRows(sent, received, moves, _whole(runs, group_of_L) if group_of_L else runs, tokens, span)
 
     def runs_from(block: Sequence[Offset]) -> tuple[Run, ...]:
         if len(block) == schedule.torus.size:
@@ -181,12 +186,16 @@ def lay_out(
     rows_of_pieces = tuple([rows_of(index, piece) for index, piece in enumerate(pieces)])
     if schedule.spreads:
         rows_of_pieces = _with_legs(rows_of_pieces, plan, schedule, rank)
-    if is_grouped:
+    if group_of_L:
         assert len(schedule.blocks) <= 1 and not schedule.is_bit_equal, "a weight gradient is one product"
-        whole = (0, sum(rows_L))
-        all_runs = ((0, whole),) if sum(rows_L) else ()
-        grouping = _grouping(parts, stacked, num_local)
-        return RowLayout(rows_of_pieces, (all_runs,) * len(schedule.blocks), (whole,), sum(rows_L), grouping)
+        assert len(group_of_L) == num_local, "each expert is of one group"
+        ends = [*accumulate(group_sizes, initial=0)]
+        rows_G = [sum(rows_L[first:last]) for first, last in pairwise(ends)]
+        spans = tuple(pairwise(accumulate(rows_G, initial=0)))
+        all_runs = tuple((group, span) for group, span in enumerate(spans) if span[0] < span[1])
+        both = zip(pairwise(ends), spans, strict=True)
+        groupings = tuple(_grouping(parts, stacked, experts, rows) for experts, rows in both)
+        return RowLayout(rows_of_pieces, (all_runs,) * len(schedule.blocks), spans, sum(rows_L), groupings)
     return RowLayout(
         rows_of_pieces,
         tuple([runs_from(block) for block in schedule.blocks]),
@@ -206,12 +215,12 @@ class LastLayout:
         self._layout: RowLayout | None = None
 
     def of(
-        self, plan: DispatchPlan, schedule: Schedule, rank: int, num_shared_tokens: int, is_grouped: bool
+        self, plan: DispatchPlan, schedule: Schedule, rank: int, num_shared_tokens: int, group_sizes: Sequence[int]
     ) -> RowLayout:
         """As `lay_out`."""
-        asked = plan.send_rows_PL, plan.recv_rows_PL, schedule, rank, num_shared_tokens, is_grouped
+        asked = plan.send_rows_PL, plan.recv_rows_PL, schedule, rank, num_shared_tokens, group_sizes
         if self._layout is None or asked != self._asked or plan.copies is not None:  # copies differ by their tokens too
-            self._layout = lay_out(plan, schedule, rank, num_shared_tokens, is_grouped)
+            self._layout = lay_out(plan, schedule, rank, num_shared_tokens, group_sizes)
             self._asked = asked if plan.copies is None else ()
         return self._layout
 
@@ -270,21 +279,23 @@ def _parts(
     return parts
 
 
-def _grouping(parts: Sequence[_Part], stacked: Sequence[int], num_local: int) -> Grouping:
-    """The groups of each piece's rows, and of all rows."""
+def _grouping(parts: Sequence[_Part], stacked: Sequence[int], experts: Span, rows: Span) -> Grouping:
+    """The groups of each piece's rows, and of all rows, of the experts in this span; theirs are these stacked rows."""
+    (first, last), (start, _) = experts, rows
+    mine = [index for index, part in enumerate(parts) if first <= part.expert < last]
     by_piece: dict[int, list[int]] = {}
-    for index, part in enumerate(parts):
-        by_piece.setdefault(part.piece, []).append(index)
-    in_order = sorted(range(len(parts)), key=stacked.__getitem__)
+    for index in mine:
+        by_piece.setdefault(parts[index].piece, []).append(index)
+    in_order = sorted(mine, key=stacked.__getitem__)
     by_expert = _places(parts, sorted(in_order, key=lambda index: parts[index].expert))
     is_moved = len(by_piece) > 1
-    moves = [(stacked[i], by_expert[i], parts[i].num_rows) for i in in_order] if is_moved else []
+    moves = [(stacked[i] - start, by_expert[i], parts[i].num_rows) for i in in_order] if is_moved else []
     first_rows = {piece: min(stacked[index] for index in own) for piece, own in by_piece.items()}
-    rows_of_piece = {
-        first_rows[piece]: tuple(_rows_of_experts([parts[index] for index in own], num_local))
-        for piece, own in by_piece.items()
-    }
-    return Grouping(rows_of_piece, tuple(_rows_of_experts(parts, num_local)), tuple(moves))
+
+    def rows_of(indices: Sequence[int]) -> tuple[int, ...]:
+        return tuple(_rows_of_experts([parts[index] for index in indices], last)[first:])
+
+    return Grouping({first_rows[piece]: rows_of(own) for piece, own in by_piece.items()}, rows_of(mine), tuple(moves))
 
 
 def _rows_of_experts(parts: Sequence[_Part], num_local: int) -> list[int]:
@@ -294,20 +305,24 @@ def _rows_of_experts(parts: Sequence[_Part], num_local: int) -> list[int]:
     return rows_L
 
 
-def _whole(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Runs that follow each other, as one of all experts."""
-    return ((0, (runs[0][1][0], runs[-1][1][1])),) if runs else ()
+def _whole(runs: Sequence[Run], group_of_L: Sequence[int]) -> tuple[Run, ...]:
+    """Runs of a group's experts, which follow each other in a piece, as one."""
+    spans: dict[int, Span] = {}
+    for expert, (start, stop) in runs:
+        first, _ = spans.setdefault(group_of_L[expert], (start, stop))
+        spans[group_of_L[expert]] = first, stop
+    return tuple(spans.items())
 
 
-def _stacking_order(schedule: Schedule, is_grouped: bool, parts: Sequence[_Part]) -> Sequence[int]:
+def _stacking_order(schedule: Schedule, group_of_L: Sequence[int], parts: Sequence[_Part]) -> Sequence[int]:
     """The parts by local expert, and then by piece, so that a piece's rows of an expert are one run, one product.
 
-    By piece first where its products are grouped. Bit-equal schedules need an order that none of them changes: by local
-    expert, then by source.
+    By group and piece first where products are grouped. Bit-equal schedules need an order that none of them changes: by
+    local expert, then by source.
     """
     place = schedule.stacking_place
-    if is_grouped:
-        keys = [(piece, expert, source) for piece, source, expert, _, _ in parts]
+    if group_of_L:
+        keys = [(group_of_L[expert], piece, expert, source) for piece, source, expert, _, _ in parts]
     elif schedule.is_bit_equal:
         keys = [(expert, source, skipped) for _, source, expert, skipped, _ in parts]
     else:

@@ -40,7 +40,7 @@ from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.executor import PassContext, Steps, run, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
 from ds_moe_ep.moe.graphs.opaque import keep
-from ds_moe_ep.moe.grouped.choice import groups_products
+from ds_moe_ep.moe.grouped.choice import grouped_experts
 from ds_moe_ep.moe.layout import lay_out
 from ds_moe_ep.moe.router import use_triton
 from ds_moe_ep.moe.rows.buffers import Buffers
@@ -318,8 +318,8 @@ class AutotuneRun:
 
     def _context(self, forward: Schedule, backward: Schedule) -> PassContext:
         num_shared = 0 if self.shared is None else len(self.shared.x_TD)
-        is_grouped = groups_products(self.config, self.experts, (forward, backward), self.rows_ND, self.plan)
-        layout = lay_out(self.plan, forward, self.transport.rank, num_shared, is_grouped)
+        group_sizes = grouped_experts(self.config, self.experts, (forward, backward), self.rows_ND, self.plan)
+        layout = lay_out(self.plan, forward, self.transport.rank, num_shared, group_sizes)
         in_triton = use_triton(self.config, self.rows_ND.device)
         copies = self.plan.copies
         return PassContext(

@@ -31,8 +31,6 @@ PARTS = 1024  # of a row, so that smoothed loads are whole numbers
 NEAR = 0.05  # of level loads' price: nearer, no other placement is looked for where loads move
 ROUNDING = 1e-9  # of a price: bounds are of other sums
 SLACK = 64  # of the mean rows of a rank, one part: loads are levelled so far for their price
-PASS = 1 / 32  # of a rank's rows is what a copy is taken to need in each pass: messages and products of its own
-EXCHANGE = 0.5  # of the time of rows' products is what their exchanges are taken to need, where nothing was measured
 
 
 @dataclass(frozen=True)
@@ -160,17 +158,27 @@ class CopyCosts:
         )
 
     @classmethod
-    def assumed(cls, row_bytes: float, weight_bytes: float, gradient_bytes: float, ranks: int) -> CopyCosts:
-        """Costs by sizes alone, in the time of one row: its exchanges take EXCHANGE of it, and bytes of copies as long.
+    def by_sizes(
+        cls,
+        row_bytes: float,
+        weight_bytes: float,
+        gradient_bytes: float,
+        ranks: int,
+        *,
+        traffic: float,
+        pass_share: float,
+    ) -> CopyCosts:
+        """Costs by sizes, in the time of one row: its exchanges take `traffic` of it, and bytes of copies as long.
 
-        A copy's bytes count by their share of all ranks' links, as if copies lay evenly on them.
+        A copy's bytes count by their share of all ranks' links, as if copies lay evenly on them. `pass_share`: parts of
+        a rank's rows that a copy is taken to need in each pass: messages and products of its own.
         """
         exchanges = 4 * row_bytes  # dispatch and combine, there and back
         return cls(
             row_us=1.0,
-            each_us=EXCHANGE * weight_bytes / exchanges / ranks,
+            each_us=traffic * weight_bytes / exchanges / ranks,
             gradient_ratio=gradient_bytes / weight_bytes,
-            pass_share=PASS,
+            pass_share=pass_share,
         )
 
 

@@ -63,7 +63,6 @@ def test_every_knob_takes_each_of_its_choices_or_refuses_values_below_its_minimu
         ({"replicas": "all"}, "replicas='all': .*needs int or 'auto'"),
         ({"replicas": True}, "replicas=True: .*needs int or 'auto'"),
         ({"replicas": 13, "ep_size": 4}, "replicas=13: other ranks have only 12 experts to copy; lower it, or"),
-        ({"replicas": 1, "grouped_products": "on"}, "replicas=1 with grouped_products='on': copies do not lie beside"),
     ],
 )
 def test_a_bad_layer_knob_is_refused_with_path_rule_and_way_out(values: dict[str, Any], message: str) -> None:

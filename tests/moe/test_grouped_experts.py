@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,9 +27,11 @@ from ds_moe_ep.moe.grouped import choice
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.tuner import AutotuneRun
 from ds_moe_ep.schedule.benchmark import SERIAL
-from tests.moe.layer_cases import LayerCase, OddExpert
-from tests.moe.layer_runs import TAMPERS, config
+from tests.moe.layer_cases import LayerCase, OddExpert, case_data
+from tests.moe.layer_runs import TAMPERS, Links, config
+from tests.moe.replica_cases import connected, hosted_case, pin, replicas_of
 from tests.moe.test_parity import compare
+from tests.ranks import run_ranks
 
 KINDS = ("gelu", "gelu_bias", "swiglu", "swiglu_bias", "swiglu_odd")
 D, F, E = 16, 32, 6
@@ -207,7 +210,33 @@ def test_what_cannot_be_grouped_is_refused_where_it_is_demanded() -> None:
         layer(tokens())
 
 
-def test_neither_passes_nor_the_tuner_group_products_where_copies_are_among_the_experts() -> None:
+def products_with_copies(grouped: str) -> tuple[list[dict[str, int]], int]:
+    """Products forward and backward of a pass with two copies on this rank, beside two experts; and all copies."""
+    case = hosted_case("products", num_experts=8, replicas=2, schedule="serial", grouped_products=grouped, top_k=3)
+    layer = connected(case, Links())
+    pin(layer, (7, 2), (6, 0), (1, 7), (0, 3))
+    data, rank = case_data(case), dist.get_rank()
+    with CountProducts() as forward:
+        y_TD, *_ = layer(data.inputs[rank].clone().requires_grad_())
+    with CountProducts() as backward:
+        y_TD.sum().backward()
+    rows = {"_grouped_mm": 0, "bmm": 0, "mm": 0}
+    return [rows | forward.seen, rows | backward.seen], len(replicas_of(layer).placement.copies)
+
+
+def test_own_experts_and_the_copies_in_slots_are_a_product_each() -> None:
+    """A GELU expert has two matrices: forward a product with each, backward two."""
+    found = {how: run_ranks(4, products_with_copies, how) for how in ("on", "off")}
+    for (on, copies), (off, _) in zip(found["on"], found["off"], strict=True):
+        assert copies == 8
+        grouped = [seen["_grouped_mm"] + seen["bmm"] for seen in on]
+        assert grouped[0] <= 2 * 2 and grouped[1] <= 2 * 2 * 2, on
+        assert grouped[0] >= 2 and not any(seen["_grouped_mm"] for seen in off)
+        fewer = [many["mm"] - few["mm"] for many, few in zip(off, on, strict=True)]
+        assert fewer == [2 * 4, 2 * 2 * 4], (on, off)
+
+
+def test_passes_and_the_tuner_group_the_rank_s_own_experts_and_copies_by_themselves() -> None:
     layer = layer_of()
     dispatcher, maps = layer.dispatcher, RowMaps(torch.arange(2), torch.arange(2).view(2, 1))
     layer(tokens())
@@ -217,4 +246,5 @@ def test_neither_passes_nor_the_tuner_group_products_where_copies_are_among_the_
         plan, rows_ND = DispatchPlan(maps, rows_L, rows_L), torch.zeros(2 * num_places, D)
         run = AutotuneRun(layer.config, rows_ND, plan, layer.experts, transport, Torus(1, 1), lanes)
         contexts = run._context_of(SERIAL), dispatcher._context(rows_ND, plan, layer.experts, NO_CALL, None)
-        assert [context.layout.grouping is not None for context in contexts] == [num_places == E] * 2
+        sizes = [[len(grouping.rows_L) for grouping in context.layout.groupings] for context in contexts]
+        assert sizes == [[E] if num_places == E else [E, 1]] * 2

@@ -188,9 +188,9 @@ def test_a_fault_is_told_by_name_in_bounded_time(name: str) -> None:
     assert max(seconds for _, seconds in found) <= 2 * LIMIT_S + 6
 
 
-def damaged(how: str) -> tuple[Any, Any]:
+def damaged(how: str, grouped: str) -> tuple[Any, Any]:
     """A result with copies that something is wrong with, past all checks, and one without copies."""
-    layer = connected(CASE, Links())
+    layer = connected(replace(CASE, config=replace(CASE.config, grouped_products=grouped)), Links())
     pin(layer, *GUESTS)
     if how == "weights" and is_odd():
         start = copies.Copies.start.__func__  # type: ignore[attr-defined]
@@ -220,10 +220,13 @@ class _Perturbing:
         return made
 
 
-@pytest.mark.parametrize(("how", "kind"), [("weights", "y["), ("twice", "d expert"), ("never", "d expert")])
-def test_wrong_weights_and_gradients_are_seen_in_the_results(how: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "kind", "grouped"),
+    [("weights", "y[", "off"), ("twice", "d expert", "on"), ("never", "d expert", "off"), ("weights", "y[", "on")],
+)
+def test_wrong_weights_and_gradients_are_seen_in_the_results(how: str, kind: str, grouped: str) -> None:
     """The control of the parity tests: what the checks did not see, they would."""
-    found = run_ranks(4, damaged, how, timeout_s=60)
+    found = run_ranks(4, damaged, how, grouped, timeout_s=60)
     off = errors([mine for mine, _ in found], [plain for _, plain in found])
     assert max(value for name, value in off.items() if name.startswith(kind)) > 1e-3
 

@@ -28,6 +28,9 @@ def cases() -> list[LayerCase]:
         hosted_case("one local expert", num_experts=4),
         hosted_case("two slots", replicas=2, num_experts=12),
         hosted_case("as many as pay", replicas="auto", num_experts=12),
+        hosted_case("grouped", replicas=2, num_experts=12, grouped_products="on", row_cuts=2, node_size=2),
+        hosted_case("grouped, chunks", num_experts=8, grouped_products="on", schedule="chunks", expert="swiglu_bias"),
+        hosted_case("grouped, a draw", rows=(24, 3, 0, 1), top_k=1, grouped_products="on", expert="gelu_bias"),
         hosted_case("top-1", top_k=1),
         hosted_case("top-4, sigmoid", top_k=4, score="sigmoid"),
         hosted_case("capacity", rows=(24,) * 4, capacity_factor=1.0),
@@ -45,8 +48,9 @@ def cases() -> list[LayerCase]:
     table += [
         replace(hosted_case(f"fp16 {kind}", expert=kind, **fp16), bound=1.5e-3) for kind in ("gelu", "swiglu_bias")
     ]
-    bf16 = [hosted_case(f"bf16 {kind}", dtype=torch.bfloat16, expert=kind, top_k=8) for kind in ("gelu", "swiglu")]
-    return table + bf16
+    bf16 = {"dtype": torch.bfloat16, "top_k": 8}
+    table += [hosted_case(f"bf16 {kind}", expert=kind, **bf16) for kind in ("gelu", "swiglu")]
+    return [*table, hosted_case("bf16 grouped", expert="swiglu", grouped_products="on", num_experts=8, **bf16)]
 
 
 def test_a_layer_with_replicas_equals_one_without_and_the_reference() -> None:
@@ -64,4 +68,4 @@ def test_a_layer_with_replicas_equals_one_without_and_the_reference() -> None:
         assert worst[1] <= bound, (case.name, worst)
         assert [r.exp_counts for r in found] == [r.exp_counts for r in plain], case.name
         assert all(torch.equal(a.l_aux, b.l_aux) for a, b in zip(found, plain, strict=True)), case.name
-    assert in_use >= len(chosen) - 3, "copies must be in use"
+    assert in_use >= len(chosen) - 1, "copies must be in use"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from ds_moe_ep.config.knobs import SMALL
+from ds_moe_ep.config.knobs import SMALL, MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule.copies.forecast import UNEVEN, Forecast
 from ds_moe_ep.schedule.placement import CopyCosts, Placement, levelled_rows, place
@@ -52,8 +52,9 @@ def recorded(folder: Path) -> list[list[list[int]]]:
 
 def costs_of_quickstart(ranks: int) -> CopyCosts:
     """Costs of the quickstart's experts, in fp32."""
-    weight_bytes = 4 * 2 * SMALL.hidden_size * SMALL.expert_width
-    return CopyCosts.assumed(4 * SMALL.hidden_size, weight_bytes, weight_bytes, ranks)
+    weight_bytes, config = 4 * 2 * SMALL.hidden_size * SMALL.expert_width, MoEConfig()
+    both = {"traffic": config.replica_traffic, "pass_share": config.replica_pass_share}
+    return CopyCosts.by_sizes(4 * SMALL.hidden_size, weight_bytes, weight_bytes, ranks, **both)
 
 
 def main() -> None:

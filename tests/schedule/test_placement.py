@@ -12,15 +12,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.schedule import placement as placement_module
 from ds_moe_ep.schedule.copies import filling
-from ds_moe_ep.schedule.placement import MARGIN, PASS, CopyCosts, Placement, levelled_rows, place, price_us
+from ds_moe_ep.schedule.placement import MARGIN, CopyCosts, Placement, levelled_rows, place, price_us
 from ds_moe_ep.schedule.price import Costs
 from tests.schedule.plain_placement import host_by_sorting, place_plainly
 
 NODES = Torus(2, 8)
 ROWS_ALONE = CopyCosts(row_us=1.0)  # transfers that cost nothing
+PASS = MoEConfig().replica_pass_share
+
+
+def by_sizes(**knobs: float) -> CopyCosts:
+    """Costs of 16 ranks' experts of 2 MiB for rows of 1 KiB, by the knobs."""
+    config = MoEConfig(**knobs)  # type: ignore[arg-type]
+    both = {"traffic": config.replica_traffic, "pass_share": config.replica_pass_share}
+    return CopyCosts.by_sizes(2**10, 2**21, 2**21, 16, **both)
 
 
 def zipf(exponent: float, num_experts: int = 16) -> list[float]:
@@ -102,7 +111,7 @@ def test_where_no_copies_can_pay_none_are_looked_for(monkeypatch: pytest.MonkeyP
     """Rows of 1 KiB, experts of 2 MiB: the search is left out, which is most of the time that a placement takes."""
     looked: list[int] = []
     monkeypatch.setattr(placement_module, "levelled", lambda rows, *_: iter(looked.append(1) or ()))
-    sizes = CopyCosts.assumed(2**10, 2**21, 2**21, 16)
+    sizes = by_sizes()
     for micro_batches in (1, 4, 64):
         costs = replace(sizes, micro_batches=micro_batches)
         for rows_E in ([1000.0] * 16, [0.0, 4000 / 3, 4000 / 3, 4000 / 3] * 4):
@@ -126,6 +135,10 @@ ANY_TORUS = st.builds(Torus, st.integers(1, 3), st.integers(1, 3))
         row_us=st.floats(0.001, 10),
         near_us=st.floats(0, 1e4),
         far_us=st.floats(0, 1e5),
+        each_us=st.one_of(st.just(0.0), st.floats(0, 1e4)),
+        pass_share=st.one_of(st.just(0.0), st.floats(0, 1)),
+        pass_us=st.one_of(st.just(0.0), st.floats(0, 1e3)),
+        gradient_ratio=st.floats(0.5, 4),
         hidden_us=st.floats(0, 1e5),
         micro_batches=st.integers(1, 64),
     ),
@@ -164,8 +177,7 @@ def test_by_sizes_alone_idle_experts_do_not_pay_for_copies_in_any_window_and_hot
     idle = [0.0, 4000 / 3, 4000 / 3, 4000 / 3] * 4
 
     def copies(rows_E: list[float], micro_batches: int, pass_share: float = PASS) -> int:
-        sizes = CopyCosts.assumed(2**10, 2**21, 2**21, 16)
-        costs = replace(sizes, micro_batches=micro_batches, pass_share=pass_share)
+        costs = replace(by_sizes(replica_pass_share=pass_share), micro_batches=micro_batches)
         return len(place(rows_E, NODES, 1, costs).copies)
 
     for micro_batches in (1, 4, 16):
@@ -173,6 +185,21 @@ def test_by_sizes_alone_idle_experts_do_not_pay_for_copies_in_any_window_and_hot
         assert copies(one_hot(4.0), micro_batches) > 5
         assert copies(zipf(1.0), micro_batches) > 5
     assert (copies(idle, 1, 0.0), copies(idle, 2, 0.0)) == (0, 12)  # by transfers alone a longer window pays
+
+
+def test_the_knobs_say_what_transfers_and_passes_of_copies_cost_by_sizes() -> None:
+    """By hand: a row's exchanges are 4 KiB and take half of its time, an expert is 512 times that, on 16 links."""
+    found = by_sizes()
+    assert (found.each_us, found.pass_share, found.gradient_ratio) == (0.5 * 512 / 16, 1 / 32, 1.0)
+    other = by_sizes(replica_traffic=0.125, replica_pass_share=0.25)
+    assert (other.each_us, other.pass_share) == (found.each_us / 4, 0.25)
+    loads = (zipf(1.0), zipf(0.5), one_hot(4.0), one_hot(8.0), [0.0, 4000 / 3, 4000 / 3, 4000 / 3] * 4)
+    for share, expected in ((1 / 32, [1.02, 1.08, 1.12, 1.0, 1.33]), (1 / 128, [1.02, 1.01, 1.0, 1.0, 1.0])):
+        costs = replace(by_sizes(replica_pass_share=share), micro_batches=16)
+        levels = [fullest(rows_E, place(rows_E, NODES, 1, costs)) for rows_E in loads]
+        assert levels == pytest.approx(expected, abs=0.01), "as the page has them"
+    dear = by_sizes(replica_traffic=64.0)
+    assert place(one_hot(4.0), NODES, 1, found).copies and not place(one_hot(4.0), NODES, 1, dear).copies
 
 
 def test_where_loads_move_all_slots_are_used_if_copies_cost_nothing_and_fewer_where_they_cost_rows() -> None:

@@ -105,7 +105,7 @@ class EmulatedExperts(Experts):
     def _pass(self, weights: Sequence[Weights]) -> ExpertPass:
         return EmulatedPass(self.row_us, self.device, weights, len(self.travelling))
 
-    def start(self, spans: Sequence[Span], keep_graph: bool, grouping: Grouping | None = None) -> ExpertPass:
+    def start(self, spans: Sequence[Span], keep_graph: bool, groupings: Sequence[Grouping] = ()) -> ExpertPass:
         return EmulatedPass(self.row_us, self.device)
 
 

@@ -26,6 +26,8 @@ from ds_moe_ep.moe.tuner import Choice
 # What a hooked layer takes from a configuration: how rows move. Which experts tokens visit is its own gate's to say.
 TRAFFIC = (
     "replicas",
+    "replica_traffic",
+    "replica_pass_share",
     "node_size",
     "sequence_parallel",
     "schedule",

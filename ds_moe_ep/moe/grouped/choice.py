@@ -29,24 +29,23 @@ class KnowsWeights(Protocol):
         """The form and the weights; None where the mathematics is unknown."""
 
 
-def groups_products(
+def grouped_experts(
     config: MoEConfig,
     experts: KnowsWeights,
     schedules: tuple[Schedule, Schedule],
     rows_ND: Tensor,
     plan: DispatchPlan,
-) -> bool:
-    """True where a pass makes one product for all local experts; why not is said in the log, once. Local.
+) -> tuple[int, ...]:
+    """Local experts of each product that a pass makes for several at once; none where each has its own. Local.
 
-    Never where copies of other ranks' experts are among them: their weights lie elsewhere.
+    All of the rank's own experts have one together, and so have the copies of others', whose weights lie elsewhere. Why
+    there is none is said in the log, once.
 
     Raises ConfigError where the configuration demands it, and the experts are unknown.
     """
-    if config.num_local_experts == 1 or config.grouped_products == "off":
-        return False
-    if len(plan.recv_rows_PL[0]) > config.num_local_experts:
-        say_once("weights of copies lie elsewhere")
-        return False
+    num_own = config.num_local_experts
+    if num_own == 1 or config.grouped_products == "off":
+        return ()
     reason = _why_by_schedule(schedules) or _why_by_device(config, rows_ND, plan)
     known = None if reason else experts.known()
     if not reason and known is None:
@@ -59,7 +58,8 @@ def groups_products(
     if not reason and known is not None and config.grouped_products == "auto":
         reason = _why_by_weights(config, *known, len(schedules[0].pieces), plan.num_received)
     say_once(reason)
-    return not reason
+    num_copies = len(plan.recv_rows_PL[0]) - num_own
+    return () if reason else (num_own, num_copies) if num_copies else (num_own,)
 
 
 def _why_by_schedule(schedules: Sequence[Schedule]) -> str:
@@ -82,10 +82,11 @@ def _why_by_device(config: MoEConfig, rows_ND: Tensor, plan: DispatchPlan) -> st
 def _why_by_weights(
     config: MoEConfig, form: Form, weights: Sequence[Weights], num_pieces: int, num_received: int
 ) -> str:
-    parts = [named_tensors(weights, f"{part}.weight") for part in (*PARTS[form.kind], "down")]
+    groups = [group for group in (weights[: config.num_local_experts], weights[config.num_local_experts :]) if group]
+    parts = [named_tensors(group, f"{part}.weight") for group in groups for part in (*PARTS[form.kind], "down")]
     if any(lie_together(matrices) is None for matrices in parts):
         return "the experts' weights do not lie at equal distances in one memory, as in an engine's flat buffer"
-    numbers = num_received * len(parts[0][0]) / (config.num_local_experts * num_pieces)
+    numbers = num_received * len(parts[0][0]) / (len(weights) * num_pieces)
     if num_pieces > 1 and numbers > LARGE_PRODUCT:
         return "each expert's product fills the device by itself"
     return ""

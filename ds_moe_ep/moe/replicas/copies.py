@@ -15,6 +15,8 @@ from ds_moe_ep.moe.split_experts import Weights
 from ds_moe_ep.schedule.placement import Placement
 from ds_moe_ep.schedule.spans import Tags
 
+ROWS = torch.contiguous_format
+
 
 def message(peer: int, tensor: Tensor) -> Message:
     """A whole tensor as one message."""
@@ -40,17 +42,19 @@ class Copies:
     @classmethod
     def start(cls, placement: Placement, own: Sequence[Weights], link: Transport, tags: Tags, num_slots: int) -> Copies:
         """Starts to send this rank's experts to their hosts, and to receive its guests. Collective."""
-        held: list[Weights | None] = [None] * num_slots
         lent: list[Tensor | None] = [None] * len(own)
         sends, receives = list[Message](), list[Message]()
         first = link.rank * placement.local_experts
         with torch.inference_mode(False), torch.no_grad():
+            guests = [expert for expert in placement.guests_RS[link.rank] if expert is not None]
+            room = iter(_room_for(guests, own[0], tags.layer))
+            held = [None if expert is None else next(room) for expert in placement.guests_RS[link.rank]]
+            held += [None] * (num_slots - len(held))
             for expert, rank, slot in placement.copies:
                 if placement.home(expert) == link.rank:
                     lent[expert - first] = digest(own[expert - first])
                     sends += [message(rank, weight.detach().contiguous()) for weight in present(own[expert - first])]
-                elif rank == link.rank:
-                    guest = held[slot] = _like(own[0], expert, tags.layer)
+                elif (guest := held[slot] if rank == link.rank else None) is not None:
                     receives += [message(placement.home(expert), weight) for weight in present(guest)]
         transfer = _Once(link.start("replicas", sends, receives, tags))
         return cls(placement, tuple(held), tuple(lent), transfer, tuple(each.buffer_RD for each in sends))
@@ -71,13 +75,22 @@ class _Once:
 _NOTHING = _Once(None)
 
 
-def _like(named: Weights, expert: int, layer: str) -> Weights:
-    """Room for the weights of one expert. Raises EngineError where there is none."""
+def _room_for(guests: Sequence[int], named: Weights, layer: str) -> list[Weights]:
+    """Room for the weights of these experts, side by side, so that their products can be grouped.
+
+    Raises EngineError where there is none.
+    """
+    num = len(guests)
     try:
-        return {name: None if weight is None else torch.empty_like(weight) for name, weight in named.items()}
+        together = {
+            name: None if weight is None else torch.empty_like(weight.expand(num, *weight.shape), memory_format=ROWS)
+            for name, weight in named.items()
+        }
     except RuntimeError as error:  # torch's out of memory is one, on any device
-        num_bytes = sum(weight.numel() * weight.element_size() for weight in present(named))
+        num_bytes = num * sum(weight.numel() * weight.element_size() for weight in present(named))
+        whose = f"a copy of expert {guests[0]}" if num == 1 else f"copies of experts {', '.join(map(str, guests))}"
         raise EngineError(
-            f"{layer or 'MoE layer'}: no memory for a copy of expert {expert}, {num_bytes:,} bytes ({error}); lower "
+            f"{layer or 'MoE layer'}: no memory for {whose}, {num_bytes:,} bytes ({error}); lower "
             "moe_ep.replicas, or set it to 0"
         ) from error
+    return [{name: None if room is None else room[place] for name, room in together.items()} for place in range(num)]

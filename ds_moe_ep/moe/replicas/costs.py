@@ -1,4 +1,4 @@
-"""Costs of copies for a layer: by sizes, or as the schedule "auto" measured them."""
+"""Costs of copies for a layer: by sizes and knobs, or as the schedule "auto" measured them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.moe.replicas.told import present
 from ds_moe_ep.moe.split_experts import Weights
@@ -15,9 +16,12 @@ from ds_moe_ep.schedule.price import Costs
 RowType = tuple[int, torch.dtype]  # width and type of a row
 
 
-def assumed_costs(row_type: RowType, experts: Sequence[Weights], micro_batches: int, ranks: int) -> CopyCosts:
-    """Costs by the sizes of rows and weights alone, equal on every rank and in every run."""
-    return CopyCosts.assumed(_row_bytes(row_type), *_copy_bytes(experts, micro_batches), ranks)
+def costs_by_sizes(
+    config: MoEConfig, row_type: RowType, experts: Sequence[Weights], micro_batches: int, ranks: int
+) -> CopyCosts:
+    """Costs by the sizes of rows and weights and by two knobs alone, equal on every rank and in every run."""
+    both = {"traffic": config.replica_traffic, "pass_share": config.replica_pass_share}
+    return CopyCosts.by_sizes(_row_bytes(row_type), *_copy_bytes(experts, micro_batches), ranks, **both)
 
 
 def measured_costs(

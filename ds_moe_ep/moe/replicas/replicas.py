@@ -16,15 +16,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ds_moe_ep.comm.host_copies import is_on_host
 from ds_moe_ep.comm.transport import Transport
+from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
-from ds_moe_ep.errors import ConfigError, EngineError
+from ds_moe_ep.errors import EngineError
 from ds_moe_ep.kernels.eager import is_inside_backward
 from ds_moe_ep.kernels.sort import SortedChoices, sort_choices
 from ds_moe_ep.moe.agreement import NUM_TOLD, AgreedCounts, Agreement
@@ -32,7 +33,8 @@ from ds_moe_ep.moe.experts import KnownExperts, LocalExperts
 from ds_moe_ep.moe.match_expert import Form
 from ds_moe_ep.moe.replicas.compare import check_keys
 from ds_moe_ep.moe.replicas.copies import Copies
-from ds_moe_ep.moe.replicas.costs import assumed_costs, measured_costs
+from ds_moe_ep.moe.replicas.costs import costs_by_sizes, measured_costs
+from ds_moe_ep.moe.replicas.found_experts import detached, known_or_refused
 from ds_moe_ep.moe.replicas.gradients import Collect, Ledger, Lend, LentPass, Loan
 from ds_moe_ep.moe.replicas.told import Digests, Told, device_of, num_told, present, told_columns
 from ds_moe_ep.moe.routes import Routes
@@ -77,7 +79,8 @@ class BegunPass(NamedTuple):
 class Replicas:
     """The replica slots of one layer on one rank. All ranks of the group call it alike."""
 
-    def __init__(self, slots: int | Literal["auto"], num_experts: int, link: Transport, torus: Torus) -> None:
+    def __init__(self, config: MoEConfig, link: Transport, torus: Torus) -> None:
+        self._config, slots, num_experts = config, config.replicas, config.num_experts
         self.num_local = num_experts // link.size
         self.num_slots = min(MAX_AUTO_SLOTS if slots == "auto" else slots, num_experts - self.num_local)
         self.link, self.torus = link, torus
@@ -168,7 +171,8 @@ class Replicas:
             self.opens.open_loan()
         known = known_or_refused(experts, self._slots, agreement.call.layer)
         if self.costs is None:
-            self.costs = assumed_costs(agreement.row_type, known.weights, self._micro_batches, self.link.size)
+            sizes = agreement.row_type, known.weights, self._micro_batches, self.link.size
+            self.costs = costs_by_sizes(self._config, *sizes)
         agreement = replace(
             agreement,
             placement=self.placement.key,
@@ -380,21 +384,3 @@ def begin_windows(layers: Sequence[Replicas]) -> None:
         )
     for each, placement in chosen:
         each.begin_next(placement)
-
-
-def detached(known: KnownExperts) -> KnownExperts:
-    """The same memory without a graph."""
-    weights = [{name: None if w is None else w.detach() for name, w in named.items()} for named in known.weights]
-    return KnownExperts(known.form, weights)
-
-
-def known_or_refused(experts: LocalExperts, slots: int | Literal["auto"], layer: str) -> KnownExperts:
-    """The experts by their weights. Raises ConfigError where their mathematics is unknown."""
-    known = experts.known()
-    if known is None:
-        raise ConfigError(
-            f"moe_ep.replicas={slots!r}: the experts of {layer or 'the layer'} are none whose weights are all that "
-            "they compute with (Linear-GELU-Linear, or SwiGLU, of plain Linears), so that no other rank can compute "
-            "for them; set it to 0"
-        )
-    return KnownExperts(*known)

@@ -46,7 +46,7 @@ class Buffers:
             outputs_RD = torch.empty_like(inputs_RD)
             return cls(sent_ND, inputs_RD, inputs_RD, outputs_RD, outputs_RD, results_ND)
         wire_RD = torch.empty_like(inputs_RD)
-        by_index = moves_by_index(sent_ND.device) or layout.grouping is not None
+        by_index = moves_by_index(sent_ND.device) or bool(layout.groupings)
         order = RowOrder.of(layout, sent_ND.device) if by_index else None
         return cls(sent_ND, wire_RD, inputs_RD, wire_RD[:0], wire_RD, results_ND, order)
 
@@ -107,17 +107,19 @@ class Buffers:
         parts = dict(zip(computed, scratch_nD.split([rows.part_rows[part] for part in computed]), strict=True))
         torch.cat([parts[part] for part in range(len(parts))], out=self.wire_out_RD[here])
 
-    def group_of(self, rows: PieceRows) -> tuple[slice, ...]:
-        """The stacked rows of a piece whose products are grouped; none where it has no rows."""
-        return tuple(slice(*span) for _, span in rows.runs)
+    def groups_of(self, rows: PieceRows) -> tuple[tuple[int, slice], ...]:
+        """Groups of experts whose products are made at once, and their stacked rows of a piece; none without rows."""
+        return tuple((group, slice(*span)) for group, span in rows.runs)
 
-    def spread(self, rows: PieceRows, results_nD: Tensor) -> None:
-        """Puts the results of a whole piece, in stacked order, to where they leave from."""
+    def spread(self, rows: PieceRows, here: slice, results_nD: Tensor) -> None:
+        """Puts the results of a piece's stacked rows of one group to where they leave from."""
         if self.order is None:
-            self.outputs_RD[self.group_of(rows)[0]] = results_nD
-        else:
-            here = slice(*rows.wire)
-            torch.index_select(results_nD, 0, self.order.computed_R[here], out=self.wire_out_RD[here])
+            self.outputs_RD[here] = results_nD
+        elif self.order.wire_R is not None:
+            self.wire_out_RD.index_copy_(0, self.order.wire_R[here], results_nD)
+        else:  # the whole piece
+            wire = slice(*rows.wire)
+            torch.index_select(results_nD, 0, self.order.computed_R[wire], out=self.wire_out_RD[wire])
 
     def everything(self) -> tuple[Tensor, ...]:
         return self.sent_ND, self.wire_in_RD, self.inputs_RD, self.outputs_RD, self.wire_out_RD, self.results_ND
@@ -132,11 +134,13 @@ class RowOrder:
     """For each received row as it lies on the wire: its stacked place, and its place among what its piece computes.
 
     With many experts, a piece has a part of each expert's rows from each peer: as copies of slices they would be as
-    many launches, by index they are one launch for each way.
+    many launches, by index they are one launch for each way. `wire_R`: where a piece's rows are computed in several
+    groups, the place on the wire of each stacked row.
     """
 
     stacked_R: Tensor
     computed_R: Tensor
+    wire_R: Tensor | None = None
 
     @classmethod
     def of(cls, layout: RowLayout, device: torch.device) -> RowOrder:
@@ -153,8 +157,11 @@ class RowOrder:
         columns = to_device([value for column in zip(*parts, strict=True) for value in column], device).view(3, -1)
         num_rows = sum(part[2] for part in parts)
         behind = torch.repeat_interleave(columns[:2], columns[2], dim=1, output_size=num_rows)
-        stacked_R, computed_R = behind + torch.arange(num_rows, device=device)
-        return cls(stacked_R, computed_R)
+        wire_order_R = torch.arange(num_rows, device=device)
+        stacked_R, computed_R = behind + wire_order_R
+        if len(layout.groupings) <= 1:
+            return cls(stacked_R, computed_R)
+        return cls(stacked_R, computed_R, torch.empty_like(stacked_R).index_copy_(0, stacked_R, wire_order_R))
 
 
 def moves_by_index(device: torch.device) -> bool:
