@@ -188,13 +188,8 @@ def lay_out(
         rows_of_pieces = _with_legs(rows_of_pieces, plan, schedule, rank)
     if group_of_L:
         assert len(schedule.blocks) <= 1 and not schedule.is_bit_equal, "a weight gradient is one product"
-        assert len(group_of_L) == num_local, "each expert is of one group"
-        ends = [*accumulate(group_sizes, initial=0)]
-        rows_G = [sum(rows_L[first:last]) for first, last in pairwise(ends)]
-        spans = tuple(pairwise(accumulate(rows_G, initial=0)))
-        all_runs = tuple((group, span) for group, span in enumerate(spans) if span[0] < span[1])
-        both = zip(pairwise(ends), spans, strict=True)
-        groupings = tuple(_grouping(parts, stacked, experts, rows) for experts, rows in both)
+        spans, groupings = _groupings(parts, stacked, rows_L, group_sizes)
+        all_runs = tuple([(group, span) for group, span in enumerate(spans) if span[0] < span[1]])
         return RowLayout(rows_of_pieces, (all_runs,) * len(schedule.blocks), spans, sum(rows_L), groupings)
     return RowLayout(
         rows_of_pieces,
@@ -279,6 +274,17 @@ def _parts(
     return parts
 
 
+def _groupings(
+    parts: Sequence[_Part], stacked: Sequence[int], rows_L: Sequence[int], group_sizes: Sequence[int]
+) -> tuple[tuple[Span, ...], tuple[Grouping, ...]]:
+    """The stacked rows of each group of experts, and its grouping."""
+    experts_G = list(pairwise(accumulate(group_sizes, initial=0)))
+    assert experts_G[-1][1] == len(rows_L), "each expert is of one group"
+    spans = tuple(pairwise(accumulate([sum(rows_L[first:last]) for first, last in experts_G], initial=0)))
+    both = zip(experts_G, spans, strict=True)
+    return spans, tuple([_grouping(parts, stacked, experts, rows) for experts, rows in both])
+
+
 def _grouping(parts: Sequence[_Part], stacked: Sequence[int], experts: Span, rows: Span) -> Grouping:
     """The groups of each piece's rows, and of all rows, of the experts in this span; theirs are these stacked rows."""
     (first, last), (start, _) = experts, rows
@@ -321,6 +327,7 @@ def _stacking_order(schedule: Schedule, group_of_L: Sequence[int], parts: Sequen
     local expert, then by source.
     """
     place = schedule.stacking_place
+    keys: list[tuple[int, ...]]
     if group_of_L:
         keys = [(group_of_L[expert], piece, expert, source) for piece, source, expert, _, _ in parts]
     elif schedule.is_bit_equal:
