@@ -28,8 +28,10 @@ from ds_moe_ep.schedule.spans import overlap
 NATIVE, AUTOEP, HOOKED, PLAIN = "native", "autoep", "hooked native", "all-to-all-v"
 OURS: Mapping[str, Mapping[str, Any]] = {"auto": {"schedule": "auto", **ALIKE}, **SCHEDULES}
 REPLICAS, BIAS, NO_REMEDY = "replicas", "bias", "peers, 2 cuts"  # remedies of unequal loads, and their schedule
+CHEAP_COPIES = "replicas, cheap copies"  # as priced where no ranks share a core
 REMEDIES: Mapping[str, Mapping[str, Any]] = {
     REPLICAS: {**SCHEDULES[NO_REMEDY], "replicas": 1},
+    CHEAP_COPIES: {**SCHEDULES[NO_REMEDY], "replicas": 1, "replica_pass_share": 1 / 128},
     BIAS: {**SCHEDULES[NO_REMEDY], "balance": "bias"},
 }
 TWO_LEVEL: Mapping[str, Mapping[str, Any]] = {  # one copy per token and far node
