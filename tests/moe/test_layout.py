@@ -145,7 +145,7 @@ def test_the_layout_of_the_last_pass_serves_the_next_one_with_its_counts_alone()
         expected = lay_out(plan, schedule, rank, tokens)
         again = replace(plan, maps=NO_MAPS)
         made = last.of(plan, schedule, rank, tokens, ())
-        assert made == expected and last.of(again, schedule, rank, tokens, False) is made
+        assert made == expected and last.of(again, schedule, rank, tokens, ()) is made
 
 
 def deliver(rank: int, layouts: list[RowLayout], sent: list[list[tuple[int, ...]]]) -> list[tuple[int, ...] | None]:
