@@ -221,7 +221,7 @@ BY_NAME = {mutant.name: mutant for mutant in (*MUTANTS, *MORE_MUTANTS)}
 TOGETHER: tuple[tuple[Mutant, ...], ...] = (
     (BY_NAME["frozen"], BY_NAME["double softmax"], BY_NAME["own norm"]),
     (BY_NAME["momentum"], BY_NAME["packed"]),
-    (BY_NAME["dropping"],),
+    (BY_NAME["dropping"], BY_NAME["doubled"]),
     (BY_NAME["without bias"], BY_NAME["unmoved bias"]),
     (BY_NAME["drifting scale"],),
     tuple(each for each in OF_SEQUENCES if each.name in ("divided by the world", "frozen", "uneven weight")),

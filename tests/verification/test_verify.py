@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ds_moe_ep.records.quantity import number
 from ds_moe_ep.verification.command import run, run_rank
 from ds_moe_ep.verification.options import VerifyOptions
 from ds_moe_ep.verification.verdicts import EngineReport, TrainingVerdict
+from tests.policy.sources import PACKAGE
 from tests.ranks import run_ranks
 from tests.verification.converted import sourced
 from tests.verification.engines import BIAS, LAYOUTS, MORE_ZERO_3, OF_EACH_MAKER, ZERO_3, Layout, OwnJob
@@ -219,6 +221,7 @@ def missed(mutant: Mutant, verdicts: tuple[TrainingVerdict, ...]) -> str:
         if each.check == mutant.check
         and mutant.words in each.found
         and each.parameter.startswith(mutant.parameter)
+        and each.rank is not None
         and mutant.rank in (None, each.rank)
     ]
     return "" if named else f"{mutant.name}: {[f'{each.check}: {each}' for each in problems]}"
@@ -310,6 +313,9 @@ SINGLE_FAULTS: dict[str, Sequence[Mutant]] = {
 }
 
 
+EVERY_MUTANT = [mutant for mutants in SINGLE_FAULTS.values() for mutant in mutants]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [ZERO_3, *MORE_ZERO_3], ids=lambda layout: layout.name)
 def test_a_sound_engine_under_zero_3_has_no_finding_and_is_what_it_was(layout: Layout) -> None:
@@ -325,9 +331,10 @@ def test_more_sound_engines_beside_other_ranks_have_no_finding() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a dozen verifications, on busy machines too
 @pytest.mark.parametrize("name", SINGLE_FAULTS)
 def test_each_fault_alone_is_named(name: str) -> None:
-    found = run_ranks(4, each_alone, name, timeout_s=400)[0]
+    found = run_ranks(4, each_alone, name, timeout_s=800)[0]
     assert unnamed(by_layout(SINGLE_FAULTS[name]), found) == []
 
 
@@ -345,6 +352,20 @@ def test_a_drift_is_told_with_its_layer_and_rank_in_each_layout() -> None:
     for name, found in by_rank[0].items():
         check_drift(name, found)
         assert all(theirs[name]["found"] == found["found"] for theirs in by_rank), name
+
+
+def test_the_page_names_ten_public_faults_and_the_words_of_the_mutants_that_are_planted() -> None:
+    page = (PACKAGE / "docs/verify.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.split("## The public faults")[1].splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 10
+    for *_, named, told, _ in rows:
+        names, words = re.findall(r"`([^`]+)`", named), re.findall(r'"([^"]+)"', told)
+        for mutants in (MUTANTS + MORE_MUTANTS, OF_DEEPSPEED, OF_AUTOEP + OF_AUTOEP_BESIDE):
+            found = [each for each in mutants if each.name in names]
+            is_elsewhere = "[" in named and mutants != MUTANTS + MORE_MUTANTS
+            assert is_elsewhere or {each.name for each in found} == set(names), named
+            assert all(any(word in each.words for word in words) for each in found), told
+        assert all(any(word in each.words for each in EVERY_MUTANT if each.name in names) for word in words), told
 
 
 def test_a_bias_that_a_layer_starts_from_counts_in_the_routing_that_is_asked_for() -> None:
