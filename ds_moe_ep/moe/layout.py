@@ -285,23 +285,21 @@ def _groupings(
     return spans, tuple([_grouping(parts, stacked, experts, rows) for experts, rows in both])
 
 
-def _grouping(parts: Sequence[_Part], stacked: Sequence[int], experts: Span, rows: Span) -> Grouping:
+def _grouping(parts: Sequence[_Part], stacked: Sequence[int], experts: Span, span: Span) -> Grouping:
     """The groups of each piece's rows, and of all rows, of the experts in this span; theirs are these stacked rows."""
-    (first, last), (start, _) = experts, rows
+    (first, last), (start, _) = experts, span
     mine = [index for index, part in enumerate(parts) if first <= part.expert < last]
     by_piece: dict[int, list[int]] = {}
     for index in mine:
         by_piece.setdefault(parts[index].piece, []).append(index)
     in_order = sorted(mine, key=stacked.__getitem__)
     by_expert = _places(parts, sorted(in_order, key=lambda index: parts[index].expert))
-    is_moved = len(by_piece) > 1
-    moves = [(stacked[i] - start, by_expert[i], parts[i].num_rows) for i in in_order] if is_moved else []
-    first_rows = {piece: min(stacked[index] for index in own) for piece, own in by_piece.items()}
-
-    def rows_of(indices: Sequence[int]) -> tuple[int, ...]:
-        return tuple(_rows_of_experts([parts[index] for index in indices], last)[first:])
-
-    return Grouping({first_rows[piece]: rows_of(own) for piece, own in by_piece.items()}, rows_of(mine), tuple(moves))
+    moves = [(stacked[i] - start, by_expert[i], parts[i].num_rows) for i in in_order] if len(by_piece) > 1 else []
+    rows_of_piece = {
+        min(stacked[i] for i in own): tuple(_rows_of_experts([parts[i] for i in own], last)[first:])
+        for own in by_piece.values()
+    }
+    return Grouping(rows_of_piece, tuple(_rows_of_experts([parts[i] for i in mine], last)[first:]), tuple(moves))
 
 
 def _rows_of_experts(parts: Sequence[_Part], num_local: int) -> list[int]:

@@ -69,9 +69,8 @@ class Case:
         rows_PL = ((each,) * self.num_local,) * self.torus.size
         numbers = torch.arange(2)
         maps = RowMaps(numbers, numbers.view(2, 1), numbers > 0 if self.padded else None)
-        return choice.groups_products(
-            self.config, experts, self.schedules, rows_ND, DispatchPlan(maps, rows_PL, rows_PL)
-        )
+        plan = DispatchPlan(maps, rows_PL, rows_PL)
+        return choice.grouped_experts(self.config, experts, self.schedules, rows_ND, plan) == (self.num_local,)
 
     def seconds(self, is_grouped: bool) -> float:
         """Forward, forward again and backward, by hand."""
@@ -147,5 +146,6 @@ def test_on_the_cpu_products_are_made_one_by_one() -> None:
     schedules = forward_schedule(config, Torus(1, 1)), backward_schedule(config, Torus(1, 1))
     experts = Experts(SwiGLU(16, 32), 2).bfloat16()
     experts.lay_together()
-    assert not choice.groups_products(config, experts, schedules, rows_ND, plan)
-    assert choice.groups_products(replace(config, grouped_products="on"), experts, schedules, rows_ND, plan)
+    assert choice.grouped_experts(config, experts, schedules, rows_ND, plan) == ()
+    demanded = replace(config, grouped_products="on")
+    assert choice.grouped_experts(demanded, experts, schedules, rows_ND, plan) == (2,)
