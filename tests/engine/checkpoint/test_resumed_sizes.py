@@ -77,9 +77,10 @@ def test_a_run_of_ep_size_4_that_goes_on_at_16_and_then_at_1_has_the_curve_of_an
         assert losses[:2] == expected[:2], name
         assert losses == pytest.approx(expected, rel=near), name
         weights, resumed = (merged([ranks[index][which][1] for ranks in by_rank]) for which in (0, 1))
-        if not (CURVES[name][0].bf16 or CURVES[name][0].fp16):  # there the order of sums moves weights by hundredths
+        is_rounded = CURVES[name][0].bf16 or CURVES[name][0].fp16
+        if not is_rounded:  # there the order of sums alone moves single weights by hundredths
             assert distance(resumed, weights) < 1e-4, name
-        assert abs(control - expected[-1]) > 10 * abs(losses[-1] - expected[-1]), name
+        assert abs(control - expected[-1]) > (2 if is_rounded else 10) * abs(losses[-1] - expected[-1]), name
 
 
 @pytest.mark.slow
