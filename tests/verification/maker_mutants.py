@@ -1,7 +1,8 @@
 """The public reports' faults in layers that DeepSpeed and AutoEP made, wherever they can exist there.
 
-DeepSpeed's gate has no routing bias, so none can be dropped or stand still. AutoEP's that a converter leaves behind is
-in `converted.py`. The norm that counts a rank's own experts needs no planting: DeepSpeed's own clipping has it.
+DeepSpeed's gate has no routing bias, so none can be dropped or stand still. AutoEP's routing that a converter leaves
+behind is in `converted.py` too, for the judge alone. The norm that counts a rank's own experts needs no planting:
+DeepSpeed's own clipping has it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from ds_moe_ep.engine.views.layers import viewed_layers
 from ds_moe_ep.engine.views.parts import StoredTensor
 from tests.engine.hooks import test_autoep_bias as biased
 from tests.engine.hooks.autoep_models import AutoEPJob
-from tests.engine.hugging_face.tiny_models import token_ids
+from tests.engine.hugging_face.tiny_models import ds_config, make_model, token_ids, train_one_step
 from tests.engine.small_model import Job
 from tests.verification.engines import FEW, Layout
 from tests.verification.layout_mutants import stale_master
 from tests.verification.layouts import RanksLayout
-from tests.verification.mutants import Mutant, after_load, drifting_scale, dropping, unmoved_bias
+from tests.verification.mutants import Mutant, after_load, drifting_scale, dropping, uneven_weight, unmoved_bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,24 @@ def biased_layout(name: str) -> RanksLayout:
     return RanksLayout(name=name, make=make, endless=batches, accumulation=biased.ACCUMULATION)
 
 
+def routed_layout(name: str) -> RanksLayout:
+    """DeepSeek-V3 behind AutoEP: its router has a bias, a scale and groups."""
+
+    def make() -> Any:
+        from ds_moe_ep.engine.layouts.known_groups import forget_groups
+
+        forget_groups()
+        return train_one_step(
+            make_model("deepseek_v3"), ds_config(1, {"autoep_size": 2, "preset_model": "deepseek_v3"})
+        )
+
+    def batches(engine: Any) -> Iterator[Any]:
+        ids = [token_ids(100 * dist.get_rank() + number) for number in range(4)]
+        return itertools.cycle([{"input_ids": each, "labels": each} for each in ids])
+
+    return RanksLayout(name=name, make=make, endless=batches)
+
+
 NATIVE = Layout("native", Job(**FEW, layer="native", accumulation=2))
 NATIVE_CLIPPED = Layout("native, clipped by DeepSpeed", Job(**FEW, layer="native", clipping=0.01))
 NATIVE_FP16 = Layout("native, fp16", Job(**FEW, layer="native", fp16=True, stage=1))
@@ -66,6 +85,7 @@ AUTOEP = Layout("AutoEP", AutoEPJob(ep_size=2, preset="qwen3_moe", router_logits
 AUTOEP_CLIPPED = Layout("AutoEP, clipped by DeepSpeed", AutoEPJob(ep_size=2, clipping=0.01))
 AUTOEP_FP16 = Layout("AutoEP, fp16", ScaledJob(ep_size=2, stage=1, num_layers=1))
 AUTOEP_BIAS = biased_layout("AutoEP, hooked, a bias that moves")
+AUTOEP_ROUTED = routed_layout("AutoEP, DeepSeek-V3")
 
 
 def stored(engine: Any, local: int = 1) -> StoredTensor:
@@ -141,6 +161,34 @@ def model_double_softmax(engine: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def uneven_model_weight(engine: Any) -> Iterator[None]:
+    """One rank adds the model's balance loss with another weight."""
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as model
+
+    right = model.load_balancing_loss_func
+
+    def heavier(*args: Any, **kwargs: Any) -> Any:
+        return right(*args, **kwargs) * (2.0 if dist.get_rank() == 1 else 1.0)
+
+    with patch.object(model, "load_balancing_loss_func", heavier):
+        yield
+
+
+def leaving(attribute: str, value: Any) -> Callable[[Any], Any]:
+    """The converter leaves a part of the source's routing behind."""
+
+    @contextmanager
+    def left(engine: Any) -> Iterator[None]:
+        router = viewed_layers(engine.module)[0].gate
+        before = getattr(router, attribute)
+        setattr(router, attribute, value)
+        yield
+        setattr(router, attribute, before)
+
+    return left
+
+
 def of_maker(layout: Layout, layer: str, stored_name: str, tensor: str) -> tuple[Mutant, ...]:
     """The faults that are planted alike in the layers of both; `tensor` is the name of an expert's first one."""
 
@@ -160,20 +208,28 @@ def of_maker(layout: Layout, layer: str, stored_name: str, tensor: str) -> tuple
     )
 
 
-LAYER, BLOCK = "layers.0", "model.layers.0.mlp"
+LAYER, BLOCK, ROUTED = "layers.0", "model.layers.0.mlp", "model.layers.1.mlp"
+BIAS, OTHERWISE = "e_score_correction_bias", "routed otherwise than by the block that it replaced"
 DRIFT = "and on rank 0 256"
 OF_DEEPSPEED = (
     *of_maker(NATIVE, LAYER, "deepspeed_moe.experts", "fc1.weight"),
     Mutant("double softmax", NATIVE, native_double_softmax, "balance", "its formula gives", LAYER),
+    Mutant("uneven weight", NATIVE, uneven_weight, "balance", "has a weight of 0.1 in a micro-batch", LAYER, 1),
     Mutant("own norm", NATIVE_CLIPPED, lambda engine: nullcontext(), "norm", "all experts counted once"),
     Mutant("drifting scale", NATIVE_FP16, drifting_scale, "loss scale", DRIFT, "", 1),
 )
 OF_AUTOEP = (
     *of_maker(AUTOEP, BLOCK, "experts", "w1"),
     Mutant("double softmax", AUTOEP, model_double_softmax, "balance", "is not that of the routing weights", BLOCK),
+    Mutant("uneven weight", AUTOEP, uneven_model_weight, "balance", "is not that of the routing weights", BLOCK, 1),
 )
 OF_AUTOEP_BESIDE = (
     Mutant("own norm", AUTOEP_CLIPPED, lambda engine: nullcontext(), "norm", "all experts counted once"),
     Mutant("drifting scale", AUTOEP_FP16, drifting_scale, "loss scale", DRIFT, "", 1),
-    Mutant("unmoved bias", AUTOEP_BIAS, unmoved_bias, "balance", "the balancing bias of expert", "model.layers.1.mlp"),
+    Mutant("unmoved bias", AUTOEP_BIAS, unmoved_bias, "balance", "the balancing bias of expert", ROUTED),
+    Mutant(
+        "without bias", AUTOEP_ROUTED, leaving(BIAS, None), "routing", f"has {BIAS}, and the layer has none", ROUTED
+    ),
+    Mutant("without scale", AUTOEP_ROUTED, leaving("route_scale", 1.0), "routing", OTHERWISE, ROUTED),
+    Mutant("without groups", AUTOEP_ROUTED, leaving("num_expert_groups", None), "routing", OTHERWISE, ROUTED),
 )

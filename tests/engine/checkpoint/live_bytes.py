@@ -56,4 +56,5 @@ def is_mapped(address: int) -> bool:
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
-    return [each for each in tree_leaves(value) if isinstance(each, Tensor) and each.layout == torch.strided]
+    found = (each for each in tree_leaves(value) if isinstance(each, Tensor) and each.layout == torch.strided)
+    return [each for each in found if not each.is_meta]  # which has no memory
