@@ -37,6 +37,10 @@ AUTOEP: list[tuple[str, int, int, bool]] = [  # family, ep_size, ZeRO stage, hoo
     ("deepseek_v3", 2, 1, True),
 ]
 MORE_AUTOEP: list[tuple[str, int, int, bool]] = [("qwen2_moe", 2, 1, True), ("olmoe", 4, 0, False)]
+RECOGNISED_BY: dict[str, dict[str, str]] = {  # how AutoEP finds families that have no preset of their name
+    "qwen2_moe": {"preset_model": "qwen3_moe"},
+    "olmoe": {"moe_layer_pattern": r"model\.layers\.\d+\.mlp", "router_pattern": "gate", "expert_pattern": "experts"},
+}
 Own = list[tuple[str, int, int]]  # family, ep_size, ZeRO stage
 OWN: Own = [("qwen2_moe", 2, 0), ("deepseek_v3", 2, 1), ("gpt_oss", 4, 2)]
 MORE_OWN: Own = [("mixtral", 4, 1), ("qwen3_moe", 1, 0), ("olmoe", 4, 2), ("gpt_oss", 1, 0)]
@@ -61,7 +65,7 @@ def each_exported_by_autoep(folder: Path, cases: Sequence[tuple[str, int, int, b
     """Logits of each engine before its export."""
     found = []
     for family, ep_size, stage, is_hooked in cases:
-        autoep = {"autoep_size": ep_size, "preset_model": family}
+        autoep = {"autoep_size": ep_size, **RECOGNISED_BY.get(family, {"preset_model": family})}
         engine = train_one_step(make_model(family), ds_config(stage, autoep))
         handle = ds_moe_ep.attach_overlap(engine, {"schedule": "peers"}) if is_hooked else None
         found.append(logits_of(engine))
