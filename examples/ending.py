@@ -90,7 +90,17 @@ def run(main: Callable[[], int]) -> NoReturn:
         # Not `tell`: the watch has put itself behind it and lets the other ranks know.
         sys.excepthook(type(error), error, error.__traceback__)
         code = 2 if isinstance(error, ValueError) else 1
+        if code == 2:  # which all ranks have: nothing is on its way
+            leave_the_world()
     sys.exit(code)
+
+
+def leave_the_world() -> None:
+    """Ends the process's groups, which may else abort an interpreter that ends around them. Local."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
