@@ -77,8 +77,4 @@ def hidden_commands(text: str) -> list[str]:
     """Commands in fences that are none of commands, where no test would run them; generated parts have theirs."""
     by_hand = MADE.sub("", text)
     lines = [line for match in FENCE.finditer(by_hand) if match[1] != "bash" for line in match[2].splitlines()]
-    return [
-        line
-        for line in lines
-        if re.match(r"\s*(\$ |(sudo |env |[A-Z_]+=\S+ )*(python|deepspeed|torchrun|mpirun|bash) )", line)
-    ]
+    return [line for line in lines if PROGRAM.match(line)]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.convert.read import OLD, SAVING
-from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, folder_to_load, reshards, saved_ranks, wants_states
+from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, folder_to_load, reshards, saved_ranks
 from ds_moe_ep.engine.checkpoint.reshard import ZERO_FILE
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.engine.layouts.stages import model_ranks_of_stage
@@ -98,10 +98,10 @@ class IncompleteCheckpoints(EngineCallback):
         if self._engine.load_universal_checkpoint():
             refuse_universal(self._engine)
             return
-        load_dir, wants = Path(load.load_dir), wants_states(load.args, load.kwargs)
+        load_dir = Path(load.load_dir)
 
         def num_ranks(folder: Path) -> int:
-            return self._num_ranks(folder) if wants else 0
+            return self._num_ranks(folder) if load.wants_states else 0
 
         agree(load_dir, *found_by_rank(load_dir, load.tag, self._experts, num_ranks))
         if load.tag is None:

@@ -10,7 +10,7 @@ of them without a word. Those of ZeRO 1 and 2, of BF16_Optimizer and of no ZeRO 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,6 @@ from ds_moe_ep.engine.checkpoint.state_pieces import SavedPieces, StatePart, che
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 from ds_moe_ep.errors import EngineError, MoEError
 
-OPTIONS = (
-    "load_module_strict",
-    "load_optimizer_states",
-    "load_lr_scheduler_states",
-    "load_module_only",
-    "custom_load_fn",
-)
 MAIN_FILE = "mp_rank_00_model_states.pt"
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")  # layer, expert, model rank
 _LOCAL_EXPERT = re.compile(r"\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.")
@@ -51,7 +44,7 @@ class SavedEpSize(EngineCallback):
 
     def _loads_states(self, load: LoadCall) -> bool:
         """True where the experts' optimizer states are loaded as they are cut: a universal checkpoint is cut anew."""
-        return wants_states(load.args, load.kwargs) and not self._engine.load_universal_checkpoint()
+        return load.wants_states and not self._engine.load_universal_checkpoint()
 
     def before_load(self, load: LoadCall) -> None:
         saved = saved_ep_size(load.load_dir, load.tag) if self._loads_states(load) else None
@@ -66,7 +59,7 @@ class SavedEpSize(EngineCallback):
         cut = self._cut_otherwise(load)
         if cut is not None:
             parts, states = self._found(*cut)
-            options = {**dict(zip(OPTIONS, load.args, strict=False)), **load.kwargs, "load_optimizer_states": False}
+            options = {**load.options, "load_optimizer_states": False}
             found = proceed(replace(load, args=(), kwargs=options))
             self._take(parts, states, *cut)
             return found
@@ -189,12 +182,6 @@ def saved_ranks(folder: Path) -> int:
         return 0
     state = load_file(folder / MAIN_FILE)
     return int(state.get("dp_world_size") or 0)
-
-
-def wants_states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """True where a call of load_checkpoint, by what follows its tag, loads optimizer states."""
-    options = {**dict(zip(OPTIONS, args, strict=False)), **kwargs}
-    return bool(options.get("load_optimizer_states", True) and not options.get("load_module_only", False))
 
 
 def folder_to_load(load_dir: Path, tag: str | None, file: str = "latest") -> Path | None:

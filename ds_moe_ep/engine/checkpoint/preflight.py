@@ -19,13 +19,11 @@ from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.convert.read import check_undamaged, is_zip, load_file
 from ds_moe_ep.engine.checkpoint.load import (
     MAIN_FILE,
-    OPTIONS,
     folder_to_load,
     reshards,
     saved_ep_size,
     saved_ranks,
     states_found,
-    wants_states,
 )
 from ds_moe_ep.engine.checkpoint.loading.experts import check_experts
 from ds_moe_ep.engine.checkpoint.loading.scheduler import check_scheduler
@@ -72,7 +70,7 @@ class Preflight(EngineCallback):
 
     def _check_files(self, folder: Path, load: LoadCall) -> None:
         """This rank's share of the files."""
-        has_states = wants_states(load.args, load.kwargs)
+        has_states = load.wants_states
         for path in self._share(paths_in(folder)):
             is_loaded = has_states or not path.name.endswith("optim_states.pt")
             if self._checks_crc and is_loaded and is_zip(path):
@@ -82,7 +80,7 @@ class Preflight(EngineCallback):
     def _check_contents(self, folder: Path, load: LoadCall) -> None:
         """The contents that this rank loads, against what the engine has."""
         names = [path.name for path in paths_in(folder)]
-        options = {**dict(zip(OPTIONS, load.args, strict=False)), **load.kwargs}
+        options = load.options
         if (folder / MAIN_FILE).is_file():
             main = load_file(folder / MAIN_FILE)
             check_layout(folder, main, names, hasattr(self._engine, "train_batch"))
@@ -90,7 +88,7 @@ class Preflight(EngineCallback):
         is_one_part = seams.num_pipeline_stages() == seams.tensor_parallel_size() == 1
         if is_one_part and options.get("custom_load_fn") is None:
             check_experts(self._engine, folder, bool(options.get("load_module_strict", True)))
-        if wants_states(load.args, load.kwargs) and self._engine.optimizer is not None:
+        if load.wants_states and self._engine.optimizer is not None:
             self._check_states(folder, load)
 
     def _share(self, paths: Sequence[Path]) -> Sequence[Path]:

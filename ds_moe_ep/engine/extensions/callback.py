@@ -28,6 +28,15 @@ class SaveCall:
     exclude_frozen_parameters: bool = False
 
 
+LOAD_OPTIONS = (
+    "load_module_strict",
+    "load_optimizer_states",
+    "load_lr_scheduler_states",
+    "load_module_only",
+    "custom_load_fn",
+)
+
+
 @dataclass(frozen=True)
 class LoadCall:
     """The arguments of one `engine.load_checkpoint`; `args` and `kwargs` are what follows the tag."""
@@ -36,6 +45,17 @@ class LoadCall:
     tag: str | None
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that follow the tag, by DeepSpeed's names."""
+        return {**dict(zip(LOAD_OPTIONS, self.args, strict=False)), **self.kwargs}
+
+    @property
+    def wants_states(self) -> bool:
+        """True where optimizer states are to be loaded."""
+        options = self.options
+        return bool(options.get("load_optimizer_states", True) and not options.get("load_module_only", False))
 
 
 class EngineCallback:

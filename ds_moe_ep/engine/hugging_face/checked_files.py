@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,8 +40,13 @@ class TensorForm:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorForm:
-        """That of a tensor; what has more than two dimensions is a stack."""
-        return cls(tensor.dtype, tuple(tensor.shape), tensor.dim() > 2)
+        """That of a tensor."""
+        return cls.of_shape(tensor.dtype, tensor.shape)
+
+    @classmethod
+    def of_shape(cls, dtype: torch.dtype, shape: Sequence[int]) -> TensorForm:
+        """That of a tensor of this type and shape; what has more than two dimensions is a stack."""
+        return cls(dtype, tuple(shape), len(shape) > 2)
 
     @property
     def num_bytes(self) -> int:
@@ -100,7 +105,7 @@ class CheckedFile:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes tensors with their checksums; of those that are elsewhere, or not in one run, one at a time is copied."""
-    write_read({name: (TensorForm.of(tensor), partial(_same, tensor)) for name, tensor in tensors.items()}, path)
+    write_read({name: (TensorForm.of(tensor), partial(same, tensor)) for name, tensor in tensors.items()}, path)
 
 
 def write_read(tensors: Mapping[str, tuple[TensorForm, Callable[[], Tensor]]], path: Path) -> None:
@@ -152,5 +157,6 @@ def _type_name(name: str, form: TensorForm) -> str:
     return _NAME_OF_TYPE[form.dtype]
 
 
-def _same(tensor: Tensor) -> Tensor:
+def same(tensor: Tensor) -> Tensor:
+    """A tensor that is there, where others are read when their turn comes."""
     return tensor

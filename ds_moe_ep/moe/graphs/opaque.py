@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,18 +18,12 @@ def refuse_foreign(output: Tensor, known: Sequence[Tensor]) -> None:
     An expert's gradients travel as those of its rows and of its parameters: another tensor's would be lost in silence.
     """
     ends = {node for tensor in known if tensor.requires_grad if (node := gradient_edge(tensor)) is not None}
-    nodes, seen = [output.grad_fn], set(ends)
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _nodes_of(output, ends):
         if (leaf := getattr(node, "variable", None)) is not None:
             raise EngineError(
                 f"an expert reads a tensor of shape {tuple(leaf.shape)} that needs a gradient and is no parameter of "
                 "it, so that its gradient would be lost: register it on the expert (nn.Parameter), or detach it"
             )
-        nodes.extend(next_node for next_node, _ in node.next_functions)
 
 
 def hooks_around() -> Callable[[Tensor], Any] | None:
@@ -44,18 +38,25 @@ def hooks_around() -> Callable[[Tensor], Any] | None:
 
 def refuse_lost(output: Tensor, without: Sequence[Tensor]) -> None:
     """Raises EngineError where the output's graph reaches a parameter of these, for which it returned no gradient."""
-    edges, nodes, seen = {gradient_edge(each): each for each in without}, [output.grad_fn], set[Any]()
-    while nodes and edges:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    edges = {gradient_edge(each): each for each in without}
+    for node in _nodes_of(output) if edges else ():
         if (lost := edges.get(node)) is not None:
             raise EngineError(
                 f"an expert's function returns no gradient for its parameter of shape {tuple(lost.shape)}; "
                 "one that adds it to the parameter's by itself does so to a copy inside of a recomputation or other "
                 "hooks on saved tensors: use reentrant checkpoints, or return the gradient"
             )
+
+
+def _nodes_of(output: Tensor, ends: Iterable[Any] = ()) -> Iterator[Any]:
+    """The nodes of the output's graph, each once, without these ends and what lies behind them alone."""
+    nodes, seen = [output.grad_fn], set(ends)
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
         nodes.extend(next_node for next_node, _ in node.next_functions)
 
 

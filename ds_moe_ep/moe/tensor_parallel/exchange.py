@@ -118,12 +118,9 @@ class _Cut(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gathered = None if context.early is None else context.early.whole_gradient()
-        if gathered is None:
-            begun = [context.spans.begin(gradient) for gradient in gradients]
-            return None, None, *(finish() for finish in begun)
-        first, *others = gradients
-        begun = [context.spans.begin(gradient) for gradient in others]
-        return None, None, gathered.to(first.dtype), *(finish() for finish in begun)
+        there = [] if gathered is None else [gathered.to(gradients[0].dtype)]
+        begun = [context.spans.begin(gradient) for gradient in gradients[len(there) :]]
+        return None, None, *there, *(finish() for finish in begun)
 
 
 class _Gather(torch.autograd.Function):

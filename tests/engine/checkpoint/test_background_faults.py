@@ -10,8 +10,6 @@ import os
 import pathlib
 import pickle
 import resource
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,6 +21,7 @@ import torch.distributed as dist
 import ds_moe_ep
 from ds_moe_ep.engine.checkpoint.background import StagedFile
 from ds_moe_ep.engine.checkpoint.convert.read import SAVING
+from tests.engine.checkpoint.disks import mounted
 from tests.engine.checkpoint.test_save import (
     JOB,
     Action,
@@ -175,15 +174,8 @@ def test_a_disk_that_runs_full_behind_training_gives_its_space_back_and_one_with
 @pytest.fixture
 def few_names(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A filesystem of 16 files: a checkpoint of the tests' model has more."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount") or "mount"
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "nr_inodes=16", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs takes root")
-    try:
+    with mounted(tmp_path / "disk", "nr_inodes=16") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def run_out_of_names(folder: str) -> tuple[str, float, list[str]]:

@@ -10,9 +10,7 @@ import os
 import pathlib
 import pickle
 import resource
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.engine.checkpoint.convert.read import SAVING
+from tests.engine.checkpoint.disks import mounted
 from tests.engine.small_model import Job, batches, distance, make_engine, merged, named_weights, train_steps
 from tests.ranks import RankError, run_ranks
 
@@ -163,15 +162,8 @@ def test_the_same_kill_in_deepspeeds_own_save_leaves_nothing_that_loads(tmp_path
 @pytest.fixture
 def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A filesystem of 640 KiB, where one checkpoint of the tests' model fits and a second does not."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount") or "mount"
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=640k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs takes root")
-    try:
+    with mounted(tmp_path / "disk", "size=640k") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def fill_the_disk(folder: str) -> list[str]:

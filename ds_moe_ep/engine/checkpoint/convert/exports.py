@@ -24,7 +24,7 @@ from ds_moe_ep.engine.checkpoint.convert.weights import Parts, share_at
 from ds_moe_ep.engine.checkpoint.convert.zero_states import master_weight
 from ds_moe_ep.engine.checkpoint.load import MAIN_FILE
 from ds_moe_ep.engine.checkpoint.reshard import SavedStates
-from ds_moe_ep.engine.hugging_face.checked_files import TensorForm, write_read
+from ds_moe_ep.engine.hugging_face.checked_files import TensorForm, same, write_read
 from ds_moe_ep.engine.hugging_face.export import INDEX, SHARD_BYTES, shard_name
 from ds_moe_ep.engine.hugging_face.transformer_folder import (
     CODE,
@@ -90,7 +90,7 @@ def hugging_face_files(
         for name, shares in parts.items()
         if not is_balance_state(name)
     ]
-    tensors += [NamedTensor(name, TensorForm.of(bias), partial(_same, bias), ()) for name, bias in biases.items()]
+    tensors += [NamedTensor(name, TensorForm.of(bias), partial(same, bias), ()) for name, bias in biases.items()]
     yield from shards(tensors)
     yield TargetFile("config.json", 0, partial(_write_json, config))
     yield TargetFile(f"{CODE}.py", 0, partial(_copy_text, code_path()))
@@ -117,7 +117,7 @@ def fp32_files(checkpoint: ExpertCheckpoint) -> Iterator[TargetFile]:
                 else partial(_wide, weight)
             )
             dtype = torch.float32 if weight.is_floating_point() else weight.dtype
-            form = TensorForm(dtype, tuple(weight.shape), weight.dim() > 2)
+            form = TensorForm.of_shape(dtype, weight.shape)
             tensors.append(NamedTensor(name, form, read, of_states if is_master else (path,)))
     yield from shards(tensors)
 
@@ -127,7 +127,7 @@ def whole_form(name: str, shares: Sequence[Tensor]) -> TensorForm:
     shape, dimension = list(shares[0].shape), cut_dimension(name)
     if dimension is not None:
         shape[dimension] = sum(share.shape[dimension] for share in shares)
-    return TensorForm(shares[0].dtype, tuple(shape), len(shape) > 2)
+    return TensorForm.of_shape(shares[0].dtype, shape)
 
 
 def _trained(checkpoint: ExpertCheckpoint) -> set[str]:
@@ -143,10 +143,6 @@ def _pattern(name: str) -> str:
 
 def _wide(weight: Tensor) -> Tensor:
     return weight.float() if weight.is_floating_point() else weight
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _write_shard(tensors: Sequence[NamedTensor], path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ds_moe_ep.engine import step_seams
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
+from ds_moe_ep.engine.checkpoint.loading.reading import reading_by
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 
 COPIED = ("module", "optimizer", "frozen_param_fragments")  # of a file with weights: what DeepSpeed copies, or we do
@@ -36,22 +37,15 @@ class MappedFiles(EngineCallback):
         checkpoints = self._engine.checkpoint_engine
         if type(checkpoints).__name__ != "TorchCheckpointEngine":
             return proceed(load)
-        own = vars(checkpoints).get("load")
         is_private = torch.serialization.get_default_mmap_options() == mmap.MAP_PRIVATE
 
         def load_mapped(path: Any, map_location: Any = None) -> Any:
             return _kept(load_file(Path(path), map_location, is_mapped=is_private))
 
-        checkpoints.load = load_mapped
         optimizer = step_seams.torch_optimizer(self._engine)
         filling = optimizer.register_load_state_dict_pre_hook(filled) if optimizer is not None else nullcontext()
-        try:
-            with filling:
-                return proceed(load)
-        finally:
-            vars(checkpoints).pop("load", None)
-            if own is not None:
-                checkpoints.load = own
+        with reading_by(checkpoints, load_mapped), filling:
+            return proceed(load)
 
 
 def _kept(found: Any) -> Any:

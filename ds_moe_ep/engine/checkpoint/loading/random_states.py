@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
-from ds_moe_ep.engine.checkpoint.load import MAIN_FILE, folder_to_load, wants_states
+from ds_moe_ep.engine.checkpoint.load import MAIN_FILE, folder_to_load
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall, SaveCall
 from ds_moe_ep.errors import EngineError
 
@@ -50,7 +50,7 @@ class RandomStates(EngineCallback):
 
     def _look(self, load: LoadCall) -> None:
         folder = folder_to_load(Path(load.load_dir), load.tag)
-        if folder is None or not (folder / MAIN_FILE).is_file() or not wants_states(load.args, load.kwargs):
+        if folder is None or not (folder / MAIN_FILE).is_file() or not load.wants_states:
             return
         try:
             main = load_file(folder / MAIN_FILE)
@@ -61,7 +61,7 @@ class RandomStates(EngineCallback):
     def around_load(self, load: LoadCall, proceed: Callable[[LoadCall], Any]) -> Any:
         path, client_state = proceed(load)
         saved = client_state.pop(KEY, None) if client_state else None
-        if saved is not None and wants_states(load.args, load.kwargs):
+        if saved is not None and load.wants_states:
             mine = self._mine(saved, str(path))
             if mine is not None:
                 give_back(mine, self._engine.device)

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE, OPTIONS
+from ds_moe_ep.engine.checkpoint.load import EXPERT_FILE
+from ds_moe_ep.engine.checkpoint.loading.reading import reading_by
 from ds_moe_ep.engine.checkpoint.own_experts import expert_group_of
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 
@@ -29,23 +30,17 @@ class StackedExperts(EngineCallback):
 
     def around_load(self, load: LoadCall, proceed: Callable[[LoadCall], Any]) -> Any:
         places = places_of(self._engine.module)
-        options = {**dict(zip(OPTIONS, load.args, strict=False)), **load.kwargs}
         checkpoints = self._engine.checkpoint_engine
-        if not places or options.get("custom_load_fn") is not None:
+        if not places or load.options.get("custom_load_fn") is not None:
             return proceed(load)
-        read, own = checkpoints.load, vars(checkpoints).get("load")
+        read = checkpoints.load
 
         def load_into_places(path: Any, map_location: Any = None) -> Any:
             found = read(path, map_location=map_location)
             return _placed(found, places) if EXPERT_FILE.fullmatch(Path(path).name) else found
 
-        checkpoints.load = load_into_places
-        try:
+        with reading_by(checkpoints, load_into_places):
             return proceed(load)
-        finally:
-            vars(checkpoints).pop("load", None)
-            if own is not None:
-                checkpoints.load = own
 
 
 class PlacedExpert(Tensor):
