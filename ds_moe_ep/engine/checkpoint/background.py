@@ -1,9 +1,10 @@
 """Saves behind training: the step waits for the copy to host memory alone (`"async_save"`).
 
-1. DeepSpeed saves as ever, but each of its files is made in host memory.
-2. A thread of each rank writes its files, has them on disk, and leaves a mark beside them: `rank3.written`, or
-   `rank3.failed`.
-3. The thread of the leading rank waits for everybody's mark. Where all have written it takes the marks away and
+1. DeepSpeed saves as ever, but each of its files is made in host memory. Each rank leaves a mark, `rank3.begun`: a save
+   that has no room for it is refused at once.
+2. A thread of each rank writes its files, has them on disk, and renames its mark to `rank3.written`, or `rank3.failed`:
+   a disk without room for another file takes that too.
+3. The thread of the leading rank waits for everybody's end. Where all have written it takes the marks away and
    publishes the folder.
 
 Ranks meet in the folder and in no collective: training has all communicators for itself, and a save ends also where the
@@ -17,7 +18,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,8 @@ from ds_moe_ep.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-WRITTEN, FAILED = ".written", ".failed"
+BEGUN, WRITTEN, FAILED = ".begun", ".written", ".failed"
 PATIENCE_S = 1800.0  # how long the leading rank waits for the others' marks
-ROOM_S = 5.0  # how long a rank waits for room for its mark
 LOOK_S = 0.05  # between two looks at the marks
 
 
@@ -74,8 +73,14 @@ def refuse_background(engine: Any) -> None:
         )
 
 
+def leave_mark(folder: Path, rank: int) -> None:
+    """Leaves a rank's mark in the folder of a save that begins: a full disk lets it be renamed. Local."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"rank{rank}{BEGUN}").touch()
+
+
 class BackgroundSave:
-    """A save of this rank's files that goes on. `wait` returns its problem."""
+    """A save of this rank's files that goes on, behind `leave_mark` of every rank. `wait` returns its problem."""
 
     def __init__(
         self,
@@ -90,7 +95,7 @@ class BackgroundSave:
         self.num_bytes = 0
         self._folder, self._files, self._rank, self._num_ranks = folder, list(files), rank, num_ranks
         self._publish, self._is_hopeless = publish, is_hopeless
-        self._problem, self._begun = "", list[str]()
+        self._problem = ""
         self._thread = threading.Thread(target=self._run, name="ds_moe_ep save", daemon=False)
         self._thread.start()
 
@@ -100,10 +105,9 @@ class BackgroundSave:
         return self._problem
 
     def _run(self) -> None:
-        self._problem = self._attempt(self._write) or self._attempt(lambda: self._mark(WRITTEN))
-        if self._problem:
-            self._give_room()
-            self._attempt(lambda: self._mark(FAILED))
+        self._problem = self._attempt(self._write)
+        of_the_mark = self._attempt(lambda: self._mark(FAILED if self._problem else WRITTEN))
+        self._problem = self._problem or of_the_mark
         if self._publish is not None:
             of_the_end = self._attempt(self._end)
             self._problem = self._problem or of_the_end
@@ -113,7 +117,6 @@ class BackgroundSave:
     def _write(self) -> None:
         while self._files:
             file = self._files.pop(0)  # its memory goes back as soon as it is written
-            self._begun.append(file.path)
             try:
                 self.num_bytes += file.write()
             except OSError as error:
@@ -121,21 +124,8 @@ class BackgroundSave:
                 raise RuntimeError(f"{file.path}: {error.strerror}") from error
 
     def _mark(self, end: str) -> None:
-        """Leaves this rank's mark: on a full disk as soon as another rank, which failed, has given room."""
-        mark, end_s = self._folder / f"rank{self._rank}{end}", time.monotonic() + ROOM_S
-        while True:
-            try:
-                return mark.touch()
-            except OSError as error:
-                if time.monotonic() > end_s:
-                    raise RuntimeError(f"{mark}: {error.strerror}") from error
-            time.sleep(LOOK_S)
-
-    def _give_room(self) -> None:
-        """Removes this rank's files of a save that has failed: a full disk would not take its mark either."""
-        for path in self._begun:
-            with suppress(OSError):
-                Path(path).unlink(missing_ok=True)
+        """Tells the leading rank how this rank's part ended."""
+        (self._folder / f"rank{self._rank}{BEGUN}").rename(self._folder / f"rank{self._rank}{end}")
 
     def _end(self) -> None:
         """Publishes the folder once everybody's files are in it. Raises RuntimeError where they cannot be."""

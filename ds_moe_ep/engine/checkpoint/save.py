@@ -27,7 +27,7 @@ import torch.distributed as dist
 from deepspeed import comm
 
 from ds_moe_ep.engine import seams
-from ds_moe_ep.engine.checkpoint.background import BackgroundSave, StagedFile, refuse_background, stage
+from ds_moe_ep.engine.checkpoint.background import BackgroundSave, StagedFile, leave_mark, refuse_background, stage
 from ds_moe_ep.engine.checkpoint.convert.read import SAVING
 from ds_moe_ep.engine.checkpoint.folders import flush, publish, remove, write_latest
 from ds_moe_ep.engine.checkpoint.recovery_script import replace_script
@@ -161,6 +161,8 @@ class SafeSaver(EngineCallback):
             if self._engine._optimizer_has_ckpt_event_epilogue():
                 self._attempt(self._engine.optimizer.checkpoint_event_epilogue)
             self._attempt(comm.barrier)
+        elif self._in_background:
+            problem = self._attempt(lambda: leave_mark(place.partial, dist.get_rank()))
         try:
             self._agree(_report(place, problem))
         except EngineError:
