@@ -10,11 +10,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from world import gather
-
 from ds_moe_ep import ConfigError, Section, wait_for_saves
 from ds_moe_ep.config.training import Training
 from ds_moe_ep.sizing.footprint import count_parameters, memory_of_rank
+from world import gather
 
 PROBE_BYTES = 1 << 16
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+
 from checkpoints import check_resume, check_room, checkpoint_bytes, try_place
 from command import parse_arguments, read_settings
-from world import agreed, gather, set_up_process
-
 from ds_moe_ep import ConfigError, Section
 from ds_moe_ep.config.command_line import writable_file
 from ds_moe_ep.config.training import Training, read_training
 from ds_moe_ep.model.text import Corpus, fingerprint, last_start, load_corpus
+from world import agreed, gather, set_up_process
 
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 NOT_LAUNCHED = (

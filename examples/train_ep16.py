@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+import ds_moe_ep
 from checkpoints import Checkpoints
 from command import last_line
-from deepspeed.accelerator import get_accelerator
 from display import (
     Progress,
     StepReport,
@@ -29,11 +31,9 @@ from display import (
     why_little_is_hidden,
     write_trace,
 )
+from ds_moe_ep.model.text import Corpus, fingerprint, micro_batches, validation_batch
 from preparation import Job, prepare
 from world import largest, load_weights
-
-import ds_moe_ep
-from ds_moe_ep.model.text import Corpus, fingerprint, micro_batches, validation_batch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

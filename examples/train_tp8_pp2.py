@@ -19,15 +19,15 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from checkpoints import Checkpoints
-from command import last_line
 from deepspeed.accelerator import get_accelerator
-from display import Progress, StepReport, gradient_norm
-from preparation import Job, prepare
-from world import largest, load_weights
 
 import ds_moe_ep
+from checkpoints import Checkpoints
+from command import last_line
+from display import Progress, StepReport, gradient_norm
 from ds_moe_ep.model.text import Corpus, fingerprint, micro_batches, validation_batch
+from preparation import Job, prepare
+from world import largest, load_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

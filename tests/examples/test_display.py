@@ -18,9 +18,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from display import StepReport, communication_hidden, gradient_norm, packed, why_little_is_hidden, write_trace
-
 import ds_moe_ep
+from display import StepReport, communication_hidden, gradient_norm, packed, why_little_is_hidden, write_trace
 from tests.examples.training_scripts import EXAMPLES
 
 FIGURES = (

@@ -14,7 +14,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import ending
-
 from ds_moe_ep.errors import ConfigError, MoEError, PeerError
 
 WAITING = (
