@@ -1,11 +1,17 @@
 """One thread for the parent too: torch's thread pool and busy ranks on the same cores slow each other by a hundred."""
 
+from __future__ import annotations
+
 import gc
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.ranks import RankPool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -37,3 +43,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, *gc.get_threshold()[1:])  # little of what tests make is garbage in cycles
     gc.enable()
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    """Ranks that all tests of a file share, one world per number of ranks."""
+    from tests.ranks import RankPool
+
+    shared = RankPool()
+    yield shared
+    shared.close()

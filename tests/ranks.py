@@ -6,12 +6,16 @@
    that nobody leaves while another still reads from it. A rank that failed waits a moment only: its exit wakes
    the ranks that wait for it.
 4. Whoever has not answered at the time limit is asked for its stack and killed. No rank outlives the call.
+
+A `RankPool` (the fixture `pool`) has the ranks of one world run one function after the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -50,6 +54,8 @@ SERVER_ENV = {
 }
 LINGER_S = 1.0  # how long a failed rank stays connected: others may fail for a reason of their own
 GRACE_S = 8.0  # how long the others may take to answer after the first failure
+POOLED_LIMIT_S = 300.0  # of the process groups of ranks that run many functions: each call has a limit of its own
+COUNTED_IN = "DS_MOE_EP_WORLDS"  # names a file that gets a line for each world that is started
 SECONDARY = ("Connection reset", "Connection closed", "Broken pipe", "Connection refused", "Read timeout")
 
 
@@ -85,10 +91,10 @@ class Orders:
     rank: int
     world_size: int
     port: int
-    payload: bytes
     timeout_s: float
     env: dict[str, str]
     process_group: bool
+    is_pooled: bool
     stack_path: str
 
 
@@ -106,41 +112,102 @@ def run_ranks(
     `process_group=False` leaves torch.distributed unstarted, with the launcher's environment variables set.
     Raises RankError when a rank raises, dies, or has not answered after `timeout_s`.
     """
-    import torch.distributed as dist
+    world = World(world_size, timeout_s, env, process_group)
+    try:
+        return world.run(function, *args, timeout_s=timeout_s)
+    finally:
+        world.close()
 
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    payload = pickle.dumps((function, args))
-    context = _fork_server()
-    processes, pipes = [], []
-    with tempfile.TemporaryDirectory() as folder:
+
+class World:
+    """Ranks that wait for functions to run, one after the other, until one of them fails."""
+
+    def __init__(
+        self,
+        world_size: int,
+        limit_s: float,
+        env: Mapping[str, str] | None = None,
+        process_group: bool = True,
+        is_pooled: bool = False,
+    ) -> None:
+        import torch.distributed as dist
+
+        self._folder = tempfile.TemporaryDirectory()
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+        context, given = _fork_server(), (limit_s, dict(env or {}), process_group, is_pooled)
+        _note_start(world_size)
         try:
             for rank in range(world_size):
                 here, there = context.Pipe()
-                orders = Orders(
-                    rank,
-                    world_size,
-                    store.port,
-                    payload,
-                    timeout_s,
-                    dict(env or {}),
-                    process_group,
-                    f"{folder}/{rank}",
-                )
+                orders = Orders(rank, world_size, self._store.port, *given, self._stack_path(rank))
                 process = context.Process(target=_rank_main, args=(orders, there), daemon=True)
                 process.start()
                 there.close()
-                processes.append(process)
-                pipes.append(here)
-            answers = _collect(pipes, processes, folder, time.monotonic() + timeout_s)
-            failures = {rank: a for rank, a in answers.items() if isinstance(a, RankFailure)}
-            for rank in range(world_size):
-                if rank not in answers:
-                    failures[rank] = _unanswered(processes[rank], f"{folder}/{rank}", timeout_s)
-            if failures:
-                raise RankError(failures, world_size)
-            return [pickle.loads(answers[rank]) for rank in range(world_size)]
-        finally:
-            _release(pipes, processes)
+                self._processes.append(process)
+                self._pipes.append(here)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float) -> list[Any]:
+        """The results of all ranks, in their order. After a RankError no more runs: close the world."""
+        payload = pickle.dumps((function, args))
+        for pipe in self._pipes:
+            with contextlib.suppress(BrokenPipeError):  # a rank that is gone: it gives no answer
+                pipe.send_bytes(payload)
+        answers = _collect(self._pipes, self._processes, self._folder.name, time.monotonic() + timeout_s)
+        failures = {rank: answer for rank, answer in answers.items() if isinstance(answer, RankFailure)}
+        for rank, process in enumerate(self._processes):
+            if rank not in answers:
+                failures[rank] = _unanswered(process, self._stack_path(rank), timeout_s)
+        if failures:
+            raise RankError(failures, len(self._processes))
+        return [pickle.loads(answers[rank]) for rank in range(len(self._processes))]
+
+    def close(self) -> None:
+        """Lets every rank go, and kills those that do not."""
+        _release(self._pipes, self._processes)
+        self._folder.cleanup()
+
+    def _stack_path(self, rank: int) -> str:
+        return f"{self._folder.name}/{rank}"
+
+
+class RankPool:
+    """One world per number of ranks for many calls, each of which finds its ranks as they were when they started.
+
+    For tests whose ranks neither fail nor patch modules: a fork, a meeting and a first engine cost more than most
+    calls. Ranks that fail are replaced by new ones before the next call.
+    """
+
+    def __init__(self) -> None:
+        self._worlds: dict[int, World] = {}
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+        """As `run_ranks`, on ranks that may have run other functions."""
+        world = self._worlds.pop(world_size, None) or World(world_size, POOLED_LIMIT_S, is_pooled=True)
+        try:
+            results = world.run(function, *args, timeout_s=timeout_s)
+        except BaseException:
+            world.close()
+            raise
+        self._worlds[world_size] = world
+        return results
+
+    def close(self) -> None:
+        """Ends all ranks."""
+        for world in self._worlds.values():
+            world.close()
+        self._worlds.clear()
+
+
+def _note_start(world_size: int) -> None:
+    """Appends the test and the number of its ranks to the file that `COUNTED_IN` names, if it names one."""
+    if path := os.environ.get(COUNTED_IN):
+        with open(path, "a") as file:
+            file.write(f"{world_size} {os.environ.get('PYTEST_CURRENT_TEST')}\n")
 
 
 def signal_itself(number: signal.Signals) -> None:
@@ -226,7 +293,7 @@ def _fork_server() -> Any:
 
 
 def _rank_main(orders: Orders, pipe: Any) -> None:
-    """A rank's life: join, run, answer, wait for the release."""
+    """A rank's life: join, then run, answer and wait for the next function, until the release."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the fork server, which dies with the test
     if os.getppid() != parent:
@@ -234,21 +301,27 @@ def _rank_main(orders: Orders, pipe: Any) -> None:
     stack_file = open(orders.stack_path, "w")  # noqa: SIM115 (faulthandler keeps it open)
     faulthandler.register(signal.SIGUSR1, file=stack_file)
     faulthandler.enable(file=stack_file)
+    code = 0
     try:
-        answer: Any = _run(orders)
-        code, linger_s = 0, orders.timeout_s
+        _join(orders)
+        start = ProcessState() if orders.is_pooled else None
+        while payload := _next_payload(pipe):
+            answer = _run(payload)
+            pipe.send_bytes(pickle.dumps(answer))
+            if start is not None:
+                start.restore()
     except BaseException as error:
         text = "".join(traceback.format_exception(error))
-        answer = RankFailure(type(error).__name__, str(error), f"--- rank {orders.rank}\n{text}")
-        code, linger_s = 1, LINGER_S
-    pipe.send_bytes(pickle.dumps(answer))
-    pipe.poll(linger_s)  # the parent never writes: this ends when it closes its side
+        failure = RankFailure(type(error).__name__, str(error), f"--- rank {orders.rank}\n{text}")
+        pipe.send_bytes(pickle.dumps(failure))
+        pipe.poll(LINGER_S)  # the parent never writes again: this ends when it closes its side
+        code = 1
     print(end="", flush=True)
     os._exit(code)
 
 
-def _run(orders: Orders) -> bytes:
-    """The pickled result of the function, run in the default process group."""
+def _join(orders: Orders) -> None:
+    """Joins the other ranks: the launcher's environment, one thread, and the default process group."""
     import torch
     import torch.distributed as dist
 
@@ -257,12 +330,63 @@ def _run(orders: Orders) -> bytes:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(orders.port), **orders.env}
     torch.set_num_threads(1)
     _keep_shm_op_out()
-    function, args = pickle.loads(orders.payload)
     if orders.process_group:
         store = dist.TCPStore("127.0.0.1", orders.port, orders.world_size, is_master=False)
         limit = timedelta(seconds=orders.timeout_s)
         dist.init_process_group("gloo", store=store, rank=orders.rank, world_size=orders.world_size, timeout=limit)
+
+
+def _next_payload(pipe: Any) -> bytes:
+    """The next function with its arguments, or nothing once the parent has closed its side."""
+    try:
+        payload: bytes = pipe.recv_bytes()
+    except (EOFError, ConnectionResetError):
+        return b""
+    return payload
+
+
+def _run(payload: bytes) -> bytes:
+    function, args = pickle.loads(payload)
     return pickle.dumps(function(*args))
+
+
+class ProcessState:
+    """What functions change in a rank for those after them: random numbers, variables, DeepSpeed's groups."""
+
+    def __init__(self) -> None:
+        import random
+
+        import numpy
+        import torch
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.utils import groups
+
+        self._random = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        self._environment = dict(os.environ)
+        self._namespaces = [(names, _copied(names)) for names in (vars(groups), vars(get_accelerator()))]
+
+    def restore(self) -> None:
+        """Puts it back, and drops what the function left: engines end their lanes and their watch."""
+        import random
+
+        import numpy
+        import torch
+
+        gc.collect()
+        random.setstate(self._random[0])
+        numpy.random.set_state(self._random[1])
+        torch.set_rng_state(self._random[2])
+        os.environ.clear()
+        os.environ |= self._environment
+        for names, before in self._namespaces:
+            names.clear()
+            names |= _copied(before)
+
+
+def _copied(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The names, with tables of their own."""
+    own = {name: dict(value) for name, value in names.items() if isinstance(value, dict) and name[:2] != "__"}
+    return {**names, **own}
 
 
 def _keep_shm_op_out() -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ds_moe_ep.bench.harness.processes import free_port
-from tests.ranks import RankError, run_ranks
+from tests.ranks import COUNTED_IN, RankError, RankPool, run_ranks
 
 
 def sum_of_ranks(scale: float) -> tuple[int, torch.Tensor]:
@@ -47,6 +47,18 @@ def report_pid(folder: str) -> None:
 
 def environment() -> dict[str, str]:
     return dict(os.environ) | {"started": str(dist.is_initialized()), "threads": str(torch.get_num_threads())}
+
+
+def leave_traces(ep_size: int) -> tuple[int, torch.Tensor, str, list[int]]:
+    """This process, and what an earlier function may have left in it: a number, a variable, a group of experts."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    deepspeed.init_distributed("gloo")
+    found = os.getpid(), torch.rand(2), os.environ.get("LEFT", "")
+    os.environ["LEFT"] = "by an earlier function"
+    groups._create_expert_and_data_parallel(ep_size)
+    return *found, [dist.get_world_size(group) for group in groups._get_expert_parallel_group_dict().values()]
 
 
 def is_gone(pid: int) -> bool:
@@ -104,6 +116,32 @@ def test_no_rank_survives_a_time_limit(tmp_path) -> None:
     pids = [int(path.read_text()) for path in tmp_path.iterdir()]
     assert len(pids) == 3
     assert all(is_gone(pid) for pid in pids)
+
+
+def test_pooled_ranks_run_one_function_after_the_other_and_find_nothing_of_those_before() -> None:
+    pool = RankPool()
+    first, second = pool.run(2, leave_traces, 2), pool.run(2, leave_traces, 1)
+    pool.close()
+    for (pid, number, _, sizes), (same_pid, same_number, left, later_sizes) in zip(first, second, strict=True):
+        assert pid == same_pid and torch.equal(number, same_number) and left == ""
+        assert (sizes, later_sizes) == ([2], [1])
+    assert all(is_gone(pid) for pid, *_ in first)
+
+
+def test_pooled_ranks_that_fail_are_named_and_replaced(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COUNTED_IN, str(tmp_path / "worlds"))
+    pool = RankPool()
+    [(before, _), _] = pool.run(2, sum_of_ranks, 1.0)
+    with pytest.raises(RankError, match="rank 1: ValueError: bad luck on 1"):
+        pool.run(2, fail_on, 1)
+    assert is_gone(before)
+    with pytest.raises(RankError, match="rank 1: Unanswered: no answer within the limit"):
+        pool.run(2, hang_on, 1, timeout_s=3)
+    [(after, total), _] = pool.run(2, sum_of_ranks, 3.0)
+    pool.close()
+    assert after != before and torch.equal(total, torch.full((3,), 3.0))
+    worlds = (tmp_path / "worlds").read_text().splitlines()
+    assert len(worlds) == 3 and all(line.startswith("2 tests/test_ranks.py::test_pooled") for line in worlds)
 
 
 def test_ranks_see_the_launchers_variables_and_can_start_without_a_process_group() -> None:

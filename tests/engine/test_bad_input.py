@@ -13,7 +13,7 @@ from torch import nn
 
 from ds_moe_ep import ConfigError, EngineError, ExpertParallel, GeluMLP, MoE, MoEConfig, open_transport
 from tests.moe.layer_cases import D, F
-from tests.ranks import run_ranks
+from tests.ranks import RankPool, run_ranks
 
 LIMIT_S = 20.0
 Caught = tuple[str, str]
@@ -123,9 +123,9 @@ def start(section: Any, knobs: dict[str, Any], extra: dict[str, Any]) -> Any:
     ],
 )
 def test_initialize_refuses_on_every_rank(
-    section: Any, knobs: dict[str, Any], extra: dict[str, Any], name: str, parts: list[str]
+    pool: RankPool, section: Any, knobs: dict[str, Any], extra: dict[str, Any], name: str, parts: list[str]
 ) -> None:
-    results = run_ranks(4, caught, start, section, knobs, extra, timeout_s=LIMIT_S)
+    results = pool.run(4, caught, start, section, knobs, extra, timeout_s=LIMIT_S)
     assert_on_every_rank(results, name, *parts)
 
 
@@ -139,8 +139,8 @@ def start_without(what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "name"), [("model", "ConfigError"), ("config", "ConfigError"), ("layer", "EngineError")]
 )
-def test_initialize_says_what_is_missing(what: str, name: str) -> None:
-    assert_on_every_rank(run_ranks(2, caught, start_without, what, timeout_s=LIMIT_S), name, "=")
+def test_initialize_says_what_is_missing(pool: RankPool, what: str, name: str) -> None:
+    assert_on_every_rank(pool.run(2, caught, start_without, what, timeout_s=LIMIT_S), name, "=")
 
 
 def start_differently(difference: str) -> None:
@@ -151,8 +151,8 @@ def start_differently(difference: str) -> None:
 
 
 @pytest.mark.parametrize("difference", ["knob", "width", "experts"])
-def test_ranks_whose_configurations_differ_are_told_so_on_every_rank(difference: str) -> None:
-    results = run_ranks(4, caught, start_differently, difference, timeout_s=LIMIT_S)
+def test_ranks_whose_configurations_differ_are_told_so_on_every_rank(pool: RankPool, difference: str) -> None:
+    results = pool.run(4, caught, start_differently, difference, timeout_s=LIMIT_S)
     assert_on_every_rank(results, "EngineError", "ranks [2]", "rank 0")
 
 
@@ -160,8 +160,8 @@ def start_with_other_section() -> None:
     start({"schedule": "chunks" if dist.get_rank() == 1 else "peers"}, {"ep_size": 4}, {})
 
 
-def test_ranks_whose_sections_differ_are_told_so_on_every_rank() -> None:
-    results = run_ranks(4, caught, start_with_other_section, timeout_s=LIMIT_S)
+def test_ranks_whose_sections_differ_are_told_so_on_every_rank(pool: RankPool) -> None:
+    results = pool.run(4, caught, start_with_other_section, timeout_s=LIMIT_S)
     assert_on_every_rank(results, "EngineError", "ranks [1]", "rank 0")
 
 
@@ -195,11 +195,11 @@ def open_groups(groups: list[list[int]], ep_size: int) -> None:
     ExpertParallel(D, GeluMLP(D, F), config).connect(open_transport(groups, config))
 
 
-def test_groups_that_do_not_partition_the_world_are_refused() -> None:
+def test_groups_that_do_not_partition_the_world_are_refused(pool: RankPool) -> None:
     for groups in ([[0, 1]], [[0, 1], [1, 2, 3]]):
-        results = run_ranks(4, caught, open_groups, groups, 2, timeout_s=LIMIT_S)
+        results = pool.run(4, caught, open_groups, groups, 2, timeout_s=LIMIT_S)
         assert any(name == "TopologyError" for name, _ in results), results
-    results = run_ranks(4, caught, open_groups, [[0, 1], [2, 3]], 4, timeout_s=LIMIT_S)
+    results = pool.run(4, caught, open_groups, [[0, 1], [2, 3]], 4, timeout_s=LIMIT_S)
     assert_on_every_rank(results, "ConfigError", "ep_size=4", "2 ranks")
 
 
@@ -219,14 +219,14 @@ def feed(how: str, bad_ranks: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("how", "part"), [("width", "17"), ("dtype", "bfloat16"), ("flat", "shape")])
-def test_an_input_of_the_wrong_kind_is_refused_on_every_rank(how: str, part: str) -> None:
-    results = run_ranks(4, caught, feed, how, [0, 1, 2, 3], timeout_s=LIMIT_S)
+def test_an_input_of_the_wrong_kind_is_refused_on_every_rank(pool: RankPool, how: str, part: str) -> None:
+    results = pool.run(4, caught, feed, how, [0, 1, 2, 3], timeout_s=LIMIT_S)
     assert_on_every_rank(results, "ConfigError", "input.", part)
 
 
 @pytest.mark.parametrize("how", ["width", "dtype"])
-def test_an_input_of_the_wrong_kind_on_one_rank_reaches_every_rank(how: str) -> None:
-    results = run_ranks(4, caught, feed, how, [2], timeout_s=LIMIT_S)
+def test_an_input_of_the_wrong_kind_on_one_rank_reaches_every_rank(pool: RankPool, how: str) -> None:
+    results = pool.run(4, caught, feed, how, [2], timeout_s=LIMIT_S)
     assert [name for name, _ in results] == ["EngineError", "EngineError", "ConfigError", "EngineError"], results
     assert all("rank 2" in message for name, message in results if name == "EngineError")
 
@@ -240,8 +240,8 @@ def feed_bad_mask(bad_ranks: list[int]) -> None:
     layer(torch.zeros(5, D), torch.ones(4 if dist.get_rank() in bad_ranks else 5))
 
 
-def test_a_mask_of_another_length_is_refused_on_every_rank() -> None:
-    results = run_ranks(2, caught, feed_bad_mask, [0, 1], timeout_s=LIMIT_S)
+def test_a_mask_of_another_length_is_refused_on_every_rank(pool: RankPool) -> None:
+    results = pool.run(2, caught, feed_bad_mask, [0, 1], timeout_s=LIMIT_S)
     assert_on_every_rank(results, "ConfigError", "used_token", "4", "5")
-    results = run_ranks(2, caught, feed_bad_mask, [1], timeout_s=LIMIT_S)
+    results = pool.run(2, caught, feed_bad_mask, [1], timeout_s=LIMIT_S)
     assert [name for name, _ in results] == ["EngineError", "ConfigError"], results
