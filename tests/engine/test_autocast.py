@@ -18,7 +18,7 @@ from ds_moe_ep.schedule.placement import Placement
 from tests.engine.hooks.hooked_layers import hooked
 from tests.engine.native_layers import PlainGelu, PlainSwiGLU
 from tests.moe.layer_cases import D, OddExpert
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 TOKENS = 24
 ROUNDING = 2**-7  # two roundings to bf16, of the largest value
@@ -195,8 +195,8 @@ def against_loops() -> list[tuple[str, dict[str, float], float]]:
     return found
 
 
-def test_layers_under_autocast_equal_loops_over_their_experts() -> None:
-    for found in run_ranks(2, against_loops, timeout_s=120):
+def test_layers_under_autocast_equal_loops_over_their_experts(pool: RankPool) -> None:
+    for found in pool.run(2, against_loops, timeout_s=120):
         for case, distance, control in found:
             assert len(distance) >= 4, case
             assert max(distance.values()) <= 2 * ROUNDING, (case, distance)
@@ -234,9 +234,9 @@ def against_native() -> list[tuple[str, dict[str, float]]]:
     return found
 
 
-def test_layers_under_autocast_equal_deepspeeds_own_in_values_and_types() -> None:
+def test_layers_under_autocast_equal_deepspeeds_own_in_values_and_types(pool: RankPool) -> None:
     """Its gate computes logits in the autocast type: its weights differ by roundings of these."""
-    for found in run_ranks(2, against_native, timeout_s=120):
+    for found in pool.run(2, against_native, timeout_s=120):
         for case, distance in found:
             assert {"output", "x", "deepspeed_moe.gate.wg.weight"} <= set(distance), case
             assert max(distance.values()) <= 8 * ROUNDING, (case, distance)
@@ -254,8 +254,8 @@ def schedules() -> list[str]:
     return wrong
 
 
-def test_every_schedule_gives_the_same_bits_under_autocast() -> None:
-    assert run_ranks(2, schedules) == [[]] * 2
+def test_every_schedule_gives_the_same_bits_under_autocast(pool: RankPool) -> None:
+    assert pool.run(2, schedules) == [[]] * 2
 
 
 class Model(nn.Module):
@@ -308,8 +308,8 @@ def sections() -> list[tuple[list[float], ...]]:
     ]
 
 
-def test_deepspeeds_torch_autocast_section_trains_as_its_own_layer_does() -> None:
-    for found in run_ranks(2, sections, timeout_s=120):
+def test_deepspeeds_torch_autocast_section_trains_as_its_own_layer_does(pool: RankPool) -> None:
+    for found in pool.run(2, sections, timeout_s=120):
         for native, *ours in found:
             assert native[-1] < 0.9 * native[0], "it learns"
             for mine in ours:
@@ -332,8 +332,8 @@ def refusals() -> Iterator[str]:
             yield str(error)
 
 
-def test_types_that_nobody_casts_are_refused() -> None:
-    for errors in run_ranks(2, all_refusals):
+def test_types_that_nobody_casts_are_refused(pool: RankPool) -> None:
+    for errors in pool.run(2, all_refusals):
         assert [error.split(":")[0] for error in errors] == [
             f"input.dtype={dtype}" for dtype in (torch.bfloat16, torch.float64, torch.int64)
         ]

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tests.engine.hooks import autoep_models
 from tests.engine.hooks.hooked_layers import hooked
 from tests.engine.small_model import Job, batches, make_engine
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 OURS = Job(layer="ours", world_size=2, ep_size=2)
 NATIVE = Job(layer="native", world_size=2, ep_size=2)
@@ -64,8 +64,8 @@ def own_copies() -> list[str]:
     return independent(make_engine(OURS), OURS)
 
 
-def test_a_copied_layer_is_independent_and_leaves_the_original_alone() -> None:
-    assert run_ranks(2, own_copies) == [[]] * 2
+def test_a_copied_layer_is_independent_and_leaves_the_original_alone(pool: RankPool) -> None:
+    assert pool.run(2, own_copies) == [[]] * 2
 
 
 def hooked_copies() -> list[str]:
@@ -83,8 +83,8 @@ def hooked_copies() -> list[str]:
     return wrong
 
 
-def test_a_copied_hooked_layer_is_hooked_for_itself() -> None:
-    assert run_ranks(2, hooked_copies) == [[]] * 2
+def test_a_copied_hooked_layer_is_hooked_for_itself(pool: RankPool) -> None:
+    assert pool.run(2, hooked_copies) == [[]] * 2
 
 
 def averaged() -> tuple[float, float]:
@@ -103,8 +103,8 @@ def averaged() -> tuple[float, float]:
     return max(float((a - b).abs().max()) for a, b, _ in pairs), max(float((a - c).abs().max()) for a, _, c in pairs)
 
 
-def test_an_averaged_model_evaluates_between_steps() -> None:
-    for distance, moved in run_ranks(2, averaged):
+def test_an_averaged_model_evaluates_between_steps(pool: RankPool) -> None:
+    for distance, moved in pool.run(2, averaged):
         assert distance <= 1e-6
         assert moved > 1e-3, "the average is not the trained model"
 
@@ -131,8 +131,8 @@ def pickled() -> list[str]:
     return wrong
 
 
-def test_a_pickled_layer_says_that_it_needs_its_links_and_takes_them() -> None:
-    assert run_ranks(2, pickled) == [[]] * 2
+def test_a_pickled_layer_says_that_it_needs_its_links_and_takes_them(pool: RankPool) -> None:
+    assert pool.run(2, pickled) == [[]] * 2
 
 
 def crossed() -> str:
@@ -146,9 +146,9 @@ def crossed() -> str:
     return ""
 
 
-def test_ranks_in_a_copy_and_in_the_original_are_told_apart() -> None:
+def test_ranks_in_a_copy_and_in_the_original_are_told_apart(pool: RankPool) -> None:
     """The negative control of copies that share links: a copy is a layer of its own."""
-    for error in run_ranks(2, crossed):
+    for error in pool.run(2, crossed):
         assert "copy 1 of layers.0" in error
 
 
@@ -171,5 +171,5 @@ def autoep_copies() -> list[str]:
         return wrong + ([] if torch.equal(logits(engine.module), before) else ["parameters are shared"])
 
 
-def test_a_copied_autoep_model_is_hooked_for_itself() -> None:
-    assert run_ranks(2, autoep_copies, timeout_s=120) == [[]] * 2
+def test_a_copied_autoep_model_is_hooked_for_itself(pool: RankPool) -> None:
+    assert pool.run(2, autoep_copies, timeout_s=120) == [[]] * 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.errors import ConfigError, EngineError
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 
 class TinyModel(nn.Module):
@@ -58,8 +58,8 @@ def section_job() -> dict[str, Any]:
     }
 
 
-def test_the_sections_knobs_reach_the_layer_and_the_others_stay() -> None:
-    for result in run_ranks(2, section_job):
+def test_the_sections_knobs_reach_the_layer_and_the_others_stay(pool: RankPool) -> None:
+    for result in pool.run(2, section_job):
         config = result["config"]
         assert (config.schedule, config.chunks, config.top_k, config.num_experts) == ("chunks", 3, 2, 4)
         assert result["schedule"] == "D0 D1 E0 C0 D2 E1 C1 E2 C2" and result["router_k"] == 2
@@ -76,8 +76,8 @@ def bias_job() -> tuple[list[list[int]], int]:
     return steps, engine.global_steps
 
 
-def test_the_bias_moves_once_an_optimizer_step_and_alike_on_all_ranks() -> None:
-    (ours, global_steps), (theirs, _) = run_ranks(2, bias_job)
+def test_the_bias_moves_once_an_optimizer_step_and_alike_on_all_ranks(pool: RankPool) -> None:
+    (ours, global_steps), (theirs, _) = pool.run(2, bias_job)
     assert ours == theirs and global_steps == 2
     assert ours[0] == [0, 0, 0, 0], "a micro-batch between two optimizer steps moves nothing"
     assert ours[1] != ours[0] and ours[2] == ours[1] and ours[3] != ours[2]
@@ -90,14 +90,14 @@ def meter_job(schedule: str, depth: int) -> tuple[float, float, float | None]:
     return last.total_us, last.exposed_us, engine.moe_ep_meter.hidden_percent()
 
 
-def test_the_meter_finds_nothing_hidden_by_the_blocking_control() -> None:
-    for total_us, exposed_us, percent in run_ranks(2, meter_job, "serial", 0):
+def test_the_meter_finds_nothing_hidden_by_the_blocking_control(pool: RankPool) -> None:
+    for total_us, exposed_us, percent in pool.run(2, meter_job, "serial", 0):
         assert total_us > 0 and exposed_us == pytest.approx(total_us, rel=0.02)
         assert percent == pytest.approx(0, abs=2)
 
 
-def test_the_meter_measures_every_nth_step_with_overlap() -> None:
-    results = run_ranks(2, meter_job, "peers", 2)
+def test_the_meter_measures_every_nth_step_with_overlap(pool: RankPool) -> None:
+    results = pool.run(2, meter_job, "peers", 2)
     assert results[0] == results[1], "the figure is the sum over ranks"
     total_us, exposed_us, percent = results[0]
     assert 0 <= exposed_us <= total_us and percent is not None
@@ -108,8 +108,8 @@ def monitor_job(folder: str) -> None:
     train(config, ep_size=2)
 
 
-def test_the_load_goes_to_the_engines_monitor(tmp_path: Path) -> None:
-    run_ranks(2, monitor_job, str(tmp_path))
+def test_the_load_goes_to_the_engines_monitor(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(2, monitor_job, str(tmp_path))
     (path,) = (tmp_path / "job").glob("*load_max_over_mean*.csv")
     with path.open() as file:
         rows = [row for row in csv.reader(file) if row[0].isdigit()]
@@ -118,8 +118,8 @@ def test_the_load_goes_to_the_engines_monitor(tmp_path: Path) -> None:
     assert all(1 <= float(row[1]) <= 4 for row in rows)
 
 
-def test_a_monitor_without_steps_per_print_reports_nothing_and_trains(tmp_path: Path) -> None:
-    run_ranks(1, silent_monitor_job, str(tmp_path))
+def test_a_monitor_without_steps_per_print_reports_nothing_and_trains(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(1, silent_monitor_job, str(tmp_path))
     assert not list(tmp_path.rglob("*load_max_over_mean*.csv"))
 
 
@@ -159,8 +159,8 @@ def door_job(through: str) -> list[float]:
     return losses
 
 
-def test_the_layer_works_with_a_plain_deepspeed_initialize() -> None:
-    plain, ours = run_ranks(2, door_job, "deepspeed"), run_ranks(2, door_job, "ds_moe_ep")
+def test_the_layer_works_with_a_plain_deepspeed_initialize(pool: RankPool) -> None:
+    plain, ours = pool.run(2, door_job, "deepspeed"), pool.run(2, door_job, "ds_moe_ep")
     assert plain == ours and len(set(plain[0])) == 4
 
 
@@ -183,6 +183,6 @@ def refused_job(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_work_is_refused_on_every_rank(name: str) -> None:
-    for message in run_ranks(2, refused_job, name):
+def test_what_cannot_work_is_refused_on_every_rank(pool: RankPool, name: str) -> None:
+    for message in pool.run(2, refused_job, name):
         assert name in message and REFUSED[name][1] in message

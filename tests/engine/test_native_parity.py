@@ -13,7 +13,7 @@ from ds_moe_ep.moe.tuner import Choice
 from tests.engine.native_layers import first_of_equals, native_layer, our_layer, run_layer
 from tests.moe.layer_cases import LayerCase, LayerResult, errors, reference_results
 from tests.moe.layer_runs import config
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 # The layers' schedule is "auto", as DeepSpeed's arguments leave it: every twelfth measures, which takes ten passes.
 BY_PEERS = Choice(
@@ -72,9 +72,9 @@ def run_both(table: list[LayerCase], arguments: dict[str, object]) -> list[tuple
 
 
 @pytest.mark.parametrize("are_all", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_our_layer_equals_deepspeeds_and_both_equal_the_reference(are_all: bool) -> None:
+def test_our_layer_equals_deepspeeds_and_both_equal_the_reference(pool: RankPool, are_all: bool) -> None:
     table = cases(are_all=are_all)
-    by_rank = run_ranks(4, run_both, table, {}, timeout_s=120)
+    by_rank = pool.run(4, run_both, table, {}, timeout_s=120)
     for index, case in enumerate(table):
         ours, native = ([results[index][side] for results in by_rank] for side in (0, 1))
         expected = reference_results(case)
@@ -84,13 +84,13 @@ def test_our_layer_equals_deepspeeds_and_both_equal_the_reference(are_all: bool)
         assert [r.exp_counts for r in ours] == [r.exp_counts for r in native], case.name
 
 
-def test_in_bf16_our_layer_is_as_close_to_the_reference_as_deepspeeds() -> None:
+def test_in_bf16_our_layer_is_as_close_to_the_reference_as_deepspeeds(pool: RankPool) -> None:
     """Within half again of DeepSpeed's own error: the same roundings, in another order.
 
     Arbitrary modules get a gradient per run, each rounded to bf16 before they are summed and cancel: 2.5 times.
     """
     table = cases(torch.bfloat16)[:9]
-    by_rank = run_ranks(4, run_both, table, {}, timeout_s=120)
+    by_rank = pool.run(4, run_both, table, {}, timeout_s=120)
     for index, case in enumerate(table):
         ours, native = ([results[index][side] for results in by_rank] for side in (0, 1))
         expected = reference_results(case)
@@ -98,9 +98,9 @@ def test_in_bf16_our_layer_is_as_close_to_the_reference_as_deepspeeds() -> None:
         assert max(errors(ours, expected).values()) <= allowed * max(errors(native, expected).values()), case.name
 
 
-def test_residual_layers_equal_deepspeeds() -> None:
+def test_residual_layers_equal_deepspeeds(pool: RankPool) -> None:
     table = [case for case in cases() if case.config.capacity_factor is None and case.expert != "module"]
-    by_rank = run_ranks(4, run_both, table, {"use_residual": True}, timeout_s=120)
+    by_rank = pool.run(4, run_both, table, {"use_residual": True}, timeout_s=120)
     for index, case in enumerate(table):
         ours, native = ([results[index][side] for results in by_rank] for side in (0, 1))
         assert {"coefficient.weight", "mlp.fc1.weight"} & ours[0].expert_grads["dense"].keys()
@@ -118,9 +118,9 @@ def run_perturbed(case: LayerCase) -> tuple[LayerResult, LayerResult]:
     return run_layer(layer, case), run_layer(native_layer(case), case)
 
 
-def test_one_perturbed_remote_weight_is_seen() -> None:
+def test_one_perturbed_remote_weight_is_seen(pool: RankPool) -> None:
     case = cases()[3]
-    by_rank = run_ranks(4, run_perturbed, case)
+    by_rank = pool.run(4, run_perturbed, case)
     off = errors([ours for ours, _ in by_rank], [native for _, native in by_rank])
     assert max(off[f"y[{rank}]"] for rank in range(3)) > 1e-4
 
@@ -141,9 +141,9 @@ def describe(case: LayerCase, residual: bool) -> list[list[tuple[object, ...]]]:
     return [*marks, *([(key,) for key in layer.state_dict()] for layer in layers)]
 
 
-def test_parameters_have_deepspeeds_names_shapes_order_and_marks() -> None:
+def test_parameters_have_deepspeeds_names_shapes_order_and_marks(pool: RankPool) -> None:
     for residual in (False, True):
-        for ours, native, our_keys, native_keys in run_ranks(2, describe, cases_of_two_ranks(), residual):
+        for ours, native, our_keys, native_keys in pool.run(2, describe, cases_of_two_ranks(), residual):
             assert ours == native
             assert our_keys == native_keys
 

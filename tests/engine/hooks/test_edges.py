@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.engine.hooks.hooked_layers import KNOBS, hooked, rank
 from tests.moe.layer_cases import D, OddExpert
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 
 def native(expert: nn.Module, **arguments: Any) -> nn.Module:
@@ -47,8 +47,8 @@ def draws_of_zero() -> tuple[float, float]:
     return float((mine - plain).abs().max()), float(mine[3].abs().max())
 
 
-def test_a_token_that_random_selection_leaves_out_gives_zeros_as_in_deepspeed() -> None:
-    assert run_ranks(2, draws_of_zero) == [(0.0, 0.0)] * 2
+def test_a_token_that_random_selection_leaves_out_gives_zeros_as_in_deepspeed(pool: RankPool) -> None:
+    assert pool.run(2, draws_of_zero) == [(0.0, 0.0)] * 2
 
 
 class Doubling(nn.Module):
@@ -79,8 +79,8 @@ def errors_of_experts() -> list[str]:
     return [error_of(own), error_of(watched)]
 
 
-def test_a_module_of_experts_that_would_be_passed_by_is_refused() -> None:
-    for own, watched in run_ranks(2, errors_of_experts):
+def test_a_module_of_experts_that_would_be_passed_by_is_refused(pool: RankPool) -> None:
+    for own, watched in pool.run(2, errors_of_experts):
         assert "its experts are a Doubling" in own
         assert "hooks of modules" in watched
 
@@ -113,9 +113,9 @@ def seen_by_hooks(kind: str) -> tuple[int, float]:
     return fired.count("parameter"), float(off)
 
 
-def test_hooks_of_parameters_fire_once_and_those_of_experts_are_heard() -> None:
+def test_hooks_of_parameters_fire_once_and_those_of_experts_are_heard(pool: RankPool) -> None:
     for kind in ("known", "opaque", "module"):
-        for times, off in run_ranks(2, seen_by_hooks, kind):
+        for times, off in pool.run(2, seen_by_hooks, kind):
             assert times == 1, kind
             assert off <= 2e-6, kind
 
@@ -147,8 +147,8 @@ def weights_after_forward() -> int:
     return alive
 
 
-def test_a_pass_holds_no_weights_between_forward_and_backward() -> None:
-    assert run_ranks(2, weights_after_forward) == [0, 0]
+def test_a_pass_holds_no_weights_between_forward_and_backward(pool: RankPool) -> None:
+    assert pool.run(2, weights_after_forward) == [0, 0]
 
 
 class TwoKinds(nn.Module):
@@ -195,5 +195,5 @@ def pyramid(folder: str) -> tuple[list[str], bool]:
     return names, path is not None
 
 
-def test_layers_of_several_sizes_train_report_and_save(tmp_path: Any) -> None:
-    assert run_ranks(2, pyramid, str(tmp_path)) == [(["layers.0", "layers.1"], True)] * 2
+def test_layers_of_several_sizes_train_report_and_save(pool: RankPool, tmp_path: Any) -> None:
+    assert pool.run(2, pyramid, str(tmp_path)) == [(["layers.0", "layers.1"], True)] * 2

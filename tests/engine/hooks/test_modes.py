@@ -15,7 +15,7 @@ from tests.comm.test_callbacks import HalfTheBytes
 from tests.engine.hooks.hooked_layers import KNOBS, hooked, rank
 from tests.engine.small_model import BATCH, Job, batches, make_engine, make_model
 from tests.moe.layer_cases import D, OddExpert
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 GRADIENTS = 2e-6
 
@@ -58,8 +58,8 @@ def recomputed() -> list[float]:
     return found
 
 
-def test_recomputation_accumulation_and_retained_graphs_give_the_plain_gradients() -> None:
-    for found in run_ranks(4, recomputed):
+def test_recomputation_accumulation_and_retained_graphs_give_the_plain_gradients(pool: RankPool) -> None:
+    for found in pool.run(4, recomputed):
         assert max(found) <= GRADIENTS, found
 
 
@@ -82,8 +82,8 @@ def without_gradients() -> list[bool]:
     return [abs(float(a) - float(b)) <= 1e-6 * abs(float(b)) for a, b in zip(mine, plain, strict=True)]
 
 
-def test_evaluation_and_no_grad_give_the_plain_outputs() -> None:
-    assert run_ranks(4, without_gradients) == [[True] * 4] * 4
+def test_evaluation_and_no_grad_give_the_plain_outputs(pool: RankPool) -> None:
+    assert pool.run(4, without_gradients) == [[True] * 4] * 4
 
 
 def compiled() -> float:
@@ -97,8 +97,8 @@ def compiled() -> float:
         return off(gradients(engine.module, [around(x, target)]), plain)
 
 
-def test_the_rest_of_the_model_can_be_compiled() -> None:
-    assert max(run_ranks(2, compiled, timeout_s=120)) <= GRADIENTS
+def test_the_rest_of_the_model_can_be_compiled(pool: RankPool) -> None:
+    assert max(pool.run(2, compiled, timeout_s=120)) <= GRADIENTS
 
 
 def under_autocast() -> list[tuple[float, torch.dtype, torch.dtype]]:
@@ -124,8 +124,8 @@ def under_autocast() -> list[tuple[float, torch.dtype, torch.dtype]]:
     return found
 
 
-def test_autocast_reaches_the_experts() -> None:
-    for found in run_ranks(4, under_autocast):
+def test_autocast_reaches_the_experts(pool: RankPool) -> None:
+    for found in pool.run(4, under_autocast):
         for distance, mine, plain in found:
             assert mine == plain
             assert distance <= 2**-7  # a rounding of the output
@@ -159,8 +159,8 @@ def any_expert() -> float:
         return off(gradients(layer, [layer(x)[0].square().sum()]), plain)
 
 
-def test_experts_that_want_four_dimensions_and_return_a_bias_are_called_as_deepspeed_calls_them() -> None:
-    assert max(run_ranks(4, any_expert)) <= GRADIENTS
+def test_experts_that_want_four_dimensions_and_return_a_bias_are_called_as_deepspeed_calls_them(pool: RankPool) -> None:
+    assert max(pool.run(4, any_expert)) <= GRADIENTS
 
 
 def refusals() -> list[str]:
@@ -200,7 +200,7 @@ def refusals() -> list[str]:
     return [*errors, error_of(sole)]
 
 
-def test_what_cannot_be_hooked_is_refused_by_name_on_every_rank() -> None:
+def test_what_cannot_be_hooked_is_refused_by_name_on_every_rank(pool: RankPool) -> None:
     wanted = [
         ("moe (MoE) cannot be hooked", "hooked already"),
         ("moe (MoE)", "use_tutel=False"),
@@ -212,7 +212,7 @@ def test_what_cannot_be_hooked_is_refused_by_name_on_every_rank() -> None:
         ("ranks [1]", "same model and configuration"),
         ("hooked",),  # ep_size 1: nothing to hide, nothing to refuse
     ]
-    for errors in run_ranks(2, refusals):
+    for errors in pool.run(2, refusals):
         for error, words in zip(errors, wanted, strict=True):
             assert all(word in error for word in words), error
 
@@ -244,9 +244,9 @@ def through_callbacks() -> list[float]:
     return found
 
 
-def test_callbacks_compress_what_the_hooks_send() -> None:
+def test_callbacks_compress_what_the_hooks_send(pool: RankPool) -> None:
     """bf16 keeps 8 bits of a row on its way there and back; a spoilt message is the negative control."""
-    by_rank = run_ranks(4, through_callbacks)
+    by_rank = pool.run(4, through_callbacks)
     assert max(compressed for compressed, _, _ in by_rank) <= 2**-6
     assert min(compressed for compressed, _, _ in by_rank) > 0
     assert max(spoilt for _, spoilt, _ in by_rank) > 2**-4
@@ -271,14 +271,14 @@ def attached_by_section(section: dict[str, Any]) -> tuple[list[str], bool, str]:
     return list(engine.moe_ep_layers), engine.moe_ep_meter.hidden_percent() is not None, ""
 
 
-def test_the_section_attaches_hooks_and_their_meter() -> None:
+def test_the_section_attaches_hooks_and_their_meter(pool: RankPool) -> None:
     expected = (["layers.0", "layers.1"], True, "")
-    assert run_ranks(4, attached_by_section, {"schedule": "peers", "meter_every": 2}) == [expected] * 4
+    assert pool.run(4, attached_by_section, {"schedule": "peers", "meter_every": 2}) == [expected] * 4
 
 
 @pytest.mark.parametrize("section", [{"top_k": 1}, {"num_experts": 16}])
-def test_a_section_that_contradicts_the_hooked_layers_is_refused(section: dict[str, Any]) -> None:
-    for _, _, error in run_ranks(4, attached_by_section, section):
+def test_a_section_that_contradicts_the_hooked_layers_is_refused(pool: RankPool, section: dict[str, Any]) -> None:
+    for _, _, error in pool.run(4, attached_by_section, section):
         assert next(iter(section)) in error
         assert "layers.0" in error
 
@@ -315,16 +315,16 @@ def errors_of_a_bad_rank(expert: str) -> tuple[str, str]:
     return "", ""
 
 
-def test_a_gate_that_fails_on_one_rank_is_told_to_the_others() -> None:
-    first, second, third = run_ranks(3, errors_of_a_bad_rank, "known")
+def test_a_gate_that_fails_on_one_rank_is_told_to_the_others(pool: RankPool) -> None:
+    first, second, third = pool.run(3, errors_of_a_bad_rank, "known")
     assert second[0] == "AssertionError"
     for kind, text in (first, third):
         assert kind == "EngineError"
         assert "moe: rank 1 refused its input" in text
 
 
-def test_an_expert_that_fails_on_one_rank_is_named_on_the_others() -> None:
-    first, second, third = run_ranks(3, errors_of_a_bad_rank, "raising", timeout_s=60)
+def test_an_expert_that_fails_on_one_rank_is_named_on_the_others(pool: RankPool) -> None:
+    first, second, third = pool.run(3, errors_of_a_bad_rank, "raising", timeout_s=60)
     assert second == ("ArithmeticError", "the expert is ill")
     for kind, text in (first, third):
         assert kind == "PeerError"
