@@ -64,7 +64,7 @@ class OverlapOptions(BenchmarkOptions):
     )
     seed: int = option(0, "of the --workload", least=0)
     rounds: int = option(5, "measured rounds per environment", least=1)
-    warm_ups: int = option(1, "rounds before them, in which 'auto' is chosen", least=1)
+    warm_ups: int = option(1, "rounds before them, in which 'auto' is chosen and copies are first placed", least=0)
     nodes: int = option(4, "network namespaces", least=1)
     ranks: int = option(4, "ranks of a node", least=1)
     no_testbed: bool = option(False, "over the loopback, without namespaces")
