@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ class Job:
     bit_equal: bool = False  # schedules give the same bits
     interleaved: bool = False  # the ranks of an expert-parallel group are apart, not consecutive
     door: str = "ds_moe_ep"  # whose initialize is called
-    replicas: int = 0
+    replicas: int | Literal["auto"] = 0
     two_level: str = "off"  # else on nodes of two ranks
     recomputed: bool = False  # the MoE layers, in the backward pass
 
