@@ -20,7 +20,7 @@ class LayerReport:
 
     `rank_rows_R` are the rows that each rank computed per pass, on average; with a capacity padded ones count, since
     they are computed too. `p50` and `p95` are, over the passes, the rows of the fullest rank over the mean of all.
-    `guests_RS` are the experts in the replica slots of each rank; a slot that is free holds -1.
+    `guests_RS` are the experts in the replica slots of each rank, as `rank_rows_R` has the ranks; a free slot holds -1.
     """
 
     name: str

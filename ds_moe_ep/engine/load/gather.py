@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_moe_ep.engine.layouts.tensor import group_of_shares, sum_over_shares
 from ds_moe_ep.engine.load.observer import MAX_PASSES, OwnLoad
-from ds_moe_ep.live.load import Guests, LayerReport, fullest_over_mean, quantile
+from ds_moe_ep.live.load import LayerReport, fullest_over_mean, quantile
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,12 @@ class GatheredLoad:
     expert_ms_R: tuple[float, ...]
 
 
-def gather_load(own: Mapping[str, OwnLoad], step: OwnStep, guests: Mapping[str, Guests]) -> GatheredLoad:
-    """The load of all data-parallel ranks by layer. Collective over them; one device sync."""
+def gather_load(own: Mapping[str, OwnLoad], step: OwnStep, guests: Mapping[str, Sequence[int]]) -> GatheredLoad:
+    """The load of all data-parallel ranks by layer. Collective over them; one device sync.
+
+    `guests`: the experts in this rank's replica slots, of which every rank has as many, -1 in one that is free. Expert
+    groups place copies each for itself, so that every rank tells its own.
+    """
     group = group_of_shares()
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     device = step.loss.device
@@ -43,6 +47,7 @@ def gather_load(own: Mapping[str, OwnLoad], step: OwnStep, guests: Mapping[str, 
     padded = [rows + [0.0] * (MAX_PASSES - len(rows)) for rows in received]
     num_tokens = max((load.num_tokens for load in own.values()), default=0)
     numbers = [float(num_tokens), float(step.num_losses), step.expert_ms, *(rows for its in padded for rows in its)]
+    numbers += [float(guest) for name in own for guest in guests.get(name, ())]
     mine = torch.cat([step.loss.double().reshape(1), torch.tensor(numbers, dtype=torch.float64).to(device)])
     by_rank = torch.zeros(num_ranks, len(mine), dtype=torch.float64, device=device)
     by_rank[rank] = mine
@@ -51,17 +56,19 @@ def gather_load(own: Mapping[str, OwnLoad], step: OwnStep, guests: Mapping[str, 
     *counts, rest = flat.split([*map(len, summed), by_rank.numel()])
     by_rank = rest.view(num_ranks, -1)
     losses_R, tokens_R, num_losses_R, expert_ms_R = by_rank[:, :4].T.tolist()
-    passes_RLM = by_rank[:, 4:].view(num_ranks, len(own), MAX_PASSES)
+    num_slots = [len(guests.get(name, ())) for name in own]
+    passes_RM, *of_layers = by_rank[:, 4:].split([len(own) * MAX_PASSES, *num_slots], 1)
+    passes_RLM = passes_RM.view(num_ranks, len(own), MAX_PASSES)
     layers = tuple(
-        _layer(name, rows_E, dropped_E, passes_RLM[:, index], guests.get(name, ()))
+        _layer(name, rows_E, dropped_E, passes_RLM[:, index], of_layers[index])
         for index, (name, rows_E, dropped_E) in enumerate(zip(own, counts[::2], counts[1::2], strict=True))
     )
     loss = sum(losses_R) / sum(num_losses_R) if sum(num_losses_R) else None
     return GatheredLoad(layers, round(sum(tokens_R)), loss, tuple(expert_ms_R))
 
 
-def _layer(name: str, rows_E: Tensor, dropped_E: Tensor, passes_RM: Tensor, guests: Guests) -> LayerReport:
-    """A layer's load from what the ranks told of each of its passes."""
+def _layer(name: str, rows_E: Tensor, dropped_E: Tensor, passes_RM: Tensor, slots_RS: Tensor) -> LayerReport:
+    """A layer's load from what the ranks told of each of its passes, and of their slots."""
     there = passes_RM.amin(0) > 0
     rows_MR: Sequence[Sequence[float]] = (passes_RM[:, there] - 1).T.tolist()
     ratios = [fullest_over_mean(rows_R) for rows_R in rows_MR]
@@ -74,5 +81,5 @@ def _layer(name: str, rows_E: Tensor, dropped_E: Tensor, passes_RM: Tensor, gues
         rank_rows_R=tuple(sum(rows) / max(num_passes, 1) for rows in zip(*rows_MR, strict=True)) or (0.0,) * num_ranks,
         p50=quantile(ratios, 0.5),
         p95=quantile(ratios, 0.95),
-        guests_RS=guests,
+        guests_RS=tuple(tuple(map(int, slots)) for slots in slots_RS.tolist()) if slots_RS.numel() else (),
     )

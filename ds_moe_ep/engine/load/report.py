@@ -31,7 +31,6 @@ from ds_moe_ep.engine.load.observer import LoadObserver
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.live.lines import LayerShape, RunHead, RunReport
-from ds_moe_ep.live.load import Guests
 from ds_moe_ep.live.run_log import RunLog, new_run
 
 WATCHED_EVERY = 10  # steps, where neither knob says it
@@ -78,11 +77,14 @@ def open_run_log(engine: Any, layers: Mapping[str, OverlappedLayer], config: MoE
     return log
 
 
-def guests_of(layer: OverlappedLayer) -> Guests:
-    """The experts in each rank's replica slots, -1 in one that is free; none where a layer has no slots."""
+def own_guests(layer: OverlappedLayer) -> tuple[int, ...]:
+    """The experts in this rank's replica slots, -1 in one that is free; none where a layer has no slots."""
     replicas = getattr(layer.dispatcher, "replicas", None)
-    guests_RS = () if replicas is None else replicas.placement.guests_RS
-    return tuple(tuple(-1 if guest is None else int(guest) for guest in guests) for guests in guests_RS)
+    if replicas is None:
+        return ()
+    guests = replicas.placement.guests_RS[replicas.link.rank]
+    present = [-1 if guest is None else int(guest) for guest in guests]
+    return (*present, *[-1] * (replicas.num_slots - len(present)))  # "auto" may use fewer slots than there are
 
 
 class LoadReport(EngineCallback):
@@ -143,7 +145,7 @@ class LoadReport(EngineCallback):
     def _report(self) -> None:
         device = self._loss.device
         own = {name: observer.take(device) for name, observer in self._observers.items()}
-        guests = {name: guests_of(observer.layer) for name, observer in self._observers.items()}
+        guests = {name: own_guests(observer.layer) for name, observer in self._observers.items()}
         spans = [] if self._meter is None else self._meter.spans
         expert_ms = sum(span.stop_us - span.start_us for span in spans if span.lane == "compute") / 1000
         gathered = gather_load(own, OwnStep(self._loss, self._num_losses, expert_ms), guests)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ds_moe_ep.engine.load.observer import MAX_PASSES, LoadObserver
-from ds_moe_ep.engine.load.report import guests_of
+from ds_moe_ep.engine.load.report import own_guests
 from ds_moe_ep.moe.dispatch_plan import Counts, DispatchPlan
 from ds_moe_ep.moe.routes import Routes
 
@@ -57,7 +57,8 @@ def test_only_the_last_passes_are_kept_and_all_tokens_are_counted() -> None:
 
 def test_guests_are_read_from_a_layer_that_has_slots() -> None:
     placement = SimpleNamespace(guests_RS=((3, None), (None, 0)))
-    with_slots = layer(dispatcher=SimpleNamespace(replicas=SimpleNamespace(placement=placement)))
-    assert guests_of(with_slots) == ((3, -1), (-1, 0))
+    for rank, expected in ((0, (3, -1, -1, -1)), (1, (-1, 0, -1, -1))):
+        replicas = SimpleNamespace(placement=placement, link=SimpleNamespace(rank=rank), num_slots=4)
+        assert own_guests(layer(dispatcher=SimpleNamespace(replicas=replicas))) == expected
     for dispatcher in (SimpleNamespace(), SimpleNamespace(replicas=None)):
-        assert guests_of(layer(dispatcher=dispatcher)) == ()
+        assert own_guests(layer(dispatcher=dispatcher)) == ()
