@@ -15,7 +15,7 @@ from ds_moe_ep.bench.meters.memory import peak_bytes
 from ds_moe_ep.bench.meters.memory_breakdown import memory_breakdown, storages, tensors_in
 from ds_moe_ep.engine import step_seams as seams
 from ds_moe_ep.records.names import KINDS
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 CPU = torch.device("cpu")
 WIDTH, DEPTH = 256, 4
@@ -95,8 +95,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
 }
 
 
-def test_sizes_follow_from_the_parameters_with_every_engine_in_one_process() -> None:
-    found = run_ranks(2, breakdowns_job, [config for config, _ in CASES.values()], timeout_s=120)
+def test_sizes_follow_from_the_parameters_with_every_engine_in_one_process(pool: RankPool) -> None:
+    found = pool.run(2, breakdowns_job, [config for config, _ in CASES.values()], timeout_s=120)
     for by_engine in found:
         for (name, (_, expected)), measured in zip(CASES.items(), by_engine, strict=True):
             assert list(measured) == list(KINDS), name
@@ -110,8 +110,8 @@ def one_rank_job() -> dict[str, int]:
     return breakdowns_job([stage(0)])[0]
 
 
-def test_without_zero_and_with_one_rank_adam_takes_16_bytes_a_parameter_exactly() -> None:
-    (found,) = run_ranks(1, one_rank_job)
+def test_without_zero_and_with_one_rank_adam_takes_16_bytes_a_parameter_exactly(pool: RankPool) -> None:
+    (found,) = pool.run(1, one_rank_job)
     assert found["weights"] == found["gradients"] == 4 * P
     assert found["optimizer"] == 8 * P + STEP_COUNTERS
 
@@ -142,8 +142,8 @@ def activation_job() -> tuple[Any, ...]:
     return without, holding, peak, buffer, memory_breakdown(engine, forward, CPU)
 
 
-def test_activations_are_what_a_step_holds_and_buffers_what_stays_beside_the_known_parts() -> None:
-    ((without, holding, peak, buffer, forward),) = run_ranks(1, activation_job)
+def test_activations_are_what_a_step_holds_and_buffers_what_stays_beside_the_known_parts(pool: RankPool) -> None:
+    ((without, holding, peak, buffer, forward),) = pool.run(1, activation_job)
     assert without["activations"] < NOISE_BYTES and without["buffers"] < NOISE_BYTES, "the other engine's is not ours"
     assert holding["activations"] == pytest.approx(HELD_BYTES, abs=NOISE_BYTES)
     assert {part: holding[part] for part in ("weights", "gradients", "optimizer")} == {
@@ -169,8 +169,8 @@ def moe_job() -> tuple[dict[str, int], int, int]:
     return found, sum(p.numel() for p in engine.module.parameters()), sum(experts)
 
 
-def test_experts_states_are_whole_where_no_other_rank_has_the_expert() -> None:
-    for found, num_parameters, num_expert in run_ranks(2, moe_job):
+def test_experts_states_are_whole_where_no_other_rank_has_the_expert(pool: RankPool) -> None:
+    for found, num_parameters, num_expert in pool.run(2, moe_job):
         assert 0 < num_expert < num_parameters
         assert found["weights"] == pytest.approx(2 * num_parameters, abs=64)
         states = 12 * ((num_parameters - num_expert) // 2 + num_expert)
@@ -192,8 +192,8 @@ def pipeline_job() -> dict[str, int]:
     return memory_breakdown(engine, lambda: engine.train_batch(iter([batch] * 2)), CPU)
 
 
-def test_a_pipeline_stage_holds_its_half() -> None:
-    for found in run_ranks(2, pipeline_job):
+def test_a_pipeline_stage_holds_its_half(pool: RankPool) -> None:
+    for found in pool.run(2, pipeline_job):
         assert found["weights"] == found["gradients"] == 2 * P
         assert found["optimizer"] == 4 * P + STEP_COUNTERS // 2
 

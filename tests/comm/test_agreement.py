@@ -18,7 +18,7 @@ from ds_moe_ep.moe.dispatch_plan import make_plan
 from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.schedule.spans import Tags
 from tests.comm.disturbed import caught, make_layer, run_pass
-from tests.ranks import run_ranks
+from tests.ranks import RankPool, run_ranks
 
 FINE: dict[str, Any] = {
     "num_experts": 4,
@@ -71,8 +71,8 @@ def disagree() -> list[tuple[str, list[int]]]:
     return seen
 
 
-def test_ranks_that_disagree_all_raise_and_may_go_on() -> None:
-    for seen in run_ranks(2, disagree, timeout_s=40):
+def test_ranks_that_disagree_all_raise_and_may_go_on(pool: RankPool) -> None:
+    for seen in pool.run(2, disagree, timeout_s=40):
         for (error, sent), (_, pattern) in zip(seen, ODD, strict=True):
             assert error.startswith("EngineError: layers."), error
             assert re.search(pattern, error), error
@@ -91,8 +91,8 @@ def told_and_answered() -> list[list[list[int]]]:
     return [wait().tolist() for wait in waits]
 
 
-def test_the_first_rank_answers_each_rank_from_what_all_of_them_told() -> None:
-    for rank, answered in enumerate(run_ranks(3, told_and_answered, timeout_s=40)):
+def test_the_first_rank_answers_each_rank_from_what_all_of_them_told(pool: RankPool) -> None:
+    for rank, answered in enumerate(pool.run(3, told_and_answered, timeout_s=40)):
         assert answered == [[rank, number, 0 + 1 + 2, 3 * number] for number in range(2)]
 
 
@@ -111,11 +111,13 @@ def counts_of(num_local: int) -> tuple[list[int], list[int], list[list[int]]]:
 
 
 @pytest.mark.parametrize("num_local", [1, NUM_TOLD, NUM_TOLD + 1, 3 * NUM_COLUMNS])
-def test_counts_come_to_their_ranks_whether_the_first_rank_hands_them_out_or_not(num_local: int) -> None:
+def test_counts_come_to_their_ranks_whether_the_first_rank_hands_them_out_or_not(
+    pool: RankPool, num_local: int
+) -> None:
     """More local experts than fit into an answer have their counts in a second exchange."""
     sent_RE = [[times * (10 * source + e) for times in (1, 2) for e in range(num_local)] for source in range(2)]
     totals = [a + b for a, b in zip(*sent_RE, strict=True)] if num_local <= NUM_TOLD else []
-    for rank, (received, total_E, told) in enumerate(run_ranks(2, counts_of, num_local, timeout_s=40)):
+    for rank, (received, total_E, told) in enumerate(pool.run(2, counts_of, num_local, timeout_s=40)):
         assert received == [(rank + 1) * (10 * source + e) for source in range(2) for e in range(num_local)]
         assert total_E == totals
         assert told == [[rows << source * 40 for rows in rows_E] for source, rows_E in enumerate(sent_RE)]
@@ -140,8 +142,8 @@ def refuse() -> list[str]:
     return [first, caught(run_pass, layer)]
 
 
-def test_a_refused_input_leaves_the_lanes_usable() -> None:
-    first, second = run_ranks(2, refuse, timeout_s=40)
+def test_a_refused_input_leaves_the_lanes_usable(pool: RankPool) -> None:
+    first, second = pool.run(2, refuse, timeout_s=40)
     assert "rank 1 refused its input" in first[0] and second[0].startswith("ConfigError: input.shape=(20, 5)")
     assert first[1] == second[1] == ""
 

@@ -34,7 +34,7 @@ from tests.engine.small_model import (
 )
 from tests.engine.test_training import LOSS, WEIGHTS, Outcome, loss_distance
 from tests.moe.replica_cases import let_rows_count_alone
-from tests.ranks import run_ranks
+from tests.ranks import RankPool, run_ranks
 
 
 def copies_in_use(layers: Any) -> int:
@@ -94,12 +94,12 @@ def train_moving(jobs: Sequence[Job]) -> list[tuple[Outcome, int]]:
     return found
 
 
-def test_copies_that_move_within_windows_train_as_one_process_does() -> None:
+def test_copies_that_move_within_windows_train_as_one_process_does(pool: RankPool) -> None:
     jobs = [
         Job(stage=2, ep_size=4, accumulation=3, steps=2, replicas=1),
         Job(stage=1, ep_size=4, accumulation=3, steps=1, recomputed=True, replicas=1),
     ]
-    by_rank = run_ranks(4, train_moving, jobs, timeout_s=120)
+    by_rank = pool.run(4, train_moving, jobs, timeout_s=120)
     for index, job in enumerate(jobs):
         found = by_rank[0][index][0][0], merged([results[index][0][1] for results in by_rank])
         assert by_rank[0][index][1] == 2 * job.steps + 1, "at the start of each window, and within it"
@@ -206,8 +206,8 @@ MORE_OF_AUTOEP = [AutoEPJob(stage=0, ep_size=4, checkpointing="reentrant", score
 
 
 @pytest.mark.parametrize("jobs", [OF_AUTOEP, pytest.param(MORE_OF_AUTOEP, marks=pytest.mark.slow)])
-def test_autoeps_layers_train_alike_with_copies_of_their_experts(jobs: list[AutoEPJob]) -> None:
-    by_rank = run_ranks(4, train_autoep, jobs, {"schedule": "peers", "replicas": 1}, timeout_s=280)
+def test_autoeps_layers_train_alike_with_copies_of_their_experts(pool: RankPool, jobs: list[AutoEPJob]) -> None:
+    by_rank = pool.run(4, train_autoep, jobs, {"schedule": "peers", "replicas": 1}, timeout_s=280)
     for index, job in enumerate(jobs):
         assert by_rank[0][index][2] > 0, job
         (losses, _), (expected, _) = by_rank[0][index][:2]
@@ -232,8 +232,8 @@ def trained_then_evaluated(job: Job) -> tuple[bool, bool]:
     return losses[0] == losses[1], not names
 
 
-def test_evaluation_uses_the_copies_and_state_dicts_do_not_have_them() -> None:
-    assert run_ranks(4, trained_then_evaluated, Job(replicas=1, stage=1, steps=3)) == [(True, True)] * 4
+def test_evaluation_uses_the_copies_and_state_dicts_do_not_have_them(pool: RankPool) -> None:
+    assert pool.run(4, trained_then_evaluated, Job(replicas=1, stage=1, steps=3)) == [(True, True)] * 4
 
 
 def events_of_a_window(job: Job) -> list[str]:
@@ -266,12 +266,14 @@ def events_of_a_window(job: Job) -> list[str]:
     return log
 
 
-def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_layers_backward_pass() -> None:
+def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_layers_backward_pass(
+    pool: RankPool,
+) -> None:
     one, two = "layers.0", "layers.1"
     first = [f"begin {one}", f"begin {two}", *(f"{do} {at}" for at in (two, one) for do in ("take", "collect"))]
     last = [f"begin {one}", f"begin {two}", f"take {two}", f"Returning {two}", f"take {one}", f"Returning {one}"]
     last += [f"collect {two}", f"collect {one}", "keys_of_all at once", f"start {one}", f"start {two}"]
-    for log in run_ranks(4, events_of_a_window, Job(replicas=1, accumulation=2, steps=2)):
+    for log in pool.run(4, events_of_a_window, Job(replicas=1, accumulation=2, steps=2)):
         assert log == [*first, *last]
 
 
@@ -290,9 +292,11 @@ def resumed(folder: str, saves_with: int) -> Outcome:
 
 
 @pytest.mark.parametrize("saves_with", [1, 0])
-def test_a_checkpoint_saved_with_copies_loads_without_and_the_other_way(saves_with: int, tmp_path: Path) -> None:
+def test_a_checkpoint_saved_with_copies_loads_without_and_the_other_way(
+    pool: RankPool, saves_with: int, tmp_path: Path
+) -> None:
     expected = reference_job(Job(stage=1, accumulation=2))
-    by_rank = run_ranks(4, resumed, str(tmp_path), saves_with, timeout_s=120)
+    by_rank = pool.run(4, resumed, str(tmp_path), saves_with, timeout_s=120)
     assert distance(merged([weights for _, weights in by_rank]), expected[1]) <= WEIGHTS
     assert loss_distance((by_rank[0][0], {}), (expected[0][2:], {})) <= LOSS
 
@@ -311,8 +315,8 @@ def under_an_mpu(job: Job) -> list[tuple[Outcome, int]]:
     return found
 
 
-def test_megatrons_data_parallel_world_gives_the_same_bits_with_copies() -> None:
-    for (plain, _), (mine, copies) in run_ranks(4, under_an_mpu, Job(ep_size=2, accumulation=2, steps=2, replicas=1)):
+def test_megatrons_data_parallel_world_gives_the_same_bits_with_copies(pool: RankPool) -> None:
+    for (plain, _), (mine, copies) in pool.run(4, under_an_mpu, Job(ep_size=2, accumulation=2, steps=2, replicas=1)):
         assert copies
         assert mine[0] == plain[0]
         assert all(torch.equal(weight, mine[1][name]) for name, weight in plain[1].items())
@@ -341,12 +345,12 @@ def overflowed_jobs(jobs: Sequence[Job]) -> list[tuple[list[tuple[bool, float, i
     return [overflowed(job) for job in jobs]
 
 
-def test_fp16_skips_a_step_that_overflows_and_goes_on_in_the_same_window_of_copies() -> None:
+def test_fp16_skips_a_step_that_overflows_and_goes_on_in_the_same_window_of_copies(pool: RankPool) -> None:
     """All experts are chosen, lest rounding turns a choice over. Bound: two roundings of a weight, 2^-11 each."""
     jobs = [
         Job(stage=2, ep_size=2, top_k=NUM_EXPERTS, accumulation=2, steps=3, replicas=replicas) for replicas in (1, 0)
     ]
-    by_rank = run_ranks(4, overflowed_jobs, jobs, timeout_s=120)
+    by_rank = pool.run(4, overflowed_jobs, jobs, timeout_s=120)
     for (steps, _), (plain, _) in by_rank:
         assert [step[:2] for step in steps] == [step[:2] for step in plain]
         assert [step[0] for step in steps] == [True, False, True]

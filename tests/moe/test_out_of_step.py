@@ -23,7 +23,7 @@ from ds_moe_ep.moe.agreement import AgreedCounts
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
 from tests.comm.disturbed import caught
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 D, SIZE = 8, 3
 ODD = 1  # the rank that does something else
@@ -136,8 +136,8 @@ def all_cases(odd: int) -> list[str]:
     return errors
 
 
-def test_ranks_in_different_passes_are_told_at_once_where_all_of_them_are() -> None:
-    by_rank = run_ranks(SIZE, all_cases, ODD, timeout_s=120)
+def test_ranks_in_different_passes_are_told_at_once_where_all_of_them_are(pool: RankPool) -> None:
+    by_rank = pool.run(SIZE, all_cases, ODD, timeout_s=120)
     for number, errors in enumerate(zip(*by_rank, strict=True)):
         _, odd, others = CASES[number % len(CASES)]
         for error in errors:
@@ -145,9 +145,9 @@ def test_ranks_in_different_passes_are_told_at_once_where_all_of_them_are() -> N
             assert re.search(rf"ranks 0, 2 in {others}", error) and f"rank {ODD} in {odd}" in error, (number, error)
 
 
-def test_ranks_that_all_do_the_same_are_told_nothing() -> None:
+def test_ranks_that_all_do_the_same_are_told_nothing(pool: RankPool) -> None:
     """The control of the test above: nobody is odd."""
-    assert run_ranks(SIZE, all_cases, -1, timeout_s=120) == [[""] * (len(WAYS) * len(CASES))] * SIZE
+    assert pool.run(SIZE, all_cases, -1, timeout_s=120) == [[""] * (len(WAYS) * len(CASES))] * SIZE
 
 
 def wait_in_a_barrier() -> tuple[str, float]:
@@ -170,8 +170,8 @@ def meets_nobody() -> list[tuple[str, float]]:
     return seen
 
 
-def test_a_rank_that_waits_elsewhere_is_named_with_its_call_within_the_limit() -> None:
-    by_rank = run_ranks(SIZE, meets_nobody, timeout_s=60)
+def test_a_rank_that_waits_elsewhere_is_named_with_its_call_within_the_limit(pool: RankPool) -> None:
+    by_rank = pool.run(SIZE, meets_nobody, timeout_s=60)
     for rank in (0, 2):
         for (error, took_s), where in zip(by_rank[rank], ("layers.1: forward", "layers.0: backward"), strict=True):
             assert error.startswith(f"PeerError: {where} exchange of counts: "), error
@@ -258,8 +258,8 @@ def differences() -> list[tuple[bool, float, int]]:
     return found
 
 
-def test_where_some_ranks_experts_train_all_go_backward_with_one_devices_gradients() -> None:
-    by_rank = run_ranks(2, differences, timeout_s=60)
+def test_where_some_ranks_experts_train_all_go_backward_with_one_devices_gradients(pool: RankPool) -> None:
+    by_rank = pool.run(2, differences, timeout_s=60)
     for rank, cases in enumerate(by_rank):
         for number, (requires_grad, far, _) in enumerate(cases):
             assert requires_grad, (rank, number)
@@ -291,9 +291,9 @@ def alone_with_its_needs() -> Iterator[None]:
         yield
 
 
-def test_where_nothing_trains_no_rank_goes_backward_and_without_the_agreement_a_peer_does_not() -> None:
+def test_where_nothing_trains_no_rank_goes_backward_and_without_the_agreement_a_peer_does_not(pool: RankPool) -> None:
     """The control of the test above."""
-    assert run_ranks(2, nobody_trains, timeout_s=60) == [[False, True], [False, False]]
+    assert pool.run(2, nobody_trains, timeout_s=60) == [[False, True], [False, False]]
 
 
 def rows_of_many_experts(num_experts: int) -> Any:
@@ -307,8 +307,8 @@ def rows_of_many_experts(num_experts: int) -> Any:
     return y.shape, bad, caught(layer, torch.ones(3, D))
 
 
-def test_counts_of_more_experts_than_one_exchange_holds_follow_in_another() -> None:
-    first, second = run_ranks(2, rows_of_many_experts, 300)
+def test_counts_of_more_experts_than_one_exchange_holds_follow_in_another(pool: RankPool) -> None:
+    first, second = pool.run(2, rows_of_many_experts, 300)
     assert first[0] == second[0] == (50, D)
     assert "rank 1 refused its input" in first[1] and second[1].startswith("ConfigError")
     assert first[2] == second[2] == ""

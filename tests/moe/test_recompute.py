@@ -22,7 +22,7 @@ from ds_moe_ep.moe.split_experts import ActiveRows
 from tests.moe.layer_cases import CaseData, D, LayerCase, LayerResult, OddExpert, case_data
 from tests.moe.layer_runs import Links, build_layer, config, forward_backward, gather_result, run_case, torus_for
 from tests.moe.test_schedules import differences
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 ALL = {
     (kind, name): LayerCase(
@@ -69,8 +69,8 @@ def checkpointed(case: LayerCase, links: Links) -> list[str]:
     return wrong
 
 
-def test_recomputed_layers_give_the_same_bits() -> None:
-    assert run_ranks(4, for_each_case, checkpointed, timeout_s=120) == [[]] * 4
+def test_recomputed_layers_give_the_same_bits(pool: RankPool) -> None:
+    assert pool.run(4, for_each_case, checkpointed, timeout_s=120) == [[]] * 4
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -121,8 +121,8 @@ def without_gradients(case: LayerCase, links: Links) -> list[str]:
     return wrong
 
 
-def test_no_grad_inference_and_eval_give_the_output_of_training() -> None:
-    assert run_ranks(4, for_each_case, without_gradients, timeout_s=120) == [[]] * 4
+def test_no_grad_inference_and_eval_give_the_output_of_training(pool: RankPool) -> None:
+    assert pool.run(4, for_each_case, without_gradients, timeout_s=120) == [[]] * 4
 
 
 def accumulated(case: LayerCase, links: Links) -> list[str]:
@@ -152,8 +152,8 @@ def accumulated(case: LayerCase, links: Links) -> list[str]:
     return wrong
 
 
-def test_two_passes_in_flight_accumulate_their_gradients() -> None:
-    assert run_ranks(4, for_each_case, accumulated, timeout_s=120) == [[]] * 4
+def test_two_passes_in_flight_accumulate_their_gradients(pool: RankPool) -> None:
+    assert pool.run(4, for_each_case, accumulated, timeout_s=120) == [[]] * 4
 
 
 def stack_gradients(case: LayerCase, links: Links, recompute: bool) -> list[Tensor]:
@@ -184,8 +184,8 @@ def layers_in_flight(case: LayerCase, links: Links) -> list[str]:
     return wrong
 
 
-def test_several_layers_in_flight_equal_the_serial_ones() -> None:
-    assert run_ranks(4, for_each_case, layers_in_flight, timeout_s=120) == [[]] * 4
+def test_several_layers_in_flight_equal_the_serial_ones(pool: RankPool) -> None:
+    assert pool.run(4, for_each_case, layers_in_flight, timeout_s=120) == [[]] * 4
 
 
 def partly_frozen(case: LayerCase, links: Links) -> list[str]:
@@ -217,8 +217,8 @@ def partly_frozen(case: LayerCase, links: Links) -> list[str]:
     return wrong
 
 
-def test_frozen_parts_leave_the_others_gradients_alone() -> None:
-    assert run_ranks(4, for_each_case, partly_frozen, timeout_s=120) == [[]] * 4
+def test_frozen_parts_leave_the_others_gradients_alone(pool: RankPool) -> None:
+    assert pool.run(4, for_each_case, partly_frozen, timeout_s=120) == [[]] * 4
 
 
 def backward_twice(case: LayerCase, links: Links) -> list[str]:
@@ -234,8 +234,8 @@ def backward_twice(case: LayerCase, links: Links) -> list[str]:
     return [f"tensor {i}" for i, (a, b) in enumerate(zip(first, second, strict=True)) if not torch.equal(2 * a, b)]
 
 
-def test_a_retained_graph_can_go_backward_twice() -> None:
-    assert run_ranks(4, for_each_case, backward_twice, timeout_s=60) == [[]] * 4
+def test_a_retained_graph_can_go_backward_twice(pool: RankPool) -> None:
+    assert pool.run(4, for_each_case, backward_twice, timeout_s=60) == [[]] * 4
 
 
 def hooks_fire_once(case: LayerCase, links: Links) -> list[str]:
@@ -249,8 +249,8 @@ def hooks_fire_once(case: LayerCase, links: Links) -> list[str]:
     return [f"{name}: {fired.get(name, 0)} times" for name, _ in layer.named_parameters() if fired.get(name, 0) != 1]
 
 
-def test_each_parameters_gradient_hook_fires_once_even_without_rows() -> None:
-    assert run_ranks(4, for_each_case, hooks_fire_once, timeout_s=60) == [[]] * 4
+def test_each_parameters_gradient_hook_fires_once_even_without_rows(pool: RankPool) -> None:
+    assert pool.run(4, for_each_case, hooks_fire_once, timeout_s=60) == [[]] * 4
 
 
 def for_the_rest() -> list[str]:
@@ -260,8 +260,8 @@ def for_the_rest() -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_other_pairs_of_experts_and_routing_do_all_of_this() -> None:
-    assert run_ranks(4, for_the_rest, timeout_s=240) == [[]] * 4
+def test_the_other_pairs_of_experts_and_routing_do_all_of_this(pool: RankPool) -> None:
+    assert pool.run(4, for_the_rest, timeout_s=240) == [[]] * 4
 
 
 def live_bytes() -> int:

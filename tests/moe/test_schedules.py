@@ -20,7 +20,7 @@ from ds_moe_ep.config.knobs import MoEConfig
 from tests.moe.faulty_transports import Counting, Delayed
 from tests.moe.layer_cases import LayerCase, LayerResult, case_data, errors, reference_results
 from tests.moe.layer_runs import Links, build_layer, config, forward_backward, run_case, torus_for
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 SHAPES: list[dict[str, object]] = [
     {"schedule": "chunks", "chunks": 1},
@@ -140,18 +140,18 @@ def values_of(variants: Sequence[dict[str, object]]) -> set[tuple[str, object]]:
     return {item for variant in variants for item in variant.items()}
 
 
-def test_every_schedule_equals_serial_bit_for_bit() -> None:
+def test_every_schedule_equals_serial_bit_for_bit(pool: RankPool) -> None:
     """Each case takes every seventh variant, which has every shape, transport and depth, from another one on: all of
     them together take every variant."""
     cases = [(case, VARIANTS[i % 7 :: 7]) for i, case in enumerate(base_cases())]
     assert all(values_of(variants) == values_of(VARIANTS) for _, variants in cases)
     assert all(any(variant in variants for _, variants in cases) for variant in VARIANTS)
-    assert run_ranks(4, compare_with_serial, cases, timeout_s=240) == [[]] * 4
+    assert pool.run(4, compare_with_serial, cases, timeout_s=240) == [[]] * 4
 
 
 @pytest.mark.slow
-def test_every_schedule_of_one_case_equals_serial_bit_for_bit() -> None:
-    assert run_ranks(4, compare_with_serial, [(base_cases()[1], VARIANTS)], timeout_s=240) == [[]] * 4
+def test_every_schedule_of_one_case_equals_serial_bit_for_bit(pool: RankPool) -> None:
+    assert pool.run(4, compare_with_serial, [(base_cases()[1], VARIANTS)], timeout_s=240) == [[]] * 4
 
 
 def compare_delayed(cases: Sequence[LayerCase], seeds: Sequence[int]) -> list[str]:
@@ -169,7 +169,7 @@ def compare_delayed(cases: Sequence[LayerCase], seeds: Sequence[int]) -> list[st
 
 
 @pytest.mark.parametrize("are_all", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_random_delays_of_every_peer_change_no_bit(are_all: bool) -> None:
+def test_random_delays_of_every_peer_change_no_bit(pool: RankPool, are_all: bool) -> None:
     """All, or half of all combinations, in which every two values of two knobs meet."""
     combinations = itertools.product(range(3), ("chunks", "peers"), ("auto", "pairwise", "collective"), (1, 3))
     cases = [
@@ -177,7 +177,7 @@ def test_random_delays_of_every_peer_change_no_bit(are_all: bool) -> None:
         for base, schedule, transport, depth in combinations
         if are_all or (base + (schedule == "peers") + (depth == 3)) % 2
     ]
-    assert run_ranks(4, compare_delayed, cases, (1, 2) if are_all else (1,), timeout_s=240) == [[]] * 4
+    assert pool.run(4, compare_delayed, cases, (1, 2) if are_all else (1,), timeout_s=240) == [[]] * 4
 
 
 EDGE_VARIANTS = [
@@ -188,10 +188,10 @@ EDGE_VARIANTS = [
 
 
 @pytest.mark.parametrize("num_variants", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_edge_routing_equals_serial_bit_for_bit(num_variants: int) -> None:
+def test_edge_routing_equals_serial_bit_for_bit(pool: RankPool, num_variants: int) -> None:
     """Each case with two of the three variants in turn, or with all of them."""
     cases = [(case, [EDGE_VARIANTS[(i + j) % 3] for j in range(num_variants)]) for i, case in enumerate(edge_cases())]
-    assert run_ranks(4, compare_with_serial, cases, timeout_s=240) == [[]] * 4
+    assert pool.run(4, compare_with_serial, cases, timeout_s=240) == [[]] * 4
 
 
 def run_variants(cases: Sequence[LayerCase]) -> list[LayerResult]:
@@ -199,9 +199,9 @@ def run_variants(cases: Sequence[LayerCase]) -> list[LayerResult]:
     return [run_case(case, links.of(case)) for case in cases]
 
 
-def test_edge_routing_equals_the_reference() -> None:
+def test_edge_routing_equals_the_reference(pool: RankPool) -> None:
     cases = [case.with_config(**EDGE_VARIANTS[1]) for case in edge_cases()]
-    by_rank = run_ranks(4, run_variants, cases, timeout_s=240)
+    by_rank = pool.run(4, run_variants, cases, timeout_s=240)
     assert all(results[0].exp_counts == [0, 0, 0, 20] for results in by_rank), "every row to one expert"
     for index, case in enumerate(cases):
         found, expected = [results[index] for results in by_rank], reference_results(case)
@@ -209,9 +209,9 @@ def test_edge_routing_equals_the_reference() -> None:
         assert [r.exp_counts for r in found] == [r.exp_counts for r in expected], case.name
 
 
-def test_unequal_numbers_of_tokens_with_a_capacity_are_refused_on_every_rank() -> None:
+def test_unequal_numbers_of_tokens_with_a_capacity_are_refused_on_every_rank(pool: RankPool) -> None:
     case = LayerCase(name="unequal", config=config(ep_size=2, capacity_factor=1.0), rows=(16, 64))
-    assert run_ranks(2, refused, case, timeout_s=30) == ["EngineError"] * 2
+    assert pool.run(2, refused, case, timeout_s=30) == ["EngineError"] * 2
 
 
 def refused(case: LayerCase) -> str:
@@ -237,9 +237,9 @@ def with_nan_row(case: LayerCase) -> tuple[LayerResult, LayerResult]:
 
 
 @pytest.mark.parametrize("knobs", EDGE_VARIANTS)
-def test_a_nan_row_stays_in_its_own_row(knobs: dict[str, object]) -> None:
+def test_a_nan_row_stays_in_its_own_row(pool: RankPool, knobs: dict[str, object]) -> None:
     base = LayerCase(name="nan", config=config(ep_size=4, top_k=2, aux_loss_weight=0.0), rows=(20,) * 4)
-    for rank, (clean, nan) in enumerate(run_ranks(4, with_nan_row, base.with_config(**knobs))):
+    for rank, (clean, nan) in enumerate(pool.run(4, with_nan_row, base.with_config(**knobs))):
         expected_y, expected_dx = clean.output.clone(), clean.input_grad.clone()
         if rank == 1:
             assert nan.output[3].isnan().all()
@@ -255,10 +255,10 @@ def count_transfers(case: LayerCase) -> tuple[list[tuple[str, int]], int]:
     return transport.started, transport.num_waits
 
 
-def test_each_transfer_is_waited_for_once_and_every_rank_starts_the_same_ones() -> None:
+def test_each_transfer_is_waited_for_once_and_every_rank_starts_the_same_ones(pool: RankPool) -> None:
     base = base_cases()[1]
     for knobs in ({"schedule": "chunks"}, {"schedule": "peers", "row_cuts": 3}):
-        results = run_ranks(4, count_transfers, base.with_config(**knobs))
+        results = pool.run(4, count_transfers, base.with_config(**knobs))
         assert all(len(started) == waits for started, waits in results)
         lanes = [sorted(lane for lane, _ in started) for started, _ in results]  # each lane has its own order
         assert all(lanes[0] == other for other in lanes)
@@ -274,7 +274,7 @@ def compare_wrong_data(case: LayerCase) -> list[str]:
     return differences(forward_backward(layer, case, data), expected)
 
 
-def test_the_comparison_sees_one_changed_bit() -> None:
-    by_rank = run_ranks(4, compare_wrong_data, base_cases()[0])
+def test_the_comparison_sees_one_changed_bit(pool: RankPool) -> None:
+    by_rank = pool.run(4, compare_wrong_data, base_cases()[0])
     assert "y" in by_rank[0]
     assert any(name.endswith("fc1.weight") for names in by_rank for name in names)

@@ -18,7 +18,7 @@ import pytest
 
 from tests.parallel.outcomes import Outcome, furthest, loss_distance, norm_distance
 from tests.parallel.training_runs import Run, by_experts, by_pipeline, on_one_device
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, RankPool, run_ranks
 
 GRADIENT, LOSS, NORM = 2e-6, 5e-7, 5e-7
 BF16_GRADIENT, BF16_LOSS = 0.04, 1e-3
@@ -225,10 +225,10 @@ SHARED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", SHARED, ids=["PP2 x EP8", "TP2 x EP8", "PP2 x TP2 x EP4"])
-def test_sixteen_ranks_in_layouts_that_share_experts_train_as_one_device(run: Run) -> None:
+def test_sixteen_ranks_in_layouts_that_share_experts_train_as_one_device(pool: RankPool, run: Run) -> None:
     """Gradients of one step, and the curve of three."""
     runs = [run, replace(run, steps=3)]
-    by_rank = run_ranks(16, by_pipeline, runs, timeout_s=280)
+    by_rank = pool.run(16, by_pipeline, runs, timeout_s=280)
     for index, each in enumerate(runs):
         assert_equal([outcomes[index] for outcomes in by_rank], each)
 

@@ -26,7 +26,7 @@ from ds_moe_ep.verification.command import run, run_rank
 from ds_moe_ep.verification.options import VerifyOptions
 from ds_moe_ep.verification.verdicts import EngineReport, TrainingVerdict
 from tests.policy.sources import PACKAGE
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 from tests.verification.converted import sourced
 from tests.verification.engines import BIAS, LAYOUTS, MORE_ZERO_3, OF_EACH_MAKER, ZERO_3, Layout, OwnJob
 from tests.verification.layout_mutants import LAYOUT_MUTANTS, OF_OFFLOAD, OF_ZERO_3, TOGETHER
@@ -242,10 +242,12 @@ def check_shadow(found: dict[str, Any]) -> None:
     assert f"verify_every: {number(found['ms'], 2)} ms in step 4" in found["meter"]
 
 
-def test_each_planted_fault_is_named_and_a_sound_engine_has_none_and_is_what_it_was(tmp_path: Path) -> None:
+def test_each_planted_fault_is_named_and_a_sound_engine_has_none_and_is_what_it_was(
+    pool: RankPool, tmp_path: Path
+) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    by_rank = run_ranks(4, all_of_it, str(script), timeout_s=300)
+    by_rank = pool.run(4, all_of_it, str(script), timeout_s=300)
     layouts = [*OF_EACH_MAKER, *OF_EACH_LAYOUT]
     for theirs in by_rank:
         assert [each.sound for each in theirs[0]] == [each.sound for each in by_rank[0][0]], "ranks' reports differ"
@@ -284,20 +286,20 @@ def check_sources(found: dict[str, list[str]]) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_in_the_middle_ends_all_ranks_and_their_state_is_put_back() -> None:
-    by_rank = run_ranks(4, failing, timeout_s=100)
+def test_a_rank_that_fails_in_the_middle_ends_all_ranks_and_their_state_is_put_back(pool: RankPool) -> None:
+    by_rank = pool.run(4, failing, timeout_s=100)
     assert "ValueError: rank 1 cannot read its batch" in by_rank[1][0]
     assert all("PeerError" in by_rank[rank][0] and "rank 1" in by_rank[rank][0] for rank in (0, 2, 3)), by_rank
     assert all(changed == [] for _, changed in by_rank)
 
 
 @pytest.mark.slow
-def test_a_sound_engine_of_each_layout_has_no_finding_and_is_what_it_was() -> None:
+def test_a_sound_engine_of_each_layout_has_no_finding_and_is_what_it_was(pool: RankPool) -> None:
     worlds: dict[tuple[int, bool], list[Any]] = {}  # DeepSpeed's groups, and their sizes, are a process's
     for layout in LAYOUTS:
         worlds.setdefault((layout.job.ep_size, getattr(layout.job, "interleaved", False)), []).append(layout)
     for layouts in worlds.values():
-        for theirs in run_ranks(4, examined, layouts, timeout_s=400):
+        for theirs in pool.run(4, examined, layouts, timeout_s=400):
             for layout, found in zip(layouts, theirs, strict=True):
                 check_sound(layout, found)
 
@@ -318,14 +320,14 @@ EVERY_MUTANT = [mutant for mutants in SINGLE_FAULTS.values() for mutant in mutan
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [ZERO_3, *MORE_ZERO_3], ids=lambda layout: layout.name)
-def test_a_sound_engine_under_zero_3_has_no_finding_and_is_what_it_was(layout: Layout) -> None:
-    for theirs in run_ranks(4, examined, [layout], timeout_s=200):
+def test_a_sound_engine_under_zero_3_has_no_finding_and_is_what_it_was(pool: RankPool, layout: Layout) -> None:
+    for theirs in pool.run(4, examined, [layout], timeout_s=200):
         check_sound(layout, theirs[0])
 
 
 @pytest.mark.slow
-def test_more_sound_engines_beside_other_ranks_have_no_finding() -> None:
-    for theirs in run_ranks(4, more_examined, timeout_s=400):
+def test_more_sound_engines_beside_other_ranks_have_no_finding(pool: RankPool) -> None:
+    for theirs in pool.run(4, more_examined, timeout_s=400):
         for layout, found in zip([*MORE_OF_LAYOUTS, AUTOEP_BIAS, AUTOEP_ROUTED], theirs, strict=True):
             check_sound(layout, found)
 
@@ -333,22 +335,22 @@ def test_more_sound_engines_beside_other_ranks_have_no_finding() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a dozen verifications, on busy machines too
 @pytest.mark.parametrize("name", SINGLE_FAULTS)
-def test_each_fault_alone_is_named(name: str) -> None:
-    found = run_ranks(4, each_alone, name, timeout_s=800)[0]
+def test_each_fault_alone_is_named(pool: RankPool, name: str) -> None:
+    found = pool.run(4, each_alone, name, timeout_s=800)[0]
     assert unnamed(by_layout(SINGLE_FAULTS[name]), found) == []
 
 
 @pytest.mark.slow
-def test_the_shadow_finds_nothing_in_sound_layers_of_each_maker() -> None:
+def test_the_shadow_finds_nothing_in_sound_layers_of_each_maker(pool: RankPool) -> None:
     layouts = [SHADOWED, *(layout for layout in LAYOUTS if layout.hooks)]
-    for found in run_ranks(4, all_sound, layouts, timeout_s=200):
+    for found in pool.run(4, all_sound, layouts, timeout_s=200):
         assert [checks for checks, _ in found] == [layout.job.steps for layout in layouts]
         assert [findings for _, findings in found] == [[] for _ in layouts]
 
 
 @pytest.mark.slow
-def test_a_drift_is_told_with_its_layer_and_rank_in_each_layout() -> None:
-    by_rank = run_ranks(4, all_shadowed, timeout_s=400)
+def test_a_drift_is_told_with_its_layer_and_rank_in_each_layout(pool: RankPool) -> None:
+    by_rank = pool.run(4, all_shadowed, timeout_s=400)
     for name, found in by_rank[0].items():
         check_drift(name, found)
         assert all(theirs[name]["found"] == found["found"] for theirs in by_rank), name

@@ -23,7 +23,7 @@ from torch import Tensor
 from ds_moe_ep.engine.checkpoint.convert.read import SAVING
 from tests.engine.checkpoint.disks import mounted
 from tests.engine.small_model import Job, batches, distance, make_engine, merged, named_weights, train_steps
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, RankPool, run_ranks
 
 JOB = Job(ep_size=4, stage=1)
 PLAIN = replace(JOB, door="deepspeed")
@@ -91,10 +91,10 @@ def save_on_a_full_disk(job: Job, folder: str, rank: int, number: int) -> tuple[
     [(0, 2, 1), (1, 3, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0, 2), (2, 1, 0)))],
 )
 def test_a_full_disk_on_one_rank_is_told_by_all_and_the_last_checkpoint_of_the_tag_stays(
-    stage: int, rank: int, number: int, tmp_path: pathlib.Path
+    pool: RankPool, stage: int, rank: int, number: int, tmp_path: pathlib.Path
 ) -> None:
     """Within 5 s on tiny files; the next save, with room again, succeeds."""
-    results = run_ranks(4, save_on_a_full_disk, replace(JOB, stage=stage), str(tmp_path), rank, number, timeout_s=60)
+    results = pool.run(4, save_on_a_full_disk, replace(JOB, stage=stage), str(tmp_path), rank, number, timeout_s=60)
     for error, seconds, left, kept, again, trained in results:
         assert error.startswith(f"EngineError: {tmp_path}/kept: not saved, rank {rank} failed: {tmp_path}/kept{SAVING}")
         assert "_states.pt: File too large (RuntimeError: " in error
@@ -185,9 +185,10 @@ def fill_the_disk(folder: str) -> list[str]:
 
 
 def test_a_disk_that_runs_full_gives_its_space_back_and_one_without_room_is_refused_first(
+    pool: RankPool,
     small_disk: pathlib.Path,
 ) -> None:
-    for full, fits, too_much, *left in run_ranks(4, fill_the_disk, str(small_disk), timeout_s=60):
+    for full, fits, too_much, *left in pool.run(4, fill_the_disk, str(small_disk), timeout_s=60):
         assert f"{small_disk}/first: not saved, rank" in full
         assert f"{small_disk}/first{SAVING}/" in full
         assert "No space left on device (RuntimeError: " in full
@@ -216,9 +217,10 @@ def ask_for_odd_saves(folder: str) -> tuple[list[str], list[str]]:
 
 
 def test_ranks_that_disagree_or_fail_alone_all_raise_and_deepspeeds_arguments_keep_their_meaning(
+    pool: RankPool,
     tmp_path: pathlib.Path,
 ) -> None:
-    for errors, names in run_ranks(4, ask_for_odd_saves, str(tmp_path), timeout_s=60):
+    for errors, names in pool.run(4, ask_for_odd_saves, str(tmp_path), timeout_s=60):
         odd, reserved, nowhere = errors
         assert f"rank 2 saves {tmp_path}/odd, rank 0 {tmp_path}/even: give all the same tag" in odd
         assert "rank 0 failed: KeyError: " in reserved
@@ -234,12 +236,14 @@ def save_both_ways(folder: str) -> None:
         engine.save_checkpoint(f"{folder}/{job.door}", tag="two")
 
 
-def test_files_are_those_of_deepspeeds_own_save_and_its_own_engine_loads_them(tmp_path: pathlib.Path) -> None:
-    run_ranks(4, save_both_ways, str(tmp_path), timeout_s=60)
+def test_files_are_those_of_deepspeeds_own_save_and_its_own_engine_loads_them(
+    pool: RankPool, tmp_path: pathlib.Path
+) -> None:
+    pool.run(4, save_both_ways, str(tmp_path), timeout_s=60)
     ours, plain = tmp_path / JOB.door, tmp_path / PLAIN.door
     assert files_below(ours) == files_below(plain)
-    (loaded, losses), *_ = run_ranks(4, resume, PLAIN, str(ours), timeout_s=60)
-    (expected, expected_losses), *_ = run_ranks(4, resume, JOB, str(plain), timeout_s=60)
+    (loaded, losses), *_ = pool.run(4, resume, PLAIN, str(ours), timeout_s=60)
+    (expected, expected_losses), *_ = pool.run(4, resume, JOB, str(plain), timeout_s=60)
     assert distance(loaded, expected) == 0.0
     assert losses == expected_losses
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ds_moe_ep.engine.extensions.measurement import Measurement, events, table
 from ds_moe_ep.engine.extensions.overlap_meter import MEASUREMENTS_PER_CONTROL, role_of
 from ds_moe_ep.schedule.spans import Overlap, Tags
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 WORLD = 4
 PEERS = ("near", "node +1")  # two nodes of two ranks
@@ -106,8 +106,8 @@ def all_parts() -> set[Tags]:
     return parts | {Tags(layer) for layer in layers} | {Tags()}
 
 
-def test_long_compute_hides_most_and_its_blocking_control_hides_nothing() -> None:
-    results = run_ranks(WORLD, measured_job, {"seconds": SLOW_S, "meter_every": 2}, 2)
+def test_long_compute_hides_most_and_its_blocking_control_hides_nothing(pool: RankPool) -> None:
+    results = pool.run(WORLD, measured_job, {"seconds": SLOW_S, "meter_every": 2}, 2)
     last, control, _, report = results[0]
     assert all(result[0] == last and result[1] == control for result in results), "sums are the same on all ranks"
     assert (last.step, control.step, last.num_ranks) == (2, 1, WORLD)
@@ -136,22 +136,22 @@ def check_sums(last: Measurement) -> None:
     assert sum(lane.total_us for lane in last.lanes.values()) >= last.total_us - 1e-6
 
 
-def test_ranks_without_rows_list_the_same_parts() -> None:
+def test_ranks_without_rows_list_the_same_parts(pool: RankPool) -> None:
     """Every token goes to expert 0: ranks 1 to 3 receive nothing, and send to rank 0 alone."""
-    for last, control, own_keys, _ in run_ranks(WORLD, measured_job, {"one_expert": True, "meter_every": 2}, 2):
+    for last, control, own_keys, _ in pool.run(WORLD, measured_job, {"one_expert": True, "meter_every": 2}, 2):
         assert set(last.parts) == set(control.parts) == all_parts()
         assert own_keys == {key for key in all_parts() if key.peers}
         assert control.hidden_percent == 0
 
 
-def test_depth_0_measures_what_its_control_does() -> None:
-    for last, control, _, _ in run_ranks(WORLD, measured_job, {"seconds": 0.002, "depth": 0, "meter_every": 2}, 2):
+def test_depth_0_measures_what_its_control_does(pool: RankPool) -> None:
+    for last, control, _, _ in pool.run(WORLD, measured_job, {"seconds": 0.002, "depth": 0, "meter_every": 2}, 2):
         assert last.hidden_percent == control.hidden_percent == 0
         assert last.exposed_us == last.total_us > 0
 
 
-def test_layers_of_one_rank_have_no_communication() -> None:
-    for last, control, own_keys, report in run_ranks(2, measured_job, {"ep_size": 1, "meter_every": 1}, 2):
+def test_layers_of_one_rank_have_no_communication(pool: RankPool) -> None:
+    for last, control, own_keys, report in pool.run(2, measured_job, {"ep_size": 1, "meter_every": 1}, 2):
         assert set(last.parts) == {Tags("", "forward"), Tags("", "backward"), Tags()} and own_keys == set()
         assert last.hidden_percent is control.hidden_percent is None
         assert "n/a" in report
@@ -171,9 +171,9 @@ def steps_job() -> tuple[Any, ...]:
     return states, losses, train(off, 7), hasattr(off, "moe_ep_meter"), all(isinstance(r, Off) for r in kept)
 
 
-def test_only_the_measured_step_and_its_control_record_and_no_step_changes_the_training() -> None:
+def test_only_the_measured_step_and_its_control_record_and_no_step_changes_the_training(pool: RankPool) -> None:
     plain, control, measured = (True, False), (False, True), (False, False)
-    for states, losses, losses_when_off, has_meter, is_off in run_ranks(WORLD, steps_job):
+    for states, losses, losses_when_off, has_meter, is_off in pool.run(WORLD, steps_job):
         assert states == [[s, s] for s in (plain, control, measured, plain, plain, measured, plain)]
         assert losses == losses_when_off, "bit for bit"
         assert not has_meter and is_off
@@ -208,8 +208,8 @@ def rows_of(path: Path) -> list[tuple[int, float]]:
         return [(int(row[0]), float(row[1])) for row in csv.reader(file) if row[0].isdigit()]
 
 
-def test_each_measured_step_goes_to_the_engines_monitor(tmp_path: Path) -> None:
-    last, control = run_ranks(WORLD, monitor_job, str(tmp_path))[0]
+def test_each_measured_step_goes_to_the_engines_monitor(pool: RankPool, tmp_path: Path) -> None:
+    last, control = pool.run(WORLD, monitor_job, str(tmp_path))[0]
     folder, samples_a_step = tmp_path / "job", 8 * 2 * WORLD
     names = {path.stem.removeprefix("Train_moe_ep_") for path in folder.glob("Train_moe_ep_*.csv")}
     kinds = ("exposed_ms", "hidden_ms", "total_ms", "hidden_percent", "hidden_percent_blocking_control")
@@ -239,9 +239,9 @@ def trace_job(path: str) -> str:
     return early
 
 
-def test_the_trace_has_every_op_of_all_ranks(tmp_path: Path) -> None:
+def test_the_trace_has_every_op_of_all_ranks(pool: RankPool, tmp_path: Path) -> None:
     path = tmp_path / "made" / "out.json"
-    for early in run_ranks(WORLD, trace_job, str(path)):
+    for early in pool.run(WORLD, trace_job, str(path)):
         assert "moe_ep.meter_every=2: no step was measured" in early
     trace_events = json.loads(path.read_text())["traceEvents"]
     spans = [event for event in trace_events if event["ph"] == "X"]

@@ -22,7 +22,7 @@ from tests.engine.hooks import autoep_models
 from tests.engine.hooks.autoep_models import AutoEPJob, autoep_layers, make_engine, named_weights, train_steps
 from tests.engine.hooks.hooked_layers import KNOBS, hooked, rank, same_state, state_of
 from tests.engine.small_model import distance, merged
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 WEIGHTS, LOSS = 2e-6, 1e-6
 ROUNDED_WEIGHTS, ROUNDED_LOSS = 1e-2, 5e-3  # in bf16
@@ -69,9 +69,9 @@ MORE = (0, 4)  # jobs whose settings others have too
 
 
 @pytest.mark.parametrize("is_rest", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_training_through_the_hooks_is_the_training_without_them(is_rest: bool) -> None:
+def test_training_through_the_hooks_is_the_training_without_them(pool: RankPool, is_rest: bool) -> None:
     table = [job for index, job in enumerate(jobs()) if (index in MORE) == is_rest]
-    by_rank = run_ranks(4, train_both, table, timeout_s=280)
+    by_rank = pool.run(4, train_both, table, timeout_s=280)
     for index, job in enumerate(table):
         mine, plain = ([results[index][side] for results in by_rank] for side in (0, 1))
         assert mine[0][0] == pytest.approx(plain[0][0], rel=LOSS), job
@@ -82,26 +82,26 @@ ROUNDED = [AutoEPJob(steps=2, bf16=True, top_k=8, stage=stage, ep_size=2 + stage
 
 
 @pytest.mark.slow
-def test_in_bf16_training_through_the_hooks_is_that_without_them_up_to_a_few_roundings() -> None:
+def test_in_bf16_training_through_the_hooks_is_that_without_them_up_to_a_few_roundings(pool: RankPool) -> None:
     """All experts are chosen, since a choice that rounding turns over would be another training."""
-    by_rank = run_ranks(4, train_both, ROUNDED, timeout_s=280)
+    by_rank = pool.run(4, train_both, ROUNDED, timeout_s=280)
     for index, job in enumerate(ROUNDED):
         mine, plain = ([results[index][side] for results in by_rank] for side in (0, 1))
         assert mine[0][0] == pytest.approx(plain[0][0], rel=ROUNDED_LOSS), job
         assert distance(merged([w for _, w in mine]), merged([w for _, w in plain])) <= ROUNDED_WEIGHTS, job
 
 
-def test_clamped_experts_are_not_those_of_the_family() -> None:
+def test_clamped_experts_are_not_those_of_the_family(pool: RankPool) -> None:
     """The control for the activation of gpt-oss."""
     clamped, plain = (AutoEPJob(world_size=2, ep_size=2, activation=kind, steps=1) for kind in ("swiglu_oai", ""))
-    for (mine, _), (_, theirs) in run_ranks(2, train_both, [clamped, plain]):
+    for (mine, _), (_, theirs) in pool.run(2, train_both, [clamped, plain]):
         assert abs(mine[0][0] - theirs[0][0]) > 100 * LOSS * theirs[0][0]
 
 
-def test_weights_on_the_rows_are_not_weights_on_the_results() -> None:
+def test_weights_on_the_rows_are_not_weights_on_the_results(pool: RankPool) -> None:
     """The control for score_apply="pre": experts are not linear."""
     pre, post = (AutoEPJob(world_size=2, ep_size=2, score_apply=kind, steps=1) for kind in ("pre", "post"))
-    for (mine, _), (_, plain) in run_ranks(2, train_both, [pre, post]):
+    for (mine, _), (_, plain) in pool.run(2, train_both, [pre, post]):
         assert abs(mine[0][0] - plain[0][0]) > 100 * LOSS * plain[0][0]
 
 
@@ -115,8 +115,8 @@ def train_perturbed(job: AutoEPJob) -> tuple[list[float], list[float]]:
         return train_steps(engine, job), autoep_models.run_job(job)[0]
 
 
-def test_a_perturbed_remote_expert_is_seen_through_the_hooks() -> None:
-    for mine, plain in run_ranks(4, train_perturbed, AutoEPJob(steps=1)):
+def test_a_perturbed_remote_expert_is_seen_through_the_hooks(pool: RankPool) -> None:
+    for mine, plain in pool.run(4, train_perturbed, AutoEPJob(steps=1)):
         assert abs(mine[0] - plain[0]) > 100 * LOSS * plain[0]
 
 
@@ -144,9 +144,9 @@ def each_removed(table: Sequence[AutoEPJob]) -> list[tuple[list[str], bool, bool
     return [removed(job) for job in table]
 
 
-def test_removed_hooks_leave_nothing_behind() -> None:
+def test_removed_hooks_leave_nothing_behind(pool: RankPool) -> None:
     table = [AutoEPJob(world_size=2, ep_size=2), AutoEPJob(world_size=2, ep_size=2, stage=3)]
-    assert run_ranks(2, each_removed, table) == [[([], True, True)] * 2] * 2
+    assert pool.run(2, each_removed, table) == [[([], True, True)] * 2] * 2
 
 
 def resumed(folder: str, stage: int, saves_hooked: bool) -> Outcome:
@@ -163,10 +163,10 @@ def resumed(folder: str, stage: int, saves_hooked: bool) -> Outcome:
         return losses, named_weights(second, job)
 
 
-def test_checkpoints_go_from_hooked_to_plain_engines_and_back(tmp_path: pathlib.Path) -> None:
+def test_checkpoints_go_from_hooked_to_plain_engines_and_back(pool: RankPool, tmp_path: pathlib.Path) -> None:
     for stage in (0, 2):
         there, back = (
-            run_ranks(2, resumed, str(tmp_path / f"{stage}{saves_hooked}"), stage, saves_hooked)
+            pool.run(2, resumed, str(tmp_path / f"{stage}{saves_hooked}"), stage, saves_hooked)
             for saves_hooked in (True, False)
         )
         assert there[0][0] == pytest.approx(back[0][0], rel=LOSS)
@@ -192,8 +192,8 @@ def refused(changes: dict[str, Any]) -> str:
     return ""
 
 
-def test_layers_that_move_their_own_rows_are_refused_by_name() -> None:
-    for error in run_ranks(2, refused, {"comm_backend": "deepep"}):
+def test_layers_that_move_their_own_rows_are_refused_by_name(pool: RankPool) -> None:
+    for error in pool.run(2, refused, {"comm_backend": "deepep"}):
         assert "model.layers.1.mlp" in error
         assert "model.layers.0" not in error
         assert "DeepEP" in error or "deepep" in error
@@ -238,8 +238,10 @@ def states_under_another_size(stages: Sequence[int], folder: str) -> list[tuple[
 
 
 @pytest.mark.parametrize("stages", [(0, 2), pytest.param((0, 1, 2), marks=pytest.mark.slow)])
-def test_optimizer_states_load_under_another_ep_size_bit_for_bit(stages: Sequence[int], tmp_path: pathlib.Path) -> None:
-    by_rank = run_ranks(4, states_under_another_size, stages, str(tmp_path), timeout_s=150)
+def test_optimizer_states_load_under_another_ep_size_bit_for_bit(
+    pool: RankPool, stages: Sequence[int], tmp_path: pathlib.Path
+) -> None:
+    by_rank = pool.run(4, states_under_another_size, stages, str(tmp_path), timeout_s=150)
     for pairs in zip(*by_rank, strict=True):
         saved, loaded = (merged([pair[side] for pair in pairs]) for side in (0, 1))
         assert distance(loaded, saved) == 0.0

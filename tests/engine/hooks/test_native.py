@@ -32,7 +32,7 @@ from tests.engine.small_model import (
 )
 from tests.engine.test_native_parity import cases
 from tests.moe.layer_cases import LayerCase, errors, reference_results
-from tests.ranks import run_ranks
+from tests.ranks import RankPool, run_ranks
 
 GRADIENTS, OUTPUTS = 2e-6, 2e-7
 
@@ -42,9 +42,9 @@ def shared_cases(dtype: torch.dtype = torch.float32) -> list[LayerCase]:
 
 
 @pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_hooked_layers_give_the_output_the_losses_and_the_gradients_of_plain_ones(every: int) -> None:
+def test_hooked_layers_give_the_output_the_losses_and_the_gradients_of_plain_ones(pool: RankPool, every: int) -> None:
     table = shared_cases()[::every]
-    by_rank = run_ranks(4, run_hooked_and_plain, table, timeout_s=200)
+    by_rank = pool.run(4, run_hooked_and_plain, table, timeout_s=200)
     for index, case in enumerate(table):
         mine, plain = ([results[index][side] for results in by_rank] for side in (0, 1))
         off = errors(mine, plain)
@@ -55,10 +55,10 @@ def test_hooked_layers_give_the_output_the_losses_and_the_gradients_of_plain_one
         assert [r.exp_counts for r in mine] == [r.exp_counts for r in plain], case.name
 
 
-def test_hooked_layers_in_bf16_are_as_close_to_the_reference_as_plain_ones() -> None:
+def test_hooked_layers_in_bf16_are_as_close_to_the_reference_as_plain_ones(pool: RankPool) -> None:
     """Within half again of the plain layer's own error; arbitrary modules round a gradient per run: 2.5 times."""
     table = shared_cases(torch.bfloat16)[:8]
-    by_rank = run_ranks(4, run_hooked_and_plain, table, timeout_s=120)
+    by_rank = pool.run(4, run_hooked_and_plain, table, timeout_s=120)
     for index, case in enumerate(table):
         mine, plain = ([results[index][side] for results in by_rank] for side in (0, 1))
         expected = reference_results(case)
@@ -80,9 +80,9 @@ def perturbed(case: LayerCase) -> tuple[Any, Any]:
     return mine, run_layer(native_layer(case), case)
 
 
-def test_a_perturbed_remote_expert_is_seen_through_the_hooks() -> None:
+def test_a_perturbed_remote_expert_is_seen_through_the_hooks(pool: RankPool) -> None:
     case = next(case for case in shared_cases() if case.config.top_k == 2)
-    by_rank = run_ranks(4, perturbed, case)
+    by_rank = pool.run(4, perturbed, case)
     off = errors([mine for mine, _ in by_rank], [plain for _, plain in by_rank])
     assert max(off[f"y[{r}]"] for r in range(3)) > 1e-4
 
@@ -148,8 +148,8 @@ def removed() -> tuple[list[str], list[str], bool]:
     return same_state(state_of(engine.module), before), changed, same and handle.layers == {}
 
 
-def test_removed_hooks_leave_nothing_behind() -> None:
-    for state, methods, is_equal in run_ranks(4, removed):
+def test_removed_hooks_leave_nothing_behind(pool: RankPool) -> None:
+    for state, methods, is_equal in pool.run(4, removed):
         assert state == []
         assert methods == []
         assert is_equal
@@ -170,10 +170,10 @@ def resumed(folder: str, saves_hooked: bool) -> tuple[list[float], dict[str, Ten
     return losses, named_weights(second.module, job)
 
 
-def test_checkpoints_go_from_hooked_to_plain_engines_and_back(tmp_path: pathlib.Path) -> None:
+def test_checkpoints_go_from_hooked_to_plain_engines_and_back(pool: RankPool, tmp_path: pathlib.Path) -> None:
     job = Job(layer="native", stage=1)
-    plain = [results[0] for results in run_ranks(4, train_all, [(job, None)])]
+    plain = [results[0] for results in pool.run(4, train_all, [(job, None)])]
     for saves_hooked in (True, False):
-        by_rank = run_ranks(4, resumed, str(tmp_path / str(saves_hooked)), saves_hooked)
+        by_rank = pool.run(4, resumed, str(tmp_path / str(saves_hooked)), saves_hooked)
         assert by_rank[0][0] == pytest.approx(plain[0][0][2:], rel=2e-6)
         assert distance(merged([w for _, w in by_rank]), merged([w for _, w in plain])) <= 1e-5
