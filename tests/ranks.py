@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -43,7 +42,7 @@ PRELOAD = [
     "ds_moe_ep.engine.start", "ds_moe_ep.model.initialize", "transformers.models.mixtral.modeling_mixtral",
     "transformers.models.qwen3_moe.modeling_qwen3_moe", "peft", "tests.faults.train", "tests.moe.layer_runs",
     "tests.moe.faulty_transports", "tests.engine.hooks.hooked_layers", "tests.engine.hooks.autoep_models",
-    "tests.parallel.training_runs", "tests.preloaded",
+    "tests.parallel.training_runs", "tests.process_state", "tests.preloaded",
 ]  # fmt: skip
 SERVER_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -137,7 +136,7 @@ class World:
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
         context, given = _fork_server(), (limit_s, dict(env or {}), process_group, is_pooled)
-        _note_start(world_size)
+        note_start(world_size)
         try:
             for rank in range(world_size):
                 here, there = context.Pipe()
@@ -203,7 +202,7 @@ class RankPool:
         self._worlds.clear()
 
 
-def _note_start(world_size: int) -> None:
+def note_start(world_size: int) -> None:
     """Appends the test and the number of its ranks to the file that `COUNTED_IN` names, if it names one."""
     if path := os.environ.get(COUNTED_IN):
         with open(path, "a") as file:
@@ -303,6 +302,8 @@ def _rank_main(orders: Orders, pipe: Any) -> None:
     faulthandler.enable(file=stack_file)
     code = 0
     try:
+        from tests.process_state import ProcessState
+
         _join(orders)
         start = ProcessState() if orders.is_pooled else None
         while payload := _next_payload(pipe):
@@ -348,45 +349,6 @@ def _next_payload(pipe: Any) -> bytes:
 def _run(payload: bytes) -> bytes:
     function, args = pickle.loads(payload)
     return pickle.dumps(function(*args))
-
-
-class ProcessState:
-    """What functions change in a rank for those after them: random numbers, variables, DeepSpeed's groups."""
-
-    def __init__(self) -> None:
-        import random
-
-        import numpy
-        import torch
-        from deepspeed.accelerator import get_accelerator
-        from deepspeed.utils import groups
-
-        self._random = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-        self._environment = dict(os.environ)
-        self._namespaces = [(names, _copied(names)) for names in (vars(groups), vars(get_accelerator()))]
-
-    def restore(self) -> None:
-        """Puts it back, and drops what the function left: engines end their lanes and their watch."""
-        import random
-
-        import numpy
-        import torch
-
-        gc.collect()
-        random.setstate(self._random[0])
-        numpy.random.set_state(self._random[1])
-        torch.set_rng_state(self._random[2])
-        os.environ.clear()
-        os.environ |= self._environment
-        for names, before in self._namespaces:
-            names.clear()
-            names |= _copied(before)
-
-
-def _copied(names: Mapping[str, Any]) -> dict[str, Any]:
-    """The names, with tables of their own."""
-    own = {name: dict(value) for name, value in names.items() if isinstance(value, dict) and name[:2] != "__"}
-    return {**names, **own}
 
 
 def _keep_shm_op_out() -> None:

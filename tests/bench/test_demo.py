@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ds_moe_ep.bench.demo import command
+from ds_moe_ep.bench.demo import command, links
 from ds_moe_ep.bench.demo.death import Death, Saying, show_death
 from ds_moe_ep.bench.demo.links import Paced, Uplink
 from ds_moe_ep.bench.demo.options import LONGEST_S, link_rate
@@ -190,35 +190,56 @@ def test_ctrl_c_while_ranks_are_forked_ends_the_demo_once_they_are() -> None:
         pass
 
 
-def test_ranks_of_a_node_share_its_uplink(tmp_path: Path) -> None:
+class Clock:
+    """A clock on which nothing takes time but sleep."""
+
+    def __init__(self) -> None:
+        self.now_s, self.slept_s = time.monotonic(), list[float]()
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.slept_s.append(seconds)
+        self.now_s += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of links."""
+    clock = Clock()
+    monkeypatch.setattr(links, "time", clock)
+    return clock
+
+
+def test_ranks_of_a_node_share_its_uplink(tmp_path: Path, clock: Clock) -> None:
     first, second = (Uplink(tmp_path / "node0", 1e6) for _ in range(2))
-    now_s = time.monotonic()
-    ends_s = [link.passes_at(100_000) - now_s for link in (first, second, first)]
-    assert ends_s == pytest.approx([0.1, 0.2, 0.3], abs=0.05)
-    assert Uplink(tmp_path / "node1", 1e6).passes_at(100_000) - time.monotonic() == pytest.approx(0.1, abs=0.05)
+    ends_s = [link.passes_at(100_000) - clock.now_s for link in (first, second, first)]
+    assert ends_s == pytest.approx([0.1, 0.2, 0.3])
+    assert Uplink(tmp_path / "node1", 1e6).passes_at(100_000) - clock.now_s == pytest.approx(0.1)
+    clock.sleep(0.5)
+    assert first.passes_at(100_000) - clock.now_s == pytest.approx(0.1), "it has been free since"
 
 
 class Recording(Loopback):
     """Tells when a transfer starts."""
 
-    def __init__(self) -> None:
-        self.started_s: list[float] = []
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.started_s = clock, list[float]()
 
     def start(self, *args: object, **kwargs: object) -> object:
-        self.started_s.append(time.monotonic())
+        self.started_s.append(self.clock.now_s)
         return None
 
 
-def test_far_messages_wait_for_the_link_and_near_ones_do_not(tmp_path: Path) -> None:
-    inner = Recording()
+def test_far_messages_wait_for_the_link_and_near_ones_do_not(tmp_path: Path, clock: Clock) -> None:
+    inner, begin_s = Recording(clock), clock.now_s
     transport = Paced(inner, Uplink(tmp_path / "node0", 1e6), frozenset({2}))
     rows = torch.zeros(100, 250)  # 100 kB
-    begin_s, worked_s = time.monotonic(), time.thread_time()
     transport.start("dispatch", [Message(1, rows, 0, 100)], [Message(2, rows, 0, 100)])
     transport.start("dispatch", [Message(2, rows, 0, 100)], [])
-    near_s, far_s = (moment - begin_s for moment in inner.started_s)
-    assert near_s < 0.1 <= far_s
-    assert time.thread_time() - worked_s < 0.05, "it sleeps"
+    assert [moment - begin_s for moment in inner.started_s] == pytest.approx([0.0, 0.1])
+    assert clock.slept_s == pytest.approx([0.1]), "it sleeps, and does not spin"
 
 
 @pytest.mark.parametrize(

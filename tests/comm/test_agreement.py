@@ -18,7 +18,7 @@ from ds_moe_ep.moe.dispatch_plan import make_plan
 from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.schedule.spans import Tags
 from tests.comm.disturbed import caught, make_layer, run_pass
-from tests.ranks import RankPool, run_ranks
+from tests.ranks import RankPool
 
 FINE: dict[str, Any] = {
     "num_experts": 4,
@@ -171,8 +171,8 @@ def wait_somewhere(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def check_late(kind: str, op: str, peer: str) -> None:
-    errors = run_ranks(2, be_late, kind, timeout_s=60)[0]
+def check_late(pool: RankPool, kind: str, op: str, peer: str) -> None:
+    errors = pool.run(2, be_late, kind, timeout_s=60)[0]
     assert errors["transfer"].startswith(
         f"PeerError: layers.7.moe: backward {op}: {peer} did not answer rank 0 within 1 s "
         "(36 bytes expected, 24 bytes to send); rank 1 is in wait_somewhere (test_agreement.py:"
@@ -183,9 +183,9 @@ def check_late(kind: str, op: str, peer: str) -> None:
     ), errors
 
 
-def test_a_late_peer_is_named_with_layer_pass_bytes_and_whereabouts_over_messages() -> None:
-    check_late("pairwise", "combine", "rank 1")
+def test_a_late_peer_is_named_with_layer_pass_bytes_and_whereabouts_over_messages(pool: RankPool) -> None:
+    check_late(pool, "pairwise", "combine", "rank 1")
 
 
-def test_a_late_peer_is_named_with_layer_pass_bytes_and_whereabouts_over_all_to_all() -> None:
-    check_late("collective", "combine", "rank 1")
+def test_a_late_peer_is_named_with_layer_pass_bytes_and_whereabouts_over_all_to_all(pool: RankPool) -> None:
+    check_late(pool, "collective", "combine", "rank 1")

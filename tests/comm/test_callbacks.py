@@ -16,7 +16,7 @@ from ds_moe_ep.comm.transport import Loopback, Message, Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from tests.comm.disturbed import D, caught, make_layer
 from tests.moe.faulty_transports import Counting
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 SIZE = 3
 KNOBS: dict[str, dict[str, Any]] = {
@@ -105,8 +105,8 @@ def one_pass(transport: Transport, config: MoEConfig) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=list(KNOBS))
-def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = run_ranks(SIZE, passes, request.param)
+def ranks(pool: RankPool, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pool.run(SIZE, passes, request.param)
     return found
 
 
@@ -159,8 +159,8 @@ def broken(kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", list(KNOBS))
-def test_an_exception_in_a_callback_is_one_of_the_pass_on_every_rank(kind: str) -> None:
-    for rank, error in enumerate(run_ranks(SIZE, broken, kind)):
+def test_an_exception_in_a_callback_is_one_of_the_pass_on_every_rank(pool: RankPool, kind: str) -> None:
+    for rank, error in enumerate(pool.run(SIZE, broken, kind)):
         assert ("ValueError: cannot compress for " in error) and (error.startswith("PeerError") or rank == 1), error
 
 

@@ -16,7 +16,7 @@ from ds_moe_ep.moe.experts import GeluMLP
 from tests.engine.hooks.hooked_layers import hooked
 from tests.engine.small_model import Job, batches, make_model
 from tests.moe.layer_cases import D, F
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 SIDES = (("ours", False), ("native", True))
 ACCUMULATION = 2
@@ -65,8 +65,8 @@ def breakdowns() -> list[tuple[bool, list[dict[str, float]], list[dict[str, floa
     return [(is_hooked, breakdown(layer, is_hooked, **on), breakdown(layer, is_hooked)) for layer, is_hooked in SIDES]
 
 
-def test_the_breakdown_tells_the_times_of_one_step_and_nothing_is_recorded_without_it() -> None:
-    for found in run_ranks(2, breakdowns, timeout_s=120):
+def test_the_breakdown_tells_the_times_of_one_step_and_nothing_is_recorded_without_it(pool: RankPool) -> None:
+    for found in pool.run(2, breakdowns, timeout_s=120):
         for is_hooked, printed, off in found:
             assert len(printed) == 3
             for times in printed:
@@ -105,9 +105,9 @@ def all_flops() -> list[tuple[dict[str, int], list[int]]]:
     return [flops(layer, is_hooked) for layer, is_hooked in SIDES]
 
 
-def test_the_flops_profiler_counts_what_each_expert_computes() -> None:
+def test_the_flops_profiler_counts_what_each_expert_computes(pool: RankPool) -> None:
     """A product with F times D weights is 2*F*D flops per row; the two layers' experts stand one after the other."""
-    for found in run_ranks(2, all_flops, timeout_s=120):
+    for found in pool.run(2, all_flops, timeout_s=120):
         for by_name, rows in found:
             per_layer = [f"layers.{i}.deepspeed_moe.experts.deepspeed_experts.{e}" for i in (0, 1) for e in (0, 1)]
             for name, num_rows in zip(per_layer, rows, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import MoEError
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 E, D, T = 4, 8, 8
 BIAS = {"balance": "bias", "bias_step": 0.01}
@@ -181,8 +181,8 @@ class Output(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def biases() -> dict[str, Any]:
-    first, second = run_ranks(2, bias_cases, timeout_s=150)
+def biases(pool: RankPool) -> dict[str, Any]:
+    first, second = pool.run(2, bias_cases, timeout_s=150)
     assert first == second, "every rank has the same bias"
     return first
 
@@ -237,8 +237,8 @@ def section_cases() -> dict[str, Any]:
     return found
 
 
-def test_a_section_is_in_force_under_plain_deepspeed_initialize() -> None:
-    first, second = run_ranks(2, section_cases, timeout_s=120)
+def test_a_section_is_in_force_under_plain_deepspeed_initialize(pool: RankPool) -> None:
+    first, second = pool.run(2, section_cases, timeout_s=120)
     for found in (first, second):
         assert found["knobs"] == ([2, "chunks", 3, 1, "bias", 0.01, 1], "layers.1")
         assert found["schedule"] == "D0 D1 E0 C0 D2 E1 C1 E2 C2"

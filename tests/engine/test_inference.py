@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.engine.native_layers import PlainGelu
 from tests.moe.layer_cases import D
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 TOKENS = 8
 
@@ -76,8 +76,8 @@ def wrong_engines() -> list[str]:
     return wrong + ([] if torch.equal(injected, plain) else ["kernel injection changes the results"])
 
 
-def test_init_inference_connects_the_layers() -> None:
-    assert run_ranks(4, wrong_engines, timeout_s=120) == [[]] * 4
+def test_init_inference_connects_the_layers(pool: RankPool) -> None:
+    assert pool.run(4, wrong_engines, timeout_s=120) == [[]] * 4
 
 
 def without_the_seam() -> str:
@@ -96,6 +96,6 @@ def without_the_seam() -> str:
     return ""
 
 
-def test_a_layer_that_nobody_connects_says_so() -> None:
-    for error in run_ranks(2, without_the_seam):
+def test_a_layer_that_nobody_connects_says_so(pool: RankPool) -> None:
+    for error in pool.run(2, without_the_seam):
         assert "no expert-parallel group yet" in error

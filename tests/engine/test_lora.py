@@ -10,7 +10,7 @@ import ds_moe_ep
 from ds_moe_ep import MoE
 from tests.engine.lora_models import Adapted, adapt, run_adapted
 from tests.engine.small_model import NUM_EXPERTS, Job, SmallModel, distance, make_layer, merged, reference_job
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 OURS = [
     Job(ep_size=ep_size, stage=stage, door=door)
@@ -19,8 +19,8 @@ OURS = [
 NATIVE = [Job(layer="native", ep_size=2, stage=stage) for stage in (0, 2)]
 
 
-def test_adapters_on_experts_train_as_on_one_device_and_as_in_deepspeeds_layer() -> None:
-    by_rank = run_ranks(4, run_adapted, [*OURS, *NATIVE], timeout_s=200)
+def test_adapters_on_experts_train_as_on_one_device_and_as_in_deepspeeds_layer(pool: RankPool) -> None:
+    by_rank = pool.run(4, run_adapted, [*OURS, *NATIVE], timeout_s=200)
     losses, weights = reference_job(OURS[0], adapt)
     for index, job in enumerate([*OURS, *NATIVE]):
         runs: list[Adapted] = [results[index] for results in by_rank]
@@ -37,17 +37,17 @@ def test_adapters_on_experts_train_as_on_one_device_and_as_in_deepspeeds_layer()
             assert all(run.forms == (False, True) for run in runs)
 
 
-def test_adapters_without_deepspeeds_marks_would_be_averaged_over_other_experts() -> None:
+def test_adapters_without_deepspeeds_marks_would_be_averaged_over_other_experts(pool: RankPool) -> None:
     """The control: DeepSpeed's layer does not mark adapters that came after it was made."""
     job = NATIVE[0]
-    runs = [results[0] for results in run_ranks(4, run_adapted, [job], False, timeout_s=100)]
+    runs = [results[0] for results in pool.run(4, run_adapted, [job], False, timeout_s=100)]
     _, weights = reference_job(job, adapt)
     own = {name: weight for name, weight in runs[0].weights.items() if "lora_" in name}
     assert distance(own, {name: weights[name] for name in own}) > 1e-2
 
 
-def test_adapters_that_were_sorted_before_they_had_marks_are_refused_under_zero() -> None:
-    for answer in run_ranks(2, sorted_too_early, timeout_s=100):
+def test_adapters_that_were_sorted_before_they_had_marks_are_refused_under_zero(pool: RankPool) -> None:
+    for answer in pool.run(2, sorted_too_early, timeout_s=100):
         unmarked, marked = answer
         assert unmarked.startswith("ConfigError: optimizer: 8 parameters of experts") and "mark_experts()" in unmarked
         assert marked == "trains"

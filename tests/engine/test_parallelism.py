@@ -14,7 +14,7 @@ from ds_moe_ep import ConfigError, GeluMLP, MoE
 from ds_moe_ep.config.parallel_keys import refuse_key_alone
 from ds_moe_ep.config.training import read_training
 from tests.engine.layouts.tensor_models import mpu_of
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 WIDTH = 8
 DS_CONFIG: dict[str, Any] = {
@@ -70,8 +70,8 @@ def refusals() -> dict[tuple[str, str, int], str]:
 
 
 @pytest.fixture(scope="module")
-def said() -> list[dict[tuple[str, str, int], str]]:
-    return run_ranks(4, refusals, timeout_s=120)
+def said(pool: RankPool) -> list[dict[tuple[str, str, int], str]]:
+    return pool.run(4, refusals, timeout_s=120)
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -107,8 +107,8 @@ def steps() -> list[list[torch.Tensor]]:
     return [one_step_with(None, {}), one_step_with(1, {}), one_step_with(None, mesh)]
 
 
-def test_groups_of_one_rank_train_as_without_them() -> None:
-    for plain, under_mpu, under_mesh in run_ranks(4, steps):
+def test_groups_of_one_rank_train_as_without_them(pool: RankPool) -> None:
+    for plain, under_mpu, under_mesh in pool.run(4, steps):
         for first, second, third in zip(plain, under_mpu, under_mesh, strict=True):
             assert torch.equal(first, second) and torch.equal(first, third)
 
@@ -128,8 +128,8 @@ def attach_under_sequences() -> str:
     return "nothing"
 
 
-def test_hooks_refuse_sequence_parallelism_by_its_own_name() -> None:
-    for text in run_ranks(4, attach_under_sequences):
+def test_hooks_refuse_sequence_parallelism_by_its_own_name(pool: RankPool) -> None:
+    for text in pool.run(4, attach_under_sequences):
         assert SEQUENCE in text and "tensor parallel" not in text
 
 

@@ -18,7 +18,7 @@ from ds_moe_ep.model.transformer import Transformer, build_transformer
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.parallel.tensor import Share
 from tests.parallel.training_runs import Run, copies, make_pipeline, of_this_copy, stage_parameters
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 RUN = Run(steps=2, top_k=2, model={"num_layers": 2, "shared_expert_width": 16})
 Weights = dict[str, Tensor]
@@ -35,11 +35,11 @@ def first_values(runs: Sequence[Run]) -> list[tuple[int, Weights]]:
     return [(engine.grid.get_slice_parallel_rank(), copies(stage_parameters(engine))) for engine in engines]
 
 
-def test_first_values_are_those_of_one_device() -> None:
+def test_first_values_are_those_of_one_device(pool: RankPool) -> None:
     sizes = ((2, 2), (4, 1), (1, 2))
     runs = [Run(tp_size=tp, pp_size=pp, model={"num_layers": 2, "expert": "swiglu"}) for tp, pp in sizes]
     expected = dict(one_device(runs[0]).named_parameters())
-    for (tp_size, _), by_rank in zip(sizes, zip(*run_ranks(4, first_values, runs), strict=True), strict=True):
+    for (tp_size, _), by_rank in zip(sizes, zip(*pool.run(4, first_values, runs), strict=True), strict=True):
         assert {name for _, named in by_rank for name in named} == expected.keys()
         for tp_rank, named in by_rank:
             for name, value in named.items():
@@ -55,7 +55,7 @@ def evaluated(run: Run) -> tuple[float, Tensor | None, bool]:
     return float(loss), None if outputs is None else outputs[0], bool(trained > loss)
 
 
-def test_evaluation_gives_cross_entropy_and_logits_of_one_device() -> None:
+def test_evaluation_gives_cross_entropy_and_logits_of_one_device(pool: RankPool) -> None:
     """5e-7 of the loss, 2e-6 of the largest logit: two layers of fp32 sums in another order."""
     net, batches = one_device(RUN).eval(), RUN.batches()[0]
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_evaluation_gives_cross_entropy_and_logits_of_one_device() -> None:
     pairs = zip(logits, batches, strict=True)
     losses = [F.cross_entropy(found.flatten(0, 1), target_ids.flatten()) for found, (_, target_ids) in pairs]
     expected = float(torch.stack(losses).mean())
-    by_rank = run_ranks(4, evaluated, RUN)
+    by_rank = pool.run(4, evaluated, RUN)
     for rank, (loss, found, has_routing_losses) in enumerate(by_rank):
         assert loss == pytest.approx(expected, rel=5e-7)
         assert has_routing_losses, "the loss of training has more parts"
@@ -104,11 +104,11 @@ RESUMED: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: pathlib.Path) -> None:
+def test_a_resumed_run_goes_on_bit_for_bit(pool: RankPool, tmp_path: pathlib.Path) -> None:
     """ZeRO 0 and 1; one copy of 2 x 2, two copies of two shares, two copies of two stages."""
     sizes: dict[str, Any] = {"model": {"num_layers": 2}, "num_micro_batches": 2}
     runs = [Run(steps=4, clipping=0.5, top_k=2, **sizes, **knobs) for knobs in RESUMED]
-    for of_rank in run_ranks(4, save_go_on_and_resume, runs, str(tmp_path), timeout_s=200):
+    for of_rank in pool.run(4, save_go_on_and_resume, runs, str(tmp_path), timeout_s=200):
         for run, ((saved, last, losses), (loaded, last_again, losses_again)) in zip(runs, of_rank, strict=True):
             assert losses_again == losses, run
             for name, weight in saved.items():
@@ -136,7 +136,9 @@ def refusal(layout: Layout, moe: MoEConfig) -> tuple[str, str]:
         (Layout(pp_size=3), MoEConfig(), "ConfigError", "pp_size=3 does not divide moe_ep.model.num_layers=4"),
     ],
 )  # fmt: skip
-def test_every_rank_refuses_what_cannot_be_built(layout: Layout, moe: MoEConfig, name: str, message: str) -> None:
-    for found, text in run_ranks(2, refusal, layout, moe):
+def test_every_rank_refuses_what_cannot_be_built(
+    pool: RankPool, layout: Layout, moe: MoEConfig, name: str, message: str
+) -> None:
+    for found, text in pool.run(2, refusal, layout, moe):
         assert found == name
         assert message in text

@@ -48,7 +48,9 @@ def make_engine(kind: str) -> Any:
     torch.manual_seed(5)
     expert = ds_moe_ep.GeluMLP(WIDTH, 32)
     if kind.startswith("own"):
-        layer: nn.Module = ds_moe_ep.MoE(WIDTH, expert, NUM_EXPERTS, ep_size=2, k=2, drop_tokens=False)
+        # "auto" chooses by what it measures in each training: sums in another order are other bits
+        knobs = ds_moe_ep.MoEConfig(num_experts=NUM_EXPERTS, ep_size=2, top_k=2, schedule="peers")
+        layer: nn.Module = ds_moe_ep.MoE(WIDTH, expert, config=knobs)
     else:
         layer = DeepSpeedMoE(WIDTH, expert, NUM_EXPERTS, ep_size=2, k=int(kind[-1]), drop_tokens=False)
     config = {

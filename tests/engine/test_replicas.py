@@ -112,9 +112,9 @@ def train_all(jobs: Sequence[tuple[Job, bool]]) -> list[tuple[Outcome, list[int]
     return [train(job, hooks) for job, hooks in jobs]
 
 
-def outcomes(jobs: Sequence[tuple[Job, bool]]) -> list[Outcome]:
+def outcomes(pool: RankPool, jobs: Sequence[tuple[Job, bool]]) -> list[Outcome]:
     """Losses and the world's weights of each job; copies were in use where it has slots."""
-    by_rank = run_ranks(jobs[0][0].world_size, train_all, jobs, timeout_s=280)
+    by_rank = pool.run(jobs[0][0].world_size, train_all, jobs, timeout_s=280)
     for index, (job, _) in enumerate(jobs):
         assert (max(by_rank[0][index][1]) > 0) == bool(job.replicas), job
     return [(by_rank[0][i][0][0], merged([results[i][0][1] for results in by_rank])) for i in range(len(jobs))]
@@ -136,10 +136,10 @@ MORE_IN_FP32 = {
 
 
 @pytest.mark.parametrize("name", [*IN_FP32, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_IN_FP32)])
-def test_training_in_fp32_equals_single_process_training(name: str) -> None:
-    """Each order of groups has a world of its own: DeepSpeed keeps one by its size."""
+def test_training_in_fp32_equals_single_process_training(pool: RankPool, name: str) -> None:
+    """Each order of groups has a call of its own: DeepSpeed keeps one by its size."""
     jobs = (IN_FP32 | MORE_IN_FP32)[name]
-    for job, found in zip(jobs, outcomes([(job, False) for job in jobs]), strict=True):
+    for job, found in zip(jobs, outcomes(pool, [(job, False) for job in jobs]), strict=True):
         expected = reference_job(job)
         assert distance(found[1], expected[1]) <= WEIGHTS, job
         assert loss_distance(found, expected) <= LOSS, job
@@ -156,12 +156,12 @@ MORE_CLIPPED_OR_BF16 = [
 
 
 @pytest.mark.parametrize("jobs", [CLIPPED_OR_BF16, pytest.param(MORE_CLIPPED_OR_BF16, marks=pytest.mark.slow)])
-def test_clipping_and_bf16_train_as_without_copies(jobs: list[Job]) -> None:
+def test_clipping_and_bf16_train_as_without_copies(pool: RankPool, jobs: list[Job]) -> None:
     """bf16: as close to float64 as without copies, as `test_training.py` has it beside DeepSpeed's own layer.
 
     All experts are chosen there, lest rounding turns a choice over.
     """
-    found = outcomes([(each, False) for job in jobs for each in (job, replace(job, replicas=0))])
+    found = outcomes(pool, [(each, False) for job in jobs for each in (job, replace(job, replicas=0))])
     for job, mine, plain in zip(jobs, found[::2], found[1::2], strict=True):
         expected = reference_job(job) if job.bf16 else plain
         factor, rounding = (1.5, 2**-9) if job.bf16 else (0.0, 0.0)
@@ -170,12 +170,12 @@ def test_clipping_and_bf16_train_as_without_copies(jobs: list[Job]) -> None:
         assert loss_distance(mine, expected) <= (factor * loss_distance(plain, expected) + rounding or 2 * LOSS), job
 
 
-def test_deepspeeds_own_layers_train_alike_with_copies_of_their_experts() -> None:
+def test_deepspeeds_own_layers_train_alike_with_copies_of_their_experts(pool: RankPool) -> None:
     jobs = [
         Job(layer="native", stage=1, ep_size=2, accumulation=2, replicas=1),
         Job(layer="native", stage=2, ep_size=4, capacity_factor=1.0, replicas=1),
     ]
-    found = outcomes([each for job in jobs for each in ((job, True), (replace(job, replicas=0), False))])
+    found = outcomes(pool, [each for job in jobs for each in ((job, True), (replace(job, replicas=0), False))])
     for job, mine, plain in zip(jobs, found[::2], found[1::2], strict=True):
         assert distance(mine[1], plain[1]) <= 1e-5, job
         assert mine[0] == pytest.approx(plain[0], rel=2e-6), job
@@ -266,14 +266,12 @@ def events_of_a_window(job: Job) -> list[str]:
     return log
 
 
-def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_layers_backward_pass(
-    pool: RankPool,
-) -> None:
+def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_layers_backward_pass() -> None:
     one, two = "layers.0", "layers.1"
     first = [f"begin {one}", f"begin {two}", *(f"{do} {at}" for at in (two, one) for do in ("take", "collect"))]
     last = [f"begin {one}", f"begin {two}", f"take {two}", f"Returning {two}", f"take {one}", f"Returning {one}"]
     last += [f"collect {two}", f"collect {one}", "keys_of_all at once", f"start {one}", f"start {two}"]
-    for log in pool.run(4, events_of_a_window, Job(replicas=1, accumulation=2, steps=2)):
+    for log in run_ranks(4, events_of_a_window, Job(replicas=1, accumulation=2, steps=2)):
         assert log == [*first, *last]
 
 

@@ -32,15 +32,15 @@ from tests.engine.small_model import (
     run_jobs,
     train_steps,
 )
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 WEIGHTS, LOSS = 5e-6, 1e-6
 Outcome = tuple[list[float], dict[str, Tensor]]
 
 
-def outcomes(jobs: Sequence[Job]) -> list[Outcome]:
+def outcomes(pool: RankPool, jobs: Sequence[Job]) -> list[Outcome]:
     """Losses and the world's weights of each job."""
-    by_rank = run_ranks(jobs[0].world_size, run_jobs, jobs, timeout_s=280)
+    by_rank = pool.run(jobs[0].world_size, run_jobs, jobs, timeout_s=280)
     return [(by_rank[0][i][0], merged([results[i][1] for results in by_rank])) for i in range(len(jobs))]
 
 
@@ -75,8 +75,8 @@ def unclipped(job: Job) -> Job:
     return replace(job, clipping=0.0)
 
 
-def results_of(jobs: Sequence[Job]) -> dict[Job, Outcome]:
-    return dict(zip(jobs, outcomes(jobs), strict=True))
+def results_of(pool: RankPool, jobs: Sequence[Job]) -> dict[Job, Outcome]:
+    return dict(zip(jobs, outcomes(pool, jobs), strict=True))
 
 
 @functools.cache
@@ -90,9 +90,9 @@ def reference(job: Job) -> Outcome:
 
 
 @pytest.mark.parametrize("jobs", [FEW_IN_FP32, pytest.param(IN_FP32, marks=pytest.mark.slow)], ids=["few", "all"])
-def test_training_in_fp32_equals_single_process_training_and_deepspeeds_layer(jobs: list[Job]) -> None:
+def test_training_in_fp32_equals_single_process_training_and_deepspeeds_layer(pool: RankPool, jobs: list[Job]) -> None:
     natives = [with_deepspeeds_layer(job) for job in IN_FP32[::5]]  # each stage, and all that its layer does
-    results = results_of([*jobs, *natives])
+    results = results_of(pool, [*jobs, *natives])
     for job in jobs:
         ours, expected = results[job], reference(job)
         assert distance(ours[1], expected[1]) <= WEIGHTS, job
@@ -103,13 +103,13 @@ def test_training_in_fp32_equals_single_process_training_and_deepspeeds_layer(jo
 
 
 @pytest.mark.parametrize("jobs", [FEW_IN_BF16, pytest.param(IN_BF16, marks=pytest.mark.slow)], ids=["few", "all"])
-def test_training_in_bf16_is_as_close_to_float64_as_with_deepspeeds_layer(jobs: list[Job]) -> None:
+def test_training_in_bf16_is_as_close_to_float64_as_with_deepspeeds_layer(pool: RankPool, jobs: list[Job]) -> None:
     """All experts are chosen: a choice that rounding turns over would be another training.
 
     ZeRO 1 and 2 keep fp32 master weights: a few bf16 roundings (2^-9 each) remain. Without ZeRO the weights themselves
     are bf16, small steps are lost in them, and DeepSpeed's own layer is the only measure.
     """
-    results = results_of([*jobs, *map(with_deepspeeds_layer, jobs)])
+    results = results_of(pool, [*jobs, *map(with_deepspeeds_layer, jobs)])
     for job in jobs:
         expected, native = reference(job), results[with_deepspeeds_layer(job)]
         off, theirs = distance(results[job][1], expected[1]), distance(native[1], expected[1])
@@ -118,9 +118,9 @@ def test_training_in_bf16_is_as_close_to_float64_as_with_deepspeeds_layer(jobs: 
         assert job.stage == 0 or off <= 0.03, job
 
 
-def test_clipped_training_under_zero_equals_that_with_deepspeeds_layer() -> None:
+def test_clipped_training_under_zero_equals_that_with_deepspeeds_layer(pool: RankPool) -> None:
     """Without ZeRO, DeepSpeed's own norm does not count all experts, and ours does (`test_clipping.py`)."""
-    results = results_of([*CLIPPED, *map(with_deepspeeds_layer, CLIPPED), *map(unclipped, CLIPPED)])
+    results = results_of(pool, [*CLIPPED, *map(with_deepspeeds_layer, CLIPPED), *map(unclipped, CLIPPED)])
     for job in CLIPPED:
         ours, native = results[job], results[with_deepspeeds_layer(job)]
         assert distance(ours[1], native[1]) <= 2 * WEIGHTS, job
@@ -128,8 +128,8 @@ def test_clipped_training_under_zero_equals_that_with_deepspeeds_layer() -> None
         assert distance(ours[1], results[unclipped(job)][1]) > 100 * WEIGHTS, "the limit must be felt"
 
 
-def test_the_layer_trains_alike_under_plain_deepspeed_initialize_and_every_schedule() -> None:
-    first, *others = outcomes([BIT_EQUAL, *ALIKE])
+def test_the_layer_trains_alike_under_plain_deepspeed_initialize_and_every_schedule(pool: RankPool) -> None:
+    first, *others = outcomes(pool, [BIT_EQUAL, *ALIKE])
     for found in others:
         assert distance(found[1], first[1]) == 0.0
         assert found[0] == first[0]
@@ -153,25 +153,25 @@ def run_all_disturbed(job: Job) -> list[Outcome]:
     return [run_disturbed(job, disturb) for disturb in ("weight", "input")]
 
 
-def test_one_wrong_number_on_one_rank_is_seen() -> None:
+def test_one_wrong_number_on_one_rank_is_seen(pool: RankPool) -> None:
     job = Job(stage=0)
-    for by_rank in zip(*run_ranks(4, run_all_disturbed, job, timeout_s=60), strict=True):
+    for by_rank in zip(*pool.run(4, run_all_disturbed, job, timeout_s=60), strict=True):
         assert distance(merged([weights for _, weights in by_rank]), reference(job)[1]) > 10 * WEIGHTS
 
 
-def test_groups_of_interleaved_ranks_train_as_well() -> None:
+def test_groups_of_interleaved_ranks_train_as_well(pool: RankPool) -> None:
     """DeepSpeed's use_data_before_expert_parallelism: ranks 0 and 2, and 1 and 3, share experts."""
     jobs = [Job(stage=stage, ep_size=2, interleaved=True, steps=3) for stage in (0, 1)]
     expected = reference_job(jobs[0])
-    for found in outcomes(jobs):
+    for found in outcomes(pool, jobs):
         assert distance(found[1], expected[1]) <= WEIGHTS
         assert loss_distance(found, expected) <= LOSS
 
 
-def test_expert_parallelism_over_1_4_and_16_ranks_trains_the_same_curve() -> None:
+def test_expert_parallelism_over_1_4_and_16_ranks_trains_the_same_curve(pool: RankPool) -> None:
     """16 data-parallel ranks each time. The curves differ by rounding: 1e-6 of the loss, as in the other tests."""
     jobs = [Job(world_size=16, ep_size=ep_size, num_experts=16, stage=1, steps=2) for ep_size in (1, 4, 16)]
-    results, expected = outcomes(jobs), reference_job(jobs[0])
+    results, expected = outcomes(pool, jobs), reference_job(jobs[0])
     for job, found in zip(jobs, results, strict=True):
         assert loss_distance(found, expected) <= LOSS, job.ep_size
         assert distance(found[1], expected[1]) <= WEIGHTS, job.ep_size

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.examples.spoilt import losses_of, spoilt
 from tests.examples.training_scripts import EXAMPLES
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 
 def losses(is_hooked: bool, spoils: bool = False, num_steps: int = 3) -> list[float]:
@@ -48,13 +48,15 @@ def losses(is_hooked: bool, spoils: bool = False, num_steps: int = 3) -> list[fl
     return found
 
 
-def test_a_megatron_style_model_trains_to_the_same_losses_with_the_hooks_and_to_others_with_another_expert() -> None:
+def test_a_megatron_style_model_trains_to_the_same_losses_with_the_hooks_and_to_others_with_another_expert(
+    pool: RankPool,
+) -> None:
     """top-1 outputs are the same bits; a step of Adam moves by the last bits of its gradient: 2e-6 of the loss."""
-    plain, hooked = (run_ranks(2, losses, is_hooked) for is_hooked in (False, True))
+    plain, hooked = (pool.run(2, losses, is_hooked) for is_hooked in (False, True))
     for mine, expected in zip(hooked, plain, strict=True):
         assert mine[0] == expected[0]
         assert mine == pytest.approx(expected, rel=2e-6)
-    spoilt = run_ranks(2, losses, True, True, 1)
+    spoilt = pool.run(2, losses, True, True, 1)
     assert abs(hooked[0][0] - spoilt[0][0]) > 1e-5, "the control: an expert of the other rank"
 
 
@@ -70,8 +72,8 @@ def printed_by_the_plain_example() -> dict[str, str]:
     return printed
 
 
-def test_a_plain_model_trains_to_the_same_losses_with_the_hooks() -> None:
-    printed = run_ranks(2, printed_by_the_plain_example)[0]
+def test_a_plain_model_trains_to_the_same_losses_with_the_hooks(pool: RankPool) -> None:
+    printed = pool.run(2, printed_by_the_plain_example)[0]
     plain, hooked, astray = (losses_of(printed[name]) for name in ("plain", "hooked", "spoilt"))
     assert len(plain) == 2 and plain[1] < plain[0] and len(astray) == 1
     assert hooked == pytest.approx(plain, abs=2e-4), "as they are printed, to four decimals"

@@ -11,7 +11,7 @@ import pytest
 
 from ds_moe_ep.live.folder import RunFolder
 from tests.examples.training_scripts import EXPERT_PARALLEL, PIPELINE, Case, Outcome, room_for, run_cases
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 SCRIPTS = {"train_ep16": EXPERT_PARALLEL, "train_tp8_pp2": PIPELINE}
 STEPS = 5
@@ -19,7 +19,9 @@ RAW = "a text of many words, which repeat and repeat; " * 200
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
+def outcomes(
+    pool: RankPool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Outcome]]:
     """Outcomes of all cases of a script, by rank; its folder is named in the words."""
     folder = tmp_path_factory.mktemp(request.param)
     for script, other in SCRIPTS.items():
@@ -53,7 +55,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         "the other's": Case(["--deepspeed_config", str(folder / f"{others}.json"), *data]),
         "nothing to resume": Case([*usual, "--resume", str(folder)]),
     }
-    return run_ranks(2, run_cases, request.param, cases, timeout_s=200)
+    return pool.run(2, run_cases, request.param, cases, timeout_s=200)
 
 
 def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_one_line_and_the_saved_run_resumes_exactly(
@@ -128,7 +130,7 @@ def test_what_one_rank_cannot_work_with_is_the_same_error_on_all_of_them(
     assert re.match(f"ConfigError: {told}", first.error), first.error
 
 
-def test_a_place_without_room_for_a_checkpoint_is_refused_on_every_rank(tmp_path: pathlib.Path) -> None:
-    first, other = run_ranks(2, room_for, str(tmp_path), (1000, 10**18))
+def test_a_place_without_room_for_a_checkpoint_is_refused_on_every_rank(pool: RankPool, tmp_path: pathlib.Path) -> None:
+    first, other = pool.run(2, room_for, str(tmp_path), (1000, 10**18))
     assert first == other and first[0] == ""
     assert re.match(r"--save=.*: \S+ has [\d.]+ GB free there, and its 2 ranks write about 1000000000\.0 GB", first[1])

@@ -22,13 +22,14 @@ import psutil
 
 from ds_moe_ep.bench.harness.processes import free_port
 from tests.faults.outcomes import NUM_RANKS, Outcome
-from tests.ranks import _fork_server, _keep_shm_op_out
+from tests.ranks import _fork_server, _keep_shm_op_out, note_start
 
 
 def run_forked(folder: pathlib.Path, *arguments: str, num_ranks: int = NUM_RANKS, limit_s: float = 90.0) -> Outcome:
     """How the job ended. One that has not ended after `limit_s` is killed and fails the test; stopped ranks may."""
     folder.mkdir(exist_ok=True)
     context, port = _fork_server(), free_port()
+    note_start(num_ranks)
     argv = ["--folder", str(folder), *arguments]
     lives = [(rank, num_ranks, port, argv) for rank in range(num_ranks)]
     processes = [context.Process(target=_life, args=life, daemon=True) for life in lives]

@@ -15,7 +15,7 @@ import psutil
 
 from ds_moe_ep.bench.harness.processes import free_port
 from tests.faults.outcomes import NUM_RANKS, Outcome
-from tests.ranks import REPOSITORY, SERVER_ENV
+from tests.ranks import REPOSITORY, SERVER_ENV, note_start
 
 MARK = "DS_MOE_EP_FAULTS"  # in the environment of every process of a job
 
@@ -23,6 +23,7 @@ MARK = "DS_MOE_EP_FAULTS"  # in the environment of every process of a job
 def launch(folder: pathlib.Path, *arguments: str, num_ranks: int = NUM_RANKS, limit_s: float = 240.0) -> Outcome:
     """How the job ended. Fails where it takes longer than `limit_s` or leaves a process behind."""
     folder.mkdir(exist_ok=True)
+    note_start(num_ranks)
     mark, start = uuid.uuid4().hex, time.monotonic()
     launcher = pathlib.Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_gpus", str(num_ranks), "--master_port", str(free_port())]

@@ -24,7 +24,7 @@ from ds_moe_ep.moe.layer import ExpertParallel
 from tests.moe.layer_cases import LayerCase, LayerResult, case_data, errors, reference_results
 from tests.moe.layer_runs import Links, build_layer, config, gather_result, torus_for
 from tests.moe.stored_experts import stored_expert
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 from tests.reference import gelu_expert, moe_reference
 
 BOUND = 1.2e-3
@@ -82,9 +82,9 @@ def unscaled(result: LayerResult, scale: float) -> LayerResult:
 
 
 @pytest.mark.parametrize("size", [1.0, SMALL], ids=["as it is", "small gradients"])
-def test_a_layer_in_fp16_equals_float64_within_its_rounding(size: float) -> None:
+def test_a_layer_in_fp16_equals_float64_within_its_rounding(pool: RankPool, size: float) -> None:
     scale = 1.0 if size == 1.0 else SCALE / SMALL * 2.0**-12
-    by_rank = run_ranks(4, run_scaled, CASES, scale, size, None, timeout_s=240)
+    by_rank = pool.run(4, run_scaled, CASES, scale, size, None, timeout_s=240)
     off: dict[str, dict[str, float]] = {}
     for index, case in enumerate(CASES):
         found = [unscaled(results[index], scale * size) for results in by_rank]
@@ -96,8 +96,8 @@ def test_a_layer_in_fp16_equals_float64_within_its_rounding(size: float) -> None
     assert {name: worst for name, worst in off.items() if worst} == {}
 
 
-def test_without_a_scale_small_gradients_are_lost() -> None:
-    by_rank = run_ranks(4, run_scaled, CASES[:1], 1.0, SMALL, None, timeout_s=240)
+def test_without_a_scale_small_gradients_are_lost(pool: RankPool) -> None:
+    by_rank = pool.run(4, run_scaled, CASES[:1], 1.0, SMALL, None, timeout_s=240)
     found = [unscaled(results[0], SMALL) for results in by_rank]
     assert max(errors(found, reference_results(CASES[0])).values()) > 5 * BOUND
 
@@ -123,9 +123,9 @@ def test_over_the_columns_of_a_wide_expert_the_last_roundings_are_left(top_k: in
     assert max(found[:2]) < TWO_ROUNDINGS and 2e-4 < max(found[2:]) < LAST_ROUNDING, found
 
 
-def test_an_overflow_on_one_rank_stays_with_what_its_rows_reach() -> None:
+def test_an_overflow_on_one_rank_stays_with_what_its_rows_reach(pool: RankPool) -> None:
     case = CASES[1]
-    results = [each[0] for each in run_ranks(4, run_scaled, [case], 1.0, 1.0, 2, timeout_s=240)]
+    results = [each[0] for each in pool.run(4, run_scaled, [case], 1.0, 1.0, 2, timeout_s=240)]
     expected = reference_results(case)
     assert not results[2].input_grad.isfinite().all()
     touched = [

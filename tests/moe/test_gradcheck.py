@@ -18,7 +18,7 @@ from torch import Tensor
 from ds_moe_ep.moe.layer import ExpertParallel
 from tests.moe.layer_cases import CaseData, D, F, LayerCase, case_data
 from tests.moe.layer_runs import Links, build_layer, config, torus_for
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 STEP = 1e-6
 TOLERANCE = 1e-6
@@ -106,12 +106,12 @@ def check_all(cases: Sequence[LayerCase], spoil: bool = False) -> list[tuple[str
 
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
-def test_gradients_equal_central_differences_in_float64(cases: list[LayerCase]) -> None:
-    assert run_ranks(2, check_all, cases, timeout_s=240) == [[], []]
+def test_gradients_equal_central_differences_in_float64(pool: RankPool, cases: list[LayerCase]) -> None:
+    assert pool.run(2, check_all, cases, timeout_s=240) == [[], []]
 
 
-def test_a_gradient_that_is_off_by_a_hundredth_is_seen() -> None:
-    for off in run_ranks(2, check_all, FEW[::2], True, timeout_s=240):
+def test_a_gradient_that_is_off_by_a_hundredth_is_seen(pool: RankPool) -> None:
+    for off in pool.run(2, check_all, FEW[::2], True, timeout_s=240):
         assert {case for case, _, _ in off} == {case.name for case in FEW[::2]}
         assert {"x", "gate.wg.weight"} <= {name for _, name, _ in off}
 

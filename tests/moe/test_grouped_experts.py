@@ -31,7 +31,7 @@ from tests.moe.layer_cases import LayerCase, OddExpert, case_data
 from tests.moe.layer_runs import TAMPERS, Links, config
 from tests.moe.replica_cases import connected, hosted_case, pin, replicas_of
 from tests.moe.test_parity import compare
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 KINDS = ("gelu", "gelu_bias", "swiglu", "swiglu_bias", "swiglu_odd")
 D, F, E = 16, 32, 6
@@ -58,14 +58,14 @@ def grouped_cases(are_all: bool = False) -> list[LayerCase]:
 
 
 @pytest.mark.parametrize("are_all", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_grouped_products_equal_the_reference_on_four_ranks(are_all: bool) -> None:
-    assert compare(grouped_cases(are_all)) == {}
+def test_grouped_products_equal_the_reference_on_four_ranks(pool: RankPool, are_all: bool) -> None:
+    assert compare(pool, grouped_cases(are_all)) == {}
 
 
 @pytest.mark.parametrize("tamper", TAMPERS[:1])
-def test_damage_is_seen_through_grouped_products(tamper: str) -> None:
+def test_damage_is_seen_through_grouped_products(pool: RankPool, tamper: str) -> None:
     case = next(case for case in grouped_cases() if case.config.schedule == "peers" and case.dtype == torch.float32)
-    assert set(compare([case], tamper)) == {case.name}
+    assert set(compare(pool, [case], tamper)) == {case.name}
 
 
 class CountProducts(TorchDispatchMode):
@@ -224,9 +224,9 @@ def products_with_copies(grouped: str) -> tuple[list[dict[str, int]], int]:
     return [rows | forward.seen, rows | backward.seen], len(replicas_of(layer).placement.copies)
 
 
-def test_own_experts_and_the_copies_in_slots_are_a_product_each() -> None:
+def test_own_experts_and_the_copies_in_slots_are_a_product_each(pool: RankPool) -> None:
     """A GELU expert has two matrices: forward a product with each, backward two."""
-    found = {how: run_ranks(4, products_with_copies, how) for how in ("on", "off")}
+    found = {how: pool.run(4, products_with_copies, how) for how in ("on", "off")}
     for (on, copies), (off, _) in zip(found["on"], found["off"], strict=True):
         assert copies == 8
         grouped = [seen["_grouped_mm"] + seen["bmm"] for seen in on]

@@ -17,7 +17,7 @@ import torch
 
 from tests.moe.layer_cases import EXPERT_SHAPES, LayerCase, LayerResult, errors, reference_results
 from tests.moe.layer_runs import TAMPERS, config, run_cases
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 SHAPES: list[dict[str, object]] = [
     {},
@@ -109,9 +109,9 @@ def router_cases() -> list[LayerCase]:
     return cases
 
 
-def compare(cases: list[LayerCase], tamper: str = "") -> dict[str, tuple[str, float]]:
+def compare(pool: RankPool, cases: list[LayerCase], tamper: str = "") -> dict[str, tuple[str, float]]:
     """The cases that are off: by name the worst tensor and its error."""
-    return off_in(cases, run_ranks(cases[0].world_size, run_cases, cases, tamper, timeout_s=240))
+    return off_in(cases, pool.run(cases[0].world_size, run_cases, cases, tamper, timeout_s=240))
 
 
 def off_in(cases: list[LayerCase], by_rank: Sequence[Sequence[LayerResult]]) -> dict[str, tuple[str, float]]:
@@ -147,9 +147,9 @@ def largest_of_kind(by_name: dict[str, float], name: str) -> float:
 
 
 @pytest.mark.parametrize(("world_size", "ep_size"), [(1, 1), (2, 2), (4, 4), (8, 8), (4, 2), (2, 1)])
-def test_layer_equals_the_reference_for_every_routing(world_size: int, ep_size: int) -> None:
+def test_layer_equals_the_reference_for_every_routing(pool: RankPool, world_size: int, ep_size: int) -> None:
     locals_ = {1: (3, 6), 8: (2,)}.get(ep_size, (1, 3))
-    assert compare(routing_cases(world_size, ep_size, locals_)) == {}
+    assert compare(pool, routing_cases(world_size, ep_size, locals_)) == {}
 
 
 def run_right_and_swapped(cases: list[LayerCase], swapped: list[LayerCase]) -> tuple[list[LayerResult], ...]:
@@ -157,29 +157,29 @@ def run_right_and_swapped(cases: list[LayerCase], swapped: list[LayerCase]) -> t
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_layer_equals_the_reference_on_sixteen_ranks_and_swapped_experts_are_seen(every: int) -> None:
+def test_layer_equals_the_reference_on_sixteen_ranks_and_swapped_experts_are_seen(pool: RankPool, every: int) -> None:
     """Each number of choices and each capacity once, which fewer ranks meet in every pair; two on nodes of four."""
     cases = routing_cases(16, 16, (1,))[::every]
     swapped = cases[:1] if every > 1 else cases[:3]
     cases += [case.with_config(node_size=4, schedule="peers") for case in cases[:2]]
-    right, wrong = zip(*run_ranks(16, run_right_and_swapped, cases, swapped, timeout_s=240), strict=True)
+    right, wrong = zip(*pool.run(16, run_right_and_swapped, cases, swapped, timeout_s=240), strict=True)
     assert off_in(cases, right) == {}
     assert set(off_in(swapped, wrong)) == {case.name for case in swapped}
 
 
-def test_layer_equals_the_reference_for_every_schedule_and_transport() -> None:
-    assert compare(exchange_cases(4)) == {}
+def test_layer_equals_the_reference_for_every_schedule_and_transport(pool: RankPool) -> None:
+    assert compare(pool, exchange_cases(4)) == {}
 
 
-def test_layer_equals_the_reference_for_every_kind_of_expert() -> None:
-    assert compare(expert_cases()) == {}
+def test_layer_equals_the_reference_for_every_kind_of_expert(pool: RankPool) -> None:
+    assert compare(pool, expert_cases()) == {}
 
 
-def test_layer_equals_the_reference_for_every_kind_of_router() -> None:
-    assert compare(router_cases()) == {}
+def test_layer_equals_the_reference_for_every_kind_of_router(pool: RankPool) -> None:
+    assert compare(pool, router_cases()) == {}
 
 
-def test_layer_in_bf16_is_as_close_to_the_reference_as_bf16_experts_allow() -> None:
+def test_layer_in_bf16_is_as_close_to_the_reference_as_bf16_experts_allow(pool: RankPool) -> None:
     cases = [
         LayerCase(
             name=f"bf16 {kind} k={top_k} {factor}",
@@ -193,7 +193,7 @@ def test_layer_in_bf16_is_as_close_to_the_reference_as_bf16_experts_allow() -> N
         for factor in (None, 1.0)
         if (index + top_k + (factor is None)) % 2
     ]
-    assert compare(cases) == {}
+    assert compare(pool, cases) == {}
 
 
 def controls() -> list[LayerCase]:
@@ -209,13 +209,13 @@ def controls() -> list[LayerCase]:
 
 
 @pytest.mark.parametrize("tamper", TAMPERS)
-def test_damage_to_one_remote_weight_or_row_is_seen_in_every_case(tamper: str) -> None:
+def test_damage_to_one_remote_weight_or_row_is_seen_in_every_case(pool: RankPool, tamper: str) -> None:
     """Each case meets one of the three damages."""
     cases = controls()[TAMPERS.index(tamper) :: 3]
-    off = compare(cases, tamper)
+    off = compare(pool, cases, tamper)
     assert [case.name for case in cases if case.name not in off] == []
 
 
-def test_swapped_experts_are_seen_across_groups() -> None:
+def test_swapped_experts_are_seen_across_groups(pool: RankPool) -> None:
     cases = routing_cases(4, 2)
-    assert set(compare(cases, "swap two ranks")) == {case.name for case in cases}
+    assert set(compare(pool, cases, "swap two ranks")) == {case.name for case in cases}

@@ -23,7 +23,7 @@ from ds_moe_ep.sizing.footprint import slot_bytes
 from tests.moe.layer_cases import D, F, LayerCase, LayerResult, case_data, errors, summed
 from tests.moe.layer_runs import Links, forward_backward, gather_result
 from tests.moe.replica_cases import Windows, connected, hosted_case, let_rows_count_alone, pin, replicas_of
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 GUESTS = ((7,), (7,), (1,), (0,))
 BOUND = 2e-6  # sums of the same products in another order
@@ -174,8 +174,8 @@ def run_both() -> dict[str, tuple[LayerResult, LayerResult, bool]]:
     return found
 
 
-def test_passes_of_every_kind_give_what_they_give_without_copies() -> None:
-    by_rank = run_ranks(4, run_both, timeout_s=120)
+def test_passes_of_every_kind_give_what_they_give_without_copies(pool: RankPool) -> None:
+    by_rank = pool.run(4, run_both, timeout_s=120)
     for name in by_rank[0]:
         mine, plain, is_clean = zip(*(found[name] for found in by_rank), strict=True)
         worst = max(errors(mine, plain).items(), key=lambda item: item[1])
@@ -200,8 +200,8 @@ def moved_whole() -> tuple[list[LayerResult], LayerResult, tuple[int, ...]]:
     return runs, plain, rows
 
 
-def test_whole_blocks_that_move_give_the_same_bits() -> None:
-    by_rank = run_ranks(4, moved_whole, timeout_s=60)
+def test_whole_blocks_that_move_give_the_same_bits(pool: RankPool) -> None:
+    by_rank = pool.run(4, moved_whole, timeout_s=60)
     at_home, moved = by_rank[0][2]
     assert at_home == 0
     assert moved > 0
@@ -228,8 +228,8 @@ def with_auto() -> tuple[LayerResult, LayerResult, float, tuple[tuple[int, int, 
     return results[0], results[1], costs.row_us, copies
 
 
-def test_placements_follow_the_prices_that_auto_measured_and_are_those_of_all_ranks() -> None:
-    mine, plain, row_us, copies = zip(*run_ranks(4, with_auto, timeout_s=100), strict=True)
+def test_placements_follow_the_prices_that_auto_measured_and_are_those_of_all_ranks(pool: RankPool) -> None:
+    mine, plain, row_us, copies = zip(*pool.run(4, with_auto, timeout_s=100), strict=True)
     assert max(errors(mine, plain).values()) <= BOUND
     assert len(set(row_us)) == len(set(copies)) == 1
     assert row_us[0] not in (0.0, 1.0), "measured, and not what stands for it before"
@@ -281,12 +281,14 @@ def slots_over_time() -> tuple[list[int], int, bool]:
     return held, room.most_bytes, not any("cop" in name or "replica" in name for name in names)
 
 
-def test_slots_have_the_bytes_that_check_config_counts_while_the_placement_needs_them_and_no_longer() -> None:
+def test_slots_have_the_bytes_that_check_config_counts_while_the_placement_needs_them_and_no_longer(
+    pool: RankPool,
+) -> None:
     model = ModelConfig(num_layers=1, hidden_size=D, num_heads=1, expert_width=F)
     ds_config = {"train_batch_size": 4, "optimizer": {"type": "Adam"}}
     slot = slot_bytes(model, read_training(ds_config, ep_size=4, world_size=4))
     weights = 4 * model.expert_params
-    found = run_ranks(4, slots_over_time)
+    found = pool.run(4, slots_over_time)
     assert all(held == [slot, weights, 0, 0, slot, weights] for held, *_ in found)
     # Expert 7 of rank 3 has two copies: a sum, and one that is added to it. One of rank 0's two has rows on its copy.
     assert [most_bytes for _, most_bytes, _ in found] == [weights, 0, 0, 2 * weights]

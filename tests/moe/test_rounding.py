@@ -20,7 +20,7 @@ from ds_moe_ep.moe.rows import buffers
 from tests.moe.layer_cases import LayerCase
 from tests.moe.layer_runs import Links, config, run_case
 from tests.moe.test_schedules import EDGE_VARIANTS, differences
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 ROWS, WIDTH, INNER = 64, 16, 32
 UNIT = 2.0**-24
@@ -97,13 +97,13 @@ def compare(cases: Sequence[LayerCase], variants: Sequence[dict[str, object]]) -
     return found
 
 
-def test_schedules_differ_in_weight_gradients_alone_by_rounding_and_each_is_deterministic() -> None:
+def test_schedules_differ_in_weight_gradients_alone_by_rounding_and_each_is_deterministic(pool: RankPool) -> None:
     cases = [
         LayerCase(name="one local", config=config(num_experts=4, ep_size=4, top_k=2), rows=(30, 30, 30, 30)),
         LayerCase(name="two local", config=config(ep_size=4, top_k=2), rows=(41, 3, 0, 18), expert="swiglu_bias"),
     ]
     variants = [*EDGE_VARIANTS, {"schedule": "peers", "node_size": 2, "weight_blocks": 4, "transport": "pairwise"}]
-    first, second = (run_ranks(4, compare, cases, variants, timeout_s=120) for _ in range(2))
+    first, second = (pool.run(4, compare, cases, variants, timeout_s=120) for _ in range(2))
     assert first == second
     for rank in first:
         assert all(kinds <= {"weights"} for kinds, _ in rank), rank
@@ -124,7 +124,7 @@ def compare_moves(cases: Sequence[LayerCase], variants: Sequence[dict[str, objec
     return wrong
 
 
-def test_rows_that_move_by_index_give_the_same_bits() -> None:
+def test_rows_that_move_by_index_give_the_same_bits(pool: RankPool) -> None:
     cases = [
         LayerCase(name="by index", config=config(ep_size=4, top_k=2), rows=(30, 1, 0, 17), expert="gelu_bias"),
         LayerCase(name="by index, many", config=config(num_experts=32, ep_size=4, top_k=4), rows=(30, 7, 2, 17)),
@@ -132,4 +132,4 @@ def test_rows_that_move_by_index_give_the_same_bits() -> None:
         LayerCase(name="by index, none", config=config(ep_size=4, top_k=2), rows=(0, 0, 0, 0)),
     ]
     variants = [{"schedule": "serial"}, *EDGE_VARIANTS]
-    assert run_ranks(4, compare_moves, cases, variants, timeout_s=120) == [[]] * 4
+    assert pool.run(4, compare_moves, cases, variants, timeout_s=120) == [[]] * 4

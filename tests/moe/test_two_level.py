@@ -27,7 +27,7 @@ from tests.moe.faulty_transports import Delayed, Wrapper
 from tests.moe.layer_cases import D, LayerCase, LayerResult, case_data, errors, reference_results
 from tests.moe.layer_runs import Links, build_layer, config, run_case, torus_for
 from tests.moe.test_schedules import differences
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 EXACT = 1e-12
 SHAPES: list[dict[str, object]] = [
@@ -157,13 +157,13 @@ def unequal(cases: Sequence[LayerCase], found: Sequence[Found], others: Sequence
     return [f"{name}: {tensors}" for name, tensors in differing.items() if tensors]
 
 
-def compare(world: int, cases: Sequence[LayerCase]) -> None:
+def compare(pool: RankPool, world: int, cases: Sequence[LayerCase]) -> None:
     """Copies and sums equal the reference; copies equal one level bit for bit, in float64 and in narrow types."""
     sums = [each.with_config(two_level="sums") for each in cases]
     dtypes = (torch.float32, torch.bfloat16)
     copies = [*cases, *(narrow(each, dtypes[index % 2]) for index, each in enumerate(cases))]
     rows = [each.with_config(two_level="off") for each in copies]
-    by_rank = run_ranks(world, run_all, [*copies, *rows, *sums], timeout_s=240)
+    by_rank = pool.run(world, run_all, [*copies, *rows, *sums], timeout_s=240)
     assert off(cases, [found[: len(cases)] for found in by_rank]) == {}
     assert off(sums, [found[-len(sums) :] for found in by_rank]) == {}
     for found in by_rank:
@@ -181,12 +181,12 @@ def run_witness(cases: Sequence[LayerCase], faulty: Sequence[tuple[str, LayerCas
     return found, [run_all([each], fault, links=links)[0] for fault, each in faulty]
 
 
-def test_copies_equal_rows_bit_for_bit_sums_equal_the_reference_and_faults_are_seen() -> None:
+def test_copies_equal_rows_bit_for_bit_sums_equal_the_reference_and_faults_are_seen(pool: RankPool) -> None:
     copies = witness()
     rows, sums = ([each.with_config(two_level=kind) for each in copies] for kind in ("off", "sums"))
     first, dense = sums[0].with_config(schedule="peers"), copies[0]
     faulty = [("wrong rank", dense), ("forgotten sum", first), ("forgotten gradients", first)]
-    by_rank = run_ranks(4, run_witness, [*copies, *rows, *sums], faulty, timeout_s=120)
+    by_rank = pool.run(4, run_witness, [*copies, *rows, *sums], faulty, timeout_s=120)
     count = len(copies)
     assert off(copies, [found[:count] for found, _ in by_rank]) == {}
     assert off(sums, [found[2 * count : 3 * count] for found, _ in by_rank]) == {}
@@ -274,8 +274,8 @@ def others() -> dict[str, object]:
     return found
 
 
-def test_passes_are_recomputed_and_retained_auto_measures_copies_and_the_rest_is_refused() -> None:
-    by_rank = run_ranks(4, others, timeout_s=120)
+def test_passes_are_recomputed_and_retained_auto_measures_copies_and_the_rest_is_refused(pool: RankPool) -> None:
+    by_rank = pool.run(4, others, timeout_s=120)
     assert [found["differing"] for found in by_rank] == [[]] * 4
     for found in by_rank:
         assert any("two_level=copies" in name for name in found["raced of auto"]), found["raced of auto"]
@@ -288,5 +288,7 @@ def test_passes_are_recomputed_and_retained_auto_measures_copies_and_the_rest_is
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "node_size"), [(4, 2), (4, 1), (6, 2)])
-def test_every_case_with_copies_and_sums_on_two_three_and_four_nodes(world: int, node_size: int) -> None:
-    compare(world, every_case(world, node_size=node_size))
+def test_every_case_with_copies_and_sums_on_two_three_and_four_nodes(
+    pool: RankPool, world: int, node_size: int
+) -> None:
+    compare(pool, world, every_case(world, node_size=node_size))

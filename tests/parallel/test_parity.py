@@ -100,10 +100,10 @@ one_device = functools.cache(on_one_device)
 
 
 @functools.cache
-def trained(train: Callable[[Sequence[Run]], list[Outcome]]) -> dict[Run, list[Outcome]]:
+def trained(pool: RankPool, train: Callable[[Sequence[Run]], list[Outcome]]) -> dict[Run, list[Outcome]]:
     """Outcomes of each run of the tables on each rank, all in one world."""
     runs = [*PIPELINES, *ROUNDED, *FAULTY] if train is by_pipeline else [*EXPERTS, *ROUNDED, OF_SINGLE_RANKS]
-    by_rank = run_ranks(4, train, runs, timeout_s=240)
+    by_rank = pool.run(4, train, runs, timeout_s=240)
     return {run: [outcomes[index] for outcomes in by_rank] for index, run in enumerate(runs)}
 
 
@@ -120,55 +120,59 @@ def assert_equal(found: Sequence[Outcome], run: Run) -> None:
         assert min(expected.norms) > 2 * run.clipping, "the limit must be felt"
 
 
-def test_pipelines_of_shares_compute_the_gradients_and_steps_of_one_device() -> None:
+def test_pipelines_of_shares_compute_the_gradients_and_steps_of_one_device(pool: RankPool) -> None:
     for run in PIPELINES:
-        assert_equal(trained(by_pipeline)[run], run)
+        assert_equal(trained(pool, by_pipeline)[run], run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("train", "runs"), [(by_pipeline, MORE_PIPELINES), (by_experts, MORE_EXPERTS)])
-def test_more_pipelines_and_experts_compute_the_gradients_and_steps_of_one_device(train: Any, runs: list[Run]) -> None:
+def test_more_pipelines_and_experts_compute_the_gradients_and_steps_of_one_device(
+    pool: RankPool, train: Any, runs: list[Run]
+) -> None:
     for index, run in enumerate(runs):
-        assert_equal([outcomes[index] for outcomes in run_in_one_world(train, tuple(runs))], run)
+        assert_equal([outcomes[index] for outcomes in run_in_one_world(pool, train, tuple(runs))], run)
 
 
 @functools.cache
-def run_in_one_world(train: Callable[[Sequence[Run]], list[Outcome]], runs: tuple[Run, ...]) -> list[list[Outcome]]:
+def run_in_one_world(
+    pool: RankPool, train: Callable[[Sequence[Run]], list[Outcome]], runs: tuple[Run, ...]
+) -> list[list[Outcome]]:
     """Each rank's outcomes of all runs."""
-    return run_ranks(4, train, runs, timeout_s=240)
+    return pool.run(4, train, runs, timeout_s=240)
 
 
 @functools.cache
-def in_stages(runs: tuple[Run, ...]) -> dict[Run, list[Outcome]]:
+def in_stages(pool: RankPool, runs: tuple[Run, ...]) -> dict[Run, list[Outcome]]:
     """Outcomes of runs in stages that share their experts on each rank, all in one world."""
-    by_rank = run_ranks(4, by_pipeline, runs, timeout_s=240)
+    by_rank = pool.run(4, by_pipeline, runs, timeout_s=240)
     return {run: [outcomes[index] for outcomes in by_rank] for index, run in enumerate(runs)}
 
 
-def test_stages_that_share_their_experts_compute_the_gradients_and_steps_of_one_device() -> None:
+def test_stages_that_share_their_experts_compute_the_gradients_and_steps_of_one_device(pool: RankPool) -> None:
     for run in STAGED:
-        assert_equal(in_stages((*STAGED, *STAGED_FAULTS))[run], run)
+        assert_equal(in_stages(pool, (*STAGED, *STAGED_FAULTS))[run], run)
 
 
 @pytest.mark.slow
-def test_in_bf16_stages_that_share_their_experts_compute_gradients_up_to_a_few_roundings() -> None:
+def test_in_bf16_stages_that_share_their_experts_compute_gradients_up_to_a_few_roundings(pool: RankPool) -> None:
     for run in STAGED_ROUNDED:
-        found, expected = in_stages(tuple(STAGED_ROUNDED))[run], one_device(run)
+        found, expected = in_stages(pool, tuple(STAGED_ROUNDED))[run], one_device(run)
         off, where = furthest(found, expected, "gradients")
         assert GRADIENT < off <= BF16_GRADIENT, (run, where)
         assert loss_distance(found[0], expected) <= BF16_LOSS, run
 
 
 @pytest.mark.slow
-def test_more_stages_that_share_their_experts_compute_the_gradients_and_steps_of_one_device() -> None:
+def test_more_stages_that_share_their_experts_compute_the_gradients_and_steps_of_one_device(pool: RankPool) -> None:
     for run in MORE_STAGED:
-        assert_equal(in_stages(tuple(MORE_STAGED))[run], run)
+        assert_equal(in_stages(pool, tuple(MORE_STAGED))[run], run)
 
 
-def test_each_fault_of_stages_that_share_their_experts_is_seen() -> None:
+def test_each_fault_of_stages_that_share_their_experts_is_seen(pool: RankPool) -> None:
     for run in STAGED_FAULTS:
         expected = one_device(replace(run, tampering=""))
-        off, _ = furthest(in_stages((*STAGED, *STAGED_FAULTS))[run], expected, "gradients")
+        off, _ = furthest(in_stages(pool, (*STAGED, *STAGED_FAULTS))[run], expected, "gradients")
         assert off > 10_000 * GRADIENT, run
 
 
@@ -184,34 +188,34 @@ def test_groups_of_other_ranks_are_refused_before_a_row_moves(fault: str, messag
         run_ranks(4, by_pipeline, [staged(tampering=fault)])
 
 
-def test_experts_over_ranks_compute_the_gradients_and_steps_of_one_device() -> None:
+def test_experts_over_ranks_compute_the_gradients_and_steps_of_one_device(pool: RankPool) -> None:
     """Clipped with ZeRO alone: without it DeepSpeed clips MoE models by the mean of the ranks' norms."""
     for run in EXPERTS:
-        assert_equal(trained(by_experts)[run], run)
+        assert_equal(trained(pool, by_experts)[run], run)
 
 
 @pytest.mark.parametrize("train", [by_pipeline, by_experts])
-def test_in_bf16_gradients_are_those_of_float64_up_to_a_few_roundings(train: Any) -> None:
+def test_in_bf16_gradients_are_those_of_float64_up_to_a_few_roundings(pool: RankPool, train: Any) -> None:
     for run in ROUNDED:
-        found, expected = trained(train)[run], one_device(run)
+        found, expected = trained(pool, train)[run], one_device(run)
         off, where = furthest(found, expected, "gradients")
         assert GRADIENT < off <= BF16_GRADIENT, (run, where)
         assert loss_distance(found[0], expected) <= BF16_LOSS, run
 
 
-def test_each_fault_of_the_baseline_is_seen() -> None:
+def test_each_fault_of_the_baseline_is_seen(pool: RankPool) -> None:
     for run in FAULTY:
         expected = one_device(replace(run, tampering=""))
-        off, _ = furthest(trained(by_pipeline)[run], expected, "gradients")
+        off, _ = furthest(trained(pool, by_pipeline)[run], expected, "gradients")
         assert off > 10_000 * GRADIENT, run
     run = FAULTY[FAULTS.index("no column of losses")]
-    lost_column, expected = trained(by_pipeline)[run][0], one_device(replace(run, tampering=""))
+    lost_column, expected = trained(pool, by_pipeline)[run][0], one_device(replace(run, tampering=""))
     assert loss_distance(lost_column, expected) > 0.01, "the routing losses are part of what is reported"
 
 
-def test_auxiliary_losses_of_single_ranks_are_another_training() -> None:
+def test_auxiliary_losses_of_single_ranks_are_another_training(pool: RankPool) -> None:
     """The control of balance_scope "group": with DeepSpeed's own, which is by rank, the three would differ."""
-    found = trained(by_experts)[OF_SINGLE_RANKS]
+    found = trained(pool, by_experts)[OF_SINGLE_RANKS]
     assert furthest(found, on_one_device(OF_SINGLE_RANKS), "gradients")[0] > 1000 * GRADIENT
 
 
@@ -250,21 +254,19 @@ def both_ways(runs: Sequence[Run]) -> tuple[list[Outcome], list[Outcome]]:
     return by_experts(runs), by_pipeline(runs)
 
 
-def on_sixteen_ranks(run: Run) -> list[list[Outcome]]:
+def on_sixteen_ranks(pool: RankPool, run: Run) -> list[list[Outcome]]:
     """Each rank's outcomes by experts and by shares and stages, which equal one device's: so the layouts are equal."""
-    ways = [
-        [of_rank[0] for of_rank in way] for way in zip(*run_ranks(16, both_ways, [run], timeout_s=240), strict=True)
-    ]
+    ways = [[of_rank[0] for of_rank in way] for way in zip(*pool.run(16, both_ways, [run], timeout_s=240), strict=True)]
     for outcomes in ways:
         assert_equal(outcomes, run)
     return ways
 
 
-def test_sixteen_ranks_compute_one_devices_gradients_by_experts_and_by_tp8_pp2() -> None:
-    on_sixteen_ranks(SIXTEEN)
+def test_sixteen_ranks_compute_one_devices_gradients_by_experts_and_by_tp8_pp2(pool: RankPool) -> None:
+    on_sixteen_ranks(pool, SIXTEEN)
 
 
 @pytest.mark.slow
-def test_sixteen_ranks_train_as_one_device_by_experts_and_by_tp8_pp2() -> None:
-    for outcomes in on_sixteen_ranks(replace(SIXTEEN, steps=2)):
+def test_sixteen_ranks_train_as_one_device_by_experts_and_by_tp8_pp2(pool: RankPool) -> None:
+    for outcomes in on_sixteen_ranks(pool, replace(SIXTEEN, steps=2)):
         assert outcomes[0].losses[-1] < outcomes[0].losses[0], "it learns"

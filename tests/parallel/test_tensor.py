@@ -15,7 +15,7 @@ from ds_moe_ep.model.initialize import init_weights
 from ds_moe_ep.model.transformer import build_transformer
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.parallel.tensor import Share, cut, cut_dimension, tensor_parallel
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 KNOBS: dict[str, Any] = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "expert_width": 8, "sequence_length": 6}
 KINDS = [{"expert": "gelu"}, {"expert": "swiglu"}, {"expert": "gelu", "expert_bias": True}]
@@ -104,10 +104,10 @@ def on_two_ranks(kind: dict[str, Any]) -> Passed:
 
 
 @pytest.mark.parametrize("kind", [*KINDS[:2], {"recompute": False}])
-def test_two_ranks_with_halves_pass_forward_and_backward_as_one_with_all(kind: dict[str, Any]) -> None:
+def test_two_ranks_with_halves_pass_forward_and_backward_as_one_with_all(pool: RankPool, kind: dict[str, Any]) -> None:
     """1e-12 of the largest value, in float64; the routing loss is reported in fp32."""
     logits, l_aux, gradients = passed(whole_model(**kind))
-    for rank, (logits_there, l_aux_there, parts) in enumerate(run_ranks(2, on_two_ranks, kind)):
+    for rank, (logits_there, l_aux_there, parts) in enumerate(pool.run(2, on_two_ranks, kind)):
         assert float((logits_there - logits).abs().max() / logits.abs().max()) <= 1e-12
         assert float(l_aux_there) == pytest.approx(float(l_aux), rel=1e-6)
         for name, whole in gradients.items():

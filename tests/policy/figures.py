@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from tests.policy.sources import ROOT, own_python
+from tests.ranks import COUNTED_IN
 
 ONE_FORMATTER = Path("records", "quantity.py")
 NUMBER_FORMAT = re.compile(r"[,.\d]*[defgn%]|,")
@@ -74,7 +77,11 @@ COMMANDS: Mapping[str, list[str]] = {
     "suite": ["bash", "tests/run.sh"],
     "demo": [sys.executable, "-m", "ds_moe_ep", "demo"],
 }
-SECONDS_BEFORE = {"suite": "1,068", "demo": "none"}  # in a clean clone on a quiet machine of 2 cores; there was no demo
+BEFORE_RUN: Mapping[str, str] = {  # in a clean clone on a quiet machine of 2 cores; there was no demo
+    "seconds of the suite": "1,068",
+    "worlds of ranks in the suite": "about 280",
+    "seconds of the demo": "none",
+}
 
 
 def count(root: Path = ROOT) -> Figures:
@@ -199,18 +206,26 @@ def is_of_engine(target: ast.expr) -> bool:
     return isinstance(target, ast.Attribute) and ast.unparse(target.value).endswith("engine")
 
 
-def table(now: Figures, seconds: Mapping[str, float]) -> str:
-    """The figures as a Markdown table, beside those of the flat package."""
+def table(now: Figures, runs: Mapping[str, float]) -> str:
+    """The figures as a Markdown table, beside those of the flat package; `runs` by the titles of `BEFORE_RUN`."""
     rows = [f"| {TITLES[name]} | {BEFORE[name]:,} | {value:,} |" for name, value in vars(now).items()]
-    rows += [f"| seconds of the {name} | {SECONDS_BEFORE[name]} | {value:,.0f} |" for name, value in seconds.items()]
+    rows += [f"| {title} | {BEFORE_RUN[title]} | {value:,.0f} |" for title, value in runs.items()]
     return "\n".join([f"| counted in the sources | at {FLAT}, without rooms | now |", "| --- | ---: | ---: |", *rows])
 
 
-def seconds_of(name: str, root: Path = ROOT) -> float:
-    """Seconds that a command takes in the checkout at `root`. Raises CalledProcessError where it fails."""
-    start = time.perf_counter()
-    subprocess.run(COMMANDS[name], cwd=root, check=True, stdout=sys.stderr)
-    return time.perf_counter() - start
+def timed(name: str, root: Path = ROOT) -> dict[str, float]:
+    """Seconds that a command takes in the checkout at `root`, and the worlds of ranks that its tests start.
+
+    Raises CalledProcessError where it fails.
+    """
+    with tempfile.NamedTemporaryFile("r") as worlds:
+        start = time.perf_counter()
+        environment = os.environ | {COUNTED_IN: worlds.name}
+        subprocess.run(COMMANDS[name], cwd=root, check=True, stdout=sys.stderr, env=environment)
+        found = {f"seconds of the {name}": time.perf_counter() - start}
+        if name == "suite":
+            found["worlds of ranks in the suite"] = len(worlds.readlines())
+    return found
 
 
 def main() -> None:
@@ -223,8 +238,10 @@ def main() -> None:
     parser.add_argument("--suite-s", type=float, help="seconds that `bash tests/run.sh` took before")
     parser.add_argument("--names", action="store_true", help="name what was found, too")
     given = parser.parse_args()
-    seconds = {} if given.suite_s is None else {"suite": given.suite_s}
-    print(table(count(given.at), seconds | {name: seconds_of(name, given.at) for name in given.time}))
+    runs = {} if given.suite_s is None else {"seconds of the suite": given.suite_s}
+    for name in given.time:
+        runs |= timed(name, given.at)
+    print(table(count(given.at), runs))
     if given.names:
         trees = trees_of(given.at)
         print("", *double_names(trees), *formatters(trees), *replaced_methods(trees), sep="\n")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.policy import figures
 from tests.policy.figures import BEFORE, TITLES, count, double_names, formatters, replaced_methods, roundings, table
 from tests.policy.test_house import MAX_MODULES
 
@@ -18,9 +21,31 @@ def test_the_house_has_few_loose_files_short_folders_and_names_of_one_meaning() 
     assert now.most_files <= MAX_MODULES < BEFORE["most_files"]
     assert (now.formatters, now.roundings) == (0, 0)
     assert now.readme_lines <= 200
-    printed = table(now, {"suite": 480.4, "demo": 19.6})
+    printed = table(now, {"seconds of the suite": 480.4, "seconds of the demo": 19.6})
     assert f"| {TITLES['files']} | {BEFORE['files']:,} | {now.files:,} |" in printed
     assert "| seconds of the suite | 1,068 | 480 |\n| seconds of the demo | none | 20 |" in printed
+
+
+def test_what_is_run_is_timed_and_its_worlds_are_counted(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    of_the_suite = "import time; from tests.ranks import note_start; time.sleep(1); note_start(2); note_start(4)"
+    commands = {"suite": [sys.executable, "-c", of_the_suite], "demo": [sys.executable, "-c", "print('a step')"]}
+    monkeypatch.setattr(figures, "COMMANDS", commands)
+    monkeypatch.setattr(sys, "argv", ["figures", "--time", "suite", "demo"])
+    figures.main()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in capfd.readouterr().out.splitlines())
+    assert set(TITLES.values()) < set(rows)
+    before, seconds = rows["seconds of the suite"].split(" | ")
+    assert before == "1,068" and int(seconds) >= 1
+    assert rows["worlds of ranks in the suite"] == "about 280 | 2"
+    assert rows["seconds of the demo"].startswith("none | ")
+
+
+def test_a_run_that_fails_gives_no_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "COMMANDS", {"demo": [sys.executable, "-c", "raise SystemExit(3)"]})
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 3"):
+        figures.timed("demo")
 
 
 @pytest.mark.parametrize(

@@ -175,13 +175,15 @@ def test_ground_needs_the_standard_library_alone() -> None:
 
 def test_importing_the_package_is_free_and_loads_no_torch() -> None:
     script = (
-        "import sys, time; start = time.process_time(); import ds_moe_ep\n"
-        "print(time.process_time() - start, 'torch' in sys.modules or 'deepspeed' in sys.modules)"
+        "import sys, time; start_s = time.process_time(); import ds_moe_ep\n"
+        "print(time.process_time() - start_s, 'torch' in sys.modules or 'deepspeed' in sys.modules)"
     )
-    seconds = []
-    for _ in range(3):
+    least_s = 1.0  # of processor time: others on the machine slow a process down, none makes it faster
+    for _ in range(10):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-        took, loaded = done.stdout.split()
+        took_s, loaded = done.stdout.split()
         assert loaded == "False"
-        seconds.append(float(took))
-    assert min(seconds) < 0.1, "of processor time"
+        least_s = min(least_s, float(took_s))
+        if least_s < 0.1:
+            break
+    assert least_s < 0.1

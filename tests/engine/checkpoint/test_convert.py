@@ -29,7 +29,7 @@ from tests.parallel.training_runs import (
     of_this_copy,
     stage_parameters,
 )
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 LOGITS = 2e-6
 LOSSES = 2e-5  # of two steps of Adam behind the load; without states they are another's by far more
@@ -173,17 +173,17 @@ def losses_distance(found: Sequence[Seen], expected: Sequence[Seen]) -> float:
     return max(abs(one - other) / other for one, other in zip(found[0].losses, expected[0].losses, strict=True))
 
 
-def saved_by(train: Any, run: Run, folder: pathlib.Path) -> list[Seen]:
-    return run_ranks(4, train, run, str(folder), False)
+def saved_by(pool: RankPool, train: Any, run: Run, folder: pathlib.Path) -> list[Seen]:
+    return pool.run(4, train, run, str(folder), False)
 
 
-def loaded_by(load: Any, run: Run, folder: pathlib.Path) -> list[Seen]:
-    return run_ranks(4, load, run, str(folder), True)
+def loaded_by(pool: RankPool, load: Any, run: Run, folder: pathlib.Path) -> list[Seen]:
+    return pool.run(4, load, run, str(folder), True)
 
 
-def each_loaded_by(load: Any, runs: Sequence[Run], folders: Sequence[pathlib.Path]) -> list[list[Seen]]:
+def each_loaded_by(pool: RankPool, load: Any, runs: Sequence[Run], folders: Sequence[pathlib.Path]) -> list[list[Seen]]:
     """Of each folder what every rank has loaded, in one world."""
-    by_rank = run_ranks(4, in_turns, load, runs, [str(folder) for folder in folders], timeout_s=150)
+    by_rank = pool.run(4, in_turns, load, runs, [str(folder) for folder in folders], timeout_s=150)
     return [list(of_folder) for of_folder in zip(*by_rank, strict=True)]
 
 
@@ -213,20 +213,20 @@ OTHERS = [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((4, 1, 1), 
 
 @pytest.mark.parametrize(("ep_size", "stage", "pp_size"), [(4, 0, 1), *OTHERS])
 def test_experts_become_shares_and_stages_that_go_on_as_they_would_and_come_back_bit_for_bit(
-    ep_size: int, stage: int, pp_size: int, tmp_path: pathlib.Path
+    pool: RankPool, ep_size: int, stage: int, pp_size: int, tmp_path: pathlib.Path
 ) -> None:
     """With one stage two ranks hold the same shares."""
     run = replace(RUN, ep_size=ep_size, stage=stage, pp_size=pp_size)
     ways = [tmp_path / name for name in ("trained", "pipeline", "back")]
-    trained = saved_by(with_experts, run, ways[0])
+    trained = saved_by(pool, with_experts, run, ways[0])
     for source, target, pipeline in ((ways[0], ways[1], True), (ways[1], ways[2], False)):
         prepare(source, target, target_config(run, pipeline=pipeline)).write()
-    as_pipeline = loaded_by(with_pipeline, run, ways[1])
+    as_pipeline = loaded_by(pool, with_pipeline, run, ways[1])
     assert_same_weights(as_pipeline, ways[0], run)
     assert_same_states(as_pipeline, trained)
     assert logits_distance(as_pipeline, trained) <= LOGITS
     assert losses_distance(as_pipeline, trained) <= LOSSES
-    back = loaded_by(with_experts, replace(run, ep_size=6 - ep_size), ways[2])  # 2 comes back as 4, and 4 as 2
+    back = loaded_by(pool, with_experts, replace(run, ep_size=6 - ep_size), ways[2])  # 2 comes back as 4, and 4 as 2
     assert_same_states(back, trained)
     assert logits_distance(back, trained) <= LOGITS
     assert losses_distance(back, trained) <= LOSSES
@@ -235,11 +235,13 @@ def test_experts_become_shares_and_stages_that_go_on_as_they_would_and_come_back
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
-def test_a_trained_pipeline_becomes_experts_and_pipelines_of_other_sizes(tmp_path: pathlib.Path) -> None:
+def test_a_trained_pipeline_becomes_experts_and_pipelines_of_other_sizes(
+    pool: RankPool, tmp_path: pathlib.Path
+) -> None:
     run = replace(RUN, tp_size=2, pp_size=2, model={**MODEL, "num_layers": 4})
-    trained = saved_by(with_pipeline, run, tmp_path / "trained")
+    trained = saved_by(pool, with_pipeline, run, tmp_path / "trained")
     prepare(tmp_path / "trained", tmp_path / "experts", target_config(run, pipeline=False)).write()
-    loaded = loaded_by(with_experts, run, tmp_path / "experts")
+    loaded = loaded_by(pool, with_experts, run, tmp_path / "experts")
     assert_same_states(loaded, trained)
     assert logits_distance(loaded, trained) <= LOGITS
     assert losses_distance(loaded, trained) <= LOSSES
@@ -247,7 +249,7 @@ def test_a_trained_pipeline_becomes_experts_and_pipelines_of_other_sizes(tmp_pat
     folders = [tmp_path / f"{other.tp_size}x{other.pp_size}" for other in others]
     for other, folder in zip(others, folders, strict=True):
         prepare(tmp_path / "trained", folder, target_config(other, pipeline=True)).write()
-    for loaded in each_loaded_by(with_pipeline, others, folders):
+    for loaded in each_loaded_by(pool, with_pipeline, others, folders):
         assert_same_weights(loaded, tmp_path / "experts", run)
         assert_same_states(loaded, trained)
         assert logits_distance(loaded, trained) <= LOGITS
@@ -271,9 +273,9 @@ def exchange_experts(folder: pathlib.Path) -> None:
     torch.save(weights, path)
 
 
-def test_one_expert_or_one_slice_in_the_wrong_place_is_seen(tmp_path: pathlib.Path) -> None:
+def test_one_expert_or_one_slice_in_the_wrong_place_is_seen(pool: RankPool, tmp_path: pathlib.Path) -> None:
     """The controls of the comparisons above: each fault moves the logits by far more than the bound."""
-    trained = saved_by(with_experts, RUN, tmp_path / "trained")
+    trained = saved_by(pool, with_experts, RUN, tmp_path / "trained")
     config = target_config(RUN, pipeline=True)
     for name in ("slices", "experts"):
         prepare(tmp_path / "trained", tmp_path / name, config).write()
@@ -281,7 +283,7 @@ def test_one_expert_or_one_slice_in_the_wrong_place_is_seen(tmp_path: pathlib.Pa
     exchange_experts(tmp_path / "experts")
     prepare(tmp_path / "trained", tmp_path / "weights", config, weights_only=True).write()
     folders = [tmp_path / name for name in ("slices", "experts", "weights")]
-    *damaged, alone = each_loaded_by(with_pipeline, [RUN] * 3, folders)
+    *damaged, alone = each_loaded_by(pool, with_pipeline, [RUN] * 3, folders)
     for wrong in damaged:
         assert logits_distance(wrong, trained) > 1000 * LOGITS
         with pytest.raises(AssertionError):
@@ -305,11 +307,11 @@ def load_more(run: Run, folder: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_the_step_counter_is_kept_and_a_load_with_optimizer_states_fails_aloud(
-    stage: int, tmp_path: pathlib.Path
+    pool: RankPool, stage: int, tmp_path: pathlib.Path
 ) -> None:
     run = replace(RUN, stage=stage)
     write_experts(tmp_path / "experts", run)
     prepare(tmp_path / "experts", tmp_path / "pipeline", target_config(run, pipeline=True)).write()
-    for step, failure in run_ranks(4, load_more, run, str(tmp_path / "pipeline")):
+    for step, failure in pool.run(4, load_more, run, str(tmp_path / "pipeline")):
         assert step == 7
         assert failure == ("ZeRORuntimeException" if stage else "KeyError")

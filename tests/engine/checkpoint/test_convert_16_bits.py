@@ -30,7 +30,7 @@ from tests.engine.checkpoint.test_convert import (
     with_pipeline,
 )
 from tests.parallel.training_runs import Run
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 Folder = pathlib.Path
 DEEP = replace(RUN, model={**MODEL, "num_layers": 4})
@@ -47,35 +47,35 @@ def carry(source: Folder, target: Folder, run: Run, *, pipeline: bool, **options
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("fp16", 1), ("bf16", 0), ("fp16", 0)])
 def test_states_of_16_bits_go_to_every_layout_and_back_bit_for_bit(
-    precision: str, stage: int, tmp_path: Folder
+    pool: RankPool, precision: str, stage: int, tmp_path: Folder
 ) -> None:
     run = replace(DEEP, **{precision: True}, stage=stage)
-    trained = saved_by(with_experts, run, tmp_path / "trained")
+    trained = saved_by(pool, with_experts, run, tmp_path / "trained")
     pipelines = [replace(run, stage=1, tp_size=tp_size, pp_size=pp_size) for tp_size, pp_size in LAYOUTS]
     folders = [
         carry(tmp_path / "trained", tmp_path / f"{each.tp_size}x{each.pp_size}", each, pipeline=True)
         for each in pipelines
     ]
-    for loaded in each_loaded_by(with_pipeline, pipelines, folders):
+    for loaded in each_loaded_by(pool, with_pipeline, pipelines, folders):
         assert_same_states(loaded, trained)
     back = replace(run, ep_size=2, stage=stage or 1)
     carry(folders[0], tmp_path / "back", back, pipeline=False)
-    assert_same_states(loaded_by(with_experts, back, tmp_path / "back"), trained)
+    assert_same_states(loaded_by(pool, with_experts, back, tmp_path / "back"), trained)
     carry(tmp_path / "trained", tmp_path / "weights", pipelines[0], pipeline=True, weights_only=True)
-    alone = loaded_by(with_pipeline, pipelines[0], tmp_path / "weights")
+    alone = loaded_by(pool, with_pipeline, pipelines[0], tmp_path / "weights")
     with pytest.raises(AssertionError):
         assert_same_states(alone, trained)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_states_of_a_trained_pipeline_in_fp16_become_those_of_experts(tmp_path: Folder) -> None:
+def test_states_of_a_trained_pipeline_in_fp16_become_those_of_experts(pool: RankPool, tmp_path: Folder) -> None:
     run = replace(RUN, fp16=True)
-    trained = saved_by(with_pipeline, run, tmp_path / "trained")
+    trained = saved_by(pool, with_pipeline, run, tmp_path / "trained")
     for stage, ep_size in ((1, 4), (2, 2)):
         target = replace(run, stage=stage, ep_size=ep_size)
         carry(tmp_path / "trained", tmp_path / f"{stage}", target, pipeline=False)
-        assert_same_states(loaded_by(with_experts, target, tmp_path / f"{stage}"), trained)
+        assert_same_states(loaded_by(pool, with_experts, target, tmp_path / f"{stage}"), trained)
 
 
 def error_of_load(run: Run, folder: str) -> str:
@@ -90,16 +90,17 @@ def error_of_load(run: Run, folder: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_pipeline_in_bf16_without_zero_does_not_load_its_own_states_and_convert_carries_them(
+    pool: RankPool,
     tmp_path: Folder,
 ) -> None:
     """DeepSpeed looks for all ranks' states where it has written one rank's."""
     run = replace(RUN, bf16=True, stage=0)
-    trained = saved_by(with_pipeline, run, tmp_path / "trained")
-    assert set(run_ranks(4, error_of_load, run, str(tmp_path / "trained"))) == {"KeyError"}
+    trained = saved_by(pool, with_pipeline, run, tmp_path / "trained")
+    assert set(pool.run(4, error_of_load, run, str(tmp_path / "trained"))) == {"KeyError"}
     for stage in (1, 2):
         target = replace(run, stage=stage, ep_size=2)
         carry(tmp_path / "trained", tmp_path / f"{stage}", target, pipeline=False)
-        assert_same_states(loaded_by(with_experts, target, tmp_path / f"{stage}"), trained)
+        assert_same_states(loaded_by(pool, with_experts, target, tmp_path / f"{stage}"), trained)
     with pytest.raises(ConfigError, match="stage=0: the source has optimizer states with master weights"):
         carry(tmp_path / "trained", tmp_path / "none", replace(run, tp_size=4, pp_size=1), pipeline=True)
 

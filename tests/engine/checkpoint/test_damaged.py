@@ -21,7 +21,7 @@ from tests.engine.checkpoint.checkpoints import same, tensors
 from tests.engine.checkpoint.test_reshard import BASE, run
 from tests.engine.small_model import Job, make_engine, make_model
 from tests.moe.layer_cases import D
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 MAIN = "mp_rank_00_model_states.pt"
 STATES = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -184,10 +184,10 @@ def constant_rate(num_groups: int) -> dict[str, Any]:
     ids=["some", "all"],
 )
 def test_a_damaged_checkpoint_is_refused_on_every_rank_before_anything_is_changed(
-    names: Sequence[str], files: Sequence[str], tmp_path: Path
+    pool: RankPool, names: Sequence[str], files: Sequence[str], tmp_path: Path
 ) -> None:
     """Under its own ep_size and another. The control: the same folder undamaged loads, and changes weights."""
-    run_ranks(2, run, [("whole", JOB)], [], tmp_path, timeout_s=120)
+    pool.run(2, run, [("whole", JOB)], [], tmp_path, timeout_s=120)
     for name in names:
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         DAMAGES[name][0](tmp_path / name)
@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank_before_anything_is_change
     torch.save({"param": Crafted(marker)}, of_parameter / "fp32.pt")
     folders = [*(tmp_path / name for name in names), *crafted, tmp_path / "whole"]
     jobs = [replace(JOB, seed=9), replace(JOB, seed=9, ep_size=1)]
-    for by_size, unchecked, swapped in run_ranks(
+    for by_size, unchecked, swapped in pool.run(
         2, refused, jobs, folders, tmp_path / "bit of an expert", timeout_s=240
     ):
         assert unchecked == ("nothing was refused", False), "the control: without the checksums the bit is not seen"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.engine.small_model import Job, batches, distance, make_engine, merged, named_weights, train_steps
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 BASE = Job(ep_size=2, top_k=2)
 Weights = dict[str, Tensor]
@@ -70,8 +70,8 @@ JOBS = [replace(BASE, stage=stage, bf16=bf16) for stage in (0, 1, 2) for bf16 in
 
 
 @pytest.mark.parametrize("jobs", [[*JOBS[:2], JOBS[3], JOBS[4]], pytest.param(JOBS, marks=pytest.mark.slow)])
-def test_a_reloaded_run_goes_on_bit_for_bit(jobs: list[Job], tmp_path: pathlib.Path) -> None:
-    by_rank = run_ranks(4, round_trips, [(job, job) for job in jobs], str(tmp_path), timeout_s=240)
+def test_a_reloaded_run_goes_on_bit_for_bit(pool: RankPool, jobs: list[Job], tmp_path: pathlib.Path) -> None:
+    by_rank = pool.run(4, round_trips, [(job, job) for job in jobs], str(tmp_path), timeout_s=240)
     for job, results in zip(jobs, zip(*by_rank, strict=True), strict=True):
         (saved, last, losses), (loaded, reloaded_last, reloaded_losses) = points(results, 0), points(results, 1)
         assert distance(loaded, saved) == 0.0, job
@@ -95,13 +95,13 @@ WAYS = [
 
 @pytest.mark.parametrize("pairs", [[*WAYS[1:3], WAYS[4]], pytest.param(WAYS, marks=pytest.mark.slow)])
 def test_checkpoints_cross_over_with_their_optimizer_states(
-    pairs: list[tuple[Job, Job]], tmp_path: pathlib.Path
+    pool: RankPool, pairs: list[tuple[Job, Job]], tmp_path: pathlib.Path
 ) -> None:
     """Bit-equal weights at the checkpoint; after another step the layers' own rounding is all that differs.
 
     The control: a step taken with fresh optimizer states ends elsewhere.
     """
-    by_rank = run_ranks(4, cross_over, pairs, str(tmp_path), timeout_s=240)
+    by_rank = pool.run(4, cross_over, pairs, str(tmp_path), timeout_s=240)
     for index, pair in enumerate(pairs):
         results = [trips[index] for trips, _ in by_rank]
         (saved, last, _), (loaded, reloaded_last, _) = points(results, 0), points(results, 1)
@@ -123,8 +123,8 @@ def write_both(folder: str) -> list[str]:
     return []
 
 
-def test_files_and_keys_are_those_of_deepspeeds_layer(tmp_path: pathlib.Path) -> None:
-    run_ranks(4, write_both, str(tmp_path), timeout_s=60)
+def test_files_and_keys_are_those_of_deepspeeds_layer(pool: RankPool, tmp_path: pathlib.Path) -> None:
+    pool.run(4, write_both, str(tmp_path), timeout_s=60)
     ours, native = (sorted((tmp_path / layer / "two").iterdir()) for layer in ("ours", "native"))
     assert [path.name for path in ours] == [path.name for path in native]
     experts = [path.name for path in ours if path.name.startswith("layer_")]
@@ -173,8 +173,8 @@ def save_and_load_elsewhere(folder: str) -> list[tuple[Weights, list[Weights]]]:
     return list(zip(saved, loaded, strict=True))
 
 
-def test_weights_load_under_another_ep_size(tmp_path: pathlib.Path) -> None:
-    for of_stage in zip(*run_ranks(4, save_and_load_elsewhere, str(tmp_path), timeout_s=120), strict=True):
+def test_weights_load_under_another_ep_size(pool: RankPool, tmp_path: pathlib.Path) -> None:
+    for of_stage in zip(*pool.run(4, save_and_load_elsewhere, str(tmp_path), timeout_s=120), strict=True):
         saved = merged([weights for weights, _ in of_stage])
         for loaded in zip(*(sides for _, sides in of_stage), strict=True):
             assert distance(merged(list(loaded)), saved) == 0.0

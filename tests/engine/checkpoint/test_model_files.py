@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ds_moe_ep.engine.checkpoint.own_experts import shifted
 from ds_moe_ep.errors import EngineError, ExportError
 from tests.engine.test_doors import E, Net, deepspeeds_layer, own_layer, plain_engine, refusal, tokens
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 EXPERTS = "layers.0.deepspeed_moe.experts.deepspeed_experts"
 
@@ -180,8 +180,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def found(folder: str) -> list[dict[str, Any]]:
-    return run_ranks(2, door_cases, folder, timeout_s=150)
+def found(pool: RankPool, folder: str) -> list[dict[str, Any]]:
+    return pool.run(2, door_cases, folder, timeout_s=150)
 
 
 @pytest.mark.parametrize("kind", ["own", "hooked"])
@@ -225,8 +225,8 @@ def test_a_rank_may_use_its_own_state_and_hooks_that_are_gone_refuse_nothing(fou
         assert by_rank["a rank's own use"] and by_rank["hooks removed"] == "nothing was refused"
 
 
-def test_the_way_out_gives_a_file_of_all_experts(found: list[dict[str, Any]], folder: str) -> None:
-    (whole,) = run_ranks(1, whole_file, folder)
+def test_the_way_out_gives_a_file_of_all_experts(pool: RankPool, found: list[dict[str, Any]], folder: str) -> None:
+    (whole,) = pool.run(1, whole_file, folder)
     assert len({name.split(".")[5] for name in whole if name.startswith(EXPERTS)}) == E
     for rank, by_rank in enumerate(found):
         for name, value in by_rank["state"].items():

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.engine.small_model import NUM_EXPERTS, Job, batches, make_engine, train_steps
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 KINDS = ("exp_avg", "exp_avg_sq")
 BASE = Job(top_k=2, stage=1)
@@ -137,7 +137,7 @@ def differing(found: States, expected: States) -> list[str]:
     return [name for name, value in expected.items() if not torch.equal(found[name].cpu(), value.cpu())]
 
 
-def test_states_load_under_every_ep_size_and_training_goes_on(tmp_path: Path) -> None:
+def test_states_load_under_every_ep_size_and_training_goes_on(pool: RankPool, tmp_path: Path) -> None:
     native = replace(BASE, layer="native")
     saves = [("native", replace(native, ep_size=2)), ("ep4", BASE)]
     loads = [("native", native), ("native", replace(native, ep_size=1)), ("ep4", replace(BASE, ep_size=1))]
@@ -151,7 +151,7 @@ def test_states_load_under_every_ep_size_and_training_goes_on(tmp_path: Path) ->
         loads.append((name, replace(job, ep_size=1 if job.sums_in else 4)))
     saves.append(ELASTIC)
     loads.append(ELASTIC)  # DeepSpeed itself loads elastic states of torch's Adam at no size
-    expected = all_load(saves, loads, tmp_path)
+    expected = all_load(pool, saves, loads, tmp_path)
     assert sum("exp_avg_sq" in name and "deepspeed_experts" in name for name in expected["ep4"]) == 8 * NUM_EXPERTS
     moments = [
         next(name for name in expected["ep4"] if f"experts.{expert}.fc1.weight exp_avg" in name) for expert in (0, 1)
@@ -160,17 +160,17 @@ def test_states_load_under_every_ep_size_and_training_goes_on(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_states_load_under_the_other_ep_sizes(tmp_path: Path) -> None:
+def test_states_load_under_the_other_ep_sizes(pool: RankPool, tmp_path: Path) -> None:
     saves = [(f"ep{ep}", replace(BASE, ep_size=ep)) for ep in (1, 2, 4)]
     pairs = ((1, 2), (1, 4), (2, 1), (4, 2))
     loads = [(f"ep{saved}", replace(BASE, ep_size=ep)) for saved, ep in pairs]
     loads += [("elastic", replace(ELASTIC[1], ep_size=ep)) for ep in (1, 4)]
-    all_load([*saves, ELASTIC], loads, tmp_path)
+    all_load(pool, [*saves, ELASTIC], loads, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_fp16_states_load_under_every_other_ep_size(stage: int, tmp_path: Path) -> None:
+def test_fp16_states_load_under_every_other_ep_size(pool: RankPool, stage: int, tmp_path: Path) -> None:
     base, sizes = replace(BASE, stage=stage, fp16=True), (1, 2, 4)
     for flat in (False, True) if stage == 0 else (False,):
         for saved in (
@@ -178,23 +178,25 @@ def test_fp16_states_load_under_every_other_ep_size(stage: int, tmp_path: Path) 
         ):  # a world per ep_size: files without ZeRO have the largest one's name
             saves = [(f"ep{ep}", replace(base, flat=flat, ep_size=ep)) for ep in sizes if saved in (0, ep)]
             loads = [(name, replace(job, ep_size=ep)) for name, job in saves for ep in sizes if ep != job.ep_size]
-            all_load(saves, loads, tmp_path / f"{flat}{saved}")
+            all_load(pool, saves, loads, tmp_path / f"{flat}{saved}")
 
 
-def test_states_without_zero_load_under_another_ep_size(tmp_path: Path) -> None:
+def test_states_without_zero_load_under_another_ep_size(pool: RankPool, tmp_path: Path) -> None:
     """In a world of its own: DeepSpeed names these files by the largest expert-parallel group of the process."""
     plain = replace(BASE, stage=0, ep_size=2)
     jobs = {"plain": plain, "bf16": replace(plain, bf16=True), "fp16": replace(plain, fp16=True, flat=True)}
     loads = [("plain", 1), ("plain", 4), ("bf16", 1), ("fp16", 4)]
     ways = [(name, replace(jobs[name], ep_size=ep)) for name, ep in loads]
-    expected = all_load(list(jobs.items()), ways, tmp_path)
+    expected = all_load(pool, list(jobs.items()), ways, tmp_path)
     one, other = (f"layers.0.experts.deepspeed_experts.{expert}.fc1.weight exp_avg" for expert in (0, 5))
     assert not torch.equal(expected["fp16"][one], expected["fp16"][other]), "the control: another expert's moments"
 
 
-def all_load(saves: Sequence[tuple[str, Job]], loads: Sequence[tuple[str, Job]], folder: Path) -> dict[str, States]:
+def all_load(
+    pool: RankPool, saves: Sequence[tuple[str, Job]], loads: Sequence[tuple[str, Job]], folder: Path
+) -> dict[str, States]:
     """Asserts that all that is loaded is what was saved, and goes on as it did; returns that by name."""
-    by_rank = run_ranks(4, run, saves, loads, folder, timeout_s=280)
+    by_rank = pool.run(4, run, saves, loads, folder, timeout_s=280)
     expected = {name: merged([saved[name][0] for saved, _ in by_rank]) for name, _ in saves}
     for index, (name, job) in enumerate(loads):
         found = merged([loaded[index][0] for _, loaded in by_rank])
@@ -207,16 +209,16 @@ def all_load(saves: Sequence[tuple[str, Job]], loads: Sequence[tuple[str, Job]],
     return expected
 
 
-def test_states_load_on_more_and_on_fewer_ranks(tmp_path: Path) -> None:
+def test_states_load_on_more_and_on_fewer_ranks(pool: RankPool, tmp_path: Path) -> None:
     small = replace(BASE, world_size=2, ep_size=2)
-    saved, _ = zip(*run_ranks(2, run, [("two", small)], [], tmp_path, timeout_s=120), strict=True)
+    saved, _ = zip(*pool.run(2, run, [("two", small)], [], tmp_path, timeout_s=120), strict=True)
     on_two = merged([states["two"][0] for states in saved])
     loads = [("two", replace(BASE, ep_size=ep)) for ep in (2, 4)]
-    by_rank = run_ranks(4, run, [("four", replace(BASE, ep_size=4))], loads, tmp_path, timeout_s=150)
+    by_rank = pool.run(4, run, [("four", replace(BASE, ep_size=4))], loads, tmp_path, timeout_s=150)
     for index in range(len(loads)):
         assert differing(merged([loaded[index][0] for _, loaded in by_rank]), on_two) == []
     on_four = merged([states["four"][0] for states, _ in by_rank])
-    back = run_ranks(2, run, [], [("four", small), ("four", replace(small, ep_size=1))], tmp_path, timeout_s=120)
+    back = pool.run(2, run, [], [("four", small), ("four", replace(small, ep_size=1))], tmp_path, timeout_s=120)
     for index in range(2):
         assert differing(merged([loaded[index][0] for _, loaded in back]), on_four) == []
 
@@ -224,11 +226,11 @@ def test_states_load_on_more_and_on_fewer_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("layer", ["ours", "native"])
-def test_all_25_pairs_of_ep_sizes_on_16_ranks(layer: str, tmp_path: Path) -> None:
+def test_all_25_pairs_of_ep_sizes_on_16_ranks(pool: RankPool, layer: str, tmp_path: Path) -> None:
     base, sizes = replace(BASE, layer=layer, world_size=16, num_experts=16), (1, 2, 4, 8, 16)
     saves = [(f"ep{ep}", replace(base, ep_size=ep)) for ep in sizes]
     loads = [(name, replace(base, ep_size=ep)) for name, _ in saves for ep in sizes]
-    by_rank = run_ranks(16, run, saves, loads, tmp_path, timeout_s=880)
+    by_rank = pool.run(16, run, saves, loads, tmp_path, timeout_s=880)
     expected = {name: merged([saved[name][0] for saved, _ in by_rank]) for name, _ in saves}
     for index, (name, job) in enumerate(loads):
         assert differing(merged([loaded[index][0] for _, loaded in by_rank]), expected[name]) == [], (name, job)

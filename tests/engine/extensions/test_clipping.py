@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.engine.small_model import Job, LoopLayer, SmallModel, batches, distance, make_model, merged, named_weights
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 LIMIT, RATE = 0.05, 1.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -149,8 +149,10 @@ def reference(job: Job) -> tuple[list[float], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("cases", [[*CASES, *CONTROLS], pytest.param(MORE_CASES, marks=pytest.mark.slow)])
-def test_the_norm_that_clips_is_one_devices_and_is_reported_alike_on_every_rank(cases: list[Case]) -> None:
-    by_rank = run_ranks(4, train_all, cases, timeout_s=200)
+def test_the_norm_that_clips_is_one_devices_and_is_reported_alike_on_every_rank(
+    pool: RankPool, cases: list[Case]
+) -> None:
+    by_rank = pool.run(4, train_all, cases, timeout_s=200)
     for index, case in enumerate(cases):
         expected_norms, expected = reference(replace(case.job, stage=0, layer="ours", door="ds_moe_ep"))
         norms = [results[index][0] for results in by_rank]
@@ -190,7 +192,7 @@ def norms_of_odd_gradients() -> tuple[list[float], int]:
     return found, len(calls)
 
 
-def test_a_norm_takes_one_collective_whatever_the_gradients_are() -> None:
-    for found, num_calls in run_ranks(2, norms_of_odd_gradients):
+def test_a_norm_takes_one_collective_whatever_the_gradients_are(pool: RankPool) -> None:
+    for found, num_calls in pool.run(2, norms_of_odd_gradients):
         assert found == pytest.approx([125**0.5, 125**0.5, 0.0])  # rows of (6, 8) and (3, 4)
         assert num_calls == 3

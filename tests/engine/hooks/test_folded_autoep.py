@@ -17,7 +17,7 @@ from tests.engine.hooks.autoep_models import AutoEPJob, batches, make_engine, na
 from tests.engine.layouts.tensor_models import sequence_mpu_of
 from tests.engine.small_model import distance
 from tests.moe.replica_cases import copies_in, let_rows_count_alone
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 WEIGHTS, LOSS = 1e-5, 2e-6  # fp32 after 3 Adam steps
 TENSOR_SIZE = 2
@@ -155,11 +155,11 @@ ALONE = (
 
 
 @pytest.mark.slow
-def test_folded_layers_train_as_those_without_tensor_ranks() -> None:
-    by_rank = run_ranks(4, train_all_and_replay, [*JOBS, *PLAIN], timeout_s=300)
+def test_folded_layers_train_as_those_without_tensor_ranks(pool: RankPool) -> None:
+    by_rank = pool.run(4, train_all_and_replay, [*JOBS, *PLAIN], timeout_s=300)
     folded = list(zip(*(outcomes for outcomes, _, _ in by_rank), strict=True))
     assert all(is_equal and is_seen for _, is_equal, is_seen in by_rank), "from a record of routes"
-    alone, clipped, rounded = zip(*run_ranks(2, train_all, ALONE, timeout_s=100), strict=True)
+    alone, clipped, rounded = zip(*pool.run(2, train_all, ALONE, timeout_s=100), strict=True)
     names = [name for _, weights in alone for name in weights if "experts" in name or ".gate." in name]
     jobs = [*JOBS, *PLAIN]
     for index, (job, by_rank) in enumerate(zip(jobs, folded, strict=True)):
@@ -196,10 +196,10 @@ def train_all_and_be_refused(jobs: Sequence[FoldedJob]) -> tuple[list[Outcome], 
 
 
 @pytest.mark.slow
-def test_layers_beside_sequence_ranks_train_as_those_without() -> None:
+def test_layers_beside_sequence_ranks_train_as_those_without(pool: RankPool) -> None:
     """A rank's loss is its part of the mean over a sequence, and so the world's is that of as many ranks without."""
     alone = FoldedJob(world_size=4, tensor_size=1, ep_size=2, hooked=False)
-    by_rank = run_ranks(4, train_all_and_be_refused, [alone, *SEQUENCES], timeout_s=200)
+    by_rank = pool.run(4, train_all_and_be_refused, [alone, *SEQUENCES], timeout_s=200)
     plain, *shared = zip(*(outcomes for outcomes, _ in by_rank), strict=True)
     expected = whole_weights(plain, list({name: None for _, weights in plain for name in weights}))
     for job, found in zip(SEQUENCES, shared, strict=True):

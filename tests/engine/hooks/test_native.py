@@ -32,7 +32,7 @@ from tests.engine.small_model import (
 )
 from tests.engine.test_native_parity import cases
 from tests.moe.layer_cases import LayerCase, errors, reference_results
-from tests.ranks import RankPool, run_ranks
+from tests.ranks import RankPool
 
 GRADIENTS, OUTPUTS = 2e-6, 2e-7
 
@@ -98,30 +98,30 @@ def jobs() -> list[Job]:
     ]
 
 
-def test_training_with_interleaved_expert_groups_is_the_same_through_the_hooks() -> None:
-    compare([Job(layer="native", ep_size=2, interleaved=True)])
+def test_training_with_interleaved_expert_groups_is_the_same_through_the_hooks(pool: RankPool) -> None:
+    compare(pool, [Job(layer="native", ep_size=2, interleaved=True)])
 
 
-def test_training_through_the_hooks_is_the_training_without_them() -> None:
-    compare(jobs())
+def test_training_through_the_hooks_is_the_training_without_them(pool: RankPool) -> None:
+    compare(pool, jobs())
 
 
 ROUNDED = [Job(layer="native", stage=stage, ep_size=4, bf16=True, top_k=NUM_EXPERTS) for stage in (0, 1)]
 
 
 @pytest.mark.slow
-def test_training_in_bf16_through_the_hooks_is_the_training_without_them() -> None:
-    compare(ROUNDED)
+def test_training_in_bf16_through_the_hooks_is_the_training_without_them(pool: RankPool) -> None:
+    compare(pool, ROUNDED)
 
 
-def compare(table: list[Job]) -> None:
+def compare(pool: RankPool, table: list[Job]) -> None:
     """3 Adam steps: 1e-5 of a tensor's largest weight, 2e-6 of the loss; bf16: 1 % and half of one, a few roundings.
 
     Before 0.19.8 DeepSpeed's own layer rounds the gate's weights to bf16 as well, hooked ones do not: 2 %.
     """
     coarse = 1e-2 if seams.has("sparse routes") else 2e-2
     both = [(job, knobs) for job, hooks in zip(table, KNOBS, strict=False) for knobs in (hooks, None)]
-    by_rank = run_ranks(4, train_all, both, timeout_s=200)
+    by_rank = pool.run(4, train_all, both, timeout_s=200)
     for index, job in enumerate(table):
         (losses, mine), (expected, plain) = (
             (by_rank[0][i][0], merged([results[i][1] for results in by_rank])) for i in (2 * index, 2 * index + 1)

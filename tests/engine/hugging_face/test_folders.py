@@ -28,7 +28,7 @@ from tests.engine.hugging_face.tiny_models import (
     token_ids,
     train_one_step,
 )
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 BOUND = 2e-6
 AUTOEP: list[tuple[str, int, int, bool]] = [  # family, ep_size, ZeRO stage, hooked
@@ -105,9 +105,9 @@ def loaded_and_exported(folder: Path, cases: Own) -> list[tuple[float, Tensor]]:
 
 
 def test_models_of_autoep_and_the_own_one_leave_as_folders_with_their_logits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_rank = run_ranks(4, exported_by_autoep, tmp_path, timeout_s=200)
+    by_rank = pool.run(4, exported_by_autoep, tmp_path, timeout_s=200)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
     for found in by_rank:
         assert distance(found[-1], by_rank[0][-1]) <= BOUND
@@ -127,8 +127,8 @@ def test_models_of_autoep_and_the_own_one_leave_as_folders_with_their_logits(
 
 
 @pytest.mark.slow
-def test_more_models_of_autoep_leave_as_folders_with_their_logits(tmp_path: Path) -> None:
-    by_rank = run_ranks(4, each_exported_by_autoep, tmp_path, MORE_AUTOEP, timeout_s=200)
+def test_more_models_of_autoep_leave_as_folders_with_their_logits(pool: RankPool, tmp_path: Path) -> None:
+    by_rank = pool.run(4, each_exported_by_autoep, tmp_path, MORE_AUTOEP, timeout_s=200)
     for index, (family, *_) in enumerate(MORE_AUTOEP):
         model = load(tmp_path / family)
         for found in by_rank:
@@ -146,8 +146,10 @@ def swap_two_experts(folder: Path, file_of: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("cases", [OWN, pytest.param(MORE_OWN, marks=pytest.mark.slow)], ids=["some", "others"])
-def test_folders_train_as_layers_of_the_package_and_leave_as_folders(tmp_path: Path, cases: Own) -> None:
-    by_rank = run_ranks(4, loaded_and_exported, tmp_path, cases, timeout_s=200)
+def test_folders_train_as_layers_of_the_package_and_leave_as_folders(
+    pool: RankPool, tmp_path: Path, cases: Own
+) -> None:
+    by_rank = pool.run(4, loaded_and_exported, tmp_path, cases, timeout_s=200)
     for index, (family, *_) in enumerate(cases):
         model = load(tmp_path / family)
         for found in by_rank:
@@ -181,8 +183,10 @@ def exported_with_adapters(folder: Path) -> tuple[Tensor, Tensor, Tensor, bool]:
         return logits_of(engine), trained, again, is_kept
 
 
-def test_adapters_on_experts_leave_as_a_part_of_the_weights_and_stay_in_the_engine(tmp_path: Path) -> None:
-    by_rank = run_ranks(2, exported_with_adapters, tmp_path, timeout_s=200)
+def test_adapters_on_experts_leave_as_a_part_of_the_weights_and_stay_in_the_engine(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    by_rank = pool.run(2, exported_with_adapters, tmp_path, timeout_s=200)
     model = load(tmp_path / "merged")
     for without, trained, again, is_kept in by_rank:
         assert is_kept and torch.equal(trained, again)
@@ -208,10 +212,10 @@ def refusals(folder: Path) -> list[str]:
     return [*told, str(unknown.value)]
 
 
-def test_exports_that_cannot_be_made_are_refused_on_every_rank(tmp_path: Path) -> None:
+def test_exports_that_cannot_be_made_are_refused_on_every_rank(pool: RankPool, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "file").write_text("")
-    for exists, cannot_write, unknown in run_ranks(2, refusals, tmp_path, timeout_s=120):
+    for exists, cannot_write, unknown in pool.run(2, refusals, tmp_path, timeout_s=120):
         assert "there: exists, and an export overwrites nothing" in exists
         assert "rank 0 cannot write the folder" in cannot_write
         assert "config.model_type='granite': files of this family are not known" in unknown

@@ -28,7 +28,7 @@ from tests.engine.layouts.stage_models import (
     make_engine,
     mine,
 )
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, RankPool, run_ranks
 
 Outcome = tuple[list[float], dict[str, Tensor]]
 # ZeRO stage, experts per token, layers between two that are kept (0: all are kept)
@@ -131,16 +131,18 @@ def refusal(layers: Any, door: Callable[..., Any], **config: Any) -> str:
 
 
 @functools.cache
-def found() -> list[dict[str, Any]]:
+def found(pool: RankPool) -> list[dict[str, Any]]:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(4, cases, folder, timeout_s=150)
+        return pool.run(4, cases, folder, timeout_s=150)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_losses_and_weights_are_those_of_deepspeeds_layer_in_the_same_stages(case: tuple[int, int, int]) -> None:
-    for theirs in found():
+def test_losses_and_weights_are_those_of_deepspeeds_layer_in_the_same_stages(
+    pool: RankPool, case: tuple[int, int, int]
+) -> None:
+    for theirs in found(pool):
         (native_losses, native), (losses, weights) = theirs[str(case)]
         assert losses == pytest.approx(native_losses, rel=1e-6)
         assert losses[1] < losses[0], "it learns"
@@ -149,8 +151,8 @@ def test_losses_and_weights_are_those_of_deepspeeds_layer_in_the_same_stages(cas
             assert float((weights[name] - weight).abs().max()) < 2e-6 * max(1.0, float(weight.abs().max())), name
 
 
-def test_a_pipelines_checkpoint_has_deepspeeds_files_and_goes_on_bit_for_bit() -> None:
-    for theirs in found():
+def test_a_pipelines_checkpoint_has_deepspeeds_files_and_goes_on_bit_for_bit(pool: RankPool) -> None:
+    for theirs in found(pool):
         experts = {name for name in theirs["files"] if "_expert_" in name}
         # each stage numbers its layers from 0, and has a model rank of its own
         of_stages = ((0, 0), (1, 0), (0, 1))
@@ -164,13 +166,15 @@ def test_a_pipelines_checkpoint_has_deepspeeds_files_and_goes_on_bit_for_bit() -
         assert all(torch.equal(weights_again[name], weight) for name, weight in weights.items())
 
 
-def test_optimizer_states_in_stages_load_under_another_ep_size_bit_for_bit() -> None:
-    assert_loaded([theirs["states"] for theirs in found()])
+def test_optimizer_states_in_stages_load_under_another_ep_size_bit_for_bit(pool: RankPool) -> None:
+    assert_loaded([theirs["states"] for theirs in found(pool)])
 
 
 @pytest.mark.slow
-def test_optimizer_states_in_stages_without_zero_load_under_another_ep_size_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    assert_loaded(run_ranks(4, plain_states_of_two_sizes, str(tmp_path), timeout_s=150))
+def test_optimizer_states_in_stages_without_zero_load_under_another_ep_size_bit_for_bit(
+    pool: RankPool, tmp_path: pathlib.Path
+) -> None:
+    assert_loaded(pool.run(4, plain_states_of_two_sizes, str(tmp_path), timeout_s=150))
 
 
 def plain_states_of_two_sizes(folder: str) -> list[dict[str, Tensor]]:
@@ -195,8 +199,8 @@ def assert_loaded(by_rank: list[list[dict[str, Tensor]]]) -> None:
         assert not torch.equal(one, other), "the control: moments of another expert"
 
 
-def test_names_in_errors_and_records_tell_the_stage() -> None:
-    assert [theirs["names"] for theirs in found()] == [["stage 0, 1.moe", "stage 0, 2.moe"]] * 2 + [
+def test_names_in_errors_and_records_tell_the_stage(pool: RankPool) -> None:
+    assert [theirs["names"] for theirs in found(pool)] == [["stage 0, 1.moe", "stage 0, 2.moe"]] * 2 + [
         ["stage 1, 3.moe"]
     ] * 2
 
@@ -210,8 +214,8 @@ def test_names_in_errors_and_records_tell_the_stage() -> None:
         ("fp16", "ConfigError: fp16.enabled=true without ZeRO in pipeline stages"),
     ],
 )
-def test_what_stages_do_not_have_is_refused_on_every_rank(name: str, message: str) -> None:
-    for theirs in found():
+def test_what_stages_do_not_have_is_refused_on_every_rank(pool: RankPool, name: str, message: str) -> None:
+    for theirs in found(pool):
         assert message in theirs[name]
 
 

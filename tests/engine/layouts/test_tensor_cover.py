@@ -16,7 +16,7 @@ import pytest
 
 from tests.engine.layouts.tensor_models import TensorJob
 from tests.engine.layouts.tensor_runs import Trained, merged, reference, run_jobs
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 PARTS = 3  # each within the time of a test on a busy machine
 SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -65,9 +65,9 @@ def job_of(settings: Mapping[str, Any]) -> TensorJob:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_pair_of_settings_trains_as_one_device(part: int) -> None:
+def test_every_pair_of_settings_trains_as_one_device(pool: RankPool, part: int) -> None:
     jobs = [job_of(settings) for settings in covering()][part::PARTS]
-    by_rank = run_ranks(4, run_jobs, [(job, None) for job in jobs], timeout_s=280)
+    by_rank = pool.run(4, run_jobs, [(job, None) for job in jobs], timeout_s=280)
     for job, results in zip(jobs, zip(*by_rank, strict=True), strict=True):
         result = merged(results)
         assert isinstance(result, Trained), (job, result)
@@ -75,10 +75,10 @@ def test_every_pair_of_settings_trains_as_one_device(part: int) -> None:
 
 
 @pytest.mark.slow
-def test_faults_are_seen_in_bf16_too() -> None:
+def test_faults_are_seen_in_bf16_too(pool: RankPool) -> None:
     right = TensorJob(top_k=2, capacity_factor=1.0, stage=1, bf16=True, tokens=8, clipping=3.0, accumulation=2)
     jobs = [replace(right, fault=fault) for fault in ("", "tokens counted twice", "a gradient counted twice")]
-    by_rank = run_ranks(4, run_jobs, [(job, None) for job in jobs], timeout_s=200)
+    by_rank = pool.run(4, run_jobs, [(job, None) for job in jobs], timeout_s=200)
     results = [merged(results) for results in zip(*by_rank, strict=True)]
     distances = [result.distance(reference(right)) for result in results if isinstance(result, Trained)]
     assert len(distances) == len(jobs), results
