@@ -9,7 +9,7 @@ from ds_moe_ep.config.options import option
 from ds_moe_ep.config.shipped import shipped_ds_configs
 
 BENCHMARKS = {
-    "systems": "EP16 overlapped and serial, TP8/PP2, further layouts, DeepSpeed's MoE and AutoEP, training one model",
+    "systems": "EP16, TP8/PP2, other layouts, DeepSpeed's MoE and AutoEP, training",
     "scaling": "EP = 1, 2, 4, 8, 16, and the specification's scaling laws",
     "layer": "one layer against DeepSpeed's own and the matmuls alone",
     "overlap": "schedules of one layer on shaped links",

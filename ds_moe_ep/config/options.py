@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -135,7 +136,7 @@ class Command(Generic[O]):
         parser = commands.add_parser(
             self.name,
             help=self.help,
-            description=self.description,
+            description=textwrap.fill(self.description, 78) if self.epilog else self.description,
             epilog=self.epilog or (f"example: {self.example}" if self.example else None),
             formatter_class=argparse.RawDescriptionHelpFormatter if self.epilog else argparse.HelpFormatter,
         )

@@ -112,5 +112,6 @@ def html_basis(lines: Sequence[str]) -> str:
 
 
 def html_text(text: str) -> str:
-    """Text with its `code` marked and its line ends kept."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)).replace("\n", "<br>")
+    """Text with its `code` marked, its line ends kept, and the two ends of a range on one line."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text)).replace("\n", "<br>")
+    return re.sub(r"\d[\d,.]*\u2013\d[\d,.]*", r'<span class="range">\g<0></span>', marked)

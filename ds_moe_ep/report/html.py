@@ -1,6 +1,7 @@
 """A page as one file of HTML: style and pictures are in it, nothing is fetched.
 
-One column, on a phone too: what is wider scrolls in a box of its own. Page and pictures follow the reader's choice of
+One column. On a phone pictures have panels in one column, and a table that is wider scrolls in a box of its own, its
+first column in sight. Page and pictures follow the reader's choice of
 light or dark.
 """
 
@@ -45,7 +46,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-n
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { color: var(--faint); font-weight: 600; border-bottom-color: var(--faint); vertical-align: bottom }
 th.number, td.number { text-align: right }
-td.number { white-space: nowrap }
+td.number, .range { white-space: nowrap }
 td.text { min-width: 7.5rem; overflow-wrap: normal }
 td.text:first-child { min-width: 12rem }
 tr.strong td { font-weight: 650; background: var(--shade) }
@@ -58,8 +59,14 @@ figcaption { font-size: .92rem; margin-top: .5rem }
   main { padding: 1.5rem 1rem 3rem }
   h1 { font-size: 1.5rem }
   .headline { font-size: 1.08rem }
-  figure img { width: 46rem; max-width: none }
-  th, td { padding: .35rem .5rem }
+  figure img { padding: .3rem }
+  table { font-size: .82rem }
+  .wide { background: linear-gradient(to left, var(--ground) 30%, transparent) right / 2rem 100% no-repeat local,
+    linear-gradient(to left, var(--line), transparent) right / .6rem 100% no-repeat scroll }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere }
+  th, td { padding: .35rem .4rem }
+  .wide tr > :first-child { position: sticky; left: 0; background: var(--ground) }
+  .wide tr.strong > :first-child { background: var(--shade) }
   td.text:first-child { min-width: 7rem }
   .stacked thead { display: none }
   .stacked, .stacked tbody, .stacked tr, .stacked td { display: block }
@@ -122,10 +129,17 @@ def _block(block: Block) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.drawing.svg).decode()
-    image = f'<img alt="{html.escape(picture.title)}" src="data:image/svg+xml;base64,{data}">'
+    narrow, wide = map(_data, (picture.drawing.narrow(), picture.drawing.svg))
+    image = (
+        f'<picture><source media="(max-width: 44rem)" srcset="{narrow}">'
+        f'<img alt="{html.escape(picture.title)}" src="{wide}"></picture>'
+    )
     caption = f"<figcaption>{html_text(picture.caption)}{html_basis(picture.basis)}</figcaption>"
     return f'<figure id="figure-{picture.key}"><div class="wide">{image}</div>{caption}</figure>'
+
+
+def _data(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def _anchor(title: str) -> str:

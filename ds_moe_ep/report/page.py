@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ds_moe_ep.records.record import Record
@@ -38,10 +38,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture in both formats."""
+    """One picture in both formats, and as SVG for a phone, drawn where it is asked for."""
 
     svg: bytes
     png: bytes
+    narrow: Callable[[], bytes]
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,12 @@ def emulation_of(records: Iterable[Record]) -> str:
     places: dict[bool, dict[str, None]] = {True: {}, False: {}}
     for record in records:
         places[record.emulated][place_of(record.name)] = None
-    emulated, real = places[True], places[False]
+    emulated, real = ([*places[is_emulated]] for is_emulated in (True, False))
     if emulated and real:
+        emulated = [f"{place} (in part)" if place in real else place for place in emulated]
+        real = [place for place in real if place not in places[True]]
+        if not real:
+            return f"{EMULATED[:-1]}: {'; '.join(emulated)}."
         return f"{EMULATED[:-1]}: {'; '.join(emulated)}. {REAL[:-1]}: {'; '.join(real)}."
     if emulated or real:
         return EMULATED if emulated else REAL

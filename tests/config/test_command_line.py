@@ -53,7 +53,7 @@ PLAN = ["plan", "--config", EP16, "--cluster", CLUSTER]
         (["bench", "layer", "--device", "cuda", "--ranks", "16"], "16 ranks need a GPU each"),
         (["bench", "overlap", "--ratios", "1", "-2"], "--ratios=-2: give a number that is more than 0"),
         (["bench", "overlap", "--links", "nanmbit"], "--links=nan: give a number that is more than 0"),
-        (["bench", "overlap", "--warm-ups", "0"], "--warm-ups=0"),
+        (["bench", "overlap", "--warm-ups", "-1"], "--warm-ups=-1"),
         (["bench", "scaling", "--compute-s", "inf"], "--compute-s=inf"),
         (["bench", "soak"], "BENCHMARK=soak: known values: layer, overlap, probe, scaling, systems"),
         (["bench", "systems", "--systems", "ep17"], "--systems=ep17: did you mean 'ep16'?"),

@@ -27,7 +27,7 @@ def panels(monkeypatch: pytest.MonkeyPatch) -> list[LinkPanel]:
 
     def keep(drawn: list[LinkPanel], titles: object) -> Drawing:
         seen.extend(drawn)
-        return Drawing(b"", b"")
+        return Drawing(b"", b"", bytes)
 
     monkeypatch.setattr(sections_overlap, "draw_overlap", keep)
     return seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -15,7 +16,15 @@ from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings, Source, spans_path
 from ds_moe_ep.report.page import EMULATED, REAL, Page, PageSection
-from ds_moe_ep.report.plots.style import GROUND, IN_THE_DARK, PALE, PART_COLORS, SYSTEM_COLORS
+from ds_moe_ep.report.plots.style import (
+    GROUND,
+    IN_THE_DARK,
+    PALE,
+    PART_COLORS,
+    PHONE_IN,
+    SYSTEM_COLORS,
+    WIDTH_IN,
+)
 from ds_moe_ep.report.plots.timeline import ROWS
 from ds_moe_ep.report.sections.soak import soak
 from ds_moe_ep.report.sections.stated import ANSWERS, stated
@@ -119,7 +128,7 @@ class Resources(HTMLParser):
         self.anchors |= {value or "" for name, value in attrs if name == "id"}
         if tag in ("img", "table") and not any(self.wide):
             self.loose.append(tag)
-        if tag not in ("meta", "br", "img", "link"):
+        if tag not in ("meta", "br", "img", "link", "source"):
             self.open.append(tag)
             self.wide.append(("class", "wide") in attrs)
 
@@ -135,11 +144,26 @@ def test_the_html_page_needs_no_other_file_and_is_well_formed(report: Path) -> N
     assert page.open == []
     assert page.loose == [], "on a phone the page itself would scroll sideways"
     pictures = [target for target in page.targets if not target.startswith("#")]
-    assert len(pictures) == len(FIGURES)
+    assert len(pictures) == 2 * len(FIGURES), "each for a phone too"
     assert all(target.startswith("data:image/svg+xml;base64,") for target in pictures)
     assert {target[1:] for target in page.targets if target.startswith("#")} <= page.anchors
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", text)
     assert not re.search(r"@import|url\(", text)
+
+
+def test_a_phone_gets_each_picture_with_its_panels_in_one_column(report: Path) -> None:
+    text = (report / "report.html").read_text(encoding="utf-8")
+    found = re.findall(
+        r'<source media="\(max-width: 44rem\)" srcset="data:[^,]*,([^"]+)"><img [^>]*src="data:[^,]*,', text
+    )
+    assert len(found) == len(FIGURES)
+    for narrow, name in zip(map(base64.b64decode, found), FIGURES, strict=True):
+        wide = (report / "figures" / f"{name}.svg").read_bytes()
+        widths, heights = zip(
+            *(re.findall(rb'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0] for svg in (narrow, wide)), strict=True
+        )
+        assert [float(width) / 72 for width in widths] == pytest.approx([PHONE_IN, WIDTH_IN], rel=0.01)
+        assert float(heights[0]) >= float(heights[1]), name
 
 
 def test_a_table_of_text_alone_has_its_heads_in_its_cells_for_pages_that_stack_them(report: Path) -> None:

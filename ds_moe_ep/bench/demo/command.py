@@ -6,7 +6,6 @@ python -m ds_moe_ep demo --kill 2
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ds_moe_ep.bench.demo.death import Death, show_death, watch_death
+from ds_moe_ep.bench.demo.options import DemoOptions
 from ds_moe_ep.bench.demo.plan import NUM_RANKS, DemoPlan
 from ds_moe_ep.bench.demo.results import Results
 from ds_moe_ep.bench.demo.show import show
@@ -38,39 +38,39 @@ ENVIRONMENT = {  # of the ranks; torch reads it when it is imported
 }
 
 
-def run(parsed: argparse.Namespace) -> int:
+def run(options: DemoOptions) -> int:
     """Runs the demo and prints what it found; 0, or 1 where it failed or a survivor did not name who died."""
-    if parsed.kill is not None and parsed.trace is not None:
-        raise ConfigError(f"--trace={parsed.trace}: a pass with a death in it has none; leave out --kill or --trace")
+    if options.kill is not None and options.trace is not None:
+        raise ConfigError(f"--trace={options.trace}: a pass with a death in it has none; leave out --kill or --trace")
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     os.environ |= ENVIRONMENT
     try:
         with tempfile.TemporaryDirectory() as folder:
-            plan = DemoPlan(parsed.link, parsed.compute_ms, parsed.rounds, free_port(), folder, parsed.kill)
-            return _show_overlap(plan, parsed, console) if plan.victim is None else _show_death(plan, parsed, console)
+            plan = DemoPlan(options.link, options.compute_ms, options.rounds, free_port(), folder, options.kill)
+            return _show_overlap(plan, options, console) if plan.victim is None else _show_death(plan, options, console)
     except EngineError as error:
-        refused(error, as_json=parsed.json)
+        refused(error, as_json=options.json)
         return FAILED
 
 
-def _show_overlap(plan: DemoPlan, parsed: argparse.Namespace, console: Console) -> int:
+def _show_overlap(plan: DemoPlan, options: DemoOptions, console: Console) -> int:
     results = measure(plan)
-    if parsed.trace is not None:
-        write_trace(results, parsed.trace)
-    if parsed.json:
+    if options.trace is not None:
+        write_trace(results, options.trace)
+    if options.json:
         print(json.dumps(results.to_dict(), indent=2))
         return 0
     show(results, console)
-    if parsed.trace is not None:
+    if options.trace is not None:
         console.print(
-            f"emulated trace of both steps, for ui.perfetto.dev: {parsed.trace}", soft_wrap=True, highlight=False
+            f"emulated trace of both steps, for ui.perfetto.dev: {options.trace}", soft_wrap=True, highlight=False
         )
     return 0
 
 
-def _show_death(plan: DemoPlan, parsed: argparse.Namespace, console: Console) -> int:
+def _show_death(plan: DemoPlan, options: DemoOptions, console: Console) -> int:
     death = kill(plan)
-    if parsed.json:
+    if options.json:
         print(json.dumps(death.to_dict(), indent=2))
     else:
         show_death(death, console)

@@ -4,56 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
 
 from ds_moe_ep.bench.demo.plan import NUM_RANKS, STEP_BYTES
-from ds_moe_ep.config.command_line import number, output_file, whole
-
-if TYPE_CHECKING:
-    from ds_moe_ep.config.command_line import Parser
+from ds_moe_ep.config.command_line import number, output_file
+from ds_moe_ep.config.options import option
 
 LONGEST_S = 20.0  # that the traffic of one step may take
-
-
-def add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
-    """Adds the command `demo`."""
-    demo = commands.add_parser(
-        "demo",
-        help="show in a minute what overlap hides, on an emulated link, and what ranks say when one dies",
-        description=(
-            f"Starts {NUM_RANKS} ranks as 2 nominal nodes on this machine and runs one expert-parallel layer forward "
-            "and backward, serial beside overlapped. Experts are emulated (a wait per row), and so is the link between "
-            "the nodes (real messages, let out at a rate); the layer, its schedules and its transfers are the real "
-            "ones. Prints two timelines, the step times, and how much of the communication was hidden. Needs no root."
-        ),
-        epilog="example: python -m ds_moe_ep demo --link 50mbit --trace demo.json",
-    )
-    demo.add_argument(
-        "--link",
-        type=link_rate,
-        default="100mbit",
-        metavar="RATE",
-        help="rate of each node's link: 100mbit, 2gbit, or bytes per second (default: 100mbit)",
-    )
-    demo.add_argument(
-        "--compute-ms",
-        type=number(1, 10_000),
-        default=280.0,
-        metavar="MS",
-        help="emulated time of a rank's experts in a forward pass; twice that in a backward pass (default: 280)",
-    )
-    demo.add_argument("--rounds", type=whole(1, 1000), default=5, help="measured steps of each schedule (default: 5)")
-    demo.add_argument(
-        "--trace", type=output_file, metavar="FILE", help="write the shown steps of all ranks, for Perfetto"
-    )
-    demo.add_argument(
-        "--kill",
-        type=whole(0, NUM_RANKS - 1),
-        metavar="RANK",
-        help="instead, end this rank in the middle of a pass, and print what each of the others says",
-    )
-    demo.add_argument("--json", action="store_true", help="print JSON instead of timelines")
-    demo.set_defaults(run=_run)
 
 
 def link_rate(text: str) -> float:
@@ -76,7 +34,32 @@ def link_rate(text: str) -> float:
     return bytes_per_s
 
 
-def _run(parsed: argparse.Namespace) -> int:
-    from ds_moe_ep.bench.demo.command import run
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """An emulated link, how long is measured, and what is shown."""
 
-    return run(parsed)
+    link: float = option(
+        "100mbit",
+        "rate of each node's link: 100mbit, 2gbit, or bytes per second",
+        type=link_rate,
+        metavar="RATE",
+    )
+    compute_ms: float = option(
+        280.0,
+        "emulated time of a rank's experts in a forward pass; twice that in a backward pass",
+        least=1,
+        most=10_000,
+        metavar="MS",
+    )
+    rounds: int = option(5, "measured steps of each schedule", least=1, most=1000)
+    trace: Path | None = option(
+        None, "write the shown steps of all ranks, for Perfetto", type=output_file, metavar="FILE"
+    )
+    kill: int | None = option(
+        None,
+        "instead, end this rank in the middle of a pass, and print what each of the others says",
+        least=0,
+        most=NUM_RANKS - 1,
+        metavar="RANK",
+    )
+    json: bool = option(False, "print JSON instead of timelines")

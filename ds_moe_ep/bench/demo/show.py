@@ -40,7 +40,7 @@ def show(results: Results, console: Console) -> None:
     glyphs = ASCII if console.options.ascii_only else BLOCKS
     steps = {name: [span for span in spans if span.rank == RANK] for name, spans in results.shown().items()}
     longest_us = max(length([_whole(spans)]) for spans in steps.values())
-    lines = _labelled(_heading(results, glyphs), width)
+    lines = [line for text in _heading(results, glyphs) for line in _labelled(text, width)]
     for name, spans in steps.items():
         lines += [*_labelled(_title(name, results), width), *_timeline(spans, longest_us, width, glyphs)]
     for text in _summary(results):
@@ -56,13 +56,13 @@ def _labelled(text: str, width: int) -> list[Text]:
     return [Text.assemble((LABEL, "dim"), line.replace(TIE, " ")) for line in body]
 
 
-def _heading(results: Results, glyphs: Glyphs) -> str:
+def _heading(results: Results, glyphs: Glyphs) -> Iterator[str]:
     link = f"{number(8e-6 * results.plan.bytes_per_s, significant=4)} Mbit/s"
-    return (
-        f"experts and link ({link} per node) under the real layer: {NUM_RANKS} gloo ranks, {NUM_NODES} nominal nodes; "
-        f"traffic takes {number(results[TRAFFIC_RATIO].value, 2)} of compute; below, rank {RANK}: "
-        f"{glyphs.busy} busy, {glyphs.exposed} traffic that no compute covers"
+    yield (
+        f"experts and link ({link} per node) under the real layer; {NUM_RANKS} gloo ranks, {NUM_NODES} nominal nodes; "
+        f"traffic takes {number(results[TRAFFIC_RATIO].value, 2)} of compute"
     )
+    yield f"rank {RANK} below: {glyphs.busy} busy, {glyphs.exposed} traffic that no compute covers"
 
 
 def _title(name: str, results: Results) -> str:

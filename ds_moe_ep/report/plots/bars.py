@@ -19,16 +19,17 @@ from ds_moe_ep.report.plots.style import (
     INK,
     PALE,
     SYSTEM_COLORS,
+    columns_of,
     draw,
     legend,
     panels,
     plain_numbers,
+    rows_for,
     system_color,
 )
 
 Shown = TypeVar("Shown")
 
-NUM_COLUMNS = 2
 BAR_IN, PANEL_IN, LEGEND_IN = 0.29, 0.78, 0.45
 ROOM_FOR_TEXT = 1.4  # the axis over its longest bar
 DIGITS_ACROSS = 48  # digits side by side across a panel
@@ -78,11 +79,11 @@ def draw_bars(bar_panels: Sequence[BarPanel]) -> Drawing:
     labels = _labels(bar for panel in bar_panels for bar in panel.bars)
 
     def paint(figure: Figure) -> None:
-        for index, axis in enumerate(panels(figure, len(bar_panels), NUM_COLUMNS)):
+        for index, axis in enumerate(panels(figure, len(bar_panels))):
             _paint_bars(axis, bar_panels[index], labels)
             _name(axis, labels, index)
 
-    return draw(_height(len(labels), len(bar_panels)), paint)
+    return draw(lambda columns: _height(len(labels), rows_for(len(bar_panels), columns)), paint)
 
 
 def draw_stacks(stack_panels: Sequence[StackPanel], titles: Mapping[str, str], colors: Mapping[str, str]) -> Drawing:
@@ -91,17 +92,19 @@ def draw_stacks(stack_panels: Sequence[StackPanel], titles: Mapping[str, str], c
     used = [part for part in titles if any(part in stack.parts for panel in stack_panels for stack in panel.stacks)]
 
     def paint(figure: Figure) -> None:
-        for index, axis in enumerate(panels(figure, len(stack_panels), NUM_COLUMNS)):
+        for index, axis in enumerate(panels(figure, len(stack_panels))):
             _paint_stacks(axis, stack_panels[index], labels, {part: colors[part] for part in used})
             _name(axis, labels, index)
         legend(figure, [Patch(facecolor=colors[part], label=titles[part]) for part in used], num_columns=3)
 
-    rows_of_legend = -(-len(used) // 3)
-    return draw(_height(len(labels), len(stack_panels)) + LEGEND_IN * (1 + rows_of_legend) / 2, paint)
+    def height_in(columns: int) -> float:
+        rows_of_legend = rows_for(len(used), columns + 1)
+        return _height(len(labels), rows_for(len(stack_panels), columns)) + LEGEND_IN * (1 + rows_of_legend) / 2
+
+    return draw(height_in, paint)
 
 
-def _height(num_bars: int, num_panels: int) -> float:
-    num_rows = -(-num_panels // min(num_panels, NUM_COLUMNS))
+def _height(num_bars: int, num_rows: int) -> float:
     return num_rows * (PANEL_IN + BAR_IN * num_bars) + 0.1
 
 
@@ -164,7 +167,8 @@ def _note_absence(axis: Axes, place: int, highest: float) -> None:
 
 def _name(axis: Axes, labels: Mapping[str, str], index: int) -> None:
     """The systems' names, the first on top; the first panel of a row names them for its neighbours."""
-    names = list(labels.values()) if index % NUM_COLUMNS == 0 else [""] * len(labels)
+    is_first = index % columns_of(axis.figure) == 0
+    names = list(labels.values()) if is_first else [""] * len(labels)
     axis.set_yticks(range(len(labels)), names)
     axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.tick_params(axis="y", length=0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ds_moe_ep.records.names import title_of
 from ds_moe_ep.records.quantity import Quantity
@@ -18,7 +18,6 @@ from ds_moe_ep.report.plots.style import (
     OTHER_COLORS,
     SYSTEM_COLORS,
     draw_panels,
-    plain_numbers,
     value_axis,
     whiskers,
 )
@@ -110,7 +109,7 @@ def _dress(axis: Axes, panel: LayoutPanel, ratios: Sequence[float]) -> None:
             written.append(ratio)
     axis.xaxis.set_major_locator(FixedLocator(written))
     axis.xaxis.set_minor_locator(NullLocator())
-    plain_numbers(axis.xaxis)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{round(ratio, 2):g}"))
     if len(ratios) == 1:  # a log axis has no width of its own
         axis.set_xlim(ratios[0] / 2, ratios[0] * 2)
     axis.set_title(panel.title)

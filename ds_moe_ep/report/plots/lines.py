@@ -14,9 +14,11 @@ from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
 from ds_moe_ep.report.plots.style import (
     FAINT,
+    columns_of,
     draw,
     draw_panels,
     legend,
+    rows_for,
     show_at_least,
     system_color,
     value_axis,
@@ -54,10 +56,10 @@ class LawPanel:
 def draw_losses(environments: Sequence[tuple[str, Sequence[Curve]]], baseline: str) -> Drawing:
     """Loss over steps, a panel per environment; under it each system's distance from the baseline, if that is there."""
     with_difference = any(len(curves) > 1 and _of(curves, baseline) for _, curves in environments)
-    num_columns = min(len(environments), 2)
-    num_bands = -(-len(environments) // num_columns)
 
     def paint(figure: Figure) -> None:
+        num_columns = min(len(environments), columns_of(figure))
+        num_bands = rows_for(len(environments), num_columns)
         bands = figure.subfigures(num_bands, num_columns, squeeze=False).flat
         for band, (title, curves) in zip(bands, environments, strict=False):
             rows = 2 if with_difference else 1
@@ -70,7 +72,10 @@ def draw_losses(environments: Sequence[tuple[str, Sequence[Curve]]], baseline: s
         labels = {curve.system: curve.label for _, curves in environments for curve in curves}
         legend(figure, [_line(system, label) for system, label in labels.items()], num_columns=5)
 
-    return draw((4.4 if with_difference else 3.2) * num_bands + 0.4, paint)
+    def height_in(columns: int) -> float:
+        return (4.4 if with_difference else 3.2) * rows_for(len(environments), columns) + 0.4 * (3 - columns)
+
+    return draw(height_in, paint)
 
 
 def draw_scaling(law_panels: Sequence[LawPanel]) -> Drawing:

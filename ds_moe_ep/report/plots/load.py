@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, INK, draw, panels, system_color
+from ds_moe_ep.report.plots.style import FAINT, INK, columns_of, draw, panels, rows_for, system_color
 
 HOTTEST = 2.0  # the colour's end: twice the mean
 
@@ -42,11 +42,11 @@ class Unevenness:
 
 def draw_load(layers: Sequence[LayerLoad]) -> Drawing:
     """A map of experts and steps for each layer, under the line of its fullest expert."""
-    num_columns = min(2, len(layers))
-    num_bands = -(-len(layers) // num_columns)
     highest = max(max(load.fullest()) for load in layers)
 
     def paint(figure: Figure) -> None:
+        num_columns = min(columns_of(figure), len(layers))
+        num_bands = rows_for(len(layers), num_columns)
         ratios = [1.0, 2.6] * num_bands
         grid = figure.subplots(2 * num_bands, num_columns, squeeze=False, height_ratios=ratios)
         image: AxesImage | None = None
@@ -63,14 +63,14 @@ def draw_load(layers: Sequence[LayerLoad]) -> Drawing:
         bar = figure.colorbar(image, ax=grid, extend="max", pad=0.015, aspect=40)
         bar.set_label("an expert's rows over the mean", color=FAINT)
 
-    return draw(3.1 * num_bands + 0.1, paint)
+    return draw(lambda columns: 3.1 * rows_for(len(layers), columns) + 0.1, paint)
 
 
 def draw_unevenness(systems: Sequence[Unevenness]) -> Drawing:
     """The fullest expert of all layers over the steps, a line per system."""
 
     def paint(figure: Figure) -> None:
-        (axis,) = panels(figure, 1, 1)
+        (axis,) = panels(figure, 1)
         for index, system in enumerate(systems):
             steps = sorted(system.at_step)
             values = [system.at_step[step] for step in steps]
@@ -85,7 +85,7 @@ def draw_unevenness(systems: Sequence[Unevenness]) -> Drawing:
         axis.grid(axis="y")
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
-    return draw(2.3, paint)
+    return draw(lambda columns: 2.3, paint)
 
 
 def _marker(steps: Sequence[int]) -> str:

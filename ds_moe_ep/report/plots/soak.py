@@ -65,7 +65,7 @@ def draw_soak(runs: Sequence[RunMemory], loads: Sequence[StepLoad]) -> Drawing:
             handles += [_dots(CALM, "a step"), _dots(BURST, "all rows at one expert")]
         legend(figure, handles)
 
-    return draw(5.6 if loads else 2.6, paint)
+    return draw(lambda columns: 5.6 if loads else 2.6, paint)
 
 
 def _color(index: int) -> str:

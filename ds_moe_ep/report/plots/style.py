@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -23,7 +23,7 @@ from ds_moe_ep.report.page import Drawing
 
 Panel = TypeVar("Panel")
 
-WIDTH_IN = 9.6
+WIDTH_IN, PHONE_IN = 9.6, 5.2  # of the page, with panels in two columns; of a phone, with one
 DPI = 160
 INK, FAINT, GRID, GROUND = "#222222", "#666666", "#dddddd", "#ffffff"
 PALE, SHADE = "#fefefe", "#f6cdb5"  # text on dark bars; a shaded part of the ground
@@ -95,17 +95,35 @@ STYLE: Mapping[str, object] = {
 }
 
 
-def draw(height_in: float, paint: Callable[[Figure], None]) -> Drawing:
-    """The drawing that `paint` leaves on a figure of the page's width; the same bytes each time."""
+def draw(height_in: Callable[[int], float], paint: Callable[[Figure], None]) -> Drawing:
+    """The drawing that `paint` leaves on a figure of the page's width, and of a phone's; the same bytes each time.
+
+    `height_in` gives its height by the number of columns, which `columns_of` tells `paint`.
+    """
+    png, svg = _saved(WIDTH_IN, height_in(2), paint, ("png", "svg"))
+    return Drawing(svg=svg, png=png, narrow=lambda: _saved(PHONE_IN, height_in(1), paint, ("svg",))[0])
+
+
+def columns_of(figure: FigureBase) -> int:
+    """Columns in which panels fit on a figure of this width."""
+    root = figure.get_figure(root=True)
+    return 2 if root is not None and root.get_figwidth() == WIDTH_IN else 1
+
+
+def _saved(width_in: float, height_in: float, paint: Callable[[Figure], None], formats: Sequence[str]) -> list[bytes]:
     with matplotlib.rc_context(dict(STYLE)):  # type: ignore[arg-type]  # the stubs want literal keys
-        figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(width_in, height_in), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         paint(figure)
-        svg, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(png, format="png", metadata={"Software": None})
-        figure.set_layout_engine("none")  # everything has its place now; to find it again would take as long
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        return Drawing(svg=with_dark_rules(svg.getvalue().decode()).encode(), png=png.getvalue())
+        found = []
+        for kind in formats:
+            file = io.BytesIO()
+            about = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+            figure.savefig(file, format=kind, metadata=about)
+            figure.set_layout_engine("none")  # everything has its place now; to find it again would take as long
+            content = file.getvalue()
+            found.append(with_dark_rules(content.decode()).encode() if kind == "svg" else content)
+        return found
 
 
 def with_dark_rules(svg: str) -> str:
@@ -121,10 +139,15 @@ def with_dark_rules(svg: str) -> str:
     return svg.replace("</style>", f"@media (prefers-color-scheme: dark){{{rules}}}</style>", 1)
 
 
-def panels(figure: Figure, num: int, num_columns: int) -> list[Axes]:
-    """`num` axes in rows of `num_columns`; what is left of the last row stays blank."""
-    num_columns = min(num, num_columns)
-    num_rows = -(-num // num_columns)
+def rows_for(num_panels: int, num_columns: int) -> int:
+    """Rows that panels take."""
+    return -(-num_panels // min(num_panels, num_columns))
+
+
+def panels(figure: Figure, num: int) -> list[Axes]:
+    """`num` axes in rows; what is left of the last row stays blank."""
+    num_columns = min(num, columns_of(figure))
+    num_rows = rows_for(num, num_columns)
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
     axes: list[Axes] = [axis for row in grid for axis in row]
     for blank in axes[num:]:
@@ -165,14 +188,14 @@ def draw_panels(
     legend_in: float = 0.4,
     num_columns: int = 6,
 ) -> Drawing:
-    """The panels in two columns, each painted on axes of its own, over one legend."""
+    """The panels in columns, each painted on axes of its own, over one legend."""
 
     def paint_all(figure: Figure) -> None:
-        for axis, panel in zip(panels(figure, len(shown), 2), shown, strict=True):
+        for axis, panel in zip(panels(figure, len(shown)), shown, strict=True):
             paint(axis, panel)
         legend(figure, handles(), num_columns)
 
-    return draw(row_in * -(-len(shown) // 2) + legend_in, paint_all)
+    return draw(lambda columns: row_in * rows_for(len(shown), columns) + legend_in * (3 - columns), paint_all)
 
 
 def legend(figure: Figure, handles: Sequence[Patch | Line2D], num_columns: int = 6) -> None:
@@ -180,7 +203,7 @@ def legend(figure: Figure, handles: Sequence[Patch | Line2D], num_columns: int =
     figure.legend(
         handles=list(handles),
         loc="outside lower center",
-        ncols=min(len(handles), num_columns),
+        ncols=min(len(handles), num_columns if columns_of(figure) == 2 else 2),
         handlelength=1.4,
         columnspacing=1.6,
     )

@@ -10,7 +10,18 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, GROUND, PALE, SHADE, WIDTH_IN, draw, legend, plain_numbers
+from ds_moe_ep.report.plots.style import (
+    FAINT,
+    GROUND,
+    PALE,
+    PHONE_IN,
+    SHADE,
+    WIDTH_IN,
+    columns_of,
+    draw,
+    legend,
+    plain_numbers,
+)
 from ds_moe_ep.schedule.spans import LANES, Interval, Span, union, without
 
 PHASES = ("forward", "backward")
@@ -33,12 +44,17 @@ def draw_timeline(systems: Sequence[Titled]) -> Drawing:
     shares = [max(last_ms, 0.3 * max(lasts_ms)) for last_ms in lasts_ms]
 
     def paint(figure: Figure) -> None:
-        grid = figure.subplots(len(systems), len(phases), squeeze=False, width_ratios=shares, sharey=True)
+        is_wide = columns_of(figure) == 2
+        if is_wide:
+            grid = figure.subplots(len(systems), len(phases), squeeze=False, width_ratios=shares, sharey=True)
+        else:
+            grid = figure.subplots(len(phases) * len(systems), 1).reshape(len(phases), len(systems)).T
         shown: set[str] = set()
         for row, (title, spans) in enumerate(systems):
             for column, phase in enumerate(phases):
                 axis: Axes = grid[row][column]
-                inch_per_ms = 0.85 * WIDTH_IN * shares[column] / sum(shares) / (lasts_ms[column] or 1.0)
+                width_in = WIDTH_IN * shares[column] / sum(shares) if is_wide else PHONE_IN
+                inch_per_ms = 0.85 * width_in / (lasts_ms[column] or 1.0)
                 shown |= _paint(axis, _of(spans, phase), inch_per_ms)
                 axis.set_title(f"{title}, {phase}")
                 axis.set_xlim(0, 1.01 * lasts_ms[column] or 1.0)
@@ -46,7 +62,7 @@ def draw_timeline(systems: Sequence[Titled]) -> Drawing:
                     axis.set_xlabel("ms since the pass began", color=FAINT)
         legend(figure, [Patch(facecolor=color, label=name) for key, (name, color) in ROWS.items() if key in shown], 3)
 
-    return draw(1.5 * len(systems) + 0.9, paint)
+    return draw(lambda columns: 1.5 * len(systems) * (len(phases) if columns == 1 else 1) + 0.9, paint)
 
 
 def rows_of(span: Span) -> str:

@@ -86,10 +86,12 @@ def _some(findings: Findings, environment: str, mode: str, system: str, whats: M
 
 
 def _listed(records: Mapping[str, Record], titles: Mapping[str, str], unit: str) -> str:
-    """Values with their titles; of several values those that are not 0."""
+    """Values with their titles; of several values those that are not 0 in this unit."""
     values = {what: convert(record, unit).value for what, record in records.items()}
     return "; ".join(
-        f"{titles[what]} {number(value)}".strip() for what, value in values.items() if value or len(values) == 1
+        f"{titles[what]} {number(value)}".strip()
+        for what, value in values.items()
+        if abs(value) >= 0.001 or len(values) == 1
     )
 
 
