@@ -55,6 +55,7 @@ def disturbance(how: str) -> Callable[[], None]:
 
 def make_layer(transport: Transport, config: MoEConfig) -> ExpertParallel:
     """A small layer that calls itself layers.2.moe in errors."""
+    torch.manual_seed(0)
     layer = ExpertParallel(D, GeluMLP(D, 16), config)
     layer.dispatcher.rename("layers.2.moe")
     layer.connect(transport, Torus(1, transport.size))
@@ -62,8 +63,9 @@ def make_layer(transport: Transport, config: MoEConfig) -> ExpertParallel:
 
 
 def run_pass(layer: ExpertParallel) -> None:
-    """Forward and backward."""
-    layer(torch.ones(20, D, requires_grad=True))[0].sum().backward()
+    """Forward and backward of rows that differ: every rank has some for each other one, and waits for their results."""
+    rows_TD = torch.randn(20, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    layer(rows_TD)[0].sum().backward()
 
 
 def two_passes(folder: str, knobs: dict[str, Any], how: str, lane: str, phase: str) -> None:

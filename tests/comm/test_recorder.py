@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ds_moe_ep.comm.recorder import Both, HostRecorder, Off, make_recorder
 from ds_moe_ep.moe.tuner import LinkMeter
 from ds_moe_ep.schedule import drift
 from ds_moe_ep.schedule.drift import LinkDrift, LinkSample
-from ds_moe_ep.schedule.spans import Tags, overlap
+from ds_moe_ep.schedule.spans import Span, Tags, overlap
 
 NEAR = Tags("moe", "forward", "near")
 
@@ -33,35 +34,46 @@ class Broken:
         raise ConnectionError("peer 3 has gone")
 
 
-def run_pass(lanes: Lanes, recorder: HostRecorder) -> None:
-    """A transfer of 40 ms is issued before 120 ms of compute that does not need it."""
+def run_pass(lanes: Lanes, recorder: HostRecorder, unit_s: float = 0.04) -> None:
+    """A transfer of one unit is issued before three units of compute that does not need it."""
     entry = lanes.entry()
     transfer = recorder.scope("dispatch", "dispatch 0", NEAR)
     compute = recorder.scope("compute", "compute 0", NEAR)
     marks = [
-        lanes.issue("dispatch", [entry], lambda: Sleep(0.04), transfer),
-        lanes.issue("compute", [entry], lambda: time.sleep(0.12), compute),
+        lanes.issue("dispatch", [entry], lambda: Sleep(unit_s), transfer),
+        lanes.issue("compute", [entry], lambda: time.sleep(3 * unit_s), compute),
     ]
     lanes.leave(marks)
 
 
+def spans_of_a_pass(is_as_expected: Callable[[dict[str, Span], float], bool], rank: int = 0) -> dict[str, Span]:
+    """Spans by lane of a pass that is as expected, in longer and longer units: a busy machine wakes threads late."""
+    for unit_s in (0.04, 0.08, 0.16, 0.32, 0.64, 1.28):
+        recorder = HostRecorder(rank)
+        run_pass(HostLanes(), recorder, unit_s)
+        spans = {span.lane: span for span in recorder.spans()}
+        if is_as_expected(spans, 1e6 * unit_s):
+            return spans
+    raise AssertionError(f"no pass is as expected; the last: {spans}")
+
+
 def test_a_transfer_under_compute_is_hidden_and_a_blocking_one_is_not() -> None:
-    recorder, lanes = HostRecorder(rank=0), HostLanes()
-    run_pass(lanes, recorder)
-    assert (overlap(recorder.spans()).hidden_percent or 0) > 80
-    run_pass(lanes.blocking(), recorder)
+    spans_of_a_pass(lambda spans, _: (overlap(list(spans.values())).hidden_percent or 0) > 80)
+    recorder = HostRecorder(rank=0)
+    run_pass(HostLanes().blocking(), recorder)
     assert overlap(recorder.spans()).hidden_percent == 0
     assert recorder.spans() == []
 
 
 def test_spans_carry_the_rank_the_lane_and_the_labels() -> None:
-    recorder = HostRecorder(rank=5)
-    run_pass(HostLanes(), recorder)
-    spans = {span.lane: span for span in recorder.spans()}
+    def last_as_long_as_they_took(spans: dict[str, Span], unit_us: float) -> bool:
+        transfer_us, compute_us = (spans[lane].stop_us - spans[lane].start_us for lane in ("dispatch", "compute"))
+        assert unit_us <= transfer_us and 3 * unit_us <= compute_us
+        return transfer_us < 3 * unit_us
+
+    spans = spans_of_a_pass(last_as_long_as_they_took, rank=5)
     assert set(spans) == {"dispatch", "compute"}
     assert (spans["dispatch"].name, spans["dispatch"].rank, spans["dispatch"].tags) == ("dispatch 0", 5, NEAR)
-    assert 40_000 <= spans["dispatch"].stop_us - spans["dispatch"].start_us < 120_000
-    assert spans["compute"].stop_us - spans["compute"].start_us >= 120_000
 
 
 def test_lanes_of_several_threads_record_every_span() -> None:

@@ -21,7 +21,7 @@ from ds_moe_ep.schedule.placement import Placement
 from tests.moe.layer_cases import LayerCase, case_data, errors
 from tests.moe.layer_runs import Links, build_layer, forward_backward
 from tests.moe.replica_cases import Windows, connected, hosted_case, pin, replicas_of
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 ODD, HOME = 2, 3  # the host where something goes wrong, the home of the expert that has most copies
 LIMIT_S = 8.0  # a rank of a busy machine may come seconds late
@@ -48,6 +48,21 @@ def told(run: Callable[[], object]) -> tuple[str, float]:
 
 def is_odd() -> bool:
     return dist.get_rank() == ODD
+
+
+# What a fault puts something else in the place of.
+PATCHED = (
+    (copies, "torch"), (copies.Copies, "start"), (gradients, "Returning"), (gradients.Loan, "collect"),
+    (GradientSums, "add"), (Placement, "home"),
+)  # fmt: skip
+
+
+def put_back(run: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns, after which all is in its place again: the ranks run others."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in PATCHED:
+            patch.setattr(owner, name, vars(owner)[name])
+        return run(*args)
 
 
 def stale_weights() -> tuple[str, float]:
@@ -177,9 +192,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_told_by_name_in_bounded_time(name: str) -> None:
+def test_a_fault_is_told_by_name_in_bounded_time(pool: RankPool, name: str) -> None:
     fault = FAULTS[name]
-    found = run_ranks(4, fault.run, *fault.args, timeout_s=40)
+    found = pool.run(4, put_back, fault.run, *fault.args, timeout_s=40)
     texts = [text for text, _ in found]
     if fault.is_everywhere:
         assert all(fault.words in text for text in texts), texts
@@ -224,9 +239,9 @@ class _Perturbing:
     ("how", "kind", "grouped"),
     [("weights", "y[", "off"), ("twice", "d expert", "on"), ("never", "d expert", "off"), ("weights", "y[", "on")],
 )
-def test_wrong_weights_and_gradients_are_seen_in_the_results(how: str, kind: str, grouped: str) -> None:
+def test_wrong_weights_and_gradients_are_seen_in_the_results(pool: RankPool, how: str, kind: str, grouped: str) -> None:
     """The control of the parity tests: what the checks did not see, they would."""
-    found = run_ranks(4, damaged, how, grouped, timeout_s=60)
+    found = pool.run(4, put_back, damaged, how, grouped, timeout_s=60)
     off = errors([mine for mine, _ in found], [plain for _, plain in found])
     assert max(value for name, value in off.items() if name.startswith(kind)) > 1e-3
 
@@ -237,6 +252,6 @@ def refused(kind: str) -> str:
     return told(lambda: build_layer(case, case_data(case)).connect(links.of(case)))[0]
 
 
-def test_experts_of_unknown_mathematics_are_refused_by_name() -> None:
-    assert all("moe_ep.replicas=1: the experts of" in text for text in run_ranks(4, refused, "module"))
-    assert run_ranks(4, refused, "gelu") == [""] * 4
+def test_experts_of_unknown_mathematics_are_refused_by_name(pool: RankPool) -> None:
+    assert all("moe_ep.replicas=1: the experts of" in text for text in pool.run(4, refused, "module"))
+    assert pool.run(4, refused, "gelu") == [""] * 4
