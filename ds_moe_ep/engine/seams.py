@@ -91,6 +91,14 @@ AUTOEP_NAMES = (
     "experts.activation_limit",
 )
 
+# Modules that unpickle files of a checkpoint past the checkpoint engine: universal ones, and weights under ZeRO-3.
+UNPICKLING = frozenset((
+    "deepspeed.checkpoint.universal_checkpoint",
+    "deepspeed.runtime.base_optimizer",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.utils.zero_to_fp32",
+))  # fmt: skip
+
 # Lanes live and die with the DeepSpeed group that they run beside; layers of one model share them.
 _LANES: weakref.WeakKeyDictionary[dist.ProcessGroup, LaneGroups] = weakref.WeakKeyDictionary()
 

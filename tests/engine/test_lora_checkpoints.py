@@ -16,6 +16,7 @@ from torch import Tensor
 
 import ds_moe_ep
 from ds_moe_ep.model.initialize import renumbered
+from tests.engine.checkpoint.live_bytes import LiveBytes
 from tests.engine.hugging_face.tiny_models import (
     NUM_EXPERTS,
     distance,
@@ -28,6 +29,9 @@ from tests.engine.hugging_face.tiny_models import (
 from tests.ranks import run_ranks
 
 LOGITS, WEIGHTS = 2e-6, 2e-5
+WIDTH, HIDDEN = 48, 32
+AT_ONCE = 4 * (4 * WIDTH * HIDDEN)  # one expert's matrix: as it was, the adapters' part twice, and what is written
+ADAPTED = 2 * 2 * (4 * WIDTH * HIDDEN)  # up and down, of one expert in two layers
 FIRST, OTHER = 2, 4  # ep_sizes
 
 
@@ -41,6 +45,7 @@ class Resumed:
     resumed: dict[str, Tensor]
     without_moments: dict[str, Tensor]
     trained: Tensor  # logits of the resumed run
+    most_bytes: int  # that lived at one time in the export
 
 
 def adapted(source: Path, ep_size: int) -> Any:
@@ -100,10 +105,11 @@ def saved_and_loaded(folder: Path, stage: int) -> Resumed:
     resumed = step(other, 2)
     trained = logits_of(other)
     other.save_16bit_model(str(folder), "whole.bin")
-    ds_moe_ep.save_pretrained(other, folder / "merged")
+    with LiveBytes() as live:
+        ds_moe_ep.save_pretrained(other, folder / "merged")
     control = make_engine(source, OTHER, stage, seed=3)
     control.load_checkpoint(checkpoint, load_optimizer_states=False)
-    return Resumed(saved, loaded, went_on, resumed, step(control, 2), trained)
+    return Resumed(saved, loaded, went_on, resumed, step(control, 2), trained, live.most)
 
 
 def over_ranks(by_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -132,6 +138,8 @@ def check(folder: Path, stage: int) -> None:
     )
     assert furthest(resumed, went_on) < WEIGHTS
     assert furthest(without, went_on) > 100 * WEIGHTS, "the control: moments that are not loaded are seen"
+    most_bytes = max(each.most_bytes for each in by_rank)
+    assert most_bytes <= AT_ONCE < NUM_EXPERTS // OTHER * ADAPTED, ("a matrix at a time, not a rank's", most_bytes)
     merged, reference = load(folder / "merged"), adapted(folder / "source", 1)
     with_adapters = {name: value.clone() for name, value in reference.state_dict().items()}
     reference.load_state_dict(torch.load(folder / "whole.bin"))

@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_moe_ep.errors import ExportError
 
 
-@contextmanager
-def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """A scope in which adapters are part of the weights that they adapt; behind it all is as before, bit for bit.
+class Merged:
+    """A model without peft's levels, whose tensors are read with the adapters' part in them, one at a time."""
 
-    Gives the model without peft's outermost level. Weights that an adapter changes are kept in host memory meanwhile.
+    def __init__(self, model: nn.Module, adapted: Iterable[Any]) -> None:
+        self.model = model
+        self._layers: dict[int, list[Any]] = {}  # by the address of a weight; tied ones have several
+        for layer in adapted:
+            for parameter in layer.get_base_layer().parameters():
+                self._layers.setdefault(parameter.data_ptr(), []).append(layer)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The tensor as the model computes with it; in host memory of its own where an adapter changes it. Local.
+
+        Meanwhile one layer's weights are in host memory as they were; behind it they are so again, bit for bit.
+        """
+        layers = self._layers.get(tensor.data_ptr(), ())
+        with ExitStack() as scopes:
+            for layer in layers:
+                scopes.enter_context(_with_adapters(layer))
+            return tensor.detach().to("cpu", copy=True) if layers else tensor
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[Merged]:
+    """A scope in which the layers that adapters adapt stand in the adapters' places; behind it all is as before.
+
     Local. Raises ExportError for adapters that cannot be merged, before anything has changed.
     """
     peft: Any = sys.modules.get("peft")
     if peft is None:
-        yield model
+        yield Merged(model, ())
         return
     adapted = {name: module for name, module in model.named_modules() if is_adapted(module)}
     for name, module in adapted.items():
@@ -33,12 +54,13 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
             )
     with ExitStack() as scopes:
         for name, module in adapted.items():
-            scopes.enter_context(_merged_layer(model, name, module))
+            scopes.enter_context(_standing_in(model, name, module.get_base_layer()))
         for name, module in list(model.named_modules()):
             if isinstance(module, peft.utils.ModulesToSaveWrapper):
                 trained = module.modules_to_save[module.active_adapters[0]]
                 scopes.enter_context(_standing_in(model, name, trained))
-        yield model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        yield Merged(plain, [module for module in adapted.values() if not module.merged])
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -48,18 +70,13 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _merged_layer(model: nn.Module, name: str, layer: Any) -> Iterator[None]:
-    """The adapted layer's base in its place, with the adapters' part in its weights."""
+def _with_adapters(layer: Any) -> Iterator[None]:
+    """A scope in which the adapters' part is in the weights of an adapted layer."""
     base: nn.Module = layer.get_base_layer()
-    if layer.merged:
-        with _standing_in(model, name, base):
-            yield
-        return
     before = {key: parameter.detach().cpu().clone() for key, parameter in base.named_parameters()}
     layer.merge()
     try:
-        with _standing_in(model, name, base):
-            yield
+        yield
     finally:
         layer.merged_adapters.clear()
         with torch.no_grad():

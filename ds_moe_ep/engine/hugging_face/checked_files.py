@@ -22,6 +22,7 @@ from ds_moe_ep.errors import EngineError
 
 KEY = "crc32"
 LARGEST = 2**32 - 1
+Made = tuple["TensorForm", Callable[[], Tensor]]  # a tensor to be written: its form, and what makes it
 _NAME_OF_TYPE = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -105,15 +106,15 @@ class CheckedFile:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes tensors with their checksums; of those that are elsewhere, or not in one run, one at a time is copied."""
-    write_read({name: (TensorForm.of(tensor), partial(same, tensor)) for name, tensor in tensors.items()}, path)
+    write_made({name: (TensorForm.of(tensor), partial(same, tensor)) for name, tensor in tensors.items()}, path)
 
 
-def write_read(tensors: Mapping[str, tuple[TensorForm, Callable[[], Tensor]]], path: Path) -> None:
-    """Writes tensors of these forms with their checksums, each read when its turn comes."""
+def write_made(tensors: Mapping[str, Made], path: Path) -> None:
+    """Writes tensors of these forms with their checksums, each made when its turn comes."""
     with path.open("wb") as opened:
         file = CheckedFile(opened, {name: form for name, (form, _) in tensors.items()})
-        for name, (_, read) in tensors.items():
-            file.write(name, read())
+        for name, (_, make) in tensors.items():
+            file.write(name, make())
         file.finish()
 
 
@@ -127,6 +128,15 @@ def checksums_in(file: Any, path: Path) -> Mapping[str, list[int]]:
     if not isinstance(found, Mapping) or not all(isinstance(sums, list) for sums in found.values()):
         raise EngineError(f"{path}: its checksums are damaged; take another copy of it")
     return found
+
+
+def form_in(file: Any, path: Path, name: str) -> TensorForm:
+    """Type and shape of a tensor of an open file. Raises EngineError for a type that is not known here."""
+    found = file.get_slice(name)
+    dtype = next((dtype for dtype, known in _NAME_OF_TYPE.items() if known == found.get_dtype()), None)
+    if dtype is None:
+        raise EngineError(f"{path}: {name} is of type {found.get_dtype()}, which is not known; convert it to another")
+    return TensorForm.of_shape(dtype, found.get_shape())
 
 
 def read_checked(file: Any, path: Path, name: str, sums: Mapping[str, list[int]], index: int | None) -> Tensor:

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.own_experts import expert_group_of
 from ds_moe_ep.engine.hugging_face import transformer_folder
-from ds_moe_ep.engine.hugging_face.adapters import merged
+from ds_moe_ep.engine.hugging_face.adapters import Merged, merged
 from ds_moe_ep.engine.hugging_face.blocks import blocks_of, clamp_of
-from ds_moe_ep.engine.hugging_face.checked_files import CheckedFile, write_tensors
+from ds_moe_ep.engine.hugging_face.checked_files import CheckedFile, Made, TensorForm, write_made
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import family_of
 from ds_moe_ep.engine.hugging_face.stacks import BlockStacks
@@ -40,6 +40,7 @@ from ds_moe_ep.model.transformer import Transformer
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 1000**3
 Named = list[tuple[str, Tensor]]
+Shard = list[tuple[str, Made]]
 
 
 def save_pretrained(engine: Any, folder: str | os.PathLike[str], max_shard_bytes: int = SHARD_BYTES) -> Path:
@@ -49,8 +50,8 @@ def save_pretrained(engine: Any, folder: str | os.PathLike[str], max_shard_bytes
     (`from_pretrained`), or DeepSpeed's; and for the package's own model (`build_transformer`), whose folder carries its
     code and is loaded with trust_remote_code=True. Adapters of the peft library leave as a part of the weights that
     they adapt; the engine's stay as they are. Collective over the world; with ZeRO 0, 1 and 2. In memory beside the
-    model is at most one tensor (of gpt-oss's stacks one expert's part), and the weights that adapters change. Raises,
-    on every rank, ConfigError for families that it does not know, ExportError where a layer does not compute what the
+    model is at most one tensor (of gpt-oss's stacks one expert's part), twice where adapters change it. Raises, on
+    every rank, ConfigError for families that it does not know, ExportError where a layer does not compute what the
     family's files hold, and EngineError where a rank cannot write; nothing is left behind.
     """
     folder = Path(folder).absolute()
@@ -70,14 +71,15 @@ class Content:
 def _save(engine: Any, folder: Path, max_shard_bytes: int, scopes: ExitStack) -> Path:
     partial = folder.with_name(folder.name + ".part")
     model: nn.Module = getattr(engine, "module", engine)
-    shards: list[Named] = []
+    shards: list[Shard] = []
     content = Content([], (), lambda folder: None)
     error: MoEError | None = None
     try:
         _check(engine, folder, partial)
-        model = scopes.enter_context(merged(model))
-        content = _content(model)
-        shards = cut(content.tensors, max_shard_bytes)
+        plain = scopes.enter_context(merged(model))
+        content = _content(plain)
+        tensors = [(name, (TensorForm.of(tensor), partial_of(plain.read, tensor))) for name, tensor in content.tensors]
+        shards = cut(tensors, max_shard_bytes)
     except MoEError as found:
         error = found
     seams.settle(error)
@@ -87,7 +89,7 @@ def _save(engine: Any, folder: Path, max_shard_bytes: int, scopes: ExitStack) ->
     try:
         seams.settle(_attempt(lambda: partial.mkdir(parents=True), dist.get_rank() == 0))
         seams.settle(_attempt(lambda: _write_shards(shards, partial, first, total)))
-        num_bytes = sum(seams.gather(sum(tensor.nbytes for shard in shards for _, tensor in shard)))
+        num_bytes = sum(seams.gather(sum(form.num_bytes for shard in shards for _, (form, _) in shard)))
         num_bytes += _write_stacks(content.stacks, partial, len(shards), total)
         files = [names for plan in plans for names in plan]
         seams.settle(_attempt(lambda: _finish(content, files, num_bytes, partial, folder), dist.get_rank() == 0))
@@ -113,8 +115,9 @@ def _check(engine: Any, folder: Path, partial: Path) -> None:
         raise ExportError("tensor parallelism and pipeline stages cut weights; export from a run without them")
 
 
-def _content(model: nn.Module) -> Content:
+def _content(plain: Merged) -> Content:
     """The content of a model's folder. Local. Raises MoEError where no folder holds what the model computes."""
+    model = plain.model
     if isinstance(model, Transformer):
         values = transformer_folder.values_of(model)
         own = transformer_folder.tensors_of(model, dist.get_rank() == 0, first_expert)
@@ -126,7 +129,7 @@ def _content(model: nn.Module) -> Content:
             f"model={type(model).__name__}: has no MoE layer of DeepSpeed's or this package's; "
             "model.save_pretrained writes it"
         )
-    stacks = [BlockStacks(block) for block in blocks] if family.stacked else []
+    stacks = [BlockStacks(block, plain.read) for block in blocks] if family.stacked else []
     for each in stacks:
         each.check(clamp_of(model.config))
     return Content(_own_tensors(model, blocks), stacks, partial_of(_describe, model))
@@ -170,18 +173,19 @@ def _dense(model: nn.Module, blocks: Sequence[ExpertBlock]) -> Iterator[tuple[st
             yield name, tensor
 
 
-def cut(tensors: Named, max_shard_bytes: int) -> list[Named]:
+def cut(tensors: Sequence[tuple[str, Made]], max_shard_bytes: int) -> list[Shard]:
     """The tensors in their order, cut into shards of at most so many bytes; a larger tensor has one of its own."""
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes={max_shard_bytes}: a shard holds one byte or more; give some gigabytes")
-    shards: list[Named] = []
+    shards: list[Shard] = []
     room = 0
-    for name, tensor in tensors:
-        if not shards or tensor.nbytes > room:
+    for name, made in tensors:
+        num_bytes = made[0].num_bytes
+        if not shards or num_bytes > room:
             shards.append([])
             room = max_shard_bytes
-        shards[-1].append((name, tensor))
-        room -= tensor.nbytes
+        shards[-1].append((name, made))
+        room -= num_bytes
     return shards
 
 
@@ -198,9 +202,9 @@ def write_index(folder: Path, files: Sequence[Sequence[str]], num_bytes: int) ->
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shards(shards: Sequence[Named], partial: Path, first: int, total: int) -> None:
+def _write_shards(shards: Sequence[Shard], partial: Path, first: int, total: int) -> None:
     for index, shard in enumerate(shards, start=first):
-        write_tensors(dict(shard), partial / shard_name(index, total))
+        write_made(dict(shard), partial / shard_name(index, total))
 
 
 def _write_stacks(stacks: Sequence[BlockStacks], partial: Path, first: int, total: int) -> int:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.engine.hugging_face.blocks import MoEBlock, blocks_of, knobs_of
-from ds_moe_ep.engine.hugging_face.checked_files import checksums_in, read_checked
+from ds_moe_ep.engine.hugging_face.checked_files import TensorForm, checksums_in, form_in, read_checked
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.export import INDEX
 from ds_moe_ep.engine.hugging_face.families import STACKS, Family, family_of
@@ -54,6 +54,17 @@ class Weights:
         Raises EngineError where there is none of that name, its file cannot be read, or a bit of it has changed since
         the package wrote it.
         """
+        with self._opened(name) as (file, path, sums):
+            return read_checked(file, path, name, sums, index)
+
+    def form(self, name: str) -> TensorForm:
+        """Type and shape of a tensor of the files, which is not read. Raises EngineError as `read` does."""
+        with self._opened(name) as (file, path, _):
+            return form_in(file, path, name)
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[Any, Path, Mapping[str, list[int]]]]:
+        """The open file of a tensor, its path and its checksums."""
         from safetensors import SafetensorError, safe_open
 
         if name not in self.file_of:
@@ -65,7 +76,7 @@ class Weights:
                 fresh = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
                 self._files[file] = fresh, checksums_in(fresh, path)
             opened, sums = self._files[file]
-            return read_checked(opened, path, name, sums, index)
+            yield opened, path, sums
         except (OSError, SafetensorError) as error:
             raise EngineError(f"{path}: cannot be read ({error}); download or export it again") from error
 

@@ -6,7 +6,7 @@ Along the first dimension of a stack are the experts: gate_up_proj [E, D, 2 F] w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.engine.checkpoint.own_experts import holders_of
-from ds_moe_ep.engine.hugging_face.checked_files import TensorForm
+from ds_moe_ep.engine.hugging_face.checked_files import TensorForm, same
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import STACKS
 from ds_moe_ep.errors import ExportError
 from ds_moe_ep.kernels.activation import Clamp
 from ds_moe_ep.moe.match_expert import match_expert
+
+PARTS = {
+    "gate_up_proj": ("gate.weight", "up.weight"),
+    "gate_up_proj_bias": ("gate.bias", "up.bias"),
+    "down_proj": ("down.weight",),
+    "down_proj_bias": ("down.bias",),
+}  # of an expert, in its places in the stacks
 
 
 def into_stack(part: str, weights: Mapping[str, Tensor]) -> Tensor:
@@ -43,9 +50,10 @@ def out_of_stack(part: str, place: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class BlockStacks:
-    """The stacks of one block, whose experts lie on several ranks."""
+    """The stacks of one block, whose experts lie on several ranks; `read` gives a weight as it is to be written."""
 
     block: ExpertBlock
+    read: Callable[[Tensor], Tensor] = same
 
     def check(self, clamp: Clamp) -> None:
         """Raises ExportError where an expert of this rank computes something else than the files say. Local."""
@@ -84,9 +92,10 @@ class BlockStacks:
         holders = holders_of(block.layer) if int(block.layer.ep_size) > 1 else [0]
         for first, holder in enumerate(holders):
             for local in range(block.num_local_experts):
-                weights = {name: weight.detach() for name, weight in block.weights_of(local).items()}
+                own = {name: weight.detach() for name, weight in block.weights_of(local).items()}
+                read = self.read if dist.get_rank() == holder else same
                 for name, part in zip(self.names, STACKS, strict=True):
-                    place = into_stack(part, weights)
+                    place = into_stack(part, {each: read(own[each]).to(own[each].device) for each in PARTS[part]})
                     dist.broadcast(place, src=holder)
                     yield name, first * block.num_local_experts + local, place
 

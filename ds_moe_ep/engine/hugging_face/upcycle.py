@@ -10,15 +10,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_moe_ep.engine.hugging_face.checked_files import write_tensors
-from ds_moe_ep.engine.hugging_face.export import SHARD_BYTES, shard_name, write_index
+from ds_moe_ep.engine.hugging_face.checked_files import Made, TensorForm, write_made
+from ds_moe_ep.engine.hugging_face.export import SHARD_BYTES, cut, shard_name, write_index
 from ds_moe_ep.engine.hugging_face.families import FAMILIES, PROJECTIONS, Family
 from ds_moe_ep.engine.hugging_face.load import Weights
 from ds_moe_ep.errors import ConfigError, EngineError, nearest
@@ -48,12 +49,12 @@ def upcycle(
 
     Each of `num_experts` experts is a copy of its layer's feed-forward, with normal noise of `noise` times a matrix's
     standard deviation; routers are drawn from `seed`. Llama and Mistral become Mixtral, Qwen3 becomes Qwen3-MoE.
-    Local, without a process group; one shard is in memory at a time. Raises ConfigError for numbers that cannot work
-    and models that have no such mixture, EngineError where files are not whole or cannot be written; then nothing is
-    left behind.
+    Local, without a process group; one tensor is in memory at a time, beside the one that it is a copy of. Raises
+    ConfigError for numbers that cannot work and models that have no such mixture, EngineError where files are not whole
+    or cannot be written; then nothing is left behind.
     """
     source, target = Path(dense), Path(target).absolute()
-    partial = target.with_name(target.name + ".part")
+    building = target.with_name(target.name + ".part")
     for name, wrong, rule in (
         ("num_experts", num_experts < 1, "a mixture has one expert or more"),
         ("top_k", not 1 <= top_k <= num_experts, f"a token visits 1 to num_experts={num_experts} experts"),
@@ -62,25 +63,27 @@ def upcycle(
     ):
         if wrong:
             raise ConfigError(f"{name}={locals()[name]}: {rule}; choose another")
-    for path in (target, partial):
+    for path in (target, building):
         if path.exists():
             raise EngineError(f"{path}: exists, and nothing is overwritten; remove it or name another folder")
     config = mixture_config(source, num_experts, top_k)
     family = FAMILIES[config["model_type"]]
     with Weights(source) as weights:
         try:
-            partial.mkdir(parents=True)
-            _write(_tensors(weights, family, num_experts, noise, seed, _router_shape(config)), partial, max_shard_bytes)
-            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            building.mkdir(parents=True)
+            _write(
+                _tensors(weights, family, num_experts, noise, seed, _router_shape(config)), building, max_shard_bytes
+            )
+            (building / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
                 if (source / name).is_file():
-                    shutil.copy(source / name, partial / name)
-            partial.rename(target)
+                    shutil.copy(source / name, building / name)
+            building.rename(target)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(building, ignore_errors=True)
             raise EngineError(f"{target}: cannot be written ({error}); name another folder") from error
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(building, ignore_errors=True)
             raise
     return target
 
@@ -121,29 +124,36 @@ def _router_shape(config: dict[str, Any]) -> tuple[int, int]:
 
 def _tensors(
     weights: Weights, family: Family, num_experts: int, noise: float, seed: int, router_shape: tuple[int, int]
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Made]]:
     """Every tensor of the mixture: a layer's feed-forward becomes its router and experts, the rest stays."""
+    read = lru_cache(maxsize=1)(weights.read)  # of a matrix and its experts, which follow each other
     for name in weights.file_of:
-        tensor = weights.read(name)
+        form = weights.form(name)
         block, _, rest = name.rpartition(".mlp.")
         projection = next((each for each, dense in DENSE.items() if rest == f"{dense}.weight"), None)
         if projection is None:
-            yield name, tensor
+            yield name, (form, partial(read, name))
             continue
         block = family.in_files(f"{block}.mlp")
         for index in range(num_experts):
             expert = f"{block}.{family.expert(index, projection)}"
-            yield expert, _with_noise(tensor, noise, f"{seed}:{expert}")
+            yield expert, (form, partial(_expert, partial(read, name), noise, f"{seed}:{expert}"))
         if projection == "gate":
             router = f"{block}.{family.router}"
-            yield router, (_normal(router_shape, f"{seed}:{router}") * ROUTER_STD).to(tensor.dtype)
+            made = TensorForm(form.dtype, router_shape)
+            yield router, (made, partial(_router, made, f"{seed}:{router}"))
 
 
-def _with_noise(tensor: Tensor, noise: float, of: str) -> Tensor:
+def _expert(read: Callable[[], Tensor], noise: float, of: str) -> Tensor:
+    tensor = read()
     if not noise:
-        return tensor.clone()
+        return tensor
     wide = tensor.float()
-    return (wide + noise * wide.std() * _normal(tuple(wide.shape), of)).to(tensor.dtype)
+    return _normal(tuple(wide.shape), of).mul_(noise * wide.std()).add_(wide).to(tensor.dtype)
+
+
+def _router(form: TensorForm, of: str) -> Tensor:
+    return (_normal(form.shape, of) * ROUTER_STD).to(form.dtype)
 
 
 def _normal(shape: tuple[int, ...], of: str) -> Tensor:
@@ -153,24 +163,10 @@ def _normal(shape: tuple[int, ...], of: str) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
-    """Shards under temporary names, as their number is known at the end; then their names and the index."""
-    files: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    num_bytes = 0
-
-    def flush() -> None:
-        if held:
-            write_tensors(held, folder / f"{len(files)}.writing")
-            files.append(list(held))
-            held.clear()
-
-    for name, tensor in tensors:
-        if held and sum(each.nbytes for each in held.values()) + tensor.nbytes > max_shard_bytes:
-            flush()
-        held[name] = tensor.contiguous()
-        num_bytes += tensor.nbytes
-    flush()
-    for index in range(len(files)):
-        (folder / f"{index}.writing").rename(folder / shard_name(index, len(files)))
-    write_index(folder, files, num_bytes)
+def _write(tensors: Iterator[tuple[str, Made]], folder: Path, max_shard_bytes: int) -> None:
+    """Shards and their index; each tensor is made when its turn comes."""
+    shards = cut(list(tensors), max_shard_bytes)
+    for index, shard in enumerate(shards):
+        write_made(dict(shard), folder / shard_name(index, len(shards)))
+    num_bytes = sum(form.num_bytes for shard in shards for _, (form, _) in shard)
+    write_index(folder, [[name for name, _ in shard] for shard in shards], num_bytes)

@@ -26,6 +26,7 @@ class AutoEPJob:
     ep_size: int = 4  # 0: Hugging Face's own blocks, whole on every rank
     stage: int = 0
     bf16: bool = False
+    fp16: bool = False
     num_experts: int = 8
     top_k: int = 2
     num_layers: int = 2
@@ -60,6 +61,8 @@ class AutoEPJob:
             }
         if self.bf16:
             config["bf16"] = {"enabled": True}
+        if self.fp16:
+            config["fp16"] = {"enabled": True, "initial_scale_power": 8}
         return config
 
 
@@ -95,12 +98,15 @@ def make_model(job: AutoEPJob) -> nn.Module:
 def make_engine(job: AutoEPJob, mpu: Any = None) -> Any:
     """The job's model in an engine, its blocks replaced by AutoEP's layers. Collective."""
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     from ds_moe_ep.engine import seams
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     seams.init_distributed(dist_backend="gloo", verbose=False)
+    if job.fp16:
+        get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and right
     model = make_model(job)
     trained = list(model.parameters())
     engine = deepspeed.initialize(model=model, config=job.ds_config, model_parameters=trained, mpu=mpu)[0]

@@ -10,6 +10,7 @@ import torch
 
 import ds_moe_ep
 from ds_moe_ep.errors import ConfigError, EngineError
+from tests.engine.checkpoint.live_bytes import LiveBytes
 from tests.engine.hugging_face.tiny_models import SIZES, distance, load, logits_of, token_ids
 
 BOUND = 2e-6
@@ -25,7 +26,7 @@ def dense_model(family: str, folder: Path, **config: Any) -> Any:
 
     sizes = {key: value for key, value in SIZES.items() if key != "num_experts_per_tok"}
     torch.manual_seed(1)
-    made = AutoConfig.for_model(family, intermediate_size=40, **{**sizes, **DENSE.get(family, {}), **config})
+    made = AutoConfig.for_model(family, **{"intermediate_size": 40, **sizes, **DENSE.get(family, {}), **config})
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     model.save_pretrained(folder)
     return model
@@ -44,6 +45,17 @@ def test_a_mixture_of_equal_experts_has_the_dense_models_logits(family: str, tmp
     ups = [p.grad.abs().max() for name, p in mine.named_parameters() if name.endswith(".up.weight")]
     assert len(ups) == 8
     assert min(ups) > 0, "every expert gets tokens and gradients"
+
+
+def test_one_tensor_of_a_mixture_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """The control: with noise a shard, here the whole mixture, is many times as large."""
+    dense_model("mistral", tmp_path / "dense", hidden_size=64, intermediate_size=2048)
+    largest = 4 * 64 * 2048
+    for noise, bound in ((0.0, 1), (0.1, 4)):  # the matrix and, with noise, its wide form, the noise and their sum
+        with LiveBytes() as live:
+            folder = ds_moe_ep.upcycle(tmp_path / "dense", tmp_path / f"moe{noise}", 8, noise=noise)
+        assert live.most <= bound * largest, noise
+        assert (folder / "model-00001-of-00001.safetensors").stat().st_size > 10 * bound * largest
 
 
 def test_noise_parts_the_experts_and_is_drawn_from_the_seed(tmp_path: Path) -> None:

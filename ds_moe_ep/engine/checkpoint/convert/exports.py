@@ -24,7 +24,7 @@ from ds_moe_ep.engine.checkpoint.convert.weights import Parts, share_at
 from ds_moe_ep.engine.checkpoint.convert.zero_states import master_weight
 from ds_moe_ep.engine.checkpoint.load import MAIN_FILE
 from ds_moe_ep.engine.checkpoint.reshard import SavedStates
-from ds_moe_ep.engine.hugging_face.checked_files import TensorForm, same, write_read
+from ds_moe_ep.engine.hugging_face.checked_files import TensorForm, same, write_made
 from ds_moe_ep.engine.hugging_face.export import INDEX, SHARD_BYTES, shard_name
 from ds_moe_ep.engine.hugging_face.transformer_folder import (
     CODE,
@@ -146,7 +146,7 @@ def _wide(weight: Tensor) -> Tensor:
 
 
 def _write_shard(tensors: Sequence[NamedTensor], path: Path) -> None:
-    write_read({each.name: (each.form, each.read) for each in tensors}, path)
+    write_made({each.name: (each.form, each.read) for each in tensors}, path)
 
 
 def _write_json(values: Any, path: Path) -> None:

@@ -5,7 +5,8 @@ the rank keeps. Mapped, their pages belong to the files and go when memory is ne
 tensors that they are given: they get the ones that they have, filled, so that no file stays mapped behind the load.
 
 DeepSpeed would unpickle anything. Here a file is read as tensors and plain values alone once more, by the rule of the
-preflight: a file that took the place of the one that was looked through runs nothing either.
+preflight: a file that took the place of the one that was looked through runs nothing either. The
+files of a universal checkpoint, each with a parameter's state of one kind, are read by that rule too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ds_moe_ep.engine import step_seams
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
-from ds_moe_ep.engine.checkpoint.loading.reading import reading_by
+from ds_moe_ep.engine.checkpoint.loading.reading import reading_by, unpickling_by
 from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall
 
 COPIED = ("module", "optimizer", "frozen_param_fragments")  # of a file with weights: what DeepSpeed copies, or we do
@@ -44,8 +45,13 @@ class MappedFiles(EngineCallback):
 
         optimizer = step_seams.torch_optimizer(self._engine)
         filling = optimizer.register_load_state_dict_pre_hook(filled) if optimizer is not None else nullcontext()
-        with reading_by(checkpoints, load_mapped), filling:
+        with reading_by(checkpoints, load_mapped), unpickling_by(load_as_asked), filling:
             return proceed(load)
+
+
+def load_as_asked(path: Any, map_location: Any, is_mapped: bool) -> Any:
+    """The content of a file that DeepSpeed reads by itself, mapped where it says so."""
+    return load_file(Path(path), map_location, is_mapped)
 
 
 def _kept(found: Any) -> Any:
