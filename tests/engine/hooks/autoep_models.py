@@ -26,7 +26,7 @@ class AutoEPJob:
     ep_size: int = 4  # 0: Hugging Face's own blocks, whole on every rank
     stage: int = 0
     bf16: bool = False
-    fp16: bool = False
+    fp16: bool = False  # refused on the CPU: its loss scaling and its optimizers run all the same
     num_experts: int = 8
     top_k: int = 2
     num_layers: int = 2
@@ -140,12 +140,18 @@ def train_steps(engine: Any, job: AutoEPJob) -> list[float]:
         total = torch.zeros(())
         for ids in micro_batches:
             loss = engine(input_ids=ids[rank], labels=ids[rank]).loss
-            engine.backward(loss)
+            engine.backward(scaled(engine, job, loss))
             engine.step()
             total += loss.detach().float() / job.accumulation
         dist.all_reduce(total)
         losses.append(float(total) / job.world_size)
     return losses
+
+
+def scaled(engine: Any, job: AutoEPJob, loss: Tensor) -> Tensor:
+    """The loss for `engine.backward`: DeepSpeed itself does not multiply it with fp16's scale without ZeRO."""
+    is_left = job.fp16 and job.stage == 0 and "moe_ep_extensions" not in vars(engine)
+    return loss.float() * engine.optimizer.loss_scale if is_left else loss
 
 
 def named_weights(engine: Any, job: AutoEPJob) -> dict[str, Tensor]:

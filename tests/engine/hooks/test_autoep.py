@@ -26,6 +26,7 @@ from tests.ranks import RankPool
 
 WEIGHTS, LOSS = 2e-6, 1e-6
 ROUNDED_WEIGHTS, ROUNDED_LOSS = 1e-2, 5e-3  # in bf16
+HALF_WEIGHTS, HALF_LOSS = 1.5e-3, 1e-4  # in fp16, with three bits more
 Outcome = tuple[list[float], dict[str, Tensor]]
 
 
@@ -78,17 +79,25 @@ def test_training_through_the_hooks_is_the_training_without_them(pool: RankPool,
         assert distance(merged([w for _, w in mine]), merged([w for _, w in plain])) <= WEIGHTS, job
 
 
-ROUNDED = [AutoEPJob(steps=2, bf16=True, top_k=8, stage=stage, ep_size=2 + stage % 2 * 2) for stage in range(4)]
+def rounded(**precision: Any) -> list[AutoEPJob]:
+    """One of each stage; all experts are chosen, since a choice that rounding turns over would be another training."""
+    return [AutoEPJob(steps=2, top_k=8, stage=stage, ep_size=2 + stage % 2 * 2, **precision) for stage in range(4)]
+
+
+ROUNDED, HALVES = rounded(bf16=True), rounded(fp16=True)
 
 
 @pytest.mark.slow
-def test_in_bf16_training_through_the_hooks_is_that_without_them_up_to_a_few_roundings(pool: RankPool) -> None:
-    """All experts are chosen, since a choice that rounding turns over would be another training."""
-    by_rank = pool.run(4, train_both, ROUNDED, timeout_s=280)
-    for index, job in enumerate(ROUNDED):
+@pytest.mark.parametrize("table", [ROUNDED, HALVES], ids=["bf16", "fp16"])
+def test_in_16_bits_training_through_the_hooks_is_that_without_them_up_to_a_few_roundings(
+    table: Sequence[AutoEPJob], pool: RankPool
+) -> None:
+    by_rank = pool.run(4, train_both, table, timeout_s=280)
+    for index, job in enumerate(table):
+        weights, loss = (HALF_WEIGHTS, HALF_LOSS) if job.fp16 else (ROUNDED_WEIGHTS, ROUNDED_LOSS)
         mine, plain = ([results[index][side] for results in by_rank] for side in (0, 1))
-        assert mine[0][0] == pytest.approx(plain[0][0], rel=ROUNDED_LOSS), job
-        assert distance(merged([w for _, w in mine]), merged([w for _, w in plain])) <= ROUNDED_WEIGHTS, job
+        assert mine[0][0] == pytest.approx(plain[0][0], rel=loss), job
+        assert distance(merged([w for _, w in mine]), merged([w for _, w in plain])) <= weights, job
 
 
 def test_clamped_experts_are_not_those_of_the_family(pool: RankPool) -> None:

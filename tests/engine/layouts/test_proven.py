@@ -32,7 +32,7 @@ Cell = dict[str, tuple[int, ...]]  # of a precision the footnotes
 
 
 def rounded(job: Any) -> str:
-    return "bf16" if job.bf16 else "fp32"
+    return next((each for each in ("bf16", "fp16") if getattr(job, each, False)), "fp32")
 
 
 def trained() -> Iterator[tuple[int, str, str, int, str]]:
@@ -42,7 +42,7 @@ def trained() -> Iterator[tuple[int, str, str, int, str]]:
         yield 1, "ours", "data", job.stage, rounded(job)
     for job in (*test_native.jobs(), *test_native.ROUNDED):
         yield 2, "hooked", "data", job.stage, rounded(job)
-    for job in (*test_autoep.jobs(), *test_autoep.ROUNDED):
+    for job in (*test_autoep.jobs(), *test_autoep.ROUNDED, *test_autoep.HALVES):
         yield 3, "autoep", "data", job.stage, rounded(job)
     of_tensor_ranks = (*test_tensor_parallel.JOBS.values(), *test_tensor_parallel.MORE_JOBS.values())
     for job in (*of_tensor_ranks, *map(test_tensor_cover.job_of, test_tensor_cover.covering())):
@@ -129,6 +129,6 @@ def test_each_other_row_says_why_and_each_footnote_names_files_that_are_there() 
 def test_a_claim_that_no_file_trains_is_seen() -> None:
     """The control: a precision, or a footnote, that is not there."""
     found = proven()["ours", "data", 0]
-    assert told(as_text(found)) == found and "fp16" not in proven()["autoep", "data", 0]
+    assert told(as_text(found)) == found and "fp16" not in proven()["ours", "autotp", 0]
     assert told(as_text(found).replace("fp32 [1", "fp32 [2")) != found
-    assert told("yes: fp16 [3]") != proven()["autoep", "data", 0]
+    assert told("yes: fp16 [4]") != proven()["ours", "autotp", 0]
