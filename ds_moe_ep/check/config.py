@@ -194,8 +194,6 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
     if model is None:
         yield 'moe_ep.model is not given: memory, traffic and arithmetic need it; add "model": "small"'
     yield from sharing_notes(model, moe, training)
-    if training.precision == "fp16":
-        yield "fp16 does not run on DeepSpeed's CPU accelerator: use bf16 or fp32 there"
     if section.layout == WHOLE:
         yield from _traffic_notes(moe, training)
     else:
@@ -217,6 +215,8 @@ def _notes(ds_config: Mapping[str, Any], section: Section, training: Training) -
         grid = RankGrid(world_size=training.world_size, ep_size=moe.ep_size)
         others = grid.expert_data_groups()[0][1:]
         yield f"{grid.num_replicas} expert groups: rank 0 and the ranks {others} hold the same experts"
+    if training.precision == "fp16":
+        yield "fp16 does not run on DeepSpeed's CPU accelerator: use bf16 or fp32 there"
 
 
 def sharing_notes(model: ModelConfig | None, moe: MoEConfig, training: Training) -> Iterator[str]:

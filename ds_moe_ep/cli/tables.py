@@ -97,7 +97,7 @@ def _tables(check: Check) -> list[Table]:
         tables.append(_plain("work", _work(check, check.details)))
     if check.figures:
         rows = [(claim.name, claim.stated, claim.derived) for claim in check.figures]
-        title = "the specification's figures (verdicts: ds-moe-ep figures)"
+        title = "the specification's figures (verdicts: python -m ds_moe_ep figures)"
         tables.append(table(title, ("figure", "stated", "derived"), rows, text_columns=3))
     return tables
 

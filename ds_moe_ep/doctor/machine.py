@@ -67,7 +67,7 @@ def judge_open_files(limit: int, num_ranks: int) -> Verdict:
     if 0 <= limit < needed:  # a limit of -1 is none
         found = f"a process may open {limit} files; a rank of {num_ranks} may need {needed}"
         return _verdict("open files", "warning", found, f"ulimit -n {max(4096, needed)}")
-    return _verdict("open files", "ok", f"a process may open {limit if limit >= 0 else 'any number of'} files")
+    return _verdict("open files", "ok", f"a process may open {f'{limit:,}' if limit >= 0 else 'any number of'} files")
 
 
 def judge_locks(host: HostFacts) -> Iterator[Verdict]:

@@ -100,9 +100,14 @@ def write_records(path: str | Path, records: Iterable[Record], *, append: bool =
 def write_whole(records: Iterable[Record], path: Path | None) -> None:
     """Replaces the file at `path` by these records at once: it is never half written. Without a path nothing."""
     if path is not None:
-        part = path.with_name(path.name + ".part")
-        write_records(part, records)
-        part.replace(path)
+        replace_file(path, "".join(record.to_json() + "\n" for record in records))
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Puts a whole file in the place of what is at `path`: it is never half written. Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.replace(path)
 
 
 def read_records(path: str | Path) -> Iterator[Record]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ds_moe_ep.config.command_line import writable_folder
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.record import replace_file
 from ds_moe_ep.report.findings import Findings, read_findings, undrawn
 from ds_moe_ep.report.html import to_html
 from ds_moe_ep.report.markdown import to_markdown
@@ -57,7 +58,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> list[Path]:
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         for path, content in contents.items():
-            _write_whole(path, content)
+            replace_file(path, content)
     except OSError as error:
         raise ConfigError(f"out={folder}: cannot be written ({error}); name a folder of your own") from error
     return list(contents)
@@ -78,10 +79,3 @@ def make_page(findings: Findings, try_folder: Callable[[], object] = lambda: Non
     present = [section for section in made.values() if section is not None]
     sections = notes_once([head(findings, absent), *present])
     return Page(TITLE, headline(findings), (*sections, sources(findings)))
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file at once: it is never half written."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.records.record import replace_file
 
 Interval = tuple[float, float]
 
@@ -206,12 +207,14 @@ def _start(span: Span) -> float:
 
 def write_spans(path: str | Path, spans: Iterable[Span]) -> int:
     """How many spans were written to `path`, one line of JSON each; the file is never half written."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     lines = [line_of(span) + "\n" for span in spans]
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(path)
+    replace_file(Path(path), "".join(lines))
     return len(lines)
+
+
+def write_trace(path: str | Path, spans: Iterable[Span]) -> None:
+    """Replaces the file at `path` by the spans as a Chrome trace."""
+    replace_file(Path(path), chrome_trace(spans))
 
 
 def read_spans(path: str | Path) -> Iterator[Span]:

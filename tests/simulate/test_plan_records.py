@@ -14,10 +14,10 @@ from ds_moe_ep.records.record import Record, read_records
 from ds_moe_ep.report.findings import read_findings, spans_path
 from ds_moe_ep.report.known_names import environment_order, is_known, place_of
 from ds_moe_ep.report.write import write_report
-from ds_moe_ep.schedule.spans import accounts, read_spans
+from ds_moe_ep.schedule.spans import accounts, read_spans, write_trace
 from ds_moe_ep.simulate.cluster.cluster import load_cluster
 from ds_moe_ep.simulate.plan.plan import Comparison, Plan, compare, make_plan
-from ds_moe_ep.simulate.plan.records import REPEATED, comparison_records, plan_records, plan_spans, write_trace
+from ds_moe_ep.simulate.plan.records import REPEATED, comparison_records, plan_records, plan_spans
 from ds_moe_ep.simulate.step.source import PredictionSource, slug, source_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -128,7 +128,7 @@ def test_a_trace_is_a_process_a_rank_with_every_lane(comparison: Comparison, wri
     events = json.loads(written.with_name("trace.json").read_text(encoding="utf-8"))["traceEvents"]
     lanes = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert {"compute", "dispatch", "combine"} <= lanes
-    write_trace(tmp_path / "pipeline.json", comparison.theirs)
+    write_trace(tmp_path / "pipeline.json", comparison.theirs.prediction.step.spans)
     events = json.loads((tmp_path / "pipeline.json").read_text(encoding="utf-8"))["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1}  # a stage stands for its tensor group
 

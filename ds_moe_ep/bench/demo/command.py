@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -27,7 +26,7 @@ from ds_moe_ep.bench.harness.benchmark import FAILED
 from ds_moe_ep.bench.harness.processes import arriving, free_port, started_ranks
 from ds_moe_ep.config.command_line import refused
 from ds_moe_ep.errors import ConfigError, EngineError
-from ds_moe_ep.schedule.spans import chrome_trace
+from ds_moe_ep.schedule.spans import write_trace
 
 PRELOAD = ("ds_moe_ep.bench.demo.command", "ds_moe_ep.bench.demo.ranks")
 WIDTH = 80  # where there is no terminal
@@ -56,7 +55,7 @@ def run(options: DemoOptions) -> int:
 def _show_overlap(plan: DemoPlan, options: DemoOptions, console: Console) -> int:
     results = measure(plan)
     if options.trace is not None:
-        write_trace(results, options.trace)
+        write_trace(options.trace, (span for spans in results.shown().values() for span in spans))
     if options.json:
         print(json.dumps(results.to_dict(), indent=2))
         return 0
@@ -110,10 +109,3 @@ def _progress() -> Iterator[Progress]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task("importing torch for all ranks")
         yield progress
-
-
-def write_trace(results: Results, path: Path) -> None:
-    """Writes the shown steps of all ranks as a Chrome trace; the file is never half written."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(chrome_trace(span for spans in results.shown().values() for span in spans), encoding="utf-8")
-    part.replace(path)

@@ -18,8 +18,8 @@ from ds_moe_ep.report.plots.style import (
     OTHER_COLORS,
     SYSTEM_COLORS,
     draw_panels,
+    points,
     value_axis,
-    whiskers,
 )
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
@@ -80,12 +80,11 @@ def _paint(axis: Axes, panel: LayoutPanel, styles: Mapping[str, tuple[str, str]]
     ratios = sorted({ratio for line in panel.lines for ratio in line.points})
     for line in panel.lines:
         its = sorted(line.points)
-        quantities = [line.points[ratio] for ratio in its]
         color, marker = styles[line.system]
-        axis.errorbar(
+        points(
+            axis,
             its,
-            [q.value for q in quantities],
-            yerr=whiskers(quantities),
+            [line.points[ratio] for ratio in its],
             color=color,
             marker=marker,
             markersize=4.5,

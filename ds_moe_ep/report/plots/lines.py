@@ -18,11 +18,11 @@ from ds_moe_ep.report.plots.style import (
     draw,
     draw_panels,
     legend,
+    points,
     rows_for,
     show_at_least,
     system_color,
     value_axis,
-    whiskers,
 )
 
 Dash = tuple[float, Sequence[float]]  # offset, on-off lengths
@@ -149,9 +149,8 @@ def _paint_law(axis: Axes, panel: LawPanel) -> None:
         first, last = sizes[0], sizes[-1]
         curve = [first + (last - first) * index / 80 for index in range(81)]
         axis.plot(curve, [panel.law(ep) for ep in curve], color=FITTED, linewidth=1.6, zorder=2)
-    quantities = [panel.points[ep] for ep in sizes]
-    values = [q.value for q in quantities]
-    axis.errorbar(sizes, values, yerr=whiskers(quantities), color=MEASURED, fmt="o", markersize=5, capsize=3, zorder=3)
+    measured = [panel.points[ep] for ep in sizes]
+    points(axis, sizes, measured, color=MEASURED, fmt="o", markersize=5, capsize=3, zorder=3)
     axis.set_xticks(sizes, [str(ep) for ep in sizes])
     axis.margins(y=0.12)
     axis.set_ylim(bottom=0)

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, GROUND, INK, draw_panels, value_axis, whiskers
+from ds_moe_ep.report.plots.style import FAINT, GROUND, INK, draw_panels, points, value_axis
 
 COLORS: Mapping[str, str] = {
     "serial": "#8c8c8c",
@@ -60,11 +60,10 @@ def _line(side: str, label: str) -> Line2D:
 
 def _paint(axis: Axes, panel: LinkPanel) -> None:
     for side, values in panel.sides.items():
-        quantities = list(values.values())
-        axis.errorbar(
+        points(
+            axis,
             [panel.places[index] for index in values],
-            [q.value for q in quantities],
-            yerr=whiskers(quantities),
+            values.values(),
             color=COLORS[side],
             linewidth=1.6,
             linestyle="--" if side in DASHED else "-",

@@ -6,8 +6,8 @@ A picture is painted on a Figure of its own, under settings that end with it; py
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -174,9 +174,11 @@ def show_at_least(axis: Axes, share: float) -> None:
     axis.set_ylim(lowest - room, highest + room)
 
 
-def whiskers(quantities: Sequence[Quantity]) -> list[list[float]]:
-    """Lengths of the bars below and above the values, as `errorbar` takes them."""
-    return [[q.value - q.low for q in quantities], [q.high - q.value for q in quantities]]
+def points(axis: Axes, places: Sequence[float], quantities: Iterable[Quantity], **style: Any) -> None:
+    """Paints values with the bars below and above them, in the style that `errorbar` takes."""
+    found = list(quantities)
+    bars = [[q.value - q.low for q in found], [q.high - q.value for q in found]]
+    axis.errorbar(places, [q.value for q in found], yerr=bars, **style)
 
 
 def draw_panels(

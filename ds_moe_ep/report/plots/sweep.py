@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, StrMethod
 
 from ds_moe_ep.records.quantity import Quantity
 from ds_moe_ep.report.page import Drawing
-from ds_moe_ep.report.plots.style import FAINT, draw_panels, whiskers
+from ds_moe_ep.report.plots.style import FAINT, draw_panels, points
 
 COLORS = ("#0072b2", "#e69f00")  # of the totals
 MARKERS = ("o", "s")
@@ -80,11 +80,10 @@ def _paint(axis: Axes, panel: SweepPanel) -> None:
 
 def _paint_points(axis: Axes, line: SweepLine, place: int) -> None:
     sizes = sorted(line.points)
-    quantities = [line.points[size] for size in sizes]
-    axis.errorbar(
+    points(
+        axis,
         [size * SHIFT**place for size in sizes],
-        [q.value for q in quantities],
-        yerr=whiskers(quantities),
+        [line.points[size] for size in sizes],
         color=COLORS[place % len(COLORS)],
         fmt=MARKERS[place % len(MARKERS)],
         markersize=4.5,

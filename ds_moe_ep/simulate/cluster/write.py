@@ -12,6 +12,7 @@ from typing import Any
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.quantity import rounded
+from ds_moe_ep.records.record import replace_file
 from ds_moe_ep.simulate.cluster.cluster import PARTS, SCALES, Cluster
 
 UNKNOWN = "unknown"  # the source of a number that has none
@@ -20,11 +21,8 @@ UNKNOWN = "unknown"  # the source of a number that has none
 def write_cluster(path: str | os.PathLike[str], cluster: Cluster, notes: str = "") -> None:
     """Replaces the file at `path` at once: it is never half written. Raises ConfigError where it cannot be."""
     text = json_of(cluster_values(cluster, notes))
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
+        replace_file(Path(path), text)
     except OSError as error:
         raise ConfigError(f"out={os.fspath(path)!r}: cannot be written ({error.strerror}); choose another") from error
 

@@ -8,12 +8,13 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.schedule.spans import write_trace
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
 from ds_moe_ep.simulate.job.job import read_job
 from ds_moe_ep.simulate.layouts.command import run_search
 from ds_moe_ep.simulate.options import PlanOptions
 from ds_moe_ep.simulate.plan.plan import Comparison, Plan, compare, make_plan, plan_of
-from ds_moe_ep.simulate.plan.records import comparison_records, plan_records, write_plan, write_trace
+from ds_moe_ep.simulate.plan.records import comparison_records, plan_records, write_plan
 from ds_moe_ep.simulate.plan.tables import print_all, print_comparison, print_plan
 from ds_moe_ep.simulate.plan.values import comparison_values, plan_values
 from ds_moe_ep.simulate.step.source import source_of
@@ -71,7 +72,7 @@ def _comparison(options: PlanOptions, plan: Plan, cluster: Cluster) -> Compariso
 
 def _write(options: PlanOptions, plan: Plan, comparison: Comparison | None) -> None:
     if options.trace is not None:
-        write_trace(options.trace, plan)
+        write_trace(options.trace, plan.prediction.step.spans)  # a micro-batch, and what the step does once behind it
     if options.out is not None:
         source = source_of(plan.job.setup.cluster, options.cluster, options.given, options.nodes)
         records = comparison_records(comparison, source) if comparison else plan_records(plan, source)

@@ -12,7 +12,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import title_of
 from ds_moe_ep.records.record import Record, write_whole
 from ds_moe_ep.schedule.build import OpKind
-from ds_moe_ep.schedule.spans import LANES, NEAR_LANES, Span, Tags, chrome_trace, write_spans
+from ds_moe_ep.schedule.spans import LANES, NEAR_LANES, Span, Tags, write_spans
 from ds_moe_ep.simulate.plan.plan import MEMORY, Comparison, Plan
 from ds_moe_ep.simulate.step.predict import Prediction
 from ds_moe_ep.simulate.step.source import PredictionSource
@@ -95,10 +95,3 @@ def write_plan(path: Path, records: Sequence[Record], plan: Plan) -> None:
     """Replaces the file of Records, and the spans of the plan beside it, x.spans.jsonl of x.jsonl."""
     write_whole(records, path)
     write_spans(path.with_name(path.name.removesuffix(".jsonl") + ".spans.jsonl"), plan_spans(plan))
-
-
-def write_trace(path: Path, plan: Plan) -> None:
-    """Replaces the file by a Chrome trace of one micro-batch and of what the step does once behind it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(chrome_trace(plan.prediction.step.spans), encoding="utf-8")
-    part.replace(path)
