@@ -10,24 +10,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Ends = Sequence[tuple[Tensor, int]]  # rows, and the rank of the group at the other end
+Ends = Sequence[tuple[int, int]]  # of each message: the place of its rows, and the rank at the other end
 
 
-def exchange(group: dist.ProcessGroup, sends: Ends, receives: Ends) -> list[dist.Work]:
+def exchange(
+    group: dist.ProcessGroup,
+    sent: Sequence[Tensor],
+    sends: Ends,
+    received: Sequence[Tensor],
+    receives: Ends,
+    backend: Any = None,
+) -> list[dist.Work]:
     """Starts all messages as one NCCL group: one kernel, in which no peer waits for another.
 
     As `dist.batch_isend_irecv`, without its wrappers around each message and around them all, whose checks cost the
     host three times as much as the messages; and to the group's backend itself, since the group finds it by the
-    dispatcher for each message, which costs the host as much again.
+    dispatcher for each message, which costs the host as much again. `backend`: where the caller has it already.
     """
-    device = (sends or receives)[0][0].device
-    backend: Any = group._get_backend(device)
+    device = (sent or received)[0].device
+    backend = backend or group._get_backend(device)
     send, receive = backend.send, backend.recv
     group._start_coalescing(device)
-    for rows, peer in sends:
-        send([rows], peer, 0)
-    for rows, peer in receives:
-        receive([rows], peer, 0)
+    for place, peer in sends:
+        send([sent[place]], peer, 0)
+    for place, peer in receives:
+        receive([received[place]], peer, 0)
     return [group._end_coalescing(device)]
 
 
@@ -46,8 +53,8 @@ def lane_options(timeout: timedelta, max_ctas: int, make: Callable[..., Any] | N
 
 def connect_pairs(group: dist.ProcessGroup, rank: int, size: int, device: torch.device) -> None:
     """Makes the connections of this rank with every other one, which NCCL else makes in the first pass. Collective."""
-    others = [peer for peer in range(size) if peer != rank]
-    sent, received = torch.zeros(2, size, device=device)
-    works = exchange(group, [(sent[p : p + 1], p) for p in others], [(received[p : p + 1], p) for p in others])
+    others = [(peer, peer) for peer in range(size) if peer != rank]
+    sent, received = torch.zeros(2, size, 1, device=device)
+    works = exchange(group, sent.unbind(), others, received.unbind(), others)
     for work in works:
         work.wait()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from ds_moe_ep.comm import nccl
 from ds_moe_ep.comm.group_transport import SHORT, Bytes, GroupTransport
+from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.transport import CutMessages, Done, Message, Transfer
 from ds_moe_ep.health.abort import CLOSING_TAG
 from ds_moe_ep.health.heartbeat import Place
@@ -75,17 +78,21 @@ def _is_done(work: dist.Work) -> bool:
 class Pairwise(GroupTransport):
     """One message per peer and transfer, both directions grouped on the lane's communicator."""
 
+    def __init__(self, groups: LaneGroups, timeout_s: float) -> None:
+        super().__init__(groups, timeout_s)
+        self._backends: dict[str, Any] = {}  # of NCCL, by lane
+
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         place = self.begin(tags, lane)
         group = self.groups.lanes[lane]
-        if isinstance(sends, CutMessages) and isinstance(receives, CutMessages) and sends.buffer_RD.is_cuda:
-            return self._start_cut(group, place, sends, receives)
+        if isinstance(sends, CutMessages) and isinstance(receives, CutMessages):
+            return self._start_cut(lane, place, sends, receives)
         sends, receives = self.keep_own(sends, receives)
         if not sends and not receives:
             return Done()
         is_on_host = not (sends or receives)[0].buffer_RD.is_cuda
         if not is_on_host:
-            works: Sequence[dist.Work] = nccl.exchange(group, _ends(sends), _ends(receives))
+            works: Sequence[dist.Work] = nccl.exchange(group, *_apart(sends), *_apart(receives))
         else:
             try:
                 works = _start_on_host(group, sends, receives, _wire_tag(tags))
@@ -93,19 +100,23 @@ class Pairwise(GroupTransport):
                 raise self.failure(place, error, Bytes.of(receives, sends)) from error
         return Works(self, place, works, receives, sends, is_on_host=is_on_host)
 
-    def _start_cut(self, group: dist.ProcessGroup, place: Place, sends: CutMessages, receives: CutMessages) -> Transfer:
+    def _start_cut(self, lane: str, place: Place, sends: CutMessages, receives: CutMessages) -> Transfer:
         """The same on CUDA, where the host's time is what a pass may be short of."""
-        (staying, going), (kept, coming) = sends.apart(self.rank), receives.apart(self.rank)
-        for sent, received in zip(staying, kept, strict=True):
-            received.copy_(sent)
-        if not going and not coming:
+        sent, received = sends.views.parts, receives.views.parts
+        for staying, kept in zip(sends.own, receives.own, strict=True):
+            received[kept].copy_(sent[staying])
+        if not sends.others and not receives.others:
             return Done()
-        works = nccl.exchange(group, going, coming)
+        group, backend = self.groups.lanes[lane], self._backends.get(lane)
+        if backend is None:
+            backend = self._backends[lane] = group._get_backend(sends.buffer_RD.device)
+        works = nccl.exchange(group, sent, sends.others, received, receives.others, backend)
         return Works(self, place, works, receives, sends, is_on_host=False)
 
 
-def _ends(messages: Sequence[Message]) -> nccl.Ends:
-    return [(message.rows, message.peer) for message in messages]
+def _apart(messages: Sequence[Message]) -> tuple[list[Tensor], nccl.Ends]:
+    """The rows of each message, and their places and peers."""
+    return [message.rows for message in messages], [(place, each.peer) for place, each in enumerate(messages)]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, overload
 
 from torch import Tensor
@@ -53,31 +52,38 @@ class Message:
 class Views:
     """The rows of a buffer between cuts: all of them by one operation, when the first are asked for."""
 
+    __slots__ = ("_buffer_RD", "_lengths", "_parts")
+
     def __init__(self, buffer_RD: Tensor, lengths: Sequence[int]) -> None:
         self._buffer_RD, self._lengths = buffer_RD, lengths
+        self._parts: Sequence[Tensor] | None = None
 
-    @cached_property
+    @property
     def parts(self) -> Sequence[Tensor]:
         """The rows of each part."""
-        return self._buffer_RD.split_with_sizes(self._lengths)
+        if self._parts is None:
+            self._parts = self._buffer_RD.split_with_sizes(self._lengths)
+        return self._parts
 
 
 class CutMessages(Sequence[Message]):
-    """Messages of one buffer, by peer a span of it, whose rows are views that all transfers of the pass share.
+    """Messages of one buffer, by peer a span of it, whose rows are `views` that all transfers of the pass share.
 
-    A transport that sends each by itself takes them `apart`; for any other they are a sequence of messages.
+    A transport that sends each by itself reads those: the places among them of rows that stay on the rank, and (place,
+    peer) of those that go to another rank, or come. For any other they are a sequence of messages.
     """
 
-    __slots__ = ("_ends", "_spans", "_views", "buffer_RD")
+    __slots__ = ("_spans", "buffer_RD", "others", "own", "views")
 
     def __init__(
         self,
         buffer_RD: Tensor,
         spans: Sequence[tuple[int, tuple[int, int]]],
         views: Views,
-        ends: Sequence[tuple[int, int]],  # (place among the views, peer) of spans that have rows
+        own: Sequence[int],
+        others: Sequence[tuple[int, int]],
     ) -> None:
-        self.buffer_RD, self._spans, self._views, self._ends = buffer_RD, spans, views, ends
+        self.buffer_RD, self._spans, self.views, self.own, self.others = buffer_RD, spans, views, own, others
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -88,12 +94,6 @@ class CutMessages(Sequence[Message]):
     def __getitem__(self, index: slice) -> list[Message]: ...
     def __getitem__(self, index: int | slice) -> Message | list[Message]:
         return [Message(peer, self.buffer_RD, *span) for peer, span in self._spans][index]
-
-    def apart(self, rank: int) -> tuple[list[Tensor], list[tuple[Tensor, int]]]:
-        """The rows that stay on this rank; those of each other rank that has some, and the rank."""
-        parts, ends = self._views.parts, self._ends
-        own = [parts[place] for place, peer in ends if peer == rank]
-        return own, [(parts[place], peer) for place, peer in ends if peer != rank]
 
 
 class Transfer(Protocol):

@@ -37,7 +37,7 @@ class _GateLosses(torch.autograd.Function):
         ctx.weights = aux_weight, 2 * z_weight
         loss, log_sum_T = None, None
         if chosen_E is not None:
-            loss = torch.dot(scores_TE.sum(0), chosen_E) * aux_weight
+            loss = torch.dot(scores_TE.sum(0), chosen_E).mul_(aux_weight)
         if z_weight:
             # A softmax's largest score tells how far above the largest logit the sum is; logsumexp is nine launches.
             log_sum_T = logits_TE.amax(1) - scores_TE.amax(1).log() if is_softmax else logits_TE.logsumexp(1)

@@ -14,14 +14,23 @@ from torch import Tensor
 MIN_ROWS = 4
 
 
-def linear_rows(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_RO: Tensor) -> None:
-    """Writes x @ weight.T + bias into `out`; no gradient."""
-    _rows(x_RI, weight_OI.t(), bias_O, out_RO)
+def linear_rows(x_RI: Tensor, matrix_IO: Tensor, bias_O: Tensor | None, out_RO: Tensor) -> None:
+    """Writes x @ matrix + bias into `out`; no gradient. The matrix is a linear layer's weight, transposed."""
+    num_rows = x_RI.shape[0]
+    if num_rows < MIN_ROWS:
+        _few_rows(x_RI, matrix_IO, bias_O, out_RO)
+    elif x_RI.dtype == torch.float16 and is_slow_half(x_RI):
+        product_RO = x_RI.float() @ matrix_IO.float()
+        out_RO.copy_(product_RO if bias_O is None else product_RO + bias_O)
+    elif bias_O is None:
+        torch.mm(x_RI, matrix_IO, out=out_RO)
+    else:
+        torch.addmm(bias_O, x_RI, matrix_IO, out=out_RO)
 
 
 def linear_grad_rows(dy_RO: Tensor, weight_OI: Tensor, out_RI: Tensor) -> None:
     """Writes dy @ weight, the gradient of a linear layer's input, into `out`."""
-    _rows(dy_RO, weight_OI, None, out_RI)
+    linear_rows(dy_RO, weight_OI, None, out_RI)
 
 
 def add_linear_grad_rows(dy_RO: Tensor, weight_OI: Tensor, out_RI: Tensor) -> None:
@@ -42,20 +51,12 @@ def is_slow_half(rows: Tensor) -> bool:
     return rows.dtype == torch.float16 and rows.is_cpu
 
 
-def _rows(x_RI: Tensor, matrix_IO: Tensor, bias_O: Tensor | None, out_RO: Tensor) -> None:
+def _few_rows(x_RI: Tensor, matrix_IO: Tensor, bias_O: Tensor | None, out_RO: Tensor) -> None:
+    """The same as padded rows."""
     num_rows = x_RI.shape[0]
-    if num_rows == 0:
-        return
-    if num_rows < MIN_ROWS:
+    if num_rows:
         padded = x_RI.new_zeros(MIN_ROWS, x_RI.shape[1])
         padded[:num_rows] = x_RI
         wide = out_RO.new_empty(MIN_ROWS, out_RO.shape[1])
-        _rows(padded, matrix_IO, bias_O, wide)
+        linear_rows(padded, matrix_IO, bias_O, wide)
         out_RO.copy_(wide[:num_rows])
-    elif x_RI.dtype == torch.float16 and is_slow_half(x_RI):
-        product_RO = x_RI.float() @ matrix_IO.float()
-        out_RO.copy_(product_RO if bias_O is None else product_RO + bias_O)
-    elif bias_O is None:
-        torch.mm(x_RI, matrix_IO, out=out_RO)
-    else:
-        torch.addmm(bias_O, x_RI, matrix_IO, out=out_RO)

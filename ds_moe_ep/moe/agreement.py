@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import NamedTuple
 from zlib import crc32
@@ -41,6 +41,7 @@ SAME_PASSES = (
     "backward through each call or through none; give a rank that is out of data another batch, evaluate on all ranks "
     "or on none, and multiply a loss by 0 where it must not count"
 )
+_digest = lru_cache(maxsize=4096)(lambda text: crc32(text.encode()))  # of names, which each pass tells
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -170,18 +171,18 @@ class Agreement:
         if is_on_host(send_PL.device):
             return self._begin_on_host(send_PL, self._head(capacity))
         (size, num_local), head, device = send_PL.shape, self._head(capacity), send_PL.device
-        stop = NUM_HEAD + num_local
-        padding_PC = send_PL.new_zeros(size, num_columns(num_local) - stop)
-        send_PC = torch.cat([to_device(head.columns(), device).expand(size, -1), send_PL, padding_PC], dim=1)
-        both_PC = [told_PC[:, :stop] for told_PC in (send_PC, self._exchange(send_PC))]
-        on_its_way = CopyToHost(torch.stack(both_PC))
+        first = num_columns(num_local) - num_local  # columns between a head and its counts are zeros
+        head_C = to_device((*head.columns(), *[0] * (first - NUM_HEAD)), device)
+        told_PC = self._exchange(torch.cat([head_C.expand(size, -1), send_PL], dim=1))
+        on_its_way = CopyToHost(torch.cat([told_PC[:, :NUM_HEAD], told_PC[:, first:], send_PL], dim=1))
 
         def finish() -> AgreedCounts:
-            both = on_its_way.wait()  # the layer's only device sync
+            rows = on_its_way.wait()  # the layer's only device sync
             self.transport.check_open(self.call.tags)  # what a communicator that was aborted left there means nothing
-            self.check(head, both[1], device)
-            sent, received = ([row[NUM_HEAD:] for row in rows] for rows in both)
-            told = [any(column) for column in list(zip(*both[1], strict=True))[NUM_HEADER:NUM_HEAD]]
+            self.check(head, rows, device)
+            stop = NUM_HEAD + num_local
+            received, sent = [row[NUM_HEAD:stop] for row in rows], [row[stop:] for row in rows]
+            told = [any(column) for column in zip(*[row[NUM_HEADER:NUM_HEAD] for row in rows], strict=True)]
             return AgreedCounts(sent, received, (), *told)
 
         return finish
@@ -256,7 +257,7 @@ class Agreement:
 
     def _head(self, capacity: int) -> Head:
         call, (width, dtype) = self.call, self.row_type
-        layer, schedule = (crc32(text.encode()) for text in (call.layer, call.schedule))
+        layer, schedule = _digest(call.layer), _digest(call.schedule)
         kind, experts = DTYPES.index(dtype), self.num_experts
         place = (layer, call.number, call.mode, schedule, call.history)
         header = CountsHeader(width, kind, capacity, experts, *place, self.placement, self.window)

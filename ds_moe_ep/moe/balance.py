@@ -32,9 +32,10 @@ class Batch:
     training: bool = True
 
 
-def router_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
+def router_loss(routing: Routing, config: MoEConfig, batch: Batch | None) -> Tensor:
     """The weighted sum of auxiliary loss and z-loss, a scalar with gradient to the gate.
 
+    With balance_scope "rank" there need be no batch.
     Collective over the expert group with balance_scope "group", over the data-parallel ranks with "batch".
     """
     terms = []
@@ -44,6 +45,7 @@ def router_loss(routing: Routing, config: MoEConfig, batch: Batch) -> Tensor:
         terms.append(losses_of_rank(routing, config))
     else:
         if config.has_aux_loss:
+            assert batch is not None, "the loss reads more than the rank's own tokens"
             terms.append(config.aux_loss_weight * auxiliary_loss(routing, config, batch))
         if config.z_loss_weight:
             terms.append(config.z_loss_weight * z_loss(routing.logits_TE))

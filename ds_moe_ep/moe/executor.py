@@ -108,8 +108,8 @@ class _RunExperts(torch.autograd.Function):
                 for group, here in buffers.groups_of(rows):
                     buffers.spread(rows, here, expert_pass.compute(group, here, buffers.inputs_RD[here]))
             else:
-                for expert, here, out_nD in buffers.runs_of(rows):
-                    expert_pass.compute(expert, here, buffers.inputs_RD[here], out_nD)
+                for expert, here, in_nD, out_nD in buffers.runs_of(rows):
+                    expert_pass.compute(expert, here, in_nD, out_nD)
             if shared_pass is not None and rows.has_tokens:
                 assert x_TD is not None and shared_TD is not None
                 here = slice(*rows.tokens)
@@ -155,8 +155,8 @@ class _RunExperts(torch.autograd.Function):
                 for group, here in buffers.groups_of(rows):
                     buffers.spread(rows, here, expert_pass.input_grads(group, here, buffers.inputs_RD[here]))
             else:
-                for expert, here, out_nD in buffers.runs_of(rows):
-                    expert_pass.input_grads(expert, here, buffers.inputs_RD[here], out_nD)
+                for expert, here, in_nD, out_nD in buffers.runs_of(rows):
+                    expert_pass.input_grads(expert, here, in_nD, out_nD)
             for shared_pass in shared_passes if rows.has_tokens else ():
                 assert d_shared_TD is not None and dx_TD is not None
                 here = slice(*rows.tokens)
@@ -257,7 +257,8 @@ def _work(op: Op, context: PassContext, buffers: Buffers, steps: Steps, tags: Ta
     rows = context.layout.pieces[op.piece]
 
     def compute() -> None:
-        buffers.stack(rows)
+        if rows.moves:
+            buffers.stack(rows)
         steps.compute(rows)
 
     return compute

@@ -122,14 +122,14 @@ class ExpertParallel(nn.Module):
         any number of tokens (with a capacity: the same number). `used_token` [...] is zero for tokens to leave out;
         their output is zero. `residual`, of the input's shape, is added to the output, where the results are summed.
         """
-        connection = self.dispatcher.checked_connection()
-        with self.dispatcher.announcing(self._device, self.training, self.tensor_ranks.is_shared):
+        connection, device, tensor = self.dispatcher.checked_connection(), self._device, self.tensor_ranks
+        with self.dispatcher.announcing(device, self.training, tensor.is_shared):
             self.experts.check()
-            self._check_input(x, used_token, residual)
-            x_TD, tensor = x if x.dim() == 2 else x.reshape(-1, self.hidden_size), self.tensor_ranks
+            self._check_input(x, used_token, residual, device)
+            x_TD = x if x.dim() == 2 else x.reshape(-1, self.hidden_size)
             tensor.compare(x_TD, self.dispatcher.name)
             used_T = None if used_token is None else tensor.all_tokens(used_token.reshape(-1) != 0)
-            with tensor.drawing_alike(self._device, tensor.is_shared and self.gate.draws):
+            with tensor.drawing_alike(device, tensor.is_shared and self.gate.draws):
                 routing = self.gate(tensor.all_tokens(x_TD), used_T)
         is_whole = isinstance(self.region, Whole)  # else each rank of the region would add the residual
         inside = routing if is_whole else replace(routing, weights_TK=self.region.copy_to_tp(routing.weights_TK))
@@ -138,7 +138,8 @@ class ExpertParallel(nn.Module):
         y_TD = self.region.reduce_from_tp(y_TD)
         if residual_TD is not None and not is_whole:
             y_TD = residual_TD + y_TD
-        loss = router_loss(routing, self.config, self._batch(x, connection.transport))
+        batch = None if self.config.balance_scope == "rank" else self._batch(x, connection.transport)
+        loss = router_loss(routing, self.config, batch)
         self.last_counts_E = routing.count_E
         return y_TD if x.dim() == 2 else y_TD.view(x.shape), loss, self.last_counts_E
 
@@ -159,7 +160,8 @@ class ExpertParallel(nn.Module):
 
     def _dispatch(self, x_TD: Tensor, routing: Routing, residual_TD: Tensor | None) -> Tensor:
         tensor = self.tensor_ranks
-        early = tensor.early_gather(len(x_TD))
+        num_tokens = x_TD.shape[0]
+        early = tensor.early_gather(num_tokens)
         share_TD, routes = tensor.cut(x_TD, routing, early)
         rows_TD, experts = local_experts(self.experts, share_TD)
         # Beside the rows of a share there are other tokens than a shared expert's.
@@ -171,7 +173,7 @@ class ExpertParallel(nn.Module):
         if isinstance(experts, OpaqueExperts):
             self.experts.output_type = experts.output_type
             y_TD = y_TD.to(experts.output_type or x_TD.dtype)
-        gathered = tensor.begin_gather(y_TD, len(x_TD), early)
+        gathered = tensor.begin_gather(y_TD, num_tokens, early)
         if self.shared is not None and shared is None:
             rest.append(tensor.beside(self.shared, x_TD))  # meanwhile
         y_TD = gathered()
@@ -181,8 +183,8 @@ class ExpertParallel(nn.Module):
             y_TD = y_TD + each
         return y_TD
 
-    def _check_input(self, x: Tensor, used_token: Tensor | None, residual: Tensor | None) -> None:
-        """Raises ConfigError for an input that the layer cannot take."""
+    def _check_input(self, x: Tensor, used_token: Tensor | None, residual: Tensor | None, device: torch.device) -> None:
+        """Raises ConfigError for an input that the layer, which is on this device, cannot take."""
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise ConfigError(
                 f"input.shape={tuple(x.shape)}: the layer was made for hidden_size={self.hidden_size}; the last "
@@ -193,8 +195,8 @@ class ExpertParallel(nn.Module):
                 f"input.shape={tuple(x.shape)}: with moe_ep.balance_scope='sequence' the layer must know which tokens "
                 "are of one sequence; give it [batch, sequence, D], or [sequence, batch, D] with sequence_first"
             )
-        if x.device != self._device:
-            raise ConfigError(f"input.device={x.device}: the layer is on {self._device}; move the input there")
+        if x.device != device:
+            raise ConfigError(f"input.device={x.device}: the layer is on {device}; move the input there")
         parameter = first_parameter(self.experts)
         parameter = x if parameter is None else parameter
         if x.dtype != parameter.dtype and autocast_type(x, parameter) is None:

@@ -12,13 +12,14 @@ group of experts lie side by side and are one product for all of them. Weight gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from ds_moe_ep.moe.dispatch_plan import Counts, DispatchPlan
+from ds_moe_ep.moe.rows.cuts import Cuts, MessageCuts
 from ds_moe_ep.moe.two_level.legs import PieceLegs, legs_of_piece
 from ds_moe_ep.schedule.build import Offset, Piece, Schedule
 
@@ -27,9 +28,9 @@ Run = tuple[int, Span]  # local expert, stacked span
 Move = tuple[int, int, int]  # start on the wire, start where stacked, rows
 
 
-@dataclass(frozen=True)
+@dataclass
 class PieceRows:
-    """The rows of one piece on this rank.
+    """The rows of one piece on this rank. Not frozen: each pass makes some, and frozen fields take four times as long.
 
     `sent` and `received`: per peer, this rank included, a span of the sent rows and of the received ones; both may be
     empty.
@@ -79,36 +80,6 @@ class Grouping:
     moves: tuple[Move, ...]
 
 
-class Cuts(NamedTuple):
-    """A buffer cut at the ends of all messages: lengths in order, and of each piece (place, peer) where it has rows."""
-
-    lengths: list[int]
-    ends: list[list[tuple[int, int]]]
-    num_rows: int
-
-    @classmethod
-    def of(cls, pieces: Sequence[Sequence[tuple[int, Span]]]) -> Cuts | None:
-        """The cuts at these spans, by piece; None where they leave rows out, or have some twice."""
-        places: list[list[int]] = [[0] * len(spans) for spans in pieces]
-        found = [
-            (start, stop, piece, index)
-            for piece, spans in enumerate(pieces)
-            for index, (_, (start, stop)) in enumerate(spans)
-        ]
-        found.sort()
-        end = 0
-        for place, (start, stop, piece, index) in enumerate(found):
-            if start != end:
-                return None
-            places[piece][index] = place
-            end = stop
-        ends = [
-            [(place, peer) for place, (peer, (start, stop)) in zip(own, spans, strict=True) if start < stop]
-            for own, spans in zip(places, pieces, strict=True)
-        ]
-        return cls([stop - start for start, stop, _, _ in found], ends, end)
-
-
 @dataclass(frozen=True)
 class RowLayout:
     """The rows of a whole pass: one PieceRows a piece, runs of each block of weight gradients, each expert's span.
@@ -121,6 +92,7 @@ class RowLayout:
     weight_runs: tuple[tuple[Run, ...], ...]
     expert_spans: tuple[Span, ...]
     num_received: int
+    rank: int  # whose layout it is
     groupings: tuple[Grouping, ...] = ()  # of each group of experts
 
     @cached_property
@@ -129,14 +101,19 @@ class RowLayout:
         return not any(rows.moves for rows in self.pieces)
 
     @cached_property
-    def sent_cuts(self) -> Cuts | None:
-        """Cuts of the sent rows, and of the results that come back to their places."""
-        return Cuts.of([rows.sent for rows in self.pieces])
+    def run_cuts(self) -> Cuts | None:
+        """MessageCuts of the stacked rows at the ends of all runs; none where products are grouped."""
+        return None if self.groupings else Cuts.of([span for rows in self.pieces for _, span in rows.runs])
 
     @cached_property
-    def received_cuts(self) -> Cuts | None:
-        """Cuts of the received rows as they lie on the wire, and of their results."""
-        return Cuts.of([rows.received for rows in self.pieces])
+    def sent_cuts(self) -> MessageCuts | None:
+        """MessageCuts of the sent rows, and of the results that come back to their places."""
+        return MessageCuts.of([rows.sent for rows in self.pieces], self.rank)
+
+    @cached_property
+    def received_cuts(self) -> MessageCuts | None:
+        """MessageCuts of the received rows as they lie on the wire, and of their results."""
+        return MessageCuts.of([rows.received for rows in self.pieces], self.rank)
 
 
 def lay_out(
@@ -154,32 +131,33 @@ def lay_out(
     parts: list[_Part] = []
     bounds = [0]  # of each piece's parts
     for index, piece in enumerate(pieces):
-        parts += _parts(plan, index, piece, sorted([source for _, source in peers[index]]), received_P)
+        parts += _parts(plan, index, piece, sorted(peers[index][1]), received_P)
         bounds.append(len(parts))
     group_of_L = [group for group, size in enumerate(group_sizes) for _ in range(size)]
-    stacked = _places(parts, _stacking_order(schedule, group_of_L, parts))
+    order = _stacking_order(schedule, group_of_L, parts)
+    stacked = _places(parts, order)
     # With one local expert, or no peers, rows are received where they are computed.
     is_wire_stacked = num_local == 1 or schedule.torus.size == 1
     wire = stacked if is_wire_stacked else _places(parts, range(len(parts)))
 
     def rows_of(index: int, piece: Piece) -> PieceRows:
-        own = range(bounds[index], bounds[index + 1])
+        own, (targets, sources) = range(bounds[index], bounds[index + 1]), peers[index]
         start_P = [0] * len(received_P)
         for part in reversed(own):
             start_P[parts[part].source] = wire[part]
-        sent = _cuts([target for target, _ in peers[index]], sent_start_P, sent_P, piece)
-        received = _cuts([source for _, source in peers[index]], start_P, received_P, piece, are_there=True)
+        sent = _cuts(targets, sent_start_P, sent_P, piece)
+        received = _cuts(sources, start_P, received_P, piece, are_there=True)
         moves = () if is_wire_stacked else tuple([(wire[part], stacked[part], parts[part].num_rows) for part in own])
         tokens = _cut(0, num_shared_tokens, piece) if num_shared_tokens and (0, 0) in piece.offsets else (0, 0)
         span = (moves[0][0], moves[-1][0] + moves[-1][2]) if moves else (0, 0)
-        runs = _runs(parts, stacked, own)
+        runs = _runs(parts, stacked, sorted(own, key=stacked.__getitem__))
         return PieceRows(sent, received, moves, _whole(runs, group_of_L) if group_of_L else runs, tokens, span)
 
     def runs_from(block: Sequence[Offset]) -> tuple[Run, ...]:
         if len(block) == schedule.torus.size:
-            return _runs(parts, stacked, range(len(parts)))
+            return _runs(parts, stacked, order)
         sources = {schedule.torus.source(rank, offset) for offset in block}
-        return _runs(parts, stacked, [part for part in range(len(parts)) if parts[part].source in sources])
+        return _runs(parts, stacked, [part for part in order if parts[part].source in sources])
 
     # Not those of the plan: pieces that only time transfers may carry some rows twice, and others never.
     rows_L = _rows_of_experts(parts, num_local)
@@ -190,12 +168,13 @@ def lay_out(
         assert len(schedule.blocks) <= 1 and not schedule.is_bit_equal, "a weight gradient is one product"
         spans, groupings = _groupings(parts, stacked, rows_L, group_sizes)
         all_runs = tuple([(group, span) for group, span in enumerate(spans) if span[0] < span[1]])
-        return RowLayout(rows_of_pieces, (all_runs,) * len(schedule.blocks), spans, sum(rows_L), groupings)
+        return RowLayout(rows_of_pieces, (all_runs,) * len(schedule.blocks), spans, sum(rows_L), rank, groupings)
     return RowLayout(
         rows_of_pieces,
         tuple([runs_from(block) for block in schedule.blocks]),
         tuple(pairwise(accumulate(rows_L, initial=0))),
         sum(rows_L),
+        rank,
     )
 
 
@@ -249,6 +228,9 @@ class _Part(NamedTuple):
     num_rows: int
 
 
+_part: Callable[[tuple[int, int, int, int, int]], _Part] = partial(tuple.__new__, _Part)  # _Part() takes twice as long
+
+
 def _parts(
     plan: DispatchPlan, index: int, piece: Piece, sources: Sequence[int], received_P: Sequence[int]
 ) -> list[_Part]:
@@ -261,7 +243,7 @@ def _parts(
         (peer, cut * num // num_cuts, (cut + 1) * num // num_cuts) for peer in sources for num in (received_P[peer],)
     ]
     if len(plan.recv_rows_PL[0]) == 1:
-        return [_Part(index, source, 0, first, last - first) for source, first, last in cuts if first < last]
+        return [_part((index, source, 0, first, last - first)) for source, first, last in cuts if first < last]
     parts: list[_Part] = []
     for source, first, last in cuts:
         start = 0
@@ -269,7 +251,7 @@ def _parts(
             stop = start + num_rows
             here, end = max(first, start), min(last, stop)
             if here < end:
-                parts.append(_Part(index, source, expert, here - start, end - here))
+                parts.append(_part((index, source, expert, here - start, end - here)))
             start = stop
     return parts
 
@@ -344,12 +326,12 @@ def _places(parts: Sequence[_Part], order: Sequence[int]) -> list[int]:
     return places
 
 
-def _runs(parts: Sequence[_Part], stacked: Sequence[int], indices: Sequence[int]) -> tuple[Run, ...]:
-    """The runs of these parts in stacked order, adjacent ones of one expert joined: fewer and larger products."""
+def _runs(parts: Sequence[_Part], stacked: Sequence[int], in_order: Sequence[int]) -> tuple[Run, ...]:
+    """The runs of these parts, given in stacked order, adjacent ones of one expert joined: larger products."""
     merged: list[Run] = []
     owner, first, last = -1, 0, 0
-    for start, index in sorted([(stacked[index], index) for index in indices]):
-        _, _, expert, _, num_rows = parts[index]
+    for index in in_order:
+        start, (_, _, expert, _, num_rows) = stacked[index], parts[index]
         if expert == owner and start == last:
             last += num_rows
             continue
@@ -378,13 +360,13 @@ def _cuts(
     Written out: a pass asks for some forty, and a call costs as much as the arithmetic.
     """
     cut, num_cuts = piece.cut, piece.num_cuts
-    if are_there:
-        of_peers = [
-            (peer, start_P[peer], (cut + 1) * rows_P[peer] // num_cuts - cut * rows_P[peer] // num_cuts)
-            for peer in peers
-        ]
-        return tuple([(peer, (start, start + num)) for peer, start, num in of_peers])
     whole = [(peer, start_P[peer], rows_P[peer]) for peer in peers]
+    if num_cuts == 1:
+        return tuple([(peer, (start, start + num)) for peer, start, num in whole])
+    if are_there:
+        return tuple(
+            [(peer, (start, start + (cut + 1) * num // num_cuts - cut * num // num_cuts)) for peer, start, num in whole]
+        )
     return tuple(
         [(peer, (start + cut * num // num_cuts, start + (cut + 1) * num // num_cuts)) for peer, start, num in whole]
     )

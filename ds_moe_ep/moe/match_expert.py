@@ -24,7 +24,7 @@ from ds_moe_ep.moe.split_experts import ExpertPass, Weights
 _PRODUCTS = (torch.mul, operator.mul)
 _STATE = frozenset((*vars(nn.Module()), "in_features", "out_features"))
 _LEAVES = (nn.Linear, nn.GELU, nn.SiLU)
-_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
+_calls_of = operator.attrgetter("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def is_plain(module: nn.Module) -> bool:
     own = vars(module)
     return not (
         has_hooks(module)
-        or any(getattr(type(module), name) is not getattr(nn.Module, name) for name in _CALLS)
+        or any(map(operator.is_not, _calls_of(type(module)), _calls_of(nn.Module)))
         or own["_buffers"]
         or own.get("_compiled_call_impl") is not None
         # "forward", set on this module alone; what every module has is none of these, and is asked for in each pass.

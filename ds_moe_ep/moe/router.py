@@ -88,22 +88,21 @@ class Router(nn.Module):
         else:
             routes, is_whole = self._step_by_step(x_TD, is_used_T, in_triton, chosen), False
         scores_TE, expert_ids_TK = routes.scores_TE, routes.expert_ids_TK
-        with torch.no_grad():
-            is_used_TK = None if is_used_T is None else is_used_T.unsqueeze(1).expand_as(expert_ids_TK)
-            if chosen is not None and not chosen.is_whole:
-                taken_TK = chosen.is_kept_TK if capacity is None else chosen.is_used_TK
-                is_used_TK = taken_TK if is_used_TK is None else taken_TK & is_used_TK
-            place_TK, is_kept_TK = None, is_used_TK
-            if capacity is not None:
-                in_queue_TK = is_used_TK
-                if chosen is not None and not chosen.is_whole and is_used_TK is not None:
-                    in_queue_TK = is_used_TK & chosen.is_kept_TK  # what the record dropped takes no place
-                priority_TK = self._priority(scores_TE, expert_ids_TK)
-                place_TK = places(expert_ids_TK, in_queue_TK, priority_TK, config.num_experts, in_triton)
-                is_kept_TK = place_TK < capacity
-            counts_KE = routes.counts_KE if is_counted else None
-            if counts_KE is None:
-                counts_KE = count_choices(expert_ids_TK, is_used_TK, config.num_experts)
+        is_used_TK = None if is_used_T is None else is_used_T.unsqueeze(1).expand_as(expert_ids_TK)
+        if chosen is not None and not chosen.is_whole:
+            taken_TK = chosen.is_kept_TK if capacity is None else chosen.is_used_TK
+            is_used_TK = taken_TK if is_used_TK is None else taken_TK & is_used_TK
+        place_TK, is_kept_TK = None, is_used_TK
+        if capacity is not None:
+            in_queue_TK = is_used_TK
+            if chosen is not None and not chosen.is_whole and is_used_TK is not None:
+                in_queue_TK = is_used_TK & chosen.is_kept_TK  # what the record dropped takes no place
+            priority_TK = self._priority(scores_TE, expert_ids_TK)
+            place_TK = places(expert_ids_TK, in_queue_TK, priority_TK, config.num_experts, in_triton)
+            is_kept_TK = place_TK < capacity
+        counts_KE = routes.counts_KE if is_counted else None
+        if counts_KE is None:
+            counts_KE = count_choices(expert_ids_TK, is_used_TK, config.num_experts)
         routing = Routing(
             expert_ids_TK=expert_ids_TK,
             weights_TK=self._scaled(
@@ -219,7 +218,7 @@ class Router(nn.Module):
     def _priority(self, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
         """The priority by which choices keep a place, best highest; None for first come, first served."""
         if self.config.drop_policy == "score":
-            return scores_TE.gather(1, expert_ids_TK)
+            return scores_TE.detach().gather(1, expert_ids_TK)
         if self.config.drop_policy == "random":
             return torch.rand_like(scores_TE[:, :1])
         return None

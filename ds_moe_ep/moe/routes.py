@@ -54,7 +54,8 @@ class Routing(Routes):
     @property
     def first_choices_E(self) -> Tensor:
         """First choices of each expert (before any drop), as the scores' type; no gradient."""
-        return self.counts_KE[0].to(self.scores_TE.dtype)
+        first_E = self.count_E if self.counts_KE.shape[0] == 1 else self.counts_KE[0]
+        return first_E.to(self.scores_TE.dtype)
 
     def chosen_TE(self, choices: slice = slice(None)) -> Tensor:
         """1 where a token chose an expert (before any drop), as the scores' type; no gradient."""

@@ -24,6 +24,7 @@ from ds_moe_ep.kernels.weight_sums import in_type_of, sum_of
 from ds_moe_ep.moe.graphs.opaque import hooks_around, hooks_off, keep, refuse_foreign, refuse_lost
 
 Span = tuple[int, int]  # start, stop
+Linear = tuple[Tensor, Tensor | None]  # matrix [I, O], bias [O]
 
 BLOCK_ROWS = 1024  # on the CPU: fewer cost more in small products than they save, more need more memory in between
 
@@ -65,6 +66,7 @@ class SavedActivations:
 
     def __init__(self, weights: Sequence[Weights], spans: Sequence[Span], num_hidden: int) -> None:
         self._weights = weights
+        self._linears: dict[tuple[int, str], Linear] = {}  # by expert and part
         self._sums: list[GradSums] = [GradSums(named) for named in weights]
         width_like_FD = _weight(weights[0], "up")
         self._spans = spans
@@ -79,7 +81,7 @@ class SavedActivations:
                 self.saved.append(width_like_FD.new_empty(num_rows, width))
             elif self._active is ActiveRows.SAVED_LATER:  # in their shape, without their memory
                 self.saved.append(width_like_FD.new_empty(()).expand(num_rows, width))
-        self._nothing = width_like_FD.new_empty(0)
+        self._nothing: Tensor | None = None
         self.may_overwrite = False
         self.use_triton: bool | None = None
         self._gradients: dict[int, list[Tensor]] = {}
@@ -92,9 +94,18 @@ class SavedActivations:
     def restore_weights(self, weights: Sequence[Tensor]) -> None:
         """Takes the weights back, in the order of `expert_parameters`."""
         rest = iter(weights)
+        self._linears = {}
         self._weights = [dict(zip(names, rest, strict=False)) for names in self._names] if weights else []
         for sums, named in zip(self._sums, self._weights or [{} for _ in self._sums], strict=True):
             sums.weights = named
+
+    def linear(self, expert: int, part: str) -> Linear:
+        """The matrix of a Linear of the expert as products read it, and its bias; made once per pass."""
+        known = self._linears.get((expert, part))
+        if known is None:
+            weights = self._weights[expert]
+            known = self._linears[expert, part] = _weight(weights, part).t(), weights.get(f"{part}.bias")
+        return known
 
     def of(self, expert: int) -> list[Tensor]:
         """All rows that the expert saved."""
@@ -137,7 +148,7 @@ class SavedActivations:
 
     def release(self, expert: int, index: int) -> None:
         """Gives one of the expert's saved tensors back, and its gradient; the last index is that of the active rows."""
-        nothing = self._nothing
+        nothing = self._nothing = self.saved[0].new_empty(0) if self._nothing is None else self._nothing
         if index < self._num_saved:
             self.saved[expert * self._num_saved + index] = nothing
         if index < len(gradients := self._gradients.get(expert, [])):
@@ -193,13 +204,12 @@ class GeluPass(SavedActivations):
         self._approximate = approximate
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
-        weights, here = self._weights[expert], self.at(expert, rows)
-        up, down = _weight(weights, "up"), _weight(weights, "down")
+        here, up, down = self.at(expert, rows), self.linear(expert, "up"), self.linear(expert, "down")
         hidden_nF = self.of(expert)[0][here]
         for x, hidden, active, y in blocks(x_nD, hidden_nF, self.active_rows(expert, here, hidden_nF), y_nD):
-            linear_rows(x, up, weights.get("up.bias"), hidden)
+            linear_rows(x, *up, hidden)
             gelu(hidden, active, self._approximate)
-            linear_rows(active, down, weights.get("down.bias"), y)
+            linear_rows(active, *down, y)
 
     def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)
@@ -235,14 +245,14 @@ class SwiGLUPass(SavedActivations):
         self._clamp = clamp
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
-        weights, here = self._weights[expert], self.at(expert, rows)
-        gate_nF, up_nF = (rows_RF[here] for rows_RF in self.of(expert)[:2])
+        here = self.at(expert, rows)
+        gate_nF, up_nF = [rows_RF[here] for rows_RF in self.of(expert)[:2]]
         active_nF = self.active_rows(expert, here, gate_nF)
         for x, gate, up, active, y in blocks(x_nD, gate_nF, up_nF, active_nF, y_nD):
-            linear_rows(x, _weight(weights, "gate"), weights.get("gate.bias"), gate)
-            linear_rows(x, _weight(weights, "up"), weights.get("up.bias"), up)
+            linear_rows(x, *self.linear(expert, "gate"), gate)
+            linear_rows(x, *self.linear(expert, "up"), up)
             swiglu(gate, up, active, self.use_triton, self._clamp)
-            linear_rows(active, _weight(weights, "down"), weights.get("down.bias"), y)
+            linear_rows(active, *self.linear(expert, "down"), y)
 
     def input_grads(self, expert: int, rows: slice, dy_nD: Tensor, dx_nD: Tensor) -> None:
         weights, here = self._weights[expert], self.at(expert, rows)

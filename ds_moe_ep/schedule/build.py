@@ -44,7 +44,7 @@ from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.config.two_level import check_nodes
 
 Offset = tuple[int, int]
-Peers = tuple[tuple[tuple[int, int], ...], ...]
+Peers = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 MAX_WEIGHT_BLOCKS = 4  # more would cost more in small matrix products than they fill
 
@@ -122,11 +122,12 @@ class Schedule:
         )
 
     def peers_of(self, rank: int) -> Peers:
-        """(Whom a rank sends to, whom it receives from) at each offset of each piece."""
+        """Of each piece: whom a rank sends to, and whom it receives from, at each of its offsets."""
         if rank not in self._known_peers:
             target, source = self.torus.target, self.torus.source
             self._known_peers[rank] = tuple(
-                tuple((target(rank, offset), source(rank, offset)) for offset in piece.offsets) for piece in self.pieces
+                (tuple(target(rank, o) for o in piece.offsets), tuple(source(rank, o) for o in piece.offsets))
+                for piece in self.pieces
             )
         return self._known_peers[rank]
 

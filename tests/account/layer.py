@@ -216,15 +216,14 @@ class _EvenCounts:
     def of(cls, sizes: Sizes) -> type[_EvenCounts]:
         return type("EvenCounts", (cls,), {"sizes": sizes})
 
-    def __init__(self, both: Tensor) -> None:
-        self._num_columns = both.shape[2]
+    def __init__(self, told_PC: Tensor) -> None:
+        self._num_counts = (told_PC.shape[1] - agreement.NUM_HEAD) // 2  # received, and sent
 
-    def wait(self) -> list[list[list[int]]]:
+    def wait(self) -> list[list[int]]:
         sizes = self.sizes
         num_local = sizes.num_experts // sizes.torus.size
         rows = sizes.num_tokens * sizes.top_k // sizes.num_experts
         head = [0] * agreement.NUM_HEAD
-        row = [*head, *[rows] * num_local]
         if sizes.knobs.get("two_level", "off") != "off":  # everybody tells its rows per expert and copies per node
             torus = sizes.torus
             share = copies_share(sizes.num_experts, sizes.top_k, torus.num_nodes)
@@ -232,5 +231,6 @@ class _EvenCounts:
             told = [[rows] * sizes.num_experts + [copies] * torus.num_nodes for _ in range(torus.size)]
             for rank in range(torus.size):
                 told[rank][sizes.num_experts + rank // torus.node_size] = 0
-            return [[[*head, *each, *[0] * (self._num_columns - len(head) - len(each))] for each in told]] * 2
-        return [[[*row, *[0] * (self._num_columns - len(row))]] * sizes.torus.size] * 2
+            return [[*head, *each, *each] for each in told]
+        assert self._num_counts == num_local
+        return [[*head, *[rows] * (2 * num_local)]] * sizes.torus.size

@@ -38,7 +38,7 @@ class Written:
 def test_all_messages_of_a_transfer_are_one_group_and_one_call_each() -> None:
     group: Any = Written()
     rows = torch.arange(4)
-    works = nccl.exchange(group, [(rows[:2], 1), (rows[2:], 2)], [(rows[:1], 3)])
+    works = nccl.exchange(group, rows.split(2), [(0, 1), (1, 2)], [rows[:1], rows[1:]], [(0, 3)])
     sent = [("send", [0, 1], 1), ("send", [2, 3], 2), ("recv", [0], 3)]
     assert group.calls == [("start", "cpu"), *sent, ("end", "cpu")]
     assert works == ["work"]

@@ -18,14 +18,14 @@ def test_any_run_of_rows_equals_the_same_rows_of_the_whole(
     x, weight = torch.randn(70, width, dtype=dtype), torch.randn(inner, width, dtype=dtype)
     bias = torch.randn(inner, dtype=dtype) if with_bias else None
     whole, back = torch.empty(70, inner, dtype=dtype), torch.empty(70, width, dtype=dtype)
-    linear_rows(x, weight, bias, whole)
+    linear_rows(x, weight.t(), bias, whole)
     linear_grad_rows(whole, weight, back)
     torch.testing.assert_close(whole, torch.nn.functional.linear(x, weight, bias))
     for num_rows in (0, 1, 2, 3, 4, 5, 7, 16, 33, 64):
         for start in (0, 3):
             rows = slice(start, start + num_rows)
             part, back_part = torch.empty_like(whole[rows]), torch.empty_like(back[rows])
-            linear_rows(x[rows], weight, bias, part)
+            linear_rows(x[rows], weight.t(), bias, part)
             linear_grad_rows(whole[rows], weight, back_part)
             assert torch.equal(part, whole[rows]), f"{num_rows} rows from {start}"
             assert torch.equal(back_part, back[rows]), f"{num_rows} rows from {start}"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_moe_ep.comm.host_copies import to_device
 from ds_moe_ep.comm.transport import CutMessages, Message, Views
-from ds_moe_ep.moe.layout import Cuts, PieceRows, RowLayout, Span
+from ds_moe_ep.moe.layout import PieceRows, RowLayout, Span
+from ds_moe_ep.moe.rows.cuts import MessageCuts
 
 Spans = Sequence[tuple[int, Span]]  # by peer
 
@@ -32,47 +34,50 @@ class Buffers:
     outputs_RD: Tensor
     wire_out_RD: Tensor
     results_ND: Tensor
+    runs: RunViews | None = None  # of stacked rows, where no rows move
     order: RowOrder | None = None  # where rows move by index; run by run else
+    sent_cuts: MessageCuts | None = None
+    received_cuts: MessageCuts | None = None
     _views: dict[int, Views] = field(default_factory=dict)  # of the buffers, by their place in memory
 
     @classmethod
     def of(cls, sent_ND: Tensor, layout: RowLayout, num_ranks: int, returns_in_place: bool = False) -> Buffers:
         if num_ranks == 1:  # every row stays, in its place
             outputs_RD = torch.empty_like(sent_ND)
-            return cls(sent_ND, sent_ND, sent_ND, outputs_RD, outputs_RD, outputs_RD)
+            runs = RunViews.of(layout, sent_ND, outputs_RD)
+            return cls(sent_ND, sent_ND, sent_ND, outputs_RD, outputs_RD, outputs_RD, runs)
+        cuts = (None, None) if sent_ND.is_cpu else (layout.sent_cuts, layout.received_cuts)
         inputs_RD = sent_ND.new_empty(layout.num_received, sent_ND.shape[1])
         results_ND = sent_ND if returns_in_place else torch.empty_like(sent_ND)
         if layout.is_stacked_on_arrival:
             outputs_RD = torch.empty_like(inputs_RD)
-            return cls(sent_ND, inputs_RD, inputs_RD, outputs_RD, outputs_RD, results_ND)
+            runs = RunViews.of(layout, inputs_RD, outputs_RD)
+            return cls(sent_ND, inputs_RD, inputs_RD, outputs_RD, outputs_RD, results_ND, runs, None, *cuts)
         wire_RD = torch.empty_like(inputs_RD)
         by_index = moves_by_index(sent_ND.device) or bool(layout.groupings)
         order = RowOrder.of(layout, sent_ND.device) if by_index else None
-        return cls(sent_ND, wire_RD, inputs_RD, wire_RD[:0], wire_RD, results_ND, order)
+        return cls(sent_ND, wire_RD, inputs_RD, wire_RD[:0], wire_RD, results_ND, None, order, *cuts)
 
     def sent(self, rows_ND: Tensor, layout: RowLayout, piece: int) -> Sequence[Message]:
         """The messages of a piece to its peers, or those of its results from them, in one of these buffers."""
-        spans = layout.pieces[piece].sent
-        return _messages(rows_ND, spans) if rows_ND.is_cpu else self._cut(rows_ND, spans, layout.sent_cuts, piece)
+        return self._cut(rows_ND, layout.pieces[piece].sent, self.sent_cuts, piece)
 
     def received(self, rows_RD: Tensor, layout: RowLayout, piece: int) -> Sequence[Message]:
         """The messages of a piece from its peers, or those of its results to them, in one of these buffers."""
-        spans = layout.pieces[piece].received
-        return _messages(rows_RD, spans) if rows_RD.is_cpu else self._cut(rows_RD, spans, layout.received_cuts, piece)
+        return self._cut(rows_RD, layout.pieces[piece].received, self.received_cuts, piece)
 
-    def _cut(self, rows_RD: Tensor, spans: Spans, cuts: Cuts | None, piece: int) -> Sequence[Message]:
-        """The messages with views that all pieces share: on a device each is sent by itself."""
-        if cuts is None or cuts.num_rows != rows_RD.shape[0]:
-            return _messages(rows_RD, spans)
-        views = self._views.get(id(rows_RD))
-        if views is None:
-            views = self._views[id(rows_RD)] = Views(rows_RD, cuts.lengths)
-        return CutMessages(rows_RD, spans, views, cuts.ends[piece])
+    def _cut(self, rows_RD: Tensor, spans: Spans, cuts: MessageCuts | None, piece: int) -> Sequence[Message]:
+        """The messages, on a device with views that all pieces share: there each is sent by itself."""
+        if cuts is not None:
+            views = self._views.get(id(rows_RD))
+            if views is None and cuts.num_rows == rows_RD.shape[0]:
+                views = self._views[id(rows_RD)] = Views(rows_RD, cuts.lengths)
+            if views is not None:
+                return CutMessages(rows_RD, spans, views, *cuts.pieces[piece])
+        return [Message(peer, rows_RD, start, stop) for peer, (start, stop) in spans]
 
     def stack(self, rows: PieceRows) -> None:
         """Puts a piece's rows from where they came to where they are computed."""
-        if not rows.moves:
-            return
         wire_nD = self.wire_in_RD[slice(*rows.wire)]
         if self.order is not None:
             self.inputs_RD.index_copy_(0, self.order.stacked_R[slice(*rows.wire)], wire_nD)
@@ -81,11 +86,22 @@ class Buffers:
         for (_, (start, stop)), own in zip(rows.runs, rows.run_parts, strict=True):
             torch.cat([parts[part] for part in own], out=self.inputs_RD[start:stop])
 
-    def runs_of(self, rows: PieceRows) -> Iterator[tuple[int, slice, Tensor]]:
-        """Each run of a piece: the expert, its stacked rows, and a place to write their results to.
+    def runs_of(self, rows: PieceRows) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """Each run of a piece: the expert, its stacked rows, their inputs, and a place to write their results to.
 
         Behind the last run all results lie on the wire.
         """
+        if self.runs is not None:
+            place_of, inputs, outputs = self.runs
+            for expert, (start, stop) in rows.runs:
+                place = place_of[start]
+                yield expert, slice(start, stop), inputs[place], outputs[place]
+            return
+        for expert, here, out_nD in self._moved_runs_of(rows):
+            yield expert, here, self.inputs_RD[here], out_nD
+
+    def _moved_runs_of(self, rows: PieceRows) -> Iterator[tuple[int, slice, Tensor]]:
+        """The same without the inputs, where views are made one by one."""
         if not rows.moves:
             for expert, (start, stop) in rows.runs:
                 yield expert, slice(start, stop), self.outputs_RD[start:stop]
@@ -125,8 +141,19 @@ class Buffers:
         return self.sent_ND, self.wire_in_RD, self.inputs_RD, self.outputs_RD, self.wire_out_RD, self.results_ND
 
 
-def _messages(rows_RD: Tensor, spans: Spans) -> list[Message]:
-    return [Message(peer, rows_RD, start, stop) for peer, (start, stop) in spans]
+class RunViews(NamedTuple):
+    """Inputs and outputs of the runs of all pieces, each cut by one operation; the place of a run by its first row."""
+
+    place_of: Mapping[int, int]
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, layout: RowLayout, inputs_RD: Tensor, outputs_RD: Tensor) -> RunViews | None:
+        if (cuts := layout.run_cuts) is None or cuts.num_rows != inputs_RD.shape[0]:
+            return None
+        lengths, place_of, _ = cuts
+        return cls(place_of, inputs_RD.split_with_sizes(lengths), outputs_RD.split_with_sizes(lengths))
 
 
 @dataclass(frozen=True)
