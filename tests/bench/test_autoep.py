@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ds_moe_ep.bench.candidates.cases import LayerCase, expert_ids, gate_weight, output_gradient, tokens
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import EngineError, TopologyError
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 from tests.reference import Expert, moe_reference, swiglu_expert
 
 NUM_RANKS = 4
@@ -110,8 +110,8 @@ def differences(found: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[
 
 
 @pytest.mark.parametrize("num_experts", [4, 16])
-def test_autoep_computes_its_case_and_gradients_like_a_dense_layer_in_float64(num_experts: int) -> None:
-    by_rank = run_ranks(NUM_RANKS, run_autoep, num_experts)
+def test_autoep_computes_its_case_and_gradients_like_a_dense_layer_in_float64(pool: RankPool, num_experts: int) -> None:
+    by_rank = pool.run(NUM_RANKS, run_autoep, num_experts)
     for index, case in enumerate(cases(num_experts)):
         found = whole([results[index] for results in by_rank])
         worst = differences(found, dense_swiglu(case, swapped=False))
@@ -120,9 +120,9 @@ def test_autoep_computes_its_case_and_gradients_like_a_dense_layer_in_float64(nu
         assert wrong.pop("exp_counts") == 0 and min(wrong.values()) > 0.01, "the comparison is blind"
 
 
-def test_an_emulated_expert_is_called_on_the_rows_that_arrive_padded_to_a_multiple_of_eight() -> None:
+def test_an_emulated_expert_is_called_on_the_rows_that_arrive_padded_to_a_multiple_of_eight(pool: RankPool) -> None:
     case = cases(NUM_RANKS)[1]
-    results = run_ranks(NUM_RANKS, run_emulated)
+    results = pool.run(NUM_RANKS, run_emulated)
     ids = torch.cat([expert_ids(case, rank).flatten() for rank in range(NUM_RANKS)])
     arriving = torch.bincount(ids, minlength=NUM_RANKS).tolist()
     assert [num_rows for num_rows, _ in results] == [max(8, (rows + 7) // 8 * 8) for rows in arriving]

@@ -10,6 +10,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from ds_moe_ep.health.excepthook import LONGEST_END_S, chain
 from tests.ranks import run_ranks
 
@@ -47,30 +49,42 @@ def hooked(uses_alarm: bool, is_held: bool, is_interactive: bool) -> tuple[list[
     return seen, [str(error) for error in told], left_s
 
 
-def run_hooked(
-    uses_alarm: bool = False, is_held: bool = True, is_interactive: bool = False
-) -> tuple[list[str], list[str], float]:
-    """In a process of its own: pytest's has an alarm."""
-    [found] = run_ranks(1, hooked, uses_alarm, is_held, is_interactive, process_group=False)
-    return found
+Seen = dict[str, tuple[list[str], list[str], float]]
+PROGRAMS: dict[str, dict[str, bool]] = {
+    "plain": {"uses_alarm": False, "is_held": True, "is_interactive": False},
+    "with an alarm": {"uses_alarm": True, "is_held": True, "is_interactive": False},
+    "interactive": {"uses_alarm": False, "is_held": True, "is_interactive": True},
+    "without a teller": {"uses_alarm": False, "is_held": False, "is_interactive": False},
+}
 
 
-def test_the_programs_own_hook_runs_then_the_ranks_are_told_and_an_alarm_is_set() -> None:
-    seen, told, left_s = run_hooked()
-    assert (seen, told) == (["first", "second"], ["first"])
+def one_of_them() -> tuple[list[str], list[str], float]:
+    """The program of this rank."""
+    return hooked(**list(PROGRAMS.values())[int(os.environ["RANK"])])
+
+
+@pytest.fixture(scope="module")
+def seen() -> Seen:
+    """By program, in a process of its own each: pytest's has an alarm."""
+    return dict(zip(PROGRAMS, run_ranks(len(PROGRAMS), one_of_them, process_group=False), strict=True))
+
+
+def test_the_programs_own_hook_runs_then_the_ranks_are_told_and_an_alarm_is_set(seen: Seen) -> None:
+    by_hook, told, left_s = seen["plain"]
+    assert (by_hook, told) == (["first", "second"], ["first"])
     assert LONGEST_END_S - 2 <= left_s <= LONGEST_END_S
 
 
-def test_a_program_that_uses_the_alarm_keeps_it() -> None:
-    assert run_hooked(uses_alarm=True) == (["first", "second"], ["first"], 0)
+def test_a_program_that_uses_the_alarm_keeps_it(seen: Seen) -> None:
+    assert seen["with an alarm"] == (["first", "second"], ["first"], 0)
 
 
-def test_an_interactive_interpreter_goes_on_after_its_exceptions() -> None:
-    assert run_hooked(is_interactive=True) == (["first", "second"], [], 0)
+def test_an_interactive_interpreter_goes_on_after_its_exceptions(seen: Seen) -> None:
+    assert seen["interactive"] == (["first", "second"], [], 0)
 
 
-def test_a_teller_that_is_gone_is_not_missed() -> None:
-    assert run_hooked(is_held=False) == (["first", "second"], [], 0)
+def test_a_teller_that_is_gone_is_not_missed(seen: Seen) -> None:
+    assert seen["without a teller"] == (["first", "second"], [], 0)
 
 
 # Two ranks forked from one interpreter that end as programs do. Rank 0 raises while its all-to-all is on its way, for
@@ -83,7 +97,7 @@ PROGRAM = """
     there, here = os.pipe()
     parent = os.getpid()
     rank = 0 if os.fork() else 1
-    faulthandler.dump_traceback_later(50, exit=True)  # no process outlives the test
+    faulthandler.dump_traceback_later(200, exit=True)  # no process outlives the test
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.write(here, str(store.port).encode())
@@ -113,7 +127,7 @@ def run_program(how: str) -> tuple[float, subprocess.CompletedProcess[str]]:
     program = textwrap.dedent(PROGRAM)
     words = [sys.executable, "-c", program, how]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=240)
     [held_s] = re.findall(r"^held for (\S+) s$", done.stdout, re.M)
     return float(held_s), done
 

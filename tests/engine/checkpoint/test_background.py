@@ -24,7 +24,7 @@ from ds_moe_ep.engine.checkpoint.background import StagedFile, refuse_background
 from ds_moe_ep.errors import ConfigError
 from tests.engine.checkpoint.test_save import JOB, keep_files_small, refused, resume, what_ranks_wrote
 from tests.engine.small_model import batches, distance, make_engine, make_model, merged, named_weights, train_steps
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, RankPool, run_ranks
 
 
 def engine_of() -> Any:
@@ -73,8 +73,10 @@ def save_and_go_on(folder: str) -> tuple[Any, ...]:
     return early, as_plain, moved, saved, losses
 
 
-def test_a_save_holds_the_weights_and_moments_of_its_step_while_training_goes_on(tmp_path: pathlib.Path) -> None:
-    results = run_ranks(4, save_two_and_resume, str(tmp_path), timeout_s=100)
+def test_a_save_holds_the_weights_and_moments_of_its_step_while_training_goes_on(
+    pool: RankPool, tmp_path: pathlib.Path
+) -> None:
+    results = pool.run(4, save_two_and_resume, str(tmp_path), timeout_s=100)
     early, as_plain, moved, saved, losses, loaded, again = zip(*results, strict=True)
     for names in early:
         assert "two" not in names and "two.saving" in names and "latest" not in names, "nothing was written yet"
@@ -116,6 +118,7 @@ def fail_and_recover(folder: str) -> tuple[Any, ...]:
 
 
 def test_a_full_disk_behind_training_is_told_by_all_at_the_next_save_and_a_script_that_ends_has_saved(
+    pool: RankPool,
     tmp_path: pathlib.Path,
 ) -> None:
     for error, seconds, left in run_ranks(4, fail_and_recover, str(tmp_path), timeout_s=60):
@@ -126,7 +129,7 @@ def test_a_full_disk_behind_training_is_told_by_all_at_the_next_save_and_a_scrip
         assert [name for name in left if not name.endswith(".py")] == ["kept", "latest"]
     assert (tmp_path / "latest").read_text() == "next"
     assert not list(tmp_path.rglob("*.written"))
-    assert run_ranks(4, resume, JOB, str(tmp_path), timeout_s=60)
+    assert pool.run(4, resume, JOB, str(tmp_path), timeout_s=60)
 
 
 def die_behind_training(folder: str) -> None:
@@ -146,7 +149,9 @@ def die_behind_training(folder: str) -> None:
     raise RuntimeError("the job ends")
 
 
-def test_a_rank_that_is_killed_behind_training_leaves_the_last_checkpoint(tmp_path: pathlib.Path) -> None:
+def test_a_rank_that_is_killed_behind_training_leaves_the_last_checkpoint(
+    pool: RankPool, tmp_path: pathlib.Path
+) -> None:
     with pytest.raises(RankError, match="rank 3: Died: exit code -9"):
         run_ranks(4, die_behind_training, str(tmp_path), timeout_s=60)
     (problem, seconds), *_ = what_ranks_wrote(tmp_path, "after")
@@ -154,7 +159,7 @@ def test_a_rank_that_is_killed_behind_training_leaves_the_last_checkpoint(tmp_pa
     assert seconds < 10
     assert (tmp_path / "kept.saving").is_dir(), "what was half written"
     saved = merged(what_ranks_wrote(tmp_path, "before"))
-    loaded = run_ranks(4, resume, JOB, str(tmp_path), timeout_s=60)
+    loaded = pool.run(4, resume, JOB, str(tmp_path), timeout_s=60)
     assert distance(merged([weights for weights, _ in loaded]), saved) == 0.0
 
 

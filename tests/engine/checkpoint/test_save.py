@@ -133,7 +133,7 @@ def what_ranks_wrote(folder: pathlib.Path, when: str) -> list[Any]:
 
 @pytest.mark.parametrize(("rank", "number"), [(0, 2), (3, 3)])
 def test_a_kill_in_mid_save_leaves_the_last_checkpoint_from_which_the_job_goes_on_bit_for_bit(
-    rank: int, number: int, tmp_path: pathlib.Path
+    pool: RankPool, rank: int, number: int, tmp_path: pathlib.Path
 ) -> None:
     """Survivors tell within 5 s that a rank did not answer."""
     with pytest.raises(RankError, match=f"rank {rank}: Died: exit code -9"):
@@ -145,7 +145,7 @@ def test_a_kill_in_mid_save_leaves_the_last_checkpoint_from_which_the_job_goes_o
         assert seconds < 5
     assert (tmp_path / f"kept{SAVING}").is_dir(), "what was half written"
     before = what_ranks_wrote(tmp_path, "before")
-    results = run_ranks(4, resume, JOB, str(tmp_path), timeout_s=60)
+    results = pool.run(4, resume, JOB, str(tmp_path), timeout_s=60)
     assert distance(merged([loaded for loaded, _ in results]), merged([saved for saved, _ in before])) == 0.0
     assert results[0][1] == before[0][1]
 

@@ -16,7 +16,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.live.folder import RunFolder, SeenRun
 from ds_moe_ep.live.lines import RunReport
 from ds_moe_ep.live.load import fullest_over_mean, quantile
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, RankPool, run_ranks
 
 EXPERTS, WIDTH, TOKENS, ACCUMULATION, RANKS = 4, 8, 12, 2, 2
 # Each case: arguments of the layer, and whether its passes are recomputed backward.
@@ -92,8 +92,9 @@ def all_cases(folder: str) -> dict[str, tuple[list[list[list[int]]], list[float]
     for case in CASES:
         engine, losses = train(case, f"{folder}/{case}", steps=4)
         found[case] = ([[counts_E.tolist() for counts_E in layer] for layer in engine.module.seen], losses)
-    LoadReport.paused = nullcontext  # type: ignore[assignment, misc]
-    train("recomputed", f"{folder}/recomputed and counted", steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadReport, "paused", nullcontext)
+        train("recomputed", f"{folder}/recomputed and counted", steps=2)
     return found
 
 
@@ -111,9 +112,9 @@ def reports_of(folder: Path) -> list[RunReport]:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def ran(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("runs")
-    return folder, run_ranks(RANKS, all_cases, str(folder), timeout_s=120)
+    return folder, pool.run(RANKS, all_cases, str(folder), timeout_s=120)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -206,8 +207,8 @@ def listening_job(folder: str) -> dict[str, Any]:
     return found
 
 
-def test_who_listens_decides_what_a_run_gathers_and_nobody_costs_nothing(tmp_path: Path) -> None:
-    ours, theirs = run_ranks(RANKS, listening_job, str(tmp_path), timeout_s=120)
+def test_who_listens_decides_what_a_run_gathers_and_nobody_costs_nothing(pool: RankPool, tmp_path: Path) -> None:
+    ours, theirs = pool.run(RANKS, listening_job, str(tmp_path), timeout_s=120)
     assert ours == theirs
     assert (ours["nobody"], ours["monitor"], ours["page"]) == ((0, False), (2, True), (2, True))
     assert ours["removed"] and only_run(tmp_path / "page").is_ended
@@ -238,8 +239,8 @@ def full_disk_job(folder: str) -> tuple[int, bool]:
     return engine.global_steps, callback._log is None
 
 
-def test_a_log_that_cannot_be_written_ends_and_the_training_goes_on(tmp_path: Path) -> None:
-    assert run_ranks(RANKS, full_disk_job, str(tmp_path / "run")) == [(4, True)] * RANKS
+def test_a_log_that_cannot_be_written_ends_and_the_training_goes_on(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(RANKS, full_disk_job, str(tmp_path / "run")) == [(4, True)] * RANKS
     assert [report.step for report in reports_of(tmp_path / "run")] == [2]
 
 
