@@ -218,9 +218,10 @@ def test_autoeps_layers_train_alike_with_copies_of_their_experts(pool: RankPool,
 
 def trained_then_evaluated(job: Job) -> tuple[bool, bool]:
     """Whether evaluation between steps changes nothing, and whether a checkpoint knows nothing of copies."""
-    engine = make_engine(job)
+    engine = with_rows_alone(job)
     first, *others = batches(job)
     train_steps(engine, job, [first])
+    assert copies_in_use(engine.module.layers)
     x, target = first[0]
     rank = torch.distributed.get_rank()
     with torch.no_grad():
@@ -275,18 +276,31 @@ def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_
         assert log == [*first, *last]
 
 
-def resumed(folder: str, saves_with: int) -> Outcome:
-    """Two steps, a checkpoint, and one more in a fresh engine; copies are there before it or after it, not both."""
+def with_rows_alone(job: Job) -> Any:
+    engine = make_engine(job)
+    let_rows_count_alone(engine.module)
+    return engine
+
+
+def resumed(folder: str, saves_with: int) -> tuple[list[Outcome], list[int]]:
+    """Two steps, a checkpoint, and one more: in a fresh engine, and again in the first one, which is taken back to it.
+
+    Copies are in use before the checkpoint or in the fresh engine, not in both; their numbers are told as well.
+    """
     job = Job(stage=1, accumulation=2, replicas=saves_with)
     steps = batches(job)
-    first = make_engine(job)
+    first = with_rows_alone(job)
     train_steps(first, job, steps[:2])
+    used = [copies_in_use(first.module.layers)]
     first.save_checkpoint(folder)
+    train_steps(first, job, steps[2:])
+    first.load_checkpoint(folder)
+    again = train_steps(first, job, steps[2:]), named_weights(first.module, job)
     job = replace(job, replicas=1 - saves_with, seed=9)
-    second = make_engine(job)
+    second = with_rows_alone(job)
     second.load_checkpoint(folder)
     losses = train_steps(second, job, steps[2:])
-    return losses, named_weights(second.module, job)
+    return [(losses, named_weights(second.module, job)), again], [*used, copies_in_use(second.module.layers)]
 
 
 @pytest.mark.parametrize("saves_with", [1, 0])
@@ -295,8 +309,10 @@ def test_a_checkpoint_saved_with_copies_loads_without_and_the_other_way(
 ) -> None:
     expected = reference_job(Job(stage=1, accumulation=2))
     by_rank = pool.run(4, resumed, str(tmp_path), saves_with, timeout_s=120)
-    assert distance(merged([weights for _, weights in by_rank]), expected[1]) <= WEIGHTS
-    assert loss_distance((by_rank[0][0], {}), (expected[0][2:], {})) <= LOSS
+    assert [number > 0 for number in by_rank[0][1]] == [bool(saves_with), not saves_with], "copies are in use"
+    for index in range(2):
+        assert distance(merged([found[index][1] for found, _ in by_rank]), expected[1]) <= WEIGHTS
+        assert loss_distance((by_rank[0][0][index][0], {}), (expected[0][2:], {})) <= LOSS
 
 
 def under_an_mpu(job: Job) -> list[tuple[Outcome, int]]:

@@ -52,10 +52,13 @@ def train_autoep(engine: Any, job: AutoEPJob) -> Outcome:
 
 def with_copies(engine: Any, job: Any, train: Train) -> tuple[Outcome, int]:
     """What the job comes to with hooks and pinned copies, and how many there are."""
+    names = engine.module.state_dict().keys()
     with hooked(engine, **KNOBS) as handle:
         for layer in handle.layers.values():
             pin(layer)
-        return train(engine, job), copies_in_use(handle.layers.values())
+        found = train(engine, job), copies_in_use(handle.layers.values())
+        assert engine.module.state_dict().keys() == names, "checkpoints know of no copies"
+        return found
 
 
 def forgetful(engine: Any, job: Any, train: Train) -> Outcome:
