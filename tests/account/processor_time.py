@@ -1,4 +1,4 @@
-"""Prints the processor time of layers, all threads: python -m tests.account.processor_time [ranks] [rounds]
+"""Prints the processor time of layers, all threads: python -m tests.account.processor_time [ranks] [rounds] [experts]
 
 The sides alternate in the same processes. Other work on the machine lengthens wall time at will, and processor time by
 what it leaves in the caches: so each round gives a ratio, and the median of the ratios is printed beside the times.
@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.queues import Queue
 
@@ -44,6 +44,7 @@ class Plan:
 
     ranks: int
     rounds: int
+    experts: int
     port: int
 
 
@@ -59,7 +60,8 @@ def _measure(rank: int, plan: Plan, tell: Tell) -> None:
     from ds_moe_ep.bench.candidates import native  # imports deepspeed, which reads DS_ACCELERATOR
 
     native.start_ranks("gloo", 300.0)
-    setup = LayerSetup(case=CASES[0], rank=rank, num_ranks=plan.ranks, aux_loss_weight=0.01)
+    case = replace(CASES[0], num_experts=plan.experts)
+    setup = LayerSetup(case=case, rank=rank, num_ranks=plan.ranks, aux_loss_weight=0.01)
     layers = {name: build(name, setup) for name in SIDES}
     gc.collect()
     gc.freeze()
@@ -80,9 +82,9 @@ def _measure(rank: int, plan: Plan, tell: Tell) -> None:
 
 def main() -> None:
     """The times of both sides, and the second over the first."""
-    ranks, rounds = (int(given) for given in [*sys.argv[1:], *("16", "12")[len(sys.argv) - 1 :]])
+    ranks, rounds, experts = (int(given) for given in [*sys.argv[1:], *("16", "12", "16")[len(sys.argv) - 1 :]])
     found: list[list[float]] = []
-    with started_ranks(run_rank, Plan(ranks, rounds, free_port()), ranks, PRELOADED) as (processes, inbox):
+    with started_ranks(run_rank, Plan(ranks, rounds, experts, free_port()), ranks, PRELOADED) as (processes, inbox):
         found = [json.loads(finding.text) for finding in arriving(processes, inbox) if finding.kind == "round"]
     for name, times in zip((*SIDES, "ratio"), (*zip(*found, strict=True), [b / a for a, b in found]), strict=True):
         low, median, high = statistics.quantiles(times, n=4, method="inclusive")

@@ -25,7 +25,7 @@ from ds_moe_ep.bench.layer.command import LayerBenchmark, LayerOptions
 from ds_moe_ep.bench.layer.findings import layer_table
 from ds_moe_ep.bench.layer.same import LayerOutcome, check_same, outcome_of
 from ds_moe_ep.bench.meters.traffic import bytes_leaving
-from ds_moe_ep.errors import EngineError
+from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.records.provenance import Provenance
 from ds_moe_ep.records.render import to_markdown
 
@@ -138,6 +138,15 @@ def test_only_bytes_for_other_ranks_count() -> None:
     assert bytes_leaving("alltoall_base", 0, 2, (rows, rows[:0], [0, 0], [0, 0], None)) == 0
     assert bytes_leaving("alltoall", 0, 2, ([rows, rows], [rows, rows[:2]])) == 32
     assert bytes_leaving("allreduce", 0, 2, ([rows],)) == 128
+
+
+def test_a_layer_of_other_experts_has_records_of_its_own() -> None:
+    run = LayerBenchmark(LayerOptions(cases=("k1_even", "k2_random"), ranks=4, experts=4))
+    assert [(case.name, case.num_experts) for case in run.plan.cases] == [("k1_even_of_4", 4), ("k2_random_of_4", 4)]
+    usual = LayerBenchmark(LayerOptions(cases=("k1_even",), ranks=4))
+    assert [(case.name, case.num_experts) for case in usual.plan.cases] == [("k1_even", 16)]
+    with pytest.raises(ConfigError, match=r"bench\.ranks=3 must divide bench\.experts=16: use --experts 3"):
+        LayerBenchmark(LayerOptions(ranks=3))
 
 
 def test_records_are_of_samples_and_of_ratios_within_a_round() -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from ds_moe_ep.bench.candidates.cases import CASES
+from ds_moe_ep.bench.candidates.cases import CASES, LayerCase
 from ds_moe_ep.bench.harness.benchmark import Benchmark, BenchmarkOptions, Launch, run_benchmark
 from ds_moe_ep.bench.harness.collector import Collector, DerivedSamples, Metric
 from ds_moe_ep.bench.harness.processes import free_port
@@ -27,6 +27,7 @@ from ds_moe_ep.records.record import Record
 from ds_moe_ep.records.table import Table
 
 NAMES = tuple(case.name for case in CASES if case.top_k <= 2)
+NUM_EXPERTS = CASES[0].num_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,20 @@ class LayerOptions(BenchmarkOptions):
     """Options of the layer benchmark."""
 
     ranks: int = option(4, "processes, and the expert-parallel size", least=2)
+    experts: int = option(NUM_EXPERTS, "experts of the layer; --ranks divides them", least=2)
     rounds: int = option(20, "measured rounds per case", least=1)
     warm_ups: int = option(3, "rounds before them", least=0)
     cases: tuple[str, ...] = option(NAMES, f"of {', '.join(NAMES)}", choices=NAMES, metavar="CASE")
     sides: tuple[str, ...] = option(CANDIDATES, f"of {', '.join(CANDIDATES)}", choices=CANDIDATES, metavar="SIDE")
     device: Literal["cpu", "cuda"] = option("cpu", "one device per rank")
     no_memory: bool = option(False, "do not measure peak memory")
+
+
+def _sized(case: LayerCase, num_experts: int) -> LayerCase:
+    """The case with as many experts; another number stands in its name, and so in those of its Records."""
+    if num_experts == case.num_experts:
+        return case
+    return replace(case, name=f"{case.name}_of_{num_experts}", num_experts=num_experts)
 
 
 class LayerBenchmark(Benchmark):
@@ -51,10 +60,13 @@ class LayerBenchmark(Benchmark):
     prints_markdown = True
 
     def __init__(self, options: LayerOptions) -> None:
-        cases = tuple(case for name in options.cases for case in CASES if case.name == name)
+        cases = tuple(_sized(case, options.experts) for name in options.cases for case in CASES if case.name == name)
         self.device, self.num_ranks, self._no_memory = options.device, options.ranks, options.no_memory
-        if any(case.num_experts % options.ranks for case in cases):
-            raise ConfigError(f"bench.ranks={options.ranks} must divide the layer's 16 experts: use 2, 4, 8 or 16")
+        if options.experts % options.ranks:
+            raise ConfigError(
+                f"bench.ranks={options.ranks} must divide bench.experts={options.experts}: use --experts "
+                f"{options.ranks} for one expert per rank, or a multiple of it"
+            )
         if options.device == "cuda" and (gpus := torch.cuda.device_count()) < options.ranks:
             raise ConfigError(f"bench.device='cuda': {options.ranks} ranks need a GPU each, and torch sees {gpus} here")
         self.plan = LayerPlan(
