@@ -9,17 +9,18 @@ import pytest
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.record import Record, write_records
-from ds_moe_ep.simulate.job.routing import loads_of, read_loads, zipf
+from ds_moe_ep.simulate.job.routing import loads_of, read_rows, zipf
 
 
 def test_even_is_no_load_at_all() -> None:
-    assert read_loads("even", 16, 16) == ()
+    assert read_rows("even", 16) == []
 
 
 def test_zipf_by_hand() -> None:
     assert zipf(3, 1.0) == pytest.approx([6 / 11, 3 / 11, 2 / 11])
-    assert read_loads("zipf:1", 4, 2) == pytest.approx((2 * (1 + 1 / 2) / (25 / 12), 2 * (1 / 3 + 1 / 4) / (25 / 12)))
-    assert read_loads("zipf:0", 16, 16) == pytest.approx((1.0,) * 16)
+    first, second = 2 * (1 + 1 / 2) / (25 / 12), 2 * (1 / 3 + 1 / 4) / (25 / 12)
+    assert loads_of(read_rows("zipf:1", 4), 2) == pytest.approx((first, second))
+    assert loads_of(read_rows("zipf:0", 16), 16) == pytest.approx((1.0,) * 16)
 
 
 def test_consecutive_experts_lie_on_one_rank() -> None:
@@ -47,8 +48,8 @@ def test_a_list_of_rows_and_records_of_a_run_say_the_same(tmp_path: Path) -> Non
     ]
     write_records(tmp_path / "run.jsonl", records)
     expected = pytest.approx((0.4, 0.8, 1.2, 1.6))
-    assert read_loads(str(tmp_path / "rows.json"), 4, 4) == expected
-    assert read_loads(str(tmp_path / "run.jsonl"), 4, 4) == expected, "the last step's first layer counts"
+    assert loads_of(read_rows(str(tmp_path / "rows.json"), 4), 4) == expected
+    assert loads_of(read_rows(str(tmp_path / "run.jsonl"), 4), 4) == expected, "the last step's first layer counts"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_a_list_of_rows_and_records_of_a_run_say_the_same(tmp_path: Path) -> Non
 )
 def test_anything_else_is_refused_with_the_way_out(text: str, words: str) -> None:
     with pytest.raises(ConfigError) as error:
-        read_loads(text, 16, 16)
+        loads_of(read_rows(text, 16), 16)
     assert words in str(error.value)
 
 
@@ -72,4 +73,4 @@ def test_files_of_another_layer_are_refused(tmp_path: Path) -> None:
     for content, words in refused.items():
         (tmp_path / "rows.json").write_text(content, encoding="utf-8")
         with pytest.raises(ConfigError, match=words):
-            read_loads(str(tmp_path / "rows.json"), 4, 4)
+            loads_of(read_rows(str(tmp_path / "rows.json"), 4), 4)

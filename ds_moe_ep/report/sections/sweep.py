@@ -9,7 +9,7 @@ from pathlib import Path
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.records.names import LAWS, TOTALS
 from ds_moe_ep.records.quantity import Quantity, cell, convert
-from ds_moe_ep.records.record import Record
+from ds_moe_ep.records.record import Record, replace_file
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings, read_findings
 from ds_moe_ep.report.known_names import number_in, short_environment
@@ -149,7 +149,7 @@ def draw_curves(records: Path) -> list[Path]:
         for kind, content in (("png", picture.drawing.png), ("svg", picture.drawing.svg)):
             path = records.with_name(f"{records.name.removesuffix('.jsonl')}{end}.{kind}")
             try:
-                path.write_bytes(content)
+                replace_file(path, content)
             except OSError as error:
                 raise ConfigError(f"out={path}: cannot be written ({error}); name a folder of your own") from error
             written.append(path)

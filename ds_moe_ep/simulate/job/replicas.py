@@ -29,7 +29,7 @@ class ReplicaGain:
 
 
 def with_load(setup: Setup, load: str) -> Setup:
-    """The job under a load, by text as `read_loads` has it: levelled by copies where it has slots for them."""
+    """The job under a load, by text as `read_rows` has it: levelled by copies where it has slots for them."""
     moe = setup.moe
     rows_E = read_rows(load, moe.num_experts)
     bare = replace(setup, loads=loads_of(rows_E, moe.ep_size) if rows_E else (), placement=None)

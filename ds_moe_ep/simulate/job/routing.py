@@ -18,12 +18,6 @@ FIX = (
 ROUTES = "ds_moe_ep.routes"  # the format of a record of routes, as `moe/replay/record.py` writes it
 
 
-def read_loads(text: str, num_experts: int, ep_size: int) -> tuple[float, ...]:
-    """Rows of each rank over the mean, by `text` as `read_rows` has it. () is even."""
-    rows = read_rows(text, num_experts)
-    return loads_of(rows, ep_size) if rows else ()
-
-
 def read_rows(text: str, num_experts: int) -> list[float]:
     """Rows of each expert, by `text`: `even`, `zipf:<exponent>` or a file. [] is even.
 
