@@ -12,7 +12,8 @@ from rich.console import Console
 
 from ds_moe_ep.cli.main import main
 from ds_moe_ep.config.knobs import Layout
-from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.config.section import load_ds_config
+from ds_moe_ep.errors import ConfigError, TopologyError
 from ds_moe_ep.records.names import title_of
 from ds_moe_ep.report.known_names import is_known
 from ds_moe_ep.simulate.cluster.cluster import Cluster, load_cluster
@@ -25,6 +26,7 @@ from ds_moe_ep.simulate.layouts.by_traffic import (
     shared_by_all,
     traffic_ratio,
 )
+from ds_moe_ep.simulate.layouts.read import read_searched_job
 from ds_moe_ep.simulate.layouts.search import search_layouts, sizes_of
 from ds_moe_ep.simulate.layouts.tables import print_by_traffic, print_search, search_values
 from ds_moe_ep.simulate.step.ep_step import ep_step
@@ -103,6 +105,21 @@ def test_the_search_orders_what_fits_and_tells_the_bound_and_the_rest() -> None:
     print_search(found, printed)
     assert f"best in {best.title}" in printed.export_text()
     assert "…" not in in_80_columns(lambda console: print_search(found, console))
+
+
+def test_a_job_that_is_written_for_more_ranks_is_searched_in_the_sizes_that_fit_fewer() -> None:
+    cluster = replace(CLUSTER, num_nodes=2, node_size=2)
+    with pytest.raises(TopologyError, match="the world has only 4 ranks"):
+        read_job("ep16_cpu", cluster)
+    job, alike = read_searched_job("ep16_cpu", cluster), read_searched_job("ep4_cpu", cluster)
+    assert job.path == "ep16_cpu" and job.setup.training.batch == 64 and job.setup.training.world_size == 4
+    assert job.notes[0].startswith("moe_ep.ep_size=16 of the file does not fit here (the world has only 4 ranks)")
+    assert (Layout(), 4) in sizes_of(job.setup) and "does not fit" not in str(alike.notes)
+    given = load_ds_config("ep16_cpu")
+    odd = read_searched_job({**given, "train_batch_size": 63}, cluster)  # which two copies of a model cannot cut
+    assert odd.setup.training.layout.size == 4 and odd.setup.training.batch == 63
+    with pytest.raises(ConfigError, match=r"moe_ep\.model=null"):
+        read_searched_job({**given, "moe_ep": {**given["moe_ep"], "model": None}}, cluster)
 
 
 def in_80_columns(show: Callable[[Console], None]) -> str:

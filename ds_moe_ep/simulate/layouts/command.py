@@ -10,8 +10,8 @@ from rich.progress import Progress
 
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.simulate.cluster.cluster import Cluster
-from ds_moe_ep.simulate.job.job import read_job
 from ds_moe_ep.simulate.layouts.by_traffic import AtRatio, layout_records, ratio_values, search_by_traffic
+from ds_moe_ep.simulate.layouts.read import read_searched_job
 from ds_moe_ep.simulate.layouts.search import search_layouts
 from ds_moe_ep.simulate.layouts.tables import print_by_traffic, print_search, search_values
 from ds_moe_ep.simulate.options import PlanOptions
@@ -26,7 +26,7 @@ def run_search(options: PlanOptions, cluster: Cluster, console: Console) -> int:
                 f"{name}={value!r}: a search simulates one job in many layouts, with micro-batches of its own and even "
                 "loads; leave it out"
             )
-    job = read_job(options.config, cluster, mode=options.mode, tensor_ranks=options.tensor_ranks)
+    job = read_searched_job(options.config, cluster, mode=options.mode, tensor_ranks=options.tensor_ranks)
     with Progress(console=Console(stderr=True), transient=True, disable=options.json) as progress:
         task = progress.add_task("simulating")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ds_moe_ep.config.knobs import Layout
+from ds_moe_ep.config.knobs import Layout, ModelConfig
 from ds_moe_ep.config.section import load_ds_config
 from ds_moe_ep.config.training import BATCH_KEYS, WHOLE, Training, read_training
 from ds_moe_ep.errors import MoEError
@@ -113,13 +113,18 @@ def sizes_of(setup: Setup) -> Iterator[tuple[Layout, int]]:
     if setup.training.sharing_ranks > 1:
         yield from ((WHOLE, size) for size in _divisors(world) if setup.moe.num_experts % size == 0)
         return
+    yield from sizes_in(model, setup.moe.num_experts, world)
+
+
+def sizes_in(model: ModelConfig, num_experts: int, world: int) -> Iterator[tuple[Layout, int]]:
+    """Those of a model on so many ranks, none of which share sequences."""
     for pp_size in _divisors(world):
         for tp_size in _divisors(world // pp_size):
             whole = (model.num_heads, model.expert_width, model.shared_expert_width)
             if model.num_layers % pp_size or any(size % tp_size for size in whole):
                 continue
             for ep_size in _divisors(world // pp_size):
-                if setup.moe.num_experts % ep_size == 0:
+                if num_experts % ep_size == 0:
                     yield Layout(tp_size=tp_size, pp_size=pp_size), ep_size
 
 

@@ -16,6 +16,7 @@ from ds_moe_ep.simulate.layouts.search import FoundLayout, LayoutSearch
 from ds_moe_ep.simulate.plan.bounds import FAR, NEAR
 
 DIGITS = 3  # that a bar leaves a number
+LONG = 10_000_000  # tokens per second with whose bars a row has more than NARROW columns
 NARROW = 100  # columns of a console below which cells are shortened, so that none is cut
 NARROW_HEAD = ("layout", "micro", "1,000 tokens/s", "of the best", "hidden", "GB", "bound")
 NARROW_BY_TRAFFIC = ("traffic", "GB/s", "best layout", "1,000 tokens/s", "over the next", "bound")
@@ -42,9 +43,14 @@ def print_search(search: LayoutSearch, console: Console) -> None:
     notes = [f"note: {note}" for note in search.job.notes]
     print_lines(notes, console, style="yellow")
     if search.found:
-        print_tables([_layouts(search, is_narrow=console.width < NARROW)], console)
+        print_tables([_layouts(search, is_narrow=is_narrow(search, console))], console)
     print_lines(list(_others(search)), console)
     print_lines([FOOT], console, style="dim")
+
+
+def is_narrow(search: LayoutSearch, console: Console) -> bool:
+    """True where cells are to be shortened: on a narrow console, or for numbers that fill their cells."""
+    return console.width < NARROW or max(each.prediction.tps.value for each in search.found) >= LONG
 
 
 def search_values(search: LayoutSearch) -> dict[str, Any]:
