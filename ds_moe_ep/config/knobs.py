@@ -367,7 +367,7 @@ class Layout:
                 "group would add the second bias once per rank; set it to false"
             )
         if self.size > 1 and moe.replicas:
-            rule = "copies of experts follow forward passes, of which a stage has several on the way"
+            rule = "neither check-config nor plan knows slots of copies in a model that is cut"
             raise ConfigError(f"moe_ep.replicas={moe.replicas!r} with moe_ep.layout: {rule}; set it to 0")
         if self.size > 1 and moe.async_save:
             raise ConfigError("moe_ep.async_save=true with moe_ep.layout: DeepSpeed saves pipelines; set it to false")

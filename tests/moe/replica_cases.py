@@ -41,8 +41,9 @@ class Windows:
     number: int = 0
     last: bool = True
     micro_batches: int = 1
+    is_in_order: bool = True
 
-    def is_last(self) -> bool:
+    def is_last(self, passes: int) -> bool:
         return self.last
 
 

@@ -47,7 +47,9 @@ class LayerWindow:
         self.micro_batches = micro_batches
         self.left = 0  # micro-batches of the window that have not gone backward
 
-    def is_last(self) -> bool:
+    is_in_order = True
+
+    def is_last(self, passes: int) -> bool:
         """True in the backward pass of the window's last micro-batch."""
         return self.left == 1
 

@@ -26,7 +26,6 @@ from ds_moe_ep.engine.overlapped_layer import OwnLayer
 from ds_moe_ep.errors import ConfigError, EngineError, MoEError
 from ds_moe_ep.health.diagnosis import ranks_named
 
-REPLICAS_RULE = "copies of experts follow an engine's forward passes, and a stage has several micro-batches on the way"
 BATCH_RULE = "several micro-batches are on their way, and none knows the load of the batch; set it to 'rank'"
 UNSCALED = (
     "fp16.enabled=true without ZeRO in pipeline stages: the pipeline's engine does not multiply the loss with the loss "
@@ -48,6 +47,7 @@ class StageLayers:
     fingerprints: tuple[str, ...]
     ep_sizes: frozenset[int]
     two_level: frozenset[int]  # the ep_sizes of those that may send a copy per node
+    replicas: frozenset[int]  # and of those with slots for copies of experts
     timeout_s: float
 
 
@@ -90,6 +90,7 @@ def meet_stages(engine: Any, layers: Mapping[str, OwnLayer]) -> None:
         fingerprints=tuple(layer.fingerprint() for layer in layers.values()),
         ep_sizes=frozenset(layer.ep_size for layer in layers.values()),
         two_level=frozenset(layer.ep_size for layer in layers.values() if layer.config.two_level != "off"),
+        replicas=frozenset(layer.ep_size for layer in layers.values() if layer.config.replicas),
         timeout_s=max(layer.config.timeout_s for layer in layers.values()),
     )
     told = seams.gather(own)
@@ -97,17 +98,14 @@ def meet_stages(engine: Any, layers: Mapping[str, OwnLayer]) -> None:
     refuse_differences(told)
     is_interleaved, timeout_s = seams.has_data_before_experts(engine), max(each.timeout_s for each in told)
     for ep_size in sorted(frozenset.union(*(each.ep_sizes for each in told))):
-        make_groups(ep_size, is_interleaved, timeout_s, any(ep_size in each.two_level for each in told))
+        needs = any(ep_size in each.replicas for each in told), any(ep_size in each.two_level for each in told)
+        make_groups(ep_size, is_interleaved, timeout_s, *needs)
     _HOSTS[engine] = [each.host for each in told]
 
 
 def problem_of(engine: Any, layers: Mapping[str, OwnLayer]) -> MoEError | None:
     """Error of what a pipeline's engine and these layers do not have together, or None. Local."""
     for name, layer in layers.items():
-        if layer.config.replicas:
-            return ConfigError(
-                f"moe_ep.replicas={layer.config.replicas!r} in pipeline stages ({name}): {REPLICAS_RULE}; set it to 0"
-            )
         if layer.config.balance_scope == "batch":
             return ConfigError(f"moe_ep.balance_scope='batch' in pipeline stages ({name}): {BATCH_RULE}")
     if stage_of_rank(dist.get_rank()) != seams.pipeline_stage():
@@ -137,10 +135,10 @@ def refuse_in_stages(own: Mapping[str, OwnLayer], section: Section) -> None:
             raise ConfigError(f"moe_ep.{name}={value!r} in pipeline stages: {rule}; leave it out")
 
 
-def make_groups(ep_size: int, is_interleaved: bool, timeout_s: float, near: bool) -> None:
+def make_groups(ep_size: int, is_interleaved: bool, timeout_s: float, replicas: bool, near: bool) -> None:
     """Makes DeepSpeed's groups of an ep_size in every stage, and the lanes beside. Collective over the world.
 
-    `near`: the layers of some stage send rows inside of nodes too.
+    `replicas`, `near`: the layers of some stage have slots for copies of experts; send rows inside of nodes too.
     """
     group, ranks = seams.expert_group(ep_size, is_interleaved)
     grid, problem = stage_grid(ep_size, is_interleaved), None
@@ -151,7 +149,7 @@ def make_groups(ep_size: int, is_interleaved: bool, timeout_s: float, near: bool
         )
     seams.settle(problem)
     if ep_size > 1:
-        seams.lanes_beside(group, grid.ep_groups(), timeout_s, near=near)
+        seams.lanes_beside(group, grid.ep_groups(), timeout_s, replicas, near)
 
 
 def stage_grid(ep_size: int, is_interleaved: bool) -> RankGrid:

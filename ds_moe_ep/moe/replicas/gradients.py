@@ -224,6 +224,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.sums = GradientSums()
+        self.num_passes = 0  # forward passes that have gone backward since the last step
 
     def take(self) -> GradientSums:
         """The sums, which begin anew."""
@@ -249,9 +250,13 @@ class Loan:
         self._is_last, self._window, self._layer = is_last, window, layer
         self._returning: list[Returning] = []
 
-    def take(self, lent: LentPass, grads: Mapping[int, Sequence[Tensor | None]]) -> None:
-        """Takes a backward pass's gradients of copies; starts to send their sums where it is a window's last."""
+    def take(self, lent: LentPass, grads: Mapping[int, Sequence[Tensor | None]], is_first: bool) -> None:
+        """Takes a backward pass's gradients of copies; starts to send their sums where it is a window's last.
+
+        `is_first`: the forward pass has not gone backward before.
+        """
         self._ledger.sums.add(lent, grads)
+        self._ledger.num_passes += is_first
         if self._is_last():
             tags = Tags(self._layer, "backward", f"sums of window {self._window}")
             sums = self._ledger.take()
@@ -309,6 +314,7 @@ class Lend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_rows_ND: Tensor, *d_weights: Tensor) -> tuple[Tensor | None, ...]:
         lent, num = ctx.lent, ctx.num_weights
+        is_first = "backward" not in lent.state  # a graph that is kept may go backward again
         lent.state.add("backward")
         # A backward pass that is not asked for gradients of parameters has none of copies either.
         if torch._C._will_engine_execute_node(ctx.collect):
@@ -316,5 +322,5 @@ class Lend(torch.autograd.Function):
                 expert: [d_weights[i * num + j] if lent.is_trained(expert, j) else None for j in range(num)]
                 for i, expert in enumerate(lent.experts)
             }
-            ctx.loan.take(lent, grads)
+            ctx.loan.take(lent, grads, is_first)
         return None, None, None, d_rows_ND.new_empty(0), d_rows_ND, *[None] * len(d_weights)

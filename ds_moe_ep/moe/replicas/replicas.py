@@ -61,8 +61,12 @@ class Window(Protocol):
     def micro_batches(self) -> int:
         """Micro-batches of a window."""
 
-    def is_last(self) -> bool:
-        """True in the backward passes behind which the weights change."""
+    @property
+    def is_in_order(self) -> bool:
+        """True where each micro-batch goes backward before the next one goes forward: copies may move between them."""
+
+    def is_last(self, passes: int) -> bool:
+        """True in the backward passes behind which the weights change; `passes` have gone backward since a step."""
 
 
 class BegunPass(NamedTuple):
@@ -261,7 +265,8 @@ class Replicas:
 
         The gradients of this pass's copies, and of those before, go home in its backward pass: then nobody owes any.
         """
-        if self.window is not None and self.loads.has_changed and self._moved_in != self.window.number:
+        window = self.window
+        if window is not None and window.is_in_order and self.loads.has_changed and self._moved_in != window.number:
             self._is_due = self.choose(self.loads.rows_E, self.placement) != self.placement
 
     def begin_early(self) -> None:
@@ -353,7 +358,11 @@ class Replicas:
         return loan, Collect.apply(loan, self._anchor, *known.expert_parameters())  # type: ignore[no-untyped-call]
 
     def _is_last(self) -> bool:
-        return self.window is None or self._is_due or self.window.is_last()
+        return self.window is None or self._is_due or self.window.is_last(self._ledger.num_passes)
+
+    def forget_passes(self) -> None:
+        """Counts backward passes anew: the optimizer steps, or leaves a step out."""
+        self._ledger.num_passes = 0
 
     def refuse_unsent(self, layer: str) -> None:
         """Raises EngineError where gradients of copies are still here, and their window is over. Local."""

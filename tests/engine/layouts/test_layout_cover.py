@@ -46,7 +46,6 @@ LEFT_OUT: dict[str, Settings] = {
     "fp16 in stages without ZeRO: DeepSpeed does not scale the loss": {"pp_size": 2, "stage": 0, "precision": "fp16"},
     "hooks in stages: refused": {"kind": "hooked", "pp_size": 2},
     "hooks on experts that every rank has: there is no traffic": {"kind": "hooked", "ep_size": 1},
-    "copies of experts in stages: refused": {"pp_size": 2, "traffic": "copies of experts"},
     **{
         f"{traffic} of {name}={value}: refused": {name: value, "traffic": traffic}
         for traffic in ("copies per node", "sums at nodes")

@@ -69,8 +69,7 @@ def cases(folder: str) -> dict[str, Any]:
     found["states"] = states_of_two_sizes(f"{folder}/adam", 1)
     found["names"] = [layer.dispatcher.name for layer in engine.moe_ep_layers.values()]
     found["stage without layers"] = refusal(uneven, ds_moe_ep.initialize)
-    for name, section in {"replicas": {"replicas": 1}, "watch": {"watch": folder}}.items():
-        found[name] = refusal(None, ds_moe_ep.initialize, moe_ep=section)
+    found["watch"] = refusal(None, ds_moe_ep.initialize, moe_ep={"watch": folder})
     found["fp16"] = refusal(None, ds_moe_ep.initialize, fp16={"enabled": True})
     return found
 
@@ -209,7 +208,6 @@ def test_names_in_errors_and_records_tell_the_stage(pool: RankPool) -> None:
     ("name", "message"),
     [
         ("stage without layers", "EngineError: model=PipelineModule: a stage has no ds_moe_ep.MoE layer"),
-        ("replicas", "ConfigError: moe_ep.replicas=1 in pipeline stages"),
         ("watch", "in pipeline stages: a report would tell of the first stage's layers alone; leave it out"),
         ("fp16", "ConfigError: fp16.enabled=true without ZeRO in pipeline stages"),
     ],
