@@ -19,7 +19,7 @@ def linear_rows(x_RI: Tensor, matrix_IO: Tensor, bias_O: Tensor | None, out_RO: 
     num_rows = x_RI.shape[0]
     if num_rows < MIN_ROWS:
         _few_rows(x_RI, matrix_IO, bias_O, out_RO)
-    elif x_RI.dtype == torch.float16 and is_slow_half(x_RI):
+    elif x_RI.is_cpu and x_RI.dtype == torch.float16:  # `is_slow_half`, which each product would call
         product_RO = x_RI.float() @ matrix_IO.float()
         out_RO.copy_(product_RO if bias_O is None else product_RO + bias_O)
     elif bias_O is None:

@@ -142,11 +142,9 @@ def lay_out(
 
     def rows_of(index: int, piece: Piece) -> PieceRows:
         own, (targets, sources) = range(bounds[index], bounds[index + 1]), peers[index]
-        start_P = [0] * len(received_P)
-        for part in reversed(own):
-            start_P[parts[part].source] = wire[part]
+        start_of = dict.fromkeys(sources, 0) | {parts[part].source: wire[part] for part in reversed(own)}
         sent = _cuts(targets, sent_start_P, sent_P, piece)
-        received = _cuts(sources, start_P, received_P, piece, are_there=True)
+        received = _cuts(sources, start_of, received_P, piece, are_there=True)
         moves = () if is_wire_stacked else tuple([(wire[part], stacked[part], parts[part].num_rows) for part in own])
         tokens = _cut(0, num_shared_tokens, piece) if num_shared_tokens and (0, 0) in piece.offsets else (0, 0)
         span = (moves[0][0], moves[-1][0] + moves[-1][2]) if moves else (0, 0)
@@ -239,9 +237,11 @@ def _parts(
     Messages lie in the order of their ranks, so that an all-to-all finds all of a piece side by side.
     """
     cut, num_cuts = piece.cut, piece.num_cuts
-    cuts = [
-        (peer, cut * num // num_cuts, (cut + 1) * num // num_cuts) for peer in sources for num in (received_P[peer],)
-    ]
+    if num_cuts == 1:
+        cuts = [(peer, 0, received_P[peer]) for peer in sources]
+    else:
+        numbers = [(peer, received_P[peer]) for peer in sources]
+        cuts = [(peer, cut * num // num_cuts, (cut + 1) * num // num_cuts) for peer, num in numbers]
     if len(plan.recv_rows_PL[0]) == 1:
         return [_part((index, source, 0, first, last - first)) for source, first, last in cuts if first < last]
     parts: list[_Part] = []
@@ -353,14 +353,18 @@ def _starts(counts: Sequence[int]) -> list[int]:
 
 
 def _cuts(
-    peers: Sequence[int], start_P: Sequence[int], rows_P: Sequence[int], piece: Piece, are_there: bool = False
+    peers: Sequence[int],
+    start_of: Sequence[int] | Mapping[int, int],
+    rows_P: Sequence[int],
+    piece: Piece,
+    are_there: bool = False,
 ) -> tuple[tuple[int, Span], ...]:
     """By peer the span of the piece's cut of its rows; with `are_there` the cut itself lies at the start.
 
     Written out: a pass asks for some forty, and a call costs as much as the arithmetic.
     """
     cut, num_cuts = piece.cut, piece.num_cuts
-    whole = [(peer, start_P[peer], rows_P[peer]) for peer in peers]
+    whole = [(peer, start_of[peer], rows_P[peer]) for peer in peers]
     if num_cuts == 1:
         return tuple([(peer, (start, start + num)) for peer, start, num in whole])
     if are_there:

@@ -205,7 +205,7 @@ class GeluPass(SavedActivations):
 
     def compute(self, expert: int, rows: slice, x_nD: Tensor, y_nD: Tensor) -> None:
         here, up, down = self.at(expert, rows), self.linear(expert, "up"), self.linear(expert, "down")
-        hidden_nF = self.of(expert)[0][here]
+        hidden_nF = self.saved[expert * self._num_saved][here]
         for x, hidden, active, y in blocks(x_nD, hidden_nF, self.active_rows(expert, here, hidden_nF), y_nD):
             linear_rows(x, *up, hidden)
             gelu(hidden, active, self._approximate)
