@@ -97,14 +97,16 @@ def test_replicas_and_numbers_that_are_not_finite_are_shown(page: BrowserPage, t
     log = write_run(tmp_path, 1, ends=False)
     odd = report(1, loss=math.nan, hidden_percent=None, control_percent=None, expert_ms_R=())
     with_replica = dataclasses.replace(odd.layers[0], guests_RS=((-1,), (0,)))
-    log.write(dataclasses.replace(odd, layers=(with_replica, odd.layers[1])))
+    of_two_groups = dataclasses.replace(odd.layers[1], guests_RS=((3,), (-1,), (3,), (-1,)))
+    log.write(dataclasses.replace(odd, layers=(with_replica, of_two_groups)))
     with serving(tmp_path) as server:
         text = visit(page, server.url)
         words = (
             "NaN",
             "not measured",
             "expert 0 (rank 0) also on rank 1",
-            "in 1 of 2 layers",
+            "expert 3 also on rank 0, 2",
+            "in 2 of 2 layers",
             "times need meter_every",
         )
         assert [each for each in words if each not in text] == []

@@ -52,8 +52,8 @@ def is_odd() -> bool:
 
 # What a fault puts something else in the place of.
 PATCHED = (
-    (copies, "torch"), (copies.Copies, "start"), (gradients, "Returning"), (gradients.Loan, "collect"),
-    (GradientSums, "add"), (Placement, "home"),
+    (copies, "torch"), (copies.Copies, "start"), (gradients, "torch"), (gradients, "Returning"),
+    (gradients.Loan, "collect"), (GradientSums, "add"), (Placement, "home"),
 )  # fmt: skip
 
 
@@ -110,6 +110,13 @@ def no_memory() -> tuple[str, float]:
     layer = layer_in_a_window(CASE, Windows())
     if is_odd():
         copies.torch = _FullMemory()  # type: ignore[attr-defined]
+    return told(lambda: forward_backward(layer, CASE, case_data(CASE)))
+
+
+def no_memory_for_sums() -> tuple[str, float]:
+    layer = layer_in_a_window(CASE, Windows())
+    if dist.get_rank() == HOME:
+        gradients.torch = _FullMemory()  # type: ignore[attr-defined]
     return told(lambda: forward_backward(layer, CASE, case_data(CASE)))
 
 
@@ -182,6 +189,9 @@ FAULTS = {
     "a placement that differs": Fault(other_placement, "rank 2 came to another placement"),
     "copies on one rank alone": Fault(copies_alone, "rank 2 in the placement pass"),
     "no memory for a copy": Fault(no_memory, "no memory for a copy of expert 1", is_everywhere=False),
+    "no memory for sums that come home": Fault(
+        no_memory_for_sums, "no memory for the gradient sums of copies of expert 7", is_everywhere=False
+    ),
     "a gradient added twice": Fault(sums_that_went_wrong, "of 3 passes", ("twice",), is_everywhere=False),
     "a gradient forgotten": Fault(sums_that_went_wrong, "of 1 passes", ("forgotten",), is_everywhere=False),
     "a gradient sent to another home": Fault(

@@ -127,14 +127,27 @@ class Returning:
                     assert part is not None, "a trained weight has a gradient, be it zero"
                     sends.append(message(move.target, part.to(dtype).contiguous()))
             elif move.target == self._link.rank:
-                room = {
-                    index: torch.empty_like(self._like[index], dtype=dtype, device=self._device)
-                    for index, dtype in types.items()
-                }
+                room = self._room_for(move.expert, types)
                 came.append(_Came(move, labels, torch.empty_like(labels), room))
                 receives += [message(move.source, each) for each in (came[-1].labels, *room.values())]
         tags = replace(self._tags, peers=f"sums of window {self._window}, round {self._number}")
         return _Round(self._link.start("replicas", sends, receives, tags), sends, came)
+
+    def _room_for(self, expert: int, types: Mapping[int, torch.dtype]) -> dict[int, Tensor]:
+        """Room for an expert's sums that come. Raises EngineError, of which the others hear, where there is none."""
+        try:
+            return {
+                index: torch.empty_like(self._like[index], dtype=dtype, device=self._device)
+                for index, dtype in types.items()
+            }
+        except RuntimeError as error:  # torch's out of memory is one, on any device
+            num_bytes = sum(self._like[index].numel() * dtype.itemsize for index, dtype in types.items())
+            named = EngineError(
+                f"{self._tags.layer or 'MoE layer'}: no memory for the gradient sums of copies of expert {expert}, "
+                f"{num_bytes:,} bytes ({error}); lower moe_ep.replicas, or set it to 0"
+            )
+            self._link.abandon(named, self._tags)
+            raise named from error
 
     def add_to(self, totals: list[list[Tensor | None]]) -> None:
         """Waits for the sums, and adds them up per own expert and weight. Raises EngineError for sums of others.
