@@ -29,13 +29,13 @@ gc.collect()
 gc.freeze()
 gc.set_threshold(20_000, *gc.get_threshold()[1:])
 
-FULL = (tuner.PROBES, benchmark.STAGES, benchmark.MOST_ROUNDS, tuner.MOST)
-tuner.PROBES, benchmark.STAGES, benchmark.MOST_ROUNDS, tuner.MOST = 1, (1, 1, 1), 1, 3
+FULL = (tuner.PROBES, tuner.WIRE_PROBES, tuner.MOST), (benchmark.LEAST_ROUNDS, benchmark.MOST_ROUNDS)
+(tuner.PROBES, tuner.WIRE_PROBES, tuner.MOST), (benchmark.LEAST_ROUNDS, benchmark.MOST_ROUNDS) = (1, 1, 3), (1, 1)
 
 
 def full_measurement() -> None:
     """Lets layers of this rank measure as long as a user's do."""
-    tuner.PROBES, benchmark.STAGES, benchmark.MOST_ROUNDS, tuner.MOST = FULL
+    (tuner.PROBES, tuner.WIRE_PROBES, tuner.MOST), (benchmark.LEAST_ROUNDS, benchmark.MOST_ROUNDS) = FULL
 
 
 LARGE_PAGE = 2 << 20

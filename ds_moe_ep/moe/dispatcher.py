@@ -43,7 +43,8 @@ from ds_moe_ep.moe.replicas.replicas import Replicas, Window
 from ds_moe_ep.moe.router import sent_weights, use_triton
 from ds_moe_ep.moe.routes import Routes
 from ds_moe_ep.moe.tensor_parallel.early import EarlyGather
-from ds_moe_ep.moe.tuner import AutotuneRun, Choice, Drift, LinkMeter
+from ds_moe_ep.moe.tuner import AutotuneRun, Choice
+from ds_moe_ep.moe.tuning.retuning import Retuning
 from ds_moe_ep.moe.two_level.connection import Connection, may_copy
 from ds_moe_ep.moe.two_level.plan import begin_two_level, num_told
 
@@ -68,7 +69,7 @@ class Dispatcher:
         self._observer: Observer | None = None
         self._is_blocking = False
         self._choice: Choice | None = None
-        self._drift, self._link = Drift(config.retune_drift), LinkMeter(config.retune_drift)
+        self._retuning = Retuning(config.retune_drift)
         self._num_calls = 0
         self._history = 0  # a digest of the backward passes so far
         self._layout = LastLayout()
@@ -110,6 +111,11 @@ class Dispatcher:
     def choice(self) -> Choice | None:
         """The schedule that "auto" stands for; None before the first pass of training."""
         return self._choice
+
+    @property
+    def retuning(self) -> Retuning:
+        """The drift since its schedule was measured."""
+        return self._retuning
 
     @property
     def recorder(self) -> Recorder:
@@ -166,7 +172,7 @@ class Dispatcher:
         own = self._config
         assert (config.num_experts, config.ep_size) == (own.num_experts, own.ep_size), "these shape parameters"
         self._config = config
-        self._drift, self._link = Drift(config.retune_drift), LinkMeter(config.retune_drift)
+        self._retuning = Retuning(config.retune_drift, self._retuning.alike)
         self.forget_choice()
 
     def connect(self, transport: Transport, torus: Torus | None = None) -> None:
@@ -279,7 +285,7 @@ class Dispatcher:
         """
         config, connection, in_triton = self._config, self.checked_connection(), use_triton(self._config, x_TD.device)
         transport, row_type = connection.transport, (x_TD.shape[1], x_TD.dtype)
-        sees_drift = self._link.is_beyond_bound() or self._drift.is_beyond_bound()
+        sees_drift = self._retuning.is_due()
         call = Call(self._name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
         two_level = None if routes.weighs_rows and config.two_level == "auto" else connection.two_level
@@ -354,20 +360,18 @@ class Dispatcher:
         transport = self.checked_connection().transport
         if self._config.schedule != "auto" or transport.size == 1 or torch.is_inference_mode_enabled():
             return
-        self._drift.see(plan.num_received)
+        is_of_rows = self._retuning.rows.is_beyond_bound()
+        self._retuning.rows.see(plan.num_received)
         if self._choice is not None and not plan.is_drift_seen:
             return
-        if shared is not None:
-            shared = replace(shared, x_TD=shared.x_TD.detach())
-        lanes = self._lanes_on(rows_ND.device)
-        rows_ND = rows_ND.detach()
+        shared = None if shared is None else replace(shared, x_TD=shared.x_TD.detach())
+        lanes, rows_ND = self._lanes_on(rows_ND.device), rows_ND.detach()
         run = AutotuneRun(self._config, rows_ND, plan, experts, transport, self.torus, lanes, shared, self._name)
         before = self._choice
         self.take_choice(choice := run.choose())
         if self._replicas is not None:
             self._replicas.take_costs(*run.measured[-1], rows_ND, experts)
-        self._drift.restart()
-        self._link.restart(before is None or before.knobs != choice.knobs)
+        self._retuning.measured(self, choice, before, run.agree, is_of_rows)
 
     def _context(
         self, rows_ND: Tensor, plan: DispatchPlan, experts: LocalExperts, call: Call, shared: SharedExpert | None
@@ -393,5 +397,4 @@ class Dispatcher:
         recorder, rank = Both.of(self._recorder, self._clock), self.checked_connection().transport.rank
         if self._choice is None or self._config.schedule != "auto" or self._is_blocking:
             return recorder
-        num_rows = sum(sum(rows) for peer, rows in enumerate(plan.send_rows_PL) if peer != rank)
-        return Both.of(recorder, self._link.recorder(device, rank, num_rows))
+        return Both.of(recorder, self._retuning.link.recorder(device, rank, plan))

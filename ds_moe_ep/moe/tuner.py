@@ -2,13 +2,14 @@
 
 On the first forward pass of training, with its real rows and experts:
 
-1. Probe: one exchange of the near rows, of the far rows and of next to nothing, and one serial pass, each a few times.
-   The ranks average what they measured: from here on all of them compute with the same numbers.
+1. Probe: one exchange of the near rows, of the far rows and of next to nothing, all ranks at once, and one serial pass,
+   each a few times. The ranks average what they measured: from here on all of them compute with the same numbers.
 2. Price every candidate (`price.py`) and keep those that cost nearly as little as the cheapest, and the cheapest of
    each kind: prices know no processor time, and tie where a link is nearly idle or nearly full.
-3. Benchmark these beside the serial schedule, forward and backward, alternating, in stages: after each the slower half
-   is out, and the last two go on until their rounds tell them apart. Of two that are as fast the cheaper one, of fewer
-   pieces, is taken. It wins only where it is faster than serial by more than chance; else the layer stays serial.
+3. Benchmark these beside the serial schedule, forward and backward, alternating, round by round (`benchmark.py`): the
+   slower ones leave as soon as the rounds say so, until no other is likely to be faster by more than may be lost. Of
+   those that are as fast the cheapest one, of fewer pieces, is taken. It wins only where it is faster than serial by
+   more than chance; else the layer stays serial.
 
 A choice changes the time; results are as equal as between any two schedules (ARCHITECTURE.md). A measurement leaves no
 gradient, fires no parameter's hook, and puts random numbers and experts' buffers back. When the rows that a rank
@@ -22,9 +23,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -36,6 +39,7 @@ from ds_moe_ep.comm.transport import Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
+from ds_moe_ep.moe.agreement import Agreement, Call, Mode
 from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.executor import PassContext, Steps, run, run_experts
 from ds_moe_ep.moe.experts import LocalExperts, SharedExpert
@@ -49,14 +53,15 @@ from ds_moe_ep.schedule.benchmark import SERIAL, benchmark, described
 from ds_moe_ep.schedule.build import Op, OpKind, Piece, Schedule, backward_schedule, forward_schedule, pieces_of
 from ds_moe_ep.schedule.drift import LinkDrift, LinkSample
 from ds_moe_ep.schedule.price import Costs, probe_pieces, ranked
-from ds_moe_ep.schedule.spans import Span, Tags
+from ds_moe_ep.schedule.spans import Tags
 
-PROBES = 2  # measured runs of each probe, after one that warms up
+PROBES = 2  # serial passes that are recorded,
+WIRE_PROBES = 2  # and times as many exchanges of each kind, behind one that warms up
 NEAR = 0.05  # of the lowest price: what is closer is worth a measurement
 MOST = 6  # schedules in the first stage, serial beside them
 PRICE_STEP = 1e-3  # of the lowest price: what is closer counts as equal
 SMOOTHING = 0.05  # weight of one pass in the mean of received rows: some 20 passes count, and no odd batch alone
-MIN_PASSES = 200  # between two measurements, each as long as some thirty passes
+MIN_PASSES = 200  # between two measurements, each as long as some 25 passes
 
 CHOSEN = ("schedule", "peer_group_size", "row_cuts", "chunks", "depth", "weight_blocks", "two_level")
 
@@ -106,8 +111,10 @@ class Drift:
         self._mean = 0.0
         self._passes = 0
 
-    def restart(self) -> None:
-        """A measurement was made: the smoothed rows of now are the base of the next one."""
+    def restart(self, measured: Drift | None = None) -> None:
+        """A measurement was made: the smoothed rows of now are the base of the next one, or those of `measured`."""
+        if measured is not None:
+            self._mean = self._base = measured._mean
         self._base, self._passes = self._mean, 0
 
     def see(self, rows: int) -> None:
@@ -136,11 +143,12 @@ class LinkMeter:
         self._recorder: Recorder = Off()
         self._num_rows = 0
 
-    def recorder(self, device: torch.device, rank: int, num_rows: int) -> Recorder:
-        """The recorder of a training pass that sends so many rows to other ranks; off for most of them."""
+    def recorder(self, device: torch.device, rank: int, plan: DispatchPlan) -> Recorder:
+        """The recorder of a training pass; off for most of them."""
         if not self._drift.passes():
             return Off()
-        self._recorder, self._num_rows = make_recorder(device, rank), num_rows
+        self._recorder = make_recorder(device, rank)
+        self._num_rows = sum(sum(rows) for peer, rows in enumerate(plan.send_rows_PL) if peer != rank)
         return self._recorder
 
     def is_beyond_bound(self) -> bool:
@@ -172,9 +180,10 @@ class AutotuneRun:
     shared: SharedExpert | None = None
     layer: str = ""  # its name, by which a rank that ends meanwhile is told
     measured: list[tuple[Costs, int]] = dataclasses.field(default_factory=list)  # for so many rows per rank
+    rounds: Iterator[int] = dataclasses.field(default_factory=count)
 
     def choose(self) -> Choice:
-        """The schedule to take. Collective over the group; some thirty passes long, fifty on a busy machine."""
+        """The schedule to take. Collective over the group; some 25 passes long, 45 on a busy machine."""
         with _undisturbed(self.experts, self.rows_ND.device):
             return self._choose()
 
@@ -223,54 +232,64 @@ class AutotuneRun:
     def _pieces(self, knobs: Mapping[str, Any]) -> tuple[Piece, ...]:
         return pieces_of(dataclasses.replace(self.config, **knobs), self.torus)
 
+    def agree(self, statements: Sequence[bool]) -> list[bool]:
+        """Which of the statements hold on every rank of the group. Collective."""
+        return [share == 1 for share in self._mean([float(each) for each in statements])]
+
     def measure_costs(self) -> Costs:
         """The mean rank's costs, the same on every rank. Collective."""
         num_rows = int(self._mean([len(self.rows_ND)])[0])
-        pieces = probe_pieces(self.torus, num_rows)
-        found = [self._costs_of(self._wire_spans(pieces), self._serial_spans()) for _ in range(PROBES + 1)][1:]
+        wire_us = self._wire_us(probe_pieces(self.torus, num_rows))
+        passes = [self._compute_us() for _ in range(PROBES)]
         # The least of the runs: what disturbs a measurement makes it longer, never shorter.
-        values = torch.tensor([dataclasses.astuple(costs) for costs in found], dtype=torch.float64).amin(0)
+        nothing_us, near_us, far_us, little_us, *compute_us = self._mean(
+            [*wire_us, *map(min, zip(*passes, strict=True))]
+        )
         costs = Costs(
-            **dict(zip((f.name for f in dataclasses.fields(Costs)), self._mean(values.tolist()), strict=True))
+            near_us=max(near_us - little_us, 0.0),
+            far_us=max(far_us - little_us, 0.0),
+            latency_us=max(little_us - nothing_us, 0.0),
+            forward_us=compute_us[0],
+            input_grad_us=compute_us[1],
+            weight_grad_us=compute_us[2],
         )
         self.measured.append((costs, num_rows))
         return costs
 
-    def _costs_of(self, wire: Sequence[Span], serial: Sequence[Span]) -> Costs:
-        near_us, far_us, latency_us = (span.stop_us - span.start_us for span in wire)
-        computes = [span for span in serial if span.lane == "compute"]
+    def _compute_us(self) -> list[float]:
+        """Microseconds of the rank's computations in one serial pass: forward, input gradients, weight gradients."""
+        recorder = make_recorder(self.rows_ND.device, self.transport.rank)
+        self._pass(dataclasses.replace(self._context_of(SERIAL), recorder=recorder))
+        computes = [span for span in recorder.spans() if span.lane == "compute"]
 
         def total_us(phase: str, kind: OpKind) -> float:
             mine = [s for s in computes if s.tags.phase == phase and s.name.startswith(kind.value)]
             return sum(span.stop_us - span.start_us for span in mine)
 
-        return Costs(
-            near_us=max(near_us - latency_us, 0.0),
-            far_us=max(far_us - latency_us, 0.0),
-            latency_us=latency_us,
-            forward_us=total_us("forward", OpKind.COMPUTE),
-            input_grad_us=total_us("backward", OpKind.COMPUTE),
-            weight_grad_us=total_us("backward", OpKind.WEIGHTS),
-        )
+        kinds = ("forward", OpKind.COMPUTE), ("backward", OpKind.COMPUTE), ("backward", OpKind.WEIGHTS)
+        return [total_us(*kind) for kind in kinds]
 
-    def _wire_spans(self, pieces: tuple[Piece, ...]) -> list[Span]:
-        """One blocking dispatch of each piece, recorded."""
-        ops = tuple(Op(OpKind.DISPATCH, piece, (piece - 1,) if piece else ()) for piece in range(len(pieces)))
-        probe = Schedule("probe", self.torus, pieces, ops, depth=0)
-        recorder = make_recorder(self.rows_ND.device, self.transport.rank)
-        context = dataclasses.replace(self._context(probe, probe), recorder=recorder)
+    def _wire_us(self, pieces: tuple[Piece, ...]) -> list[float]:
+        """Microseconds until all ranks are done: with nothing, and with a dispatch of each piece. Collective.
+
+        Each begins when all ranks are there, and ends when all have their rows: else a rank that had the rows of one
+        early would wait in the next one for those that had them late, and a latency of next to nothing be as long as
+        their difference.
+        """
+        probe = Schedule("probe", self.torus, pieces, (), depth=0)
+        context = self._context(probe, probe)
         num_rows = sum(map(sum, self.plan.send_rows_PL))  # of one level, which the probe times
         rows_ND = (
             self.rows_ND if len(self.rows_ND) == num_rows else self.rows_ND.new_zeros(num_rows, self.rows_ND.shape[1])
         )
         buffers = Buffers.of(rows_ND, context.layout, self.transport.size)
-        run(probe, context, buffers, Steps("forward", compute=_nothing))
-        return recorder.spans()
-
-    def _serial_spans(self) -> list[Span]:
-        recorder = make_recorder(self.rows_ND.device, self.transport.rank)
-        self._pass(dataclasses.replace(self._context_of(SERIAL), recorder=recorder))
-        return recorder.spans()
+        probes = [
+            probe,
+            *(dataclasses.replace(probe, ops=(Op(OpKind.DISPATCH, piece),)) for piece in range(len(pieces))),
+        ]
+        works = [partial(run, each, context, buffers, Steps("forward", compute=_nothing)) for each in probes]
+        found = [[1e6 * self._timed(work) for work in works] for _ in range(1 + WIRE_PROBES * PROBES)]
+        return [min(times) for times in zip(*found[1:], strict=True)]
 
     def _benchmark(self, knobs: Sequence[Mapping[str, Any]], rounds: int, warm_ups: int) -> list[list[float]]:
         """Seconds of each, round by round, of the mean rank. Collective."""
@@ -279,17 +298,18 @@ class AutotuneRun:
         for index in range(warm_ups + rounds):
             order = list(range(len(contexts)))
             # Back and forth, so that neither a drift of the clock nor what a neighbour left in the caches favours one.
-            for side in order if index % 2 else order[::-1]:
-                seconds = self._timed(contexts[side])
+            for side in order if next(self.rounds) % 2 else order[::-1]:
+                seconds = self._timed(partial(self._pass, contexts[side]))
                 if index >= warm_ups:
                     times[side].append(seconds)
         means = self._mean([seconds for side in times for seconds in side])
         return [means[i : i + rounds] for i in range(0, len(means), rounds)]
 
-    def _timed(self, context: PassContext) -> float:
+    def _timed(self, work: Callable[[], None]) -> float:
+        """Seconds until all ranks have done their work, which all begin together. Collective."""
         self._synchronize()
         start = time.perf_counter()
-        self._pass(context)
+        work()
         self._synchronize()
         return time.perf_counter() - start
 
@@ -299,11 +319,29 @@ class AutotuneRun:
 
     def _pass(self, context: PassContext) -> None:
         """Forward and backward, weight gradients included, which are made for nobody: parameters are not asked for."""
+        self._meet(Mode.TRAINING)
         rows_ND = self.rows_ND.detach().requires_grad_()
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
             both = run_experts(rows_ND, self.experts, context, self.shared, self._weights_of_copies())
         outputs = [each for each in both if each is not None]
         torch.autograd.grad(outputs, rows_ND, [torch.ones_like(rows) for rows in outputs])
+
+    def _meet(self, mode: Mode) -> None:
+        """The exchange with which a pass of training begins, where it has one. Collective.
+
+        Ranks that wait there for each other do not go on with the next pass under the others' last transfers: without
+        it a schedule that leaves transfers at the end of a pass looks better than it is.
+        """
+        is_backward, is_cuda = mode is Mode.BACKWARD, self.rows_ND.is_cuda
+        if is_cuda and (is_backward or self.plan.maps.is_padding_N is not None):
+            return
+        row_type = (self.rows_ND.shape[1], self.rows_ND.dtype)
+        agreement = Agreement(self.transport, Call(self.layer, mode=mode), self.config.num_experts, row_type)
+        if is_backward:
+            agreement.on_backward()
+        else:
+            counts_PL = torch.zeros(self.transport.size, self.config.num_local_experts, dtype=torch.int64)
+            agreement.on_counts(counts_PL.to(self.rows_ND.device))
 
     def _weights_of_copies(self) -> Tensor | None:
         """Some weights, where nodes sum results: they change no time."""
@@ -321,10 +359,8 @@ class AutotuneRun:
         group_sizes = grouped_experts(self.config, self.experts, (forward, backward), self.rows_ND, self.plan)
         layout = lay_out(self.plan, forward, self.transport.rank, num_shared, group_sizes)
         in_triton = use_triton(self.config, self.rows_ND.device)
-        copies = self.plan.copies
-        return PassContext(
-            layout, forward, backward, self.transport, self.lanes, Off(), in_triton, self.layer, copies=copies
-        )
+        links, meet = (self.transport, self.lanes, Off()), partial(self._meet, Mode.BACKWARD)
+        return PassContext(layout, forward, backward, *links, in_triton, self.layer, meet, self.plan.copies)
 
     def _mean(self, values: Sequence[float]) -> list[float]:
         """The mean of each value over the ranks. Collective; waits for the device."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_moe_ep.bench.candidates.emulated import EmulatedExperts
 from ds_moe_ep.comm.open import open_transport
+from ds_moe_ep.comm.transport import Message, Transfer, Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
@@ -25,7 +26,8 @@ from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.tuner import Choice, Drift, LinkMeter
 from ds_moe_ep.schedule import drift
-from tests.moe.faulty_transports import Counting, Slow
+from ds_moe_ep.schedule.spans import NO_TAGS, Tags
+from tests.moe.faulty_transports import Counting, Slow, Wrapper
 from tests.ranks import run_ranks
 
 D, TOKENS = 8, 200
@@ -141,7 +143,7 @@ def choices_under_drift(watchers: tuple[int, ...]) -> list[int]:
     tuner.MIN_PASSES, tuner.SMOOTHING = 2, 1.0
     layer = make_layer(0.0, retune_drift=0.5)
     if dist.get_rank() not in watchers:
-        layer.dispatcher._drift = Drift(0.0)
+        layer.dispatcher.retuning.rows = Drift(0.0)
     passes, last = [], None
     for index in range(6):
         with torch.no_grad():
@@ -170,7 +172,7 @@ def choices_on_a_link(rows_us: tuple[float, ...], slow_rank: int | None = None) 
     drift.SAMPLE_EVERY, drift.WINDOW = 1, 4
     layer = make_layer(1.0, retune_drift=1.0)
     link = layer.dispatcher.connection.transport
-    layer.dispatcher._link = LinkMeter(1.0 if slow_rank in (None, dist.get_rank()) else 0.0)
+    layer.dispatcher.retuning.link = LinkMeter(1.0 if slow_rank in (None, dist.get_rank()) else 0.0)
     found: list[tuple[int, str]] = []
     last = None
     for index, row_us in enumerate(rows_us):
@@ -306,3 +308,34 @@ def test_a_choice_survives_as_plain_values_and_others_are_refused() -> None:
     for broken in ({}, {**choice.to_dict(), "knobs": {"num_experts": 3}}, {**choice.to_dict(), "knobs": None}):
         with pytest.raises(ConfigError, match="ckpt"):
             Choice.from_dict(broken, "ckpt")
+
+
+class InOrder(Wrapper):
+    """Keeps the order of messages and of sums, in which ranks wait for each other."""
+
+    def __init__(self, inner: Transport) -> None:
+        super().__init__(inner)
+        self.text = ""
+
+    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
+        self.text += "s"
+        return super().sum(values, tags)
+
+    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
+        self.text += lane[0]
+        return super().start(lane, sends, receives, tags)
+
+
+def order_of_a_measurement() -> str:
+    layer = make_layer(0.0, emulated=False)
+    layer.connect(transport := InOrder(layer.dispatcher.connection.transport), Torus(2, 2))
+    layer(tokens())
+    return transport.text
+
+
+def test_ranks_wait_for_each_other_around_each_probe_of_the_link() -> None:
+    """Nothing, near rows, far rows, next to nothing; twice, of which the first warms up. Serial passes follow."""
+    probes = "ss" + 3 * "sds"
+    assert [text[: 1 + 2 * len(probes) + 4] for text in run_ranks(4, order_of_a_measurement)] == [
+        "s" + 2 * probes + "dcdc"
+    ] * 4

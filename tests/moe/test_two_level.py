@@ -233,7 +233,7 @@ def others() -> dict[str, object]:
     """Recomputed and retained passes against plain ones, the measurement of "auto", and what is refused, on a rank."""
     from tests.preloaded import FULL
 
-    tuner.MOST = FULL[-1]  # as many schedules as a user's layer measures, if for a short time
+    tuner.MOST = FULL[0][-1]  # as many schedules as a user's layer measures, if for a short time
     each, links = case("recomputed", two_level="sums", top_k=4), Links()
     layer, found = build_layer(each, data := case_data(each)), dict[str, object]()
     layer.connect(links.of(each), torus_for(each))

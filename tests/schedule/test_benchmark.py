@@ -10,7 +10,16 @@ from itertools import count, repeat
 import pytest
 
 from ds_moe_ep.schedule import benchmark as benchmark_module
-from ds_moe_ep.schedule.benchmark import MOST_ROUNDS, SERIAL, STAGES, Knobs, Measure, benchmark, described
+from ds_moe_ep.schedule.benchmark import (
+    LEAST_ROUNDS,
+    MOST_KEPT,
+    MOST_ROUNDS,
+    SERIAL,
+    Knobs,
+    Measure,
+    benchmark,
+    described,
+)
 
 FINALISTS: list[Knobs] = [{"schedule": "peers", "row_cuts": cuts} for cuts in (1, 2, 3, 4)] + [
     {"schedule": "chunks", "chunks": chunks} for chunks in (2, 4)
@@ -103,8 +112,8 @@ def share_taken_badly(load: Load) -> float:
     return bad / NUM_MACHINES
 
 
-LEAST_PASSES = 7 * (1 + STAGES[0]) + 3 * STAGES[1] + 3 * STAGES[2]
-MOST_PASSES = LEAST_PASSES + 3 * (MOST_ROUNDS - STAGES[2])
+SIDES = 1 + len(FINALISTS)
+MOST_PASSES = 2 * SIDES + (1 + MOST_KEPT) * (MOST_ROUNDS - 1)
 
 
 @pytest.mark.parametrize("load", [halves, jumps, has_fast_moments])
@@ -112,15 +121,15 @@ def test_on_a_busy_machine_a_schedule_within_two_percent_of_the_fastest_is_taken
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (share := share_taken_badly(load)) <= 0.05
-    monkeypatch.setattr(benchmark_module, "STAGES", (1, 1, 1))
+    monkeypatch.setattr(benchmark_module, "LEAST_ROUNDS", 1)
     monkeypatch.setattr(benchmark_module, "MOST_ROUNDS", 1)
     assert share_taken_badly(load) > 2 * share, "rounds are what tells them apart"
 
 
-def test_rounds_go_on_only_while_the_last_two_are_not_told_apart() -> None:
+def test_rounds_go_on_only_while_the_first_ones_are_not_told_apart() -> None:
     quiet, num_quiet = pass_clock(AT_2, lambda draws: repeat(1.0), 0)
     benchmark(FINALISTS, quiet)
-    assert num_quiet[0] == LEAST_PASSES == 29
+    assert num_quiet[0] == 2 * SIDES + MOST_KEPT * (LEAST_ROUNDS - 1) == 22
     noisy, num_noisy = pass_clock((7.0, 7.0, 9.0, 9.0, 9.0, 9.0), jumps, 0)
     benchmark(FINALISTS, noisy)
     assert num_quiet[0] < num_noisy[0] <= MOST_PASSES
@@ -128,7 +137,7 @@ def test_rounds_go_on_only_while_the_last_two_are_not_told_apart() -> None:
 
 def searched(measure: Measure) -> Knobs:
     """The exhaustive search: all of them beside serial in as many rounds as any two of the benchmark get."""
-    serial_s, *times = measure([SERIAL, *FINALISTS], STAGES[0] + STAGES[1] + MOST_ROUNDS, 1)
+    serial_s, *times = measure([SERIAL, *FINALISTS], MOST_ROUNDS, 1)
     to_serial = [statistics.median(m / s for m, s in zip(each, serial_s, strict=True)) for each in times]
     best = min(range(len(FINALISTS)), key=to_serial.__getitem__)
     return FINALISTS[best] if to_serial[best] < 1 else SERIAL
@@ -172,9 +181,10 @@ def test_a_gain_within_the_spread_keeps_serial_and_one_beyond_it_does_not() -> N
 
 def test_close_ones_get_more_rounds_and_hopeless_ones_end_it() -> None:
     found = benchmark(FINALISTS, clock(AT_2))
-    assert [len(found.seconds[described(knobs)]) for knobs in FINALISTS] == [1, 6, 6, 4, 1, 1]
+    assert [len(found.seconds[described(knobs)]) for knobs in FINALISTS] == [1, 3, 3, 3, 3, 1]
+    assert [bool(seconds) for seconds in found.serial_s] == [True, False, False], "it was clear from the first two"
     over = benchmark(FINALISTS, clock((11.0,) * 6))
-    assert over.leader == SERIAL and all(len(seconds) == STAGES[0] for seconds in over.seconds.values())
+    assert over.leader == SERIAL and all(len(seconds) == 1 for seconds in over.seconds.values())
 
 
 def test_one_schedule_or_none_beside_serial_is_a_benchmark_too() -> None:

@@ -1,4 +1,7 @@
-"""Choices of `"schedule": "auto"`: told in the log and kept in checkpoints, so that a run repeats itself."""
+"""Choices of `"schedule": "auto"`: shared by layers alike, told in the log and kept in checkpoints.
+
+So layers alike measure once, and a resumed run repeats itself.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.convert.read import load_file
 from ds_moe_ep.engine.checkpoint.load import MAIN_FILE, folder_to_load
@@ -14,27 +19,39 @@ from ds_moe_ep.engine.extensions.callback import EngineCallback, LoadCall, SaveC
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.errors import ConfigError, EngineError
 from ds_moe_ep.moe.tuner import Choice
+from ds_moe_ep.moe.tuning.alike import AlikeLayers
 
 KEY = "moe_ep_schedules"  # in the checkpoint's client state
 
 
 class ChoiceKeeper(EngineCallback):
-    """Logs each choice once, on rank 0, and lets choices travel in the client state of checkpoints.
+    """Lets layers alike share a choice, logs each once, on rank 0, and lets choices travel in checkpoints.
 
     A choice is taken only by a layer whose schedule is 'auto', on the torus that it was made for; a layer without one
     measures in its first pass of training.
     """
 
-    def __init__(self, layers: Mapping[str, OverlappedLayer]) -> None:
+    def __init__(self, layers: Mapping[str, OverlappedLayer], model: nn.Module) -> None:
         self._layers = layers
         self._logged: dict[str, Choice] = {}
+        modules = dict(model.named_modules())
+        self._alike = AlikeLayers(
+            {layer.dispatcher: modules[name] for name, layer in layers.items() if name in modules}
+        )
+
+    def close(self) -> None:
+        self._alike.part()
 
     def after_step(self, step: StepCall) -> None:
+        new: dict[int, list[str]] = {}  # by choice, of which layers alike have the same one
         for name, layer in self._layers.items() if step.is_applied else ():
             choice = layer.choice
             if choice is not None and self._logged.get(name) is not choice:
                 self._logged[name] = choice
-                seams.log_rank0(f"{name}: schedule chosen: {choice}")
+                new.setdefault(id(choice), []).append(name)
+        for first, *others in new.values():
+            also = f" and {len(others)} layers alike" if others else ""
+            seams.log_rank0(f"{first}{also}: schedule chosen: {self._logged[first]}")
 
     def around_save(self, save: SaveCall, proceed: Callable[[SaveCall], Any]) -> Any:
         made = choices_of(self._layers)

@@ -119,7 +119,7 @@ def _callbacks(
         yield StackedExperts(engine)
     yield FrozenExperts(engine)
     yield RandomStates(engine, sizes)
-    yield ChoiceKeeper(layers)
+    yield ChoiceKeeper(layers, engine.module)
     yield Supervision(engine, watch)
 
 
