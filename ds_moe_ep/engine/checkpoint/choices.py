@@ -22,13 +22,15 @@ from ds_moe_ep.moe.tuner import Choice
 from ds_moe_ep.moe.tuning.alike import AlikeLayers
 
 KEY = "moe_ep_schedules"  # in the checkpoint's client state
+OTHERS = "others"  # of a layer there: choices of the expert groups beside that of the rank that wrote the file
 
 
 class ChoiceKeeper(EngineCallback):
     """Lets layers alike share a choice, logs each once, on rank 0, and lets choices travel in checkpoints.
 
-    A choice is taken only by a layer whose schedule is 'auto', on the torus that it was made for; a layer without one
-    measures in its first pass of training.
+    A choice is taken only by a layer whose schedule is 'auto', on the torus that it was made for: that of its own
+    expert group where the same ranks are one again, else that of the first group. A layer without one measures in its
+    first pass of training.
     """
 
     def __init__(self, layers: Mapping[str, OverlappedLayer], model: nn.Module) -> None:
@@ -54,7 +56,7 @@ class ChoiceKeeper(EngineCallback):
             seams.log_rank0(f"{first}{also}: schedule chosen: {self._logged[first]}")
 
     def around_save(self, save: SaveCall, proceed: Callable[[SaveCall], Any]) -> Any:
-        made = choices_of(self._layers)
+        made = of_all_groups(choices_of(self._layers))
         state = {**(save.client_state or {}), **({KEY: made} if made else {})}
         return proceed(replace(save, client_state=state))
 
@@ -78,10 +80,21 @@ def choices_of(layers: Mapping[str, OverlappedLayer]) -> dict[str, Any]:
     """The choices as plain values, by layer; layers without one are left out."""
     made = {name: (layer, layer.choice) for name, layer in layers.items()}
     return {
-        name: {"torus": torus_of_layer(layer), "choice": choice.to_dict()}
+        name: {"torus": torus_of_layer(layer), "ranks": ranks_of_layer(layer), "choice": choice.to_dict()}
         for name, (layer, choice) in made.items()
         if choice is not None
     }
+
+
+def of_all_groups(made: dict[str, Any]) -> dict[str, Any]:
+    """This rank's choices, each with those of the layer's other expert groups. Collective over the world."""
+    told = seams.gather(made)
+    found: dict[str, Any] = {}
+    for name, entry in made.items():
+        by_group = {tuple(theirs[name]["ranks"]): theirs[name] for theirs in told if name in theirs}
+        by_group.pop(tuple(entry["ranks"]))
+        found[name] = {**entry, OTHERS: list(by_group.values())}
+    return found
 
 
 def take_choices(layers: Mapping[str, OverlappedLayer], saved: Mapping[str, Any], path: str) -> None:
@@ -102,7 +115,9 @@ def choices_in(
         if not isinstance(entry, Mapping) or not {"torus", "choice"} <= set(entry):
             raise ConfigError(f"{path}: {KEY}.{name}={entry!r}: expected a torus and a choice; leave it out")
         if layer is not None and layer.config.schedule == "auto" and torus_of_layer(layer) == entry["torus"]:
-            taken.append((layer, Choice.from_dict(entry["choice"], f"{path}: {KEY}.{name}")))
+            others = entry.get(OTHERS) or ()
+            own = next((each for each in others if each["ranks"] == ranks_of_layer(layer)), entry)
+            taken.append((layer, Choice.from_dict(own["choice"], f"{path}: {KEY}.{name}")))
     return taken
 
 
@@ -110,3 +125,8 @@ def torus_of_layer(layer: OverlappedLayer) -> list[int]:
     """Nodes, and ranks of a node, of the layer's expert group, as JSON has them."""
     torus = layer.dispatcher.torus
     return [torus.num_nodes, torus.node_size]
+
+
+def ranks_of_layer(layer: OverlappedLayer) -> list[int]:
+    """Ranks of the world that share the layer's experts."""
+    return list(layer.dispatcher.checked_connection().transport.ranks)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 import ds_moe_ep
 from ds_moe_ep.errors import ConfigError, EngineError
@@ -54,6 +55,25 @@ def test_a_resumed_run_takes_the_choices_of_its_checkpoint(tmp_path: pathlib.Pat
     assert before == {"layers.0": None, "layers.1": None}
     assert all(choice is not None for choice in after.values())
     assert loaded == after == later
+
+
+def save_and_load_in_groups(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Choices of this rank, of which each expert group has its own, when saved and when a new engine has loaded."""
+    job = replace(AUTO, ep_size=2, stage=1)
+    engine = make_engine(job)
+    train_steps(engine, job, batches(job)[:1])
+    for layer in engine.moe_ep_layers.values():
+        layer.dispatcher.take_choice(replace(layer.choice, serial_ms=float(dist.get_rank() // 2)))
+    engine.save_checkpoint(folder)
+    resumed = make_engine(replace(job, seed=9))
+    resumed.load_checkpoint(folder)
+    return choices_of(engine), choices_of(resumed)
+
+
+def test_each_expert_group_takes_its_own_choices_again(tmp_path: pathlib.Path) -> None:
+    results = run_ranks(4, save_and_load_in_groups, str(tmp_path), timeout_s=90)
+    assert all(loaded == saved for saved, loaded in results)
+    assert results[0][0] == results[1][0] != results[2][0], "the control: the groups' choices differ"
 
 
 def test_choices_for_another_torus_or_schedule_or_an_unknown_layer_are_left_and_broken_ones_refused() -> None:
