@@ -83,7 +83,7 @@ def test_the_table_has_a_row_per_candidate_and_a_dash_where_nothing_was_measured
         (["--nodes", "2"], "product is 16"),
         (["--device", "real"], "--links"),
         (["--no-testbed"], "--links none"),
-        (["--warm-ups", "0"], "--warm-ups=0: give a whole number of 1 or more"),
+        (["--warm-ups", "-1"], "--warm-ups=-1: give a whole number of 0 or more"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

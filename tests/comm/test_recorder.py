@@ -11,6 +11,8 @@ import torch
 
 from ds_moe_ep.comm.lanes import HostLanes, Lanes
 from ds_moe_ep.comm.recorder import Both, HostRecorder, Off, make_recorder
+from ds_moe_ep.kernels.permute import RowMaps
+from ds_moe_ep.moe.dispatch_plan import DispatchPlan
 from ds_moe_ep.moe.tuner import LinkMeter
 from ds_moe_ep.schedule import drift
 from ds_moe_ep.schedule.drift import LinkDrift, LinkSample
@@ -150,7 +152,9 @@ def test_on_cuda_the_tuner_reads_a_recorded_pass_when_the_device_is_behind_it(mo
     seen: list[LinkSample] = []
     monkeypatch.setattr(LinkDrift, "see", lambda self, sample: seen.append(sample))
     meter = LinkMeter(0.5)
-    recorder = meter.recorder(torch.device("cuda"), 0, num_rows=10)
+    none = torch.empty(0, dtype=torch.int64)
+    plan = DispatchPlan(RowMaps(none, none.view(0, 1)), ((5,), (10,)), ((5,), (10,)))  # ten rows for the other rank
+    recorder = meter.recorder(torch.device("cuda"), 0, plan)
     for lane in ("dispatch", "compute", "combine"):
         with recorder.scope(lane, lane, Tags("layer", "forward")):
             pass

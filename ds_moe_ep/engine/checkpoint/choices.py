@@ -26,7 +26,7 @@ OTHERS = "others"  # of a layer there: choices of the expert groups beside that 
 
 
 class ChoiceKeeper(EngineCallback):
-    """Lets layers alike share a choice, logs each once, on rank 0, and lets choices travel in checkpoints.
+    """Lets layers alike share a choice, logs each once, on rank 0, and takes those of a checkpoint.
 
     A choice is taken only by a layer whose schedule is 'auto', on the torus that it was made for: that of its own
     expert group where the same ranks are one again, else that of the first group. A layer without one measures in its
@@ -55,11 +55,6 @@ class ChoiceKeeper(EngineCallback):
             also = f" and {len(others)} layers alike" if others else ""
             seams.log_rank0(f"{first}{also}: schedule chosen: {self._logged[first]}")
 
-    def around_save(self, save: SaveCall, proceed: Callable[[SaveCall], Any]) -> Any:
-        made = of_all_groups(choices_of(self._layers))
-        state = {**(save.client_state or {}), **({KEY: made} if made else {})}
-        return proceed(replace(save, client_state=state))
-
     def before_load(self, load: LoadCall) -> None:
         folder = folder_to_load(Path(load.load_dir), load.tag)
         if folder is not None and (folder / MAIN_FILE).is_file():
@@ -74,6 +69,20 @@ class ChoiceKeeper(EngineCallback):
         if state:
             take_choices(self._layers, state.pop(KEY, {}), str(path))
         return path, state
+
+
+class SavedChoices(EngineCallback):
+    """Puts the choices into the client state of a checkpoint."""
+
+    def __init__(self, layers: Mapping[str, OverlappedLayer]) -> None:
+        self._layers = layers
+
+    def around_save(self, save: SaveCall, proceed: Callable[[SaveCall], Any]) -> Any:
+        if not any(layer.config.schedule == "auto" for layer in self._layers.values()):
+            return proceed(save)
+        made = of_all_groups(choices_of(self._layers))
+        state = {**(save.client_state or {}), **({KEY: made} if made else {})}
+        return proceed(replace(save, client_state=state))
 
 
 def choices_of(layers: Mapping[str, OverlappedLayer]) -> dict[str, Any]:

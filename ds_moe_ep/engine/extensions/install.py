@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams, step_seams
-from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
+from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper, SavedChoices
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
 from ds_moe_ep.engine.checkpoint.loading.frozen import FrozenExperts
@@ -120,6 +120,7 @@ def _callbacks(
     yield FrozenExperts(engine)
     yield RandomStates(engine, sizes)
     yield ChoiceKeeper(layers, engine.module)
+    yield SavedChoices(layers)
     yield Supervision(engine, watch)
 
 

@@ -6,7 +6,7 @@ before them on the way in and after them on the way out.
 
 from __future__ import annotations
 
-from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper
+from ds_moe_ep.engine.checkpoint.choices import ChoiceKeeper, SavedChoices
 from ds_moe_ep.engine.checkpoint.folders import IncompleteCheckpoints
 from ds_moe_ep.engine.checkpoint.load import SavedEpSize
 from ds_moe_ep.engine.checkpoint.loading.frozen import FrozenExperts
@@ -41,7 +41,7 @@ ORDER: tuple[type[EngineCallback], ...] = (
     MeterReport,
     # A save that goes on in the background has ended before anybody looks into the folder.
     FinishedSaves,
-    # Puts the choices into the client state before anybody saves it, and takes them from it when all is loaded.
+    # Takes the choices from the client state when all is loaded.
     ChoiceKeeper,
     # Refuses a checkpoint before anything of it is written.
     ExpertFiles,
@@ -57,7 +57,8 @@ ORDER: tuple[type[EngineCallback], ...] = (
     FrozenExperts,
     # Innermost of those that save: it calls the engine's own method with a folder of its own.
     SafeSaver,
-    # Inside of it: the saver knows what to say of a rank that does not come to this exchange either.
+    # Inside of it: the saver knows what to say of a rank that does not come to these exchanges either.
+    SavedChoices,
     RandomStates,
     # Hears of a skipped step first, before anything is reported of it; hears the loss as the model gave it.
     SkippedSteps,

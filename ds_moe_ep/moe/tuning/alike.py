@@ -12,7 +12,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from itertools import islice
 from typing import Protocol
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -48,10 +50,13 @@ class TunedLayer(Protocol):
 
 
 class AlikeLayers:
-    """The layers of one model, in its order, of which those alike share their choices. The same on every rank."""
+    """The layers of one model, in its order, of which those alike share their choices. The same on every rank.
+
+    It keeps none of them alive: a layer that is gone has given back its groups and lanes.
+    """
 
     def __init__(self, layers: Mapping[TunedLayer, nn.Module]) -> None:
-        self._layers = dict(list(layers.items())[:MOST_LAYERS])
+        self._layers = WeakKeyDictionary({layer: ref(module) for layer, module in islice(layers.items(), MOST_LAYERS)})
         for layer in self._layers:
             layer.retuning.alike = self
 
@@ -80,12 +85,16 @@ class AlikeLayers:
                 layer.take_choice(choice)
                 layer.retuning.restart(True, source.retuning)
 
+    def _module_of(self, layer: TunedLayer) -> nn.Module | None:
+        module = self._layers.get(layer)
+        return None if module is None else module()
+
     def _kind(self, layer: TunedLayer) -> Hashable:
         """All that the time of a layer's schedules depends on, but for its rows; None where no other's choice serves.
 
         Copies of experts are priced by what their own layer has measured, and callbacks may take any time.
         """
-        connection, config, module = layer.connection, layer.config, self._layers.get(layer)
+        connection, config, module = layer.connection, layer.config, self._module_of(layer)
         if connection is None or module is None or config.schedule != "auto" or config.replicas:
             return None
         if isinstance(connection.transport, WithCallbacks):
