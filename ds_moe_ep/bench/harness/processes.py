@@ -10,6 +10,7 @@ import queue
 import random
 import signal
 import socket
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -50,9 +51,25 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def end_with_caller() -> None:
+    """Ends this rank when the process that asked for it ends, however it ends.
+
+    A fork server lives as long as one of its ranks does, and no rank of it would hear of the caller's end as its child.
+    """
+    die_with_parent()
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        threading.Thread(target=_end_behind, args=(caller,), name="ds_moe_ep caller", daemon=True).start()
+
+
+def _end_behind(caller: Any) -> None:
+    caller.join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def live_as_rank(rank: int, findings: Any, run: Callable[[Tell], object]) -> None:
     """The life of one rank: `run(tell)` to its end, with its error told to the parent; rank 0 tells what it finds."""
-    die_with_parent()
+    end_with_caller()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     tell = findings.put if rank == 0 else silent
     try:

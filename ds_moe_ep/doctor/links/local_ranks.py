@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from ds_moe_ep.bench.harness.processes import Finding, die_with_parent, free_port, loopback_environment, started_ranks
+from ds_moe_ep.bench.harness.processes import Finding, end_with_caller, free_port, loopback_environment, started_ranks
 from ds_moe_ep.comm.launcher import launched
 from ds_moe_ep.doctor.links.outcome import LinksOutcome, LinkTrial, Presence, outcome_from
 
@@ -32,7 +32,7 @@ class Ended(Exception):
 
 def run_rank(rank: int, plan: LocalPlan, inbox: Any) -> None:
     """The whole life of one rank; rank 0 hands over the outcome."""
-    die_with_parent()
+    end_with_caller()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ.update(loopback_environment(rank, plan.num_ranks, plan.port))
     from ds_moe_ep.doctor.links.ranks import try_links
