@@ -5,7 +5,8 @@
 3. Each rank sends its pickled result, or its exception with the traceback, and waits for the parent's release, so
    that nobody leaves while another still reads from it. A rank that failed waits a moment only: its exit wakes
    the ranks that wait for it.
-4. Whoever has not answered at the time limit is asked for its stack and killed. No rank outlives the call.
+4. Whoever has not answered at the time limit is asked for its stack and killed. No rank outlives the call, nor
+   the process that made it.
 
 A `RankPool` (the fixture `pool`) has the ranks of one world run one function after the other.
 """
@@ -13,7 +14,6 @@ A `RankPool` (the fixture `pool`) has the ranks of one world run one function af
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import forkserver
 from typing import Any
+
+from ds_moe_ep.bench.harness.processes import end_with_caller
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # What ranks import, heavy things that DeepSpeed imports late included: each is loaded once, in the fork server.
@@ -293,10 +295,7 @@ def _fork_server() -> Any:
 
 def _rank_main(orders: Orders, pipe: Any) -> None:
     """A rank's life: join, then run, answer and wait for the next function, until the release."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the fork server, which dies with the test
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with_caller()
     stack_file = open(orders.stack_path, "w")  # noqa: SIM115 (faulthandler keeps it open)
     faulthandler.register(signal.SIGUSR1, file=stack_file)
     faulthandler.enable(file=stack_file)

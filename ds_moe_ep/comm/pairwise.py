@@ -84,12 +84,12 @@ class Pairwise(GroupTransport):
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         place = self.begin(tags, lane)
-        group = self.groups.lanes[lane]
         if isinstance(sends, CutMessages) and isinstance(receives, CutMessages):
             return self._start_cut(lane, place, sends, receives)
         sends, receives = self.keep_own(sends, receives)
         if not sends and not receives:
             return Done()
+        group = self.groups.lanes[lane]
         is_on_host = not (sends or receives)[0].buffer_RD.is_cuda
         if not is_on_host:
             works: Sequence[dist.Work] = nccl.exchange(group, *_apart(sends), *_apart(receives))

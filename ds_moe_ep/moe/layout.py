@@ -102,17 +102,17 @@ class RowLayout:
 
     @cached_property
     def run_cuts(self) -> Cuts | None:
-        """MessageCuts of the stacked rows at the ends of all runs; none where products are grouped."""
+        """Cuts of the stacked rows at the ends of all runs; none where products are grouped."""
         return None if self.groupings else Cuts.of([span for rows in self.pieces for _, span in rows.runs])
 
     @cached_property
     def sent_cuts(self) -> MessageCuts | None:
-        """MessageCuts of the sent rows, and of the results that come back to their places."""
+        """Cuts of the sent rows, and of the results that come back to their places."""
         return MessageCuts.of([rows.sent for rows in self.pieces], self.rank)
 
     @cached_property
     def received_cuts(self) -> MessageCuts | None:
-        """MessageCuts of the received rows as they lie on the wire, and of their results."""
+        """Cuts of the received rows as they lie on the wire, and of their results."""
         return MessageCuts.of([rows.received for rows in self.pieces], self.rank)
 
 

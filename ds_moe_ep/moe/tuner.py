@@ -181,6 +181,7 @@ class AutotuneRun:
     layer: str = ""  # its name, by which a rank that ends meanwhile is told
     measured: list[tuple[Costs, int]] = dataclasses.field(default_factory=list)  # for so many rows per rank
     rounds: Iterator[int] = dataclasses.field(default_factory=count)
+    contexts: dict[str, PassContext] = dataclasses.field(default_factory=dict)  # by schedule, described
 
     def choose(self) -> Choice:
         """The schedule to take. Collective over the group; some 25 passes long, 45 on a busy machine."""
@@ -291,17 +292,15 @@ class AutotuneRun:
         found = [[1e6 * self._timed(work) for work in works] for _ in range(1 + WIRE_PROBES * PROBES)]
         return [min(times) for times in zip(*found[1:], strict=True)]
 
-    def _benchmark(self, knobs: Sequence[Mapping[str, Any]], rounds: int, warm_ups: int) -> list[list[float]]:
+    def _benchmark(self, knobs: Sequence[Mapping[str, Any]], rounds: int) -> list[list[float]]:
         """Seconds of each, round by round, of the mean rank. Collective."""
         contexts = [self._context_of(each) for each in knobs]
         times: list[list[float]] = [[] for _ in knobs]
-        for index in range(warm_ups + rounds):
+        for _ in range(rounds):
             order = list(range(len(contexts)))
             # Back and forth, so that neither a drift of the clock nor what a neighbour left in the caches favours one.
             for side in order if next(self.rounds) % 2 else order[::-1]:
-                seconds = self._timed(partial(self._pass, contexts[side]))
-                if index >= warm_ups:
-                    times[side].append(seconds)
+                times[side].append(self._timed(partial(self._pass, contexts[side])))
         means = self._mean([seconds for side in times for seconds in side])
         return [means[i : i + rounds] for i in range(0, len(means), rounds)]
 
@@ -351,8 +350,13 @@ class AutotuneRun:
         return copies.routes_UK.new_ones(copies.routes_UK.shape, dtype=torch.float32)
 
     def _context_of(self, knobs: Mapping[str, Any]) -> PassContext:
-        config = dataclasses.replace(self.config, **knobs)
-        return self._context(forward_schedule(config, self.torus), backward_schedule(config, self.torus))
+        """The context of a schedule's passes, the same in each round."""
+        known = self.contexts.get(described(knobs))
+        if known is None:
+            config = dataclasses.replace(self.config, **knobs)
+            schedules = forward_schedule(config, self.torus), backward_schedule(config, self.torus)
+            known = self.contexts[described(knobs)] = self._context(*schedules)
+        return known
 
     def _context(self, forward: Schedule, backward: Schedule) -> PassContext:
         num_shared = 0 if self.shared is None else len(self.shared.x_TD)

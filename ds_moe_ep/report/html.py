@@ -1,8 +1,7 @@
 """A page as one file of HTML: style and pictures are in it, nothing is fetched.
 
 One column. On a phone pictures have panels in one column, and a table that is wider scrolls in a box of its own, its
-first column in sight. Page and pictures follow the reader's choice of
-light or dark.
+first column in sight. Page and pictures follow the reader's choice of light or dark.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ CLEAR = 0.93  # times serial's, in each of two rounds: it is left without more o
 HOPELESS = 1.1  # times serial's, of all of them behind two rounds
 
 Knobs = Mapping[str, Any]
-Measure = Callable[[Sequence[Knobs], int, int], list[list[float]]]  # sides, rounds, warm-ups -> seconds per side, round
+Measure = Callable[[Sequence[Knobs], int], list[list[float]]]  # sides, rounds -> seconds per side, round
 SERIAL: Knobs = {"schedule": "serial"}
 
 
@@ -136,7 +136,7 @@ def median_of(ratios: Sequence[float]) -> tuple[float, float]:
 def benchmark(finalists: Sequence[Knobs], measure: Measure) -> ScheduleTimes:
     """The benchmark of the schedules, the cheapest first. `measure` is called for one round after the other."""
     found, left = ScheduleTimes(), list(finalists)
-    serial_s, *times = measure([SERIAL, *left], 2, 0)
+    serial_s, *times = measure([SERIAL, *left], 2)
     found.warm_up(left, [first for first, _ in times], serial_s[0])
     found.add(left, [second for _, second in times], serial_s[1])
     if not left or min(map(found.fastest_s, left)) > HOPELESS * min(serial_s):
@@ -154,7 +154,7 @@ def benchmark(finalists: Sequence[Knobs], measure: Measure) -> ScheduleTimes:
         if num_rounds >= LEAST_ROUNDS and is_serial_decided and is_settled(left, first, standing):
             break
         with_serial = [] if is_serial_decided else [SERIAL]
-        seconds = [each[0] for each in measure([*with_serial, *left], 1, 0)]
+        seconds = [each[0] for each in measure([*with_serial, *left], 1)]
         found.add(left, seconds[len(with_serial) :], seconds[0] if with_serial else 0.0)
         standing = found.standing(left)
     first = first_of(left, standing, TIE)

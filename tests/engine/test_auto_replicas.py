@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import pytest
 import torch.distributed as dist
 
 from ds_moe_ep.schedule.placement import MAX_AUTO_SLOTS, CopyCosts, Placement
@@ -24,7 +23,7 @@ from tests.engine.small_model import (
     train_steps,
 )
 from tests.engine.test_training import LOSS, WEIGHTS, Outcome, loss_distance
-from tests.moe.replica_cases import let_rows_count_alone, slots_of
+from tests.moe.replica_cases import forgetting_copies, let_rows_count_alone, slots_of
 from tests.ranks import run_ranks
 
 BY_ROWS = Job(stage=1, accumulation=2, steps=2, replicas="auto")
@@ -72,12 +71,8 @@ def in_turn(rows_E: Sequence[float], before: Placement) -> Placement:
 
 
 def all_of(jobs: Sequence[Job]) -> list[Ran]:
-    from ds_moe_ep.moe.replicas.gradients import Loan
-
-    found, collect = [ran(job) for job in jobs], Loan.collect
-    with pytest.MonkeyPatch.context() as patched:
-        if dist.get_rank() == 0:
-            patched.setattr(Loan, "collect", lambda loan: [None for _ in collect(loan)])
+    found = [ran(job) for job in jobs]
+    with forgetting_copies(is_here=dist.get_rank() == 0):
         return [*found, ran(BY_ROWS)]
 
 

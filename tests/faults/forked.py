@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import multiprocessing.connection
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from ds_moe_ep.bench.harness.processes import free_port
+from ds_moe_ep.bench.harness.processes import end_with_caller, free_port
 from tests.faults.outcomes import NUM_RANKS, Outcome
 from tests.ranks import _fork_server, _keep_shm_op_out, note_start
 
@@ -62,10 +60,7 @@ def _is_stopped(pid: int | None) -> bool:
 
 def _life(rank: int, num_ranks: int, port: int, argv: Sequence[str]) -> None:
     """A rank, from the launcher's environment to the end of its process."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the fork server, which dies with the test
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with_caller()
     atexit._clear()  # the fork server's are not this job's
     size = str(num_ranks)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_SIZE": size}

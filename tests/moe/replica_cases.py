@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 from torch import nn
 
 from ds_moe_ep.moe.layer import ExpertParallel
+from ds_moe_ep.moe.replicas.gradients import Loan
 from ds_moe_ep.moe.replicas.replicas import Replicas
 from ds_moe_ep.schedule.placement import CopyCosts, Placement
 from tests.moe.layer_cases import LayerCase, LayerResult, case_data
@@ -52,6 +55,14 @@ def connected(case: LayerCase, links: Links) -> ExpertParallel:
     layer = build_layer(case, case_data(case))
     layer.connect(links.of(case), torus_for(case))
     return layer
+
+
+@contextmanager
+def forgetting_copies(*, is_here: bool = True) -> Iterator[None]:
+    """A scope in which this home takes in no gradients of its experts' copies: the control of those that do."""
+    collect = Loan.collect
+    with patch.object(Loan, "collect", lambda loan: [None for _ in collect(loan)] if is_here else collect(loan)):
+        yield
 
 
 def replicas_of(layer: ExpertParallel) -> Replicas:

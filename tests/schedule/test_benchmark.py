@@ -31,7 +31,7 @@ def clock(truth_s: Sequence[float], serial_s: float = 9.1, noise: float = 0.0, s
     draws, counted = random.Random(seed), dict(zip(map(described, FINALISTS), truth_s, strict=True))
     counted[described(SERIAL)] = serial_s
 
-    def measure(sides: Sequence[Knobs], rounds: int, warm_ups: int) -> list[list[float]]:
+    def measure(sides: Sequence[Knobs], rounds: int) -> list[list[float]]:
         drift = [draws.uniform(1, 1 + noise) for _ in range(rounds)]  # of a round: all sides have it
         return [
             [counted[described(side)] * drift[index] * draws.uniform(1, 1 + noise / 2) for index in range(rounds)]
@@ -66,14 +66,13 @@ def pass_clock(truth_s: Sequence[float], load: Load, seed: int, serial_s: float 
     factors, passes = load(random.Random(seed)), [0]
     counted = dict(zip(map(described, FINALISTS), truth_s, strict=True)) | {described(SERIAL): serial_s}
 
-    def measure(sides: Sequence[Knobs], rounds: int, warm_ups: int) -> list[list[float]]:
+    def measure(sides: Sequence[Knobs], rounds: int) -> list[list[float]]:
         times: list[list[float]] = [[] for _ in sides]
-        for index in range(warm_ups + rounds):
+        for index in range(rounds):
             for side in range(len(sides)) if index % 2 else reversed(range(len(sides))):
                 seconds = counted[described(sides[side])] * next(factors)
                 passes[0] += 1
-                if index >= warm_ups:
-                    times[side].append(seconds)
+                times[side].append(seconds)
         return times
 
     return measure, passes
@@ -137,7 +136,8 @@ def test_rounds_go_on_only_while_the_first_ones_are_not_told_apart() -> None:
 
 def searched(measure: Measure) -> Knobs:
     """The exhaustive search: all of them beside serial in as many rounds as any two of the benchmark get."""
-    serial_s, *times = measure([SERIAL, *FINALISTS], MOST_ROUNDS, 1)
+    rounds = measure([SERIAL, *FINALISTS], 1 + MOST_ROUNDS)
+    serial_s, *times = [seconds[1:] for seconds in rounds]  # behind one that warms up
     to_serial = [statistics.median(m / s for m, s in zip(each, serial_s, strict=True)) for each in times]
     best = min(range(len(FINALISTS)), key=to_serial.__getitem__)
     return FINALISTS[best] if to_serial[best] < 1 else SERIAL

@@ -59,7 +59,7 @@ def end_with_caller() -> None:
     die_with_parent()
     caller = multiprocessing.parent_process()
     if caller is not None:
-        threading.Thread(target=_end_behind, args=(caller,), name="ds_moe_ep caller", daemon=True).start()
+        threading.Thread(target=_end_behind, args=(caller,), name="end with the caller", daemon=True).start()
 
 
 def _end_behind(caller: Any) -> None:

@@ -23,7 +23,7 @@ from ds_moe_ep.engine.layouts.tensor import group_of_shares, sum_over_shares
 from ds_moe_ep.engine.overlapped_layer import OverlappedLayer
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.records.quantity import number
-from ds_moe_ep.schedule.spans import Overlap, Span, Tags, accounts, accounts_of_lanes, chrome_trace
+from ds_moe_ep.schedule.spans import Overlap, Span, Tags, accounts, accounts_of_lanes, write_trace
 
 # A control costs the time that overlap saves. One per ten measurements keeps that under 1 % with "meter_every": 10,
 # as long as a blocking step takes less than twice the time of an overlapped one.
@@ -120,7 +120,7 @@ class OverlapMeter:
         if gathered is not None:
             target = Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(chrome_trace(span for spans in gathered for span in spans), encoding="utf-8")
+            write_trace(target, (span for spans in gathered for span in spans))
 
     def end(self) -> None:
         """Gives the layers the recorder that is off. Local; the last measurement stays."""

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,13 +103,11 @@ class CheckedFile:
         return json.dumps(found, separators=(",", ":")).encode()
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes tensors with their checksums; of those that are elsewhere, or not in one run, one at a time is copied."""
-    write_made({name: (TensorForm.of(tensor), partial(same, tensor)) for name, tensor in tensors.items()}, path)
-
-
 def write_made(tensors: Mapping[str, Made], path: Path) -> None:
-    """Writes tensors of these forms with their checksums, each made when its turn comes."""
+    """Writes tensors of these forms with their checksums, each made when its turn comes.
+
+    Of those that are elsewhere, or not in one run, one at a time is copied.
+    """
     with path.open("wb") as opened:
         file = CheckedFile(opened, {name: form for name, (form, _) in tensors.items()})
         for name, (_, make) in tensors.items():

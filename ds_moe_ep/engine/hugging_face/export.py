@@ -88,7 +88,7 @@ def _save(engine: Any, folder: Path, max_shard_bytes: int, scopes: ExitStack) ->
     first, total = sum(map(len, plans[: dist.get_rank()])), sum(map(len, plans))
     try:
         seams.settle(_attempt(lambda: partial.mkdir(parents=True), dist.get_rank() == 0))
-        seams.settle(_attempt(lambda: _write_shards(shards, partial, first, total)))
+        seams.settle(_attempt(lambda: write_shards(shards, partial, first, total)))
         num_bytes = sum(seams.gather(sum(form.num_bytes for shard in shards for _, (form, _) in shard)))
         num_bytes += _write_stacks(content.stacks, partial, len(shards), total)
         files = [names for plan in plans for names in plan]
@@ -202,9 +202,10 @@ def write_index(folder: Path, files: Sequence[Sequence[str]], num_bytes: int) ->
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shards(shards: Sequence[Shard], partial: Path, first: int, total: int) -> None:
+def write_shards(shards: Sequence[Shard], folder: Path, first: int, total: int) -> None:
+    """Writes shards `first` and following of a folder of `total`; each tensor is made when its turn comes."""
     for index, shard in enumerate(shards, start=first):
-        write_made(dict(shard), partial / shard_name(index, total))
+        write_made(dict(shard), folder / shard_name(index, total))
 
 
 def _write_stacks(stacks: Sequence[BlockStacks], partial: Path, first: int, total: int) -> int:

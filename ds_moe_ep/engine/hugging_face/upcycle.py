@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_moe_ep.engine.hugging_face.checked_files import Made, TensorForm, write_made
-from ds_moe_ep.engine.hugging_face.export import SHARD_BYTES, cut, shard_name, write_index
+from ds_moe_ep.engine.hugging_face.checked_files import Made, TensorForm
+from ds_moe_ep.engine.hugging_face.export import SHARD_BYTES, cut, write_index, write_shards
 from ds_moe_ep.engine.hugging_face.families import FAMILIES, PROJECTIONS, Family
 from ds_moe_ep.engine.hugging_face.load import Weights
 from ds_moe_ep.errors import ConfigError, EngineError, nearest
@@ -164,9 +164,8 @@ def _normal(shape: tuple[int, ...], of: str) -> Tensor:
 
 
 def _write(tensors: Iterator[tuple[str, Made]], folder: Path, max_shard_bytes: int) -> None:
-    """Shards and their index; each tensor is made when its turn comes."""
+    """Shards and their index."""
     shards = cut(list(tensors), max_shard_bytes)
-    for index, shard in enumerate(shards):
-        write_made(dict(shard), folder / shard_name(index, len(shards)))
+    write_shards(shards, folder, 0, len(shards))
     num_bytes = sum(form.num_bytes for shard in shards for _, (form, _) in shard)
     write_index(folder, [[name for name, _ in shard] for shard in shards], num_bytes)

@@ -31,6 +31,7 @@ from tests.engine.small_model import (
 )
 from tests.engine.test_replicas import copies_in_use, pin
 from tests.engine.test_training import Outcome, loss_distance
+from tests.moe.replica_cases import forgetting_copies
 from tests.ranks import run_ranks
 
 KNOBS: dict[str, Any] = {"schedule": "peers", "replicas": 1}
@@ -63,12 +64,7 @@ def with_copies(engine: Any, job: Any, train: Train) -> tuple[Outcome, int]:
 
 def forgetful(engine: Any, job: Any, train: Train) -> Outcome:
     """The same where the home of the first experts takes in nothing of their copies."""
-    from ds_moe_ep.moe.replicas.gradients import Loan
-
-    collect = Loan.collect
-    with pytest.MonkeyPatch.context() as patched:
-        if dist.get_rank() == 0:
-            patched.setattr(Loan, "collect", lambda loan: [None for _ in collect(loan)])
+    with forgetting_copies(is_here=dist.get_rank() == 0):
         return with_copies(engine, job, train)[0]
 
 

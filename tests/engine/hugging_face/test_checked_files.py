@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ds_moe_ep.engine.hugging_face.checked_files import CheckedFile, TensorForm, write_tensors
+from ds_moe_ep.engine.hugging_face.checked_files import CheckedFile, TensorForm, write_made
 from ds_moe_ep.engine.hugging_face.load import SINGLE, Weights
 from ds_moe_ep.errors import EngineError
 from tests.engine.checkpoint.live_bytes import LiveBytes
@@ -19,6 +20,10 @@ TENSORS = {
     "experts.w1": torch.arange(48.0).cos().view(2, 3, 8),
     "scale": torch.tensor(3.0),
 }
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    write_made({name: (TensorForm.of(tensor), lambda each=tensor: each) for name, tensor in tensors.items()}, path)
 
 
 def read(folder: Path) -> dict[str, Tensor]:

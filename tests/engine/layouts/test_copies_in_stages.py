@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_moe_ep.errors import EngineError
 from tests.engine.layouts.stage_models import NUM_MICRO_BATCHES, ds_config, layers_in_one_tensor, make_engine, mine
 from tests.engine.layouts.test_stages import trained
-from tests.moe.replica_cases import copies_in, let_rows_count_alone
+from tests.moe.replica_cases import copies_in, forgetting_copies, let_rows_count_alone
 from tests.ranks import run_ranks
 
 BOUND = 2e-6  # of `test_stages.py`
@@ -39,7 +39,7 @@ def runs() -> dict[str, Any]:
 
     deepspeed.init_distributed("gloo")
     passes: list[int] = []
-    start, collect = gradients.Returning.__init__, gradients.Loan.collect
+    start = gradients.Returning.__init__
 
     def started(self: Any, sums: Any, *rest: Any) -> None:
         passes.append(sums.passes)
@@ -52,8 +52,7 @@ def runs() -> dict[str, Any]:
         found |= {"mine": trained(engine), "copies": copies_in(engine.module), "passes": passes[:]}
         engine = pipeline(MoE, 1, replicas=1)
         found |= {"mine, recomputed": trained(engine)}
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(gradients.Loan, "collect", lambda loan: [None for _ in collect(loan)])
+    with forgetting_copies():
         found["forgetful"] = trained(pipeline(MoE, replicas=1))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ReplicaWindows, "micro_batches", NUM_MICRO_BATCHES + 1)

@@ -5,8 +5,8 @@ the rank keeps. Mapped, their pages belong to the files and go when memory is ne
 tensors that they are given: they get the ones that they have, filled, so that no file stays mapped behind the load.
 
 DeepSpeed would unpickle anything. Here a file is read as tensors and plain values alone once more, by the rule of the
-preflight: a file that took the place of the one that was looked through runs nothing either. The
-files of a universal checkpoint, each with a parameter's state of one kind, are read by that rule too.
+preflight: a file that took the place of the one that was looked through runs nothing either. The files of a universal
+checkpoint, each with a parameter's state of one kind, are read by that rule too.
 """
 
 from __future__ import annotations
