@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
+from tests.together import unit_of
+
 if TYPE_CHECKING:
     from tests.ranks import RankPool
+
+POOL = pytest.StashKey["RankPool"]()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -53,11 +56,17 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    """Ranks that all tests of a file share, one world per number of ranks."""
+@pytest.fixture(scope="session")
+def pool(request: pytest.FixtureRequest) -> RankPool:
+    """Ranks that tests of a file share, and those of a set in `tests.together`: one world per number of ranks."""
     from tests.ranks import RankPool
 
-    shared = RankPool()
-    yield shared
-    shared.close()
+    request.config.stash[POOL] = shared = RankPool()
+    return shared
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Ends the ranks behind the last test that shares them."""
+    if POOL in item.config.stash and (nextitem is None or unit_of(nextitem.nodeid) != unit_of(item.nodeid)):
+        item.config.stash[POOL].close()

@@ -1,9 +1,9 @@
 """Lanes of pytest-xdist (`-n 3`): tests that wait beside tests that compute, so that the cores idle little.
 
-A file's tests stay together, in their order, on one worker: they share its fixtures and its fork server. The files
-stand in one queue, those that wait (for time limits, paced links, the end of processes) in front, those that compute at
-the back. The first worker takes from the front, any other from the back, until the queue is empty: nobody has to guess
-how long either lane takes.
+A file's tests stay together, in their order, on one worker: they share its fixtures and its fork server. So do those of
+the files of a set in `tests.together`. The files stand in one queue, those that wait (for time limits, paced links, the
+end of processes) in front, those that compute at the back. The first worker takes from the front, any other from the
+back, until the queue is empty: nobody has to guess how long either lane takes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
+
+from tests.together import is_in, unit_of
 
 # Files and folders, the longest first. A file that is in neither stands between the two.
 WAITING = """
@@ -25,16 +27,13 @@ COMPUTING = """
     tests/engine/test_native_parity.py tests/bench/test_systems.py tests/gpu tests/engine/checkpoint tests/engine/hooks
     tests/examples tests/engine tests/moe tests/simulate tests/report tests/test_wheel.py
 """.split()
-# Folders that one worker runs: they share names on the machine, parsed sources, or the process that interprets kernels.
-TOGETHER = ("tests/testbed", "tests/policy", "tests/kernels")
 
 
 class Lanes(LoadScopeScheduling):
     """Gives out whole files, from both ends of the queue."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::", 1)[0]
-        return next((place for place in TOGETHER if is_in(file, place)), file)
+        return unit_of(nodeid)
 
     def _assign_work_unit(self, node: WorkerController) -> None:
         if node is not self.nodes[0]:
@@ -44,17 +43,12 @@ class Lanes(LoadScopeScheduling):
 
 def put_in_order(items: list[pytest.Item]) -> None:
     """Orders a worker's tests as the queue is: every worker has to collect the same."""
-    items.sort(key=lambda item: place_in_queue(item.nodeid))  # tests of a file keep their order
+    items.sort(key=lambda item: place_in_queue(unit_of(item.nodeid)))  # tests of a file keep their order
 
 
-def place_in_queue(nodeid: str) -> int:
-    file = nodeid.split("::", 1)[0]
+def place_in_queue(unit: str) -> int:
     for places, sign in ((WAITING, -1), (COMPUTING, 1)):
         for index, place in enumerate(places):
-            if is_in(file, place):
+            if is_in(unit, place):
                 return sign * (len(places) - index)
     return 0
-
-
-def is_in(file: str, place: str) -> bool:
-    return file == place or file.startswith(f"{place}/")

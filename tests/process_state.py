@@ -5,29 +5,66 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
+from torch.distributed import distributed_c10d as c10d
+
+from ds_moe_ep.engine import seams
+
+GROUPS_OF_A_FUNCTION = 10_000  # more than any makes: torch numbers them
 
 
 class ProcessState:
-    """What functions change in a rank for those after them: random numbers, variables, DeepSpeed's groups."""
+    """What functions change in a rank for those after them.
+
+    Random numbers, variables, DeepSpeed's groups, names in the package's modules and classes, where errors are written,
+    the watch over the other ranks, and their store. Groups and watches meet there by number: where a function failed on
+    one rank alone, the ranks would count differently from then on.
+    """
 
     def __init__(self) -> None:
         self._random = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
         self._environment = dict(os.environ)
         self._namespaces = [(names, _copied(names)) for names in (vars(groups), vars(get_accelerator()))]
+        package = [module for name, module in sys.modules.items() if name.partition(".")[0] == "ds_moe_ep"]
+        classes = {each for module in package for each in vars(module).values() if isinstance(each, type)}
+        own = [each for each in classes if each.__module__.partition(".")[0] == "ds_moe_ep"]
+        # ZeRO 3 leaves its own linear there, and experts are no longer recognised.
+        self._names = [(each, dict(vars(each))) for each in (*package, *own, torch.nn.functional)]
+        self._stderr = os.dup(2)
+        self._store = c10d._get_default_store()
+        self._num_functions = 0
+
+    def begin(self) -> None:
+        """Readies the process for a function. Every rank has answered to the one before: none waits for another."""
+        for watch in list(seams._WATCHES.values()):
+            watch.end()
+        seams._WATCHES.clear()
+        world = dist.group.WORLD
+        assert world is not None, "pooled ranks have a process group"
+        self._num_functions += 1
+        backend, _ = c10d._world.pg_map[world]
+        c10d._world.pg_map[world] = (backend, dist.PrefixStore(f"function {self._num_functions}", self._store))
+        c10d._world.group_count = self._num_functions * GROUPS_OF_A_FUNCTION
 
     def restore(self) -> None:
         """Puts it back, and drops what the function left: engines end their lanes and their watch."""
+        for owner, before in self._names:
+            now = vars(owner)
+            for name in [name for name, value in before.items() if now.get(name) is not value]:
+                setattr(owner, name, before[name])
         gc.collect()
         random.setstate(self._random[0])
         numpy.random.set_state(self._random[1])
         torch.set_rng_state(self._random[2])
+        os.dup2(self._stderr, 2)
         os.environ.clear()
         os.environ |= self._environment
         for names, before in self._namespaces:

@@ -179,8 +179,8 @@ class World:
 class RankPool:
     """One world per number of ranks for many calls, each of which finds its ranks as they were when they started.
 
-    For tests whose ranks neither fail nor patch modules: a fork, a meeting and a first engine cost more than most
-    calls. Ranks that fail are replaced by new ones before the next call.
+    A fork, a meeting and a first engine cost more than most calls. Ranks that fail are replaced by new ones before the
+    next call. A function may change names of the package's modules, but puts back what it changes in others.
     """
 
     def __init__(self) -> None:
@@ -306,6 +306,8 @@ def _rank_main(orders: Orders, pipe: Any) -> None:
         _join(orders)
         start = ProcessState() if orders.is_pooled else None
         while payload := _next_payload(pipe):
+            if start is not None:
+                start.begin()
             answer = _run(payload)
             pipe.send_bytes(pickle.dumps(answer))
             if start is not None:

@@ -10,8 +10,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from ds_moe_ep.bench.harness.processes import free_port
+from ds_moe_ep.engine import seams
+from ds_moe_ep.health import watchdog
+from ds_moe_ep.health.watch import RankWatch, Unwatched, open_watch
 from tests.ranks import COUNTED_IN, RankError, RankPool, run_ranks
 
 
@@ -59,6 +63,27 @@ def leave_traces(ep_size: int) -> tuple[int, torch.Tensor, str, list[int]]:
     os.environ["LEFT"] = "by an earlier function"
     groups._create_expert_and_data_parallel(ep_size)
     return *found, [dist.get_world_size(group) for group in groups._get_expert_parallel_group_dict().values()]
+
+
+def count_apart() -> tuple[list[object], float]:
+    """What this rank finds, and the sum over a new group; it has then met the other rank in a watch.
+
+    It leaves other names in the package, its errors unwritten, and counts of groups and watches that only rank 0 has.
+    """
+    found = [watchdog.EXIT_CODE, RankWatch.explain.__qualname__, os.fstat(2).st_ino]
+    total = torch.ones(1)
+    dist.all_reduce(total, group=dist.new_group([0, 1]))
+    watch, end_s = seams.watch_of_world(60.0), time.monotonic() + 20
+    while len(watch._state.heartbeats.seen) < 2:
+        assert time.monotonic() < end_s, "the ranks do not meet"
+        time.sleep(0.02)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        c10d._world.group_count += 1
+        open_watch(60.0)
+    watchdog.EXIT_CODE, RankWatch.explain = 0, Unwatched.explain
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    return found, float(total)
 
 
 def is_gone(pid: int) -> bool:
@@ -126,6 +151,14 @@ def test_pooled_ranks_run_one_function_after_the_other_and_find_nothing_of_those
         assert pid == same_pid and torch.equal(number, same_number) and left == ""
         assert (sizes, later_sizes) == ([2], [1])
     assert all(is_gone(pid) for pid, *_ in first)
+
+
+def test_pooled_ranks_have_the_packages_own_names_and_count_alike_whatever_one_function_did() -> None:
+    pool = RankPool()
+    first, second, third = (pool.run(2, count_apart, timeout_s=30) for _ in range(3))
+    pool.close()
+    assert first == second == third
+    assert [(found[0], total) for found, total in first] == [(watchdog.EXIT_CODE, 2.0)] * 2
 
 
 def test_pooled_ranks_that_fail_are_named_and_replaced(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,7 +14,7 @@ from ds_moe_ep.comm.open import open_transport
 from ds_moe_ep.comm.pairwise import Pairwise
 from ds_moe_ep.comm.transport import Message
 from ds_moe_ep.config.knobs import MoEConfig
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 
 def messages(rows_ND: Tensor, *spans: tuple[int, int]) -> list[Message]:
@@ -73,8 +74,8 @@ def _watched() -> list[str]:
     return used
 
 
-def test_every_transport_brings_the_same_and_auto_takes_all_to_all_between_all_ranks() -> None:
-    for rank, (brought, used) in enumerate(run_ranks(3, exchanged)):
+def test_every_transport_brings_the_same_and_auto_takes_all_to_all_between_all_ranks(pool: RankPool) -> None:
+    for rank, (brought, used) in enumerate(pool.run(3, exchanged)):
         assert brought[:3] == brought[3:6] == brought[6:]
         for peers, found in zip(([0, 1, 2], [rank], [p for p in range(3) if p != rank]), brought[:3], strict=True):
             assert found == [10.0 * p + rank if p in peers else -1 for p in range(3) for _ in range(rank)]
@@ -84,14 +85,15 @@ def test_every_transport_brings_the_same_and_auto_takes_all_to_all_between_all_r
 def opened() -> tuple[list[type], int]:
     """The transports, and how many communicators began with a call of all their ranks, which NCCL wants."""
     begun, barrier = [], dist.barrier
-    dist.barrier = lambda group: (begun.append(group), barrier(group))  # type: ignore[assignment]
     names = ("auto", "pairwise", "collective")
-    transports = [open_transport([[0, 1]], MoEConfig(num_experts=2, ep_size=2, transport=name)) for name in names]
-    default = open_transport([[0, 1]], MoEConfig(num_experts=2, ep_size=2))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "barrier", lambda group: (begun.append(group), barrier(group)))
+        transports = [open_transport([[0, 1]], MoEConfig(num_experts=2, ep_size=2, transport=name)) for name in names]
+        default = open_transport([[0, 1]], MoEConfig(num_experts=2, ep_size=2))
     return [type(transport) for transport in (*transports, default)], len(set(begun))
 
 
-def test_the_knob_names_the_transport_and_auto_is_its_default() -> None:
-    for kinds, num_begun in run_ranks(2, opened):
+def test_the_knob_names_the_transport_and_auto_is_its_default(pool: RankPool) -> None:
+    for kinds, num_begun in pool.run(2, opened):
         assert kinds == [Automatic, Pairwise, Collective, Automatic]
         assert num_begun == 3 * 4, "two lanes and one for control, of each transport"

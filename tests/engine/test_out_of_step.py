@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.comm.disturbed import caught
 from tests.engine.small_model import Job, batches, make_engine
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, RankPool
 
 LIMIT_S = 5.0
 KINDS = ("ours", "native")  # the package's layer, and DeepSpeed's, hooked, with a dropless gate
@@ -80,9 +80,9 @@ def run_cases(kind: str, odd: int, stage: int) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_in_different_passes_all_say_who_is_where(kind: str) -> None:
+def test_ranks_in_different_passes_all_say_who_is_where(pool: RankPool, kind: str) -> None:
     for stage in (0, 2) if kind == "ours" else (0,):
-        by_rank = run_ranks(2, with_a_limit, kind, 1, stage, timeout_s=60)
+        by_rank = pool.run(2, with_a_limit, kind, 1, stage, timeout_s=60)
         for (_, first, second), *errors in zip(CASES, *by_rank, strict=False):
             for error in errors:
                 assert error.startswith("EngineError: layers.") and "ranks are in different passes" in error, error
@@ -92,9 +92,9 @@ def test_ranks_in_different_passes_all_say_who_is_where(kind: str) -> None:
         assert "rank 1 is in barrier, called from run_cases (test_out_of_step.py:" in late, late
 
 
-def test_ranks_in_the_same_passes_say_nothing() -> None:
+def test_ranks_in_the_same_passes_say_nothing(pool: RankPool) -> None:
     """The control of the test above."""
-    assert run_ranks(2, with_a_limit, "native", -1, 0, timeout_s=60) == [[""] * (len(CASES) + 1)] * 2
+    assert pool.run(2, with_a_limit, "native", -1, 0, timeout_s=60) == [[""] * (len(CASES) + 1)] * 2
 
 
 def with_a_limit(kind: str, odd: int, stage: int) -> list[str]:
@@ -123,9 +123,11 @@ def save_alone(folder: str) -> None:
         Path(folder, f"{dist.get_rank()}.s").write_text(str(time.monotonic() - began_s))
 
 
-def test_a_rank_that_saves_alone_and_the_one_that_trains_on_both_end_with_who_is_where(tmp_path: Path) -> None:
+def test_a_rank_that_saves_alone_and_the_one_that_trains_on_both_end_with_who_is_where(
+    pool: RankPool, tmp_path: Path
+) -> None:
     with pytest.raises(RankError) as failed:
-        run_ranks(2, save_alone, str(tmp_path), timeout_s=60)
+        pool.run(2, save_alone, str(tmp_path), timeout_s=60)
     saves, trains = (failed.value.failures[rank] for rank in range(2))
     assert trains.type_name == "PeerError" and "rank 0 is in all_gather_object, called from gather" in trains.message
     assert saves.type_name == "EngineError" and "not saved, a rank ended or stalled meanwhile" in saves.message

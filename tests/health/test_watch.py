@@ -27,7 +27,7 @@ from ds_moe_ep.health import watchdog as monitor
 from ds_moe_ep.health.heartbeat import Place
 from ds_moe_ep.health.watch import RankWatch, open_watch
 from ds_moe_ep.schedule.spans import Tags
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, RankPool
 
 QUICK_S = 0.1  # between signs, in these tests
 
@@ -87,8 +87,10 @@ def slow_steps(told: str) -> list[str]:
     return seen
 
 
-def test_a_step_of_ten_times_the_median_is_one_line_on_one_rank_and_one_more_at_each_doubling(tmp_path: Path) -> None:
-    first, second = run_ranks(2, slow_steps, str(tmp_path / "told"), timeout_s=100)
+def test_a_step_of_ten_times_the_median_is_one_line_on_one_rank_and_one_more_at_each_doubling(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    first, second = pool.run(2, slow_steps, str(tmp_path / "told"), timeout_s=100)
     assert second == []
     begins = [
         re.match(r"ds_moe_ep: step 6 has taken ([\d.]+) s, ([\d,]+) times the median of 0\.", line) for line in first
@@ -100,6 +102,26 @@ def test_a_step_of_ten_times_the_median_is_one_line_on_one_rank_and_one_more_at_
     for line in first:
         assert "rank 0 is in layers.1.moe: forward dispatch, waiting for rank 1; " in line
         assert "rank 1 is in be_slow (test_watch.py:" in line
+
+
+def leave_at_once() -> list[str]:
+    """Rank 1 ends as programs do, in the middle of the others' work; what their monitors log."""
+    watch = open_watch(60.0, QUICK_S)
+    meet(watch)
+    dist.barrier()
+    with lines() as seen:
+        if dist.get_rank() == 1:
+            child = os.fork()
+            assert child >= 0
+            if child == 0:
+                os._exit(0)
+            watch.end()
+        time.sleep(1.5)
+    return seen
+
+
+def test_ranks_that_leave_with_a_goodbye_raise_no_alarm(pool: RankPool) -> None:
+    assert pool.run(4, leave_at_once) == [[]] * 4
 
 
 def stuck(folder: str) -> None:
@@ -126,10 +148,11 @@ def stuck(folder: str) -> None:
 
 
 def test_a_process_that_a_stopped_rank_holds_up_inside_a_call_ends_with_an_error_and_no_other_does(
+    pool: RankPool,
     tmp_path: Path,
 ) -> None:
     with pytest.raises(RankError) as caught:
-        run_ranks(4, stuck, str(tmp_path), timeout_s=30)
+        pool.run(4, stuck, str(tmp_path), timeout_s=30)
     messages = {rank: failure.message for rank, failure in caught.value.failures.items()}
     assert messages[0].startswith(f"exit code {monitor.EXIT_CODE}")
     assert messages[1].startswith("exit code -9")
@@ -161,10 +184,11 @@ def wait_apart(folder: str, how: str) -> None:
 
 
 def test_of_ranks_that_wait_for_each_other_in_different_places_the_one_in_a_call_of_the_engines_ends_with_an_error(
+    pool: RankPool,
     tmp_path: Path,
 ) -> None:
     with pytest.raises(RankError) as caught:
-        run_ranks(2, wait_apart, str(tmp_path), "apart", timeout_s=30)
+        pool.run(2, wait_apart, str(tmp_path), "apart", timeout_s=30)
     messages = {rank: failure.message for rank, failure in caught.value.failures.items()}
     assert messages[0].startswith(f"exit code {monitor.EXIT_CODE}")
     assert "Connection closed by peer" in messages[1]
@@ -174,10 +198,10 @@ def test_of_ranks_that_wait_for_each_other_in_different_places_the_one_in_a_call
     assert "first error: rank 0: PeerError: rank 0 has waited for" in (tmp_path / "1").read_text()
 
 
-def test_a_rank_that_comes_late_and_a_collective_that_is_slow_end_no_process(tmp_path: Path) -> None:
-    run_ranks(2, wait_apart, str(tmp_path), "late", timeout_s=30)
+def test_a_rank_that_comes_late_and_a_collective_that_is_slow_end_no_process(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(2, wait_apart, str(tmp_path), "late", timeout_s=30)
     with pytest.raises(RankError, match="exit code 0, no answer"):
-        run_ranks(2, wait_apart, str(tmp_path), "together", timeout_s=30)
+        pool.run(2, wait_apart, str(tmp_path), "together", timeout_s=30)
     assert not any("the process ends" in (tmp_path / str(rank)).read_text() for rank in range(2))
 
 
@@ -206,9 +230,11 @@ def stopped_store(folder: str) -> str:
     return text
 
 
-def test_a_stopped_rank_that_serves_the_store_is_named_without_waiting_for_the_store(tmp_path: Path) -> None:
+def test_a_stopped_rank_that_serves_the_store_is_named_without_waiting_for_the_store(
+    pool: RankPool, tmp_path: Path
+) -> None:
     with pytest.raises(RankError, match="rank 0: Died: exit code -9"):
-        run_ranks(2, stopped_store, str(tmp_path), timeout_s=30)
+        pool.run(2, stopped_store, str(tmp_path), timeout_s=30)
     took, _, text = (tmp_path / "1").read_text().partition(" ")
     assert "rank 0 (pid " in text and " is stopped, last seen in " in text
     assert float(took) < 3
@@ -250,33 +276,13 @@ def report_far_apart(folder: str) -> None:
     Path(folder, "0").write_text(f"{took_s:.2f} {text}")
 
 
-def test_a_rank_on_another_machine_is_judged_by_its_signs_alone(tmp_path: Path) -> None:
+def test_a_rank_on_another_machine_is_judged_by_its_signs_alone(pool: RankPool, tmp_path: Path) -> None:
     with pytest.raises(RankError, match="rank 1: Died: exit code 9"):
-        run_ranks(2, report_far_apart, str(tmp_path))
+        pool.run(2, report_far_apart, str(tmp_path))
     took, _, text = (tmp_path / "0").read_text().partition(" ")
     silence = re.search(r" on n1\) has given no sign of life for (\d+) s, last seen in ", text)
     assert silence is not None and int(silence[1]) >= 3, text
     assert float(took) < 6, "3 s without a heartbeat, 5 s at most"
-
-
-def leave_at_once() -> list[str]:
-    """Rank 1 ends as programs do, in the middle of the others' work; what their monitors log."""
-    watch = open_watch(60.0, QUICK_S)
-    meet(watch)
-    dist.barrier()
-    with lines() as seen:
-        if dist.get_rank() == 1:
-            child = os.fork()
-            assert child >= 0
-            if child == 0:
-                os._exit(0)
-            watch.end()
-        time.sleep(1.5)
-    return seen
-
-
-def test_ranks_that_leave_with_a_goodbye_raise_no_alarm() -> None:
-    assert run_ranks(3, leave_at_once) == [[]] * 3
 
 
 def own_threads() -> list[str]:
@@ -298,8 +304,8 @@ def open_and_end() -> list[object]:
     return [own_threads(), sys.excepthook is hook]
 
 
-def test_a_watch_ends_with_whoever_holds_it_and_leaves_nothing_behind() -> None:
-    assert run_ranks(2, open_and_end) == [[[], True]] * 2
+def test_a_watch_ends_with_whoever_holds_it_and_leaves_nothing_behind(pool: RankPool) -> None:
+    assert pool.run(2, open_and_end) == [[[], True]] * 2
 
 
 def fork_a_child() -> tuple[int, str]:
@@ -321,8 +327,8 @@ def fork_a_child() -> tuple[int, str]:
     return code, told
 
 
-def test_a_forked_child_neither_says_goodbye_nor_tells_of_faults_in_the_ranks_name() -> None:
-    (code, _), (_, told) = run_ranks(2, fork_a_child)
+def test_a_forked_child_neither_says_goodbye_nor_tells_of_faults_in_the_ranks_name(pool: RankPool) -> None:
+    (code, _), (_, told) = pool.run(2, fork_a_child)
     assert code == 3
     assert told.startswith("rank 0 is in ")
 
@@ -340,5 +346,5 @@ def say_goodbye() -> str:
     return told
 
 
-def test_a_rank_that_ended_well_has_ended_and_is_not_gone() -> None:
-    assert " has ended, last seen in " in run_ranks(2, say_goodbye)[1]
+def test_a_rank_that_ended_well_has_ended_and_is_not_gone(pool: RankPool) -> None:
+    assert " has ended, last seen in " in pool.run(2, say_goodbye)[1]

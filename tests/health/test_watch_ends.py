@@ -23,7 +23,7 @@ from ds_moe_ep.health.store import HeartbeatStore
 from ds_moe_ep.health.watch import RankWatch, Unwatched, open_watch
 from ds_moe_ep.schedule.spans import Tags
 from tests.health.test_watch import QUICK_S, lines, meet, wait_for
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, RankPool, run_ranks
 
 
 def pause(begin_s: float, length_s: float) -> None:
@@ -61,8 +61,8 @@ def paused_store() -> bool:
     return own.is_lost
 
 
-def test_a_store_that_was_paused_is_used_again_over_a_new_connection() -> None:
-    assert run_ranks(2, paused_store) == [False, False]
+def test_a_store_that_was_paused_is_used_again_over_a_new_connection(pool: RankPool) -> None:
+    assert pool.run(2, paused_store) == [False, False]
 
 
 def paused_job() -> str:
@@ -77,8 +77,8 @@ def paused_job() -> str:
     return "healthy"
 
 
-def test_a_pause_of_the_whole_job_ends_no_process() -> None:
-    assert run_ranks(2, paused_job) == ["healthy"] * 2
+def test_a_pause_of_the_whole_job_ends_no_process(pool: RankPool) -> None:
+    assert pool.run(2, paused_job) == ["healthy"] * 2
 
 
 def be_left(folder: str) -> None:
@@ -98,9 +98,11 @@ def be_left(folder: str) -> None:
     Path(folder, "0").write_text(f"{before} {guard.failure} {len(seen)}")
 
 
-def test_a_rank_that_is_gone_ends_the_lanes_of_those_that_wait_for_it_and_of_no_other(tmp_path: Path) -> None:
+def test_a_rank_that_is_gone_ends_the_lanes_of_those_that_wait_for_it_and_of_no_other(
+    pool: RankPool, tmp_path: Path
+) -> None:
     with pytest.raises(RankError, match="rank 1: Died: exit code 0"):
-        run_ranks(2, be_left, str(tmp_path))
+        pool.run(2, be_left, str(tmp_path))
     text = (tmp_path / "0").read_text()
     assert text.startswith("(None, []) rank 1 (pid ") and " is gone, last seen in " in text and text.endswith(" 1")
 
@@ -120,9 +122,9 @@ def end_without_the_store(folder: str) -> None:
     Path(folder, "1").write_text(str((seen, own_watch._state.view().statuses[2].name)))
 
 
-def test_a_goodbye_that_no_store_took_is_no_alarm(tmp_path: Path) -> None:
+def test_a_goodbye_that_no_store_took_is_no_alarm(pool: RankPool, tmp_path: Path) -> None:
     with pytest.raises(RankError):
-        run_ranks(3, end_without_the_store, str(tmp_path))
+        pool.run(3, end_without_the_store, str(tmp_path))
     assert (tmp_path / "1").read_text() == "([], 'GONE')"
 
 
@@ -138,8 +140,8 @@ def end_as_a_child_of_multiprocessing() -> bool:
     return own_watch._state.has_left
 
 
-def test_children_of_multiprocessing_say_goodbye() -> None:
-    assert run_ranks(2, end_as_a_child_of_multiprocessing) == [False, True]
+def test_children_of_multiprocessing_say_goodbye(pool: RankPool) -> None:
+    assert pool.run(2, end_as_a_child_of_multiprocessing) == [False, True]
 
 
 def meet_in_memory() -> tuple[bool, list[str]]:
@@ -171,8 +173,8 @@ def faults_told() -> list[str]:
     return told
 
 
-def test_the_first_fault_of_a_ranks_own_is_told_until_it_dies_of_another() -> None:
-    [told] = run_ranks(1, faults_told, process_group=False)
+def test_the_first_fault_of_a_ranks_own_is_told_until_it_dies_of_another(pool: RankPool) -> None:
+    [told] = pool.run(1, faults_told)
     assert told == [
         "PeerError: rank 3 did not answer (in a pass)",
         *["ValueError: bad luck (in a pass)"] * 4,
@@ -195,10 +197,8 @@ def serve_and_leave() -> list[tuple[float, bool]]:
     return found
 
 
-def test_whoever_serves_the_store_leaves_two_seconds_later_or_behind_the_others() -> None:
-    [[(for_one_that_stays_s, is_posted), (for_one_that_left_s, is_posted_too)]] = run_ranks(
-        1, serve_and_leave, process_group=False
-    )
+def test_whoever_serves_the_store_leaves_two_seconds_later_or_behind_the_others(pool: RankPool) -> None:
+    [[(for_one_that_stays_s, is_posted), (for_one_that_left_s, is_posted_too)]] = pool.run(1, serve_and_leave)
     assert is_posted and is_posted_too
     assert for_one_that_stays_s > 1.9 and for_one_that_left_s < 1.8
 
@@ -219,8 +219,8 @@ def end_while_a_sign_takes_long() -> bool:
     return Heartbeat.unpack(memory.get("0")).has_left
 
 
-def test_the_end_waits_until_the_last_sign_is_posted() -> None:
-    assert run_ranks(1, end_while_a_sign_takes_long, process_group=False) == [True]
+def test_the_end_waits_until_the_last_sign_is_posted(pool: RankPool) -> None:
+    assert pool.run(1, end_while_a_sign_takes_long) == [True]
 
 
 def lose_a_server_elsewhere(folder: str) -> None:
@@ -240,10 +240,11 @@ def lose_a_server_elsewhere(folder: str) -> None:
 
 
 def test_a_process_that_waits_while_the_stores_server_on_another_machine_is_lost_ends_with_an_error(
+    pool: RankPool,
     tmp_path: Path,
 ) -> None:
     with pytest.raises(RankError) as caught:
-        run_ranks(2, lose_a_server_elsewhere, str(tmp_path), timeout_s=30)
+        pool.run(2, lose_a_server_elsewhere, str(tmp_path), timeout_s=30)
     assert caught.value.failures[1].message.startswith(f"exit code {watchdog.EXIT_CODE}")
     told = (tmp_path / "1").read_text()
     assert "s in step 5, in " in told and "the ranks' store, on rank 0 (pid " in told and "does not answer" in told

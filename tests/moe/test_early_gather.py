@@ -19,7 +19,7 @@ from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 from tests.moe.faulty_transports import Wrapper
 from tests.moe.layer_cases import CaseData, LayerCase, case_data
 from tests.moe.layer_runs import Links, build_layer, config, torus_for
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 WORLD, NUM_EXPERTS, NUM_PIECES = 4, 8, 3  # on two nodes: a half of the near rows, the far ones, the other half
 
@@ -158,9 +158,9 @@ def far_tokens(data: CaseData) -> list[int]:
     return [int((experts_T[span] // (NUM_EXPERTS // 2) != rank // 2).sum()) for rank, span in enumerate(spans)]
 
 
-def test_results_are_gathered_while_others_come_back_with_the_bits_of_a_gather_behind_them() -> None:
+def test_results_are_gathered_while_others_come_back_with_the_bits_of_a_gather_behind_them(pool: RankPool) -> None:
     """The control gathers behind the pass: no token before the last combine, and on the way back behind the weights."""
-    by_rank, data = run_ranks(WORLD, everything), case_data(CASES[0])
+    by_rank, data = pool.run(WORLD, everything), case_data(CASES[0])
     for equal, (early_one, late_one), counted, gradients in by_rank:
         assert all(equal), [each.name for each, is_equal in zip(CASES, equal, strict=True) if not is_equal]
         assert early_one is True and late_one is False

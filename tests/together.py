@@ -1,0 +1,30 @@
+"""Files whose tests one worker runs, one after the other, in an order that is always the same.
+
+They share ranks (the fixture `pool`), names on the machine, parsed sources, or the process that interprets kernels. No
+set takes longer than the longest single files: at the end of a run no worker waits for another. Its first place tells
+where it stands in the queue of `tests.lanes`.
+"""
+
+from __future__ import annotations
+
+TOGETHER = tuple(
+    places.split()
+    for places in (
+        "tests/testbed",
+        "tests/policy",
+        "tests/kernels",
+        "tests/comm/test_agreement.py tests/comm/test_automatic.py tests/comm/test_callbacks.py",
+        "tests/moe/test_early_gather.py tests/moe/test_fp16.py tests/moe/test_grouped_experts.py"
+        " tests/moe/test_recompute.py tests/moe/test_replica_passes.py",
+    )
+)
+
+
+def unit_of(nodeid: str) -> str:
+    """The first place of the set that a test's file is in, or the file itself."""
+    file = nodeid.split("::", 1)[0]
+    return next((places[0] for places in TOGETHER if any(is_in(file, place) for place in places)), file)
+
+
+def is_in(file: str, place: str) -> bool:
+    return file == place or file.startswith(f"{place}/")
