@@ -140,5 +140,6 @@ MORE_ZERO_3 = (
         hooks=True,
     ),
     Layout("AutoEP, ZeRO 3", PartitionedJob()),
+    Layout("AutoEP, hooked, ZeRO 3, experts that nobody trains", PartitionedJob(frozen="experts"), hooks=True),
 )
 OF_EACH_MAKER = [AUX, next(layout for layout in LAYOUTS if layout.name == "native")]  # AutoEP's are in layouts.py

@@ -28,6 +28,7 @@ from ds_moe_ep.engine.checkpoint.model_files import (
 )
 from ds_moe_ep.engine.checkpoint.own_experts import holders_of, shifted, take_own_experts
 from ds_moe_ep.engine.extensions.callback import EngineCallback
+from ds_moe_ep.engine.hugging_face.adapters import is_of_transformers
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import FAMILIES
 from ds_moe_ep.engine.hugging_face.stacks import BlockStacks
@@ -79,8 +80,9 @@ def complete_experts(layer: Any, state_dict: dict[str, Any], prefix: str, _metad
     own = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     for name in own:
         del state_dict[name]
-    model_type = getattr(getattr(root, "config", None), "model_type", None)
-    if model_type in FAMILIES and not hasattr(root, "peft_config"):
+    plain = getattr(root, "_orig_mod", root)  # of what torch.compile made
+    model_type = getattr(getattr(plain, "config", None), "model_type", None)
+    if model_type in FAMILIES and is_of_transformers(plain) and not hasattr(root, "peft_config"):
         block = ExpertBlock(prefix.removesuffix(".").removesuffix(".moe"), FAMILIES[model_type], layer)
         state_dict.update((name, tensor.detach()) for name, tensor in block.replicated())
         if block.family.stacked:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_moe_ep.errors import ExportError
+from ds_moe_ep.model.transformer import Transformer
 
 
 class Merged:
@@ -43,7 +44,7 @@ def merged(model: nn.Module) -> Iterator[Merged]:
     """
     peft: Any = sys.modules.get("peft")
     if peft is None:
-        yield Merged(model, ())
+        yield Merged(unwrapped(model), ())
         return
     adapted = {name: module for name, module in model.named_modules() if is_adapted(module)}
     for name, module in adapted.items():
@@ -57,10 +58,35 @@ def merged(model: nn.Module) -> Iterator[Merged]:
             scopes.enter_context(_standing_in(model, name, module.get_base_layer()))
         for name, module in list(model.named_modules()):
             if isinstance(module, peft.utils.ModulesToSaveWrapper):
-                trained = module.modules_to_save[module.active_adapters[0]]
+                names = () if module.disable_adapters else module.active_adapters
+                trained = module.modules_to_save[names[0]] if names else module.original_module
                 scopes.enter_context(_standing_in(model, name, trained))
-        plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-        yield Merged(plain, [module for module in adapted.values() if not module.merged])
+        in_force = [module for module in adapted.values() if not (module.merged or module.disable_adapters)]
+        yield Merged(unwrapped(model), in_force)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model whose names its files have, inside of others' modules: torch.compile's, peft's, a user's own.
+
+    That of Hugging Face's, or the package's; the module itself where there is none. Raises ExportError where a module
+    around it has weights of its own, for which the files have no place.
+    """
+    found = (each for each in model.named_modules() if is_of_transformers(each[1]) or isinstance(each[1], Transformer))
+    name, inner = next(found, ("", model))
+    inside = {id(parameter) for parameter in inner.parameters()}
+    outside = [weight for weight, parameter in model.named_parameters() if id(parameter) not in inside]
+    if outside:
+        raise ExportError(
+            f"model={type(model).__name__}: {outside[0]} lies outside of {name} ({type(inner).__name__}), whose files "
+            "have no place for it; engine.save_16bit_model(folder) writes all weights under the model's own names"
+        )
+    return inner
+
+
+def is_of_transformers(module: Any) -> bool:
+    """True for a model of Hugging Face's itself, whose weights have the names that its files have."""
+    transformers: Any = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
 def is_adapted(module: nn.Module) -> bool:

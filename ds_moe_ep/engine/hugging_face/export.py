@@ -12,6 +12,7 @@ Weights are written in the type in which the model computes.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -132,7 +133,7 @@ def _content(plain: Merged) -> Content:
     stacks = [BlockStacks(block, plain.read) for block in blocks] if family.stacked else []
     for each in stacks:
         each.check(clamp_of(model.config))
-    return Content(_own_tensors(model, blocks), stacks, partial_of(_describe, model))
+    return Content(_own_tensors(model, blocks), stacks, partial_of(describe, model))
 
 
 def _own_tensors(model: nn.Module, blocks: Sequence[ExpertBlock]) -> Named:
@@ -242,10 +243,11 @@ def _finish(content: Content, files: Sequence[Sequence[str]], num_bytes: int, pa
     partial.rename(folder)
 
 
-def _describe(model: nn.Module, folder: Path) -> None:
-    """The configuration of a model of Hugging Face's."""
-    config: Any = model.config
+def describe(model: nn.Module, folder: Path) -> None:
+    """The configuration of a model of Hugging Face's, which says the type of the weights that are written."""
+    config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None:

@@ -29,10 +29,15 @@ DENSE = dict(zip(PROJECTIONS, ("gate_proj", "up_proj", "down_proj"), strict=True
 
 # A dense family, the family of its mixture, and the configuration that only the mixture has.
 MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("mixtral", "MixtralForCausalLM", {"sliding_window": None, "attention_dropout": 0.0}),
+    "llama": ("mixtral", "MixtralForCausalLM", {"sliding_window": None}),
     "mistral": ("mixtral", "MixtralForCausalLM", {}),
     "qwen3": ("qwen3_moe", "Qwen3MoeForCausalLM", {"norm_topk_prob": True, "decoder_sparse_step": 1}),
 }
+CAUSAL = "ForCausalLM"
+BESIDE_WEIGHTS = (  # what goes along as it is
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 def upcycle(
@@ -75,7 +80,7 @@ def upcycle(
                 _tensors(weights, family, num_experts, noise, seed, _router_shape(config)), building, max_shard_bytes
             )
             (building / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+            for name in BESIDE_WEIGHTS:
                 if (source / name).is_file():
                     shutil.copy(source / name, building / name)
             building.rename(target)
@@ -89,21 +94,22 @@ def upcycle(
 
 
 def mixture_config(source: Path, num_experts: int, top_k: int) -> dict[str, Any]:
-    """The configuration of the mixture, from that of the dense folder. Raises ConfigError where there is none."""
-    try:
-        config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EngineError(f"{source / 'config.json'}: cannot be read ({error}); name a Hugging Face folder") from None
-    model_type = str(config.get("model_type"))
-    if model_type not in MIXTURES:
-        raise ConfigError(
-            f"config.model_type={model_type!r}: has no mixture to become; {nearest(model_type, MIXTURES, 'families')}"
-        )
+    """The configuration of the mixture, from that of the dense folder. Raises ConfigError where there is none.
+
+    It names every value: what the dense folder leaves out is another one in the mixture's family.
+    """
+    config, layers = _dense_config(source)
+    model_type = str(config["model_type"])
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key) and model_type == "llama":
             raise ConfigError(f"config.{key}=true: Mixtral has no such biases; take a model without them")
     if config.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"config.hidden_act={config['hidden_act']!r}: experts of the mixture compute silu")
+    if len(set(layers)) > 1:
+        raise ConfigError(
+            f"config.layer_types={layers}: layers of the mixture are alike, all with a sliding window or none; take a "
+            "model whose layers are (use_sliding_window=false, or max_window_layers=0)"
+        )
     mixture, architecture, own = MIXTURES[model_type]
     family = FAMILIES[mixture]
     return {
@@ -116,6 +122,35 @@ def mixture_config(source: Path, num_experts: int, top_k: int) -> dict[str, Any]
         family.expert_width: config["intermediate_size"],
         "output_router_logits": False,
     }
+
+
+def _dense_config(source: Path) -> tuple[dict[str, Any], list[str]]:
+    """All values of a dense folder's configuration, and the kinds of attention of its layers, if it has several.
+
+    Raises EngineError where it cannot be read, ConfigError where its weights are not those of a dense language model.
+    """
+    path = source / "config.json"
+    try:
+        given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{path}: cannot be read ({error}); name a Hugging Face folder") from None
+    model_type = str(given.get("model_type"))
+    if model_type not in MIXTURES:
+        raise ConfigError(
+            f"config.model_type={model_type!r}: has no mixture to become; {nearest(model_type, MIXTURES, 'families')}"
+        )
+    if given.get("quantization_config"):
+        raise ConfigError("config.quantization_config: the files hold weights of fewer bits; take plain ones")
+    names = given.get("architectures") or []
+    if names and not any(name.endswith(CAUSAL) for name in names):
+        raise ConfigError(f"config.architectures={names}: a mixture is a causal language model; take the folder of one")
+    from transformers import AutoConfig
+
+    config = {key: value for key, value in AutoConfig.from_pretrained(source).to_dict().items() if key[0] != "_"}
+    layers = list(config.pop("layer_types", None) or [])
+    if set(layers) == {"full_attention"}:
+        config |= {"use_sliding_window": False, "sliding_window": None}
+    return config, layers
 
 
 def _router_shape(config: dict[str, Any]) -> tuple[int, int]:

@@ -82,6 +82,15 @@ def _in_parameter(parameter: nn.Parameter, padded: Tensor) -> OwnSpan:
     return OwnSpan(min(start, num_values), padded.detach().flatten()[: max(num_values - start, 0)])
 
 
+def _kept_by_zero_3(parameter: nn.Parameter, read: str) -> Tensor | None:
+    """This rank's part of what the optimizer of ZeRO-3 keeps of a parameter; None where it does not step it."""
+    optimizer: Any = parameter._z3_optimizer  # type: ignore[attr-defined]
+    if not parameter.requires_grad or optimizer.get_param_id(parameter) not in optimizer.grad_position:
+        return None
+    kept: Tensor = getattr(optimizer, read)(parameter)
+    return kept
+
+
 def optimizer_groups(engine: Any) -> list[OptimizerGroup]:
     """The groups of the engine's optimizer with the model's own parameters in them. Local."""
     inner, made = step_seams.torch_optimizer(engine), _model_groups(engine.optimizer)
@@ -101,7 +110,8 @@ def own_gradient(parameter: nn.Parameter) -> OwnSpan:
     Between the backward pass and the step of a batch's last micro-batch. It still has the loss scale. Local.
     """
     if hasattr(parameter, PARTITION):
-        return _in_parameter(parameter, parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter))  # type: ignore[attr-defined]
+        found = _kept_by_zero_3(parameter, "get_local_fp32_grad_for_param")
+        return _in_parameter(parameter, torch.zeros_like(getattr(parameter, PARTITION)) if found is None else found)
     if getattr(parameter, ACCUMULATED, None) is None and parameter.grad is not None:
         return OwnSpan(0, parameter.grad.detach().flatten())
     if not hasattr(parameter, MAPPING):
@@ -119,7 +129,8 @@ def own_gradient(parameter: nn.Parameter) -> OwnSpan:
 def own_master(engine: Any, parameter: nn.Parameter) -> OwnSpan:
     """This rank's span of the weight that the optimizer steps: the fp32 copy, where it keeps one. Local."""
     if hasattr(parameter, PARTITION):
-        return _in_parameter(parameter, parameter._z3_optimizer.get_local_fp32_param(parameter))  # type: ignore[attr-defined]
+        found = _kept_by_zero_3(parameter, "get_local_fp32_param")
+        return _in_parameter(parameter, getattr(parameter, PARTITION) if found is None else found)
     if hasattr(parameter, MAPPING):
         mapping = getattr(parameter, MAPPING)
         if mapping is None:

@@ -37,6 +37,7 @@ class AutoEPJob:
     score_apply: str = "auto"  # or "pre": weights multiply the rows on their way to the experts; or "post"
     accumulation: int = 1
     clipping: float = 0.0
+    frozen: str = ""  # a part of the names of parameters that nobody trains
     steps: int = 3
     seed: int = 3
 
@@ -92,6 +93,8 @@ def make_model(job: AutoEPJob) -> nn.Module:
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**own, **sizes))
     if job.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": job.checkpointing == "reentrant"})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (job.frozen and job.frozen in name))
     return model.train()
 
 
@@ -108,7 +111,7 @@ def make_engine(job: AutoEPJob, mpu: Any = None) -> Any:
     if job.fp16:
         get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and right
     model = make_model(job)
-    trained = list(model.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine = deepspeed.initialize(model=model, config=job.ds_config, model_parameters=trained, mpu=mpu)[0]
     for layer in autoep_layers(engine).values() if job.activation else ():
         layer.experts.activation, layer.experts.activation_limit = job.activation, 0.3  # a bound that some reach

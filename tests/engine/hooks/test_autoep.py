@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.engine.checkpoint.convert.prepare import prepare
+from ds_moe_ep.engine.state.optimizer_view import own_gradient, own_master, own_partition
 from ds_moe_ep.errors import ConfigError, EngineError
 from tests.engine.hooks import autoep_models
 from tests.engine.hooks.autoep_models import AutoEPJob, autoep_layers, make_engine, named_weights, train_steps
@@ -146,7 +147,18 @@ def removed(job: AutoEPJob) -> tuple[list[str], bool, bool]:
         again = engine(input_ids=ids, labels=ids).loss
     same = [torch.equal(w, weights[name]) for name, w in named_weights(engine, job).items()]
     changed = same_state(*({k: v for k, v in s.items() if not isinstance(v, Tensor)} for s in (after, before)))
-    return changed, all(same), torch.equal(again, loss)
+    return changed, all(same) and reads_frozen(engine), torch.equal(again, loss)
+
+
+def reads_frozen(engine: Any) -> bool:
+    """True where a parameter that nobody trains reads as no gradient, and as itself in the optimizer's place."""
+    parameter = next(iter(autoep_layers(engine).values())).experts.w1
+    parameter.requires_grad_(False)
+    gradient, master = own_gradient(parameter), own_master(engine, parameter)
+    parameter.requires_grad_(True)
+    partition = own_partition(parameter)
+    weight = (parameter if partition is None else partition).detach().flatten()
+    return torch.equal(master.values, weight) and torch.equal(gradient.values, torch.zeros_like(weight))
 
 
 def each_removed(table: Sequence[AutoEPJob]) -> list[tuple[list[str], bool, bool]]:

@@ -84,6 +84,17 @@ def exported_by_autoep(folder: Path) -> list[Tensor]:
     return [*found, own_model.trained_and_exported(folder)]
 
 
+class Around(torch.nn.Module):
+    """A user's module around a model; files have the model's names."""
+
+    def __init__(self, model: torch.nn.Module, head: torch.nn.Module | None = None) -> None:
+        super().__init__()
+        self.language_model, self.head = model, head
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.language_model(**inputs)
+
+
 def loaded_and_exported(folder: Path, cases: Own) -> list[tuple[float, Tensor]]:
     """Of each family the distance of the loaded model's logits to the source's, and the logits after one step."""
     found = []
@@ -93,7 +104,7 @@ def loaded_and_exported(folder: Path, cases: Own) -> list[tuple[float, Tensor]]:
             source.save_pretrained(folder / f"source_{family}")
         dist.barrier()
         model = ds_moe_ep.from_pretrained(folder / f"source_{family}", ep_size)
-        engine = train_one_step(model, ds_config(stage))
+        engine = train_one_step(model if family != "qwen2_moe" else Around(model), ds_config(stage))
         before = ds_moe_ep.from_pretrained(folder / f"source_{family}", ep_size)
         for layer in before.modules():
             if isinstance(layer, ds_moe_ep.MoE):
@@ -220,6 +231,28 @@ def test_exports_that_cannot_be_made_are_refused_on_every_rank(pool: RankPool, t
         assert "rank 0 cannot write the folder" in cannot_write
         assert "config.model_type='granite': files of this family are not known" in unknown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+
+
+def test_a_models_files_have_its_own_names_and_no_place_for_weights_around_it() -> None:
+    from ds_moe_ep.engine.hugging_face.adapters import unwrapped
+
+    model = make_model("olmoe")
+    compiled: Any = torch.compile(model, backend="eager")
+    for around in (model, compiled, Around(model), Around(compiled)):
+        assert unwrapped(around) is model
+    with pytest.raises(ExportError, match=r"model=Around: head.weight lies outside of language_model \(OlmoeFor"):
+        unwrapped(Around(model, torch.nn.Linear(2, 1)))
+
+
+def test_the_configuration_names_the_type_of_the_written_weights(tmp_path: Path) -> None:
+    from ds_moe_ep.engine.hugging_face.export import describe
+
+    model = make_model("olmoe").bfloat16()
+    before = model.config.to_dict()
+    tmp_path.joinpath("folder").mkdir()
+    describe(model, tmp_path / "folder")
+    assert json.loads((tmp_path / "folder/config.json").read_text())["dtype"] == "bfloat16"
+    assert model.config.to_dict() == before, "the engine's model keeps its own"
 
 
 def test_files_of_fewer_bits_are_refused_with_the_way_out(tmp_path: Path) -> None:
