@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ def caught(function: Callable[..., object], *args: object) -> Caught:
     return "nothing", ""
 
 
-def assert_on_every_rank(results: list[Caught], name: str, *parts: str) -> None:
+def assert_on_every_rank(results: Sequence[Caught], name: str, *parts: str) -> None:
     for rank, (raised, message) in enumerate(results):
         assert raised == name, f"rank {rank}: {raised}: {message}"
         for part in parts:
@@ -176,18 +176,17 @@ def test_a_layer_used_before_it_is_connected_says_how_to_connect_it() -> None:
         MoE(D, GeluMLP(D, F), num_experts=4, ep_size=2)(torch.zeros(3, D))
 
 
-def connect_without_groups(how: str) -> None:
+def connect_without_groups() -> list[Caught]:
+    """The error of a transport, and of a layer."""
     config = MoEConfig(num_experts=4, ep_size=2)
-    if how == "transport":
-        open_transport([[0, 1]], config)
-    else:
-        MoE(D, GeluMLP(D, F), config=config).set_deepspeed_parallelism()
+    layer = MoE(D, GeluMLP(D, F), config=config)
+    return [caught(open_transport, [[0, 1]], config), caught(layer.set_deepspeed_parallelism)]
 
 
-@pytest.mark.parametrize("how", ["transport", "layer"])
-def test_process_groups_that_were_never_made_are_named(how: str) -> None:
-    results = run_ranks(2, caught, connect_without_groups, how, process_group=False, timeout_s=LIMIT_S)
-    assert_on_every_rank(results, "EngineError", "torch.distributed is not initialized", "init_distributed")
+def test_process_groups_that_were_never_made_are_named() -> None:
+    by_rank = run_ranks(2, connect_without_groups, process_group=False, timeout_s=LIMIT_S)
+    for results in zip(*by_rank, strict=True):
+        assert_on_every_rank(results, "EngineError", "torch.distributed is not initialized", "init_distributed")
 
 
 def open_groups(groups: list[list[int]], ep_size: int) -> None:

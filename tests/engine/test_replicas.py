@@ -34,7 +34,7 @@ from tests.engine.small_model import (
 )
 from tests.engine.test_training import LOSS, WEIGHTS, Outcome, loss_distance
 from tests.moe.replica_cases import let_rows_count_alone
-from tests.ranks import RankPool, run_ranks
+from tests.ranks import RankPool
 
 
 def copies_in_use(layers: Any) -> int:
@@ -267,12 +267,14 @@ def events_of_a_window(job: Job) -> list[str]:
     return log
 
 
-def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_layers_backward_pass() -> None:
+def test_weights_start_behind_the_step_and_sums_go_home_once_per_window_under_a_layers_backward_pass(
+    pool: RankPool,
+) -> None:
     one, two = "layers.0", "layers.1"
     first = [f"begin {one}", f"begin {two}", *(f"{do} {at}" for at in (two, one) for do in ("take", "collect"))]
     last = [f"begin {one}", f"begin {two}", f"take {two}", f"Returning {two}", f"take {one}", f"Returning {one}"]
     last += [f"collect {two}", f"collect {one}", "keys_of_all at once", f"start {one}", f"start {two}"]
-    for log in run_ranks(4, events_of_a_window, Job(replicas=1, accumulation=2, steps=2)):
+    for log in pool.run(4, events_of_a_window, Job(replicas=1, accumulation=2, steps=2)):
         assert log == [*first, *last]
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import ds_moe_ep
 from ds_moe_ep.errors import ConfigError, EngineError
 from tests.engine.small_model import Job, batches, make_engine, train_steps
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 AUTO = Job(steps=2, ep_size=4, top_k=2, schedule="auto")
 
@@ -48,8 +48,8 @@ def save_and_resume(folder: str) -> tuple[dict[str, Any], dict[str, Any], dict[s
     return before, after, loaded, choices_of(resumed)
 
 
-def test_a_resumed_run_takes_the_choices_of_its_checkpoint(tmp_path: pathlib.Path) -> None:
-    results = run_ranks(4, save_and_resume, str(tmp_path), timeout_s=90)
+def test_a_resumed_run_takes_the_choices_of_its_checkpoint(pool: RankPool, tmp_path: pathlib.Path) -> None:
+    results = pool.run(4, save_and_resume, str(tmp_path), timeout_s=90)
     assert all(result == results[0] for result in results)
     before, after, loaded, later = results[0]
     assert before == {"layers.0": None, "layers.1": None}
@@ -70,8 +70,8 @@ def save_and_load_in_groups(folder: str) -> tuple[dict[str, Any], dict[str, Any]
     return choices_of(engine), choices_of(resumed)
 
 
-def test_each_expert_group_takes_its_own_choices_again(tmp_path: pathlib.Path) -> None:
-    results = run_ranks(4, save_and_load_in_groups, str(tmp_path), timeout_s=90)
+def test_each_expert_group_takes_its_own_choices_again(pool: RankPool, tmp_path: pathlib.Path) -> None:
+    results = pool.run(4, save_and_load_in_groups, str(tmp_path), timeout_s=90)
     assert all(loaded == saved for saved, loaded in results)
     assert results[0][0] == results[1][0] != results[2][0], "the control: the groups' choices differ"
 

@@ -28,7 +28,7 @@ from tests.engine.layouts.stage_models import (
     make_engine,
     mine,
 )
-from tests.ranks import RankError, RankPool, run_ranks
+from tests.ranks import RankError, RankPool
 
 Outcome = tuple[list[float], dict[str, Tensor]]
 # ZeRO stage, experts per token, layers between two that are kept (0: all are kept)
@@ -226,9 +226,9 @@ def of_plain_deepspeed() -> None:
     make_engine(ds_moe_ep.MoE, deepspeed.initialize, ds_config(moe_ep={"timeout_s": 2.0}), layers=uneven)
 
 
-def test_a_stage_without_layers_ends_the_others_in_time_under_plain_deepspeed() -> None:
+def test_a_stage_without_layers_ends_the_others_in_time_under_plain_deepspeed(pool: RankPool) -> None:
     with pytest.raises(RankError) as caught:
-        run_ranks(4, of_plain_deepspeed, timeout_s=60)
+        pool.run(4, of_plain_deepspeed, timeout_s=60)
     for rank in (0, 1):
         message = "pipeline stages [1]: ranks 2, 3 reached no ds_moe_ep.MoE layer within 2 s"
         assert message in caught.value.failures[rank].message
@@ -245,9 +245,9 @@ def dies_in_its_second_step() -> None:
     engine.train_batch(mine(engine, 1))
 
 
-def test_a_rank_that_dies_in_one_stage_ends_those_of_all_stages_with_its_name() -> None:
+def test_a_rank_that_dies_in_one_stage_ends_those_of_all_stages_with_its_name(pool: RankPool) -> None:
     with pytest.raises(RankError) as caught:
-        run_ranks(4, dies_in_its_second_step, timeout_s=60)
+        pool.run(4, dies_in_its_second_step, timeout_s=60)
     messages = {rank: failure.message for rank, failure in caught.value.failures.items()}
     assert messages[3].startswith("exit code -9")
     for rank in (0, 1, 2):

@@ -16,7 +16,7 @@ from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.live.folder import RunFolder, SeenRun
 from ds_moe_ep.live.lines import RunReport
 from ds_moe_ep.live.load import fullest_over_mean, quantile
-from tests.ranks import RankError, RankPool, run_ranks
+from tests.ranks import RankError, RankPool
 
 EXPERTS, WIDTH, TOKENS, ACCUMULATION, RANKS = 4, 8, 12, 2, 2
 # Each case: arguments of the layer, and whether its passes are recomputed backward.
@@ -244,9 +244,9 @@ def test_a_log_that_cannot_be_written_ends_and_the_training_goes_on(pool: RankPo
     assert [report.step for report in reports_of(tmp_path / "run")] == [2]
 
 
-def test_two_ranks_that_watch_differently_are_refused(tmp_path: Path) -> None:
+def test_two_ranks_that_watch_differently_are_refused(pool: RankPool, tmp_path: Path) -> None:
     with pytest.raises(RankError, match="differs from that on rank 0"):
-        run_ranks(RANKS, differing_job, str(tmp_path))
+        pool.run(RANKS, differing_job, str(tmp_path))
 
 
 def differing_job(folder: str) -> None:
