@@ -7,7 +7,7 @@ On the first forward pass of training, with its real rows and experts:
 2. Price every candidate (`price.py`) and keep those that cost nearly as little as the cheapest, and the cheapest of
    each kind: prices know no processor time, and tie where a link is nearly idle or nearly full.
 3. Benchmark these beside the serial schedule, forward and backward, alternating, round by round (`benchmark.py`): the
-   slower ones leave as soon as the rounds say so, until no other is likely to be faster by more than may be lost. Of
+   others leave once they are not likely to be faster than the first by more than may be lost, until it is left. Of
    those that are as fast the cheapest one, of fewer pieces, is taken. It wins only where it is faster than serial by
    more than chance; else the layer stays serial.
 
@@ -184,7 +184,7 @@ class AutotuneRun:
     contexts: dict[str, PassContext] = dataclasses.field(default_factory=dict)  # by schedule, described
 
     def choose(self) -> Choice:
-        """The schedule to take. Collective over the group; some 25 passes long, 45 on a busy machine."""
+        """The schedule to take. Collective over the group; some 25 passes long, 50 on a busy machine."""
         with _undisturbed(self.experts, self.rows_ND.device):
             return self._choose()
 

@@ -112,7 +112,7 @@ def share_taken_badly(load: Load) -> float:
 
 
 SIDES = 1 + len(FINALISTS)
-MOST_PASSES = 2 * SIDES + (1 + MOST_KEPT) * (MOST_ROUNDS - 1)
+MOST_PASSES = 2 * SIDES + (1 + MOST_KEPT) * (MOST_ROUNDS - 2)
 
 
 @pytest.mark.parametrize("load", [halves, jumps, has_fast_moments])
@@ -128,7 +128,7 @@ def test_on_a_busy_machine_a_schedule_within_two_percent_of_the_fastest_is_taken
 def test_rounds_go_on_only_while_the_first_ones_are_not_told_apart() -> None:
     quiet, num_quiet = pass_clock(AT_2, lambda draws: repeat(1.0), 0)
     benchmark(FINALISTS, quiet)
-    assert num_quiet[0] == 2 * SIDES + MOST_KEPT * (LEAST_ROUNDS - 1) == 22
+    assert num_quiet[0] == 2 * SIDES + MOST_KEPT * (LEAST_ROUNDS - 2) == 20
     noisy, num_noisy = pass_clock((7.0, 7.0, 9.0, 9.0, 9.0, 9.0), jumps, 0)
     benchmark(FINALISTS, noisy)
     assert num_quiet[0] < num_noisy[0] <= MOST_PASSES
@@ -136,7 +136,7 @@ def test_rounds_go_on_only_while_the_first_ones_are_not_told_apart() -> None:
 
 def searched(measure: Measure) -> Knobs:
     """The exhaustive search: all of them beside serial in as many rounds as any two of the benchmark get."""
-    rounds = measure([SERIAL, *FINALISTS], 1 + MOST_ROUNDS)
+    rounds = measure([SERIAL, *FINALISTS], MOST_ROUNDS)
     serial_s, *times = [seconds[1:] for seconds in rounds]  # behind one that warms up
     to_serial = [statistics.median(m / s for m, s in zip(each, serial_s, strict=True)) for each in times]
     best = min(range(len(FINALISTS)), key=to_serial.__getitem__)
@@ -148,7 +148,7 @@ def quiet(draws: random.Random) -> Iterator[float]:
         yield 1 + abs(draws.gauss(0, 0.01))
 
 
-@pytest.mark.parametrize(("load", "share"), [(quiet, 0.3), (halves, 0.4), (jumps, 0.6), (has_fast_moments, 0.6)])
+@pytest.mark.parametrize(("load", "share"), [(quiet, 0.25), (halves, 0.3), (jumps, 0.45), (has_fast_moments, 0.45)])
 def test_what_is_taken_is_as_good_as_an_exhaustive_search_finds_in_a_share_of_its_passes(
     load: Load, share: float
 ) -> None:
@@ -181,10 +181,32 @@ def test_a_gain_within_the_spread_keeps_serial_and_one_beyond_it_does_not() -> N
 
 def test_close_ones_get_more_rounds_and_hopeless_ones_end_it() -> None:
     found = benchmark(FINALISTS, clock(AT_2))
-    assert [len(found.seconds[described(knobs)]) for knobs in FINALISTS] == [1, 3, 3, 3, 3, 1]
-    assert [bool(seconds) for seconds in found.serial_s] == [True, False, False], "it was clear from the first two"
+    assert [len(found.seconds[described(knobs)]) for knobs in FINALISTS] == [2, 4, 4, 4, 2, 2]
+    assert [bool(seconds) for seconds in found.serial_s] == [True, True, False, False], "it was clear from two"
     over = benchmark(FINALISTS, clock((11.0,) * 6))
-    assert over.leader == SERIAL and all(len(seconds) == 1 for seconds in over.seconds.values())
+    assert over.leader == SERIAL and all(len(seconds) == 2 for seconds in over.seconds.values())
+
+
+def test_one_that_is_as_fast_as_another_which_is_surely_faster_than_serial_needs_no_rounds_beside_it() -> None:
+    """Serial runs no more once one of them has left it behind; another one, disturbed beside it, turns out faster."""
+    first = {name: iter(seconds) for name, seconds in zip(map(described, FINALISTS), DISTURBED_S, strict=True)}
+    serial_s = iter((2.573, 1.938))
+
+    def measure(sides: Sequence[Knobs], rounds: int) -> list[list[float]]:
+        return [[next(serial_s if side == SERIAL else first[described(side)]) for _ in range(rounds)] for side in sides]
+
+    assert benchmark(FINALISTS, measure).leader == FINALISTS[2]
+
+
+# Rounds of a measurement beside other work, in which the last one that was left had taken 0.94 of serial's once.
+DISTURBED_S = (
+    (1.479, 1.539, 1.917, 1.523, 1.897, 1.980, *repeat(1.390, 12)),
+    (1.768, 1.869, *repeat(1.900, 20)),
+    (1.504, 1.819, 1.615, 1.494, 1.513, *repeat(1.330, 12)),
+    (2.023, 2.023, *repeat(2.000, 20)),
+    (4.083, 1.914, *repeat(1.900, 20)),
+    (2.500, 2.500, *repeat(2.500, 20)),
+)
 
 
 def test_one_schedule_or_none_beside_serial_is_a_benchmark_too() -> None:
