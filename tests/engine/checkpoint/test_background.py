@@ -153,7 +153,7 @@ def test_a_rank_that_is_killed_behind_training_leaves_the_last_checkpoint(
     pool: RankPool, tmp_path: pathlib.Path
 ) -> None:
     with pytest.raises(RankError, match="rank 3: Died: exit code -9"):
-        run_ranks(4, die_behind_training, str(tmp_path), timeout_s=60)
+        pool.run(4, die_behind_training, str(tmp_path), timeout_s=60)
     (problem, seconds), *_ = what_ranks_wrote(tmp_path, "after")
     assert "of 4 ranks did not write their files" in problem
     assert seconds < 10

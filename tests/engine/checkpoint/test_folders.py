@@ -17,7 +17,7 @@ from ds_moe_ep.engine.checkpoint import folders
 from ds_moe_ep.engine.checkpoint.convert.read import OLD, SAVING
 from ds_moe_ep.engine.checkpoint.folders import complete_tags, missing_files, publish, write_latest
 from tests.engine.small_model import Job, batches, make_engine, train_steps
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 EXPERTS = {(0, 0), (0, 1)}
 
@@ -223,9 +223,10 @@ DAMAGE: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def test_a_checkpoint_that_lacks_files_is_refused_on_every_rank_and_a_complete_one_is_named(
+    pool: RankPool,
     tmp_path: pathlib.Path,
 ) -> None:
-    for errors in run_ranks(4, load_what_was_damaged, str(tmp_path), timeout_s=60):
+    for errors in pool.run(4, load_what_was_damaged, str(tmp_path), timeout_s=60):
         good, no_states, weights, no_expert, killed, gone, named, no_tag, no_latest, nowhere, apart = errors
         assert (good, weights, named) == ("", "", "")
         assert no_states.startswith(f"EngineError: {tmp_path}/damaged: cannot be loaded, it has no optimizer states of")
