@@ -16,6 +16,7 @@ import pytest
 from tests.faults.launch import launch
 from tests.faults.outcomes import NUM_RANKS
 from tests.faults.test_forked_faults import CASES, Case, check_resumed, undisturbed  # noqa: F401 (a fixture)
+from tests.ranks import RankPool
 
 # A rank that raises ends for the launcher as a killed one; a stopped one takes a minute; four ranks are slow tests.
 IN_CI = "kill.dispatch@3:1"
@@ -26,7 +27,7 @@ LAUNCHED += [pytest.param(case, 2, id=f"{case.fault} of two") for case in CASES 
 
 @pytest.mark.parametrize(("case", "num_ranks"), LAUNCHED)
 def test_the_launcher_ends_with_an_error_and_no_process_and_the_survivors_have_said_why(
-    case: Case, num_ranks: int, tmp_path: pathlib.Path, request: pytest.FixtureRequest
+    pool: RankPool, case: Case, num_ranks: int, tmp_path: pathlib.Path, request: pytest.FixtureRequest
 ) -> None:
     arguments = ["--fault", case.fault, "--timeout_s", "15", *case.arguments]
     outcome = launch(tmp_path / "job", *arguments, num_ranks=num_ranks)
@@ -36,4 +37,4 @@ def test_the_launcher_ends_with_an_error_and_no_process_and_the_survivors_have_s
         told = outcome.told(rank)
         for words in case.words:
             assert re.search(words.format(rank=case.rank), told), f"rank {rank} says nothing of {words}: {told}"
-    check_resumed(outcome, case.arguments, request.getfixturevalue("undisturbed")(case.arguments, num_ranks))
+    check_resumed(pool, outcome, case.arguments, request.getfixturevalue("undisturbed")(case.arguments, num_ranks))
