@@ -174,8 +174,10 @@ def benchmark(finalists: Sequence[Knobs], measure: Measure) -> ScheduleTimes:
         seconds = [each[0] for each in measure([*with_serial, *left], 1)]
         found.add(left, seconds[len(with_serial) :], seconds[0] if with_serial else 0.0)
     first = first_of(left, found.standing(left))
-    # One of them that is surely faster than serial serves: the first is as fast.
-    found.leader = first if any(found.beats_serial(knobs, SURE) for knobs in kept) else SERIAL
+    # One of them that is surely faster than serial serves, since the first is as fast; else that one itself.
+    sure = [knobs for knobs in kept if found.beats_serial(knobs, SURE)]
+    if sure:
+        found.leader = next(knobs for knobs in (first, *sure) if median_of(found.to_serial(described(knobs)))[0] < 1)
     return found
 
 

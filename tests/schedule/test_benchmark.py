@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, repeat
+from itertools import chain, count, repeat
 
 import pytest
 
@@ -187,26 +187,24 @@ def test_close_ones_get_more_rounds_and_hopeless_ones_end_it() -> None:
     assert over.leader == SERIAL and all(len(seconds) == 2 for seconds in over.seconds.values())
 
 
-def test_one_that_is_as_fast_as_another_which_is_surely_faster_than_serial_needs_no_rounds_beside_it() -> None:
-    """Serial runs no more once one of them has left it behind; another one, disturbed beside it, turns out faster."""
-    first = {name: iter(seconds) for name, seconds in zip(map(described, FINALISTS), DISTURBED_S, strict=True)}
-    serial_s = iter((2.573, 1.938))
+def of_rounds(serial_s: Sequence[float], seconds: Sequence[Sequence[float]]) -> Measure:
+    """These times of serial and of the finalists, of each the last one for ever."""
+    rounds = {described(SERIAL): serial_s} | dict(zip(map(described, FINALISTS), seconds, strict=True))
+    times = {name: chain(of_one, repeat(of_one[-1])) for name, of_one in rounds.items()}
+    return lambda sides, number: [[next(times[described(side)]) for _ in range(number)] for side in sides]
 
-    def measure(sides: Sequence[Knobs], rounds: int) -> list[list[float]]:
-        return [[next(serial_s if side == SERIAL else first[described(side)]) for _ in range(rounds)] for side in sides]
 
+def test_one_that_is_as_fast_as_another_which_is_surely_faster_than_serial_is_taken() -> None:
+    """Rounds beside other work: serial runs no more behind two of them, in which the fastest took 0.94 of it once."""
+    first, third = (1.479, 1.539, 1.917, 1.523, 1.897, 1.390), (1.504, 1.819, 1.615, 1.494, 1.513, 1.330)
+    others = [(1.768, 1.869)] + [(2.023, 2.023)] * 3
+    measure = of_rounds((2.573, 1.938), (first, others[0], third, *others[1:]))
     assert benchmark(FINALISTS, measure).leader == FINALISTS[2]
 
 
-# Rounds of a measurement beside other work, in which the last one that was left had taken 0.94 of serial's once.
-DISTURBED_S = (
-    (1.479, 1.539, 1.917, 1.523, 1.897, 1.980, *repeat(1.390, 12)),
-    (1.768, 1.869, *repeat(1.900, 20)),
-    (1.504, 1.819, 1.615, 1.494, 1.513, *repeat(1.330, 12)),
-    (2.023, 2.023, *repeat(2.000, 20)),
-    (4.083, 1.914, *repeat(1.900, 20)),
-    (2.500, 2.500, *repeat(2.500, 20)),
-)
+def test_one_that_was_slower_than_serial_beside_it_is_not_taken() -> None:
+    measure = of_rounds((2.0, 2.0), ((1.8, 1.8), (2.5,), (1.84, 2.6, 1.6), *[(2.5,)] * 3))
+    assert benchmark(FINALISTS, measure).leader == FINALISTS[0]
 
 
 def test_one_schedule_or_none_beside_serial_is_a_benchmark_too() -> None:
