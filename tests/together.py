@@ -14,7 +14,7 @@ TOGETHER = tuple(
         "tests/policy",
         "tests/kernels",
         "tests/engine/checkpoint/test_background.py tests/engine/checkpoint/test_choices.py"
-        " tests/engine/checkpoint/test_folders.py",
+        " tests/engine/checkpoint/test_folders.py tests/engine/checkpoint/test_save.py",
         "tests/comm/test_agreement.py tests/comm/test_automatic.py tests/comm/test_callbacks.py",
         "tests/moe/test_early_gather.py tests/moe/test_fp16.py tests/moe/test_grouped_experts.py"
         " tests/moe/test_recompute.py tests/moe/test_replica_passes.py",

@@ -23,7 +23,7 @@ from torch import Tensor
 from ds_moe_ep.engine.checkpoint.convert.read import SAVING
 from tests.engine.checkpoint.disks import mounted
 from tests.engine.small_model import Job, batches, distance, make_engine, merged, named_weights, train_steps
-from tests.ranks import RankError, RankPool, run_ranks
+from tests.ranks import RankError, RankPool
 
 JOB = Job(ep_size=4, stage=1)
 PLAIN = replace(JOB, door="deepspeed")
@@ -137,7 +137,7 @@ def test_a_kill_in_mid_save_leaves_the_last_checkpoint_from_which_the_job_goes_o
 ) -> None:
     """Survivors tell within 5 s that a rank did not answer."""
     with pytest.raises(RankError, match=f"rank {rank}: Died: exit code -9"):
-        run_ranks(4, save_twice_then_die, JOB, str(tmp_path), rank, number, timeout_s=60)
+        pool.run(4, save_twice_then_die, JOB, str(tmp_path), rank, number, timeout_s=60)
     after = what_ranks_wrote(tmp_path, "after")
     assert len(after) == 3
     for error, seconds in after:
@@ -150,13 +150,13 @@ def test_a_kill_in_mid_save_leaves_the_last_checkpoint_from_which_the_job_goes_o
     assert results[0][1] == before[0][1]
 
 
-def test_the_same_kill_in_deepspeeds_own_save_leaves_nothing_that_loads(tmp_path: pathlib.Path) -> None:
+def test_the_same_kill_in_deepspeeds_own_save_leaves_nothing_that_loads(pool: RankPool, tmp_path: pathlib.Path) -> None:
     """The control of the tests above: rank 3's file is torn, and the other ranks load a mixture of two steps."""
     with pytest.raises(RankError, match="rank 3: Died"):
-        run_ranks(4, save_twice_then_die, PLAIN, str(tmp_path), 3, 3, timeout_s=60)
+        pool.run(4, save_twice_then_die, PLAIN, str(tmp_path), 3, 3, timeout_s=60)
     assert (tmp_path / "latest").read_text() == "kept"
     with pytest.raises(RankError, match="rank 3: "):
-        run_ranks(4, resume, PLAIN, str(tmp_path), timeout_s=30)
+        pool.run(4, resume, PLAIN, str(tmp_path), timeout_s=30)
 
 
 @pytest.fixture
