@@ -2,6 +2,7 @@
 
 The sides alternate in the same processes. Other work on the machine lengthens wall time at will, and processor time by
 what it leaves in the caches: so each round gives a ratio, and the median of the ratios is printed beside the times.
+The calling thread, which computes, stands apart from all threads, among which are the backend's.
 """
 
 from __future__ import annotations
@@ -66,14 +67,15 @@ def _measure(rank: int, plan: Plan, tell: Tell) -> None:
     gc.collect()
     gc.freeze()
     for index in range(WARM_UPS + plan.rounds):
-        here = dict[str, float]()
+        of_all, of_caller = dict[str, float](), dict[str, float]()
         for name in rotation(SIDES, index):
             layers[name].prepare()
             dist.barrier()
-            start_s = time.process_time()
+            start_s = time.process_time(), time.thread_time()
             layers[name].run()
-            here[name] = 1e3 * (time.process_time() - start_s)
-        found = mean([here[name] for name in SIDES])
+            of_all[name] = 1e3 * (time.process_time() - start_s[0])
+            of_caller[name] = 1e3 * (time.thread_time() - start_s[1])
+        found = mean([took[name] for took in (of_all, of_caller) for name in SIDES])
         if index >= WARM_UPS:
             tell(Finding("round", json.dumps(found)))
     dist.barrier()
@@ -81,14 +83,17 @@ def _measure(rank: int, plan: Plan, tell: Tell) -> None:
 
 
 def main() -> None:
-    """The times of both sides, and the second over the first."""
+    """The times of both sides, and the second over the first; of all threads, and of the calling one."""
     ranks, rounds, experts = (int(given) for given in [*sys.argv[1:], *("16", "12", "16")[len(sys.argv) - 1 :]])
     found: list[list[float]] = []
     with started_ranks(run_rank, Plan(ranks, rounds, experts, free_port()), ranks, PRELOADED) as (processes, inbox):
         found = [json.loads(finding.text) for finding in arriving(processes, inbox) if finding.kind == "round"]
-    for name, times in zip((*SIDES, "ratio"), (*zip(*found, strict=True), [b / a for a, b in found]), strict=True):
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        print(f"{ranks} ranks, {name:14} {median:8.3f} ({low:.3f}-{high:.3f})")
+    by_side = list(zip(*found, strict=True))
+    for of, (plain, ours) in (("all threads", by_side[:2]), ("calling thread", by_side[2:])):
+        ratios = [b / a for a, b in zip(plain, ours, strict=True)]
+        for name, times in zip((*SIDES, "ratio"), (plain, ours, ratios), strict=True):
+            low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+            print(f"{ranks} ranks, {of:14} {name:14} {median:8.3f} ({low:.3f}-{high:.3f})")
 
 
 if __name__ == "__main__":
