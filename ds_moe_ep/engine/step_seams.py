@@ -16,6 +16,8 @@ import torch
 from deepspeed.runtime import compiler
 from torch import Tensor
 
+from ds_moe_ep.errors import ConfigError
+
 # Methods of the engine that its `step` goes through.
 TAKE_MODEL_STEP = "_take_model_step"
 CLIP_GRADIENTS = "clip_fp32_gradients"
@@ -29,6 +31,13 @@ BUCKETS = "ipg_buckets"  # of ZeRO, by type: gradients are copied into .buffer, 
 GRAD_SCALER = "torch_autocast_z0_gradscaler"  # of an engine: torch's, without ZeRO
 PARTITIONS = "fp32_partitioned_groups_flat"  # of ZeRO-3: what it steps
 BATCHES = ("training_dataloader", "data_iterator")  # of an engine: the caller's data
+
+# Optimizers of ZeRO, by module and class, and their method that looks for groups of experts.
+SHARDING = (
+    ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"),
+    ("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer"),
+)
+CONFIGURE_EXPERTS = "_configure_moe_settings"
 
 MUON = "deepspeed.runtime.zero.muon.muon_optimizer"  # which ZeRO imports to know an optimizer by its class
 COMPILE = "compile"  # of deepspeed.runtime.compiler: decorates Muon's functions
@@ -62,6 +71,42 @@ def _compiled_when_called(compile_of: Callable[[], Callable[..., Any]]) -> Calla
         return call
 
     return decorate
+
+
+@functools.cache
+def let_all_experts_be_frozen(is_of_expert: Callable[[Tensor], bool]) -> None:
+    """Lets DeepSpeed shard the optimizer of a model whose experts nobody trains. For engines made from now on.
+
+    `is_of_expert` tells experts' parameters. DeepSpeed's optimizers end with an assertion there: no group of
+    parameters is an experts'. Where one should be, since experts train among dense parameters, it stays. A group in
+    which nothing trains, which they end on too, is a ConfigError.
+    """
+    for home, name in SHARDING:
+        kind = getattr(importlib.import_module(home), name)
+        if CONFIGURE_EXPERTS in vars(kind):
+            setattr(kind, CONFIGURE_EXPERTS, _where_experts_train(getattr(kind, CONFIGURE_EXPERTS), is_of_expert))
+
+
+def _where_experts_train(
+    configure: Callable[[Any], None], is_of_expert: Callable[[Tensor], bool]
+) -> Callable[[Any], None]:
+    @functools.wraps(configure)
+    def configure_or_pass(optimizer: Any) -> None:
+        groups = optimizer.optimizer.param_groups
+        empty = [index for index, group in enumerate(groups) if not any(each.requires_grad for each in group["params"])]
+        if empty:
+            raise ConfigError(
+                f"optimizer: none of the {len(groups[empty[0]]['params'])} parameters of group {empty[0]} has "
+                "requires_grad=True, and ZeRO shares groups of trained ones; pass model_parameters=[each for each in "
+                "model.parameters() if each.requires_grad]"
+            )
+        trained = (each for group in groups for each in group["params"] if each.requires_grad)
+        if any(group.get("moe") for group in groups) or any(map(is_of_expert, trained)):
+            configure(optimizer)
+        else:
+            optimizer.has_moe_layers = False  # of an optimizer: it has experts' gradients to reduce
+
+    return configure_or_pass
 
 
 def runs_stages(engine: Any) -> bool:

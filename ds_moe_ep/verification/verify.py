@@ -184,6 +184,9 @@ class Verification:
         """Why no checkpoint is judged, or an empty string. Collective."""
         if not self._checkpoint:
             return "it was not asked for"
+        stored = (each for layer in self._layers for each in layer.stored_parameters().values())
+        if self._engine.zero_optimization_partition_weights() and not all(each.requires_grad for each in stored):
+            return "DeepSpeed saves no frozen experts under ZeRO-3; it does with zero_optimization.stage=2"
         if not EngineExtensions.of(self._engine).has(ExpertFiles):
             return ""
         refusals = seams.gather(problem_of_files({layer.ep_size for layer in self._layers}))

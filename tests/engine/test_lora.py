@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import deepspeed
+import pytest
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from torch import Tensor, nn
 
 import ds_moe_ep
 from ds_moe_ep import MoE
 from tests.engine.lora_models import Adapted, adapt, run_adapted
-from tests.engine.small_model import NUM_EXPERTS, Job, SmallModel, distance, make_layer, merged, reference_job
+from tests.engine.small_model import (
+    NUM_EXPERTS,
+    Job,
+    SmallModel,
+    batches,
+    distance,
+    make_layer,
+    make_model,
+    merged,
+    named_weights,
+    reference_job,
+    train_steps,
+)
 from tests.ranks import RankPool
 
 OURS = [
@@ -44,6 +60,50 @@ def test_adapters_without_deepspeeds_marks_would_be_averaged_over_other_experts(
     _, weights = reference_job(job, adapt)
     own = {name: weight for name, weight in runs[0].weights.items() if "lora_" in name}
     assert distance(own, {name: weights[name] for name in own}) > 1e-2
+
+
+DENSE = ("enter.", "leave.", "wg.")  # what trains beside experts that do not
+FROZEN = [
+    Job(world_size=2, ep_size=2, stage=1, num_experts=4, door="deepspeed"),
+    Job(world_size=2, ep_size=2, stage=2, num_experts=4),
+    Job(world_size=2, ep_size=2, stage=1, num_experts=4, layer="native"),
+]
+
+
+def without_experts(model: nn.Module) -> nn.Module:
+    """The model with frozen experts, as adapters of the attention leave them."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in DENSE))
+    return model
+
+
+def train_dense(jobs: Sequence[Job]) -> list[tuple[dict[str, Tensor], dict[str, Tensor], str]]:
+    """Weights before and behind a training of all but the experts, and what a group without a trained one is told."""
+    found = []
+    deepspeed.init_distributed("gloo")
+    for job in jobs:
+        start = ds_moe_ep.initialize if job.door == "ds_moe_ep" and job.layer == "ours" else deepspeed.initialize
+        model = without_experts(make_model(job))
+        before = named_weights(model, job)
+        with pytest.raises(ds_moe_ep.ConfigError) as error:
+            start(model=model, config=job.ds_config, model_parameters=list(model.parameters()))
+        model = without_experts(make_model(job))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        engine = start(model=model, config=job.ds_config, model_parameters=trained)[0]
+        train_steps(engine, job, batches(job))
+        found.append((before, named_weights(engine.module, job), str(error.value)))
+    return found
+
+
+def test_experts_that_nobody_trains_are_no_end_under_zero(pool: RankPool) -> None:
+    """The control: the parameters beside them move."""
+    by_rank = pool.run(2, train_dense, FROZEN, timeout_s=100)
+    for index, job in enumerate(FROZEN):
+        before, behind = (merged([results[index][side] for results in by_rank]) for side in (0, 1))
+        assert distance(behind, reference_job(job, without_experts)[1]) < 2e-5, job
+        assert distance(behind, before) > 1e-2, job
+        assert all(torch.equal(behind[name], before[name]) for name in before if "deepspeed_experts" in name), job
+        assert "has requires_grad=True" in by_rank[0][index][2]
 
 
 def test_adapters_that_were_sorted_before_they_had_marks_are_refused_under_zero(pool: RankPool) -> None:
