@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from ds_moe_ep.engine.views.layers import viewed_layers
-from ds_moe_ep.engine.views.parts import StoredTensor
 from tests.engine.hooks import test_autoep_bias as biased
 from tests.engine.hooks.autoep_models import AutoEPJob
 from tests.engine.hugging_face.tiny_models import ds_config, make_model, token_ids, train_one_step
@@ -26,7 +25,7 @@ from tests.engine.small_model import Job
 from tests.verification.engines import FEW, Layout
 from tests.verification.layout_mutants import stale_master
 from tests.verification.layouts import RanksLayout
-from tests.verification.mutants import Mutant, after_load, drifting_scale, dropping, uneven_weight, unmoved_bias
+from tests.verification.mutants import Mutant, drifting_scale, of_each_maker, uneven_weight, unmoved_bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,52 +87,6 @@ AUTOEP_BIAS = biased_layout("AutoEP, hooked, a bias that moves")
 AUTOEP_ROUTED = routed_layout("AutoEP, DeepSeek-V3")
 
 
-def stored(engine: Any, local: int = 1) -> StoredTensor:
-    """The first tensor of an expert of the first layer."""
-    return next(iter(viewed_layers(engine.module)[0].expert_tensors(local).values()))
-
-
-@contextmanager
-def frozen(engine: Any) -> Iterator[None]:
-    """The optimizer forgot a parameter of experts."""
-    lost = stored(engine).parameter
-    group = next(g for g in engine.optimizer.param_groups if any(p is lost for p in g["params"]))
-    before = list(group["params"])
-    group["params"] = [parameter for parameter in before if parameter is not lost]
-    yield
-    group["params"] = before
-
-
-@contextmanager
-def doubled(engine: Any) -> Iterator[None]:
-    """The gradient of one expert is twice too large."""
-    tensor = stored(engine)
-
-    def twice(gradient: torch.Tensor) -> torch.Tensor:
-        more = gradient.clone()
-        tensor.of(more).mul_(2)
-        return more
-
-    handle = tensor.parameter.register_hook(twice)
-    yield
-    handle.remove()
-
-
-def swap_momentum(engine: Any) -> None:
-    """Moments of one expert come back on another."""
-    places = [stored(engine, local) for local in range(2)]
-    first, second = (each.of(engine.optimizer.state[each.parameter]["exp_avg"]) for each in places)
-    kept = first.clone()
-    first.copy_(second)
-    second.copy_(kept)
-
-
-def leave_packed(engine: Any) -> None:
-    """An expert stays what it was before the load: here, spoilt."""
-    tensor = stored(engine)
-    tensor.of(tensor.parameter.data).mul_(-0.5)
-
-
 @contextmanager
 def native_double_softmax(engine: Any) -> Iterator[None]:
     from deepspeed.moe import sharded_moe
@@ -189,37 +142,20 @@ def leaving(attribute: str, value: Any) -> Callable[[Any], Any]:
     return left
 
 
-def of_maker(layout: Layout, layer: str, stored_name: str, tensor: str) -> tuple[Mutant, ...]:
-    """The faults that are planted alike in the layers of both; `tensor` is the name of an expert's first one."""
-
-    def at_load(spoil: Callable[[Any], None]) -> Callable[[Any], Any]:
-        return lambda engine: after_load(engine, spoil)
-
-    loaded, again = "checkpoint", "is another one after save and load"
-    momentum, packed = f"{layer} expert 0 {tensor} (exp_avg)", f"{layer} expert 1 {tensor}"
-    lost = "is not in the checkpoint's files"
-    return (
-        Mutant("frozen", layout, frozen, "groups", "in no group of the optimizer", f"{layer}.{stored_name}"),
-        Mutant("stale", layout, stale_master, "movement", "no step moved it", f"{layer} expert"),
-        Mutant("momentum", layout, at_load(swap_momentum), loaded, again, momentum, checkpoint=True),
-        Mutant("packed", layout, at_load(leave_packed), loaded, again, packed, checkpoint=True),
-        Mutant("dropping", layout, dropping, loaded, lost, f"{layer} expert 3 {tensor[0]}", 0, checkpoint=True),
-        Mutant("doubled", layout, doubled, "gradients", "2 times as large", f"{layer} expert 1 {tensor}"),
-    )
-
-
 LAYER, BLOCK, ROUTED = "layers.0", "model.layers.0.mlp", "model.layers.1.mlp"
 BIAS, OTHERWISE = "e_score_correction_bias", "routed otherwise than by the block that it replaced"
 DRIFT = "and on rank 0 256"
 OF_DEEPSPEED = (
-    *of_maker(NATIVE, LAYER, "deepspeed_moe.experts", "fc1.weight"),
+    *of_each_maker(NATIVE, LAYER, "deepspeed_moe.experts", "fc1.weight"),
+    Mutant("stale", NATIVE, stale_master, "movement", "no step moved it", f"{LAYER} expert"),
     Mutant("double softmax", NATIVE, native_double_softmax, "balance", "its formula gives", LAYER),
     Mutant("uneven weight", NATIVE, uneven_weight, "balance", "has a weight of 0.1 in a micro-batch", LAYER, 1),
     Mutant("own norm", NATIVE_CLIPPED, lambda engine: nullcontext(), "norm", "all experts counted once"),
     Mutant("drifting scale", NATIVE_FP16, drifting_scale, "loss scale", DRIFT, "", 1),
 )
 OF_AUTOEP = (
-    *of_maker(AUTOEP, BLOCK, "experts", "w1"),
+    *of_each_maker(AUTOEP, BLOCK, "experts", "w1"),
+    Mutant("stale", AUTOEP, stale_master, "movement", "no step moved it", f"{BLOCK} expert"),
     Mutant("double softmax", AUTOEP, model_double_softmax, "balance", "is not that of the routing weights", BLOCK),
     Mutant("uneven weight", AUTOEP, uneven_model_weight, "balance", "is not that of the routing weights", BLOCK, 1),
 )

@@ -18,6 +18,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from ds_moe_ep.engine.views.layers import viewed_layers
+from ds_moe_ep.engine.views.parts import StoredTensor
 from tests.verification.engines import AUX, BIAS
 
 
@@ -41,18 +43,21 @@ def expert(engine: Any, local: int = 1) -> Any:
 
 def first_layer(engine: Any) -> Any:
     """The first layer of experts that this rank has."""
-    from ds_moe_ep.engine.views.layers import viewed_layers
-
     return viewed_layers(engine.module)[0].layer
+
+
+def stored(engine: Any, local: int = 1) -> StoredTensor:
+    """The first tensor of an expert of the first layer, whoever made the layer."""
+    return next(iter(viewed_layers(engine.module)[0].expert_tensors(local).values()))
 
 
 @contextmanager
 def frozen(engine: Any) -> Iterator[None]:
-    """The optimizer forgot an expert: its parameters are trained by nobody."""
-    lost = {id(parameter) for parameter in expert(engine).parameters()}
-    group = next(g for g in engine.optimizer.param_groups if any(id(p) in lost for p in g["params"]))
+    """The optimizer forgot a parameter of experts: nobody trains it."""
+    lost = stored(engine).parameter
+    group = next(g for g in engine.optimizer.param_groups if any(p is lost for p in g["params"]))
     before = list(group["params"])
-    group["params"] = [parameter for parameter in before if id(parameter) not in lost]
+    group["params"] = [parameter for parameter in before if parameter is not lost]
     yield
     group["params"] = before
 
@@ -113,16 +118,14 @@ def after_load(engine: Any, spoil: Callable[[Any], None]) -> Iterator[None]:
             spoil(engine)
         return answer
 
-    before = vars(engine).get("load_checkpoint")
-    vars(engine)["load_checkpoint"] = load_and_spoil
-    yield
-    del vars(engine)["load_checkpoint"]
-    vars(engine).update({} if before is None else {"load_checkpoint": before})
+    with patch.object(engine, "load_checkpoint", load_and_spoil):
+        yield
 
 
 def swap_momentum(engine: Any) -> None:
     """Moments of one expert come back on another."""
-    first, second = (engine.optimizer.state[expert(engine, local).fc1.weight]["exp_avg"] for local in range(2))
+    places = [stored(engine, local) for local in range(2)]
+    first, second = (each.of(engine.optimizer.state[each.parameter]["exp_avg"]) for each in places)
     kept = first.clone()
     first.copy_(second)
     second.copy_(kept)
@@ -130,7 +133,8 @@ def swap_momentum(engine: Any) -> None:
 
 def leave_packed(engine: Any) -> None:
     """An expert stays what it was before the load: here, spoilt."""
-    expert(engine).fc1.weight.mul_(-0.5)
+    tensor = stored(engine)
+    tensor.of(tensor.parameter.data).mul_(-0.5)
 
 
 @contextmanager
@@ -146,11 +150,8 @@ def dropping(engine: Any, file: str = "layer_0_expert_3_mp_rank_00_model_states.
         dist.barrier()
         return answer
 
-    before = vars(engine).get("save_checkpoint")
-    vars(engine)["save_checkpoint"] = save_without
-    yield
-    del vars(engine)["save_checkpoint"]
-    vars(engine).update({} if before is None else {"save_checkpoint": before})
+    with patch.object(engine, "save_checkpoint", save_without):
+        yield
 
 
 @contextmanager
@@ -194,7 +195,15 @@ def drifting_scale(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def doubled(engine: Any) -> Iterator[None]:
-    handle = expert(engine).fc1.weight.register_hook(lambda gradient: 2 * gradient)
+    """The gradient of one expert is twice too large."""
+    tensor = stored(engine)
+
+    def twice(gradient: torch.Tensor) -> torch.Tensor:
+        more = gradient.clone()
+        tensor.of(more).mul_(2)
+        return more
+
+    handle = tensor.parameter.register_hook(twice)
     yield
     handle.remove()
 
@@ -235,44 +244,33 @@ def on_the_wire(engine: Any) -> Iterator[None]:
         yield
 
 
+def of_each_maker(layout: Any, layer: str, stored_name: str, tensor: str) -> tuple[Mutant, ...]:
+    """The faults that are planted alike whoever made the layer; `tensor` is the name of an expert's first one."""
+
+    def at_load(spoil: Callable[[Any], None]) -> Callable[[Any], Any]:
+        return lambda engine: after_load(engine, spoil)
+
+    loaded, again = "checkpoint", "is another one after save and load"
+    momentum, packed = f"{layer} expert 0 {tensor} (exp_avg)", f"{layer} expert 1 {tensor}"
+    lost = "is not in the checkpoint's files"
+    return (
+        Mutant("frozen", layout, frozen, "groups", "in no group of the optimizer", f"{layer}.{stored_name}"),
+        Mutant("momentum", layout, at_load(swap_momentum), loaded, again, momentum, checkpoint=True),
+        Mutant("dropping", layout, dropping, loaded, lost, f"{layer} expert 3 {tensor[0]}", 0, checkpoint=True),
+        Mutant("doubled", layout, doubled, "gradients", "2 times as large", f"{layer} expert 1 {tensor}"),
+        Mutant("packed", layout, at_load(leave_packed), loaded, again, packed, checkpoint=True),
+    )
+
+
 LAYER = "layers.0"
 MUTANTS = (  # of the public reports
-    Mutant("frozen", AUX, frozen, "groups", "in no group of the optimizer", f"{LAYER}.deepspeed_moe.experts"),
-    Mutant(
-        "momentum",
-        AUX,
-        lambda e: after_load(e, swap_momentum),
-        "checkpoint",
-        "is another one after save and load",
-        f"{LAYER} expert 0 fc1.weight (exp_avg)",
-        checkpoint=True,
-    ),
-    Mutant(
-        "dropping",
-        AUX,
-        dropping,
-        "checkpoint",
-        "is not in the checkpoint's files",
-        f"{LAYER} expert 3 fc",
-        0,
-        checkpoint=True,
-    ),
-    Mutant("doubled", AUX, doubled, "gradients", "2 times as large", f"{LAYER} expert 1 fc1.weight"),
+    *of_each_maker(AUX, LAYER, "deepspeed_moe.experts", "fc1.weight"),
     Mutant("own norm", AUX, own_norm, "norm", "all experts counted once"),
     Mutant("without bias", BIAS, without_bias, "routing", "went to other experts than the scores and its bias", LAYER),
     Mutant("unmoved bias", BIAS, unmoved_bias, "balance", "the balancing bias of expert", LAYER),
     Mutant("drifting scale", BIAS, drifting_scale, "loss scale", "the loss scale is 32 and on rank 0 64", "", 1),
 )
 MORE_MUTANTS = (
-    Mutant(
-        "packed",
-        AUX,
-        lambda e: after_load(e, leave_packed),
-        "checkpoint",
-        "is another one after save and load",
-        f"{LAYER} expert 1 fc1.weight",
-        checkpoint=True,
-    ),
     Mutant("double softmax", AUX, double_softmax, "balance", "its formula gives", LAYER),
     Mutant("stale", AUX, stale, "movement", "no step moved it", f"{LAYER} expert 1 fc2.weight"),
     Mutant("uneven weight", AUX, uneven_weight, "balance", "has a weight of 0.1 in a micro-batch", LAYER, 1),
