@@ -19,7 +19,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from ds_moe_ep.comm.lanes import Inline
-from ds_moe_ep.comm.transport import Done, Message
+from ds_moe_ep.comm.transport import Done, Loopback, Message
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.kernels import activation, gate, sort
@@ -76,7 +76,7 @@ class LayerAccount:
         return [*self.forward, *self.recomputed, *self.backward]
 
 
-class Counted:
+class Counted(Loopback):
     """Rank 0 of a torus: its own rows stay, nothing else moves."""
 
     rank = 0
@@ -102,12 +102,6 @@ class Counted:
 
     def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return values.clone()
-
-    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
-        return None
-
-    def check_open(self, tags: Tags = NO_TAGS) -> None:
-        return None
 
 
 def count(sizes: Sizes) -> LayerAccount:

@@ -15,20 +15,19 @@ import torch
 import torch.distributed as dist
 
 from ds_moe_ep.comm.open import open_transport
-from ds_moe_ep.comm.transport import Message, Transfer, Transport
+from ds_moe_ep.comm.transport import InFront, Message, Transfer, Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
-from tests.moe.faulty_transports import Wrapper
 from tests.ranks import signal_itself
 
 VICTIM = 1  # of three ranks
 D = 8
 
 
-class Disturbed(Wrapper):
+class Disturbed(InFront):
     """Does something once, before the first transfer of a lane in a pass that comes after `arm`."""
 
     def __init__(self, inner: Transport, lane: str, phase: str, disturb: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_moe_ep.comm.transport import Answer, Message
+from ds_moe_ep.comm.transport import Answer, Loopback, Message
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags, union, without
 
 Clock = dict[str, int]
@@ -264,7 +264,7 @@ class RecordingWork:
         self._device.current_stream().see(self._clock)
 
 
-class RecordingTransport:
+class RecordingTransport(Loopback):
     """A group of `size` ranks of which this is rank 0: transfers read and write their rows on a stream of their own."""
 
     rank = 0
@@ -282,12 +282,6 @@ class RecordingTransport:
 
     def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return values.clone()
-
-    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
-        return None
-
-    def check_open(self, tags: Tags = NO_TAGS) -> None:
-        return None
 
     def start(
         self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from ds_moe_ep.comm.transport import Answer, Message, Transfer
+from ds_moe_ep.comm.transport import Answer, Loopback, Message, Transfer
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import EngineError
@@ -17,7 +17,7 @@ from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 from tests.comm.test_host_lanes import FakeTransfer
 
 
-class FailingTransport:
+class FailingTransport(Loopback):
     """Rank 0 of 4, whose peers send halves; the transfer with the number `fails` never arrives."""
 
     rank, size, ranks = 0, 4, range(4)
@@ -36,12 +36,6 @@ class FailingTransport:
 
     def sum(self, values: torch.Tensor, tags: Tags = NO_TAGS) -> torch.Tensor:
         return values.clone()
-
-    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
-        return None
-
-    def check_open(self, tags: Tags = NO_TAGS) -> None:
-        return None
 
     def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
         number, self.num_started = self.num_started, self.num_started + 1

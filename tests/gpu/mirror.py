@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ds_moe_ep.comm.transport import Answer, Message
+from ds_moe_ep.comm.transport import Answer, Loopback, Message
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.moe.agreement import NUM_HEAD, CountsHeader
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
@@ -35,7 +35,7 @@ class EventTransfer:
             torch.cuda.current_stream().wait_event(event)
 
 
-class MirroredTransport:
+class MirroredTransport(Loopback):
     """The transport of virtual rank 0. `jitter_cycles` delays each copy by a random number of GPU cycles below it."""
 
     rank = 0
@@ -64,12 +64,6 @@ class MirroredTransport:
 
     def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
         return values * self.size
-
-    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
-        return None
-
-    def check_open(self, tags: Tags = NO_TAGS) -> None:
-        return None
 
     def start(
         self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS

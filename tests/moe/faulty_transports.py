@@ -5,43 +5,15 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from ds_moe_ep.comm.transport import Answer, Message, Transfer, Transport
+from ds_moe_ep.comm.transport import InFront, Message, Transfer, Transport
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 
 
-class Wrapper:
-    """Passes everything on."""
-
-    def __init__(self, inner: Transport) -> None:
-        self.inner = inner
-        self.rank = inner.rank
-        self.size = inner.size
-        self.ranks = inner.ranks
-
-    def exchange_counts(self, counts_PC: Tensor, tags: Tags = NO_TAGS) -> Tensor:
-        return self.inner.exchange_counts(counts_PC, tags)
-
-    def consult(self, told_C: Tensor, num_answered: int, answer: Answer, tags: Tags = NO_TAGS) -> Callable[[], Tensor]:
-        return self.inner.consult(told_C, num_answered, answer, tags)
-
-    def sum(self, values: Tensor, tags: Tags = NO_TAGS) -> Tensor:
-        return self.inner.sum(values, tags)
-
-    def abandon(self, error: BaseException, tags: Tags = NO_TAGS) -> None:
-        self.inner.abandon(error, tags)
-
-    def check_open(self, tags: Tags = NO_TAGS) -> None:
-        self.inner.check_open(tags)
-
-    def start(self, lane: str, sends: Sequence[Message], receives: Sequence[Message], tags: Tags = NO_TAGS) -> Transfer:
-        return self.inner.start(lane, sends, receives, tags)
-
-
-class Delayed(Wrapper):
+class Delayed(InFront):
     """Sleeps a random moment, another on every rank, before each start and each wait."""
 
     def __init__(self, inner: Transport, seed: int, longest_s: float) -> None:
@@ -67,7 +39,7 @@ class _DelayedTransfer:
         self._inner.wait()
 
 
-class Lossy(Wrapper):
+class Lossy(InFront):
     """Overwrites the first row that the first dispatch brings with zeros: a row is lost on the wire."""
 
     def __init__(self, inner: Transport) -> None:
@@ -93,7 +65,7 @@ class _LossyTransfer:
         self._rows[0].zero_()
 
 
-class Counting(Wrapper):
+class Counting(InFront):
     """Counts what was started and what was waited for."""
 
     def __init__(self, inner: Transport) -> None:
@@ -124,7 +96,7 @@ class _CountedTransfer:
         self._inner.wait()
 
 
-class Slow(Wrapper):
+class Slow(InFront):
     """A link of a rate: all rows that leave share it, one transfer after the other, on both lanes together."""
 
     def __init__(self, inner: Transport, row_s: float) -> None:

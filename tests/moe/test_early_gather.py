@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_moe_ep.comm.transport import Message, Transfer
+from ds_moe_ep.comm.transport import InFront, Message, Transfer, Transport
 from ds_moe_ep.moe import executor
 from ds_moe_ep.moe.tensor_parallel import early
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
-from tests.moe.faulty_transports import Wrapper
 from tests.moe.layer_cases import CaseData, LayerCase, case_data
 from tests.moe.layer_runs import Links, build_layer, config, torus_for
 from tests.ranks import RankPool
@@ -55,10 +54,10 @@ def without() -> AbstractContextManager[object]:
     return patch.object(TensorRanks, "early_gather", lambda *_: None)
 
 
-class HeldBack(Wrapper):
+class HeldBack(InFront):
     """The last combine of a forward pass ends once all tokens before it have come from the other ranks."""
 
-    def __init__(self, inner: Wrapper, have_come: threading.Event, patience_s: float) -> None:
+    def __init__(self, inner: Transport, have_come: threading.Event, patience_s: float) -> None:
         super().__init__(inner)
         self._left, self._have_come, self._patience_s = NUM_PIECES, have_come, patience_s
         self.was_in_time: bool | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_moe_ep.bench.candidates.emulated import EmulatedExperts
 from ds_moe_ep.comm.open import open_transport
-from ds_moe_ep.comm.transport import Message, Transfer, Transport
+from ds_moe_ep.comm.transport import InFront, Message, Transfer, Transport
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.errors import ConfigError
@@ -27,7 +27,7 @@ from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.tuner import Choice, Drift, LinkMeter
 from ds_moe_ep.schedule import drift
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
-from tests.moe.faulty_transports import Counting, Slow, Wrapper
+from tests.moe.faulty_transports import Counting, Slow
 from tests.ranks import run_ranks
 
 D, TOKENS = 8, 200
@@ -310,7 +310,7 @@ def test_a_choice_survives_as_plain_values_and_others_are_refused() -> None:
             Choice.from_dict(broken, "ckpt")
 
 
-class InOrder(Wrapper):
+class InOrder(InFront):
     """Keeps the order of messages and of sums, in which ranks wait for each other."""
 
     def __init__(self, inner: Transport) -> None:

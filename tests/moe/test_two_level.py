@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from ds_moe_ep.comm.callbacks import TransferCallback
-from ds_moe_ep.comm.transport import Message, Transfer
+from ds_moe_ep.comm.transport import InFront, Message, Transfer, Transport
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.moe import tuner
 from ds_moe_ep.moe.two_level import relay
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
-from tests.moe.faulty_transports import Delayed, Wrapper
+from tests.moe.faulty_transports import Delayed
 from tests.moe.layer_cases import D, LayerCase, LayerResult, case_data, errors, reference_results
 from tests.moe.layer_runs import Links, build_layer, config, run_case, torus_for
 from tests.moe.test_schedules import differences
@@ -73,10 +73,10 @@ def narrow(each: LayerCase, dtype: torch.dtype) -> LayerCase:
     return replace(each, dtype=dtype)
 
 
-class FarBytes(Wrapper):
+class FarBytes(InFront):
     """Counts the bytes that leave this rank's node, by lane."""
 
-    def __init__(self, inner: Wrapper, node_size: int) -> None:
+    def __init__(self, inner: Transport, node_size: int) -> None:
         super().__init__(inner)
         self._node_size = node_size
         self.by_lane: dict[str, int] = {}
