@@ -10,15 +10,12 @@ Each is the median (quartiles) of its rounds, on the mean rank.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
@@ -26,21 +23,11 @@ import torch.distributed as dist
 
 from ds_moe_ep.bench.candidates.cases import CASES
 from ds_moe_ep.bench.candidates.layers import LayerSetup, build
-from ds_moe_ep.bench.harness.collective import mean
 from ds_moe_ep.bench.harness.method import rotation
-from ds_moe_ep.bench.harness.processes import (
-    Finding,
-    Tell,
-    arriving,
-    free_port,
-    live_as_rank,
-    loopback_environment,
-    started_ranks,
-)
 from ds_moe_ep.engine.checkpoint.convert.read import check_undamaged
 from ds_moe_ep.health.watch import open_watch
+from tests.account.rounds import mean_rounds
 
-PRELOADED = ("torch", "deepspeed", "ds_moe_ep.bench.candidates.native", "ds_moe_ep.engine.layer")
 UNITS = {"meter": "times", "watch": "% of a core", "checksums": "s per GB", "torch.load": "s per GB"}
 
 
@@ -52,7 +39,6 @@ class Plan:
     ranks: int
     rounds: int
     size: float = 0.0
-    port: int = 0
 
 
 PLANS = (
@@ -62,7 +48,7 @@ PLANS = (
 )
 
 
-def meter_rounds(rank: int, plan: Plan) -> Iterator[float]:
+def meter_rounds(plan: Plan, rank: int) -> Iterator[list[float]]:
     """The processor time of a recorded pass over that of one that is not, round by round."""
     from ds_moe_ep.bench.candidates import native  # imports deepspeed, which reads DS_ACCELERATOR
 
@@ -79,10 +65,10 @@ def meter_rounds(rank: int, plan: Plan) -> Iterator[float]:
             [*layers[which].traffic()]  # spans are read as the meter reads them, and do not pile up
             took[which] = time.process_time() - start_s
         if index >= 2:
-            yield took[1] / took[0]
+            yield [took[1] / took[0]]
 
 
-def watch_rounds(rank: int, plan: Plan) -> Iterator[float]:
+def watch_rounds(plan: Plan, rank: int) -> Iterator[list[float]]:
     """Percent of a core that a watched rank takes, less what it takes without, round by round."""
     dist.init_process_group("gloo")
     for _ in range(plan.rounds):
@@ -97,23 +83,7 @@ def watch_rounds(rank: int, plan: Plan) -> Iterator[float]:
             dist.barrier()
             if watch is not None:
                 watch.end()
-        yield shares[1] - shares[0]
-
-
-def run_rank(rank: int, plan: Plan, findings: Queue[Finding]) -> None:
-    """The life of a rank; rank 0 tells the mean rank's number of each round."""
-    os.environ.update(loopback_environment(rank, plan.ranks, plan.port))
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(1)
-    live_as_rank(rank, findings, partial(_measure, rank, plan))
-
-
-def _measure(rank: int, plan: Plan, tell: Tell) -> None:
-    rounds = {"meter": meter_rounds, "watch": watch_rounds}[plan.what](rank, plan)
-    for value in rounds:
-        tell(Finding("round", json.dumps(mean([value])[0])))
-    dist.barrier()
-    dist.destroy_process_group()
+        yield [shares[1] - shares[0]]
 
 
 def checksum_rounds(plan: Plan) -> dict[str, list[float]]:
@@ -135,10 +105,8 @@ def measured(plan: Plan) -> dict[str, list[float]]:
     """The rounds of a measurement, by name."""
     if plan.what == "checksums":
         return checksum_rounds(plan)
-    plan = Plan(plan.what, plan.ranks, plan.rounds, plan.size, free_port())
-    with started_ranks(run_rank, plan, plan.ranks, PRELOADED) as (processes, inbox):
-        told = [json.loads(finding.text) for finding in arriving(processes, inbox) if finding.kind == "round"]
-    return {plan.what: told}
+    rounds_of = {"meter": meter_rounds, "watch": watch_rounds}[plan.what]
+    return {plan.what: [value for (value,) in mean_rounds(partial(rounds_of, plan), plan.ranks)]}
 
 
 def line(name: str, rounds: Sequence[float]) -> str:
