@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ds_moe_ep import __version__
-from ds_moe_ep.doctor.gather import installed
+from ds_moe_ep.doctor.gather import installed, told_behind
 from ds_moe_ep.doctor.hosts import ENV_FILE, LAUNCHERS, HostAnswer, HostsFacts, read_hostfile
 
 MODULE = "ds_moe_ep.doctor.ask_hosts"
@@ -74,16 +74,12 @@ def _ask(name: str, command: str) -> subprocess.Popen[str]:
 
 def _answer(name: str, process: subprocess.Popen[str], deadline: float, limit_s: float) -> HostAnswer:
     try:
-        printed, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        answer, last = told_behind(MARK, process, deadline)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
         return HostAnswer(name=name, error=f"no answer within {limit_s:g} s")
-    for line in printed.splitlines():
-        if line.startswith(MARK):
-            return HostAnswer(name=name, **json.loads(line.removeprefix(MARK)))
-    last = next((line for line in reversed(printed.splitlines()) if line.strip()), "without a word")
-    return HostAnswer(name=name, error=f"exit code {process.returncode}: {last.strip()}")
+    return HostAnswer(name=name, **(answer or {"error": f"exit code {process.returncode}: {last.strip()}"}))
 
 
 def _silence_s(name: str, environment: Mapping[str, str]) -> int:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from ds_moe_ep.doctor.facts import BuildLock
+import psutil
 
-PROCESSES = Path("/proc")
+from ds_moe_ep.doctor.facts import BuildLock
 
 
 def extensions_folder(environment: Mapping[str, str]) -> Path:
@@ -39,44 +40,22 @@ def build_locks(folder: Path) -> dict[str, BuildLock]:
 def lock_at(path: Path) -> BuildLock:
     """The lock and its holder. Raises FileNotFoundError where there is no lock."""
     its = path.stat()
-    holders = (
-        process
-        for process in processes_of(its.st_uid)
-        if any((file.st_dev, file.st_ino) == (its.st_dev, its.st_ino) for file in open_files(process))
-    )
+    holders = (process for process in psutil.process_iter() if _holds(process, path.resolve(), its.st_uid))
     holder = next(map(named, holders), "")
     all_seen = os.geteuid() in (0, its.st_uid)
     path.stat()  # a lock that is gone by now was released, not left
     return BuildLock(age_s=time.time() - its.st_mtime, holder=holder, all_seen=all_seen)
 
 
-def processes_of(user: int) -> Iterator[Path]:
-    """The folders in /proc of a user's processes."""
-    for process in PROCESSES.iterdir():
-        try:
-            if process.name.isdecimal() and process.stat().st_uid == user:
-                yield process
-        except FileNotFoundError:  # it has ended
-            continue
+def _holds(process: psutil.Process, path: Path, user: int) -> bool:
+    with suppress(psutil.Error):  # it has ended, or is a daemon that nobody may look into, and that builds nothing
+        return process.uids().real == user and any(file.path == str(path) for file in process.open_files())
+    return False
 
 
-def open_files(process: Path) -> Iterator[os.stat_result]:
-    """The files that a process has open; none of a daemon that nobody may look into, and that builds nothing."""
-    try:
-        for descriptor in (process / "fd").iterdir():
-            try:
-                yield descriptor.stat()
-            except FileNotFoundError:
-                continue
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return
-
-
-def named(process: Path) -> str:
+def named(process: psutil.Process) -> str:
     """A process in few words: its number, and how it was started."""
-    try:
-        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        words = []
-    command = " ".join(word for word in words if word)
-    return f"process {process.name}" + (f" ({command[:60]})" if command else "")
+    command = ""
+    with suppress(psutil.Error):
+        command = " ".join(process.cmdline())
+    return f"process {process.pid}" + (f" ({command[:60]})" if command else "")

@@ -11,18 +11,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ds_moe_ep.doctor.build_locks import build_locks, extensions_folder
 from ds_moe_ep.doctor.facts import ApexFacts, DeepSpeedFacts, Facts, Gpu, HostFacts, TorchFacts, TritonFacts
 from ds_moe_ep.doctor.probe import MARK, PROBES
 
-PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "psutil", "rich", "nvidia-ml-py", "mpi4py", "ninja")
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "nvidia-ml-py", "mpi4py", "ninja")
 PROBE_LIMIT_S = 120.0  # importing torch and deepspeed takes seconds, on a busy machine a minute
-MEMORY_INFO = Path("/proc/meminfo")
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
 SHARED_MEMORY = Path("/dev/shm")
@@ -70,16 +71,21 @@ def run_probes(names: Iterable[str], limit_s: float) -> dict[str, dict[str, Any]
 
 def _answer(process: subprocess.Popen[str], deadline: float, limit_s: float) -> dict[str, Any]:
     try:
-        printed, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        answer, last = told_behind(MARK, process, deadline)
     except subprocess.TimeoutExpired:
         return {"error": f"its import did not end within {limit_s:g} s"}
-    lines = printed.splitlines()
-    for line in reversed(lines):
-        if line.startswith(MARK):
-            answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
-            return answer
-    last = next((line for line in reversed(lines) if line.strip()), "without a word")
-    return {"error": f"its import ended the process with {process.returncode}: {last}"}
+    return answer or {"error": f"its import ended the process with {process.returncode}: {last}"}
+
+
+def told_behind(mark: str, process: subprocess.Popen[str], deadline: float) -> tuple[dict[str, Any], str]:
+    """The object of JSON in the last line that begins with a mark, else nothing; and the last line of the process.
+
+    Raises subprocess.TimeoutExpired for a process that runs at the deadline, by time.monotonic.
+    """
+    printed, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    lines = [line for line in reversed(printed.splitlines()) if line.strip()]
+    told: str = next((line.removeprefix(mark) for line in lines if line.startswith(mark)), "{}")
+    return json.loads(told), (lines[0] if lines else "without a word")
 
 
 def installed(names: Iterable[str]) -> dict[str, str | None]:
@@ -115,23 +121,20 @@ def apex_facts(found: Mapping[str, Any]) -> ApexFacts:
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return ApexFacts()
+    folders = spec.submodule_search_locations or ()
     return ApexFacts(
-        place=str(next(iter(spec.submodule_search_locations or ()), spec.origin or "unknown")),
+        place=str(next(iter(folders), spec.origin or "unknown")),
         version=installed(["apex"])["apex"] or "",
-        has_normalization=any((Path(folder) / "normalization").is_dir() for folder in _folders(spec)),
+        has_normalization=any((Path(folder) / "normalization").is_dir() for folder in folders),
         offers=tuple(found.get("offers", ())),
         reason=str(found.get("error") or found.get("reason", "")),
     )
 
 
-def _folders(spec: Any) -> Iterator[str]:
-    yield from spec.submodule_search_locations or ()
-
-
 def host_facts(environment: Mapping[str, str]) -> HostFacts:
     """Facts that the machine tells of itself."""
     name = socket.gethostname()
-    addresses = resolve(name)
+    addresses, beside = resolve(name), Path(sys.executable).parent / "deepspeed"
     return HostFacts(
         name=name,
         cores=len(os.sched_getaffinity(0)),
@@ -148,21 +151,13 @@ def host_facts(environment: Mapping[str, str]) -> HostFacts:
         num_gpu_files=sum(path.name[6:].isdigit() for path in Path("/dev").glob("nvidia*")),
         compiler=next((path for each in ("c++", "g++", "clang++") if (path := shutil.which(each))), ""),
         launcher=shutil.which("deepspeed") or "",
-        launcher_beside=_beside(Path(sys.executable).parent / "deepspeed"),
+        launcher_beside=str(beside) if beside.exists() else "",
     )
 
 
-def _beside(path: Path) -> str:
-    return str(path) if path.exists() else ""
-
-
 def free_memory() -> int:
-    """Bytes that new processes may take: what Linux calls available, or what a container's limit leaves."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if MEMORY_INFO.exists():
-        for line in MEMORY_INFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
+    """Bytes that new processes may take: what the system calls available, or what a container's limit leaves."""
+    free = int(psutil.virtual_memory().available)
     try:
         return min(free, int(MEMORY_LIMIT.read_text()) - int(MEMORY_USED.read_text()))
     except (OSError, ValueError):  # no container, or one without a limit ("max")

@@ -25,7 +25,7 @@ def judge_machine(facts: Facts, num_ranks: int) -> list[Verdict]:
         judge_shared_memory(host.shm_bytes, facts.device == "cuda"),
         *judge_files_left(host),
         judge_open_files(host.open_files, num_ranks),
-        *judge_locks(host),
+        *(judge_lock(path, lock) for path, lock in host.locks.items()),
         judge_name(host, facts.environment.get("GLOO_SOCKET_IFNAME")),
         judge_launcher(host),
         judge_compiler(host),
@@ -70,14 +70,11 @@ def judge_open_files(limit: int, num_ranks: int) -> Verdict:
     return _verdict("open files", "ok", f"a process may open {f'{limit:,}' if limit >= 0 else 'any number of'} files")
 
 
-def judge_locks(host: HostFacts) -> Iterator[Verdict]:
-    """Locks that killed builds of torch extensions left: the next build waits for them without a word."""
-    for path, lock in host.locks.items():
-        yield judge_lock(path, lock)
-
-
 def judge_lock(path: str, lock: BuildLock) -> Verdict:
-    """A lock is stale where no process of this host holds it, however young or old it is."""
+    """The lock of a torch extension's build: stale where no process of this host holds it, however young or old it is.
+
+    The next build waits for a stale one without a word.
+    """
     extension = Path(path).parent.name
     if lock.holder:
         return _verdict(

@@ -21,13 +21,7 @@ DEEPSPEED = "deepspeed>=0.17.6,<0.20"  # what setup.py asks for
 AUTOEP_SINCE = "0.19.8"
 # Releases of transformers that end AutoEP's conversion; engine/recorders.py mends it.
 WITHOUT_NAMES = ("5.23", "5.24")
-HELPERS = {
-    "psutil": "memory in benchmarks",
-    "rich": "tables and progress",
-    "nvidia-ml-py": "the busy fraction of GPUs",
-    "mpi4py": "starting with mpirun",
-}
-NEEDED = ("psutil", "rich")
+HELPERS = {"nvidia-ml-py": "the busy fraction of GPUs", "mpi4py": "starting with mpirun"}
 
 
 def judge_packages(facts: Facts) -> list[Verdict]:
@@ -189,7 +183,6 @@ def judge_helpers(facts: Facts) -> Verdict:
     there = [f"{name} {facts.versions[name]}" for name in HELPERS if name not in missing]
     lost = [f"no {name} ({HELPERS[name]})" for name in missing]
     found = ", ".join([*there, *lost])
-    wanted = [name for name in missing if name in NEEDED or (name == "nvidia-ml-py" and facts.device == "cuda")]
-    if wanted:
-        return _verdict("others", "warning", found, f"pip install {' '.join(wanted)}")
+    if "nvidia-ml-py" in missing and facts.device == "cuda":
+        return _verdict("others", "warning", found, "pip install nvidia-ml-py")
     return _verdict("others", "ok", found)

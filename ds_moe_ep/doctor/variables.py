@@ -8,6 +8,7 @@ from functools import partial
 
 from ds_moe_ep.doctor.facts import Facts
 from ds_moe_ep.doctor.verdicts import Verdict
+from ds_moe_ep.records.quantity import counted
 
 _verdict = partial(Verdict, "environment")
 
@@ -164,7 +165,7 @@ def judge_threads(facts: Facts, run: Run) -> Verdict:
     name, cores = "OMP_NUM_THREADS", facts.host.cores
     value = facts.environment.get(name)
     wanted = max(1, cores // max(1, run.num_ranks))
-    on = f"{'1 rank' if run.num_ranks == 1 else f'{run.num_ranks} ranks'} on {cores} cores"
+    on = f"{counted(run.num_ranks, 'rank')} on {cores} cores"
     if value is not None and not value.isdigit():
         return _verdict(name, "warning", f"{value} is no number of threads", f"export OMP_NUM_THREADS={wanted}")
     threads = int(value) if value else cores

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.text import Text
 
+from ds_moe_ep.records.quantity import counted
 from ds_moe_ep.records.render import to_terminal
 from ds_moe_ep.records.table import Table, table
 
@@ -67,14 +68,14 @@ def print_verdicts(verdicts: Sequence[Verdict], console: Console, *, verbose: bo
     for verdict_table in filter(None, (_urgent_table(urgent), _rest_table(rest))):
         console.print("", to_terminal(verdict_table, STYLES), sep="\n")
     if hidden := len(verdicts) - len(shown):
-        told = "1 check does" if hidden == 1 else f"{hidden} checks do"
+        told = counted(hidden, "check does", "checks do")
         console.print("", Text(f"{told} not matter on this machine; --verbose shows all", style="dim"), sep="\n")
 
 
 def conclusion(verdicts: Sequence[Verdict]) -> str:
     """The verdict of all, in one line: ready, ready with warnings, or the number of problems."""
     counts = count(verdicts)
-    told = [f"{counts[status]} {status}{'' if counts[status] == 1 else 's'}" for status in URGENT if counts[status]]
+    told = [counted(counts[status], status) for status in URGENT if counts[status]]
     if worst(verdicts) == "problem":
         return f"{', '.join(told)}: it cannot run as it is"
     return ", ".join(["ready", *told])

@@ -20,7 +20,7 @@ HOST = HostFacts(
     launcher="/env/bin/deepspeed",
     launcher_beside="/env/bin/deepspeed",
 )
-VERSIONS = {"transformers": None, "accelerate": None, "psutil": "7", "rich": "15", "nvidia-ml-py": "13", "mpi4py": "4"}
+VERSIONS = {"transformers": None, "accelerate": None, "nvidia-ml-py": "13", "mpi4py": "4"}
 CPU = Facts(
     versions=VERSIONS,
     torch=TorchFacts(version="2.13.0+cpu"),

@@ -16,7 +16,7 @@ from ds_moe_ep.config.topology import Torus, even_share, torus_of
 from ds_moe_ep.doctor.links.outcome import LinksOutcome, Presence, TriedLink
 from ds_moe_ep.doctor.verdicts import Verdict
 from ds_moe_ep.health.secondary_failures import is_secondary_message
-from ds_moe_ep.records.quantity import number
+from ds_moe_ep.records.quantity import counted, number
 
 _verdict = partial(Verdict, "links")
 
@@ -84,8 +84,7 @@ def judge_ranks(outcome: LinksOutcome) -> Iterator[Verdict]:
         fix = "look at what that rank's process says, and whether its host reaches MASTER_ADDR and MASTER_PORT"
         yield _verdict("ranks", "problem", "; ".join([found, *reasons]), fix)
         return
-    hosts = len({presence.host for presence in outcome.up.values()})
-    where = "1 host" if hosts == 1 else f"{hosts} hosts"
+    where = counted(len({presence.host for presence in outcome.up.values()}), "host")
     yield _verdict(
         "ranks", "ok", f"{size} of {size} came up in {number(outcome.waited_s, 1)} s on {where}, {outcome.backend}"
     )
@@ -123,9 +122,11 @@ def judge_hosts(hosts: Mapping[int, str], node_size: int) -> Iterator[Verdict]:
         else:
             yield _verdict("hosts", "ok", f"ranks by host: {listed}; moe_ep.node_size=0 counts them so")
         return
-    spread = [node for node in range(-(-len(hosts) // node_size)) if len(set(_members(hosts, node, node_size))) > 1]
-    if spread:
-        first = spread[0] * node_size
+    hosts_of_node: dict[int, set[str]] = {}
+    for rank, host in hosts.items():
+        hosts_of_node.setdefault(rank // node_size, set()).add(host)
+    if spread := [node for node, its in hosts_of_node.items() if len(its) > 1]:
+        first = min(spread) * node_size
         found = f"moe_ep.node_size={node_size}, but ranks {first} to {first + node_size - 1} are on several hosts"
         yield _verdict(
             "hosts", "warning", found, "set moe_ep.node_size to the ranks of one host, or to 0 to count them"
@@ -140,10 +141,6 @@ def judge_hosts(hosts: Mapping[int, str], node_size: int) -> Iterator[Verdict]:
         yield _verdict("hosts", "note", found, f"set moe_ep.node_size to {max(counts.values())}, or to 0")
     else:
         yield _verdict("hosts", "ok", f"ranks by host: {listed}; moe_ep.node_size={node_size} fits")
-
-
-def _members(hosts: Mapping[int, str], node: int, node_size: int) -> list[str]:
-    return [host for rank, host in hosts.items() if rank // node_size == node]
 
 
 def judge_releases(of_ranks: Mapping[int, Mapping[str, str | None]]) -> Iterator[Verdict]:
@@ -173,8 +170,7 @@ def _told(links: Sequence[TriedLink]) -> str:
     """The median of a class of links, and its range."""
     latency, rate = _medians(links)
     rates = sorted(link.gb_per_s for link in links)
-    pairs = "1 pair" if len(links) == 1 else f"{len(links)} pairs"
-    found = f"{pairs}: {number(latency, 0)} us for a byte, {_rate(rate)} for large messages"
+    found = f"{counted(len(links), 'pair')}: {number(latency, 0)} us for a byte, {_rate(rate)} for large messages"
     return found if len(links) == 1 else f"{found} ({_rate(rates[0])} to {_rate(rates[-1])})"
 
 
