@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.engine.views.observe import ObservedPass
 from ds_moe_ep.verification.judge_passes import PassJudge
-from ds_moe_ep.verification.verdicts import TrainingVerdict, short
+from ds_moe_ep.verification.verdicts import TrainingVerdict, problem, short
 
 WEIGHT_ROUNDING = 1e-2  # a weight that went through bf16
 BIAS_ROUNDING = 0.1  # of a step: a bias in fp32 is some thousand steps at most
@@ -35,15 +34,13 @@ def balance_weights(
         told["balance"] = f"the balance loss reaches the gate, with a weight of {short(first)} in the loss"
         odd = [each for each in own.get(name, ()) if abs(each - first) > WEIGHT_ROUNDING * max(abs(first), 1e-12)]
         if odd:
-            yield TrainingVerdict(
+            yield problem(
                 "balance",
-                "problem",
                 f"its balance loss has a weight of {short(odd[0])} in a micro-batch of this rank, and of "
                 f"{short(first)} in the first one",
                 "every micro-batch and rank must add l_aux with the same weight; engine.backward divides by "
                 "gradient_accumulation_steps itself",
                 name,
-                dist.get_rank(),
             )
 
 
@@ -75,13 +72,11 @@ class BiasMovement:
             wrong_E = (found_E - asked_E).abs() > BIAS_ROUNDING
             if wrong_E.any():
                 expert = int(wrong_E.nonzero()[0])
-                yield TrainingVerdict(
+                yield problem(
                     "balance",
-                    "problem",
                     f"the balancing bias of expert {expert} stands at {short(float(found_E[expert]))} steps after the "
                     f"step, and the load says {short(float(asked_E[expert]))}",
                     "let an engine of deepspeed.initialize or ds_moe_ep.initialize step; in a loop of your own call "
                     "layer.gate.balance.step after each step",
                     layer.name,
-                    dist.get_rank(),
                 )

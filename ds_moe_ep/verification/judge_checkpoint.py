@@ -28,7 +28,7 @@ from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.errors import EngineError
 from ds_moe_ep.verification.judge_optimizer import digest, named_states, named_tensors
 from ds_moe_ep.verification.steps import LastBatch
-from ds_moe_ep.verification.verdicts import TrainingVerdict
+from ds_moe_ep.verification.verdicts import TrainingVerdict, problem
 
 TAG, OUTPUT = "verify", "output "
 _LOCAL = re.compile(r"(\.deepspeed_experts\.)\d+\.")
@@ -95,14 +95,12 @@ class CheckpointJudge:
         for name, value in before.items():
             if after.get(name) != value:
                 told = "is another one" if name in after else "is not there"
-                yield TrainingVerdict(
+                yield problem(
                     "checkpoint",
-                    "problem",
                     f"{told} after save and load",
                     "load with ds_moe_ep's engine (ds_moe_ep.initialize or attach_overlap), and do not resume from "
                     "checkpoints of this engine before that",
                     name,
-                    dist.get_rank(),
                 )
 
     def _files(self, folder: Path) -> Generator[TrainingVerdict, None, bool]:
@@ -132,13 +130,11 @@ class CheckpointJudge:
                     if isinstance(tensor, Tensor) and live.get(name) == digest(tensor):
                         seen.add(name)
         for name in live.keys() - seen:
-            yield TrainingVerdict(
+            yield problem(
                 "checkpoint",
-                "problem",
                 "is not in the checkpoint's files as this run has it: no run, of whatever ep_size, would get it back",
                 "save with engine.save_checkpoint on every rank, into a folder that all ranks share",
                 name,
-                0,
             )
         return live.keys() <= there
 

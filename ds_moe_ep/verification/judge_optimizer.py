@@ -24,7 +24,7 @@ from ds_moe_ep.engine.state.optimizer_view import (
 from ds_moe_ep.engine.state.tensor_bytes import bytes_of
 from ds_moe_ep.engine.views.layers import ViewedLayer
 from ds_moe_ep.verification.judge_passes import ExpertsOutcome
-from ds_moe_ep.verification.verdicts import TrainingVerdict, short
+from ds_moe_ep.verification.verdicts import TrainingVerdict, problem, short
 
 EPSILON = 1e-6  # DeepSpeed's, beside the norm that clips
 NORM_ROUNDING = 1e-3  # a norm of rounded gradients, one addend each: far below what one expert more or less changes
@@ -48,7 +48,7 @@ def groups(engine: Any, layers: Sequence[ViewedLayer]) -> Iterator[TrainingVerdi
                 continue
             if len(holders) != 1:
                 told = "lies in no group of the optimizer" if not holders else f"lies in groups {holders}"
-                yield _problem(
+                yield problem(
                     "groups", f"{told}: {'nothing moves it' if not holders else 'it is stepped twice'}", SORT, name
                 )
                 continue
@@ -76,7 +76,7 @@ def _step_sizes(engine: Any, name: str, options: Mapping[str, Any], index: int) 
         actual = options.get(key)
         if actual is None or abs(float(actual) - float(value)) <= 1e-9 * max(abs(float(value)), 1e-12):
             continue
-        yield _problem(
+        yield problem(
             "groups",
             f"is stepped with {key}={float(actual):g}; {source.get(key, 'the ds_config')} says {float(value):g}",
             f"take {key} out of the parameter groups that you pass, or write the same value in optimizer.params",
@@ -139,14 +139,14 @@ class Movement:
 
     def _judge(self, name: str, rows: int, norm: float, has_moved: bool, steps: bool) -> Iterator[TrainingVerdict]:
         if rows and norm and not has_moved and steps:
-            yield _problem(
+            yield problem(
                 "movement",
                 f"{rows} rows reached it and its gradient has norm {short(norm)}, but no step moved it",
                 f"the optimizer steps another tensor, or none: {SORT}",
                 name,
             )
         elif not rows and (norm or (has_moved and not self._moves_anyway)):
-            yield _problem(
+            yield problem(
                 "movement",
                 f"no row reached it, and {f'its gradient has norm {short(norm)}' if norm else 'the step moved it'}",
                 "gradients of other experts, or of an earlier step, land in it: check the order of the parameters in "
@@ -167,7 +167,7 @@ def norm(engine: Any, square: float, applied: AppliedNorm) -> Iterator[TrainingV
         "call ds_moe_ep.initialize or ds_moe_ep.attach_overlap, whose norm counts the experts of all ranks, or use ZeRO"
     )
     if applied.is_known and abs(applied_norm - asked) > NORM_ROUNDING * asked:
-        yield _problem(
+        yield problem(
             "norm",
             f"gradients of norm {short(applied_norm)} reached the optimizer; all experts counted once, clipping at "
             f"{limit:g} leaves {short(asked)}",
@@ -177,7 +177,7 @@ def norm(engine: Any, square: float, applied: AppliedNorm) -> Iterator[TrainingV
         found = (
             f"the step was clipped by a norm of {short(float(reported))}; that of all gradients is {short(true_norm)}"
         )
-        yield _problem("norm", found, fix)
+        yield problem("norm", found, fix)
 
 
 def scales(engine: Any) -> Iterator[TrainingVerdict]:
@@ -185,7 +185,7 @@ def scales(engine: Any) -> Iterator[TrainingVerdict]:
     found = seams.gather(loss_scale(engine))
     odd = [rank for rank, scale in enumerate(found) if scale != found[0]]
     if odd and dist.get_rank() == odd[0]:
-        yield _problem(
+        yield problem(
             "loss scale",
             f"the loss scale is {found[odd[0]]:g} and on rank 0 {found[0]:g}",
             "ranks must skip a step together: load the last checkpoint, and look for a scaler of your own",
@@ -247,14 +247,10 @@ def replicas(engine: Any, layers: Sequence[ViewedLayer]) -> Iterator[TrainingVer
         for name, value in theirs.items():
             known_rank, known = first.setdefault(name, (rank, value))
             if known != value and rank == dist.get_rank():
-                yield _problem(
+                yield problem(
                     "replicas",
                     f"differs from the copy on rank {known_rank}",
                     "ranks that hold one expert must reduce its gradients together: check its marks (allreduce, "
                     "group_name), and that every rank loaded the same checkpoint",
                     name,
                 )
-
-
-def _problem(check: str, found: str, fix: str, parameter: str = "") -> TrainingVerdict:
-    return TrainingVerdict(check, "problem", found, fix, parameter, dist.get_rank())

@@ -32,7 +32,7 @@ from ds_moe_ep.verification.reference_routing import (
     weights_of,
 )
 from ds_moe_ep.verification.tensor_shares import summed_answers, whole_answers
-from ds_moe_ep.verification.verdicts import TrainingVerdict, short
+from ds_moe_ep.verification.verdicts import TrainingVerdict, problem, short
 
 EXCHANGE = "compare a run with schedule 'serial' and transport 'collective'; where that is right, report the schedule"
 
@@ -46,17 +46,12 @@ class PassJudge:
     passes: Sequence[ObservedPass]
 
     @property
-    def _rank(self) -> int:
-        return dist.get_rank()
-
-    @property
     def _gate_type(self) -> torch.dtype:
         """The type in which the gate's logits are computed."""
         return self.layer.gate_type or (self.passes[0].x_TD.dtype if self.passes else torch.float32)
 
-    def _problem(self, check: str, found: str, fix: str, parameter: str = "") -> TrainingVerdict:
-        name = parameter or self.layer.name
-        return TrainingVerdict(check, "problem", found, fix, name, self._rank)
+    def _problem(self, check: str, found: str, fix: str) -> TrainingVerdict:
+        return problem(check, found, fix, self.layer.name)
 
     # routing
 
@@ -143,7 +138,8 @@ class PassJudge:
             yield self._problem(
                 "balance",
                 "the layer's balance loss (l_aux) is no part of the loss: nothing keeps the experts' load even",
-                "add l_aux, times your weight, to the loss" + _way_without(self.layer),
+                "add l_aux, times your weight, to the loss"
+                + (', or set "balance": "none"' if self.layer.kind == "ds_moe_ep.MoE" else ""),
             )
 
     def balance_weights(self) -> list[float]:
@@ -224,13 +220,11 @@ def _compared(name: str, found: OwnSpan, both: ExactAndMoved, num_rows: int) -> 
     reached = f"{num_rows} rows reached it" if num_rows else "no row reached it"
     ratio = float(values.double().norm()) / both.size if both.size else 1.0
     times = f", {short(ratio)} times as large" if abs(ratio - 1) > 0.01 else ""
-    yield TrainingVerdict(
+    yield problem(
         "gradients",
-        "problem",
         f"its gradient is not the dense model's{times} ({reached}; {told})",
         f"look for hooks on the parameter and for tokens that several ranks share; {EXCHANGE}",
         name,
-        dist.get_rank(),
     )
 
 
@@ -248,8 +242,7 @@ def _token_problems(
 def _differing(layer: ViewedLayer, what: str, found: Tensor, asked: ExactAndMoved) -> Iterator[TrainingVerdict]:
     """A problem where a layer's tensor is not the dense model's. Local."""
     if told := asked.differs(found):
-        words = f"the {what} is not the dense model's ({told})"
-        yield TrainingVerdict("gradients", "problem", words, EXCHANGE, layer.name, dist.get_rank())
+        yield problem("gradients", f"the {what} is not the dense model's ({told})", EXCHANGE, layer.name)
 
 
 def _gate_problems(
@@ -292,20 +285,14 @@ def _logits_problems(
         asked += balance
     if not (told := asked.differs(found_TE)):
         return
-    yield TrainingVerdict(
+    yield problem(
         "balance",
-        "problem",
         f"the gradient of its gate's logits is not that of the routing weights and the model's balance loss ({told})",
         "the model's balance loss must see the gate's logits, which go through its softmax once",
         gate.layer.name,
-        dist.get_rank(),
     )
 
 
 def _few(values: Tensor) -> str:
     told = [short(float(value)) for value in values[:4]]
     return f"[{', '.join(told)}{'...' if len(values) > 4 else ''}]"
-
-
-def _way_without(layer: ViewedLayer) -> str:
-    return ', or set "balance": "none"' if layer.kind == "ds_moe_ep.MoE" else ""

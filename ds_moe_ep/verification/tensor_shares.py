@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -43,18 +43,7 @@ def whole_passes(layer: ViewedLayer, passes: Sequence[ObservedPass]) -> list[Obs
 
 def whole_answers(ranks: TensorRanks, own: OracleLayer) -> OracleLayer:
     """The oracle's answers on the tokens of all ranks' shares; those on experts stay this rank's."""
-    if not ranks.is_shared:
-        return own
-    everyone: list[list[list[ExactAndMoved]]] = [[] for _ in range(ranks.size)]
-    dist.all_gather_object(everyone, [own.y_TD, own.dx_TD, own.dweights_TK], group=ranks.group)
-    y_TD, dx_TD, dweights_TK = (
-        [
-            ExactAndMoved(torch.cat([each.exact for each in theirs]), torch.cat([each.moved for each in theirs]))
-            for theirs in zip(*of_ranks, strict=True)
-        ]
-        for of_ranks in zip(*everyone, strict=True)
-    )
-    return replace(own, y_TD=y_TD, dx_TD=dx_TD, dweights_TK=dweights_TK)
+    return _of_all(ranks.group, own, _in_turn) if ranks.is_shared else own
 
 
 def summed_answers(group: dist.ProcessGroup | None, own: OracleLayer) -> OracleLayer:
@@ -64,13 +53,23 @@ def summed_answers(group: dist.ProcessGroup | None, own: OracleLayer) -> OracleL
     """
     if group is None or dist.get_world_size(group) == 1:
         return own
+    return _of_all(group, own, partial(reduce, operator.add))
+
+
+def _of_all(
+    group: dist.ProcessGroup | None, own: OracleLayer, join: Callable[[Sequence[ExactAndMoved]], ExactAndMoved]
+) -> OracleLayer:
+    """The answers on tokens of a group's ranks, joined pass by pass; those on experts stay this rank's."""
     everyone: list[list[list[ExactAndMoved]]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(everyone, [own.y_TD, own.dx_TD, own.dweights_TK], group=group)
     y_TD, dx_TD, dweights_TK = (
-        [reduce(operator.add, theirs) for theirs in zip(*of_ranks, strict=True)]
-        for of_ranks in zip(*everyone, strict=True)
+        [join(theirs) for theirs in zip(*of_ranks, strict=True)] for of_ranks in zip(*everyone, strict=True)
     )
     return replace(own, y_TD=y_TD, dx_TD=dx_TD, dweights_TK=dweights_TK)
+
+
+def _in_turn(parts: Sequence[ExactAndMoved]) -> ExactAndMoved:
+    return ExactAndMoved(torch.cat([each.exact for each in parts]), torch.cat([each.moved for each in parts]))
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
-from ds_moe_ep.records.quantity import number
+from ds_moe_ep.records.quantity import counted, number
 from ds_moe_ep.records.render import to_terminal
 from ds_moe_ep.records.table import table
 
@@ -55,6 +56,11 @@ class TrainingVerdict:
         return f"{where}: {self.found}" if where else self.found
 
 
+def problem(check: str, found: str, fix: str, parameter: str = "") -> TrainingVerdict:
+    """A problem that this rank found, with the way out."""
+    return TrainingVerdict(check, "problem", found, fix, parameter, dist.get_rank())
+
+
 @dataclass(frozen=True)
 class EngineReport:
     """All verdicts on an engine, the same on every rank."""
@@ -89,8 +95,7 @@ class EngineReport:
 
     def print(self, console: Console) -> None:
         """Prints the conclusion, then a line per verdict, problems first."""
-        problems = len(self.problems)
-        told = "it trains what it says" if self.is_ok else f"{problems} problem{'' if problems == 1 else 's'}"
+        told = "it trains what it says" if self.is_ok else counted(len(self.problems), "problem")
         rows = [
             (each.status, each.check, f"{each}\nfix: {each.fix}" if each.fix else str(each))
             for each in sorted(self.verdicts, key=lambda each: each.status != "problem")
