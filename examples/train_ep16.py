@@ -5,7 +5,7 @@ One file for every start: the deepspeed launcher, torchrun, mpirun. See README.m
 
 from __future__ import annotations
 
-import ending
+from ds_moe_ep.training import ending
 
 ending.end_quietly()  # torch and deepspeed are a minute in coming where processes share cores
 
@@ -20,9 +20,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import ds_moe_ep
-from checkpoints import Checkpoints
-from command import last_line
-from display import (
+from ds_moe_ep.model.text import Corpus, fingerprint, micro_batches, validation_batch
+from ds_moe_ep.training.checkpoints import Checkpoints
+from ds_moe_ep.training.command import last_line
+from ds_moe_ep.training.display import (
     Progress,
     StepReport,
     communication_hidden,
@@ -31,9 +32,8 @@ from display import (
     why_little_is_hidden,
     write_trace,
 )
-from ds_moe_ep.model.text import Corpus, fingerprint, micro_batches, validation_batch
-from preparation import Job, prepare
-from world import largest, load_weights
+from ds_moe_ep.training.preparation import TrainingJob, prepare
+from ds_moe_ep.training.world import largest, load_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def make_model(section: ds_moe_ep.Section, seed: int) -> ds_moe_ep.Transformer:
     return model
 
 
-def train(engine: Any, job: Job, checkpoints: Checkpoints) -> signal.Signals | None:
+def train(engine: Any, job: TrainingJob, checkpoints: Checkpoints) -> signal.Signals | None:
     """Trains until step `--steps`, or until a signal, which it returns; a resumed engine goes on at its own step."""
     args, size, accumulation = job.args, batch_size(engine), engine.gradient_accumulation_steps()
     tokens_of_step = engine.train_batch_size() * size[1]

@@ -6,7 +6,7 @@ experts shared over the ranks of each stage. See README.md beside it for the com
 
 from __future__ import annotations
 
-import ending
+from ds_moe_ep.training import ending
 
 ending.end_quietly()  # torch and deepspeed are a minute in coming where processes share cores
 
@@ -22,12 +22,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import ds_moe_ep
-from checkpoints import Checkpoints
-from command import last_line
-from display import Progress, StepReport, gradient_norm
 from ds_moe_ep.model.text import Corpus, fingerprint, micro_batches, validation_batch
-from preparation import Job, prepare
-from world import largest, load_weights
+from ds_moe_ep.training.checkpoints import Checkpoints
+from ds_moe_ep.training.command import last_line
+from ds_moe_ep.training.display import Progress, StepReport, gradient_norm
+from ds_moe_ep.training.preparation import TrainingJob, prepare
+from ds_moe_ep.training.world import largest, load_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(engine: Any, job: Job, checkpoints: Checkpoints) -> signal.Signals | None:
+def train(engine: Any, job: TrainingJob, checkpoints: Checkpoints) -> signal.Signals | None:
     """Trains until step `--steps`, or until a signal, which it returns; a resumed engine goes on at its own step."""
     args, num_tokens = job.args, job.section.model.sequence_length
     size = (engine.train_micro_batch_size_per_gpu(), num_tokens)

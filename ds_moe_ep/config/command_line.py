@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from ds_moe_ep.errors import ConfigError, MoEError, nearest
 
 REFUSED = 2  # the exit code of a command that was given what cannot be
 INTERRUPTED = 130  # after Ctrl-C, as shells count it
+PROBE_BYTES = 1 << 16  # which a disk that is full does not take
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,11 +149,14 @@ def writable_file(path: Path, name: str) -> Path:
 
 
 def writable_folder(path: Path, name: str) -> Path:
-    """`path`, made where it is missing, and tried. Raises ConfigError in the name of the option `name`."""
-    probe = path / f".writable.{id(path)}"
+    """`path`, made where it is missing, and tried with a little, on each rank of a job, say.
+
+    Raises ConfigError in the name of the option `name`.
+    """
+    probe = path / f".probe.{socket.gethostname()}.{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        probe.write_bytes(bytes(PROBE_BYTES))
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"{name}={path}: cannot be written ({error.strerror}); name a folder of your own") from None

@@ -1,13 +1,11 @@
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-from command import TRACE_EVERY, launcher, read_settings, without_options
+from ds_moe_ep.training.command import launcher, read_settings, without_options
+from ds_moe_ep.training.options import TRACE_EVERY
 
 
 @pytest.mark.parametrize(

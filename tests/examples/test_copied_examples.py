@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -13,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from ds_moe_ep.bench.harness.processes import free_port
+from tests.examples.training_scripts import PIPELINE
 from tests.policy.sources import ROOT
 from tests.ranks import SERVER_ENV
 from tests.test_wheel import build_wheel, copy_sources, environment_of
 
 EXAMPLES = ROOT / "examples"
-OWN_LAYER = ("--deepspeed_config", "ep4_cpu")
+EP4 = ("--deepspeed_config", "ep4_cpu")
 WAYS: dict[str, tuple[str, ...]] = {  # file by file, with the words of a short run
     "adopt_deepspeed_moe.py": ("--steps", "20"),
     "finetune_mixtral.py": ("--steps", "2", "--model", "MODEL"),
@@ -26,14 +28,14 @@ WAYS: dict[str, tuple[str, ...]] = {  # file by file, with the words of a short 
     "hook_autoep.py": ("--steps", "2", "--model", "MODEL"),
     "hook_deepspeed_moe.py": ("--steps", "20"),
     "hook_megatron_moe.py": ("--steps", "20"),
-    "train_own_layer.py": ("--steps", "2", *OWN_LAYER),
+    "train_ep16.py": ("--steps", "2", *EP4),
+    "train_own_layer.py": ("--steps", "2", *EP4),
     "train_pipeline.py": ("--steps", "2"),
     "train_tensor_parallel.py": ("--steps", "2"),
+    "train_tp8_pp2.py": ("--steps", "2", "--deepspeed_config", "LAYOUT"),
     "train_with_accelerate.py": ("--steps", "2"),
     "train_with_trainer.py": ("--steps", "2"),
 }
-TRAINING_SCRIPTS = {"train_ep16.py", "train_tp8_pp2.py"}
-THEIR_PARTS = {"checkpoints.py", "command.py", "display.py", "ending.py", "preparation.py", "world.py"}
 LOSS = re.compile(r"\| loss (\d+\.\d+)")
 INSTALLED = {"accelerate", "deepspeed", "ds_moe_ep", "torch", "transformers"}
 
@@ -48,8 +50,8 @@ def others_of(source: str) -> set[str]:
     return {name for name in found if name.split(".")[0] not in {*sys.stdlib_module_names, *INSTALLED}}
 
 
-def test_every_example_is_a_way_in_or_a_training_script_with_its_parts() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*WAYS, *TRAINING_SCRIPTS, *THEIR_PARTS}
+def test_every_example_is_a_way_in_that_the_page_names() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(WAYS)
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert [name for name in WAYS if f"`examples/{name}`" not in page] == []
 
@@ -60,9 +62,10 @@ def test_a_way_in_imports_installed_packages_alone(name: str) -> None:
 
 
 def test_a_neighbour_a_test_and_a_relative_import_are_found() -> None:
-    assert {"ending", "world", "preparation"} <= others_of((EXAMPLES / "train_ep16.py").read_text(encoding="utf-8"))
-    source = "import os\nfrom tests.ranks import run_ranks\nfrom . import world\nimport examples.command"
-    assert others_of(source) == {"tests.ranks", ".", "examples.command"}
+    source = (
+        "import os\nfrom tests.ranks import run_ranks\nfrom . import world\nimport examples.world\nimport neighbour"
+    )
+    assert others_of(source) == {"tests.ranks", ".", "examples.world", "neighbour"}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,9 @@ def test_a_way_in_that_was_copied_into_an_empty_folder_trains_there(
     name: str, python: Path, model: Path, tmp_path: Path
 ) -> None:
     shutil.copy(EXAMPLES / name, tmp_path)
-    words = [str(model) if word == "MODEL" else word for word in WAYS[name]]
+    layout = tmp_path / "layout.json"
+    layout.write_text(json.dumps(PIPELINE))
+    words = [{"MODEL": str(model), "LAYOUT": str(layout)}.get(word, word) for word in WAYS[name]]
     launcher = [str(python), "-m", "deepspeed.launcher.runner", "--num_gpus", "4", "--master_port", str(free_port())]
     here = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_", "COV"))}
     done = subprocess.run(

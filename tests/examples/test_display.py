@@ -10,16 +10,20 @@ import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 import ds_moe_ep
-from display import StepReport, communication_hidden, gradient_norm, packed, why_little_is_hidden, write_trace
+from ds_moe_ep.training.display import (
+    StepReport,
+    communication_hidden,
+    gradient_norm,
+    packed,
+    why_little_is_hidden,
+    write_trace,
+)
 from tests.examples.training_scripts import EXAMPLES
 
 FIGURES = (
@@ -37,11 +41,11 @@ def report(**changes: Any) -> StepReport:
 def shown_in_a_terminal(columns: int) -> str:
     """Display of two steps in a terminal of so many columns, as written to it."""
     script = (
-        "from display import Progress\nfrom tests.examples.test_display import report\n"
+        "from ds_moe_ep.training.display import Progress\nfrom tests.examples.test_display import report\n"
         "with Progress(1200, 10, shown=True) as progress:\n"
         "    progress.show(report(step=1))\n    progress.show(report(step=2))\n"
     )
-    environment = os.environ | {"PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}", "TERM": "xterm", "COLUMNS": ""}
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "TERM": "xterm", "COLUMNS": ""}
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdin=theirs, stdout=theirs)

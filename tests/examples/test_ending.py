@@ -11,10 +11,8 @@ from typing import NoReturn
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import ending
 from ds_moe_ep.errors import ConfigError, MoEError, PeerError
+from ds_moe_ep.training import ending
 
 WAITING = (
     "import sys, threading, ending\n"

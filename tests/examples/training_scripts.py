@@ -124,12 +124,12 @@ def signalled(module: Any, case: Case) -> Iterator[None]:
 
 def room_for(folder: str, sizes: Sequence[int]) -> list[str]:
     """Words of `check_room` on checkpoints of these sizes; empty where they fit. Collective."""
-    sys.path.insert(0, str(EXAMPLES))
-    checkpoints: Any = importlib.import_module("checkpoints")
+    from ds_moe_ep.training.checkpoints import check_room
+
     told = []
     for size in sizes:
         try:
-            checkpoints.check_room(folder, size)
+            check_room(folder, size)
             told.append("")
         except ValueError as error:
             told.append(str(error))

@@ -66,7 +66,7 @@ def test_no_function_rebinds_a_module_global() -> None:
 
 def test_the_package_reads_no_environment_variable_outside_its_doors() -> None:
     """The launcher's like LOCAL_WORLD_SIZE are read where processes start."""
-    doors = ("engine", "bench", "doctor", "verification", "comm/open.py")
+    doors = ("engine", "bench", "training", "doctor", "verification", "comm/open.py")
     wrong = [
         name_of(path)
         for path, tree in own_python()

@@ -25,7 +25,7 @@ FLOORS = {
     "model": 9,
     "parallel": 10,
     "engine": 11,
-    "bench": 12,
+    **dict.fromkeys(("bench", "training"), 12),
     **dict.fromkeys(("doctor", "verification"), 13),
     **dict.fromkeys(("cli", "__main__"), 14),
 }
@@ -33,7 +33,7 @@ TOP = 14
 WINGS = {"simulate", "report"}  # they know no torch, and nobody below the command line calls them
 GROUND = {room for room, floor in FLOORS.items() if floor <= 6} - {"kernels", "health"}
 OUTSIDE_FLOORS = {"", "__init__"}  # the lazy public names look up at every floor
-MAY_IMPORT_DEEPSPEED = {"engine", "bench"}
+MAY_IMPORT_DEEPSPEED = {"engine", "bench", "training"}
 NO_TORCH = GROUND | WINGS | OUTSIDE_FLOORS | {"cli", "__main__"}
 STANDARD_LIBRARY_ALONE = GROUND
 MAY_IMPORT_RICH = "ds_moe_ep/records/render.py"  # writes every table, for a terminal too

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from ds_moe_ep.cli.main import make_parser
+from ds_moe_ep.config import options
 from ds_moe_ep.config.command_line import Parser
+from ds_moe_ep.training.options import TrainOptions
 from tests import pages
 from tests.policy.links import anchors, commands, hidden_commands, is_broken, links, without_fences
 from tests.policy.messages import is_told, quoted
@@ -23,6 +25,7 @@ LINKED = (
     ROOT / "examples" / "report" / "report.md",
     PACKAGE / "ARCHITECTURE.md",
 )
+RUN_OPTIONS = f"{options.make_parser(TrainOptions).format_help()} --deepspeed_config"  # the last one is DeepSpeed's
 ORDER = (
     "adopt layouts overlap replicas reliability verify checkpoints planning measuring baseline knobs reference-job "
     "results troubleshooting"
@@ -154,9 +157,10 @@ def test_programs_of_the_package_that_a_page_names_can_be_started(path: Path) ->
 
 
 def help_of(program: str) -> str:
-    """The help of a command of the package; of an example, the sources that declare its options."""
+    """The help of a command of the package; of an example, its source, which declares options, or imports a run's."""
     if program.startswith("examples/"):
-        return "".join((ROOT / name).read_text(encoding="utf-8") for name in (program, "examples/command.py"))
+        source = (ROOT / program).read_text(encoding="utf-8")
+        return source + (RUN_OPTIONS if "ds_moe_ep.training.preparation" in source else "")
     (choices,) = (action.choices for action in make_parser()._actions if action.dest == "command")
     assert choices is not None
     parser = dict(choices)[program.split()[-1]]  # type: ignore[call-overload]

@@ -14,13 +14,13 @@ from typing import Any
 import deepspeed
 
 import ds_moe_ep
-from ds_moe_ep.config.command_line import Parser, slots, whole
+from ds_moe_ep.config.options import make_parser
+from ds_moe_ep.training.options import TRACE_EVERY, TrainOptions
 
 OVERWRITTEN = ("--save", "--resume", "--steps", "--weights", "--local_rank")
 PATHS = ("--data", "--deepspeed_config", "--trace", "--watch")
 # DeepSpeed counts local ranks in the order of ranks and refuses to start where Open MPI does not.
 MPI_MAPPING = ("--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none")
-TRACE_EVERY = 10  # steps between two measurements, where --trace has to turn the meter on
 LAUNCHER_ENV = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
@@ -29,25 +29,7 @@ def parse_arguments(description: str | None, config: str, arguments: Sequence[st
 
     Raises ConfigError for what no run can have.
     """
-    parser = Parser(description=description)
-    parser.add_argument("--data", nargs="*", default=[], help="text files or folders; default: Python's library")
-    parser.add_argument("--steps", type=whole(1), default=80, help="train until this optimizer step")
-    parser.add_argument(
-        "--save", metavar="DIR", help="where to save a DeepSpeed checkpoint at the end, or after a signal"
-    )
-    parser.add_argument("--save-every", type=whole(1), metavar="N", help="save every N steps as well")
-    parser.add_argument("--resume", metavar="DIR", help="a folder that --save wrote")
-    parser.add_argument("--weights", metavar="DIR", help="a checkpoint to take weights from, such as `convert` writes")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
-    parser.add_argument("--eval-batches", type=whole(1), default=4, help="validation micro-batches of a rank")
-    parser.add_argument("--report-every", type=whole(1), default=10, help="steps between lines without a terminal")
-    trace = f"writes the last measured step as a Chrome trace; without meter_every, measures every {TRACE_EVERY} steps"
-    parser.add_argument("--trace", type=Path, metavar="FILE", help=trace)
-    watch = "writes a report of each step there, for `python -m ds_moe_ep watch DIR`, and turns the meter on"
-    parser.add_argument("--watch", metavar="DIR", help=watch)
-    replicas = "slots per rank for copies of hot experts, a number or auto; default: as the ds_config says"
-    parser.add_argument("--replicas", type=slots, metavar="N", help=replicas)
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    parser = make_parser(TrainOptions, description=description)
     args: argparse.Namespace = deepspeed.add_config_arguments(parser).parse_args(arguments)
     if args.deepspeed_config is None:
         parser.error(f"--deepspeed_config is missing; give for example {config}")

@@ -6,17 +6,18 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from checkpoints import check_resume, check_room, checkpoint_bytes, try_place
-from command import parse_arguments, read_settings
 from ds_moe_ep import ConfigError, Section
-from ds_moe_ep.config.command_line import writable_file
+from ds_moe_ep.config.command_line import writable_file, writable_folder
 from ds_moe_ep.config.training import Training, read_training
 from ds_moe_ep.model.text import Corpus, fingerprint, last_start, load_corpus
-from world import agreed, gather, set_up_process
+from ds_moe_ep.training.checkpoints import check_resume, check_room, checkpoint_bytes
+from ds_moe_ep.training.command import parse_arguments, read_settings
+from ds_moe_ep.training.world import agreed, gather, set_up_process
 
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 NOT_LAUNCHED = (
@@ -25,7 +26,7 @@ NOT_LAUNCHED = (
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training run, as every rank knows it."""
 
     args: argparse.Namespace
@@ -35,7 +36,9 @@ class Job:
     corpus: Corpus
 
 
-def prepare(description: str | None, config: str, arguments: Sequence[str] | None, *, is_pipeline: bool = False) -> Job:
+def prepare(
+    description: str | None, config: str, arguments: Sequence[str] | None, *, is_pipeline: bool = False
+) -> TrainingJob:
     """The run that the command line names, in a world that has met. Collective.
 
     Raises ConfigError, the same on every rank, for what cannot work on one of them. A ds_config is like `config`.
@@ -56,7 +59,7 @@ def prepare(description: str | None, config: str, arguments: Sequence[str] | Non
     return job
 
 
-def read_job(args: argparse.Namespace | ConfigError, is_pipeline: bool) -> Job:
+def read_job(args: argparse.Namespace | ConfigError, is_pipeline: bool) -> TrainingJob:
     """This rank's view of the run. Local. Raises ConfigError for what cannot work here."""
     if isinstance(args, ConfigError):
         raise args
@@ -79,10 +82,10 @@ def read_job(args: argparse.Namespace | ConfigError, is_pipeline: bool) -> Job:
     for text in (corpus.train, corpus.validation):
         last_start(text, (1, section.model.sequence_length))
     if args.save:
-        try_place(args.save)
+        writable_folder(Path(args.save), "--save")
     if args.trace and dist.get_rank() == 0:
         writable_file(args.trace, "--trace")
-    return Job(args, ds_config, section, training, corpus)
+    return TrainingJob(args, ds_config, section, training, corpus)
 
 
 def check_script(section: Section, is_pipeline: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import socket
 from collections import Counter
@@ -13,21 +12,7 @@ from typing import Any
 from ds_moe_ep import ConfigError, Section, wait_for_saves
 from ds_moe_ep.config.training import Training
 from ds_moe_ep.sizing.footprint import count_parameters, memory_of_rank
-from world import gather
-
-PROBE_BYTES = 1 << 16
-
-
-def try_place(folder: str) -> None:
-    """Makes the folder and writes a little into it, on this rank. Raises ConfigError where that cannot be."""
-    path = Path(folder)
-    probe = path / f".probe.{socket.gethostname()}.{os.getpid()}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(bytes(PROBE_BYTES))
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--save={folder}: cannot be written ({error.strerror}); name a folder of your own") from None
+from ds_moe_ep.training.world import gather
 
 
 def checkpoint_bytes(section: Section, training: Training) -> int:
