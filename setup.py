@@ -31,6 +31,7 @@ def for_index(text: str) -> str:
     parts = re.split(r"(^```.*?^```$|`[^`\n]+`)", text, flags=re.DOTALL | re.MULTILINE)
     for at in range(0, len(parts), 2):
         parts[at] = re.sub(r"<!--.*?-->\n?", "", parts[at], flags=re.DOTALL)
+        parts[at] = re.sub(r"<picture>.*?</picture>\n*", "", parts[at], flags=re.DOTALL)
         parts[at] = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", parts[at])
         parts[at] = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", parts[at])
     return "".join(parts)

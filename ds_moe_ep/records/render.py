@@ -71,8 +71,13 @@ def to_markdown(table: Table) -> str:
     ]
     rule = [*["---"] * table.text_columns, *["---:"] * (len(table.head) - table.text_columns)]
     lines = "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in (table.head, rule, *rows))
-    basis = "  \n".join(f"*{line}*" for line in table.basis)
-    return "\n\n".join(part for part in (f"**{table.title}**" if table.title else "", lines, basis) if part)
+    title = f"**{table.title}**" if table.title else ""
+    return "\n\n".join(filter(None, [title, lines, markdown_basis(table.basis)]))
+
+
+def markdown_basis(lines: Iterable[str]) -> str:
+    """The lines below a table or a picture."""
+    return "  \n".join(f"*{line}*" for line in lines)
 
 
 def _markdown_cell(text: str) -> str:

@@ -15,6 +15,7 @@ from ds_moe_ep.records.render import html_basis, html_text
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.page import Block, Code, Lines, Page, PageSection, Picture, Prose
 
+PHONE = "(max-width: 44rem)"
 STYLE = """
 :root { color-scheme: light dark;
   --ground: #fff; --ink: #1d2126; --faint: #5c6670; --line: #dfe3e7; --shade: #f4f6f8; --mark: #0072b2 }
@@ -54,7 +55,7 @@ figure { margin: 1.5rem 0 }
 figure .wide { border: 1px solid var(--line); border-radius: 6px }
 figure img { display: block; width: 100%; padding: .6rem }
 figcaption { font-size: .92rem; margin-top: .5rem }
-@media (max-width: 44rem) {
+@media PHONE {
   main { padding: 1.5rem 1rem 3rem }
   h1 { font-size: 1.5rem }
   .headline { font-size: 1.08rem }
@@ -85,7 +86,7 @@ figcaption { font-size: .92rem; margin-top: .5rem }
   h2, h3 { break-after: avoid }
   table { font-size: 8pt }
 }
-"""
+""".replace("PHONE", PHONE)
 
 
 def to_html(page: Page) -> str:
@@ -128,13 +129,16 @@ def _block(block: Block) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    narrow, wide = map(_data, (picture.drawing.narrow(), picture.drawing.svg))
-    image = (
-        f'<picture><source media="(max-width: 44rem)" srcset="{narrow}">'
-        f'<img alt="{html.escape(picture.title)}" src="{wide}"></picture>'
-    )
+    wide, narrow = map(_data, (picture.drawing.svg, picture.drawing.narrow()))
+    image = picture_tag(picture.title, wide, narrow)
     caption = f"<figcaption>{html_text(picture.caption)}{html_basis(picture.basis)}</figcaption>"
     return f'<figure id="figure-{picture.key}"><div class="wide">{image}</div>{caption}</figure>'
+
+
+def picture_tag(title: str, wide: str, narrow: str) -> str:
+    """A picture by two sources, of which a phone takes the narrow one."""
+    image = f'<img alt="{html.escape(title)}" src="{wide}">'
+    return f'<picture><source media="{PHONE}" srcset="{narrow}">{image}</picture>'
 
 
 def _data(svg: bytes) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ds_moe_ep.records import render
 from ds_moe_ep.records.table import Table
+from ds_moe_ep.report.html import picture_tag
 from ds_moe_ep.report.page import Block, Code, Lines, Page, Picture, Prose
 
 
 def to_markdown(page: Page) -> str:
-    """The page as Markdown; pictures are links to figures/ beside it."""
+    """The page as Markdown; pictures are files in figures/ beside it, a narrow one for a phone."""
     parts = [f"# {page.title}", *page.headline]
     for section in page.sections:
         parts += [f"## {section.title}", *map(_block, section.blocks)]
@@ -31,13 +30,6 @@ def _block(block: Block) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    image = f"![{picture.title}](figures/{picture.key}.svg)"
-    return _joined(image, f"{picture.caption} ([PNG](figures/{picture.key}.png))", _basis(picture.basis))
-
-
-def _basis(lines: Sequence[str]) -> str:
-    return "  \n".join(f"*{line}*" for line in lines)
-
-
-def _joined(*parts: str) -> str:
-    return "\n\n".join(part for part in parts if part)
+    image = picture_tag(picture.title, f"figures/{picture.key}.svg", f"figures/{picture.key}_narrow.svg")
+    caption = f"{picture.caption} ([PNG](figures/{picture.key}.png))"
+    return "\n\n".join(filter(None, [image, caption, render.markdown_basis(picture.basis)]))

@@ -38,7 +38,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture in both formats, and as SVG for a phone, drawn where it is asked for."""
+    """One picture in both formats, and as SVG for a phone, drawn when it is first asked for."""
 
     svg: bytes
     png: bytes

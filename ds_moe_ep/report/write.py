@@ -55,6 +55,7 @@ def write_report(paths: Sequence[Path], folder: Path) -> list[Path]:
     for picture in page.pictures:
         contents[folder / "figures" / f"{picture.key}.png"] = picture.drawing.png
         contents[folder / "figures" / f"{picture.key}.svg"] = picture.drawing.svg
+        contents[folder / "figures" / f"{picture.key}_narrow.svg"] = picture.drawing.narrow()
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         for path, content in contents.items():

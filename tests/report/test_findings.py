@@ -160,7 +160,8 @@ def test_the_command_prints_what_it_wrote(tmp_path: Path, capsys: pytest.Capture
     assert main(["report", str(path), "-o", str(out)]) == 0
     printed = capsys.readouterr().out.split()
     assert printed == [str(out / name) for name in (
-        "report.html", "report.md", "figures/throughput.png", "figures/throughput.svg")]  # fmt: skip
+        "report.html", "report.md", "figures/throughput.png", "figures/throughput.svg",
+        "figures/throughput_narrow.svg")]  # fmt: skip
     assert all(Path(name).is_file() for name in printed)
 
 

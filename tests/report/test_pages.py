@@ -164,6 +164,8 @@ def test_a_phone_gets_each_picture_with_its_panels_in_one_column(report: Path) -
         )
         assert [float(width) / 72 for width in widths] == pytest.approx([PHONE_IN, WIDTH_IN], rel=0.01)
         assert float(heights[0]) >= float(heights[1]), name
+        assert narrow == (report / "figures" / f"{name}_narrow.svg").read_bytes(), "which report.md shows on a phone"
+        assert f'srcset="figures/{name}_narrow.svg"' in (report / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_table_of_text_alone_has_its_heads_in_its_cells_for_pages_that_stack_them(report: Path) -> None:

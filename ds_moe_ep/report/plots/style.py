@@ -5,6 +5,7 @@ A picture is painted on a Figure of its own, under settings that end with it; py
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from ds_moe_ep.report.page import Drawing
 
 Panel = TypeVar("Panel")
 
-WIDTH_IN, PHONE_IN = 9.6, 5.2  # of the page, with panels in two columns; of a phone, with one
+WIDTH_IN, PHONE_IN = 9.6, 4.2  # of the page, with panels in two columns; of a phone, with one
 DPI = 160
 INK, FAINT, GRID, GROUND = "#222222", "#666666", "#dddddd", "#ffffff"
 PALE, SHADE = "#fefefe", "#f6cdb5"  # text on dark bars; a shaded part of the ground
@@ -101,7 +102,7 @@ def draw(height_in: Callable[[int], float], paint: Callable[[Figure], None]) -> 
     `height_in` gives its height by the number of columns, which `columns_of` tells `paint`.
     """
     png, svg = _saved(WIDTH_IN, height_in(2), paint, ("png", "svg"))
-    return Drawing(svg=svg, png=png, narrow=lambda: _saved(PHONE_IN, height_in(1), paint, ("svg",))[0])
+    return Drawing(svg=svg, png=png, narrow=functools.cache(lambda: _saved(PHONE_IN, height_in(1), paint, ("svg",))[0]))
 
 
 def columns_of(figure: FigureBase) -> int:
