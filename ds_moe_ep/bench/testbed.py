@@ -27,8 +27,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from ds_moe_ep.bench.harness.processes import END_S, POLL_S, die_with_parent, loopback_environment
-from ds_moe_ep.config.command_line import Parser, number, refused, whole
-from ds_moe_ep.errors import EngineError, MoEError
+from ds_moe_ep.config.command_line import number, refused
+from ds_moe_ep.config.options import option, parse
+from ds_moe_ep.errors import ConfigError, EngineError, MoEError
 
 TOOLS = ("ip", "tc", "nsenter", "unshare", "sysctl")
 DEVICE = "eth0"  # every node's one interface beside its loopback
@@ -189,34 +190,29 @@ def parse_rate(text: str) -> float | None:
     raise argparse.ArgumentTypeError(f"={text}: write a rate like 100mbit or 2gbit, or none")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BedOptions:
+    """Nodes, their ranks and links, and the command that every rank runs."""
+
+    nodes: int = option(4, "network namespaces", least=1, most=200)
+    ranks: int = option(4, "processes in each of them", least=1)
+    rate: float | None = option(None, "of every node's link, like 100mbit (default: no limit)", type=parse_rate)
+    port: int = option(29500, "of the store that the ranks meet at", least=1, most=65535)
+    command: tuple[str, ...] = option(help="what every rank runs", positional=True, rest=True, metavar="-- COMMAND")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command once per rank; the first exit code that is not 0, or 0."""
+    words = sys.argv[1:] if arguments is None else arguments
+    description = "Runs a command once per rank, on nodes of this machine that are joined by shaped links."
     try:
-        parsed, words = _read(arguments)
-        with open_testbed(parsed.nodes, parsed.rate) as testbed:
-            return _run_everywhere(testbed, parsed.ranks, parsed.port, words)
+        options = parse(BedOptions, words, prog="python -m ds_moe_ep.bench.testbed", description=description)
+        if not options.command:
+            raise ConfigError("testbed.command: there is none; write it behind --")
+        with open_testbed(options.nodes, options.rate) as testbed:
+            return _run_everywhere(testbed, options.ranks, options.port, options.command)
     except MoEError as error:
         return refused(error)
-
-
-def _read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the words of the command that every rank runs."""
-    parser = Parser(
-        prog="python -m ds_moe_ep.bench.testbed",
-        description="Runs a command once per rank, on nodes of this machine that are joined by shaped links.",
-    )
-    parser.add_argument("--nodes", type=whole(1, 200), default=4, help="network namespaces (default: 4)")
-    parser.add_argument("--ranks", type=whole(1), default=4, help="processes in each of them (default: 4)")
-    parser.add_argument("--rate", type=parse_rate, help="of every node's link, like 100mbit (default: no limit)")
-    parser.add_argument(
-        "--port", type=whole(1, 65535), default=29500, help="of the store that the ranks meet at (default: 29500)"
-    )
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what every rank runs")
-    parsed = parser.parse_args(arguments)
-    words = parsed.command[1:] if parsed.command[:1] == ["--"] else parsed.command
-    if not words:
-        parser.error("no command: write it behind --")
-    return parsed, words
 
 
 def _run_everywhere(testbed: TestBed, ranks_per_node: int, port: int, words: Sequence[str]) -> int:

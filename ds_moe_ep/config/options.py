@@ -102,9 +102,18 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 
 def read(options: type[O], parsed: argparse.Namespace) -> O:
-    """The dataclass with what a parser read; fields that it does not know keep their defaults."""
-    values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(options) if hasattr(parsed, f.name)}  # type: ignore[arg-type]
-    return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    """The dataclass with what a parser read; fields that it does not know keep their defaults.
+
+    Words of another program come without the "--" in front of them.
+    """
+    values: dict[str, Any] = {}
+    for its in dataclasses.fields(options):  # type: ignore[arg-type]
+        if hasattr(parsed, its.name):
+            value = getattr(parsed, its.name)
+            rule: OptionRule | None = its.metadata.get("option")
+            is_behind = rule is not None and rule.rest and list(value[:1]) == ["--"]
+            values[its.name] = tuple(value[is_behind:]) if isinstance(value, list) else value
+    return options(**values)
 
 
 def parse(options: type[O], words: Sequence[str], **about: Any) -> O:

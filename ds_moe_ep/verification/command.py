@@ -69,7 +69,7 @@ def run_rank(options: VerifyOptions) -> EngineReport:
     from ds_moe_ep.verification.verify import Verification, check_engine
 
     begun: list[Verification] = []
-    before, sys.argv = sys.argv, [options.script, *_without_dashes(options.arguments)]
+    before, sys.argv = sys.argv, [options.script, *options.arguments]
     folder = str(Path(options.script).resolve().parent)
 
     def begin(engine: Any) -> None:
@@ -106,7 +106,7 @@ def run_here(options: VerifyOptions, num_ranks: int) -> EngineReport:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "verdicts.json"
         words = [sys.executable, "-m", "ds_moe_ep", "verify", *_words(options), "--out", str(out)]
-        words += ["--", *_without_dashes(options.arguments)] if options.arguments else []
+        words += ["--", *options.arguments] if options.arguments else []
         ranks = [
             subprocess.Popen(
                 words,
@@ -129,10 +129,6 @@ def _words(options: VerifyOptions) -> list[str]:
     words += [] if options.config is None else ["--config", options.config]
     words += [] if options.folder is None else ["--folder", options.folder]
     return words + ([] if options.checkpoint else ["--no-checkpoint"])
-
-
-def _without_dashes(arguments: Sequence[str]) -> list[str]:
-    return list(arguments[1:] if arguments[:1] == ("--",) else arguments)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], limit_s: float) -> list[int | None]:
