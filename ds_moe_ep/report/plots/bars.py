@@ -125,7 +125,7 @@ def _placed(
     for place, system in enumerate(labels):
         shown = found.get(system)
         if shown is None:
-            _note_absence(axis, place, highest)
+            axis.text(0.02 * highest, place, "not measured", va="center_baseline", fontsize=9, color=FAINT)
         else:
             yield place, system, shown
 
@@ -159,10 +159,6 @@ def _paint_stacks(axis: Axes, panel: StackPanel, labels: Mapping[str, str], colo
             end += width
         axis.text(end + 0.02 * highest, place, stack.text, va="center_baseline", fontsize=9)
     _dress(axis, panel.title, panel.unit, room * highest)
-
-
-def _note_absence(axis: Axes, place: int, highest: float) -> None:
-    axis.text(0.02 * highest, place, "not measured", va="center_baseline", fontsize=9, color=FAINT)
 
 
 def _name(axis: Axes, labels: Mapping[str, str], index: int) -> None:

@@ -25,12 +25,14 @@ def stated(findings: Findings) -> PageSection | None:
     """The specification's figures beside what follows from its shapes, what was measured and what was simulated."""
     used: list[Record] = []
     rows: list[tuple[str, ...]] = []
-    for name, as_stated, derived, verdict, answer in _questions():
+    for figure in stated_and_derived():
+        answer = ANSWERS.get(figure.name)
         found = list(answer(findings)) if answer else []
         used += [record for *_, records in found for record in records]
         simulated = [its for its in found if any(map(_is_simulated, its[-1]))]
         measured = [its for its in found if its not in simulated]
-        rows.append((name, as_stated, derived, _told(measured) or NOT_MEASURED, _told(simulated) or NONE, verdict))
+        here = (_told(measured) or NOT_MEASURED, _told(simulated) or NONE)
+        rows.append((figure.name, figure.stated, figure.derived, *here, figure.verdict))
     if not used:
         return None
     explained = Prose(
@@ -56,12 +58,6 @@ def _told(found: Sequence[Found]) -> str:
     for place, text, _ in found:
         places_of.setdefault(text, []).append(place)
     return "\n".join(f"{', '.join(places)}: {text}" for text, places in places_of.items())
-
-
-def _questions() -> Iterator[tuple[str, str, str, str, Answer | None]]:
-    """(name, stated, derived, remark, what answers it from the findings) of each row."""
-    for figure in stated_and_derived():
-        yield figure.name, figure.stated, figure.derived, figure.verdict, ANSWERS.get(figure.name)
 
 
 def _values(systems: Sequence[str], whats: Mapping[str, str], unit: str, end: str = "") -> Answer:

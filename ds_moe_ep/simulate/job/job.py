@@ -74,7 +74,8 @@ def read_job(
         )
     moe = section.moe if replicas is None else replace(section.moe, replicas=replicas)
     section.layout.check(section.model, moe)
-    given = {key: value for key, value in ds_config.items() if key != ACCUMULATION or not _has_all(ds_config)}
+    has_all = all(ds_config.get(key) is not None for key in BATCH_KEYS)
+    given = {key: value for key, value in ds_config.items() if key != ACCUMULATION or not has_all}
     training = read_training(given, moe.ep_size, cluster.num_ranks, section.layout, tensor_ranks)
     check_shares(training, section.model, sequence_parallel=moe.sequence_parallel)
     setup = Setup(model=section.model, moe=moe, training=training, cluster=cluster, mode=mode)
@@ -89,10 +90,6 @@ def read_job(
     if training.sequence_ranks > 1:
         notes.append("attention exchanges heads for parts of sequences, as DeepSpeed's DistributedAttention does")
     return Job(path=path, setup=setup, notes=tuple(notes))
-
-
-def _has_all(ds_config: Mapping[str, Any]) -> bool:
-    return all(ds_config.get(key) is not None for key in BATCH_KEYS)
 
 
 def _notes(ds_config: Mapping[str, Any], training: Training, load: str) -> list[str]:
