@@ -74,6 +74,13 @@ def tables_without_source(page: str) -> list[str]:
     return found
 
 
+def measured_outside_of_the_index(page: str) -> list[str]:
+    """The headings of results that hold a measured number, with a table or without, and whose section has no run."""
+    index = index_of(page)
+    measured = [part for part in parts(page) if part.level >= 2 and MEASURED.search(without_fences(part.text))]
+    return [part.title for part in measured if "`" not in index.get(anchor_of(part.above), ("",))[0]]
+
+
 def blocks(text: str) -> Iterator[str]:
     """The blocks of a part: its code left out, each table joined to what stands before it."""
     found: list[str] = []

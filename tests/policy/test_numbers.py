@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import pytest
 
 from tests import pages
 from tests.policy.links import anchors
-from tests.policy.numbers import index_of, numbers_without_source, parts, tables_without_source
+from tests.policy.numbers import (
+    index_of,
+    measured_outside_of_the_index,
+    numbers_without_source,
+    parts,
+    tables_without_source,
+)
 from tests.policy.sources import ROOT
 
 RESULTS = (pages.DOCS / "results.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = ROOT / "examples" / "README.md"
 OTHERS = {"api.md", "knobs.md", "limits.md", "results.md"}  # generated, refusals, and the results themselves
 SETTINGS: Mapping[str, Mapping[str, str]] = {  # numbers that nobody measured: page, beginning of the line, reason
     "baseline.md": {
@@ -22,6 +28,11 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {  # numbers that nobody measured: p
         "- all-reduces in two levels": "bytes of a ring",
     },
     "contributing.md": {"- The suite has 10 minutes": "a limit", "  0.2 s an engine": "a rule of thumb for a new test"},
+    "examples": {
+        "with the command that continues.": "a setting",
+        "| `deepspeed` (its `launch.py`), torchrun |": "the launchers' limit",
+        "  and `deepspeed` with it.": "ssh's settings",
+    },
     "measuring.md": {
         "| `rank_load/p50_max_over_mean`": "a definition",
         "measured, the device idle at both ends": "the method",
@@ -53,9 +64,12 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {  # numbers that nobody measured: p
 }
 
 
-@pytest.mark.parametrize("path", [path for path in pages.PAGES if path.name not in OTHERS], ids=lambda path: path.stem)
-def test_a_measured_number_names_its_command_its_test_or_a_table_of_the_results(path: Path) -> None:
-    text, settings = path.read_text(encoding="utf-8"), SETTINGS.get(path.name, {})
+PAGES = {path.name: path for path in pages.PAGES if path.name not in OTHERS} | {"examples": EXAMPLES}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_measured_number_names_its_command_its_test_or_a_table_of_the_results(name: str) -> None:
+    text, settings = PAGES[name].read_text(encoding="utf-8"), SETTINGS.get(name, {})
     assert numbers_without_source(text, settings) == []
     lines = text.splitlines()
     assert [known for known in settings if not any(line.startswith(known) for line in lines)] == [], "it is gone"
@@ -63,6 +77,7 @@ def test_a_measured_number_names_its_command_its_test_or_a_table_of_the_results(
 
 def test_every_table_of_the_results_has_its_command_its_commit_and_its_records() -> None:
     assert tables_without_source(RESULTS) == []
+    assert measured_outside_of_the_index(RESULTS) == []
     index = index_of(RESULTS)
     assert len(index) >= 15 and index.keys() <= anchors(pages.DOCS / "results.md")
 
@@ -86,6 +101,11 @@ ROW = "| [one](#one) | measured | `bench.one` | 1234abc | made again by its comm
 )
 def test_a_table_without_a_command_a_commit_or_records_is_found(page: str, found: list[str]) -> None:
     assert tables_without_source(page) == found
+
+
+def test_a_measured_number_of_a_section_without_a_run_is_found() -> None:
+    assert measured_outside_of_the_index(f"{ROW}\n## One\n\nIt took 5 ms.\n\n### More\n\nAnd 6 ms.\n") == []
+    assert measured_outside_of_the_index(f"{ROW}\n## Two\n\nIt took 5 ms.\n\n### More\n\nNothing.\n") == ["Two"]
 
 
 @pytest.mark.parametrize(
