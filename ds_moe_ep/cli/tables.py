@@ -88,7 +88,7 @@ def _kinds(hint: object) -> str:
 
 def _tables(check: Check) -> list[Table]:
     job = _job(check) | {"optimizer": f"{check.training.optimizer}, ZeRO stage {check.training.zero_stage}"}
-    tables = [_plain("job", job)]
+    tables = [table("job", ("", ""), job.items(), text_columns=2)]
     if isinstance(check.details, PipelineCheck):
         tables += _pipeline_tables(check, check.details)
     elif check.details is not None:
