@@ -34,6 +34,14 @@ class RowMaps:
     is_padding_N: Tensor | None = None
     is_dropped_TK: Tensor | None = None
 
+    @classmethod
+    def of_used(cls, choice_of_row_N: Tensor, row_of_choice_TK: Tensor, is_used_TK: Tensor | None) -> RowMaps:
+        """The maps where some choices have no row; `is_used_TK` is None where all have one."""
+        if is_used_TK is None:
+            return cls(choice_of_row_N, row_of_choice_TK)
+        is_dropped_TK = ~is_used_TK
+        return cls(choice_of_row_N, row_of_choice_TK.masked_fill(is_dropped_TK, 0), None, is_dropped_TK)
+
     @property
     def token_of_row_N(self) -> Tensor:
         num_choices = self.row_of_choice_TK.shape[1]

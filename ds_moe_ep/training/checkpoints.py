@@ -11,8 +11,8 @@ from typing import Any
 
 from ds_moe_ep import ConfigError, Section, wait_for_saves
 from ds_moe_ep.config.training import Training
+from ds_moe_ep.engine.seams import gather
 from ds_moe_ep.sizing.footprint import count_parameters, memory_of_rank
-from ds_moe_ep.training.world import gather
 
 
 def checkpoint_bytes(section: Section, training: Training) -> int:

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from ds_moe_ep import ConfigError, Section
 from ds_moe_ep.config.command_line import writable_file, writable_folder
 from ds_moe_ep.config.training import Training, read_training
+from ds_moe_ep.engine.seams import gather
 from ds_moe_ep.model.text import Corpus, fingerprint, last_start, load_corpus
 from ds_moe_ep.training.checkpoints import check_resume, check_room, checkpoint_bytes
 from ds_moe_ep.training.command import parse_arguments, read_settings
-from ds_moe_ep.training.world import agreed, gather, set_up_process
+from ds_moe_ep.training.world import agreed, set_up_process
 
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 NOT_LAUNCHED = (

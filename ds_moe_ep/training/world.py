@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import ds_moe_ep
+from ds_moe_ep.engine.seams import gather
 
 Result = TypeVar("Result")
 
@@ -38,13 +39,6 @@ def load_weights(engine: Any, args: argparse.Namespace) -> None:
         engine.load_checkpoint(args.resume)
     if args.weights:
         engine.load_checkpoint(args.weights, load_module_only=True)
-
-
-def gather(value: Any) -> list[Any]:
-    """The value of every rank, in their order. Collective over the world."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def agreed(action: Callable[[], Result]) -> Result:

@@ -36,11 +36,7 @@ def maps_to_hosts(in_order: SortedChoices, is_used_TK: Tensor | None, assignment
 
 def maps_of(in_order: SortedChoices, is_used_TK: Tensor | None, num_rows: int) -> RowMaps:
     """The maps of choices in the order in which their rows are sent. Local; no device sync."""
-    choice_of_row_N, row_of_choice_TK = in_order.choice_of_row_N[:num_rows], in_order.row_of_choice_TK
-    if is_used_TK is None:
-        return RowMaps(choice_of_row_N, row_of_choice_TK)
-    is_dropped_TK = ~is_used_TK
-    return RowMaps(choice_of_row_N, row_of_choice_TK.masked_fill(is_dropped_TK, 0), None, is_dropped_TK)
+    return RowMaps.of_used(in_order.choice_of_row_N[:num_rows], in_order.row_of_choice_TK, is_used_TK)
 
 
 def _moves(assignment: Assignment, rank: int, device: torch.device) -> tuple[Tensor, Tensor]:

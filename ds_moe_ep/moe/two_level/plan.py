@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ds_moe_ep.comm.host_copies import to_device
 from ds_moe_ep.errors import ConfigError
@@ -49,7 +48,10 @@ def begin_two_level(
     is_copied_MT = is_copied(node_TK, own_node, torus.num_nodes)
     if capacity is None:
         in_order = sort_choices(ids_TK, is_used_TK, num_experts, in_triton)
-        maps, count_E = _maps_of(in_order.choice_of_row_N, in_order.row_of_choice_TK, is_used_TK), in_order.count_E
+        maps, count_E = (
+            RowMaps.of_used(in_order.choice_of_row_N, in_order.row_of_choice_TK, is_used_TK),
+            in_order.count_E,
+        )
     else:
         maps, count_E = padded_maps(routes, num_experts), to_device([capacity] * num_experts, ids_TK.device)
     told_C = torch.cat([count_E, is_copied_MT.sum(1)])
@@ -72,13 +74,6 @@ def begin_two_level(
         return DispatchPlan(whole, send_PL, recv_PL, agreed.is_drift_seen, agreed.goes_backward, copies)
 
     return PendingPlan(None, finish)
-
-
-def _maps_of(choice_of_row_N: Tensor, row_of_choice_TK: Tensor, is_used_TK: Tensor | None) -> RowMaps:
-    if is_used_TK is None:
-        return RowMaps(choice_of_row_N, row_of_choice_TK)
-    is_dropped_TK = ~is_used_TK
-    return RowMaps(choice_of_row_N, row_of_choice_TK.masked_fill(is_dropped_TK, 0), None, is_dropped_TK)
 
 
 def _of_rank(rows_RE: Sequence[Sequence[int]], rank: int) -> tuple[Counts, Counts]:
