@@ -87,21 +87,18 @@ def begin_plan(
         plan = _padded_plan(routing, num_experts, agreement)
         return PendingPlan(plan.maps, lambda: plan)
     in_order = sort_choices(routing.expert_ids_TK, routing.is_used_TK, num_experts, in_triton, routing.count_E)
-    choice_of_row_N, row_of_choice_TK, is_dropped_TK = in_order.choice_of_row_N, in_order.row_of_choice_TK, None
     counts = agreement.begin_counts(in_order.count_E.view(transport.size, -1))
-    if routing.is_used_TK is not None:
-        is_dropped_TK = ~routing.is_used_TK
-        row_of_choice_TK = row_of_choice_TK.masked_fill(is_dropped_TK, 0)
-    maps = RowMaps(choice_of_row_N, row_of_choice_TK, None, is_dropped_TK)
+    maps = RowMaps.of_used(in_order.choice_of_row_N, in_order.row_of_choice_TK, routing.is_used_TK)
+    all_travel = maps.is_dropped_TK is None
 
     def finish() -> DispatchPlan:
         agreed = counts()
         send_PL, recv_PL = _tuples(agreed.send_PL), _tuples(agreed.recv_PL)
         num_rows = sum(map(sum, send_PL))  # choices that take no part stand behind all others
-        cut = maps if is_dropped_TK is None else replace(maps, choice_of_row_N=choice_of_row_N[:num_rows])
+        cut = maps if all_travel else replace(maps, choice_of_row_N=maps.choice_of_row_N[:num_rows])
         return DispatchPlan(cut, send_PL, recv_PL, agreed.is_drift_seen, agreed.goes_backward)
 
-    return PendingPlan(maps if is_dropped_TK is None else None, finish)
+    return PendingPlan(maps if all_travel else None, finish)
 
 
 def _padded_plan(routing: Routes, num_experts: int, agreement: Agreement) -> DispatchPlan:

@@ -48,10 +48,8 @@ def begin_two_level(
     is_copied_MT = is_copied(node_TK, own_node, torus.num_nodes)
     if capacity is None:
         in_order = sort_choices(ids_TK, is_used_TK, num_experts, in_triton)
-        maps, count_E = (
-            RowMaps.of_used(in_order.choice_of_row_N, in_order.row_of_choice_TK, is_used_TK),
-            in_order.count_E,
-        )
+        maps = RowMaps.of_used(in_order.choice_of_row_N, in_order.row_of_choice_TK, is_used_TK)
+        count_E = in_order.count_E
     else:
         maps, count_E = padded_maps(routes, num_experts), to_device([capacity] * num_experts, ids_TK.device)
     told_C = torch.cat([count_E, is_copied_MT.sum(1)])
