@@ -140,6 +140,8 @@ class ViewedLayer:
 class _DeepSpeedFace(ViewedLayer):
     """The part that the package's layer and DeepSpeed's own have in common."""
 
+    inner_name = "deepspeed_moe."  # of `inner` in the layer, with its dot
+
     def __init__(self, name: str, layer: Any) -> None:
         super().__init__(name, layer)
         self.inner, self.gate = layer.deepspeed_moe, layer.deepspeed_moe.gate
@@ -148,7 +150,7 @@ class _DeepSpeedFace(ViewedLayer):
         return list(self.inner.experts.deepspeed_experts)
 
     def expert_tensors(self, local: int) -> dict[str, StoredTensor]:
-        prefix = f"{self.name}.deepspeed_moe.experts.deepspeed_experts.{local}"
+        prefix = f"{self.name}.{self.inner_name}experts.deepspeed_experts.{local}"
         found = self._experts()[local].named_parameters()
         return {name: StoredTensor(f"{prefix}.{name}", parameter) for name, parameter in found}
 
@@ -328,7 +330,7 @@ class AutoEPLayerView(ViewedLayer):
 class CutLayerView(OwnLayerView):
     """The package's layer in `build_pipeline` with ep_size 1: each tensor rank has a share of every expert's width."""
 
-    kind = "ds_moe_ep.ExpertParallel"
+    kind, inner_name = "ds_moe_ep.ExpertParallel", ""
 
     def __init__(self, name: str, layer: ExpertParallel) -> None:
         config = layer.config
@@ -338,11 +340,6 @@ class CutLayerView(OwnLayerView):
     @property
     def shares_width_with(self) -> dist.ProcessGroup | None:
         return getattr(self.layer.region, "group", None)
-
-    def expert_tensors(self, local: int) -> dict[str, StoredTensor]:
-        prefix = f"{self.name}.experts.deepspeed_experts.{local}"
-        found = self._experts()[local].named_parameters()
-        return {name: StoredTensor(f"{prefix}.{name}", parameter) for name, parameter in found}
 
     def expert_name(self, local: int, name: str) -> str:
         group, whole = self.shares_width_with, super().expert_name(local, name)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ds_moe_ep.engine.views.moved import ExactAndMoved
 from ds_moe_ep.engine.views.observe import ObservedPass
-from ds_moe_ep.moe.tensor_parallel.exchange import Spans
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 
 ROUTED = ("ids_TK", "weights_TK", "kept_TK")
@@ -29,7 +28,7 @@ def own_shares(ranks: TensorRanks, passes: Sequence[ObservedPass]) -> list[Obser
 
 def _cut(ranks: TensorRanks, seen: ObservedPass) -> dict[str, Tensor | None]:
     values = {name: getattr(seen, name) for name in (*ROUTED, *OF_TOKENS)}
-    spans = _spans(ranks, len(seen.x_TD))
+    spans = ranks.spans(len(seen.x_TD))
     return {name: None if each is None else spans.own(each) for name, each in values.items()}
 
 
@@ -42,7 +41,7 @@ def gathered_passes(ranks: TensorRanks, passes: Sequence[ObservedPass]) -> list[
         return list(passes)
     found = []
     for seen in passes:
-        spans = _spans(ranks, len(seen.x_TD) * ranks.size)
+        spans = ranks.spans(len(seen.x_TD) * ranks.size)
         values = {name: getattr(seen, name) for name in OF_TOKENS}
         found.append(
             replace(seen, **{name: None if each is None else spans.gather(each) for name, each in values.items()})  # type: ignore[arg-type]
@@ -54,7 +53,7 @@ def of_all_shares(ranks: TensorRanks, whole: ObservedPass, share: ExactAndMoved)
     """The values of all tokens of a pass, from those of each rank's own. Collective over the group, on the device."""
     if not ranks.is_shared:
         return share
-    spans = _spans(ranks, len(whole.x_TD))
+    spans = ranks.spans(len(whole.x_TD))
     return ExactAndMoved(spans.gather(share.exact), spans.gather(share.moved))
 
 
@@ -62,11 +61,6 @@ def owner_of_token(ranks: TensorRanks, num_tokens: int, token: int) -> int:
     """The rank of the world that takes a token to the experts. Local."""
     if not ranks.is_shared:
         return dist.get_rank()
-    spans = _spans(ranks, num_tokens)
+    spans = ranks.spans(num_tokens)
     places = [place for place in range(ranks.size) if token >= spans.span(place)[0]]
     return dist.get_global_rank(spans.group, places[-1])
-
-
-def _spans(ranks: TensorRanks, num_tokens: int) -> Spans:
-    assert ranks.group is not None
-    return Spans(ranks.group, ranks.rank, ranks.size, num_tokens)

@@ -53,7 +53,7 @@ class TensorRanks:
         """The tokens, or marks of tokens, [T, ...] that are routed together. Collective where they come cut."""
         if not (self.is_shared and self.has_own_tokens):
             return tokens
-        spans = self._spans(len(tokens) * self.size)
+        spans = self.spans(len(tokens) * self.size)
         return gather(spans, tokens) if tokens.is_floating_point() else spans.gather(tokens.to(torch.uint8))
 
     def cut(self, tokens_TD: Tensor, routes: Routes, early: EarlyGather | None = None) -> tuple[Tensor, Routes]:
@@ -64,7 +64,7 @@ class TensorRanks:
         """
         if not self.is_shared:
             return tokens_TD, routes
-        spans = self._spans(len(routes.expert_ids_TK))
+        spans = self.spans(len(routes.expert_ids_TK))
         if self.has_own_tokens:
             (weights_TK,) = cut(spans, routes.weights_TK)
         else:
@@ -88,7 +88,7 @@ class TensorRanks:
     def early_gather(self, num_tokens: int) -> EarlyGather | None:
         """A gather that may begin in the midst of a pass over as many tokens as the layer got; None without any."""
         is_gathered = self.is_shared and not self.has_own_tokens and num_tokens > 0
-        return EarlyGather(self._spans(num_tokens)) if is_gathered else None
+        return EarlyGather(self.spans(num_tokens)) if is_gathered else None
 
     def gather(self, results_TD: Tensor, num_tokens: int, early: EarlyGather | None = None) -> Tensor:
         """The results [T, D] of as many tokens as the layer got."""
@@ -107,7 +107,7 @@ class TensorRanks:
         if early is not None and early.is_armed:
             last = early.begin_last()
             begun = lambda: last().to(results_TD.dtype)  # noqa: E731
-        return begin_gather(self._spans(num_tokens), results_TD, begun)
+        return begin_gather(self.spans(num_tokens), results_TD, begun)
 
     def beside(self, module: nn.Module, tokens: Tensor) -> Any:
         """The output of a dense module beside the experts, for the tokens [..., D] as the layer got them.
@@ -118,7 +118,7 @@ class TensorRanks:
         if not (self.is_shared and self.has_own_tokens) or is_cut(module):
             return module(tokens)
         flat = tokens.reshape(-1, tokens.shape[-1])
-        spans = self._spans(len(flat) * self.size)
+        spans = self.spans(len(flat) * self.size)
         output = module(gather(spans, flat))
         output = output[0] if isinstance(output, tuple) else output  # as DeepSpeed: a second output is left out
         (own,) = cut(spans, output)
@@ -146,7 +146,8 @@ class TensorRanks:
         finally:
             write(before)
 
-    def _spans(self, num_tokens: int) -> Spans:
+    def spans(self, num_tokens: int) -> Spans:
+        """The part of each rank of a layer's tokens. Local; only where the group shares them."""
         assert self.group is not None
         return Spans(self.group, self.rank, self.size, num_tokens)
 
