@@ -12,6 +12,7 @@ from typing import Any
 from ds_moe_ep import ConfigError, Section, wait_for_saves
 from ds_moe_ep.config.training import Training
 from ds_moe_ep.engine.seams import gather
+from ds_moe_ep.records.quantity import gigabytes
 from ds_moe_ep.sizing.footprint import count_parameters, memory_of_rank
 
 
@@ -33,8 +34,8 @@ def check_room(folder: str, num_bytes: int) -> None:
         most, needed = max(size for name, size in free if name == host), num_bytes * num_ranks // len(free)
         if most < needed:
             raise ConfigError(
-                f"--save={folder}: {host} has {most / 1e9:.1f} GB free there, and its {num_ranks} ranks write about "
-                f"{needed / 1e9:.1f} GB of a checkpoint; make room or name another folder"
+                f"--save={folder}: {host} has {gigabytes(most)} free there, and its {num_ranks} ranks write about "
+                f"{gigabytes(needed)} of a checkpoint; make room or name another folder"
             )
 
 

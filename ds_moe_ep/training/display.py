@@ -16,8 +16,9 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 import ds_moe_ep
+from ds_moe_ep.records.quantity import counted, gigabytes, number
 
-SEPARATOR = " | "
+SEPARATOR, UNKNOWN = " | ", "n/a"
 RANKS_OF_HOST = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # torchrun, deepspeed, mpirun
 Hidden = tuple[float | None, float | None]
 
@@ -37,21 +38,17 @@ class StepReport:
 
     def figures(self) -> Iterator[str]:
         """Each figure with its name."""
-        yield f"loss {self.loss:.3f}"
-        yield f"lr {self.learning_rate:.2e}"
-        yield f"grad norm {'n/a' if self.gradient_norm is None else f'{self.gradient_norm:.3g}'}"
-        yield f"{self.tokens_per_s:,.0f} tokens/s"
-        yield f"memory {self.memory_bytes / 1e9:.2f} GB"
-        yield f"expert load max/mean {self.load:.2f}"
-        hidden, blocking = map(percent, self.hidden)
-        yield "communication hidden " + ("n/a" if self.hidden[0] is None else f"{hidden} (blocking: {blocking})")
+        yield f"loss {number(self.loss, 3)}"
+        yield f"lr {number(self.learning_rate)}"
+        yield f"grad norm {UNKNOWN if self.gradient_norm is None else number(self.gradient_norm)}"
+        yield f"{number(self.tokens_per_s, 0)} tokens/s"
+        yield f"memory {gigabytes(self.memory_bytes, 2)}"
+        yield f"expert load max/mean {number(self.load, 2)}"
+        hidden, blocking = (UNKNOWN if share is None else f"{number(share, 0)} %" for share in self.hidden)
+        yield f"communication hidden {hidden}" + ("" if self.hidden[0] is None else f" (blocking: {blocking})")
 
     def __str__(self) -> str:
         return SEPARATOR.join(self.figures())
-
-
-def percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.0f} %"
 
 
 def packed(words: Iterable[str], width: int) -> str:
@@ -76,10 +73,9 @@ def why_little_is_hidden(environment: Mapping[str, str], num_cores: int) -> str 
     num_ranks = next((int(environment[name]) for name in RANKS_OF_HOST if name in environment), 1)
     if num_ranks <= num_cores:
         return None
-    cores = "1 core" if num_cores == 1 else f"{num_cores} cores"
     return (
-        f"{num_ranks} ranks share {cores} here, where moving rows takes the time of computing: overlap can hide next "
-        "to nothing; with emulated devices it can, see python -m ds_moe_ep demo"
+        f"{num_ranks} ranks share {counted(num_cores, 'core')} here, where moving rows takes the time of computing: "
+        "overlap can hide next to nothing; with emulated devices it can, see python -m ds_moe_ep demo"
     )
 
 

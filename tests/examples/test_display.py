@@ -27,7 +27,7 @@ from ds_moe_ep.training.display import (
 from tests.examples.training_scripts import EXAMPLES
 
 FIGURES = (
-    "loss 3.000", "lr 1.00e-03", "grad norm 0.123", "123,456 tokens/s", "memory 71.23 GB", "expert load max/mean 1.50",
+    "loss 3.000", "lr 0.0010", "grad norm 0.123", "123,456 tokens/s", "memory 71.23 GB", "expert load max/mean 1.50",
     "communication hidden 93 % (blocking: 0 %)",
 )  # fmt: skip
 
