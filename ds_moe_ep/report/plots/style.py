@@ -202,11 +202,12 @@ def draw_panels(
 
 
 def legend(figure: Figure, handles: Sequence[Patch | Line2D], num_columns: int = 6) -> None:
-    """One legend for all panels, under them."""
+    """One legend for all panels, under them: on a phone in two columns, or one where a label is long."""
+    narrow = 1 if max(len(str(handle.get_label())) for handle in handles) > 27 else 2
     figure.legend(
         handles=list(handles),
         loc="outside lower center",
-        ncols=min(len(handles), num_columns if columns_of(figure) == 2 else 2),
+        ncols=min(len(handles), num_columns if columns_of(figure) == 2 else narrow),
         handlelength=1.4,
         columnspacing=1.6,
     )
