@@ -49,7 +49,7 @@ def lock_at(path: Path) -> BuildLock:
 
 def _holds(process: psutil.Process, path: Path, user: int) -> bool:
     with suppress(psutil.Error):  # it has ended, or is a daemon that nobody may look into, and that builds nothing
-        return process.uids().real == user and any(file.path == str(path) for file in process.open_files())
+        return bool(process.uids().real == user) and any(file.path == str(path) for file in process.open_files())
     return False
 
 
