@@ -33,6 +33,7 @@ class Job:
     top_k: int = 2
     capacity_factor: float | None = None
     num_experts: int = NUM_EXPERTS
+    num_layers: int = 2
     stage: int = 0
     bf16: bool = False
     fp16: bool = False
@@ -96,14 +97,14 @@ class Job:
 
 
 class SmallModel(nn.Module):
-    """Two MoE layers with a norm and a skip each, between two Linears. forward(x, target) gives the loss."""
+    """MoE layers with a norm and a skip each, between two Linears. forward(x, target) gives the loss."""
 
-    def __init__(self, make_layer: Callable[[], nn.Module], recomputed: bool = False) -> None:
+    def __init__(self, make_layer: Callable[[], nn.Module], recomputed: bool = False, num_layers: int = 2) -> None:
         super().__init__()
         self.recomputed = recomputed
         self.enter = nn.Linear(D, D)
-        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
-        self.layers = nn.ModuleList(make_layer() for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(num_layers))
+        self.layers = nn.ModuleList(make_layer() for _ in range(num_layers))
         self.leave = nn.Linear(D, D)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def make_model(job: Job) -> SmallModel:
     """The model with this rank's part of the first weights, which depend on the seed alone."""
     from ds_moe_ep.model.initialize import init_weights
 
-    model = SmallModel(lambda: make_layer(job), job.recomputed)
+    model = SmallModel(lambda: make_layer(job), job.recomputed, job.num_layers)
     init_weights(model, job.seed, job.expert_index(dist.get_rank()))
     return model
 
@@ -234,7 +235,7 @@ def reference_job(job: Job, adapt: Callable[[nn.Module], nn.Module] = lambda mod
     """
     from ds_moe_ep.model.initialize import global_name, init_weights
 
-    model = adapt(SmallModel(lambda: LoopLayer(job)))
+    model = adapt(SmallModel(lambda: LoopLayer(job), num_layers=job.num_layers))
     init_weights(model, job.seed)
     model.double()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

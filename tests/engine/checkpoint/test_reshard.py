@@ -6,10 +6,10 @@ not loaded differ, and so do those of an expert beside the right one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,32 +22,47 @@ from tests.ranks import RankPool
 KINDS = ("exp_avg", "exp_avg_sq")
 BASE = Job(top_k=2, stage=1)
 ELASTIC = ("elastic", replace(BASE, ep_size=2, elastic=True))
-States = dict[str, Tensor]
+
+
+class Span(NamedTuple):
+    """Values from `start` on of a parameter that has `num_values`: one rank's cut of them."""
+
+    start: int
+    num_values: int
+    values: Tensor
+
+
+States = dict[str, Tensor | Span]
 
 
 def states_of(engine: Any, job: Job) -> States:
-    """Master weights and moments of this rank's parameters, whole and by global name. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    """This rank's weights, master weights and moments by global name: of what ZeRO cuts its own spans. Local."""
     from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 
     from ds_moe_ep.engine.checkpoint.reshard import cuts_of
     from ds_moe_ep.model.initialize import global_name
 
-    index, found, optimizer = job.expert_index(dist.get_rank()), {}, engine.optimizer
+    index, optimizer = job.expert_index(dist.get_rank()), engine.optimizer
+    found: States = {
+        f"{global_name(name, index)} weight": parameter.detach().clone()
+        for name, parameter in engine.module.named_parameters()
+    }
     if job.stage == 0:
-        return plain_states_of(engine, index)
+        return found | plain_states_of(engine, index)
     for parameters, flat in zip(cuts_of(optimizer)[1], cuts_of(optimizer)[0], strict=True):
         lazy_init_hp_params_optimizer_state(parameters, flat, optimizer.optimizer.state)  # DeepSpeed does it in a step
     for name, parameter in engine.module.named_parameters():
-        known = global_name(name, index)
-        found[f"{known} master"] = safe_get_full_fp32_param(parameter).clone()
-        for kind in KINDS:
-            found[f"{known} {kind}"] = safe_get_full_optimizer_state(parameter, kind).clone()
-    state = engine.optimizer.optimizer.state
+        if (cut := parameter._hp_mapping) is None:  # all of it lies on other ranks
+            continue
+        known, start = global_name(name, index), cut.lp_fragment_address.start
+        for kind in ("master", *KINDS):
+            values = cut.get_hp_fragment(None if kind == "master" else kind)
+            found[f"{known} {kind}"] = Span(start, parameter.numel(), values.detach().clone())
+    state = optimizer.optimizer.state
     found["step"] = torch.tensor([float(state[flat]["step"]) for flat in state])[:1]
-    found["options"] = torch.tensor([group["lr"] for group in engine.optimizer.optimizer.param_groups])[:1]
+    found["options"] = torch.tensor([group["lr"] for group in optimizer.optimizer.param_groups])[:1]
     if job.fp16:
-        found["scale"] = torch.tensor([engine.optimizer.loss_scaler.cur_scale])
+        found["scale"] = torch.tensor([optimizer.loss_scaler.cur_scale])
     return found
 
 
@@ -124,15 +139,23 @@ def run(saves: Sequence[tuple[str, Job]], loads: Sequence[tuple[str, Job]], fold
     return saved, [load(job, folder / name) for name, job in loads]
 
 
-def merged(by_rank: Sequence[States]) -> States:
-    whole: States = {}
+def merged(by_rank: Sequence[States]) -> dict[str, Tensor]:
+    """All ranks' states, whole. What several ranks hold is the same on each; spans give each value once."""
+    whole: dict[str, Tensor] = {}
     for states in by_rank:
         for name, value in states.items():
-            assert torch.equal(whole.setdefault(name, value), value), f"ranks differ in {name}"
+            if isinstance(value, Span):
+                row = whole.setdefault(name, torch.full([value.num_values], torch.nan))
+                own = row[value.start : value.start + len(value.values)]
+                assert own.isnan().all() and len(own) == len(value.values), f"two ranks hold values of {name}"
+                own.copy_(value.values)
+            else:
+                assert torch.equal(whole.setdefault(name, value), value), f"ranks differ in {name}"
+    assert not (lacking := [name for name, value in whole.items() if value.isnan().any()]), f"nobody holds {lacking}"
     return whole
 
 
-def differing(found: States, expected: States) -> list[str]:
+def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     assert set(found) == set(expected)
     return [name for name, value in expected.items() if not torch.equal(found[name].cpu(), value.cpu())]
 
@@ -194,7 +217,7 @@ def test_states_without_zero_load_under_another_ep_size(pool: RankPool, tmp_path
 
 def all_load(
     pool: RankPool, saves: Sequence[tuple[str, Job]], loads: Sequence[tuple[str, Job]], folder: Path
-) -> dict[str, States]:
+) -> dict[str, dict[str, Tensor]]:
     """Asserts that all that is loaded is what was saved, and goes on as it did; returns that by name."""
     by_rank = pool.run(4, run, saves, loads, folder, timeout_s=280)
     expected = {name: merged([saved[name][0] for saved, _ in by_rank]) for name, _ in saves}
@@ -231,9 +254,11 @@ def test_states_load_on_more_and_on_fewer_ranks(pool: RankPool, tmp_path: Path) 
 def test_all_25_pairs_of_ep_sizes_on_16_ranks(
     pool: RankPool, layer: str, stage: int, precision: str, tmp_path: Path
 ) -> None:
+    """One MoE layer, as 16 ranks read the files of 16 on two cores; in other tests there are two."""
     kind = {} if precision == "fp32" else {precision: True}
-    base, sizes = replace(BASE, layer=layer, stage=stage, world_size=16, num_experts=16, **kind), (1, 2, 4, 8, 16)
-    expected: dict[str, States] = {}
+    base = replace(BASE, layer=layer, stage=stage, world_size=16, num_experts=16, num_layers=1, **kind)
+    sizes = (1, 2, 4, 8, 16)
+    expected: dict[str, dict[str, Tensor]] = {}
     for saved in [[ep] for ep in sizes] if stage == 0 else [sizes]:  # files without ZeRO: see above
         saves = [(f"ep{ep}", replace(base, ep_size=ep)) for ep in saved]
         loads = [(name, replace(base, ep_size=ep)) for name, _ in saves for ep in sizes]
