@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 import ds_moe_ep
 from ds_moe_ep.engine.checkpoint.convert.read import check_undamaged, load_file
-from ds_moe_ep.engine.checkpoint.loading.random_states import KEY, problem_of, states_of
+from ds_moe_ep.engine.checkpoint.loading.random_states import KEY, give_back, problem_of, states_of
 from ds_moe_ep.engine.checkpoint.preflight import Preflight
 from ds_moe_ep.errors import EngineError
 from tests.engine.checkpoint.checkpoints import same, tensors
@@ -268,3 +269,17 @@ def test_random_states_of_another_size_are_told() -> None:
         assert problem_of({key: value for key, value in own.items() if key != name}, own) == "lacks a generator's state"
     assert "torch's generator" in problem_of(own | {"torch": own["torch"][:-8]}, own)
     assert "Python's or numpy's" in problem_of(own | {"python": (3, own["python"][1][:-1], None)}, own)
+
+
+@pytest.mark.parametrize("is_earlier", [False, True], ids=["a tensor", "plain values"])
+def test_pythons_random_state_is_given_back_in_either_form(is_earlier: bool) -> None:
+    device = torch.device("cpu")
+    saved, plain = states_of(device), random.getstate()
+    assert isinstance(saved["python"][1], torch.Tensor)
+    if is_earlier:
+        saved["python"] = plain
+    assert problem_of(saved, states_of(device)) == ""
+    drawn = random.random()
+    assert random.random() != drawn, "the control: it draws on"
+    give_back(saved, device)
+    assert random.getstate() == plain and random.random() == drawn

@@ -95,9 +95,10 @@ class RandomStates(EngineCallback):
 
 
 def states_of(device: torch.device) -> dict[str, Any]:
-    """Random states of this process as tensors and plain values."""
+    """Random states of this process as tensors and a few plain values: each of these costs every load of the file."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    version, values, spare = random.getstate()
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": (version, torch.tensor(values), spare)}
     states["numpy"] = (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss)
     if device.type != "cpu":
         states[device.type] = getattr(torch, device.type).get_rng_state(device)
@@ -108,7 +109,8 @@ def give_back(states: Mapping[str, Any], device: torch.device) -> None:
     """Makes the random states of this process those that were saved."""
     torch.set_rng_state(states["torch"])
     version, values, gauss = states["python"]
-    random.setstate((version, tuple(values), gauss))
+    plain = values.tolist() if isinstance(values, Tensor) else values  # as it was saved earlier
+    random.setstate((version, tuple(plain), gauss))
     kind, keys, position, has_gauss, spare = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, spare))
     if device.type in states:
