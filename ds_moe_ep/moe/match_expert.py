@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,8 @@ from ds_moe_ep.moe.split_experts import ExpertPass, Weights
 _PRODUCTS = (torch.mul, operator.mul)
 _STATE = frozenset((*vars(nn.Module()), "in_features", "out_features"))
 _LEAVES = (nn.Linear, nn.GELU, nn.SiLU)
+_LINEAR = torch._C._nn.linear  # F.linear itself, whoever stands in its place
+_ZERO3_LINEAR = ("deepspeed.runtime.zero.linear", "zero3_linear_wrap")
 _calls_of = operator.attrgetter("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 
 
@@ -123,7 +126,10 @@ def _graph_of(template: nn.Module) -> torch.fx.Graph:
     forward, args = tracer.create_args_for_root(type(template).forward, is_module=True)
     owned = [(vars(module)["_parameters"], name) for name, module in template.named_modules()]
     before = [dict(parameters) for parameters, _ in owned]
+    linears = [m for m in template.modules() if type(m) is nn.Linear] if F.linear is not _LINEAR else []
     try:
+        for linear in linears:
+            vars(linear)["forward"] = partial(_linear_forward, linear)
         for parameters, name in owned:
             for leaf in [leaf for leaf, parameter in parameters.items() if parameter is not None]:
                 parameters[leaf] = tracer.create_proxy("get_attr", f"{name}.{leaf}", (), {})
@@ -132,8 +138,15 @@ def _graph_of(template: nn.Module) -> torch.fx.Graph:
     finally:
         for (parameters, _), own in zip(owned, before, strict=True):
             parameters.update(own)
+        for linear in linears:
+            vars(linear).pop("forward", None)
     tracer.create_node("output", "output", (tracer.create_arg(output),), {})
     return tracer.graph
+
+
+def _linear_forward(linear: nn.Linear, x: Any) -> Any:
+    """What nn.Linear computes, in the place of ZeRO 3's product, which cannot be traced."""
+    return _LINEAR(x, linear.weight, linear.bias)
 
 
 class _NoConstants(TorchFunctionMode):
@@ -150,8 +163,14 @@ class _NoConstants(TorchFunctionMode):
 
 def _leaves_are_torch() -> bool:
     """True where the modules that a form is made of compute what torch says: nobody has replaced their code."""
-    functionals = ((F.linear, torch._C._nn.linear), (F.gelu, torch._C._nn.gelu))
-    return all(cls.forward.__module__ == cls.__module__ for cls in _LEAVES) and all(a is b for a, b in functionals)
+    own_code = all(cls.forward.__module__ == cls.__module__ for cls in _LEAVES)
+    return own_code and F.gelu is torch._C._nn.gelu and (F.linear is _LINEAR or _is_of_zero3(F.linear))
+
+
+def _is_of_zero3(function: Any) -> bool:
+    """True for the product that DeepSpeed's ZeRO 3 leaves in F.linear's place for the process: of weights that are
+    whole, as those of modules without its hooks are, it is the same."""
+    return (getattr(function, "__module__", ""), getattr(function, "__qualname__", "")) == _ZERO3_LINEAR
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -265,7 +284,7 @@ class _Linear:
 
 def _linear(template: nn.Module, node: Any) -> _Linear | None:
     """The plain Linear of the module that a node computes, with its own weight and bias; else None."""
-    call = _call(node, F.linear)
+    call = _call(node, _LINEAR)
     if call is None or len(call.args) != 3:
         return None
     x, weight, bias = call.args

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_moe_ep.moe.experts import GeluMLP, SwiGLU
-from ds_moe_ep.moe.match_expert import match_expert
+from ds_moe_ep.moe.match_expert import ExpertForms, match_expert
 
 
 class MegatronLike(nn.Module):
@@ -95,6 +95,21 @@ def test_gelu_and_swiglu_are_recognised_by_what_they_compute() -> None:
     for module in (SwiGLU(8, 16), Swapped(8, 16, bias=True)):
         form = match_expert(module)
         assert form is not None and form.kind == "swiglu" and form.linears["gate"] == "gate"
+
+
+def test_experts_are_recognised_behind_an_engine_of_zero_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves a product of its own in the place of F.linear, for the whole process."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    modules = [GeluMLP(8, 16, bias=True), SwiGLU(8, 16)]
+    expected, forms = [match_expert(module) for module in modules], [ExpertForms() for _ in modules]
+    assert [known.common([module]) for known, module in zip(forms, modules, strict=True)] == expected
+    monkeypatch.setattr(F, "linear", zero3_linear_wrap)
+    assert [match_expert(module) for module in modules] == expected and None not in expected
+    assert [known.common([module]) for known, module in zip(forms, modules, strict=True)] == expected
+    assert all("forward" not in vars(part) for module in modules for part in module.modules())
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: zero3_linear_wrap(x, weight, bias))
+    assert [match_expert(module) for module in modules] == [None, None], "the control: another's product"
 
 
 @pytest.mark.parametrize(
