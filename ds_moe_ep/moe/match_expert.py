@@ -145,7 +145,7 @@ def _graph_of(template: nn.Module) -> torch.fx.Graph:
 
 
 def _linear_forward(linear: nn.Linear, x: Any) -> Any:
-    """What nn.Linear computes, in the place of ZeRO 3's product, which cannot be traced."""
+    """The product of nn.Linear itself: ZeRO 3's in its place cannot be traced."""
     return _LINEAR(x, linear.weight, linear.bias)
 
 
@@ -168,8 +168,10 @@ def _leaves_are_torch() -> bool:
 
 
 def _is_of_zero3(function: Any) -> bool:
-    """True for the product that DeepSpeed's ZeRO 3 leaves in F.linear's place for the process: of weights that are
-    whole, as those of modules without its hooks are, it is the same."""
+    """True for the product that DeepSpeed's ZeRO 3 leaves in the place of F.linear for the process.
+
+    Of weights that are whole, as those of modules without its hooks are, it is the same.
+    """
     return (getattr(function, "__module__", ""), getattr(function, "__qualname__", "")) == _ZERO3_LINEAR
 
 
