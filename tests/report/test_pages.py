@@ -103,12 +103,13 @@ def test_all_sections_and_figures_are_written_when_all_records_exist(report: Pat
     ]  # fmt: skip
     assert "Absent" not in markdown
     written = {path.name for path in (report / "figures").iterdir()}
-    assert written == {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
+    assert written == {f"{name}{end}" for name in FIGURES for end in (".png", ".svg", "_narrow.svg")}
 
 
 def test_every_link_of_the_markdown_page_leads_somewhere(report: Path) -> None:
-    targets = re.findall(r"\]\(([^)]+)\)", (report / "report.md").read_text(encoding="utf-8"))
-    assert len(targets) == 2 * len(FIGURES)
+    text = (report / "report.md").read_text(encoding="utf-8")
+    targets = [link or source for link, source in re.findall(r'\]\(([^)]+)\)|src(?:set)?="([^"]+)"', text)]
+    assert len(targets) == 3 * len(FIGURES)
     assert [target for target in targets if not (report / target).is_file()] == []
 
 
