@@ -133,4 +133,5 @@ def test_what_one_rank_cannot_work_with_is_the_same_error_on_all_of_them(
 def test_a_place_without_room_for_a_checkpoint_is_refused_on_every_rank(pool: RankPool, tmp_path: pathlib.Path) -> None:
     first, other = pool.run(2, room_for, str(tmp_path), (1000, 10**18))
     assert first == other and first[0] == ""
-    assert re.match(r"--save=.*: \S+ has [\d.]+ GB free there, and its 2 ranks write about 1000000000\.0 GB", first[1])
+    told = r"--save=.*: \S+ has [\d.,]+ GB free there, and its 2 ranks write about 1,000,000,000\.0 GB"
+    assert re.match(told, first[1])

@@ -188,7 +188,7 @@ while True:
 
 def commanded(script: str) -> EngineReport:
     """The report of the command on this rank of a job, for a script whose loss is not the model's."""
-    return run_rank(VerifyOptions(script=script, checkpoint=False, arguments=("--", "2.0")))
+    return run_rank(VerifyOptions(script=script, checkpoint=False, arguments=("2.0",)))
 
 
 def all_of_it(script: str) -> tuple[Any, ...]:
