@@ -47,13 +47,12 @@ def left_behind(way: str, patience_s: float) -> list[int]:
     """Ranks that are alive so long after their caller was killed; they are killed then."""
     with subprocess.Popen([sys.executable, "-c", CALLER, way], stdout=subprocess.PIPE, text=True) as caller:
         assert caller.stdout is not None
-        pids = [int(word) for word in caller.stdout.readline().split()]
+        ranks = [psutil.Process(int(word)) for word in caller.stdout.readline().split()]
         caller.kill()
-    ranks = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     _, alive = psutil.wait_procs(ranks, timeout=patience_s)
     for rank in alive:
         os.kill(rank.pid, signal.SIGKILL)
-    assert len(pids) == NUM_RANKS
+    assert len(ranks) == NUM_RANKS
     return [rank.pid for rank in alive]
 
 

@@ -65,6 +65,7 @@ class Layout:
     name: str
     job: Job | AutoEPJob
     hooks: bool = False
+    is_saved: bool = True  # DeepSpeed saves a checkpoint of it
 
     def make(self) -> Any:
         """The engine. Collective."""
@@ -140,6 +141,8 @@ MORE_ZERO_3 = (
         hooks=True,
     ),
     Layout("AutoEP, ZeRO 3", PartitionedJob()),
-    Layout("AutoEP, hooked, ZeRO 3, experts that nobody trains", PartitionedJob(frozen="experts"), hooks=True),
+    Layout(
+        "AutoEP, hooked, ZeRO 3, experts that nobody trains", PartitionedJob(frozen="experts"), True, is_saved=False
+    ),
 )
 OF_EACH_MAKER = [AUX, next(layout for layout in LAYOUTS if layout.name == "native")]  # AutoEP's are in layouts.py
