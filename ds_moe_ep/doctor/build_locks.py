@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,17 +40,30 @@ def build_locks(folder: Path) -> dict[str, BuildLock]:
 def lock_at(path: Path) -> BuildLock:
     """The lock and its holder. Raises FileNotFoundError where there is no lock."""
     its = path.stat()
-    holders = (process for process in psutil.process_iter() if _holds(process, path.resolve(), its.st_uid))
+    holders = (process for process in psutil.process_iter() if _holds(process, its))
     holder = next(map(named, holders), "")
     all_seen = os.geteuid() in (0, its.st_uid)
     path.stat()  # a lock that is gone by now was released, not left
     return BuildLock(age_s=time.time() - its.st_mtime, holder=holder, all_seen=all_seen)
 
 
-def _holds(process: psutil.Process, path: Path, user: int) -> bool:
-    with suppress(psutil.Error):  # it has ended, or is a daemon that nobody may look into, and that builds nothing
-        return bool(process.uids().real == user) and any(file.path == str(path) for file in process.open_files())
+def _holds(process: psutil.Process, lock: os.stat_result) -> bool:
+    with suppress(psutil.Error):  # it has ended
+        return bool(process.uids().real == lock.st_uid) and any(
+            os.path.samestat(file, lock) for file in open_files(process.pid)
+        )
     return False
+
+
+def open_files(pid: int) -> Iterator[os.stat_result]:
+    """The files that a process has open; none of a daemon that nobody may look into, and that builds nothing.
+
+    psutil tells them by path, and a container may have the folder in another place.
+    """
+    with suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                yield descriptor.stat()
 
 
 def named(process: psutil.Process) -> str:

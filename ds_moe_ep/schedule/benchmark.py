@@ -160,7 +160,8 @@ def benchmark(finalists: Sequence[Knobs], measure: Measure) -> ScheduleTimes:
     if not left or min(map(found.fastest_s, left)) > HOPELESS * min(serial_s):
         return found
     best, is_serial_decided = sorted(left, key=found.showing), False
-    near = [each for each in best if found.showing(each) <= found.shown() * found.showing(best[0])][:MOST_KEPT]
+    most = found.shown() * found.showing(best[0])
+    near = [each for each in best if found.showing(each) <= most][:MOST_KEPT]
     kept = left = [knobs for knobs in left if knobs in (*near, *best[:2])]
     while len(found.serial_s) < MOST_ROUNDS:
         standing = found.standing(left)

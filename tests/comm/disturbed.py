@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
 from tests.ranks import signal_itself
 
-VICTIM = 1  # of three ranks
+VICTIM = 1
 D = 8
 
 
@@ -67,32 +67,28 @@ def run_pass(layer: ExpertParallel) -> None:
     layer(rows_TD)[0].sum().backward()
 
 
-def two_passes(folder: str, knobs: Sequence[dict[str, Any]], how: str, lane: str, phase: str) -> None:
+def two_passes(folder: str, knobs: dict[str, Any], how: str, lane: str, phase: str) -> None:
     """A pass without a disturbance, one with it, a retry; a file per rank says how the last two ended, and how soon.
 
-    Each three ranks of the world do so among themselves, with knobs of their own. A rank that was stopped is killed in
-    the end: the parent waits for each.
+    A rank that was stopped is killed in the end: the parent waits for each.
     """
-    rank = dist.get_rank()
-    threes = [list(range(3 * index, 3 * index + 3)) for index in range(len(knobs))]
-    mine = threes[rank // 3]
-    victim = mine[VICTIM]
-    config = MoEConfig(num_experts=6, ep_size=3, top_k=2, **knobs[rank // 3])
-    transport = Disturbed(open_transport(threes, config), lane, phase, disturbance(how))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = MoEConfig(num_experts=2 * size, ep_size=size, top_k=2, **knobs)
+    transport = Disturbed(open_transport([list(range(size))], config), lane, phase, disturbance(how))
     layer = make_layer(transport, config)
-    pids: list[Any] = [None] * dist.get_world_size()
+    pids: list[Any] = [None] * size
     dist.all_gather_object(pids, os.getpid())
     run_pass(layer)
-    transport.is_armed = rank == victim
+    transport.is_armed = rank == VICTIM
     began_s = time.monotonic()
-    report = {"first": caught(run_pass, layer), "took_s": time.monotonic() - began_s, "pid": pids[victim]}
+    report = {"first": caught(run_pass, layer), "took_s": time.monotonic() - began_s, "pid": pids[VICTIM]}
     report["again"] = caught(run_pass, layer)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(report))
     if how == "stop":
-        others = [Path(folder) / f"{other}.json" for other in mine if other != victim]
+        others = [Path(folder) / f"{other}.json" for other in range(size) if other != VICTIM]
         while not all(path.exists() for path in others):
             time.sleep(0.05)
-        os.kill(pids[victim], signal.SIGKILL)
+        os.kill(pids[VICTIM], signal.SIGKILL)
 
 
 def caught(function: Callable[..., object], *words: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +14,48 @@ LIMIT_S = 2.5
 SOON_S = 4.0  # to find a peer gone: 0.1 s on an idle machine, of which connections take next to nothing
 MARGIN_S = 5.0  # beyond the limit: a survivor looks at the signs of life, which is quick where the peer is stopped
 
-KNOBS: dict[str, dict[str, Any]] = {  # of each three ranks
+KNOBS: dict[str, dict[str, Any]] = {
     "pairwise": {"transport": "pairwise", "schedule": "peers", "timeout_s": LIMIT_S},
     "collective": {"transport": "collective", "schedule": "serial", "timeout_s": LIMIT_S},
 }
-VICTIMS = {kind: 3 * index + VICTIM for index, kind in enumerate(KNOBS)}
 
 
-def run_disturbed(pool: RankPool, folder: Path, kinds: Iterable[str], *case: str) -> dict[int, dict[str, Any]]:
-    """The reports by rank, of three ranks for each transport."""
-    knobs = [KNOBS[kind] for kind in kinds]
-    pool.run(3 * len(knobs), two_passes, str(folder), knobs, *case, timeout_s=30)
+def run_disturbed(pool: RankPool, folder: Path, kind: str, *case: str) -> dict[int, dict[str, Any]]:
+    """The reports of three ranks with a transport."""
+    pool.run(3, two_passes, str(folder), KNOBS[kind], *case, timeout_s=30)
     return reports(folder)
 
 
-def survivors(pool: RankPool, folder: Path, *case: str) -> Iterator[tuple[str, int, dict[int, dict[str, Any]]]]:
-    """The transport of three ranks, which of them is lost, and the reports of the others."""
+def survivors(pool: RankPool, folder: Path, kind: str, *case: str) -> dict[int, dict[str, Any]]:
+    """The reports of the ranks that are left of three."""
     with pytest.raises(RankError) as error:
-        run_disturbed(pool, folder, KNOBS, *case)
-    for index, (kind, victim) in enumerate(VICTIMS.items()):
-        assert error.value.failures[victim].message.startswith("exit code -9"), error.value
-        its = {rank: report for rank, report in reports(folder).items() if rank // 3 == index}
-        assert sorted(its) == [victim - 1, victim + 1]
-        yield kind, victim, its
+        run_disturbed(pool, folder, kind, *case)
+    assert error.value.failures[VICTIM].message.startswith("exit code -9"), error.value
+    found = reports(folder)
+    assert sorted(found) == [VICTIM - 1, VICTIM + 1]
+    return found
 
 
-def test_without_a_disturbance_both_passes_and_a_third_end_well(pool: RankPool, tmp_path: Path) -> None:
+def check_named(report: dict[str, Any], phase: str, what: str, limit_s: float) -> None:
+    """A survivor's first error names the rank that is lost, and what became of it, in time."""
+    assert report["first"].startswith(f"PeerError: layers.2.moe: {phase} ")
+    assert f"rank {VICTIM} (pid {report['pid']} on " in report["first"]
+    assert f" is {what}, last seen in " in report["first"]
+    assert report["took_s"] < limit_s
+
+
+@pytest.mark.parametrize("kind", list(KNOBS))
+def test_without_a_disturbance_both_passes_and_a_third_end_well(pool: RankPool, kind: str, tmp_path: Path) -> None:
     """The control of the tests below."""
-    found = run_disturbed(pool, tmp_path, KNOBS, "kill", "dispatch", "no such pass")
-    assert [(report["first"], report["again"]) for report in found.values()] == [("", "")] * 6
+    found = run_disturbed(pool, tmp_path, kind, "kill", "dispatch", "no such pass")
+    assert [(report["first"], report["again"]) for report in found.values()] == [("", "")] * 3
 
 
 @pytest.mark.parametrize("kind", list(KNOBS))
 def test_an_exception_in_a_pass_reaches_every_rank_by_name_and_no_retry_reads_old_rows(
     pool: RankPool, kind: str, tmp_path: Path
 ) -> None:
-    found = run_disturbed(pool, tmp_path, [kind], "raise", "dispatch", "forward")
+    found = run_disturbed(pool, tmp_path, kind, "raise", "dispatch", "forward")
     assert found[VICTIM]["first"] == "ValueError: bad luck"
     for rank, report in found.items():
         assert report["took_s"] < SOON_S
@@ -60,29 +65,24 @@ def test_an_exception_in_a_pass_reaches_every_rank_by_name_and_no_retry_reads_ol
             assert "first error: rank 1: ValueError: bad luck (in layers.2.moe: forward pass)" in report["first"]
 
 
+@pytest.mark.parametrize("kind", list(KNOBS))
 @pytest.mark.parametrize(("lane", "phase"), [("dispatch", "forward"), ("combine", "backward")])
 def test_a_killed_rank_is_named_by_every_survivor_at_once(
-    pool: RankPool, lane: str, phase: str, tmp_path: Path
+    pool: RankPool, kind: str, lane: str, phase: str, tmp_path: Path
 ) -> None:
-    for kind, victim, its in survivors(pool, tmp_path, "kill", lane, phase):
-        for report in its.values():
-            assert report["first"].startswith(f"PeerError: layers.2.moe: {phase} ")
-            assert "bytes expected" in report["first"]
-            assert f"rank {victim} did not answer rank" in report["first"] or kind == "pairwise"
-            assert f"rank {victim} (pid {report['pid']} on " in report["first"]
-            assert " is gone, last seen in " in report["first"]
-            assert report["took_s"] < SOON_S
+    for report in survivors(pool, tmp_path, kind, "kill", lane, phase).values():
+        check_named(report, phase, "gone", SOON_S)
+        assert "bytes expected" in report["first"]
+        assert f"rank {VICTIM} did not answer rank" in report["first"] or kind == "pairwise"
 
 
+@pytest.mark.parametrize("kind", list(KNOBS))
 @pytest.mark.parametrize(("lane", "phase"), [("dispatch", "forward"), ("combine", "backward")])
 def test_a_stopped_rank_is_named_by_every_survivor_at_the_limit(
-    pool: RankPool, lane: str, phase: str, tmp_path: Path
+    pool: RankPool, kind: str, lane: str, phase: str, tmp_path: Path
 ) -> None:
-    for _, victim, its in survivors(pool, tmp_path, "stop", lane, phase):
-        for report in its.values():
-            assert report["first"].startswith(f"PeerError: layers.2.moe: {phase} ")
-            assert f"rank {victim} (pid {report['pid']} on " in report["first"]
-            assert " is stopped, last seen in " in report["first"]
-            assert report["took_s"] < LIMIT_S + MARGIN_S
-        assert any(f"within {LIMIT_S:g} s" in report["first"] for report in its.values())
-        assert any("moe_ep.timeout_s" in report["first"] for report in its.values())
+    found = survivors(pool, tmp_path, kind, "stop", lane, phase).values()
+    for report in found:
+        check_named(report, phase, "stopped", LIMIT_S + MARGIN_S)
+    assert any(f"within {LIMIT_S:g} s" in report["first"] for report in found)
+    assert any("moe_ep.timeout_s" in report["first"] for report in found)

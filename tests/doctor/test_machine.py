@@ -196,6 +196,16 @@ def test_a_build_lock_is_stale_only_where_no_process_holds_it_however_old_it_is(
     assert (status, "no process holds the lock" in found) == ("warning", True)
 
 
+def test_a_lock_that_its_holder_has_by_another_path_is_held(tmp_path: Path) -> None:
+    """As in a container that has the folder in another place."""
+    lock, other = tmp_path / "some_extension" / "lock", tmp_path / "elsewhere"
+    lock.parent.mkdir()
+    with builder(other) as alive:
+        os.link(other, lock)
+        assert build_locks(tmp_path)[str(lock)].holder.startswith(f"process {alive.pid} (")
+        alive.communicate("done")
+
+
 def test_a_lock_of_a_user_whose_processes_are_hidden_is_never_called_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

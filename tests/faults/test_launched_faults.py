@@ -1,7 +1,8 @@
 """The same faults under the real `deepspeed` launcher: its exit code, the end of all processes, and what ranks said.
 
 The launcher looks at its processes once per second; at the first bad exit it ends the others one after the other, by
-SIGTERM and, after 30 s, by SIGKILL: a stopped rank costs 30 s more. `moe_ep.timeout_s` is 15 s, since a fresh process
+SIGTERM and, after 30 s, by SIGKILL: a stopped rank costs 30 s more. Ranks of the job ignore SIGTERM here, so that each
+tells why before it ends, however soon the launcher looks. `moe_ep.timeout_s` is 15 s, since a fresh process
 imports much in its first step. Stated bounds, from the fault to the end of the launcher: 15 s where a process dies or
 raises, 65 s where one is stopped.
 """

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import signal
 import struct
 import sys
 import time
@@ -116,4 +117,6 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
+    # The launcher may end survivors in the very moment of the fault, before they can tell: they end by themselves.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     main(sys.argv[1:])
