@@ -29,7 +29,7 @@ STOPPED = r"rank {rank} \(pid \d+ on \S+\) is stopped"
 BROKEN = r"rank {rank}: ValueError: this expert cannot go on"
 
 REPLICAS = ("--replicas", "1")
-ROUNDING = 2e-6  # of a loss
+ROUNDING = 5e-7  # of a loss: four places of its last bit
 
 
 @dataclass(frozen=True)
