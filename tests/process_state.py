@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed import distributed_c10d as c10d
 from ds_moe_ep.engine import seams
 
 GROUPS_OF_A_FUNCTION = 10_000  # more than any makes: torch numbers them
+ENDING_S = 5.0  # a function may leave a transfer that never ends
 
 
 class ProcessState:
@@ -50,6 +52,12 @@ class ProcessState:
         world = dist.group.WORLD
         assert world is not None, "pooled ranks have a process group"
         self._num_functions += 1
+        left = [group for group in c10d._world.pg_map if group is not world]
+        list(map(dist.destroy_process_group, left))
+        # Their threads wake a hundred times a second each. A group ends behind its last transfer.
+        ending = threading.Thread(target=left.clear, daemon=True)
+        ending.start()
+        ending.join(ENDING_S)
         backend, _ = c10d._world.pg_map[world]
         c10d._world.pg_map[world] = (backend, dist.PrefixStore(f"function {self._num_functions}", self._store))
         c10d._world.group_count = self._num_functions * GROUPS_OF_A_FUNCTION

@@ -53,16 +53,29 @@ def environment() -> dict[str, str]:
     return dict(os.environ) | {"started": str(dist.is_initialized()), "threads": str(torch.get_num_threads())}
 
 
-def leave_traces(ep_size: int) -> tuple[int, torch.Tensor, str, list[int]]:
-    """This process, and what an earlier function may have left in it: a number, a variable, a group of experts."""
+def open_files(most: int) -> int:
+    """How many files and sockets this process has, as soon as they are no more than these, or behind a limit."""
+    end_s = time.monotonic() + 20
+    while len(os.listdir("/dev/fd")) > most and time.monotonic() < end_s:
+        time.sleep(0.02)
+    return len(os.listdir("/dev/fd"))
+
+
+def leave_traces(ep_size: int, files: int) -> tuple[int, torch.Tensor, str, list[int], int, int]:
+    """This process, and what an earlier function may have left in it: a number, a variable, a group of experts.
+
+    And the files that are open before and behind it; no more than `files` before, as soon as what ends has ended.
+    """
     import deepspeed
     from deepspeed.utils import groups
 
     deepspeed.init_distributed("gloo")
     found = os.getpid(), torch.rand(2), os.environ.get("LEFT", "")
+    before = open_files(files)
     os.environ["LEFT"] = "by an earlier function"
     groups._create_expert_and_data_parallel(ep_size)
-    return *found, [dist.get_world_size(group) for group in groups._get_expert_parallel_group_dict().values()]
+    sizes = [dist.get_world_size(group) for group in groups._get_expert_parallel_group_dict().values()]
+    return *found, sizes, before, open_files(1_000)
 
 
 def count_apart() -> tuple[list[object], float]:
@@ -145,11 +158,14 @@ def test_no_rank_survives_a_time_limit(tmp_path) -> None:
 
 def test_pooled_ranks_run_one_function_after_the_other_and_find_nothing_of_those_before() -> None:
     pool = RankPool()
-    first, second = pool.run(2, leave_traces, 2), pool.run(2, leave_traces, 1)
+    first = pool.run(2, leave_traces, 2, 1_000)
+    second = pool.run(2, leave_traces, 1, max(before for *_, before, _ in first))
     pool.close()
-    for (pid, number, _, sizes), (same_pid, same_number, left, later_sizes) in zip(first, second, strict=True):
+    for one, other in zip(first, second, strict=True):
+        (pid, number, _, sizes, before, behind), (same_pid, same_number, left, later_sizes, files, _) = one, other
         assert pid == same_pid and torch.equal(number, same_number) and left == ""
         assert (sizes, later_sizes) == ([2], [1])
+        assert files <= before < behind, "groups of an earlier function have ended"
     assert all(is_gone(pid) for pid, *_ in first)
 
 
