@@ -5,7 +5,7 @@ Pure functions of one view.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_moe_ep.health.heartbeat import Fault, Heartbeat
@@ -60,12 +60,14 @@ def unhealthy(view: View) -> dict[int, str]:
     return wrong
 
 
-def first_fault(view: View, is_secondary: bool = False) -> tuple[int, Fault] | None:
-    """The first fault that any rank told of, and the rank. Secondary ones only tell of another rank's."""
+def first_fault(
+    view: View, is_secondary: bool = False, among: Collection[int] | None = None
+) -> tuple[int, Fault] | None:
+    """The first fault that any rank told of, or one of these, and the rank. Secondary ones only tell of another's."""
     faults = [
         (s.heartbeat.fault.at_s, s.heartbeat.rank, s.heartbeat.fault)
         for s in view.others()
-        if s.heartbeat.fault is not None
+        if s.heartbeat.fault is not None and (among is None or s.heartbeat.rank in among)
     ]
     found = sorted(
         ((at_s, rank, fault) for at_s, rank, fault in faults if fault.is_secondary == is_secondary), key=lambda f: f[:2]
@@ -82,11 +84,27 @@ def failed_ranks(view: View, ranks: Iterable[int]) -> list[int]:
     ]
 
 
+def is_clear(view: View, suspects: Iterable[int]) -> bool:
+    """True where it is known why `suspects` do not answer, or nobody can tell.
+
+    A process that has closed its connections is not gone for a moment yet. So the end of another rank, which may be of
+    another group, tells nothing of suspects of which none is known to be unhealthy or to have failed.
+    """
+    if view.store_silent_s > view.silence_s:
+        return True
+    wrong = unhealthy(view)
+    if not wrong and first_fault(view) is None:
+        return False
+    return any(rank in wrong or (rank in view.seen and view.seen[rank].heartbeat.fault) for rank in suspects)
+
+
 def explain(view: View, suspects: Iterable[int]) -> str:
     """The reason why `suspects` did not answer: who is unhealthy and what failed first, or where they are."""
-    wrong = unhealthy(view)
-    # Those that were silent first: where one failed, more may have ended for it since than are named.
-    first = sorted(sorted(wrong, key=lambda rank: -view.seen[rank].silent_s)[:MOST_NAMED])
+    suspects, wrong = set(suspects), unhealthy(view)
+    # Those that were silent first: where one failed, more may have ended for it since than are named. Behind the very
+    # first the suspects: another one may have failed for a reason of its own.
+    by_silence = sorted(wrong, key=lambda rank: -view.seen[rank].silent_s)
+    first = sorted(sorted(by_silence, key=lambda rank: rank != by_silence[0] and rank not in suspects)[:MOST_NAMED])
     parts = [wrong[rank] for rank in first]
     if len(wrong) > MOST_NAMED:
         parts.append(f"{len(wrong) - MOST_NAMED} more ranks are in trouble")
@@ -96,6 +114,9 @@ def explain(view: View, suspects: Iterable[int]) -> str:
     root = first_fault(view)
     if root is not None:
         parts.append(f"first error: rank {root[0]}: {root[1]}")
+        own = first_fault(view, among=suspects)
+        if own is not None and root[0] not in suspects:
+            parts.append(f"rank {own[0]} failed too: {own[1]}")
     if not parts:
         places = spread(view, suspects)
         secondary = first_fault(view, is_secondary=True)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from ds_moe_ep.health.abort import AbortGuard
-from ds_moe_ep.health.diagnosis import View, explain, failed_ranks, first_fault, unhealthy
+from ds_moe_ep.health.diagnosis import View, explain, failed_ranks, first_fault, is_clear, unhealthy
 from ds_moe_ep.health.excepthook import chain
 from ds_moe_ep.health.heartbeat import Place
 from ds_moe_ep.health.rank_state import RankState
@@ -49,7 +49,10 @@ class Watch(Protocol):
         """Tells all ranks that a pass, or the process, ended with `error`. Returns once it is posted, or after 1 s."""
 
     def explain(self, suspects: Iterable[int]) -> str:
-        """The reason why these ranks do not answer, or an empty string. Waits up to 5 s for heartbeats that tell."""
+        """The reason why these ranks do not answer, or an empty string. Waits up to 5 s for heartbeats that tell.
+
+        Another rank's end is no reason before each of these shows that it lives: two ranks may die at once.
+        """
 
     def failed_ranks(self, ranks: Iterable[int]) -> list[int]:
         """Those of the ranks that are gone or silent, or failed by themselves, as far as is known now."""
@@ -133,8 +136,7 @@ class RankWatch:
         suspects, end_s = tuple(suspects), time.monotonic() + PATIENCE_S
         first = view = self._fresh_view()
         while time.monotonic() < end_s:
-            is_clear = first_fault(view) or unhealthy(view) or view.store_silent_s > view.silence_s
-            if is_clear or _all_show_life(view, first, suspects):
+            if is_clear(view, suspects) or _all_show_life(view, first, suspects):
                 break
             time.sleep(max(0.1, self._state.heartbeats.interval_s / 10))
             view = self._fresh_view()
