@@ -64,7 +64,7 @@ class Forgetful(TensorRanks):
 
     def begin_gather(self, results_TD: torch.Tensor, num_tokens: int, early: Any = None) -> Callable[[], torch.Tensor]:
         rows_TD = results_TD.new_zeros(num_tokens, *results_TD.shape[1:])
-        first, count = self._spans(num_tokens).span(self.rank)
+        first, count = self.spans(num_tokens).span(self.rank)
         rows_TD[first : first + count] = results_TD
         return lambda: rows_TD
 

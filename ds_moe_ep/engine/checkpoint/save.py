@@ -17,8 +17,8 @@ import functools
 import os
 import shutil
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,15 @@ class Report:
 class Written:
     """Files that this rank writes: the one at hand, and the bytes of a save. Each is on disk before the next begins.
 
-    While `stages` is true they are made in host memory instead, and lie in `staged`.
+    While `stages` is true they are made in host memory instead, and lie in `staged`. A file that DeepSpeed lets several
+    ranks write at once (experts that AutoEP folds over tensor ranks, the model beside Megatron's sequence ranks) is
+    written by the first that comes: their bytes differ, and would mix.
     """
 
     def __init__(self, checkpoint_engine: Any) -> None:
         self.path = ""
         self.num_bytes = 0
+        self._claimed: set[str] | None = None  # of the save that goes on
         self.stages = False
         self.staged: list[StagedFile] = []
         self._engine, self._before = checkpoint_engine, vars(checkpoint_engine).get("save")
@@ -81,6 +84,9 @@ class Written:
         @functools.wraps(write)
         def save(state_dict: Any, path: str) -> Any:
             self.path = str(path)
+            if not self._claims(self.path):
+                self.path = ""
+                return None
             if self.stages:
                 self.staged.append(stage(checkpoint_engine, state_dict, self.path))
                 self.path = ""
@@ -93,6 +99,18 @@ class Written:
 
         checkpoint_engine.save = save
 
+    def _claims(self, path: str) -> bool:
+        """True where no other rank of a save has begun to write this file."""
+        if self._claimed is None or path in self._claimed:
+            return True
+        with suppress(FileNotFoundError):  # an engine makes folders of its own
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o666))
+            except FileExistsError:
+                return False
+        self._claimed.add(path)
+        return True
+
     def end(self) -> None:
         """Takes the wrapper off the checkpoint engine."""
         vars(self._engine).pop("save", None)
@@ -102,6 +120,15 @@ class Written:
     def restart(self) -> None:
         """Begins a save."""
         self.path, self.num_bytes, self.staged = "", 0, []
+
+    @contextmanager
+    def in_new_folder(self, stages: bool) -> Iterator[None]:
+        """A scope in which all ranks save into a folder that was empty."""
+        self.stages, self._claimed = stages, set()
+        try:
+            yield
+        finally:
+            self.stages, self._claimed = False, None
 
 
 class SafeSaver(EngineCallback):
@@ -154,9 +181,8 @@ class SafeSaver(EngineCallback):
         self._written.restart()
         self._agree(self._prepare(place))
         partly = replace(save, save_dir=str(place.save_dir), tag=place.tag + SAVING, save_latest=False)
-        self._written.stages = self._in_background
-        problem = self._attempt(lambda: proceed(partly))
-        self._written.stages = False
+        with self._written.in_new_folder(stages=self._in_background):
+            problem = self._attempt(lambda: proceed(partly))
         if problem:  # the others go on to DeepSpeed's last collectives
             if self._engine._optimizer_has_ckpt_event_epilogue():
                 self._attempt(self._engine.optimizer.checkpoint_event_epilogue)
