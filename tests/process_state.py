@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import sys
@@ -26,9 +27,9 @@ ENDING_S = 5.0  # a function may leave a transfer that never ends
 class ProcessState:
     """What functions change in a rank for those after them.
 
-    Random numbers, variables, DeepSpeed's groups, names in the package's modules and classes, where errors are written,
-    the watch over the other ranks, and their store. Groups and watches meet there by number: where a function failed on
-    one rank alone, the ranks would count differently from then on.
+    Random numbers, variables, DeepSpeed's groups, names in the package's modules and classes, what loggers write and
+    where errors go, the watch over the other ranks, and their store. Groups and watches meet there by number: where a
+    function failed on one rank alone, the ranks would count differently from then on.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,8 @@ class ProcessState:
         own = [each for each in classes if each.__module__.partition(".")[0] == "ds_moe_ep"]
         # ZeRO 3 leaves its own linear there, and experts are no longer recognised.
         self._names = [(each, dict(vars(each))) for each in (*package, *own, torch.nn.functional)]
+        loggers = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+        self._loggers = [(each, each.level, each.filters[:], each.handlers[:]) for each in loggers]
         self._stderr = os.dup(2)
         self._store = c10d._get_default_store()
         self._num_functions = 0
@@ -68,6 +71,10 @@ class ProcessState:
             now = vars(owner)
             for name in [name for name, value in before.items() if now.get(name) is not value]:
                 setattr(owner, name, before[name])
+        for logger, level, filters, handlers in self._loggers:
+            if logger.level != level:
+                logger.setLevel(level)
+            logger.filters[:], logger.handlers[:] = filters, handlers
         gc.collect()
         random.setstate(self._random[0])
         numpy.random.set_state(self._random[1])

@@ -13,11 +13,16 @@ TOGETHER = tuple(
         "tests/testbed",
         "tests/policy",
         "tests/kernels",
+        "tests/engine/hooks",
         "tests/engine/checkpoint/test_background.py tests/engine/checkpoint/test_choices.py"
         " tests/engine/checkpoint/test_folders.py tests/engine/checkpoint/test_save.py",
-        "tests/comm/test_agreement.py tests/comm/test_automatic.py tests/comm/test_callbacks.py",
+        "tests/engine/test_autocast.py tests/engine/test_bad_input.py tests/engine/test_balance_losses.py"
+        " tests/engine/test_copies.py tests/engine/test_diagnostics.py tests/engine/test_doors.py"
+        " tests/engine/test_grouped_products.py tests/engine/test_inference.py tests/engine/test_initialize.py"
+        " tests/engine/test_parallelism.py",
         "tests/moe/test_early_gather.py tests/moe/test_fp16.py tests/moe/test_grouped_experts.py"
         " tests/moe/test_recompute.py tests/moe/test_replica_passes.py",
+        "tests/comm/test_agreement.py tests/comm/test_automatic.py tests/comm/test_callbacks.py",
     )
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.errors import ConfigError
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 WIDTH, NUM_EXPERTS, TOP_K, NUM_TOKENS, NUM_MICRO_BATCHES = 8, 4, 2, 10, 2
 
@@ -156,8 +156,10 @@ def expected_run(num_ranks: int) -> tuple[list[list[float]], Tensor]:
     return losses, gate_ED.detach()
 
 
-def test_the_loss_of_the_batch_sees_all_ranks_and_micro_batches_since_the_last_step_also_when_recomputed() -> None:
-    by_rank = run_ranks(2, train_all)
+def test_the_loss_of_the_batch_sees_all_ranks_and_micro_batches_since_the_last_step_also_when_recomputed(
+    pool: RankPool,
+) -> None:
+    by_rank = pool.run(2, train_all)
     losses, gate_ED = expected_run(2)
     for rank, (*runs, control) in enumerate(by_rank):
         for found, weight_ED in runs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ds_moe_ep.kernels.grouped import lie_together
 from tests.engine.small_model import Job, batches, make_engine, train_steps
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 JOBS = [Job(world_size=2, ep_size=2, stage=stage, bf16=True, steps=1) for stage in (0, 1, 2)]
 
@@ -29,6 +29,6 @@ def all_together(engine: object) -> bool:
     )
 
 
-def test_zero_lays_the_experts_of_a_rank_at_equal_distances() -> None:
+def test_zero_lays_the_experts_of_a_rank_at_equal_distances(pool: RankPool) -> None:
     """The control is stage 0, whose parameters keep a memory of their own each."""
-    assert run_ranks(2, places_of, JOBS, timeout_s=240) == [[[job.stage > 0] * 2 for job in JOBS]] * 2
+    assert pool.run(2, places_of, JOBS, timeout_s=240) == [[[job.stage > 0] * 2 for job in JOBS]] * 2

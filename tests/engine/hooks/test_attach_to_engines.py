@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ds_moe_ep.comm.callbacks import TransferCallback
 from tests.engine.test_doors import BIAS, Net, deepspeeds_layer, ds_config, own_layer, plain_engine, refusal, tokens
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 Trace = list[tuple[float, list[int] | None]]
 KNOBS = {"schedule": "chunks", "chunks": 2, "transport": "collective"}
@@ -136,8 +136,8 @@ def sections_of_hooks() -> tuple[str, str, str, str]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    first, second = run_ranks(2, attach_cases, str(tmp_path_factory.mktemp("checkpoint")), timeout_s=150)
+def found(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    first, second = pool.run(2, attach_cases, str(tmp_path_factory.mktemp("checkpoint")), timeout_s=150)
     assert {name for name in first if first[name] != second[name]} <= {"own, traces", "mixed, traces"}  # the losses
     return first
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.engine.hooks import autoep_models
 from tests.engine.hooks.autoep_models import AutoEPJob, autoep_layers
 from tests.engine.hugging_face import tiny_models
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 STEP, NUM_STEPS, ACCUMULATION = 0.01, 3, 2
 
@@ -106,8 +106,8 @@ def run_all(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return found, [refusal(lambda engine=engine: ds_moe_ep.attach_overlap(engine)) for engine in (without, native)]
 
 
-def test_the_bias_moves_by_the_loads_of_all_ranks_and_goes_through_checkpoints(tmp_path: Path) -> None:
-    by_rank = run_ranks(2, run_all, tmp_path, timeout_s=200)
+def test_the_bias_moves_by_the_loads_of_all_ranks_and_goes_through_checkpoints(pool: RankPool, tmp_path: Path) -> None:
+    by_rank = pool.run(2, run_all, tmp_path, timeout_s=200)
     for found, refusals in by_rank:
         for case, result in zip(CASES, found, strict=True):
             assert result["moved"] == [case.section] * len(result["start"])

@@ -13,7 +13,7 @@ from tests.engine.hooks.hooked_layers import hooked
 from tests.engine.native_layers import first_of_equals, native_layer, run_layer
 from tests.moe.layer_cases import LayerCase, LayerResult, errors
 from tests.moe.test_changed_experts import Adapter, Doubled
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 
 def case() -> LayerCase:
@@ -64,8 +64,8 @@ def refusals(layer: nn.Module) -> list[str]:
     return texts
 
 
-def test_experts_that_change_under_the_hooks_are_computed_as_they_are() -> None:
-    by_rank = run_ranks(2, each_change, timeout_s=100)
+def test_experts_that_change_under_the_hooks_are_computed_as_they_are(pool: RankPool) -> None:
+    by_rank = pool.run(2, each_change, timeout_s=100)
     for name in CHANGES:
         mine, plain, unchanged = ([results[name][side] for results, _ in by_rank] for side in range(3))
         assert max(errors(mine, plain).values()) <= 2e-6, name

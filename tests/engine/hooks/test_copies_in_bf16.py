@@ -32,7 +32,7 @@ from tests.engine.small_model import (
 from tests.engine.test_replicas import copies_in_use, pin
 from tests.engine.test_training import Outcome, loss_distance
 from tests.moe.replica_cases import forgetting_copies
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 KNOBS: dict[str, Any] = {"schedule": "peers", "replicas": 1}
 ROUNDING = 2**-9
@@ -87,8 +87,10 @@ def runs_of(jobs: list[Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "jobs", [[NATIVE, AUTOEP], pytest.param([MORE_NATIVE, MORE_AUTOEP], marks=pytest.mark.slow)], ids=["few", "more"]
 )
-def test_hooked_layers_in_bf16_with_copies_are_as_close_to_the_reference_as_plain_ones(jobs: list[Any]) -> None:
-    by_rank = run_ranks(4, runs_of, jobs, timeout_s=200)
+def test_hooked_layers_in_bf16_with_copies_are_as_close_to_the_reference_as_plain_ones(
+    pool: RankPool, jobs: list[Any]
+) -> None:
+    by_rank = pool.run(4, runs_of, jobs, timeout_s=200)
     for index, job in enumerate(jobs):
         its = [results[index] for results in by_rank]
         assert all(each["copies"] > 0 for each in its), job

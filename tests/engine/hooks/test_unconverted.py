@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hooks.unconverted import UnconvertedBlock, blocks_of, options_of, pattern_of, refuse_unconverted
 from ds_moe_ep.errors import EngineError
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 needs_autoep = pytest.mark.skipif(not seams.has("AutoEP"), reason="this release of DeepSpeed has no AutoEP")
 # Families that no preset of AutoEP knows, and what names them to it; the last two it computes as they are.
@@ -170,9 +170,9 @@ def follow_the_errors() -> tuple[dict[str, tuple[str, dict[str, Any]]], dict[str
 
 
 @needs_autoep
-def test_the_error_names_the_family_to_autoep_and_what_it_says_converts_the_model() -> None:
+def test_the_error_names_the_family_to_autoep_and_what_it_says_converts_the_model(pool: RankPool) -> None:
     """Logits to 2e-6 of the largest: products in another order."""
-    for told, off in run_ranks(2, follow_the_errors, timeout_s=150):
+    for told, off in pool.run(2, follow_the_errors, timeout_s=150):
         for family, options in FAMILIES.items():
             message, section = told[family]
             assert f"converted no layer of {type(tiny(family)).__name__} (model_type {family!r})" in message
