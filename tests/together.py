@@ -14,6 +14,7 @@ TOGETHER = tuple(
         "tests/policy",
         "tests/kernels",
         "tests/engine/hooks",
+        "tests/engine/extensions tests/engine/load tests/engine/hugging_face",
         "tests/engine/checkpoint/test_background.py tests/engine/checkpoint/test_choices.py"
         " tests/engine/checkpoint/test_folders.py tests/engine/checkpoint/test_save.py",
         "tests/engine/test_autocast.py tests/engine/test_bad_input.py tests/engine/test_balance_losses.py"
@@ -22,6 +23,7 @@ TOGETHER = tuple(
         " tests/engine/test_parallelism.py",
         "tests/moe/test_early_gather.py tests/moe/test_fp16.py tests/moe/test_grouped_experts.py"
         " tests/moe/test_recompute.py tests/moe/test_replica_passes.py",
+        "tests/moe/test_tuner.py tests/moe/test_alike_layers.py",
         "tests/comm/test_agreement.py tests/comm/test_automatic.py tests/comm/test_callbacks.py",
     )
 )

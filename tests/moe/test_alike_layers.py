@@ -17,11 +17,15 @@ from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.tuning.alike import AlikeLayers
 from tests.moe.faulty_transports import Counting
 from tests.moe.test_tuner import each, make_layer, tokens
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 
 def quick_layer(**knobs: Any) -> ExpertParallel:
-    """A layer whose experts take next to no time: nobody asks here which schedule is chosen."""
+    """A layer whose experts take next to no time, and that measures one schedule beside serial.
+
+    Nobody asks here which is chosen.
+    """
+    tuner.MOST = 1
     layer = make_layer(0.0, **knobs)
     layer.experts = EmulatedExperts(1, 1.0)
     return layer
@@ -74,9 +78,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def by_case() -> dict[str, list[list[tuple[str, bool]]]]:
+def by_case(pool: RankPool) -> dict[str, list[list[tuple[str, bool]]]]:
     """What each rank found, by case."""
-    by_rank = run_ranks(4, each, first_passes, [words for words, _ in CASES.values()], timeout_s=120)
+    by_rank = pool.run(4, each, first_passes, [words for words, _ in CASES.values()], timeout_s=120)
     return {name: [found[index] for found in by_rank] for index, name in enumerate(CASES)}
 
 
@@ -120,7 +124,7 @@ CHANGES = {
 }
 
 
-def test_a_changed_link_is_measured_once_and_changed_rows_by_their_own_layer_alone() -> None:
+def test_a_changed_link_is_measured_once_and_changed_rows_by_their_own_layer_alone(pool: RankPool) -> None:
     """The last case is the control: layers that share nothing."""
-    by_rank = run_ranks(4, each, choices_of_passes, list(CHANGES), timeout_s=120)
+    by_rank = pool.run(4, each, choices_of_passes, list(CHANGES), timeout_s=120)
     assert by_rank == [list(CHANGES.values())] * 4

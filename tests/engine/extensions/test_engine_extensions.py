@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.engine.test_doors import BIAS, Net, deepspeeds_layer, ds_config, own_layer, plain_engine, seeded, tokens
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 # "scale" is wrapped where DeepSpeed forgets the loss scale, and its own clipping where it clips fp32 gradients.
 ALWAYS = ["forward", "backward", "step", "save_checkpoint", "load_checkpoint"]
@@ -89,8 +89,8 @@ def once(names: list[str]) -> dict[str, int]:
     return dict.fromkeys(sorted(names), 1)
 
 
-def test_each_method_is_wrapped_once_and_gets_its_original_back() -> None:
-    for found in run_ranks(2, counts, timeout_s=120):
+def test_each_method_is_wrapped_once_and_gets_its_original_back(pool: RankPool) -> None:
+    for found in pool.run(2, counts, timeout_s=120):
         every = {name: dict(sorted(each.items())) for name, each in found.items() if isinstance(each, dict)}
         fp32 = once([*ALWAYS, *OF_OWN_LAYERS["fp32"]])
         assert every == {"after a step": fp32, "our door": fp32}

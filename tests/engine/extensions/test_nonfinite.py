@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.engine.small_model import Job, SmallModel, batches, make_model, named_weights
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 BAD_RANK = 1
 PLACES = {1: "expert", 2: "activation", 3: "loss"}  # of the bad number in a step
@@ -118,8 +118,8 @@ def make_scaled_engine(job: Job, precision: str, value: float, places: Mapping[i
 
 
 @pytest.fixture(scope="module")
-def by_rank() -> list[list[tuple[list[Step], list[str]]]]:
-    return run_ranks(4, train_with_bad_numbers, timeout_s=200)
+def by_rank(pool: RankPool) -> list[list[tuple[list[Step], list[str]]]]:
+    return pool.run(4, train_with_bad_numbers, timeout_s=200)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.precision}-{case.stage}-{case.ep_size}-{case.value}")

@@ -20,7 +20,7 @@ from ds_moe_ep.live.lines import RunReport
 from ds_moe_ep.schedule.placement import Placement
 from tests.engine.small_model import NUM_EXPERTS, Job, batches, make_model, train_steps
 from tests.moe.replica_cases import slots_of
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 JOB = Job(stage=1, ep_size=2, accumulation=2, steps=4)
 GUESTS = {0: ((4,), (None,)), 2: ((None,), (1,))}  # by a group's first rank: of each of its ranks
@@ -72,9 +72,9 @@ def reports_of(folder: Path) -> list[RunReport]:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Told]]]:
+def ran(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Told]]]:
     folder = tmp_path_factory.mktemp("runs")
-    return folder, run_ranks(4, told, str(folder), timeout_s=120)
+    return folder, pool.run(4, told, str(folder), timeout_s=120)
 
 
 def test_routes_are_those_without_copies_and_a_gradient_is_heard_of_once_per_backward_pass(
