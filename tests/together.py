@@ -22,7 +22,10 @@ TOGETHER = tuple(
         " tests/engine/test_grouped_products.py tests/engine/test_inference.py tests/engine/test_initialize.py"
         " tests/engine/test_parallelism.py",
         "tests/moe/test_early_gather.py tests/moe/test_fp16.py tests/moe/test_grouped_experts.py"
-        " tests/moe/test_recompute.py tests/moe/test_replica_passes.py",
+        " tests/moe/test_recompute.py tests/moe/test_replica_passes.py tests/moe/test_replicas.py"
+        " tests/moe/test_rounding.py tests/moe/test_two_level.py",
+        "tests/moe/test_schedules.py tests/moe/test_gradcheck.py tests/moe/test_out_of_step.py"
+        " tests/moe/test_tensor_ranks.py",
         "tests/moe/test_tuner.py tests/moe/test_alike_layers.py",
         "tests/comm/test_agreement.py tests/comm/test_automatic.py tests/comm/test_callbacks.py",
     )

@@ -13,7 +13,7 @@ import torch
 from tests.moe.layer_cases import LayerCase, errors
 from tests.moe.replica_cases import hosted_case, run_hosted
 from tests.moe.test_parity import reference, worst_error
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 
 def cases() -> list[LayerCase]:
@@ -53,9 +53,9 @@ def cases() -> list[LayerCase]:
     return [*table, hosted_case("bf16 grouped", expert="swiglu", grouped_products="on", num_experts=8, **bf16)]
 
 
-def test_a_layer_with_replicas_equals_one_without_and_the_reference() -> None:
+def test_a_layer_with_replicas_equals_one_without_and_the_reference(pool: RankPool) -> None:
     chosen = cases()
-    by_rank = run_ranks(4, run_hosted, chosen, timeout_s=200)
+    by_rank = pool.run(4, run_hosted, chosen, timeout_s=200)
     in_use = 0
     for index, case in enumerate(chosen):
         hosted, plain = zip(*(results[index] for results in by_rank), strict=True)

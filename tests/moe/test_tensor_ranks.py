@@ -20,7 +20,7 @@ from ds_moe_ep.errors import EngineError
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 WIDTH, BOUND = 16, 1e-12
 CASES: dict[str, dict[str, Any]] = {
@@ -127,8 +127,8 @@ def everything() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, Any]]:
-    return run_ranks(2, everything)
+def found(pool: RankPool) -> list[dict[str, Any]]:
+    return pool.run(2, everything)
 
 
 @pytest.mark.parametrize("name", CASES)
