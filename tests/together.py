@@ -15,8 +15,16 @@ TOGETHER = tuple(
         "tests/kernels",
         "tests/engine/hooks",
         "tests/engine/extensions tests/engine/load tests/engine/hugging_face",
+        "tests/engine/checkpoint/test_convert.py tests/engine/checkpoint/test_convert_16_bits.py"
+        " tests/engine/checkpoint/test_convert_states.py",
         "tests/engine/checkpoint/test_background.py tests/engine/checkpoint/test_choices.py"
         " tests/engine/checkpoint/test_folders.py tests/engine/checkpoint/test_save.py",
+        "tests/engine/checkpoint/test_damaged.py tests/engine/checkpoint/test_memory.py"
+        " tests/engine/checkpoint/test_model_files.py tests/engine/checkpoint/test_universal.py",
+        "tests/engine/checkpoint/test_load.py tests/engine/checkpoint/test_reshard.py",
+        "tests/engine/test_native_parity.py tests/engine/test_replicas.py tests/engine/test_auto_replicas.py",
+        "tests/engine/test_lora.py tests/engine/test_lora_checkpoints.py tests/engine/test_pipeline.py"
+        " tests/engine/test_replay.py",
         "tests/engine/test_autocast.py tests/engine/test_bad_input.py tests/engine/test_balance_losses.py"
         " tests/engine/test_copies.py tests/engine/test_diagnostics.py tests/engine/test_doors.py"
         " tests/engine/test_grouped_products.py tests/engine/test_inference.py tests/engine/test_initialize.py"
@@ -28,6 +36,7 @@ TOGETHER = tuple(
         " tests/moe/test_tensor_ranks.py",
         "tests/moe/test_tuner.py tests/moe/test_alike_layers.py",
         "tests/comm/test_agreement.py tests/comm/test_automatic.py tests/comm/test_callbacks.py",
+        "tests/account tests/bench/test_autoep.py tests/bench/test_memory_breakdown.py tests/bench/test_windows.py",
     )
 )
 

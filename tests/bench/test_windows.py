@@ -14,7 +14,7 @@ from ds_moe_ep.bench.candidates.cases import LayerCase
 from ds_moe_ep.bench.candidates.layers import BIAS, NO_REMEDY, REPLICAS, LayerSetup, build
 from ds_moe_ep.bench.overlap.windows import LayerWindow, WindowedLoad, run_window
 from ds_moe_ep.comm.group_transport import GroupTransport
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 WORLD, MICRO_BATCHES, WINDOWS = 4, 2, 3
 CASE = LayerCase(name="windows", top_k=1, load="even", hidden_size=32, width=16, num_experts=WORLD, num_tokens=64)
@@ -57,8 +57,10 @@ def rows_worked_on() -> tuple[dict[str, list[float]], dict[str, list[dict[str, i
     return found, exchanges
 
 
-def test_replicas_level_a_hot_expert_that_fills_its_rank_without_them_and_under_three_steps_of_a_bias() -> None:
-    by_rank = run_ranks(WORLD, rows_worked_on)
+def test_replicas_level_a_hot_expert_that_fills_its_rank_without_them_and_under_three_steps_of_a_bias(
+    pool: RankPool,
+) -> None:
+    by_rank = pool.run(WORLD, rows_worked_on)
     found = [rows for rows, _ in by_rank]
     fullest = {name: [max(rank[name][window] for rank in found) for window in range(WINDOWS)] for name in found[0]}
     for name in CANDIDATES:

@@ -24,7 +24,7 @@ from tests.engine.small_model import (
 )
 from tests.engine.test_training import LOSS, WEIGHTS, Outcome, loss_distance
 from tests.moe.replica_cases import forgetting_copies, let_rows_count_alone, slots_of
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 BY_ROWS = Job(stage=1, accumulation=2, steps=2, replicas="auto")
 MEASURED = Job(stage=2, accumulation=2, steps=2, replicas="auto", schedule="auto")
@@ -76,9 +76,9 @@ def all_of(jobs: Sequence[Job]) -> list[Ran]:
         return [*found, ran(BY_ROWS)]
 
 
-def test_auto_slots_train_through_an_engine_as_one_process_does() -> None:
+def test_auto_slots_train_through_an_engine_as_one_process_does(pool: RankPool) -> None:
     jobs = [BY_ROWS, MEASURED, HOOKED, CHANGING]
-    by_rank = run_ranks(4, all_of, jobs, timeout_s=200)
+    by_rank = pool.run(4, all_of, jobs, timeout_s=200)
     for index, job in enumerate(jobs):
         its = [results[index] for results in by_rank]
         assert all(each[1:] == its[0][1:] for each in its), "all ranks place alike, by the same costs"

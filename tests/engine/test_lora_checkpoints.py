@@ -26,7 +26,7 @@ from tests.engine.hugging_face.tiny_models import (
     make_model,
     token_ids,
 )
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 LOGITS, WEIGHTS = 2e-6, 2e-5
 WIDTH, HIDDEN = 48, 32
@@ -126,8 +126,8 @@ def furthest(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((mine[name] - weight).abs().max()) for name, weight in theirs.items())
 
 
-def check(folder: Path, stage: int) -> None:
-    by_rank: list[Resumed] = run_ranks(4, saved_and_loaded, folder, stage, timeout_s=200)
+def check(pool: RankPool, folder: Path, stage: int) -> None:
+    by_rank: list[Resumed] = pool.run(4, saved_and_loaded, folder, stage, timeout_s=200)
     saved, loaded = (over_ranks([getattr(each, name)[0] for each in by_rank]) for name in ("saved", "loaded"))
     assert sum("lora_" in name and "deepspeed_experts" in name for name in saved) == 2 * NUM_EXPERTS * 2 * 2
     assert furthest(loaded, saved) == 0, "whole, bit for bit"
@@ -152,5 +152,5 @@ def check(folder: Path, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)])
-def test_adapters_load_whole_at_another_ep_size_and_leave_merged(tmp_path: Path, stage: int) -> None:
-    check(tmp_path, stage)
+def test_adapters_load_whole_at_another_ep_size_and_leave_merged(pool: RankPool, tmp_path: Path, stage: int) -> None:
+    check(pool, tmp_path, stage)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.engine.hooks import autoep_models
 from tests.engine.hooks.autoep_models import AutoEPJob
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 STEPS, ACCUMULATION, WIDTH, NUM_EXPERTS = 2, 2, 16, 4
 KINDS = ("own", "own, recomputed", "native, k=1", "native, k=2", "native, k=3", "autoep", "autoep, recomputed")
@@ -124,8 +124,8 @@ def run_all(folder: Path) -> tuple[list[tuple[bool, bool, bool]], list[str]]:
     return found, refusals
 
 
-def test_training_from_ones_own_record_is_the_training_that_was_recorded(tmp_path: Path) -> None:
-    for found, (not_hooked, dropping, of_another_rank) in run_ranks(2, run_all, tmp_path, timeout_s=250):
+def test_training_from_ones_own_record_is_the_training_that_was_recorded(pool: RankPool, tmp_path: Path) -> None:
+    for found, (not_hooked, dropping, of_another_rank) in pool.run(2, run_all, tmp_path, timeout_s=250):
         assert dict(zip(KINDS, found, strict=True)) == dict.fromkeys(KINDS, (True, True, True))
         assert "layer (MoE) is not hooked; call attach_overlap first" in not_hooked
         assert "does not say which expert a dropped choice was for" in dropping

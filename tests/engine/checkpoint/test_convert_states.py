@@ -29,7 +29,7 @@ from ds_moe_ep.errors import EngineError, MoEError
 from tests.engine.checkpoint.checkpoints import same, tensors
 from tests.engine.checkpoint.test_reshard import differing, merged, states_of
 from tests.engine.small_model import Job, batches, make_engine, train_steps
-from tests.ranks import _fork_server, run_ranks
+from tests.ranks import RankPool, _fork_server
 
 Folder = pathlib.Path
 SIZES = ("param_shapes", "dp_world_size", "num_experts", "global_steps")  # of the file with the dense weights
@@ -73,9 +73,9 @@ def carry(ways: Sequence[tuple[Job, Job]], folder: Folder) -> list[tuple[Any, An
     return found
 
 
-def assert_carried(ways: Sequence[tuple[Job, Job]], folder: Folder) -> None:
+def assert_carried(pool: RankPool, ways: Sequence[tuple[Job, Job]], folder: Folder) -> None:
     """The states of each way are loaded as they were saved; what is saved then is what the conversion wrote."""
-    by_rank = run_ranks(4, carry, ways, folder, timeout_s=200)
+    by_rank = pool.run(4, carry, ways, folder, timeout_s=200)
     for index, way in enumerate(ways):
         expected, found = (merged([ranks[index][which] for ranks in by_rank]) for which in (0, 1))
         assert differing(found, expected) == [], way
@@ -95,16 +95,16 @@ def assert_carried(ways: Sequence[tuple[Job, Job]], folder: Folder) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+def saved(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """A checkpoint of ep_size=4 on four ranks."""
     folder = tmp_path_factory.mktemp("carried")
-    assert_carried(CONSECUTIVE, folder)
+    assert_carried(pool, CONSECUTIVE, folder)
     return folder / "0" / "saved"
 
 
 @pytest.mark.slow
-def test_states_without_zero_and_of_groups_whose_ranks_lie_apart_are_carried(tmp_path: Folder) -> None:
-    assert_carried(APART, tmp_path)
+def test_states_without_zero_and_of_groups_whose_ranks_lie_apart_are_carried(pool: RankPool, tmp_path: Folder) -> None:
+    assert_carried(pool, APART, tmp_path)
     there_and_back(tmp_path / "0" / "carried", tmp_path, PLAIN[1], (2, 4))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.engine.checkpoint.live_bytes import LiveBytes, living_bytes
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 HIDDEN, WIDTH, NUM_EXPERTS = 16, 1024, 8
 # An expert's weights, master weights and two moments, in fp32.
@@ -80,9 +80,11 @@ def each_beside_own(cases: Sequence[Case], folder: Path) -> list[tuple[int, int]
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 @pytest.mark.parametrize("cases", [((1, 1), (1, 2)), pytest.param(((0, 1), (0, 2), (2, 1)), marks=pytest.mark.slow)])
-def test_a_load_has_at_most_one_experts_states_beside_a_ranks_own(cases: Sequence[Case], tmp_path: Path) -> None:
+def test_a_load_has_at_most_one_experts_states_beside_a_ranks_own(
+    pool: RankPool, cases: Sequence[Case], tmp_path: Path
+) -> None:
     """The control: files that are read whole are seen to lie in memory all at once."""
-    for by_case in run_ranks(2, each_beside_own, cases, tmp_path, timeout_s=120):
+    for by_case in pool.run(2, each_beside_own, cases, tmp_path, timeout_s=120):
         for case, (mapped, whole) in zip(cases, by_case, strict=True):
             assert mapped <= ONE_EXPERT, (case, mapped)
             assert whole > 4 * ONE_EXPERT, (case, whole)

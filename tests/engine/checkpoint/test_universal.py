@@ -18,7 +18,7 @@ from ds_moe_ep.engine.checkpoint.loading import mapped
 from ds_moe_ep.engine.checkpoint.preflight import Preflight
 from tests.engine.checkpoint.test_damaged import JOB, MAIN, Crafted
 from tests.engine.small_model import make_engine
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 TAG, KINDS = "two", ("fp32", "exp_avg", "exp_avg_sq")
 SWAPPED = {"of the optimizer": "zero/optimizer_state.pt", "of parameters": "zero/*/fp32.pt"}
@@ -78,9 +78,9 @@ def swapped_loads(folder: Path, marker: Path) -> tuple[dict[str, str], float, di
     return told, largest, control
 
 
-def test_a_file_that_is_swapped_behind_the_first_look_runs_nothing(tmp_path: Path) -> None:
+def test_a_file_that_is_swapped_behind_the_first_look_runs_nothing(pool: RankPool, tmp_path: Path) -> None:
     marker = tmp_path / "it ran"
-    for told, largest, control in run_ranks(2, swapped_loads, tmp_path, marker, timeout_s=120):
+    for told, largest, control in pool.run(2, swapped_loads, tmp_path, marker, timeout_s=120):
         for kind, words in told.items():
             assert words.startswith("EngineError") and "could run code of the file's" in words, (kind, words)
         assert largest == 0.0, "a whole one loads"
