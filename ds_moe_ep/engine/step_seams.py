@@ -78,8 +78,8 @@ def let_all_experts_be_frozen(is_of_expert: Callable[[Tensor], bool]) -> None:
     """Lets DeepSpeed shard the optimizer of a model whose experts nobody trains. For engines made from now on.
 
     `is_of_expert` tells experts' parameters. DeepSpeed's optimizers end with an assertion there: no group of
-    parameters is an experts'. Where one should be, since experts train among dense parameters, it stays. A group in
-    which nothing trains, which they end on too, is a ConfigError.
+    parameters is an experts'. Where one should be, since experts train among dense parameters, that is a ConfigError,
+    and so is a group in which nothing trains, which they end on too.
     """
     for home, name in SHARDING:
         kind = getattr(importlib.import_module(home), name)
@@ -101,8 +101,15 @@ def _where_experts_train(
                 "model.parameters() if each.requires_grad]"
             )
         trained = (each for group in groups for each in group["params"] if each.requires_grad)
-        if any(group.get("moe") for group in groups) or any(map(is_of_expert, trained)):
+        if any(group.get("moe") for group in groups):
             configure(optimizer)
+        elif any(map(is_of_expert, trained)):
+            raise ConfigError(
+                f"optimizer={type(optimizer.optimizer).__name__}: its groups have experts among dense parameters, and "
+                'ZeRO would share them over ranks that hold other experts; write an "optimizer" into the ds_config '
+                '(Trainer, Accelerate: with "auto" values), or sort them before it is made: deepspeed.moe.utils.'
+                "split_params_into_different_moe_groups_for_optimizer"
+            )
         else:
             optimizer.has_moe_layers = False  # of an optimizer: it has experts' gradients to reduce
 

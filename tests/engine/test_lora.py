@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import deepspeed
 import pytest
@@ -121,6 +122,36 @@ def sorted_too_early() -> list[str]:
         except ds_moe_ep.ConfigError as error:
             answers.append(f"ConfigError: {error}")
     return answers
+
+
+def test_an_optimizer_that_nobody_sorted_is_refused_under_zero_with_the_way_out(pool: RankPool) -> None:
+    for doors in pool.run(2, never_sorted, timeout_s=100):
+        for without_zero, shared, wrapped in doors:
+            assert without_zero == "trains", "the control: each parameter's own marks decide there"
+            for told in (shared, wrapped):
+                assert "optimizer=AdamW: its groups have experts among dense parameters" in told
+                assert 'write an "optimizer" into the ds_config' in told
+
+
+def never_sorted() -> list[list[str]]:
+    """Answers of both doors without ZeRO, with it, and with fp32 gradients beside bf16."""
+    wrapped = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return [
+        [start_unsorted(start, stage, extra) for stage, extra in ((0, {}), (1, {}), (1, wrapped))]
+        for start in (ds_moe_ep.initialize, deepspeed.initialize)
+    ]
+
+
+def start_unsorted(start: Any, stage: int, extra: dict[str, Any]) -> str:
+    job = Job(world_size=2, ep_size=2, num_experts=2, stage=stage)
+    deepspeed.init_distributed("gloo")
+    model = SmallModel(lambda: make_layer(job))
+    config = {name: value for name, value in job.ds_config.items() if name != "optimizer"} | extra
+    try:
+        start(model=model, config=config, optimizer=torch.optim.AdamW(model.parameters()))
+    except ds_moe_ep.ConfigError as error:
+        return str(error)
+    return "trains"
 
 
 def start_with_early_groups(calls_mark: bool) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.checkpoint.own_experts import expert_group_of
-from ds_moe_ep.engine.hugging_face import transformer_folder
+from ds_moe_ep.engine.hugging_face import source, transformer_folder
 from ds_moe_ep.engine.hugging_face.adapters import Merged, merged
 from ds_moe_ep.engine.hugging_face.blocks import blocks_of, clamp_of
 from ds_moe_ep.engine.hugging_face.checked_files import CheckedFile, Made, TensorForm, write_made
@@ -244,14 +244,12 @@ def _finish(content: Content, files: Sequence[Sequence[str]], num_bytes: int, pa
 
 
 def describe(model: nn.Module, folder: Path) -> None:
-    """The configuration of a model of Hugging Face's, which says the type of the weights that are written."""
+    """The configuration of a model of Hugging Face's, with its source's keys and the type of the written weights."""
     config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config.save_pretrained(folder)
-    generation: Any = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)
+    source.complete(model, folder)
 
 
 def _attempt(work: Any, is_mine: bool = True) -> MoEError | None:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe_ep.config.topology import RankGrid
+from ds_moe_ep.engine.hugging_face.arguments import asked_dtype, dtype_of_folder, given_config, knobs_among
 from ds_moe_ep.engine.hugging_face.blocks import MoEBlock, blocks_of, knobs_of
 from ds_moe_ep.engine.hugging_face.checked_files import TensorForm, checksums_in, form_in, read_checked
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.export import INDEX
 from ds_moe_ep.engine.hugging_face.families import STACKS, Family, family_of
+from ds_moe_ep.engine.hugging_face.source import take_description
 from ds_moe_ep.engine.hugging_face.stacks import BlockStacks, out_of_stack
 from ds_moe_ep.errors import ConfigError, EngineError
 
@@ -61,6 +64,10 @@ class Weights:
         """Type and shape of a tensor of the files, which is not read. Raises EngineError as `read` does."""
         with self._opened(name) as (file, path, _):
             return form_in(file, path, name)
+
+    def dtypes(self) -> Iterator[torch.dtype]:
+        """The types of the tensors, in the order of their names, each looked up when its turn comes."""
+        return (self.form(name).dtype for name in sorted(self.file_of))
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[tuple[Any, Path, Mapping[str, list[int]]]]:
@@ -102,7 +109,10 @@ def from_pretrained(
     folder: str | os.PathLike[str],
     ep_size: int = 1,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    config: Any = None,
     data_before_expert: bool = False,
     **knobs: Any,
 ) -> nn.Module:
@@ -112,33 +122,40 @@ def from_pretrained(
     from the folder's configuration, and so do logits: they equal those of transformers. A router that chooses with a
     bias (DeepSeek-V3) has that of the files, which stays as it is unless `bias_step` moves it. No balance loss is
     computed unless `balance` asks for one; `balance_loss(model)` is then to be added to the loss. `data_before_expert`
-    is DeepSpeed's use_data_before_expert_parallelism. `dtype` is by default that of the configuration.
+    is DeepSpeed's use_data_before_expert_parallelism.
+
+    As in transformers, `dtype` (or `torch_dtype`) is a torch type, its name, or "auto", the default: that of the
+    configuration, or else of the files. `config` takes the place of the folder's configuration. Other arguments of
+    transformers that would change the model are refused by name.
 
     Local, but with ep_size > 1 torch.distributed must be initialized; the layers are connected by
-    deepspeed.initialize. Raises ConfigError for a family or router that is not known, EngineError for files that are
-    not whole, TopologyError where ep_size does not fit the world.
+    deepspeed.initialize. Raises ConfigError for a family, router or argument that is not known, EngineError for files
+    that are not whole, TopologyError where ep_size does not fit the world.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
+    asked = asked_dtype(dtype, torch_dtype)
     if not (folder / "config.json").is_file():
-        raise EngineError(f"{folder}: holds no config.json; name a Hugging Face folder on this machine")
-    config = AutoConfig.from_pretrained(folder)
+        raise EngineError(
+            f"{folder}: holds no config.json; name a Hugging Face folder on this machine (of the hub: "
+            "huggingface_hub.snapshot_download)"
+        )
+    config = given_config(config, lambda: AutoConfig.from_pretrained(folder))
     family = family_of(config)
-    moe = knobs_of(config, family, ep_size, knobs)
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    make: Any = AutoModelForCausalLM.from_config
-    model = _empty(lambda: make(config, dtype=dtype), config, family)
-    _replace_blocks(model, config, family, lambda: MoEBlock(config, family, moe).to(dtype))
-    if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False  # its loss would read the logits of blocks that are gone
+    moe = knobs_of(config, family, ep_size, knobs_among(knobs, config))
     ep_rank = RankGrid(
         world_size=dist.get_world_size() if dist.is_initialized() else 1,
         ep_size=ep_size,
         data_before_expert=data_before_expert,
     ).ep_rank(dist.get_rank() if dist.is_initialized() else 0)
     with Weights(folder) as weights:
+        found = asked or dtype_of_folder(config, weights.dtypes())
+        make: Any = partial(AutoModelForCausalLM.from_config, dtype=found, attn_implementation=attn_implementation)
+        model = _empty(lambda: make(config), config, family)
+        _replace_blocks(model, config, family, lambda: MoEBlock(config, family, moe).to(found))
         _fill(model, family, weights, ep_rank)
+    take_description(model, folder)
     model.eval()
     return model
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import ds_moe_ep
 from ds_moe_ep.errors import ConfigError, EngineError, ExportError
 from tests.engine.hugging_face import test_transformer_folder as own_model
+from tests.engine.hugging_face.described import as_on_the_hub, differences
 from tests.engine.hugging_face.tiny_models import (
     distance,
     ds_config,
@@ -99,10 +100,11 @@ def loaded_and_exported(folder: Path, cases: Own) -> list[tuple[float, Tensor]]:
     """Of each family the distance of the loaded model's logits to the source's, and the logits after one step."""
     found = []
     for family, ep_size, stage in cases:
-        source = make_model(family)
         if dist.get_rank() == 0:
-            source.save_pretrained(folder / f"source_{family}")
+            make_model(family).save_pretrained(folder / f"source_{family}")
+            as_on_the_hub(folder / f"source_{family}", family)
         dist.barrier()
+        source = load(folder / f"source_{family}")
         model = ds_moe_ep.from_pretrained(folder / f"source_{family}", ep_size)
         engine = train_one_step(model if family != "qwen2_moe" else Around(model), ds_config(stage))
         before = ds_moe_ep.from_pretrained(folder / f"source_{family}", ep_size)
@@ -163,6 +165,8 @@ def test_folders_train_as_layers_of_the_package_and_leave_as_folders(
     by_rank = pool.run(4, loaded_and_exported, tmp_path, cases, timeout_s=200)
     for index, (family, *_) in enumerate(cases):
         model = load(tmp_path / family)
+        values = json.loads((tmp_path / f"source_{family}/config.json").read_text())
+        assert differences(values, tmp_path / family).keys() <= {"transformers_version", "auto_map"}, family
         for found in by_rank:
             start, after = found[index]
             assert start <= BOUND, family
