@@ -14,6 +14,7 @@ TOGETHER = tuple(
         "tests/policy",
         "tests/kernels",
         "tests/engine/hooks",
+        "tests/engine/layouts",
         "tests/engine/extensions tests/engine/load tests/engine/hugging_face",
         "tests/engine/checkpoint/test_convert.py tests/engine/checkpoint/test_convert_16_bits.py"
         " tests/engine/checkpoint/test_convert_states.py",

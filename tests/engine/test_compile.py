@@ -16,7 +16,7 @@ from tests.engine.hooks.hooked_layers import hooked
 from tests.engine.native_layers import PlainGelu
 from tests.engine.small_model import BATCH, Job, make_layer
 from tests.moe.layer_cases import D
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 GRADIENTS = 1e-6  # of the largest: what a compiled sum may round otherwise
 
@@ -131,8 +131,8 @@ def all_doors() -> list[str]:
     return wrong_doors("ours") + wrong_doors("native")
 
 
-def test_compiled_engines_leave_the_layers_out_and_keep_their_gradients() -> None:
-    assert run_ranks(2, all_doors, timeout_s=240) == [[]] * 2
+def test_compiled_engines_leave_the_layers_out_and_keep_their_gradients(pool: RankPool) -> None:
+    assert pool.run(2, all_doors, timeout_s=240) == [[]] * 2
 
 
 def before_the_engine(door: str, autograd: bool) -> tuple[set[str], float]:
@@ -179,11 +179,12 @@ def not_left_out() -> set[str]:
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_model_compiled_before_its_engine_is_made_leaves_the_layers_out_and_so_does_compiled_autograd(
+    pool: RankPool,
     num_ranks: int,
 ) -> None:
-    for found in run_ranks(num_ranks, other_doors, timeout_s=240):
+    for found in pool.run(num_ranks, other_doors, timeout_s=240):
         for frames, distance in found:
             assert frames == set()
             assert distance <= GRADIENTS
-    [control] = run_ranks(1, not_left_out, timeout_s=240)
+    [control] = pool.run(1, not_left_out, timeout_s=240)
     assert any(frame.endswith("ds_moe_ep/moe/layer.py:forward") for frame in control), control

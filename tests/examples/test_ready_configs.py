@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from ds_moe_ep.config.shipped import shipped_ds_configs
 from ds_moe_ep.config.training import read_training, shipped_sizes
 from ds_moe_ep.errors import MoEError, TopologyError
 from tests.examples.training_scripts import EXAMPLES
-from tests.ranks import RankError, run_ranks, signal_itself
+from tests.ranks import RankError, RankPool, signal_itself
 
 NUM_STEPS = 4
 
@@ -101,7 +102,7 @@ def test_the_size_of_every_shipped_ds_config_is_that_of_its_name() -> None:
 
 
 def run_script(name: str, text: str) -> tuple[str, str]:
-    """Output of train_ep16.py with a ds_config, and how it ended."""
+    """Output of train_ep16.py with a ds_config, and how it ended; the world stays for the next one."""
     sys.path.insert(0, str(EXAMPLES))
     import train_ep16
 
@@ -109,7 +110,11 @@ def run_script(name: str, text: str) -> tuple[str, str]:
     sys.argv += ["--report-every", "1", "--eval-batches", "1"]
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            mock.patch.object(dist, "destroy_process_group"),
+        ):
             train_ep16.main()
     except (MoEError, SystemExit) as error:
         return printed.getvalue(), f"{type(error).__name__}: {error}"
@@ -117,19 +122,21 @@ def run_script(name: str, text: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("ranks", [1, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_the_cpu_twin_trains_with_the_script_and_the_loss_falls(ranks: int, tmp_path: Path) -> None:
+def test_the_cpu_twin_trains_with_the_script_and_the_loss_falls(pool: RankPool, ranks: int, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the rows of one peer go out while the experts compute those of another; " * 4000)
-    results = run_ranks(ranks, run_script, f"ep{ranks}_cpu", str(text), timeout_s=120)
+    results = pool.run(ranks, run_script, f"ep{ranks}_cpu", str(text), timeout_s=120)
     assert [ended for _, ended in results] == ["done"] * ranks
     losses = [float(loss) for loss in re.findall(r"step \d+/4 \| loss ([\d.]+)", results[0][0])]
     assert len(losses) == NUM_STEPS and losses[-1] < losses[0] - 0.3
     assert all(printed == "" for printed, _ in results[1:])
 
 
-def test_the_script_tells_a_world_of_another_size_what_is_wrong_before_it_builds_anything(tmp_path: Path) -> None:
+def test_the_script_tells_a_world_of_another_size_what_is_wrong_before_it_builds_anything(
+    pool: RankPool, tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text("some text. " * 4000)
-    for printed, ended in run_ranks(4, run_script, "ep16_cpu", str(tmp_path / "text.txt")):
+    for printed, ended in pool.run(4, run_script, "ep16_cpu", str(tmp_path / "text.txt")):
         assert "ep4.json or ep4_cpu.json, which fit 4 ranks" in printed + ended
         assert "step" not in printed
 
@@ -148,13 +155,13 @@ def train_until_rank_1_stops(text: str, config: str) -> None:
     train_ep16.main(["--deepspeed_config", config, "--data", text, "--steps", "3"])
 
 
-def test_a_rank_that_stops_between_steps_ends_the_others_within_the_limit(tmp_path: Path) -> None:
+def test_a_rank_that_stops_between_steps_ends_the_others_within_the_limit(pool: RankPool, tmp_path: Path) -> None:
     text, config = tmp_path / "text.txt", tmp_path / "ds.json"
     text.write_text("some text. " * 4000)
     values = load_ds_config("ep4_cpu")
     config.write_text(json.dumps({**values, "moe_ep": {**values["moe_ep"], "timeout_s": 2, "schedule": "serial"}}))
     with pytest.raises(RankError) as caught:
-        run_ranks(4, train_until_rank_1_stops, str(text), str(config), timeout_s=120)
+        pool.run(4, train_until_rank_1_stops, str(text), str(config), timeout_s=120)
     ends = {rank: failure.message for rank, failure in caught.value.failures.items() if rank != 1}
     by_watch = {rank for rank, message in ends.items() if message.startswith("exit code 70")}
     assert by_watch and ends.keys() == {0, 2, 3}

@@ -14,7 +14,7 @@ from ds_moe_ep.errors import EngineError
 from tests.engine.layouts.stage_models import NUM_MICRO_BATCHES, ds_config, layers_in_one_tensor, make_engine, mine
 from tests.engine.layouts.test_stages import trained
 from tests.moe.replica_cases import copies_in, forgetting_copies, let_rows_count_alone
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 BOUND = 2e-6  # of `test_stages.py`
 
@@ -68,8 +68,10 @@ def farthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[n] - w).abs().max()) / max(1.0, float(w.abs().max())) for n, w in expected.items())
 
 
-def test_copies_in_stages_train_as_deepspeeds_layer_and_send_their_sums_home_in_the_last_micro_batch() -> None:
-    by_rank = run_ranks(4, runs, timeout_s=150)
+def test_copies_in_stages_train_as_deepspeeds_layer_and_send_their_sums_home_in_the_last_micro_batch(
+    pool: RankPool,
+) -> None:
+    by_rank = pool.run(4, runs, timeout_s=150)
     for rank, its in enumerate(by_rank):
         assert its["copies"] > 0
         for name in ("", ", recomputed"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_moe_ep.check.config import check_config
 from tests.engine.layouts.tensor_models import mpu_of
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 MODEL = {
     "num_layers": 2, "hidden_size": 16, "num_heads": 4, "expert_width": 8, "vocab_size": 32, "sequence_length": 8,
@@ -103,10 +103,10 @@ def everything_held(configs: Sequence[dict[str, Any]]) -> tuple[list[Held], tupl
 
 
 @pytest.mark.slow
-def test_an_engines_tensor_ranks_hold_what_check_config_says_and_have_the_loss_of_one_rank() -> None:
+def test_an_engines_tensor_ranks_hold_what_check_config_says_and_have_the_loss_of_one_rank(pool: RankPool) -> None:
     configs = [ds_config(PLANS[name], stage) for name, stage in NAMES]
     of_mpu = check_config(ds_config((), 1), 4, tensor_ranks=2).to_dict()["details"]
-    for found, (numbers_of_mpu, owned_of_mpu) in run_ranks(
+    for found, (numbers_of_mpu, owned_of_mpu) in pool.run(
         4, everything_held, [*configs, ds_config((), 0)], timeout_s=200
     ):
         assert numbers_of_mpu == of_mpu["rank_parameters"]["total"]

@@ -23,7 +23,7 @@ from tests.engine.layouts.layout_runs import (
     run_jobs,
 )
 from tests.engine.layouts.tensor_runs import Trained, planted, reference
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 PARTS = 6  # each within the time of a test on a busy machine
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -96,9 +96,9 @@ def test_the_design_covers_every_pair_but_those_that_are_left_out_by_name() -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_pair_of_layouts_trains_as_one_device(part: int) -> None:
+def test_every_pair_of_layouts_trains_as_one_device(pool: RankPool, part: int) -> None:
     jobs = [job_of(settings) for settings in covering()][part::PARTS]
-    by_rank = run_ranks(LAYOUT_RANKS, run_jobs, jobs, timeout_s=400)
+    by_rank = pool.run(LAYOUT_RANKS, run_jobs, jobs, timeout_s=400)
     for job, results in zip(jobs, zip(*by_rank, strict=True), strict=True):
         result, forgetful = merged(job, results), replace(job, forgets_half=True)
         distance = result.distance(as_the_ranks_tell(job, reference(job)))
@@ -121,9 +121,9 @@ def run_natives(jobs: list[LayoutJob]) -> list[Trained]:
 
 
 @pytest.mark.slow
-def test_deepspeeds_own_layer_takes_the_same_steps_in_each_layout() -> None:
+def test_deepspeeds_own_layer_takes_the_same_steps_in_each_layout(pool: RankPool) -> None:
     """But for its norms, which leave out the experts of other tensor ranks: nothing is clipped."""
-    by_rank = run_ranks(LAYOUT_RANKS, run_natives, OF_DEEPSPEED, timeout_s=300)
+    by_rank = pool.run(LAYOUT_RANKS, run_natives, OF_DEEPSPEED, timeout_s=300)
     for job, results in zip(OF_DEEPSPEED, zip(*by_rank, strict=True), strict=True):
         result, forgetful = merged(job, results), replace(job, forgets_half=True)
         assert result.distance(as_the_ranks_tell(job, reference(job))) < job.bound, job

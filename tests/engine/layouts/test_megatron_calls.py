@@ -32,7 +32,7 @@ from tests.engine.layouts.megatron_models import (
     parallel_state,
 )
 from tests.engine.layouts.tensor_runs import planted
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 WORLD, STEPS, BOUND = 4, 2, 2e-5  # of a loss, relative, in fp32
 
@@ -217,9 +217,9 @@ def run_jobs(jobs: list[Job]) -> list[Any]:
     return [run_job(job) for job in jobs]
 
 
-def on_ranks(jobs: list[Job]) -> list[list[Any]]:
+def on_ranks(pool: RankPool, jobs: list[Job]) -> list[list[Any]]:
     """By job, the results of all ranks."""
-    by_rank = run_ranks(WORLD, run_jobs, jobs, timeout_s=280)
+    by_rank = pool.run(WORLD, run_jobs, jobs, timeout_s=280)
     return [list(results) for results in zip(*by_rank, strict=True)]
 
 
@@ -262,40 +262,44 @@ REFUSED: dict[str, tuple[Job, str]] = {
 }
 
 
-def test_the_import_swapped_gives_the_losses_of_the_stock_layer() -> None:
+def test_the_import_swapped_gives_the_losses_of_the_stock_layer(pool: RankPool) -> None:
     """Tokens that come cut are known by Megatron's marks; DeepSpeed's own layer has those wrong."""
     adding = replace(SEQUENCES, adds_gradients=True)
     jobs = [Job(kind="native", stage=0), Job(stage=0, config=adding), Job(stage=0, topk=1)]
-    native, cut, other = on_ranks(jobs)
+    native, cut, other = on_ranks(pool, jobs)
     assert distance(cut, native) < BOUND
     assert distance(other, native) > 100 * BOUND, "the control: another number of choices"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_STOCK)
-def test_swapped_attached_and_hooked_train_and_resume_as_the_stock_layer(name: str, tmp_path: Path) -> None:
+def test_swapped_attached_and_hooked_train_and_resume_as_the_stock_layer(
+    pool: RankPool, name: str, tmp_path: Path
+) -> None:
     kinds = ("native", "swapped", "attached", "hooked")
-    native, *others = on_ranks([replace(OF_STOCK[name], kind=kind, folder=str(tmp_path / kind)) for kind in kinds])
+    native, *others = on_ranks(
+        pool, [replace(OF_STOCK[name], kind=kind, folder=str(tmp_path / kind)) for kind in kinds]
+    )
     for kind, found in zip(kinds[1:], others, strict=True):
         assert distance(found, native) < BOUND, kind
-    other = on_ranks([replace(OF_STOCK[name], topk=3 - OF_STOCK[name].topk)])[0]
+    other = on_ranks(pool, [replace(OF_STOCK[name], topk=3 - OF_STOCK[name].topk)])[0]
     assert distance(other, native) > 100 * BOUND, "the control: another number of choices"
 
 
 @pytest.mark.slow
-def test_tokens_that_come_cut_and_residual_experts_give_the_losses_of_whole_tokens() -> None:
+def test_tokens_that_come_cut_and_residual_experts_give_the_losses_of_whole_tokens(pool: RankPool) -> None:
     """DeepSpeed's layer has neither right: its experts sum rows over tensor ranks, or differ between them."""
     jobs = [Job(), Job(config=SEQUENCES), RESIDUAL, replace(RESIDUAL, config=SEQUENCES)]
-    whole, cut, residual, residual_cut = on_ranks(jobs)
+    whole, cut, residual, residual_cut = on_ranks(pool, jobs)
     assert distance(cut, whole) < BOUND and distance(residual_cut, residual) < BOUND
     assert distance(residual, whole) > 100 * BOUND
     assert all(parted == 0.0 for results in (whole, cut, residual, residual_cut) for _, parted in results)
 
 
 @pytest.mark.slow
-def test_what_cannot_be_right_is_refused_by_name() -> None:
+def test_what_cannot_be_right_is_refused_by_name(pool: RankPool) -> None:
     for (name, (_, words)), results in zip(
-        REFUSED.items(), on_ranks([job for job, _ in REFUSED.values()]), strict=True
+        REFUSED.items(), on_ranks(pool, [job for job, _ in REFUSED.values()]), strict=True
     ):
         assert all(isinstance(result, str) for result in results), (name, results)
         assert any(words in result for result in results), (name, results)

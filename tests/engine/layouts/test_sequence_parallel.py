@@ -24,7 +24,7 @@ from tests.engine.layouts.tensor_runs import (
     routed,
 )
 from tests.moe.replica_cases import copies_in, let_rows_count_alone
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 SEQUENCE_SIZE = 2
 
@@ -167,8 +167,8 @@ MORE_JOBS = {
 }
 
 
-def test_sequence_ranks_train_as_one_device_and_experts_divided_by_the_whole_world_do_not() -> None:
-    by_rank = run_ranks(WORLD, run_jobs_and_refusal, [JOB, REPLAYED, FAULT], timeout_s=120)
+def test_sequence_ranks_train_as_one_device_and_experts_divided_by_the_whole_world_do_not(pool: RankPool) -> None:
+    by_rank = pool.run(WORLD, run_jobs_and_refusal, [JOB, REPLAYED, FAULT], timeout_s=120)
     right, replayed, wrong = map(merged, zip(*(trained for trained, _ in by_rank), strict=True))
     refusal = "moe_ep.balance_scope='sequence' with sequence parallel size=2: each rank routes a part of a sequence"
     assert all(error.startswith(refusal) for _, error in by_rank)
@@ -179,8 +179,8 @@ def test_sequence_ranks_train_as_one_device_and_experts_divided_by_the_whole_wor
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Trained]:
-    by_rank = run_ranks(WORLD, run_jobs, list(MORE_JOBS.values()), timeout_s=200)
+def found(pool: RankPool) -> dict[str, Trained]:
+    by_rank = pool.run(WORLD, run_jobs, list(MORE_JOBS.values()), timeout_s=200)
     return dict(zip(MORE_JOBS, map(merged, zip(*by_rank, strict=True)), strict=True))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.engine.layouts.tensor_models import TENSOR_SIZE, TensorJob, TensorModel, mpu_of
 from tests.engine.layouts.tensor_runs import give_weights, make_layer, parameter_groups
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 
 def make_engine(job: TensorJob) -> Any:
@@ -74,8 +74,8 @@ JOBS = (
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    for found in run_ranks(4, each_resumed, str(tmp_path), JOBS, timeout_s=200):
+def test_a_resumed_run_goes_on_bit_for_bit(pool: RankPool, tmp_path: Path) -> None:
+    for found in pool.run(4, each_resumed, str(tmp_path), JOBS, timeout_s=200):
         assert found[:3] == [True] * 3
         for text in found[3:]:
             assert isinstance(text, str) and "the checkpoint could not be loaded" in text

@@ -10,7 +10,7 @@ import pytest
 
 from tests.engine.layouts.tensor_models import BOUND, TensorJob
 from tests.engine.layouts.tensor_runs import AUTOTP, PLAN, Trained, merged, reference, run_jobs
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 CLIPPED: dict[str, Any] = {"clipping": 3.0}
 GROUPS = {"n_group": 2, "topk_group": 1}
@@ -128,19 +128,19 @@ Found = dict[str, Trained | str]
 
 
 @pytest.fixture(scope="module")
-def found() -> Found:
-    return _run([*JOBS, *FAULTS], [(job, None) for job in (*JOBS.values(), *FAULTS.values())])
+def found(pool: RankPool) -> Found:
+    return _run(pool, [*JOBS, *FAULTS], [(job, None) for job in (*JOBS.values(), *FAULTS.values())])
 
 
 @pytest.fixture(scope="module")
-def found_slowly() -> Found:
+def found_slowly(pool: RankPool) -> Found:
     plain: list[tuple[TensorJob, dict[str, Any] | None]]
     plain = [(job, None) for job in (*MORE_JOBS.values(), *MORE_FAULTS.values(), NATIVE)]
-    return _run([*MORE_JOBS, *MORE_FAULTS, "native", *OF_AUTOTP], [*plain, *OF_AUTOTP.values()])
+    return _run(pool, [*MORE_JOBS, *MORE_FAULTS, "native", *OF_AUTOTP], [*plain, *OF_AUTOTP.values()])
 
 
-def _run(names: list[str], jobs: list[tuple[TensorJob, dict[str, Any] | None]]) -> Found:
-    by_rank = run_ranks(4, run_jobs, jobs, timeout_s=300)
+def _run(pool: RankPool, names: list[str], jobs: list[tuple[TensorJob, dict[str, Any] | None]]) -> Found:
+    by_rank = pool.run(4, run_jobs, jobs, timeout_s=300)
     return dict(zip(names, map(merged, zip(*by_rank, strict=True)), strict=True))
 
 
