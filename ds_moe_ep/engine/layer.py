@@ -9,6 +9,7 @@ world, which is the gradient of the global batch's mean for every ep_size: the l
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -36,6 +37,8 @@ from ds_moe_ep.moe.tensor_parallel.ranks import TensorRanks
 from ds_moe_ep.moe.tuner import Choice
 
 SHAPING = ("num_experts", "ep_size", "gate_bias")  # knobs that shape parameters and cannot change after a layer is made
+
+HAS_BIAS = "has_bias"  # of MoEConfig
 
 
 class MoE(DeepSpeedMoE):
@@ -86,6 +89,7 @@ class MoE(DeepSpeedMoE):
         self.ep_size = config.ep_size
         self.num_experts = config.num_experts
         self.num_local_experts = config.num_local_experts
+        self.decided: Mapping[str, Any] = {}  # knobs that weights of a folder were trained with
         self.expert_group_name = f"ep_size_{config.ep_size}"
         self.deepspeed_moe = LayerFace(hidden_size, expert, config, shared)
         self.mark_experts()
@@ -158,8 +162,20 @@ class MoE(DeepSpeedMoE):
     def configure(self, config: MoEConfig, path: str = "moe_ep") -> None:
         """Gives the layer other knobs. Local; before the groups are made.
 
-        Raises ConfigError where a knob that shapes parameters differs from the one that the layer was made with.
+        Raises ConfigError where a knob that shapes parameters differs from the one that the layer was made with, or one
+        that routes from the one that the model's folder was trained with.
         """
+        for name, value in self.decided.items():
+            found = getattr(config, name)
+            if name == HAS_BIAS and found != value:
+                raise ConfigError(
+                    f"{path}.balance={config.balance!r}: the router of the model's folder chooses with a bias; write "
+                    "'bias', whose bias_step of 0 leaves it as it is, or 'bias_and_aux_loss'"
+                )
+            if found != value:
+                raise ConfigError(
+                    f"{path}.{name}={found!r}: config.json of the model's folder decides it ({value!r}); leave it out"
+                )
         for name in SHAPING:
             ours, theirs = getattr(self.config, name), getattr(config, name)
             if ours != theirs:

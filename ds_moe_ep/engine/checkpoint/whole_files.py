@@ -31,6 +31,7 @@ from ds_moe_ep.engine.extensions.callback import EngineCallback
 from ds_moe_ep.engine.hugging_face.adapters import is_of_transformers
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import FAMILIES
+from ds_moe_ep.engine.hugging_face.routing import check_routing
 from ds_moe_ep.engine.hugging_face.stacks import BlockStacks
 from ds_moe_ep.model.initialize import LOCAL_EXPERT
 
@@ -84,6 +85,7 @@ def complete_experts(layer: Any, state_dict: dict[str, Any], prefix: str, _metad
     model_type = getattr(getattr(plain, "config", None), "model_type", None)
     if model_type in FAMILIES and is_of_transformers(plain) and not hasattr(root, "peft_config"):
         block = ExpertBlock(prefix.removesuffix(".").removesuffix(".moe"), FAMILIES[model_type], layer)
+        check_routing(plain.config, block)
         state_dict.update((name, tensor.detach()) for name, tensor in block.replicated())
         if block.family.stacked:
             state_dict.update(BlockStacks(block).filled(is_writer()))

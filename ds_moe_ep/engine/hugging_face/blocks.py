@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from ds_moe_ep.config.knobs import MoEConfig
 from ds_moe_ep.engine import seams
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import Family
-from ds_moe_ep.engine.layer import MoE
+from ds_moe_ep.engine.hugging_face.routing import decided_by
+from ds_moe_ep.engine.layer import HAS_BIAS, MoE
 from ds_moe_ep.errors import ConfigError
 from ds_moe_ep.kernels.activation import Clamp
 from ds_moe_ep.moe.experts import ClampedSwiGLU, SharedWithGate, SwiGLU
@@ -37,6 +37,7 @@ class MoEBlock(nn.Module):
             shared = (SharedWithGate if family.shared_gate else SwiGLU)(hidden_size, shared_width)
         self.gives_scores = family.gives_scores
         self.moe = MoE(hidden_size, _expert(config, family, width), config=knobs, shared=shared)
+        self.moe.decided = decided_by(config, family) | ({HAS_BIAS: True} if family.router_bias else {})
         self.l_aux = torch.zeros(())
 
     def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, None]:
@@ -74,48 +75,3 @@ def blocks_of(model: nn.Module, family: Family) -> list[ExpertBlock]:
         if seams.is_autoep_layer(module) or seams.is_moe_layer(module)
     }
     return [ExpertBlock(name.removesuffix(".moe"), family, layer) for name, layer in layers.items()]
-
-
-def knobs_of(config: Any, family: Family, ep_size: int, knobs: Mapping[str, Any]) -> MoEConfig:
-    """The knobs that route as the family's block does. `knobs` are others, which may not contradict them.
-
-    Raises ConfigError for a router that the package does not have, and for a knob that the family decides.
-    """
-    for problem, is_there in (
-        ("config.router_jitter_noise multiplies the experts' input", bool(getattr(config, "router_jitter_noise", 0))),
-        ("config.hidden_act is not silu", getattr(config, "hidden_act", "silu") != "silu"),
-    ):
-        if is_there:
-            raise ConfigError(
-                f"config.model_type={family.model_type!r}: cannot become MoE layers, {problem}; train it through "
-                "AutoEP with attach_overlap"
-            )
-    decided: dict[str, Any] = {
-        "num_experts": int(getattr(config, family.num_experts)),
-        "ep_size": ep_size,
-        "top_k": int(config.num_experts_per_tok),
-        "score": family.score,
-        "renormalize": bool(getattr(config, family.renormalizes)) if family.renormalizes else family.renormalizes == "",
-    }
-    if family.gate_bias:
-        decided["gate_bias"] = True
-    if family.limits_groups:
-        is_limited = getattr(config, "topk_method", None) != "greedy"
-        decided |= {
-            "n_group": int(config.n_group or 1) if is_limited else 1,
-            "topk_group": int(config.topk_group or 1) if is_limited else 1,
-            "group_score": family.group_score,
-            "route_scale": float(config.routed_scaling_factor),
-        }
-    default = {"balance": "bias", "bias_step": 0.0} if family.router_bias else {"balance": "none"}
-    if family.router_bias and knobs.get("balance", "bias") not in ("bias", "bias_and_aux_loss"):
-        raise ConfigError(
-            f"moe_ep.balance={knobs['balance']!r}: the router of {family.model_type} chooses with a bias; write "
-            "'bias', whose bias_step of 0 leaves it as it is, or 'bias_and_aux_loss'"
-        )
-    for name in decided:
-        if name in knobs and knobs[name] != decided[name]:
-            raise ConfigError(
-                f"moe_ep.{name}={knobs[name]!r}: the folder's config decides it ({decided[name]!r}); leave it out"
-            )
-    return MoEConfig(**{**default, **knobs, **decided})

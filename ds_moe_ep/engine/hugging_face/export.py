@@ -34,6 +34,7 @@ from ds_moe_ep.engine.hugging_face.blocks import blocks_of, clamp_of
 from ds_moe_ep.engine.hugging_face.checked_files import CheckedFile, Made, TensorForm, write_made
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.families import family_of
+from ds_moe_ep.engine.hugging_face.routing import check_routing
 from ds_moe_ep.engine.hugging_face.stacks import BlockStacks
 from ds_moe_ep.errors import ConfigError, EngineError, ExportError, MoEError
 from ds_moe_ep.model.transformer import Transformer
@@ -130,6 +131,8 @@ def _content(plain: Merged) -> Content:
             f"model={type(model).__name__}: has no MoE layer of DeepSpeed's or this package's; "
             "model.save_pretrained writes it"
         )
+    for block in blocks:
+        check_routing(model.config, block)
     stacks = [BlockStacks(block, plain.read) for block in blocks] if family.stacked else []
     for each in stacks:
         each.check(clamp_of(model.config))
@@ -176,8 +179,8 @@ def _dense(model: nn.Module, blocks: Sequence[ExpertBlock]) -> Iterator[tuple[st
 
 def cut(tensors: Sequence[tuple[str, Made]], max_shard_bytes: int) -> list[Shard]:
     """The tensors in their order, cut into shards of at most so many bytes; a larger tensor has one of its own."""
-    if max_shard_bytes < 1:
-        raise ConfigError(f"max_shard_bytes={max_shard_bytes}: a shard holds one byte or more; give some gigabytes")
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes={max_shard_bytes!r}: a shard holds one byte or more; give some gigabytes")
     shards: list[Shard] = []
     room = 0
     for name, made in tensors:

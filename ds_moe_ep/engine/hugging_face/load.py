@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from ds_moe_ep.config.topology import RankGrid
 from ds_moe_ep.engine.hugging_face.arguments import asked_dtype, dtype_of_folder, given_config, knobs_among
-from ds_moe_ep.engine.hugging_face.blocks import MoEBlock, blocks_of, knobs_of
+from ds_moe_ep.engine.hugging_face.blocks import MoEBlock, blocks_of
 from ds_moe_ep.engine.hugging_face.checked_files import TensorForm, checksums_in, form_in, read_checked
 from ds_moe_ep.engine.hugging_face.expert_block import ExpertBlock
 from ds_moe_ep.engine.hugging_face.export import INDEX
 from ds_moe_ep.engine.hugging_face.families import STACKS, Family, family_of
+from ds_moe_ep.engine.hugging_face.routing import knobs_of
 from ds_moe_ep.engine.hugging_face.source import take_description
 from ds_moe_ep.engine.hugging_face.stacks import BlockStacks, out_of_stack
 from ds_moe_ep.errors import ConfigError, EngineError
