@@ -38,6 +38,8 @@ TOGETHER = tuple(
         "tests/moe/test_tuner.py tests/moe/test_alike_layers.py",
         "tests/comm/test_agreement.py tests/comm/test_automatic.py tests/comm/test_callbacks.py",
         "tests/account tests/bench/test_autoep.py tests/bench/test_memory_breakdown.py tests/bench/test_windows.py",
+        "tests/examples/test_finetune_mixtral.py tests/examples/test_hook_megatron_moe.py"
+        " tests/examples/test_train_with_hugging_face.py tests/examples/test_training_scripts.py",
     )
 )
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tests.engine.hugging_face.tiny_models import distance, load, logits_of
 from tests.examples.spoilt import losses_of, spoilt
 from tests.examples.training_scripts import EXAMPLES, launched
-from tests.ranks import run_ranks
+from tests.ranks import RankPool
 
 NUM_RANKS = 2
 STEPS = 4  # after which the meter of the Trainer's callback reports
@@ -73,7 +73,7 @@ def distance_to_saved(model: Any, folder: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def printed(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Output of rank 0 in runs of all examples, in the same four processes."""
     folder = str(tmp_path_factory.mktemp("mixtral"))
     runs = {}
@@ -83,7 +83,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         runs[f"{name}, unhooked"] = (script, [*words, "--no-overlap", "--model", folder])
         runs[f"{name}, hooked"] = (script, [*words, *HOOKED, *more])
         runs[f"{name}, spoilt"] = (script, ["--steps", "2", *HOOKED, "--spoil"])
-    return run_ranks(NUM_RANKS, forked, folder, runs, timeout_s=200)[0]
+    return pool.run(NUM_RANKS, forked, folder, runs, timeout_s=200)[0]
 
 
 @pytest.mark.parametrize("name", ["trainer", "loop", "autoep"])

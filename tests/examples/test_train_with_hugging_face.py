@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tests.ranks import REPOSITORY, run_ranks
+from tests.ranks import REPOSITORY, RankPool
 
 
 def run_examples(folder: str) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(2, run_examples, str(folder), timeout_s=200)
+def found(pool: RankPool, folder: Path) -> list[dict[str, Any]]:
+    return pool.run(2, run_examples, str(folder), timeout_s=200)
 
 
 def losses_of(printed: str) -> list[float]:
