@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
 
 from tests.together import unit_of
 
@@ -21,9 +21,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 gc.disable()  # until all tests are imported: collections would look again and again at objects that all stay
 
-# A deadline measures the machine's load, not the code. Examples are drawn anew each time.
-settings.register_profile("without deadlines", deadline=None, max_examples=50)
-settings.load_profile("without deadlines")
+with suppress(ModuleNotFoundError):  # the tests marked gpu need pytest alone
+    from hypothesis import settings
+
+    # A deadline measures the machine's load, not the code. Examples are drawn anew each time.
+    settings.register_profile("without deadlines", deadline=None, max_examples=50)
+    settings.load_profile("without deadlines")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -31,7 +31,7 @@ class CopyToHost:
             self._tensor = empty_pinned(tensor)
             self._tensor.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(tensor.device))  # of its device, which need not be current
 
     def wait(self) -> Any:
         """The numbers as nested lists. One host sync."""

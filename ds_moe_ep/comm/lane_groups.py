@@ -115,15 +115,14 @@ def open_lanes(
             made = dist.new_group(list(group), timeout=timeout, pg_options=options)
             if rank in group:
                 lanes[lane] = made
-    for lane_group in lanes.values():
-        dist.barrier(
-            group=lane_group
-        )  # NCCL wants every rank in a group's first call; later transfers may leave some out
+    for lane_group in lanes.values():  # later transfers may leave some ranks out
+        if is_on_nccl:
+            device = torch.device("cuda", torch.cuda.current_device())
+            nccl.connect_pairs(lane_group, mine.index(rank), len(mine), device)
+        else:
+            dist.barrier(group=lane_group)
     if is_on_nccl:
-        for lane in pairwise:
-            nccl.connect_pairs(
-                lanes[lane], mine.index(rank), len(mine), torch.device("cuda", torch.cuda.current_device())
-            )
+        torch.cuda.synchronize()  # a link that does not come up is told of here, and not by the first pass
     guard = AbortGuard(mine.index(rank), mine, lanes.values())
     watch = watch or open_watch(timeout_s)
     watch.guards(guard)

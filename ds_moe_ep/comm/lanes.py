@@ -10,6 +10,7 @@ CUDA the stream does it.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ds_moe_ep.comm.recorder import NOT_RECORDED
 from ds_moe_ep.comm.transport import LANES, NEAR_LANES
+from ds_moe_ep.errors import EngineError
 
 
 class Event(Protocol):
@@ -280,7 +282,7 @@ class CudaLanes(_Waiting):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._own = {lane: torch.cuda.Stream(device, priority=-1) for lane in LANES}  # small copies beside compute
+        self._own = {lane: lane_stream(device, lane) for lane in LANES}
         self._number = 0
         self._seen: dict[tuple[str, str], int] = {}  # of (a lane, another): the newest event that it waited for
 
@@ -289,12 +291,12 @@ class CudaLanes(_Waiting):
 
     def _stream(self, lane: str) -> torch.cuda.Stream:
         if lane not in self._own:  # which few layers use
-            self._own[lane] = torch.cuda.Stream(self._device, priority=-1)
+            self._own[lane] = lane_stream(self._device, lane)
         return self._own[lane]
 
     def entry(self) -> Event:
         self._seen.clear()  # the caller may have come with another stream
-        self._compute = torch.cuda.current_stream()
+        self._compute = torch.cuda.current_stream(self._device)  # of its own device, whichever is the current one
         return self._event("compute", self._compute)
 
     def issue(self, lane: str, after: Sequence[Event], work: Work, scope: Scope, is_awaited: bool = True) -> Event:
@@ -340,6 +342,26 @@ class CudaLanes(_Waiting):
 
     def blocking(self) -> Lanes:
         return self
+
+
+@functools.cache
+def lane_stream(device: torch.device, lane: str) -> torch.cuda.Stream:
+    """The stream of a lane, in front of compute's in the queue: its copies are small.
+
+    All layers of a process have one, since they run one after another: torch hands out 32 streams of a priority in
+    turn, and lanes of a deep model's own would soon be those on which communicators or other lanes wait.
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raises EngineError where a CUDA graph is being captured: it would replay the messages of one pass. Local."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise EngineError(
+            "torch.cuda.graph: an MoE layer runs while a CUDA graph is being captured, which would replay this pass's "
+            "messages and numbers of rows whatever the router says; capture what is around the layer (torch.compile "
+            "leaves it out by itself)"
+        )
 
 
 def make_lanes(device: torch.device, num_ranks: int) -> Lanes:

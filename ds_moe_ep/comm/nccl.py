@@ -31,11 +31,14 @@ def exchange(
     backend = backend or group._get_backend(device)
     send, receive = backend.send, backend.recv
     group._start_coalescing(device)
-    for place, peer in sends:
-        send([sent[place]], peer, 0)
-    for place, peer in receives:
-        receive([received[place]], peer, 0)
-    return [group._end_coalescing(device)]
+    try:
+        for place, peer in sends:
+            send([sent[place]], peer, 0)
+        for place, peer in receives:
+            receive([received[place]], peer, 0)
+    finally:  # a group that stays open would swallow all that this thread asks of NCCL later
+        work = group._end_coalescing(device)
+    return [work]
 
 
 def lane_options(timeout: timedelta, max_ctas: int, make: Callable[..., Any] | None = None) -> Any:
@@ -52,7 +55,11 @@ def lane_options(timeout: timedelta, max_ctas: int, make: Callable[..., Any] | N
 
 
 def connect_pairs(group: dist.ProcessGroup, rank: int, size: int, device: torch.device) -> None:
-    """Makes the connections of this rank with every other one, which NCCL else makes in the first pass. Collective."""
+    """Makes the connections of this rank with every other one, which NCCL else makes in the first pass. Collective.
+
+    Behind a sum: NCCL wants every rank in a group's first call. A barrier would be one, and choose a device by itself.
+    """
+    group.allreduce([torch.zeros(1, device=device)]).wait()
     others = [(peer, peer) for peer in range(size) if peer != rank]
     sent, received = torch.zeros(2, size, 1, device=device)
     works = exchange(group, sent.unbind(), others, received.unbind(), others)

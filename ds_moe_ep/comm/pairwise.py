@@ -91,13 +91,13 @@ class Pairwise(GroupTransport):
             return Done()
         group = self.groups.lanes[lane]
         is_on_host = not (sends or receives)[0].buffer_RD.is_cuda
-        if not is_on_host:
-            works: Sequence[dist.Work] = nccl.exchange(group, *_apart(sends), *_apart(receives))
-        else:
-            try:
+        try:
+            if is_on_host:
                 works = _start_on_host(group, sends, receives, _wire_tag(tags))
-            except RuntimeError as error:  # a connection is closed already
-                raise self.failure(place, error, Bytes.of(receives, sends)) from error
+            else:
+                works = nccl.exchange(group, *_apart(sends), *_apart(receives))
+        except RuntimeError as error:  # a connection is closed already, or the communicator aborted
+            raise self.failure(place, error, Bytes.of(receives, sends)) from error
         return Works(self, place, works, receives, sends, is_on_host=is_on_host)
 
     def _start_cut(self, lane: str, place: Place, sends: CutMessages, receives: CutMessages) -> Transfer:
@@ -110,7 +110,10 @@ class Pairwise(GroupTransport):
         group, backend = self.groups.lanes[lane], self._backends.get(lane)
         if backend is None:
             backend = self._backends[lane] = group._get_backend(sends.buffer_RD.device)
-        works = nccl.exchange(group, sent, sends.others, received, receives.others, backend)
+        try:
+            works = nccl.exchange(group, sent, sends.others, received, receives.others, backend)
+        except RuntimeError as error:
+            raise self.failure(place, error, Bytes.of(receives, sends)) from error
         return Works(self, place, works, receives, sends, is_on_host=False)
 
 

@@ -104,9 +104,9 @@ class _HostScope(AbstractContextManager[object]):
 class CudaRecorder:
     """Spans from CUDA events on the lanes' streams; nothing is read before `spans` is called."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self._origin = _event()
+    def __init__(self, rank: int, device: torch.device | None = None) -> None:
+        self.rank, self.device = rank, device  # None: the current one
+        self._origin = _event(device)
         self.recorded: list[_CudaScope] = []
 
     def scope(self, lane: str, name: str, tags: Tags) -> Scope:
@@ -115,7 +115,7 @@ class CudaRecorder:
     def spans(self) -> list[Span]:
         scopes, self.recorded = self.recorded, []
         spans = [scope.span(self.rank, self._origin) for scope in scopes]
-        self._origin = _event()  # a near one: elapsed times are fp32, and grow coarse with distance
+        self._origin = _event(self.device)  # a near one: elapsed times are fp32, and grow coarse with distance
         return spans
 
     def is_behind(self) -> bool:
@@ -128,10 +128,10 @@ class _CudaScope(AbstractContextManager[object]):
         self._start, self._stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def __enter__(self) -> None:
-        self._start.record()
+        self._start.record(torch.cuda.current_stream(self._recorder.device))
 
     def __exit__(self, *_: object) -> None:
-        self._stop.record()
+        self._stop.record(torch.cuda.current_stream(self._recorder.device))
         self._recorder.recorded.append(self)
 
     def has_passed(self) -> bool:
@@ -145,12 +145,12 @@ class _CudaScope(AbstractContextManager[object]):
         return Span(self._name, rank, self._lane, start_us, stop_us, self._tags)
 
 
-def _event() -> torch.cuda.Event:
+def _event(device: torch.device | None) -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
 def make_recorder(device: torch.device, rank: int) -> Recorder:
     """The recorder of a device."""
-    return CudaRecorder(rank) if device.type == "cuda" else HostRecorder(rank)
+    return CudaRecorder(rank, device) if device.type == "cuda" else HostRecorder(rank)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_moe_ep.kernels.attention_path import queries_per_block, query_blocks
 from ds_moe_ep.kernels.eager import not_compiled, without_autocast
+from ds_moe_ep.kernels.linear import add_wide_products
 
 
 def blockwise_causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -74,16 +75,16 @@ def _shares(query: Tensor, key: Tensor, here: slice, upto: slice) -> Tensor:
 def _product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
     """The batched product times a number, at least in fp32."""
     wide = torch.promote_types(left.dtype, torch.float32)
-    nothing = left.new_empty(1, dtype=wide)
     if left.is_cuda and left.dtype != wide:
-        product: Tensor = torch.ops.aten.baddbmm.dtype(nothing, left, right, wide, beta=0, alpha=factor)
+        product = left.new_empty(*left.shape[:2], right.shape[2], dtype=wide)
+        add_wide_products(product, left, right, factor, before=0.0)
         return product
-    return torch.baddbmm(nothing, left.to(wide), right.to(wide), beta=0, alpha=factor)
+    return torch.baddbmm(left.new_empty(1, dtype=wide), left.to(wide), right.to(wide), beta=0, alpha=factor)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
     """Adds the batched product times a number to a sum that may be of a wider type."""
     if left.is_cuda and left.dtype != total.dtype:
-        torch.ops.aten.baddbmm.dtype_out(total, left, right, total.dtype, alpha=factor, out=total)
+        add_wide_products(total, left, right, factor)
     else:
         total.baddbmm_(left.to(total.dtype), right.to(total.dtype), alpha=factor)

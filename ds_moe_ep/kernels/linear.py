@@ -46,6 +46,23 @@ def add_linear_grad_rows(dy_RO: Tensor, weight_OI: Tensor, out_RI: Tensor) -> No
     out_RI += product_RI
 
 
+def add_wide_products(
+    total_BMN: Tensor, left_BMI: Tensor, right_BIN: Tensor, factor: float = 1.0, before: float = 1.0
+) -> None:
+    """Makes fp32 sums `before` times themselves and adds factor * left @ right, of half-precision numbers on CUDA.
+
+    The library sums in fp32 as it multiplies. Of torch's products with another type of results this one alone, with
+    the sum as its own start, does so in every release: before pytorch/pytorch#167931, in 2.9 too, baddbmm neither
+    widens a start of another shape nor copies one, and addmm may refuse one of another type than the factors.
+    """
+    if total_BMN.is_meta:  # where this form has no shapes, and one matrix stands for all
+        torch.ops.aten.addmm.dtype_out(total_BMN[0], left_BMI[0], right_BIN[0], total_BMN.dtype, out=total_BMN[0])
+        return
+    torch.ops.aten.baddbmm.dtype_out(
+        total_BMN, left_BMI, right_BIN, total_BMN.dtype, beta=before, alpha=factor, out=total_BMN
+    )
+
+
 def is_slow_half(rows: Tensor) -> bool:
     """True for fp16 on the CPU, whose library takes hundreds of times as long for it as for fp32."""
     return rows.dtype == torch.float16 and rows.is_cpu

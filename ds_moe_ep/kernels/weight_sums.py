@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_moe_ep.kernels.linear import is_slow_half
+from ds_moe_ep.kernels.linear import add_wide_products, is_slow_half
 
 FP32 = torch.float32
 Weights = dict[str, Tensor | None]
@@ -27,7 +27,7 @@ def add_weight_product(total_OI: Tensor | None, dy_nO: Tensor, x_nI: Tensor) -> 
         return product_OI if total_OI is None else total_OI.to(sum_type) + product_OI
     if total_OI is None:
         return torch.mm(dy_nO.t(), x_nI, out_dtype=sum_type)
-    total_OI = torch.ops.aten.addmm.dtype_out(total_OI, dy_nO.t(), x_nI, sum_type, out=total_OI)
+    add_wide_products(total_OI.unsqueeze(0), dy_nO.t().unsqueeze(0), x_nI.unsqueeze(0))
     return total_OI
 
 

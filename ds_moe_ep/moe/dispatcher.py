@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ds_moe_ep.comm.callbacks import TransferCallback, with_callbacks
-from ds_moe_ep.comm.lanes import Lanes, make_lanes
+from ds_moe_ep.comm.lanes import Lanes, make_lanes, refuse_capture
 from ds_moe_ep.comm.open import link_of_replicas
 from ds_moe_ep.comm.recorder import Both, Off, Recorder
 from ds_moe_ep.comm.transport import Loopback, Transport
@@ -254,6 +254,7 @@ class Dispatcher:
         With a capacity on CUDA there is no exchange, but for tokens that tensor ranks share: the peers wait for rows
         until the group's time limit.
         """
+        refuse_capture(device)
         try:
             yield
         except BaseException:
@@ -284,8 +285,7 @@ class Dispatcher:
         group, forward and backward: every rank of the group calls it equally often.
         """
         config, connection, in_triton = self._config, self.checked_connection(), use_triton(self._config, x_TD.device)
-        transport, row_type = connection.transport, (x_TD.shape[1], x_TD.dtype)
-        sees_drift = self._retuning.is_due()
+        transport, row_type, sees_drift = connection.transport, (x_TD.shape[1], x_TD.dtype), self._retuning.is_due()
         call = Call(self._name, self._num_calls, connection.text, Mode.of(training), self._history)
         self._num_calls += 1
         two_level = None if routes.weighs_rows and config.two_level == "auto" else connection.two_level
@@ -303,7 +303,8 @@ class Dispatcher:
         permuted = partial(permute, x_TD, use_triton=in_triton, weights_TK=sent_weights(routes), made=made)
         early_ND = self._permute_early(permuted, pending, call)
         plan = pending.finish()
-        self._observe(routes, plan, training)
+        if training and self._observer is not None:
+            self._observer(routes, plan)
         try:
             experts = experts if hosted is None else hosted.experts()
             rows_ND = permuted(plan.maps) if early_ND is None else early_ND
@@ -328,10 +329,6 @@ class Dispatcher:
         added = [each for each in to_add if each.dtype == results_ND.dtype]
         y_TD = unpermute(results_ND, weights_TK, plan.maps, added, in_triton, None if early is None else early.own)
         return y_TD, [each for each in to_add if each.dtype != results_ND.dtype]
-
-    def _observe(self, routes: Routes, plan: DispatchPlan, training: bool) -> None:
-        if training and self._observer is not None:
-            self._observer(routes, plan)
 
     def _permute_early(self, permuted: Callable[[RowMaps], Tensor], pending: PendingPlan, call: Call) -> Tensor | None:
         """The rows [N, D] in send order, launched before the host waits for the counts, where they need none."""

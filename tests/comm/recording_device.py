@@ -65,7 +65,7 @@ class Event:
 
     def record(self, stream: Stream | None = None) -> None:
         self.device.num_events += 1
-        self.clock = (stream or self.device.current_stream()).tick()
+        self.clock = (self.device.running if stream is None else stream).tick()
 
     def synchronize(self) -> None:
         self.device.host_waits("synchronize of an event")
@@ -115,6 +115,7 @@ class RecordingDevice(TorchDispatchMode):
         self.forward_waits = 0
         self.pinned: list[Tensor] = []  # memory of the host: reading it asks no device
         self.num_events = self.num_stream_waits = self.num_given = 0
+        self.asked_of: list[object] = []  # devices whose current stream was asked for
         self._is_in_schedule = False
         self._streams = [Stream("compute", self)]
         self._by_name = {"compute": self._streams[0]}
@@ -136,7 +137,13 @@ class RecordingDevice(TorchDispatchMode):
     def synchronize(self, device: object = None) -> None:
         self.faults.append("synchronize of the whole device")
 
-    def current_stream(self) -> Stream:
+    def current_stream(self, device: object = None) -> Stream:
+        self.asked_of.append(device)
+        return self._streams[-1]
+
+    @property
+    def running(self) -> Stream:
+        """The stream on which ops run now."""
         return self._streams[-1]
 
     @contextmanager
@@ -180,10 +187,10 @@ class RecordingDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.check_freed()
-        name, clock = func.name().split(".")[0], self.current_stream().tick()
+        name, clock = func.name().split(".")[0], self.running.tick()
         self.launched.append(name)
         if name in PRODUCTS:
-            self.products.append(Moment(self.current_stream().name, clock))
+            self.products.append(Moment(self.running.name, clock))
         if name in HOST_WAITS:
             self.host_waits(name)
         is_view = name == "aten::_unsafe_view" or any(_is_alias(result) for result in func._schema.returns)
@@ -196,7 +203,7 @@ class RecordingDevice(TorchDispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()._cdata
             if storage not in before:
-                self._home[storage] = self.current_stream().name
+                self._home[storage] = self.running.name
                 self._lives[storage] = StorageWeakRef(tensor.untyped_storage())
                 if name in UNWRITTEN:
                     self._written[storage] = []
@@ -207,7 +214,7 @@ class RecordingDevice(TorchDispatchMode):
     def _access(self, op: str, tensor: Tensor, is_write: bool, clock: Clock) -> None:
         if tensor.numel() == 0:
             return
-        storage, here = tensor.untyped_storage()._cdata, self.current_stream().name
+        storage, here = tensor.untyped_storage()._cdata, self.running.name
         self._lives.setdefault(storage, StorageWeakRef(tensor.untyped_storage()))
         start = tensor.storage_offset()
         stop = start + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -261,7 +268,7 @@ class RecordingWork:
             self._device.faults.append("a transfer is waited for twice")
         self._is_waited_for = True
         self._device.num_waits += 1
-        self._device.current_stream().see(self._clock)
+        self._device.running.see(self._clock)
 
 
 class RecordingTransport(Loopback):
@@ -291,7 +298,7 @@ class RecordingTransport(Loopback):
             received.rows.copy_(sent.rows)  # on the lane, where the transports over groups keep their own rows, too
         sends, receives = ([m for m in messages if m.peer != self.rank] for messages in (sends, receives))
         wire = self._wires[lane]
-        wire.see(self._device.current_stream().tick())
+        wire.see(self._device.running.tick())
         self._device.transfers.append(Moment(wire.name, wire.tick()))
         with self._device.stream(wire):
             for message in sends:

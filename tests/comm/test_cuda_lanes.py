@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +62,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDevice]:
         return real_tensor(*args, **kwargs)
 
     monkeypatch.setattr(torch, "tensor", tensor)
+    lanes.lane_stream.cache_clear()
     yield recording
+    lanes.lane_stream.cache_clear()
     monkeypatch.undo()
 
 
@@ -368,8 +369,18 @@ def test_a_transfer_that_is_waited_for_twice_is_caught(device: RecordingDevice) 
     assert has(run_layer(device, make_transport=Twice), "waited for twice")
 
 
-def test_a_copy_has_streams_of_its_own_and_blocking_needs_no_other_lanes(device: RecordingDevice) -> None:
-    original = CudaLanes(torch.device("cpu"))
-    copied = copy.deepcopy(original)
-    assert {*map(id, copied._own.values())}.isdisjoint(map(id, original._own.values()))
-    assert original.blocking() is original
+class OfAnyDevice(CudaLanes):
+    def entry(self) -> Event:
+        entry = super().entry()
+        lanes.torch.cuda.current_stream()
+        return entry
+
+
+@pytest.mark.parametrize("make_lanes", [CudaLanes, OfAnyDevice])
+def test_streams_and_events_are_those_of_the_layers_device_whichever_is_current(
+    device: RecordingDevice, make_lanes: type[CudaLanes]
+) -> None:
+    """A process whose current device is another than the layer's would else order nothing, and read early."""
+    run_layer(device, make_lanes=make_lanes)
+    assert len(device.asked_of) >= 3, "the counts, the pass and the pass back"
+    assert (None in device.asked_of) == (make_lanes is OfAnyDevice)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from ds_moe_ep.comm import nccl
+from ds_moe_ep.comm.lane_groups import LaneGroups
+from ds_moe_ep.comm.pairwise import Pairwise
+from ds_moe_ep.comm.transport import CutMessages, Message, Views
+from ds_moe_ep.errors import PeerError
+from ds_moe_ep.health.abort import AbortGuard
+from ds_moe_ep.health.watch import Unwatched
+from ds_moe_ep.schedule.spans import Tags
 
 
 class Written:
@@ -28,6 +37,9 @@ class Written:
         self.calls.append(("end", device.type))
         return "work"
 
+    def allreduce(self, tensors: list[Tensor]) -> SimpleNamespace:
+        return SimpleNamespace(wait=lambda: self.calls.append(("sum", tensors[0].device.type)))
+
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> None:
         self.calls.append(("send", tensors[0].tolist(), peer))
 
@@ -44,12 +56,44 @@ def test_all_messages_of_a_transfer_are_one_group_and_one_call_each() -> None:
     assert works == ["work"]
 
 
-def test_every_pair_is_connected_by_a_message_each_way() -> None:
+class Aborted(Written):
+    """A communicator that was aborted: messages that come raise."""
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> None:
+        raise RuntimeError("NCCL communicator was aborted on rank 0.")
+
+
+def test_a_group_of_messages_is_ended_where_one_of_them_raises() -> None:
+    group: Any = Aborted()
+    rows = torch.arange(4)
+    with pytest.raises(RuntimeError, match="was aborted"):
+        nccl.exchange(group, [rows], [(0, 1)], [rows], [(0, 1)])
+    assert [call[0] for call in group.calls] == ["start", "send", "end"]
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_transfer_on_a_communicator_that_was_aborted_names_place_and_peer(
+    monkeypatch: pytest.MonkeyPatch, is_cut: bool
+) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True))
+    group: Any = Aborted()
+    guard = AbortGuard(0, (4, 7), [])
+    transport = Pairwise(LaneGroups(0, (4, 7), {"dispatch": group}, guard, Unwatched()), 60.0)
+    rows = torch.ones(2, 3)
+    messages: Sequence[Message] = [Message(1, rows, 0, 2)]
+    if is_cut:
+        messages = CutMessages(rows, [(1, (0, 2))], Views(rows, [2]), [], [(0, 1)])
+    with pytest.raises(PeerError, match=r"^layer_3.*rank 7 did not answer rank 4: NCCL communicator was aborted"):
+        transport.start("dispatch", messages, messages, Tags("layer_3", "forward", "near"))
+    assert guard.failure is not None and "layer_3" in guard.failure
+
+
+def test_every_pair_is_connected_by_a_message_each_way_behind_a_call_of_all_ranks() -> None:
     group: Any = Written()
     group._end_coalescing = lambda device: SimpleNamespace(wait=lambda: group.calls.append(("waited for",)))
     nccl.connect_pairs(group, 1, 3, torch.device("cpu"))
     messages = [("send", [0.0], 0), ("send", [0.0], 2), ("recv", [0.0], 0), ("recv", [0.0], 2)]
-    assert group.calls == [("start", "cpu"), *messages, ("waited for",)]
+    assert group.calls == [("sum", "cpu"), ("start", "cpu"), *messages, ("waited for",)]
 
 
 def test_a_lane_gets_a_priority_stream_a_time_limit_and_as_many_thread_blocks_as_asked_for() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_moe_ep.kernels.attention import blockwise_causal_attention
+from ds_moe_ep.kernels.weight_sums import add_weight_product
 from tests.gpu.layers import Sizes, alternate
 from tests.gpu.sections import Finding
 
@@ -74,7 +75,7 @@ def weight_gradients(of: Sizes, rounds: int) -> Iterator[Finding]:
 
     def in_fp32() -> None:
         for span in spans:
-            torch.ops.aten.addmm.dtype_out(sum32, hidden[span].t(), x[span], torch.float32, out=sum32)
+            add_weight_product(sum32, hidden[span], x[span])
 
     def in_its_type() -> None:
         for span in spans:
