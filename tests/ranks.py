@@ -54,7 +54,8 @@ SERVER_ENV = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 LINGER_S = 1.0  # how long a failed rank stays connected: others may fail for a reason of their own
-GRACE_S = 8.0  # how long the others may take to answer after the first failure
+GRACE_S = 25.0  # how long the others may take to answer after the first failure, on a busy machine too
+STACK_S = 3.0  # how long a rank may take to write its stack; one that is stopped writes none
 POOLED_LIMIT_S = 300.0  # of the process groups of ranks that run many functions: each call has a limit of its own
 COUNTED_IN = "DS_MOE_EP_WORLDS"  # names a file that gets a line for each world that is started
 SECONDARY = ("Connection reset", "Connection closed", "Broken pipe", "Connection refused", "Read timeout")
@@ -233,7 +234,7 @@ def _collect(pipes: list[Any], processes: list[Any], folder: str, deadline: floa
             try:
                 answers[rank] = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
-                processes[rank].join(5)
+                processes[rank].join(60)  # a busy machine may need seconds for the end of one that was killed
                 answers[rank] = RankFailure(
                     "Died", f"exit code {processes[rank].exitcode}, no answer", _stack(f"{folder}/{rank}")
                 )
@@ -248,11 +249,11 @@ def _unanswered(process: Any, stack_path: str, timeout_s: float) -> RankFailure:
         os.kill(process.pid, signal.SIGUSR1)
     except ProcessLookupError:
         return RankFailure("Unanswered", "gone without an answer", "")
-    time.sleep(0.1)
+    until = time.monotonic() + STACK_S
+    while not (told := _stack(stack_path)).endswith("\n") and time.monotonic() < until:
+        time.sleep(0.05)
     return RankFailure(
-        "Unanswered",
-        f"no answer within the limit ({timeout_s:g} s, or the moment after a failure)",
-        _stack(stack_path),
+        "Unanswered", f"no answer within the limit ({timeout_s:g} s, or the moment after a failure)", told
     )
 
 

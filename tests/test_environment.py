@@ -22,7 +22,7 @@ def ensure(folder: Path, extras: str = "test", **variables: str) -> subprocess.C
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "PYTHONPATH", "VENV")}
     environment |= {"VENV": str(folder), **variables}
     command = ["bash", "-euo", "pipefail", "-c", words]
-    return subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, cwd=folder.parent, capture_output=True, text=True, timeout=240)
 
 
 def foreign(folder: Path, borrowed: str = "") -> Path:
@@ -108,6 +108,6 @@ def test_the_quickstart_trains_nothing_in_a_foreign_environment_that_lacks_somet
     before = state(folder)
     environment = {**os.environ, "VENV": str(folder)}
     for script in ("examples/quickstart.sh", "tests/run.sh"):
-        done = subprocess.run(["bash", ROOT / script], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", ROOT / script], env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 1 and "  torch\n" in done.stderr and done.stdout == ""
     assert state(folder) == before

@@ -17,6 +17,7 @@ from ds_moe_ep.bench.harness.processes import free_port
 from ds_moe_ep.engine import seams
 from ds_moe_ep.health import watchdog
 from ds_moe_ep.health.watch import RankWatch, Unwatched, open_watch
+from tests.load_clock import Stopwatch, without_load
 from tests.ranks import COUNTED_IN, RankError, RankPool, run_ranks
 
 
@@ -30,6 +31,9 @@ def fail_on(rank: int) -> None:
     if dist.get_rank() == rank:
         raise ValueError(f"bad luck on {rank}")
     dist.barrier()
+
+
+STARTED_WITHIN_S = (4, 15, 45)  # all ranks of a test; the longer limits where a busy machine starts them late
 
 
 def hang_on(rank: int) -> int:
@@ -123,9 +127,12 @@ def test_results_come_back_in_rank_order_and_no_process_remains() -> None:
 
 def test_sixteen_ranks_start_in_seconds() -> None:
     run_ranks(1, environment)  # the fork server's own start is paid once a session
-    start = time.monotonic()
-    run_ranks(16, sum_of_ranks, 1.0)
-    assert time.monotonic() - start < 20, "2 to 3 s on an idle machine with 2 cores"
+    for _ in range(3):  # a busy machine may need longer; one that is always so fails
+        start = time.monotonic()
+        run_ranks(16, sum_of_ranks, 1.0)
+        if (took_s := time.monotonic() - start) < 20:
+            break
+    assert took_s < 20, "2 to 3 s on an idle machine with 2 cores"
 
 
 def test_an_error_on_one_rank_is_reported_first_with_its_rank_text_and_traceback() -> None:
@@ -138,10 +145,13 @@ def test_an_error_on_one_rank_is_reported_first_with_its_rank_text_and_traceback
 
 
 def test_a_hanging_rank_is_killed_at_the_limit_and_its_stack_is_shown() -> None:
-    start = time.monotonic()
-    with pytest.raises(RankError, match="rank 1: Unanswered: no answer within the limit") as caught:
-        run_ranks(2, hang_on, 1, timeout_s=5)
-    assert time.monotonic() - start < 15
+    for limit_s in STARTED_WITHIN_S:
+        watch = Stopwatch()
+        with pytest.raises(RankError, match="rank 1: Unanswered: no answer within the limit") as caught:
+            run_ranks(2, hang_on, 1, timeout_s=limit_s)
+        assert without_load([watch.read()]) < limit_s + 10
+        if list(caught.value.failures) == [1]:
+            break
     assert list(caught.value.failures) == [1]
     assert "hang_on" in caught.value.failures[1].traceback
 
@@ -154,9 +164,14 @@ def test_a_rank_that_dies_is_reported_with_its_exit_code_and_one_that_crashes_wi
 
 
 def test_no_rank_survives_a_time_limit(tmp_path) -> None:
-    with pytest.raises(RankError):
-        run_ranks(3, report_pid, str(tmp_path), timeout_s=6)
-    pids = [int(path.read_text()) for path in tmp_path.iterdir()]
+    for limit_s in STARTED_WITHIN_S:
+        folder = tmp_path / str(limit_s)
+        folder.mkdir()
+        with pytest.raises(RankError):
+            run_ranks(3, report_pid, str(folder), timeout_s=limit_s)
+        pids = [int(path.read_text()) for path in folder.iterdir()]
+        if len(pids) == 3:
+            break
     assert len(pids) == 3
     assert all(is_gone(pid) for pid in pids)
 

@@ -28,7 +28,7 @@ BUILD = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disabl
 def run(words: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
     """A finished command, which does not find this checkout by itself."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_", "COV"))}
-    return subprocess.run([*map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([*map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def done(words: list[str | Path], folder: Path) -> str:

@@ -80,15 +80,15 @@ def test_a_meter_is_not_a_number_before_its_block_ends() -> None:
     assert not math.isnan(meter.percent)
 
 
-def test_an_emulated_device_is_busy_for_what_it_waited() -> None:
-    waited = [5.0]
+def test_an_emulated_device_is_busy_for_what_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited, now_s = [5.0], [100.0]
+    monkeypatch.setattr(busy, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
     with elapsing_meter(lambda: waited[0]) as meter:
-        started = time.perf_counter()
-        time.sleep(0.05)
-        waited[0] += 0.5 * (time.perf_counter() - started)
-    assert meter.percent == pytest.approx(50, abs=5)
+        now_s[0] += 0.5
+        waited[0] += 0.25
+    assert meter.percent == pytest.approx(50)
     with elapsing_meter(lambda: waited[0]) as idle:
-        time.sleep(0.01)
+        now_s[0] += 0.5
     assert idle.percent == 0
 
 

@@ -21,6 +21,7 @@ from ds_moe_ep.config.topology import Torus
 from ds_moe_ep.moe.experts import GeluMLP
 from ds_moe_ep.moe.layer import ExpertParallel
 from ds_moe_ep.schedule.spans import NO_TAGS, Tags
+from tests.load_clock import Stopwatch
 from tests.ranks import signal_itself
 
 VICTIM = 1
@@ -80,8 +81,8 @@ def two_passes(folder: str, knobs: dict[str, Any], how: str, lane: str, phase: s
     dist.all_gather_object(pids, os.getpid())
     run_pass(layer)
     transport.is_armed = rank == VICTIM
-    began_s = time.monotonic()
-    report = {"first": caught(run_pass, layer), "took_s": time.monotonic() - began_s, "pid": pids[VICTIM]}
+    watch = Stopwatch()
+    report = {"first": caught(run_pass, layer), "took": watch.read(), "pid": pids[VICTIM]}
     report["again"] = caught(run_pass, layer)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(report))
     if how == "stop":

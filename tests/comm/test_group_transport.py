@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ds_moe_ep.comm import group_transport
 from ds_moe_ep.comm.group_transport import Bytes, GroupTransport
 from ds_moe_ep.comm.lane_groups import LaneGroups
 from ds_moe_ep.comm.pairwise import Works
@@ -21,14 +21,32 @@ from ds_moe_ep.health.watch import Unwatched
 from ds_moe_ep.schedule.spans import Tags
 
 
+class Clock:
+    """A clock that moves by works alone."""
+
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of transports."""
+    planted = Clock()
+    monkeypatch.setattr(group_transport, "time", planted)
+    return planted
+
+
 class FakeWork:
-    def __init__(self, error: Exception | None = None, takes_s: float = 0.0) -> None:
+    def __init__(self, error: Exception | None = None, takes_s: float = 0.0, clock: Clock | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.error, self.takes_s = error, takes_s
+        self.error, self.takes_s, self.clock = error, takes_s, clock
 
     def wait(self, *limit: Any) -> None:
         self.calls.append(limit)
-        time.sleep(self.takes_s)
+        if self.clock is not None:
+            self.clock.now_s += self.takes_s
         if self.error:
             raise self.error
 
@@ -71,11 +89,10 @@ def works(over: GroupTransport, rows_RD: Any, *each: FakeWork) -> Works:
     return Works(over, place, each, receives, [], is_on_host=not rows_RD.is_cuda)  # type: ignore[arg-type]
 
 
-def test_the_limit_counts_from_the_start_of_the_transfer_and_not_from_each_wait() -> None:
-    slow, next_one = FakeWork(takes_s=0.3), FakeWork()
+def test_the_limit_counts_from_the_start_of_the_transfer_and_not_from_each_wait(clock: Clock) -> None:
+    slow, next_one = FakeWork(takes_s=0.5, clock=clock), FakeWork()
     works(transport(), torch.zeros(4, 2), slow, next_one).wait()
-    assert timedelta(seconds=4.9) < slow.calls[0][0] <= timedelta(seconds=5)
-    assert next_one.calls[0][0] < timedelta(seconds=4.71)
+    assert [each.calls for each in (slow, next_one)] == [[(timedelta(seconds=5),)], [(timedelta(seconds=4.5),)]]
 
 
 def test_rows_on_cuda_are_waited_for_without_a_limit() -> None:
@@ -94,9 +111,9 @@ def test_a_failed_wait_names_layer_pass_peer_bytes_and_the_limit() -> None:
     )
 
 
-def test_a_late_peer_is_told_from_one_that_broke() -> None:
+def test_a_late_peer_is_told_from_one_that_broke(clock: Clock) -> None:
     with pytest.raises(PeerError, match=r"rank 7 did not answer rank 4 within 0\.1 s \(24 bytes expected"):
-        works(transport(0.1), torch.zeros(4, 2), FakeWork(RuntimeError("Timed out"), takes_s=0.1)).wait()
+        works(transport(0.1), torch.zeros(4, 2), FakeWork(RuntimeError("Timed out"), 0.1, clock)).wait()
 
 
 def test_after_a_failure_no_op_starts_and_the_error_names_the_first_failure() -> None:

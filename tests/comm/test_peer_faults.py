@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.comm.disturbed import VICTIM, reports, two_passes
+from tests.load_clock import without_load
 from tests.ranks import RankError, RankPool
 
 LIMIT_S = 2.5
@@ -36,12 +37,13 @@ def survivors(pool: RankPool, folder: Path, kind: str, *case: str) -> dict[int, 
     return found
 
 
-def check_named(report: dict[str, Any], phase: str, what: str, limit_s: float) -> None:
-    """A survivor's first error names the rank that is lost, and what became of it, in time."""
-    assert report["first"].startswith(f"PeerError: layers.2.moe: {phase} ")
-    assert f"rank {VICTIM} (pid {report['pid']} on " in report["first"]
-    assert f" is {what}, last seen in " in report["first"]
-    assert report["took_s"] < limit_s
+def check_named(found: dict[int, dict[str, Any]], phase: str, what: str, limit_s: float) -> None:
+    """Each survivor's first error names the rank that is lost, and what became of it, in time."""
+    for report in found.values():
+        assert report["first"].startswith(f"PeerError: layers.2.moe: {phase} ")
+        assert f"rank {VICTIM} (pid {report['pid']} on " in report["first"]
+        assert f" is {what}, last seen in " in report["first"]
+    assert without_load(report["took"] for report in found.values()) < limit_s, found
 
 
 @pytest.mark.parametrize("kind", list(KNOBS))
@@ -57,8 +59,8 @@ def test_an_exception_in_a_pass_reaches_every_rank_by_name_and_no_retry_reads_ol
 ) -> None:
     found = run_disturbed(pool, tmp_path, kind, "raise", "dispatch", "forward")
     assert found[VICTIM]["first"] == "ValueError: bad luck"
+    assert without_load(report["took"] for report in found.values()) < SOON_S, found
     for rank, report in found.items():
-        assert report["took_s"] < SOON_S
         assert report["again"].startswith("PeerError: ") and "the lanes of ranks 0-2 are closed" in report["again"]
         assert "ValueError: bad luck" in report["again"], "the first failure is named"
         if rank != VICTIM:
@@ -70,8 +72,9 @@ def test_an_exception_in_a_pass_reaches_every_rank_by_name_and_no_retry_reads_ol
 def test_a_killed_rank_is_named_by_every_survivor_at_once(
     pool: RankPool, kind: str, lane: str, phase: str, tmp_path: Path
 ) -> None:
-    for report in survivors(pool, tmp_path, kind, "kill", lane, phase).values():
-        check_named(report, phase, "gone", SOON_S)
+    found = survivors(pool, tmp_path, kind, "kill", lane, phase)
+    check_named(found, phase, "gone", SOON_S)
+    for report in found.values():
         assert "bytes expected" in report["first"]
         assert f"rank {VICTIM} did not answer rank" in report["first"] or kind == "pairwise"
 
@@ -81,8 +84,7 @@ def test_a_killed_rank_is_named_by_every_survivor_at_once(
 def test_a_stopped_rank_is_named_by_every_survivor_at_the_limit(
     pool: RankPool, kind: str, lane: str, phase: str, tmp_path: Path
 ) -> None:
-    found = survivors(pool, tmp_path, kind, "stop", lane, phase).values()
-    for report in found:
-        check_named(report, phase, "stopped", LIMIT_S + MARGIN_S)
-    assert any(f"within {LIMIT_S:g} s" in report["first"] for report in found)
-    assert any("moe_ep.timeout_s" in report["first"] for report in found)
+    found = survivors(pool, tmp_path, kind, "stop", lane, phase)
+    check_named(found, phase, "stopped", LIMIT_S + MARGIN_S)
+    assert any(f"within {LIMIT_S:g} s" in report["first"] for report in found.values())
+    assert any("moe_ep.timeout_s" in report["first"] for report in found.values())

@@ -16,10 +16,13 @@ from ds_moe_ep.training import ending
 
 WAITING = (
     "import sys, threading, ending\n"
-    "ending.ECHO_S = 0.5\n"
+    "ending.ECHO_S = 200.0\n"
     "with ending.Stop() as stop:\n"
     "    print('ready', flush=True)\n"
-    "    tell = lambda: [print(stop.votes(), flush=True) for line in sys.stdin]\n"
+    "    def tell():\n"
+    "        for line in sys.stdin:\n"
+    "            if line == 'later\\n': ending.ECHO_S = -1.0\n"
+    "            print(stop.votes(), flush=True)\n"
     "    threading.Thread(target=tell, daemon=True).start()\n"
     "    threading.Event().wait()\n"
 )
@@ -32,13 +35,19 @@ def test_the_first_signal_asks_an_echo_is_ignored_and_a_later_one_ends_at_once()
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)  # as the deepspeed launcher does
-    time.sleep(0.8)
+
+    def votes(line: str) -> list[str]:
+        process.stdin.write(line)  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+        return sorted(process.stdout.readline().split("[")[1].rstrip("]\n").split(", "))  # type: ignore[union-attr]
+
+    while "1.0" not in votes("votes\n"):  # a thread hears of the first signal
+        time.sleep(0.02)
+    time.sleep(0.3)  # and of the second, which is no second wish
     assert process.poll() is None
-    process.stdin.write("votes\n")
-    process.stdin.flush()
-    assert sorted(process.stdout.readline().split("[")[1].rstrip("]\n").split(", ")) == ["0.0", "0.0", "1.0"]
+    assert votes("later\n") == ["0.0", "0.0", "1.0"]
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=20)
+    _, told = process.communicate(timeout=200)
     assert process.returncode == 128 + signal.SIGTERM and told == ""
 
 

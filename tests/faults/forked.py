@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from ds_moe_ep.bench.harness.processes import end_with_caller, free_port
-from tests.faults.outcomes import NUM_RANKS, Outcome
+from tests.faults.outcomes import NUM_RANKS, LoadSinceFault, Outcome
 from tests.ranks import _fork_server, _keep_shm_op_out, note_start
 
 
@@ -34,9 +34,11 @@ def run_forked(folder: pathlib.Path, *arguments: str, num_ranks: int = NUM_RANKS
     for process in processes:
         process.start()
     ended, start = [0.0] * num_ranks, time.monotonic()  # the fork server's own start lies behind
+    load = LoadSinceFault(folder)
     try:
         while alive := [p for p in processes if p.is_alive()]:
             ended = [end or (0.0 if p in alive else time.time()) for end, p in zip(ended, processes, strict=True)]
+            load.look([os.getpid(), *(p.pid for p in alive)])
             if all(_is_stopped(p.pid) for p in alive):
                 break
             late = time.monotonic() - start > limit_s
@@ -49,7 +51,8 @@ def run_forked(folder: pathlib.Path, *arguments: str, num_ranks: int = NUM_RANKS
             if process.is_alive():
                 process.kill()
             process.join(10)
-    return Outcome(folder, tuple(p.exitcode for p in processes), tuple(ended), seconds, num_ranks=num_ranks)
+    codes = tuple(p.exitcode for p in processes)
+    return Outcome(folder, codes, tuple(ended), seconds, num_ranks=num_ranks, held_up_s=load.seconds())
 
 
 def _is_stopped(pid: int | None) -> bool:

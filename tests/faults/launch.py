@@ -14,7 +14,7 @@ import uuid
 import psutil
 
 from ds_moe_ep.bench.harness.processes import free_port
-from tests.faults.outcomes import NUM_RANKS, Outcome
+from tests.faults.outcomes import NUM_RANKS, LoadSinceFault, Outcome
 from tests.ranks import REPOSITORY, SERVER_ENV, note_start
 
 MARK = "DS_MOE_EP_FAULTS"  # in the environment of every process of a job
@@ -31,17 +31,23 @@ def launch(folder: pathlib.Path, *arguments: str, num_ranks: int = NUM_RANKS, li
     environment = os.environ | SERVER_ENV | {"PYTHONPATH": str(REPOSITORY), MARK: mark}
     with (folder / "launcher.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=log, stderr=log)
+    load, job = LoadSinceFault(folder), psutil.Process(process.pid)
     try:
-        code = process.wait(limit_s)
-        ended, seconds = time.time(), time.monotonic() - start
-        orphans = left_behind(mark, patience_s=1.0)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                load.look([os.getpid(), process.pid, *(child.pid for child in job.children(recursive=True))])
+            assert time.monotonic() - start < limit_s, f"the launcher has not ended after {limit_s:g} s"
+            time.sleep(0.2)
+        code, ended, seconds = process.returncode, time.time(), time.monotonic() - start
+        orphans = left_behind(mark, patience_s=10.0)  # a process that was ended needs a processor for its end
     finally:
         for left in left_behind(mark, 0.0):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
         process.wait()
     assert orphans == [], f"processes are left of the job: {orphans}"
-    return Outcome(folder, (code,), (ended,), seconds, (folder / "launcher.log").read_text(errors="replace"), num_ranks)
+    output = (folder / "launcher.log").read_text(errors="replace")
+    return Outcome(folder, (code,), (ended,), seconds, output, num_ranks, load.seconds())
 
 
 def left_behind(mark: str, patience_s: float) -> list[int]:

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from tests.load_clock import held_up_s
 
 NUM_RANKS = 4
 Losses = dict[int, list[str]]  # step -> the bits of each rank's loss
+
+
+class LoadSinceFault:
+    """For how long each of some processes was ready to run and had no processor since the fault of a job."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._last: dict[int, float] = {}
+        self._before: dict[int, float] = {}
+
+    def look(self, pids: Iterable[int]) -> None:
+        """Notes it now. Of a process that has ended the last look stays."""
+        self._last |= {pid: max(self._last.get(pid, 0.0), held_up_s(pid)) for pid in pids}
+        if not (self._folder / "fault").exists():
+            self._before = dict(self._last)
+
+    def seconds(self) -> float:
+        """Seconds of the process that was held up most."""
+        return max(seconds - self._before.get(pid, 0.0) for pid, seconds in self._last.items())
 
 
 @dataclass(frozen=True)
@@ -24,7 +46,10 @@ class Ending:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended. `exit_codes` and the times of `ended` are the ranks' or, of a launched job, the launcher's."""
+    """How a job ended. `exit_codes` and the times of `ended` are the ranks' or, of a launched job, the launcher's.
+
+    `held_up_s`: for how long since the fault one of the ranks was ready and had no processor, on a busy machine.
+    """
 
     folder: pathlib.Path
     exit_codes: tuple[int, ...]
@@ -32,6 +57,7 @@ class Outcome:
     seconds: float
     output: str = ""
     num_ranks: int = NUM_RANKS
+    held_up_s: float = 0.0
 
     def ending(self, rank: int) -> Ending | None:
         """The error that ended a rank; None where it wrote none."""
@@ -45,8 +71,8 @@ class Outcome:
         return float((self.folder / "fault").read_text())
 
     def ended_after_s(self, index: int = 0) -> float:
-        """From the fault to the end of a process."""
-        return self.ended[index] - self.fault_time()
+        """From the fault to the end of a process, without what held ranks up."""
+        return self.ended[index] - self.fault_time() - self.held_up_s
 
     def stderr(self, rank: int) -> str:
         path = self.folder / f"stderr.{rank}"

@@ -2,7 +2,8 @@
 
 Nobody helps the survivors: the runner ends no rank. `moe_ep.timeout_s` is 6 s. Stated bounds, from the fault to the end
 of the last survivor's process: 6 s where a process dies or raises (measured: under 1 s on an idle machine), 16 s where
-it is stopped and nothing but the time limit can tell (measured: 6 to 9 s).
+it is stopped and nothing but the time limit can tell (measured: 6 to 9 s); on a busy machine without the seconds for
+which a rank was ready to run and had no processor (`tests.load_clock`).
 """
 
 from __future__ import annotations

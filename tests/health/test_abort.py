@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from datetime import timedelta
 from typing import Any
 
@@ -28,10 +27,15 @@ class FakeBackend:
 
 
 class FakeGroup:
-    """A process group over NCCL, or over gloo, which names itself the backend of a GPU too, as torch's does."""
+    """A process group over NCCL, or over gloo, which names itself the backend of a GPU too, as torch's does.
 
-    def __init__(self, name: str, calls: list[str], backend: Any = None, takes_s: float = 0.0) -> None:
-        self._name, self._calls, self._backend, self._takes_s = name, calls, backend, takes_s
+    An abort returns once it may, if it is told when.
+    """
+
+    def __init__(
+        self, name: str, calls: list[str], backend: Any = None, may_return: threading.Event | None = None
+    ) -> None:
+        self._name, self._calls, self._backend, self._may_return = name, calls, backend, may_return
 
     def _get_backend(self, device: torch.device) -> Any:
         assert device.type == "cuda"
@@ -48,7 +52,8 @@ class FakeGroup:
         raise RuntimeError("Timed out waiting")
 
     def abort(self) -> None:
-        time.sleep(self._takes_s)
+        if self._may_return is not None:
+            self._may_return.wait()
         self._calls.append(f"abort {self._name}")
         if self._name == "dispatch":
             raise RuntimeError("this communicator never began")
@@ -80,10 +85,10 @@ def test_gloos_connections_are_closed_and_nothing_is_aborted() -> None:
 
 def test_an_abort_that_does_not_return_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "LONGEST_ABORT_S", 0.2)
-    calls: list[str] = []
-    began_s = time.monotonic()
-    lanes = ended([FakeGroup("combine", calls, FakeBackend(calls), takes_s=1.0)])
-    assert time.monotonic() - began_s < 0.9 and lanes.failure == "rank 1 is gone" and calls == ["group start"]
+    calls, may_return = list[str](), threading.Event()
+    lanes = ended([FakeGroup("combine", calls, FakeBackend(calls), may_return)])  # it would wait for the event below
+    assert lanes.failure == "rank 1 is gone" and "abort combine" not in calls
+    may_return.set()
     for thread in threading.enumerate():
         if thread.name == "ds_moe_ep abort":
             thread.join()

@@ -89,6 +89,18 @@ def test_a_suspect_that_lives_waits_for_the_other_rank_which_is_told_as_soon_as_
     assert num_looks == 3
 
 
+def test_a_suspect_that_lives_is_told_with_its_place_at_the_second_look_that_shows_life(clock: PlantedClock) -> None:
+    text, num_looks = told([look(beat) for beat in (5, 5, 6)])
+    assert text == "rank 1 is in layers.1.moe: forward dispatch" and num_looks == 3
+    assert clock.now_s < 0.5
+
+
+def test_a_suspect_elsewhere_is_told_once_it_is_silent_for_three_seconds(clock: PlantedClock) -> None:
+    silent = [view(heartbeat(SUSPECT), silent={SUSPECT: seconds}) for seconds in (1.0, 2.9, 3.1, 9.0)]
+    text, num_looks = told(silent)
+    assert text.startswith("rank 1 (pid 101 on n0) has given no sign of life for 3 s") and num_looks == 3
+
+
 def test_a_suspect_that_failed_for_another_rank_has_said_so_and_nobody_waits_for_more(clock: PlantedClock) -> None:
     echo = replace(FAULT, is_secondary=True, text="rank 3 did not answer")
     text, num_looks = told([look(fault=echo, statuses={OTHER: GONE})])

@@ -63,7 +63,7 @@ def test_the_calls_of_a_thread_are_those_it_tells_itself_the_innermost_first() -
 
 
 def run_storm(way: str, seconds: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", STORM, way, str(seconds)], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", STORM, way, str(seconds)], capture_output=True, text=True, timeout=240)
 
 
 def test_reading_calls_outlives_threads_of_c_that_come_and_go() -> None:

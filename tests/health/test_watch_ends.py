@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing.util
 import os
+import signal
 import subprocess
 import time
 from dataclasses import replace
@@ -18,19 +19,32 @@ from ds_moe_ep.errors import PeerError
 from ds_moe_ep.health import rank_state, store, watch, watchdog
 from ds_moe_ep.health.abort import AbortGuard
 from ds_moe_ep.health.heartbeat import Heartbeat, Identity, Place
+from ds_moe_ep.health.processes import ProcessStatus
 from ds_moe_ep.health.rank_state import RankState
 from ds_moe_ep.health.store import HeartbeatStore
 from ds_moe_ep.health.watch import RankWatch, Unwatched, open_watch
 from ds_moe_ep.schedule.spans import Tags
-from tests.health.test_watch import QUICK_S, lines, meet, wait_for
-from tests.ranks import RankError, RankPool, run_ranks
+from tests.health.test_watch import QUICK_S, is_dead, lines, meet, wait_for
+from tests.ranks import RankError, RankPool, run_ranks, signal_itself
 
 
-def pause(begin_s: float, length_s: float) -> None:
-    """Stops this process a little later, for so long."""
+def stop_until(condition: str) -> None:
+    """Stops this process until a command of the shell succeeds, which another process asks again and again."""
     pid = os.getpid()
-    script = f"sleep {begin_s}; kill -STOP {pid}; sleep {length_s}; kill -CONT {pid}"
-    subprocess.Popen(["sh", "-c", script])
+    script = f"until grep -q '^State:.T' /proc/{pid}/status; do sleep 0.05; done; "
+    script += f"until {condition}; do kill -0 {pid} || exit; sleep 0.05; done; kill -CONT {pid}"
+    subprocess.Popen(["sh", "-c", script], stderr=subprocess.DEVNULL)
+    signal_itself(signal.SIGSTOP)
+
+
+def look(own_watch: RankWatch, times: int) -> None:
+    """Waits until the watchdog has looked so often from now on."""
+    found = own_watch._finalizer.peek()
+    assert found is not None
+    dog: watchdog.Watchdog = found[2][1]
+    for _ in range(times):
+        before_s = dog._looked_s
+        wait_for(lambda: dog._looked_s != before_s)  # noqa: B023
 
 
 def watch_at_a_store_of_rank_0(timeout_s: float, limit_s: float = 30.0) -> RankWatch:
@@ -45,40 +59,50 @@ def watch_at_a_store_of_rank_0(timeout_s: float, limit_s: float = 30.0) -> RankW
     return own_watch
 
 
-def paused_store() -> bool:
-    """Rank 0, which serves the store, pauses for longer than the store's limit; whether rank 1 lost and found it."""
+def paused_store(folder: str) -> bool:
+    """Rank 0, which serves the store, pauses until a look of rank 1 takes twice the store's limit.
+
+    True where rank 1, which lost the store with that look, has not found it again.
+    """
     store.RETRY_S = 0.5  # type: ignore[misc]
     own_watch = watch_at_a_store_of_rank_0(60.0, limit_s=1.0)
     own = own_watch._state.heartbeats
+    first = own._store
     if dist.get_rank() == 0:
-        pause(0.0, 2.5)
+        stop_until(f"test -e {folder}/late")
     else:
-        wait_for(lambda: own.is_lost)
-        wait_for(lambda: not own.is_lost)
+        wait_for(lambda: own_watch._state.view().statuses[0] is ProcessStatus.STOPPED)
+        wait_for(lambda: own._num_begun > own._num_done)
+        time.sleep(2.0)
+        Path(folder, "late").touch()
+        wait_for(lambda: own._store is not first and not own.is_lost)
         beat = own.seen[0].heartbeat.beat
         wait_for(lambda: own.seen[0].heartbeat.beat > beat)
     dist.barrier()
     return own.is_lost
 
 
-def test_a_store_that_was_paused_is_used_again_over_a_new_connection(pool: RankPool) -> None:
-    assert pool.run(2, paused_store) == [False, False]
+def test_a_store_that_was_paused_is_used_again_over_a_new_connection(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(2, paused_store, str(tmp_path)) == [False, False]
 
 
-def paused_job() -> str:
+def paused_job(folder: str) -> str:
     """Rank 1 pauses, then rank 0 does for longer than the limit, and goes on before rank 1."""
     own_watch = open_watch(1.0, QUICK_S)
     meet(own_watch)
     dist.barrier()
-    pause(*((0.6, 5.4) if dist.get_rank() == 0 else (0.0, 7.0)))
+    if dist.get_rank() == 0:
+        wait_for(lambda: own_watch._state.view().statuses[1] is ProcessStatus.STOPPED)
     with own_watch.among_others("step 1"):
-        time.sleep(7.5)
+        stop_until("sleep 5" if dist.get_rank() == 0 else f"test -e {folder}/goes_on")
+        look(own_watch, 3)
+        Path(folder, "goes_on").touch()
     dist.barrier()
     return "healthy"
 
 
-def test_a_pause_of_the_whole_job_ends_no_process(pool: RankPool) -> None:
-    assert pool.run(2, paused_job) == ["healthy"] * 2
+def test_a_pause_of_the_whole_job_ends_no_process(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(2, paused_job, str(tmp_path)) == ["healthy"] * 2
 
 
 def be_left(folder: str) -> None:
@@ -91,10 +115,11 @@ def be_left(folder: str) -> None:
     guard = AbortGuard(0, (0, 1), ())
     own_watch.guards(guard)
     with lines() as seen:
-        time.sleep(1.0)
+        wait_for(lambda: own_watch._state.view().statuses[1] is ProcessStatus.GONE)
+        look(own_watch, 5)
         before = (guard.failure, list(seen))
         own_watch.enters(Place(Tags("layers.1.moe", "forward"), "dispatch", time.monotonic(), (1,)))
-        wait_for(lambda: guard.failure, 5.0)
+        wait_for(lambda: guard.failure)
     Path(folder, "0").write_text(f"{before} {guard.failure} {len(seen)}")
 
 
@@ -113,12 +138,20 @@ def end_without_the_store(folder: str) -> None:
     own_watch, rank = watch_at_a_store_of_rank_0(60.0), dist.get_rank()
     pids = [0] * 3
     dist.all_gather_object(pids, os.getpid())
-    if rank != 1:
-        time.sleep(0.0 if rank == 0 else 1.5)
+    if rank == 0:
+        own_watch.end()
+        wait_for(Path(folder, "read").exists)
+        os._exit(0)
+    if rank == 2:
+        wait_for(lambda: is_dead(pids[0]))
         own_watch.end()
         os._exit(0)
+    own = own_watch._state.heartbeats
     with lines() as seen, own_watch.among_others("step 1"):
-        time.sleep(3.5)
+        wait_for(lambda: own.seen[0].heartbeat.has_left)
+        Path(folder, "read").touch()
+        wait_for(lambda: own.is_lost and is_dead(pids[2]))
+        look(own_watch, 10)
     Path(folder, "1").write_text(str((seen, own_watch._state.view().statuses[2].name)))
 
 
@@ -135,7 +168,7 @@ def end_as_a_child_of_multiprocessing() -> bool:
     if dist.get_rank() == 1:
         multiprocessing.util._run_finalizers(0)
     else:
-        wait_for(lambda: own_watch._state.heartbeats.seen[1].heartbeat.has_left, 5.0)
+        wait_for(lambda: own_watch._state.heartbeats.seen[1].heartbeat.has_left)
     dist.barrier()
     return own_watch._state.has_left
 
@@ -185,22 +218,27 @@ def test_the_first_fault_of_a_ranks_own_is_told_until_it_dies_of_another(pool: R
 ELSEWHERE = Identity("n1", "", 1, 0)
 
 
-def serve_and_leave() -> list[tuple[float, bool]]:
-    """How long whoever serves the store waits with its last sign for a rank that stays, and for one that has left."""
+def serve_and_leave() -> list[tuple[float, int, bool]]:
+    """How long whoever serves the store waits with its last sign for a rank that stays, and for one that has left.
+
+    Beside the seconds how often it looks, and True where the sign is posted.
+    """
     found = []
     for has_left in (False, True):
         memory = dist.HashStore()
         memory.set("1", Heartbeat(1, ELSEWHERE, has_left=has_left).pack())
-        own, began_s = RankState(memory, 0, 2, 0.1, True), time.monotonic()
+        own, looks, began_s = RankState(memory, 0, 2, 0.1, True), list[float](), time.monotonic()
+        ask = own.heartbeats.ask
+        own.heartbeats.ask = lambda limit_s: looks.append(limit_s) or ask(20.0)  # type: ignore # noqa: B023
         own.say_goodbye()
-        found.append((time.monotonic() - began_s, Heartbeat.unpack(memory.get("0")).has_left))
+        found.append((time.monotonic() - began_s, len(looks), Heartbeat.unpack(memory.get("0")).has_left))
     return found
 
 
 def test_whoever_serves_the_store_leaves_two_seconds_later_or_behind_the_others(pool: RankPool) -> None:
-    [[(for_one_that_stays_s, is_posted), (for_one_that_left_s, is_posted_too)]] = pool.run(1, serve_and_leave)
+    [[(for_one_that_stays_s, _, is_posted), (_, num_looks, is_posted_too)]] = pool.run(1, serve_and_leave)
     assert is_posted and is_posted_too
-    assert for_one_that_stays_s > 1.9 and for_one_that_left_s < 1.8
+    assert for_one_that_stays_s > 1.9 and num_looks == 1, "no second look where the first shows that it has left"
 
 
 def end_while_a_sign_takes_long() -> bool:
@@ -229,14 +267,15 @@ def lose_a_server_elsewhere(folder: str) -> None:
     rank, here = dist.get_rank(), rank_state.identify()
     rank_state.identify = lambda: replace(here, machine=f"m{rank}")  # type: ignore[assignment]
     own_watch = watch_at_a_store_of_rank_0(1.0, limit_s=1.0)
+    pids = [0, 0]
+    dist.all_gather_object(pids, os.getpid())
     if rank == 0:
-        pause(0.0, 6.0)
-        time.sleep(6.5)
+        stop_until(f"! kill -0 {pids[1]}")
         os._exit(0)
     with open(f"{folder}/1", "w") as file:
         os.dup2(file.fileno(), 2)
     with own_watch.among_others("step 5"):
-        time.sleep(6.0)
+        time.sleep(20.0)
 
 
 def test_a_process_that_waits_while_the_stores_server_on_another_machine_is_lost_ends_with_an_error(

@@ -39,7 +39,7 @@ def ask(server: LiveServer, path: str, **headers: str) -> tuple[int, Any]:
     """Status and text, or object, of an answer."""
     request = urllib.request.Request(server.url + path, headers=headers)
     try:
-        answer = urllib.request.urlopen(request, timeout=10)
+        answer = urllib.request.urlopen(request, timeout=100)
     except urllib.error.HTTPError as error:
         answer = error
     with answer:

@@ -124,9 +124,9 @@ def test_many_spans_are_accounted_for_in_time() -> None:
         tags = Tags(f"layer {index % 4}", "forward", f"node +{index % 9}")
         spans += [Span("t", 0, lane, 3 * index, 3 * index + 2, tags) for lane in ("dispatch", "combine")]
         spans.append(Span("c", 0, "compute", 3 * index + 1, 3 * index + 3, tags))
-    start_s = time.perf_counter()
+    start_s = time.process_time()  # others on the machine do not count
     assert accounts(spans)[Tags()].hidden_percent == 50
-    assert time.perf_counter() - start_s < 5
+    assert time.process_time() - start_s < 5
 
 
 def test_the_trace_has_a_process_a_rank_and_a_thread_a_lane() -> None:

@@ -279,7 +279,7 @@ def test_a_thousand_devices_take_less_than_ten_seconds_of_a_core_and_a_gigabyte(
         "    own = [line for line in open('/proc/self/status') if line.startswith('VmHWM')]\n"
         "    print(int(own[0].split()[1]) // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_utime)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr
     (_, first_s), (used_mib, both_s) = (map(float, line.split()) for line in done.stdout.splitlines())
     assert used_mib < 1024 and first_s < 10 and both_s - first_s < 10, done.stdout

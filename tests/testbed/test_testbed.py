@@ -29,12 +29,17 @@ needs_root = pytest.mark.skipif(why_not() is not None, reason=f"no test bed: {wh
 @needs_root
 def test_a_link_has_its_rate_and_loses_nothing() -> None:
     num_bytes, rate_mbit = 2_000_000, 40
-    with open_testbed(2, rate_mbit) as testbed:
-        before = testbed.sent_bytes(0)
-        seconds = run_ranks(2, send_bytes, testbed, num_bytes, process_group=False)[1]
-        sent = testbed.sent_bytes(0) - before
-    assert num_bytes < sent < 1.15 * num_bytes, "headers and nothing sent again"
-    assert 0.9 < seconds * rate_mbit * 1e6 / 8 / num_bytes < 1.5
+    for _ in range(5):  # a busy machine may keep the receiver waiting for a processor
+        with open_testbed(2, rate_mbit) as testbed:
+            before = testbed.sent_bytes(0)
+            seconds = run_ranks(2, send_bytes, testbed, num_bytes, process_group=False)[1]
+            sent = testbed.sent_bytes(0) - before
+        assert num_bytes < sent < 1.15 * num_bytes, "headers and nothing sent again"
+        of_rate = seconds * rate_mbit * 1e6 / 8 / num_bytes
+        assert of_rate > 0.9
+        if of_rate < 1.5:
+            break
+    assert of_rate < 1.5
 
 
 def send_bytes(testbed: TestBed, num_bytes: int) -> float:
@@ -126,14 +131,14 @@ def test_the_same_command_runs_once_a_rank_and_a_failure_ends_the_others(tmp_pat
         "import os, pathlib, sys, time\n"
         f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(os.environ['MASTER_ADDR'])\n"
         "if sys.argv[1] == 'fail' and os.environ['RANK'] == '1': sys.exit(7)\n"
-        "if sys.argv[1] == 'fail': time.sleep(60)\n"
+        "if sys.argv[1] == 'fail': time.sleep(100)\n"
+        f"if sys.argv[1] == 'fail': pathlib.Path({str(tmp_path)!r}, 'slept').touch()\n"
     )
     words = ["--nodes", "2", "--ranks", "2", "--", sys.executable, str(script)]
     assert command.main([*words, "pass"]) == 0
     assert sorted(path.name for path in tmp_path.glob("[0-9]")) == ["0", "1", "2", "3"]
-    start = time.perf_counter()
     assert command.main([*words, "fail"]) == 7
-    assert time.perf_counter() - start < 30
+    assert not (tmp_path / "slept").exists(), "nobody was waited for"
 
 
 @needs_root
@@ -151,7 +156,7 @@ def test_nothing_is_left_behind_when_the_process_is_killed() -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(path.exists() for path in namespaces) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(path.exists() for path in namespaces)
