@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe_ep.comm import nccl
@@ -104,3 +105,15 @@ def test_a_lane_gets_a_priority_stream_a_time_limit_and_as_many_thread_blocks_as
         options = nccl.lane_options(timedelta(seconds=5), asked, make)
         assert (options.is_high_priority_stream, options._timeout) == (True, timedelta(seconds=5))
         assert options.config.max_ctas == expected
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="this torch has no NCCL")
+def test_the_real_options_and_calls_of_nccl_are_as_the_stand_ins_have_them() -> None:
+    """A build for CUDA has them without a GPU."""
+    asked, left_alone = (nccl.lane_options(timedelta(seconds=5), max_ctas) for max_ctas in (8, 0))
+    assert (asked.is_high_priority_stream, asked._timeout, asked.config.max_ctas) == (True, timedelta(seconds=5), 8)
+    assert left_alone.config.max_ctas != 8
+    backend, group = dist.ProcessGroupNCCL, dist.ProcessGroup
+    assert all(hasattr(backend, name) for name in ("send", "recv", "_group_start", "_group_end"))
+    names = ("_get_backend", "_start_coalescing", "_end_coalescing", "allreduce", "alltoall_base", "abort")
+    assert all(hasattr(group, name) for name in names)
