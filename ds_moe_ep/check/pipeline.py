@@ -67,7 +67,7 @@ def pipeline_notes(
     """Notes on a layout that a reader should know, though nothing forbids them."""
     layout = training.layout
     if training.zero_stage and training.num_copies == 1:
-        yield "one copy of the model (world_size = tp_size * pp_size): ZeRO has nothing to share"
+        yield "one copy of the model (tp_size * pp_size ranks): ZeRO has nothing to share"
     if training.zero_stage and ds_config["zero_optimization"].get("overlap_comm"):
         yield "zero_optimization.overlap_comm=true: DeepSpeed's pipeline engine turns it off"
     if training.accumulation < layout.pp_size:
@@ -77,7 +77,7 @@ def pipeline_notes(
             f"at least {4 * layout.pp_size}"
         )
     if moe.ep_size > 1 and training.num_replicas > 1:
-        yield f"{training.num_replicas} expert groups per stage: as many ranks of it hold the same experts"
+        yield f"{training.num_replicas} expert groups per stage: each expert is on {training.num_replicas} of its ranks"
     if model is None:
         return
     if layout.pp_size > 1 and message_numbers(model, training) % layout.tp_size:

@@ -58,8 +58,13 @@ def print_check(check: Check, console: Console | None = None, *, verbose: bool =
 
 
 def one_line(text: str, width: int) -> str:
-    """The text, or as much of it as a line has room for."""
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+    """The text, or its first clauses that a line has room for; of a clause that is longer, its first words."""
+    if len(text) <= width:
+        return text
+    room = text[: width - 1]
+    clauses = max(room.rfind("; "), room.rfind(", "))
+    end = clauses if clauses > width // 3 else room.rfind(" ")
+    return f"{room[:end]} …"
 
 
 def knob_table(config: type[MoEConfig] | type[ModelConfig] | type[Layout]) -> str:

@@ -211,6 +211,11 @@ def cell(record: Record | None, unit: str, decimals: int | None = None, *, bar: 
     return NONE if record is None else convert(record, unit).text(decimals, bar=bar)
 
 
+def bar_below(text: str) -> str:
+    """A number's text with its bar in a line of its own, for a narrow cell."""
+    return text.replace(" (", "\n(", 1)
+
+
 def to_json(quantities: Iterable[Quantity]) -> dict[str, list[float]]:
     """[value, low, high] of each, by its name and unit."""
     return {quantity.key: quantity.bar for quantity in quantities}

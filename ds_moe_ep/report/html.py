@@ -39,8 +39,8 @@ nav { margin: 1.75rem 0 0 }
 nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .35rem 1.1rem; padding: 0; font-size: .92rem }
 code, pre { font: .86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
 code { overflow-wrap: anywhere }
-pre { background: var(--shade); padding: .8rem 1rem; border-radius: 6px; overflow-x: auto }
-pre code { font-size: 1em; overflow-wrap: normal }
+pre { background: var(--shade); padding: .8rem 1rem; border-radius: 6px; white-space: pre-wrap }
+pre code { display: block; font-size: 1em; padding-left: 2ch; text-indent: -2ch; overflow-wrap: break-word }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
@@ -63,7 +63,6 @@ figcaption { font-size: .92rem; margin-top: .5rem }
   table { font-size: .82rem }
   .wide { background: linear-gradient(to left, var(--ground) 30%, transparent) right / 2rem 100% no-repeat local,
     linear-gradient(to left, var(--line), transparent) right / .6rem 100% no-repeat scroll }
-  pre { white-space: pre-wrap; overflow-wrap: anywhere }
   th, td { padding: .35rem .4rem }
   .wide tr > :first-child { position: sticky; left: 0; background: var(--ground) }
   .wide tr.strong > :first-child { background: var(--shade) }
@@ -122,7 +121,7 @@ def _block(block: Block) -> str:
         tag = "ol" if block.is_numbered else "ul"
         return f"<{tag}>" + "".join(f"<li>{html_text(item)}</li>" for item in block.items) + f"</{tag}>"
     if isinstance(block, Code):
-        return f"<pre><code>{html.escape(chr(10).join(block.lines))}</code></pre>"
+        return "<pre>" + "".join(f"<code>{html.escape(line)}</code>" for line in block.lines) + "</pre>"
     if isinstance(block, Table):
         return render.to_html(block)
     return _picture(block)

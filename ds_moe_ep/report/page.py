@@ -11,7 +11,7 @@ from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.known_names import place_of
 
 NOTE = "Note: "  # before a Record's note, until `notes_once` numbers it
-EMULATED, REAL = "Emulated.", "Not emulated."
+EMULATED, SIMULATED, REAL = "Emulated.", "Simulated.", "Not emulated."
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,10 @@ def basis_of(records: Iterable[Record]) -> tuple[str, ...]:
 
 
 def emulation_of(records: Iterable[Record]) -> str:
-    """Emulated or not: a device or a link was simulated or shaped under these Records; where under some, which."""
+    """Emulated or not: a device or a link was simulated or shaped under these Records; where under some, which.
+
+    Simulated where nothing ran at all.
+    """
     places: dict[bool, dict[str, None]] = {True: {}, False: {}}
     for record in records:
         places[record.emulated][place_of(record.name)] = None
@@ -100,8 +103,10 @@ def emulation_of(records: Iterable[Record]) -> str:
         if not real:
             return f"{EMULATED[:-1]}: {'; '.join(emulated)}."
         return f"{EMULATED[:-1]}: {'; '.join(emulated)}. {REAL[:-1]}: {'; '.join(real)}."
-    if emulated or real:
-        return EMULATED if emulated else REAL
+    if emulated:
+        return SIMULATED if all(place.startswith("simulated ") for place in emulated) else EMULATED
+    if real:
+        return REAL
     return "No Record says whether a device or a link was emulated."
 
 

@@ -13,6 +13,7 @@ import pytest
 from ds_moe_ep import __version__
 from ds_moe_ep.check.config import Budget, check_config
 from ds_moe_ep.cli.main import main
+from ds_moe_ep.cli.tables import one_line
 from ds_moe_ep.config.shipped import shipped_ds_configs
 from ds_moe_ep.errors import ConfigError
 
@@ -200,3 +201,11 @@ def test_check_config_runs_as_a_module_without_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "can run" in done.stdout
+
+
+def test_a_note_that_is_longer_than_a_line_ends_behind_a_clause_or_a_word() -> None:
+    note = "note: heads of 512: flash kernels end at 256; on GPUs attention runs by blocks"
+    assert one_line(note, len(note)) == note
+    assert one_line(note, 60) == "note: heads of 512: flash kernels end at 256 \u2026"
+    assert one_line(note, 30) == "note: heads of 512: flash \u2026"
+    assert all(len(one_line(note, width)) <= width for width in range(20, 80))

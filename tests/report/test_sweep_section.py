@@ -10,7 +10,7 @@ from ds_moe_ep.records.names import LAWS
 from ds_moe_ep.records.record import Record, write_records
 from ds_moe_ep.records.table import Table
 from ds_moe_ep.report.findings import Findings, Source
-from ds_moe_ep.report.page import EMULATED, PageSection, Picture
+from ds_moe_ep.report.page import SIMULATED, PageSection, Picture
 from ds_moe_ep.report.plots.sweep import thousands
 from ds_moe_ep.report.sections.stated import stated
 from ds_moe_ep.report.sections.sweep import draw_curves, simulated_scaling
@@ -54,7 +54,7 @@ def test_the_tables_have_every_point_and_the_stated_fits() -> None:
     assert tables[0].rows[0][:3] == ("1", "1", "20,000") and tables[0].rows[0][7] == "\u2013"
     assert tables[0].rows[-1][:3] == ("1024", "1", "20,480,000")
     assert tables[2].rows[0] == ("TPS ~ EP", "0.97", "0.991", "0.991")
-    assert all(EMULATED in table.basis for table in tables)
+    assert all(SIMULATED in table.basis for table in tables)
 
 
 def test_the_specifications_table_tells_measured_and_simulated_fits_apart() -> None:

@@ -148,7 +148,10 @@ def test_plan_says_what_replicas_bring(cluster: Cluster, capsys: pytest.CaptureF
     assert gain["slots"] == 1 and gain["fullest"] < 1.1 and gain["fullest_without"] == pytest.approx(1.92, abs=0.01)
     assert gain["tps_ratio_to_even"][0] > 0.9 and gain["tps_ratio_to_none"][0] > 1.3
     assert main([*words, "--replicas", "1"]) == 0
-    assert "times without them" in capsys.readouterr().out
+    assert "times as fast as without them" in capsys.readouterr().out
+    assert main([*words, "--replicas", "1", "--compare", str(config)]) == 0
+    (told,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(" replicas"))
+    assert told[-1] == "\u2013", "the other job has none"
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["replicas"] is None
     assert main([*words, "--replicas", "many"]) == 2

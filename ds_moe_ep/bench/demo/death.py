@@ -86,7 +86,7 @@ def show_death(death: Death, console: Console) -> None:
     ]
     for said in death.sayings:
         verb = "names" if death.is_named_in(said.text) else "does not name"
-        lines += ["", f"rank {said.rank} {verb} it {number(said.after_s, 1)} s later. PeerError: {said.text}"]
+        lines += ["", f"rank {said.rank} {verb} it {number(said.after_s, 2)} s later. PeerError: {said.text}"]
     for rank in sorted(set(range(NUM_RANKS)) - {death.victim, *(said.rank for said in death.sayings)}):
         lines += ["", f"rank {rank} says nothing"]
     for line in lines:

@@ -58,10 +58,9 @@ def _labelled(text: str, width: int) -> list[Text]:
 
 def _heading(results: Results, glyphs: Glyphs) -> Iterator[str]:
     link = f"{number(8e-6 * results.plan.bytes_per_s, significant=4)} Mbit/s"
-    yield (
-        f"experts and link ({link} per node) under the real layer; {NUM_RANKS} gloo ranks, {NUM_NODES} nominal nodes; "
-        f"traffic takes {number(results[TRAFFIC_RATIO].value, 2)} of compute"
-    )
+    ratio = number(results[TRAFFIC_RATIO].value, 2)
+    yield f"experts and link ({link} per node); layer and transfers are real"
+    yield f"on {NUM_RANKS} gloo ranks as {NUM_NODES} nominal nodes; traffic takes {ratio} of compute"
     yield f"rank {RANK} below: {glyphs.busy} busy, {glyphs.exposed} traffic that no compute covers"
 
 
@@ -78,8 +77,8 @@ def _summary(results: Results) -> Iterator[str]:
         )
         yield f"{phase}: {times} ms, hidden {hidden} %"
     rounds = results.plan.rounds
-    how = f"median and quartiles of {rounds} alternating rounds" if rounds > 1 else "one round"
-    yield f"overlapped is {_spread(results[SPEEDUP], 2)} times as fast ({how})"
+    yield f"overlapped is {_spread(results[SPEEDUP], 2)} times as fast"
+    yield f"in medians and quartiles of {rounds} alternating rounds" if rounds > 1 else "in one round"
 
 
 def _spread(quantity: Quantity, decimals: int) -> str:

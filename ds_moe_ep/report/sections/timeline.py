@@ -36,7 +36,8 @@ def _picture(source: Source, index: int) -> Picture | None:
     titled = [(SYSTEMS[name], [span for span in spans if span.rank == rank]) for name, spans in one.items() if spans]
     caption = (
         f"Rank {rank}, layer `{layer}`, one step. Each pass begins at zero; systems below each other share its time "
-        "axis. A transfer is hidden while compute runs; where none runs, the ground is shaded."
+        "axis. A transfer is hidden while compute runs; where none runs, the ground is shaded. "
+        "+1 marks rows of the next node, W gradients of weights."
     )
     of_systems = [r for r in source.known if is_known(r.name) and any(f".{name}." in r.name for name in by_system)]
     key = "timeline" if index == 0 else f"timeline_{index + 1}"

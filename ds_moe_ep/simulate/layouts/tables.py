@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ds_moe_ep.records.names import title_of
-from ds_moe_ep.records.quantity import NONE, Quantity, number
+from ds_moe_ep.records.quantity import NONE, Quantity, bar_below, number
 from ds_moe_ep.records.render import print_lines, print_tables
 from ds_moe_ep.records.table import Table, table
 from ds_moe_ep.simulate.layouts.by_traffic import AtRatio
@@ -91,7 +91,7 @@ def _winner(at: AtRatio, *, is_narrow: bool) -> tuple[str, ...]:
     best, lead = at.search.found[0], at.lead
     behind = NONE if lead is None else _title(at.search.found[1], is_narrow)
     by = NONE if lead is None else lead.text(2) + ("" if at.is_told_apart else ", not at both ends")
-    second = (f"{behind}\n{_below(by)}",) if is_narrow else (behind, by)
+    second = (f"{behind}\n{bar_below(by)}",) if is_narrow else (behind, by)
     return ratio, link, _title(best, is_narrow), _tokens(best, is_narrow), *second, _bound(best, is_narrow)
 
 
@@ -101,12 +101,7 @@ def _title(layout: FoundLayout, is_narrow: bool) -> str:
 
 def _tokens(layout: FoundLayout, is_narrow: bool) -> str:
     tps = layout.prediction.tps
-    return _below(_text(tps.scaled(1e-3))) if is_narrow else _text(tps)
-
-
-def _below(text: str) -> str:
-    """A number with its bar in a line of its own."""
-    return text.replace(" (", "\n(", 1)
+    return bar_below(_text(tps.scaled(1e-3))) if is_narrow else _text(tps)
 
 
 def _bound(layout: FoundLayout, is_narrow: bool) -> str:
@@ -123,7 +118,7 @@ def _layouts(search: LayoutSearch, *, is_narrow: bool) -> Table:
                 _title(each, is_narrow),
                 f"{each.training.micro_batch} x {each.training.accumulation}",
                 _tokens(each, is_narrow),
-                _below(_text(search.over_best(each))) if is_narrow else _text(search.over_best(each)),
+                bar_below(_text(search.over_best(each))) if is_narrow else _text(search.over_best(each)),
                 NONE if hidden is None else hidden.percent(bar=False),
                 number(each.fit.spare_bytes / 1e9, 1),
                 _bound(each, is_narrow),

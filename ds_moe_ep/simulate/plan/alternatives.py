@@ -38,7 +38,7 @@ def _changes(setup: Setup, fit: MemoryFit) -> Iterator[tuple[str, Setup]]:
     yield STORED, stored
     largest = fit_memory(stored).largest_of_batch
     if largest not in (0, training.micro_batch):
-        yield f"{STORED}, {_micro_batch(largest)}", _with_micro_batch(stored, largest)
+        yield f"{STORED} and {_micro_batch(largest)}", _with_micro_batch(stored, largest)
 
 
 STORED = "moe_ep.model.recompute=false"

@@ -10,7 +10,7 @@ from rich.console import Console
 from ds_moe_ep.config.training import WHOLE
 from ds_moe_ep.kernels.attention_path import PATHS
 from ds_moe_ep.records.names import KINDS
-from ds_moe_ep.records.quantity import Quantity, counted, number, percent
+from ds_moe_ep.records.quantity import NONE, Quantity, bar_below, counted, number, percent
 from ds_moe_ep.records.render import print_lines, print_tables, to_terminal
 from ds_moe_ep.records.table import Table, quantity_table, table
 from ds_moe_ep.simulate.job.fit import MemoryFit
@@ -47,7 +47,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     warning, ratio = ratio_told(comparison)
     print_lines(warning, console, style="yellow")
     both = [answers(plan, in_brief=True) for plan in plans]
-    cells = [(name, *(its[name] for its in both)) for name in both[0]]
+    cells = [(name, *(its.get(name, NONE) for its in both)) for name in both[0] | both[1]]  # replicas: of one, or none
     grid = table("", ("", *(plan.title for plan in plans)), cells, text_columns=3)
     console.print(to_terminal(grid))
     print_lines(ratio, console, style="bold")
@@ -59,27 +59,30 @@ def answers(plan: Plan, *, in_brief: bool = False) -> dict[str, str]:
     named = {quantity.name: quantity for quantity in plan.quantities}
     hidden, bound = named.get("hidden"), plan.bounds[0]
     faster = [other for other in plan.others if other["tps_ratio"].value > 1]
-    ratios = [_text(other["tps_ratio"]) for other in faster]
-    gain = faster_with = ""
-    attention = ""
+    fastest = f"{_text(faster[0]['tps_ratio'])} times with {faster[0].title}" if faster else ""
+    gain = attention = ""
     if not in_brief:
         attention = f"; attention: {IN_A_FEW_WORDS[plan.attention]}"
         gain = f"; {_text(plan.gain)} times as fast as serial" if plan.gain is not None else ""
-        faster_with = f" with {faster[0].title}" if faster else ""
-    replicas = {"replicas": replicas_told(plan.replicas)} if plan.replicas is not None else {}
+    replicas = {"replicas": _replicas_in_brief(plan.replicas)} if plan.replicas is not None else {}
     return {
         "tokens per second": _text(named["tps"]),
         "traffic hidden": f"{_text(hidden)} %{gain}" if hidden is not None else "none: no experts' traffic",
         **replicas,
         "utilization": f"{_text(named['mfu'])} % of the peak{attention}",
         "bounded by": f"{bound.title}: {bound['saved_ratio'].percent()} of a step",
-        "faster": f"{ratios[0]} times{faster_with}" if ratios else "no change of the file that fits",
+        "faster": fastest or "no change of the file that fits",
         "largest": f"micro-batches of up to {_largest(plan.fit)}",
     }
 
 
+def _replicas_in_brief(gain: ReplicaGain) -> str:
+    """What replicas bring, in one line."""
+    return f"{_text(gain.over_none)} times as fast as without them: {gain.num_copies} copies"
+
+
 def replicas_told(gain: ReplicaGain) -> str:
-    """Replicas in use and what they bring, in brief."""
+    """Replicas in use and what they bring."""
     return (
         f"{_text(gain.over_none)} times without them, {_text(gain.over_even)} of an even load's: {gain.num_copies} "
         f"copies; the fullest rank {number(gain.fullest, 2)} times the mean rows, not {number(gain.fullest_without, 2)}"
@@ -240,9 +243,12 @@ def _bounds(plan: Plan) -> Iterator[Table]:
 
 def _others(plan: Plan) -> Iterator[Table]:
     if plan.others:
-        keys = ("throughput_tokens_per_s", "tps_ratio")
-        rows = [(o.title, _gb(o["spare_bytes"].value), *(_text(o[key]) for key in keys)) for o in plan.others]
-        head = ("change of the ds_config", "to spare, GB", "tokens per second", "times as many")
+        rows = []
+        for other in plan.others:
+            thousands, ratio = other["throughput_tokens_per_s"].scaled(1e-3), other["tps_ratio"]
+            numbers = (bar_below(_text(quantity)) for quantity in (thousands, ratio))
+            rows.append((other.title.replace(" and ", " and\n"), _gb(other["spare_bytes"].value), *numbers))
+        head = ("change of the ds_config", "spare GB", "1,000 tokens/s", "times as many")
         yield table(f"changes that fit, instead of {plan.title} as above", head, rows)
 
 
