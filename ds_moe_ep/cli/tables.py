@@ -68,13 +68,13 @@ def one_line(text: str, width: int) -> str:
 
 
 def knob_table(config: type[MoEConfig] | type[ModelConfig] | type[Layout]) -> str:
-    """The knobs of `config` as a Markdown table: name, values, default, help."""
+    """The knobs of `config` as a Markdown table: name, help, default, values."""
     hints = get_type_hints(config)
     rows = [
-        (f"`{f.name}`", _kinds(hints[f.name]), f"`{json.dumps(f.default)}`", f.metadata["help"])
+        (f"`{f.name}`", f.metadata["help"], f"`{json.dumps(f.default)}`", _kinds(hints[f.name]))
         for f in dataclasses.fields(config)
     ]
-    return to_markdown(table("", ("knob", "values", "default", "meaning"), rows, text_columns=4))
+    return to_markdown(table("", ("knob", "meaning", "default", "values"), rows, text_columns=4))
 
 
 def figure_table(claims: Iterable[Figure]) -> str:

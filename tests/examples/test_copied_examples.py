@@ -53,7 +53,7 @@ def others_of(source: str) -> set[str]:
 def test_every_example_is_a_way_in_that_the_page_names() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(WAYS)
     page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert [name for name in WAYS if f"`examples/{name}`" not in page] == []
+    assert [name for name in WAYS if f"[`{name}`]({name})" not in page] == []
 
 
 @pytest.mark.parametrize("name", WAYS)
