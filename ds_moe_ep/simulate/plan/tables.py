@@ -77,7 +77,7 @@ def answers(plan: Plan, *, in_brief: bool = False) -> dict[str, str]:
 
 
 def _replicas_in_brief(gain: ReplicaGain) -> str:
-    """What replicas bring, in one line."""
+    """Gain by replicas, in one line."""
     return f"{_text(gain.over_none)} times as fast as without them: {gain.num_copies} copies"
 
 
