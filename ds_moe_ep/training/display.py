@@ -88,9 +88,12 @@ def gradient_norm(engine: Any) -> float | None:
 
 
 def schedules(engine: Any) -> list[str]:
-    """A line a layer: the schedule that was chosen for it."""
-    layers = engine.moe_ep_layers.items()
-    return [f"{name}: {layer.choice or 'schedule ' + layer.config.schedule}" for name, layer in layers]
+    """A line per choice of a schedule: the first layer that has it, and how many layers alike have it too."""
+    names: dict[str, list[str]] = {}
+    for name, layer in engine.moe_ep_layers.items():
+        names.setdefault(str(layer.choice or f"schedule {layer.config.schedule}"), []).append(name)
+    alike = {chosen: f" and {counted(len(others), 'layer')} alike" for chosen, (_, *others) in names.items() if others}
+    return [f"{first}{alike.get(chosen, '')}: {chosen}" for chosen, (first, *_) in names.items()]
 
 
 def write_trace(engine: Any, path: str) -> str:

@@ -175,9 +175,9 @@ def test_knobs_and_figures_print_markdown(capsys: pytest.CaptureFixture[str]) ->
     assert main(["knobs"]) == 0
     printed = capsys.readouterr().out
     for knob in (
-        "| `top_k` | int | `1` | experts that a token visits |",
-        "| `num_layers` | int | `4` | transformer layers |",
-        "| `pp_size` | int | `1` | pipeline stages, which share the layers |",
+        "| `top_k` | experts that a token visits | `1` | int |",
+        "| `num_layers` | transformer layers | `4` | int |",
+        "| `pp_size` | pipeline stages, which share the layers | `1` | int |",
     ):
         assert knob in printed
     assert main(["figures"]) == 0

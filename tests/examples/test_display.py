@@ -21,6 +21,7 @@ from ds_moe_ep.training.display import (
     communication_hidden,
     gradient_norm,
     packed,
+    schedules,
     why_little_is_hidden,
     write_trace,
 )
@@ -128,3 +129,10 @@ def test_ranks_that_share_cores_are_told_why_little_is_hidden_and_where_to_see_i
         note and note.startswith("16 ranks share 2 cores") and "python -m ds_moe_ep demo" in note and "\n" not in note
     )
     assert why_little_is_hidden({name: "16"}, 16) is None and why_little_is_hidden({}, 1) is None
+
+
+def test_layers_with_one_choice_are_told_in_one_line() -> None:
+    serial = SimpleNamespace(choice=None, config=SimpleNamespace(schedule="serial"))
+    chosen = SimpleNamespace(choice="peers, 0.70 of serial's", config=SimpleNamespace(schedule="auto"))
+    engine = SimpleNamespace(moe_ep_layers={"a": chosen, "b": serial, "c": chosen, "d": chosen})
+    assert schedules(engine) == ["a and 2 layers alike: peers, 0.70 of serial's", "b: schedule serial"]
