@@ -60,7 +60,7 @@ def _heading(results: Results, glyphs: Glyphs) -> Iterator[str]:
     link = f"{number(8e-6 * results.plan.bytes_per_s, significant=4)} Mbit/s"
     ratio = number(results[TRAFFIC_RATIO].value, 2)
     yield f"experts and link ({link} per node); layer and transfers are real"
-    yield f"on {NUM_RANKS} gloo ranks as {NUM_NODES} nominal nodes; traffic takes {ratio} of compute"
+    yield f"on {NUM_RANKS} gloo ranks as {NUM_NODES} nominal nodes; traffic takes {ratio} of{TIE}compute"
     yield f"rank {RANK} below: {glyphs.busy} busy, {glyphs.exposed} traffic that no compute covers"
 
 
