@@ -50,6 +50,8 @@ class ModelFiles(EngineCallback):
         for layer in self._layers:
             layer.completes_files = True  # type: ignore[assignment]
             self._handles.append(layer.register_state_dict_post_hook(complete_experts))
+        on_every_rank = [layer for layer in model.modules() if seams.is_moe_layer(layer) and int(layer.ep_size) == 1]
+        self._handles += [layer.register_state_dict_post_hook(rename_experts) for layer in on_every_rank]
         self._handles += [
             layer.register_load_state_dict_pre_hook(take_own_experts)
             for layer in refusing
@@ -98,6 +100,25 @@ def complete_experts(layer: Any, state_dict: dict[str, Any], prefix: str, _metad
     state_dict.update(_of_all_holders(layer, _global_names(layer, {name: own[name] for name in experts})))
     if seams.is_autoep_layer(layer):
         _stack_all(layer, state_dict, f"{prefix}experts.")
+
+
+def rename_experts(layer: Any, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """A post-hook of `state_dict` for a layer whose experts are all on this rank: a family's names, for a model file.
+
+    Local.
+    """
+    writer, root = writer_of_file()
+    plain = getattr(root, "_orig_mod", root)
+    model_type = getattr(getattr(plain, "config", None), "model_type", None)
+    if not writer or model_type not in FAMILIES or not is_of_transformers(plain) or hasattr(root, "peft_config"):
+        return
+    block = ExpertBlock(prefix.removesuffix(".").removesuffix(".moe"), FAMILIES[model_type], layer)
+    if block.family.stacked or any(parameter.numel() == 0 for parameter in layer.parameters()):
+        return
+    check_routing(plain.config, block)
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        del state_dict[name]
+    state_dict.update((name, tensor.detach()) for name, tensor in (*block.replicated(), *block.experts(0)))
 
 
 def _global_names(layer: Any, experts: dict[str, Tensor]) -> list[list[tuple[str, Tensor]]]:

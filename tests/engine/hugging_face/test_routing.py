@@ -117,3 +117,27 @@ def test_shards_are_sized_in_numbers(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="max_shard_bytes='5GB': a shard holds one byte or more"):
         cut([], "5GB")  # type: ignore[arg-type]
+
+
+def written_by_one_rank(folder: Path) -> Any:
+    """Logits of an engine whose ranks hold all experts each, behind a model file of its own."""
+    model = ds_moe_ep.from_pretrained(folder / "whole", 1)
+    engine = train_one_step(model, ds_config(1))
+    handle = ds_moe_ep.attach_overlap(engine)
+    engine.save_16bit_model(str(folder), "whole.bin")
+    handle.remove()
+    return logits_of(engine)
+
+
+def test_a_file_of_ranks_with_all_experts_has_the_familys_names_too(pool: RankPool, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    make_model("mixtral").save_pretrained(tmp_path / "whole")
+    before = logits_of(load(tmp_path / "whole"))
+    found = pool.run(2, written_by_one_rank, tmp_path, timeout_s=100)
+    state = {name: each.clone() for name, each in torch.load(tmp_path / "whole.bin").items()}
+    save_file(state, tmp_path / "whole/model.safetensors", {"format": "pt"})
+    for logits in found:
+        assert distance(logits_of(load(tmp_path / "whole")), logits) <= 2e-6
+        assert distance(before, logits) > 1e-3, "the control: the engine was trained"
