@@ -50,8 +50,9 @@ class ModelFiles(EngineCallback):
         for layer in self._layers:
             layer.completes_files = True  # type: ignore[assignment]
             self._handles.append(layer.register_state_dict_post_hook(complete_experts))
-        on_every_rank = [layer for layer in model.modules() if seams.is_moe_layer(layer) and int(layer.ep_size) == 1]
-        self._handles += [layer.register_state_dict_post_hook(rename_experts) for layer in on_every_rank]
+        self._handles += [
+            layer.register_state_dict_post_hook(rename_experts) for layer in model.modules() if is_on_every_rank(layer)
+        ]
         self._handles += [
             layer.register_load_state_dict_pre_hook(take_own_experts)
             for layer in refusing
@@ -70,6 +71,11 @@ def is_shared_whole(layer: Any) -> bool:
     is_whole = all(parameter.numel() > 0 for parameter in layer.parameters())  # of ZeRO 3 a rank holds no weight
     is_only_stage = seams.tensor_parallel_size() == 1 and seams.num_pipeline_stages() == 1
     return int(layer.ep_size) > 1 and is_whole and is_only_stage
+
+
+def is_on_every_rank(layer: Any) -> bool:
+    """True for a layer whose experts are all on this rank."""
+    return seams.is_moe_layer(layer) and int(layer.ep_size) == 1
 
 
 def complete_experts(layer: Any, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
