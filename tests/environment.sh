@@ -1,5 +1,6 @@
 # Sourced by tests/run.sh and examples/quickstart.sh: makes the virtual environment and installs the pinned versions.
-# An environment that it did not make is not changed: it is checked, and what it lacks is said.
+# An environment that it did not make, or made for another checkout, is not changed: it is checked, and what it lacks is
+# said.
 #
 #   ensure_environment [EXTRAS]   EXTRAS is a comma-separated list of extras of setup.py, for example "test,mpi".
 #
@@ -11,14 +12,14 @@
 # Nothing is installed again until setup.py or .constraints.txt changes.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-MADE_HERE=.made-by-ds-moe-ep # a file in each environment that was
+MADE_HERE=.made-by-ds-moe-ep # a file in each environment that was: it names the checkout
 
 ensure_environment() {
     local extras=${1:-} base=${PYTHON:-python3} stamp wanted
     VENV=${VENV:-$ROOT/.venv}
     [[ $VENV == /* ]] || VENV=$PWD/$VENV
     PYTHON=$VENV/bin/python
-    if [[ -n $(ls -A "$VENV" 2>/dev/null) && ! -e $VENV/$MADE_HERE ]]; then
+    if [[ -n $(ls -A "$VENV" 2>/dev/null) ]] && ! is_made_here; then
         check_environment "$extras"
         return
     fi
@@ -36,6 +37,10 @@ ensure_environment() {
         return 1
     fi
     echo "$wanted" >"$stamp"
+}
+
+is_made_here() {
+    [[ -e $VENV/$MADE_HERE ]] && [[ ! -s $VENV/$MADE_HERE || $(<"$VENV/$MADE_HERE") == "$ROOT" ]]
 }
 
 check_environment() {
@@ -65,7 +70,8 @@ make_environment() {
         echo "error: $base has no venv module: on Debian and Ubuntu install the package python3-venv, then run this again" >&2
         return 1
     fi
-    mkdir -p "$VENV" && touch "$VENV/$MADE_HERE" || return # first: one that was interrupted is made again
+    # The mark comes first: an environment whose making was interrupted is made again.
+    mkdir -p "$VENV" && echo "$ROOT" >"$VENV/$MADE_HERE" || return
     "$base" -m venv "$VENV"
 }
 

@@ -63,6 +63,16 @@ def test_a_foreign_environment_with_everything_is_used_with_this_checkout_and_st
     assert state(folder) == before
 
 
+def test_an_environment_of_another_checkout_stays_that_ones(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "theirs", borrowed=sysconfig.get_path("purelib"))
+    (folder / "bin" / "deepspeed").touch()
+    (folder / MARK).write_text(f"{tmp_path}/ds_moe_ep\n")
+    before = state(folder)
+    done = ensure(folder)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(folder / "bin" / "python"), "")
+    assert state(folder) == before
+
+
 def test_a_release_outside_of_the_range_is_missing_and_named(tmp_path: Path) -> None:
     other = tmp_path / "other"
     for name, version in (("deepspeed", "0.1.0"), ("rich", "99.0")):
@@ -99,7 +109,7 @@ def test_an_environment_that_the_script_makes_is_marked_and_gets_the_pinned_vers
     for _ in range(2):
         done = ensure(folder, PYTHON=str(base))
         assert (done.returncode, done.stdout.strip()) == (0, str(folder / "bin" / "python")), done.stderr
-    assert (folder / MARK).exists()
+    assert (folder / MARK).read_text() == f"{ROOT}\n"
     assert log.read_text().splitlines() == [".constraints.txt -m pip install --quiet --editable .[test]"]
 
 
