@@ -124,6 +124,9 @@ def test_the_host_is_timed_by_its_own_clock() -> None:
     assert isinstance(make_recorder(torch.device("cpu"), 3), HostRecorder)
 
 
+DEVICE = torch.device("cuda", 1)
+
+
 class DeviceEvent:
     """An event of a device that has reached `now`: a millisecond between two records."""
 
@@ -132,7 +135,8 @@ class DeviceEvent:
     def __init__(self, enable_timing: bool) -> None:
         self.at = -1
 
-    def record(self) -> None:
+    def record(self, stream: torch.device) -> None:
+        assert stream == DEVICE, "a stream of the layer's device, which need not be the current one"
         self.at = DeviceEvent.recorded
         DeviceEvent.recorded += 1
 
@@ -148,13 +152,14 @@ class DeviceEvent:
 
 def test_on_cuda_the_tuner_reads_a_recorded_pass_when_the_device_is_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", DeviceEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     monkeypatch.setattr(drift, "SAMPLE_EVERY", 1)
     seen: list[LinkSample] = []
     monkeypatch.setattr(LinkDrift, "see", lambda self, sample: seen.append(sample))
     meter = LinkMeter(0.5)
     none = torch.empty(0, dtype=torch.int64)
     plan = DispatchPlan(RowMaps(none, none.view(0, 1)), ((5,), (10,)), ((5,), (10,)))  # ten rows for the other rank
-    recorder = meter.recorder(torch.device("cuda"), 0, plan)
+    recorder = meter.recorder(DEVICE, 0, plan)
     for lane in ("dispatch", "compute", "combine"):
         with recorder.scope(lane, lane, Tags("layer", "forward")):
             pass
