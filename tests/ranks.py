@@ -32,6 +32,8 @@ from datetime import timedelta
 from multiprocessing import forkserver
 from typing import Any
 
+import psutil
+
 from ds_moe_ep.bench.harness.processes import end_with_caller
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -55,7 +57,8 @@ SERVER_ENV = {
 }
 LINGER_S = 1.0  # how long a failed rank stays connected: others may fail for a reason of their own
 GRACE_S = 25.0  # how long the others may take to answer after the first failure, on a busy machine too
-STACK_S = 3.0  # how long a rank may take to write its stack; one that is stopped writes none
+LOOK_S = 0.5  # between two looks at those that have not answered
+STACK_S = 3.0  # how long a rank may take to write its stack
 POOLED_LIMIT_S = 300.0  # of the process groups of ranks that run many functions: each call has a limit of its own
 COUNTED_IN = "DS_MOE_EP_WORLDS"  # names a file that gets a line for each world that is started
 SECONDARY = ("Connection reset", "Connection closed", "Broken pipe", "Connection refused", "Read timeout")
@@ -221,14 +224,20 @@ def signal_itself(number: signal.Signals) -> None:
 
 
 def _collect(pipes: list[Any], processes: list[Any], folder: str, deadline: float) -> dict[int, bytes | RankFailure]:
-    """Each rank's answer; after a failure the others get a moment, not the whole limit, and again after the next."""
+    """Each rank's answer; after a failure the others get a moment, not the whole limit, and again after the next.
+
+    Ranks that are stopped get none: nobody is left who would let them go on.
+    """
     answers: dict[int, bytes | RankFailure] = {}
     limit = deadline
     while len(answers) < len(pipes):
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
-        ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        left_s = max(0.0, deadline - time.monotonic())
+        ready = multiprocessing.connection.wait(list(waiting), left_s if deadline == limit else min(left_s, LOOK_S))
         if not ready:
-            break
+            if time.monotonic() >= deadline or all(_is_stopped(processes[rank]) for rank in waiting.values()):
+                break
+            continue
         for pipe in ready:
             rank = waiting[pipe]
             try:
@@ -250,11 +259,17 @@ def _unanswered(process: Any, stack_path: str, timeout_s: float) -> RankFailure:
     except ProcessLookupError:
         return RankFailure("Unanswered", "gone without an answer", "")
     until = time.monotonic() + STACK_S
-    while not (told := _stack(stack_path)).endswith("\n") and time.monotonic() < until:
+    while not (told := _stack(stack_path)).endswith("\n") and time.monotonic() < until and not _is_stopped(process):
         time.sleep(0.05)
     return RankFailure(
         "Unanswered", f"no answer within the limit ({timeout_s:g} s, or the moment after a failure)", told
     )
+
+
+def _is_stopped(process: Any) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+    return False
 
 
 def _stack(path: str) -> str:

@@ -269,6 +269,7 @@ def test_the_number_of_tasks_grows_no_faster_than_the_ranks() -> None:
     assert {"schedule": "peers", "peer_group_size": 256, "row_cuts": 1} in candidates(Torus(256, 4))
 
 
+@pytest.mark.slow
 def test_a_thousand_devices_take_less_than_ten_seconds_of_a_core_and_a_gigabyte() -> None:
     script = (
         "import resource, sys\n"
