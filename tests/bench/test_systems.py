@@ -132,6 +132,7 @@ def run_small_world(plan: SystemsPlan) -> list[Finding]:
         return list(arriving(processes, inbox))
 
 
+@pytest.mark.slow
 def test_eight_engines_in_one_world_train_alike_and_account_for_their_time() -> None:
     findings = run_small_world(SMALL_WORLD)
     values = {name: values[-1] for finding in findings for name, values in finding.samples.items()}
