@@ -223,6 +223,13 @@ def signal_itself(number: signal.Signals) -> None:
     signal.pthread_kill(threading.get_ident(), number)
 
 
+def is_stopped(pid: int | None) -> bool:
+    """True for a process that a signal has stopped."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return False
+
+
 def _collect(pipes: list[Any], processes: list[Any], folder: str, deadline: float) -> dict[int, bytes | RankFailure]:
     """Each rank's answer; after a failure the others get a moment, not the whole limit, and again after the next.
 
@@ -235,7 +242,7 @@ def _collect(pipes: list[Any], processes: list[Any], folder: str, deadline: floa
         left_s = max(0.0, deadline - time.monotonic())
         ready = multiprocessing.connection.wait(list(waiting), left_s if deadline == limit else min(left_s, LOOK_S))
         if not ready:
-            if time.monotonic() >= deadline or all(_is_stopped(processes[rank]) for rank in waiting.values()):
+            if time.monotonic() >= deadline or all(is_stopped(processes[rank].pid) for rank in waiting.values()):
                 break
             continue
         for pipe in ready:
@@ -259,17 +266,11 @@ def _unanswered(process: Any, stack_path: str, timeout_s: float) -> RankFailure:
     except ProcessLookupError:
         return RankFailure("Unanswered", "gone without an answer", "")
     until = time.monotonic() + STACK_S
-    while not (told := _stack(stack_path)).endswith("\n") and time.monotonic() < until and not _is_stopped(process):
+    while not (told := _stack(stack_path)).endswith("\n") and time.monotonic() < until and not is_stopped(process.pid):
         time.sleep(0.05)
     return RankFailure(
         "Unanswered", f"no answer within the limit ({timeout_s:g} s, or the moment after a failure)", told
     )
-
-
-def _is_stopped(process: Any) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
-    return False
 
 
 def _stack(path: str) -> str:

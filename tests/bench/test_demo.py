@@ -29,6 +29,7 @@ from ds_moe_ep.cli.main import main
 from ds_moe_ep.comm.transport import Loopback, Message
 from ds_moe_ep.schedule.spans import Span, Tags
 from tests import ranks
+from tests.planted_clock import PlantedClock
 
 TINY = ["--rounds", "1", "--compute-ms", "100", "--link", "300mbit"]
 
@@ -201,29 +202,15 @@ def test_ctrl_c_while_ranks_are_forked_ends_the_demo_once_they_are() -> None:
         pass
 
 
-class Clock:
-    """A clock on which nothing takes time but sleep."""
-
-    def __init__(self) -> None:
-        self.now_s, self.slept_s = time.monotonic(), list[float]()
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.slept_s.append(seconds)
-        self.now_s += seconds
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> PlantedClock:
     """The clock of links."""
-    clock = Clock()
+    clock = PlantedClock(time.monotonic())
     monkeypatch.setattr(links, "time", clock)
     return clock
 
 
-def test_ranks_of_a_node_share_its_uplink(tmp_path: Path, clock: Clock) -> None:
+def test_ranks_of_a_node_share_its_uplink(tmp_path: Path, clock: PlantedClock) -> None:
     first, second = (Uplink(tmp_path / "node0", 1e6) for _ in range(2))
     ends_s = [link.passes_at(100_000) - clock.now_s for link in (first, second, first)]
     assert ends_s == pytest.approx([0.1, 0.2, 0.3])
@@ -235,7 +222,7 @@ def test_ranks_of_a_node_share_its_uplink(tmp_path: Path, clock: Clock) -> None:
 class Recording(Loopback):
     """Tells when a transfer starts."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: PlantedClock) -> None:
         self.clock, self.started_s = clock, list[float]()
 
     def start(self, *args: object, **kwargs: object) -> object:
@@ -243,7 +230,7 @@ class Recording(Loopback):
         return None
 
 
-def test_far_messages_wait_for_the_link_and_near_ones_do_not(tmp_path: Path, clock: Clock) -> None:
+def test_far_messages_wait_for_the_link_and_near_ones_do_not(tmp_path: Path, clock: PlantedClock) -> None:
     inner, begin_s = Recording(clock), clock.now_s
     transport = Paced(inner, Uplink(tmp_path / "node0", 1e6), frozenset({2}))
     rows = torch.zeros(100, 250)  # 100 kB

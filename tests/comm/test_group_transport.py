@@ -19,27 +19,19 @@ from ds_moe_ep.errors import PeerError
 from ds_moe_ep.health.abort import AbortGuard
 from ds_moe_ep.health.watch import Unwatched
 from ds_moe_ep.schedule.spans import Tags
-
-
-class Clock:
-    """A clock that moves by works alone."""
-
-    now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
+from tests.planted_clock import PlantedClock
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> PlantedClock:
     """The clock of transports."""
-    planted = Clock()
+    planted = PlantedClock()
     monkeypatch.setattr(group_transport, "time", planted)
     return planted
 
 
 class FakeWork:
-    def __init__(self, error: Exception | None = None, takes_s: float = 0.0, clock: Clock | None = None) -> None:
+    def __init__(self, error: Exception | None = None, takes_s: float = 0.0, clock: PlantedClock | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.error, self.takes_s, self.clock = error, takes_s, clock
 
@@ -89,7 +81,7 @@ def works(over: GroupTransport, rows_RD: Any, *each: FakeWork) -> Works:
     return Works(over, place, each, receives, [], is_on_host=not rows_RD.is_cuda)  # type: ignore[arg-type]
 
 
-def test_the_limit_counts_from_the_start_of_the_transfer_and_not_from_each_wait(clock: Clock) -> None:
+def test_the_limit_counts_from_the_start_of_the_transfer_and_not_from_each_wait(clock: PlantedClock) -> None:
     slow, next_one = FakeWork(takes_s=0.5, clock=clock), FakeWork()
     works(transport(), torch.zeros(4, 2), slow, next_one).wait()
     assert [each.calls for each in (slow, next_one)] == [[(timedelta(seconds=5),)], [(timedelta(seconds=4.5),)]]
@@ -111,7 +103,7 @@ def test_a_failed_wait_names_layer_pass_peer_bytes_and_the_limit() -> None:
     )
 
 
-def test_a_late_peer_is_told_from_one_that_broke(clock: Clock) -> None:
+def test_a_late_peer_is_told_from_one_that_broke(clock: PlantedClock) -> None:
     with pytest.raises(PeerError, match=r"rank 7 did not answer rank 4 within 0\.1 s \(24 bytes expected"):
         works(transport(0.1), torch.zeros(4, 2), FakeWork(RuntimeError("Timed out"), 0.1, clock)).wait()
 

@@ -7,7 +7,6 @@ store that rank 0 serves, and end as a process of its own does: through `sys.exc
 from __future__ import annotations
 
 import atexit
-import contextlib
 import multiprocessing.connection
 import os
 import pathlib
@@ -16,11 +15,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
-
 from ds_moe_ep.bench.harness.processes import end_with_caller, free_port
 from tests.faults.outcomes import NUM_RANKS, LoadSinceFault, Outcome
-from tests.ranks import _fork_server, _keep_shm_op_out, note_start
+from tests.ranks import _fork_server, _keep_shm_op_out, is_stopped, note_start
 
 
 def run_forked(folder: pathlib.Path, *arguments: str, num_ranks: int = NUM_RANKS, limit_s: float = 90.0) -> Outcome:
@@ -39,7 +36,7 @@ def run_forked(folder: pathlib.Path, *arguments: str, num_ranks: int = NUM_RANKS
         while alive := [p for p in processes if p.is_alive()]:
             ended = [end or (0.0 if p in alive else time.time()) for end, p in zip(ended, processes, strict=True)]
             load.look([os.getpid(), *(p.pid for p in alive)])
-            if all(_is_stopped(p.pid) for p in alive):
+            if all(is_stopped(p.pid) for p in alive):
                 break
             late = time.monotonic() - start > limit_s
             assert not late, f"ranks {[processes.index(p) for p in alive]} have not ended after {limit_s:g} s"
@@ -53,12 +50,6 @@ def run_forked(folder: pathlib.Path, *arguments: str, num_ranks: int = NUM_RANKS
             process.join(10)
     codes = tuple(p.exitcode for p in processes)
     return Outcome(folder, codes, tuple(ended), seconds, num_ranks=num_ranks, held_up_s=load.seconds())
-
-
-def _is_stopped(pid: int | None) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
-    return False
 
 
 def _life(rank: int, num_ranks: int, port: int, argv: Sequence[str]) -> None:

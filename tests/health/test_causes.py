@@ -17,6 +17,7 @@ from ds_moe_ep.health.diagnosis import View, explain
 from ds_moe_ep.health.processes import ProcessStatus
 from ds_moe_ep.health.watch import PATIENCE_S, RankWatch
 from tests.health.test_diagnosis import FAULT, heartbeat, view
+from tests.planted_clock import PlantedClock
 
 SUSPECT, OTHER = 1, 3  # the rank that is waited for, and one of another group
 GONE = ProcessStatus.GONE
@@ -35,19 +36,6 @@ class PlantedLooks:
 
     def view(self) -> View:
         return self._looks[min(max(self.num_asked - 1, 0), len(self._looks) - 1)]
-
-
-class PlantedClock:
-    """Moves by sleeping alone."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 @pytest.fixture
