@@ -89,11 +89,9 @@ def complete_experts(layer: Any, state_dict: dict[str, Any], prefix: str, _metad
     own = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     for name in own:
         del state_dict[name]
-    plain = getattr(root, "_orig_mod", root)  # of what torch.compile made
-    model_type = getattr(getattr(plain, "config", None), "model_type", None)
-    if model_type in FAMILIES and is_of_transformers(plain) and not hasattr(root, "peft_config"):
-        block = ExpertBlock(prefix.removesuffix(".").removesuffix(".moe"), FAMILIES[model_type], layer)
-        check_routing(plain.config, block)
+    if (found := _block_of_family(root, layer, prefix)) is not None:
+        config, block = found
+        check_routing(config, block)
         state_dict.update((name, tensor.detach()) for name, tensor in block.replicated())
         if block.family.stacked:
             state_dict.update(BlockStacks(block).filled(is_writer()))
@@ -114,17 +112,26 @@ def rename_experts(layer: Any, state_dict: dict[str, Any], prefix: str, _metadat
     Local.
     """
     writer, root = writer_of_file()
-    plain = getattr(root, "_orig_mod", root)
-    model_type = getattr(getattr(plain, "config", None), "model_type", None)
-    if not writer or model_type not in FAMILIES or not is_of_transformers(plain) or hasattr(root, "peft_config"):
+    found = _block_of_family(root, layer, prefix) if writer else None
+    if found is None:
         return
-    block = ExpertBlock(prefix.removesuffix(".").removesuffix(".moe"), FAMILIES[model_type], layer)
+    config, block = found
     if block.family.stacked or any(parameter.numel() == 0 for parameter in layer.parameters()):
         return
-    check_routing(plain.config, block)
+    check_routing(config, block)
     for name in [name for name in state_dict if name.startswith(prefix)]:
         del state_dict[name]
     state_dict.update((name, tensor.detach()) for name, tensor in (*block.replicated(), *block.experts(0)))
+
+
+def _block_of_family(root: Any, layer: Any, prefix: str) -> tuple[Any, ExpertBlock] | None:
+    """The configuration of a model of transformers and the layer as a block of its family; None for other models."""
+    plain = getattr(root, "_orig_mod", root)  # of what torch.compile made
+    config = getattr(plain, "config", None)
+    family = FAMILIES.get(getattr(config, "model_type", None) or "")
+    if family is None or not is_of_transformers(plain) or hasattr(root, "peft_config"):
+        return None
+    return config, ExpertBlock(prefix.removesuffix(".").removesuffix(".moe"), family, layer)
 
 
 def _global_names(layer: Any, experts: dict[str, Tensor]) -> list[list[tuple[str, Tensor]]]:
